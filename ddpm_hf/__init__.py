@@ -1,0 +1,31 @@
+"""Denoising diffusion (DDPM, Ho et al. 2020) as a first-class citizen of the Hugging Face ecosystem.
+
+The public names are imported when they are first used, so that `import ddpm_hf` costs nothing.
+"""
+
+import importlib
+
+from ._version import __version__
+
+_HOMES = {
+    "BETA_SCHEDULES": ".portable.scheduling_ddpm_hf",
+    "DDPMScheduler": ".portable.scheduling_ddpm_hf",
+    "DDPMPipeline": ".portable.pipeline_ddpm_hf",
+    "bits_per_dim": ".evaluation.likelihood",
+    "training_losses": ".objectives",
+}
+_SUBMODULES = ("data", "evaluation", "functional", "models", "objectives", "portable", "training")
+
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str):
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name], __name__), name)
+    if name in _SUBMODULES:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted([*globals(), *__all__, *_SUBMODULES])

@@ -1,0 +1,664 @@
+"""The forward process q and the reverse process p of DDPM, behind Diffusers' `SchedulerMixin`.
+
+Notation, after Ho et al. 2020 (https://arxiv.org/abs/2006.11239) and Nichol & Dhariwal 2021
+(https://arxiv.org/abs/2102.09672): t runs over 0..T-1 and t=0 is one step of noise, so x_{-1} is the data, x_0 in
+the papers. ᾱ_t = Π(1-β). A chain visits some of the timesteps; s is the one that follows t in it (t-1 in the full
+chain, -1 for the data). Everything is derived from log ᾱ in float64 and cast once, where a value meets a sample.
+
+This file is copied into published repositories: it imports torch, numpy and diffusers alone.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
+from diffusers.utils import logging
+from diffusers.utils.torch_utils import randn_tensor
+
+logger = logging.get_logger(__name__)
+
+MAX_BETA = 0.999  # where a schedule is given by ᾱ, the last β would be 1 and x_T carry nothing (Nichol & Dhariwal, sec. 3.2)
+
+
+# Beta schedules: pure functions (num_train_timesteps, beta_start, beta_end) -> float64 array [T].
+# Where β = 1 - ᾱ_t/ᾱ_{t-1}, the ratio is rewritten so that nothing cancels.
+
+
+def linear(num_train_timesteps: int, beta_start: float, beta_end: float) -> np.ndarray:
+    """β linear in t (Ho et al. 2020, sec. 4)."""
+    return np.linspace(beta_start, beta_end, num_train_timesteps, dtype=np.float64)
+
+
+def scaled_linear(num_train_timesteps: int, beta_start: float, beta_end: float) -> np.ndarray:
+    """√β linear in t, also called quadratic (latent diffusion; `quad` in Ho et al.'s code)."""
+    return np.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps, dtype=np.float64) ** 2
+
+
+def squaredcos_cap_v2(num_train_timesteps: int, beta_start: float, beta_end: float) -> np.ndarray:
+    """ᾱ = cos²((t/T + 0.008)/1.008 · π/2), the cosine schedule (Nichol & Dhariwal 2021, Eq. 17)."""
+    angle = np.arange(num_train_timesteps, -1, -1) / num_train_timesteps / 1.008 * (math.pi / 2)  # cos(x) = sin(π/2 - x)
+    before, after = angle[:-1], angle[1:]
+    return np.minimum(np.sin(before - after) * np.sin(before + after) / np.sin(before) ** 2, MAX_BETA)
+
+
+def sigmoid(num_train_timesteps: int, beta_start: float, beta_end: float) -> np.ndarray:
+    """β a sigmoid of t over [-6, 6] (GeoDiff, Xu et al. 2022)."""
+    x = np.linspace(-6, 6, num_train_timesteps, dtype=np.float64)
+    return (beta_end - beta_start) / (1 + np.exp(-x)) + beta_start
+
+
+def sigmoid_alpha_bar(num_train_timesteps: int, beta_start: float, beta_end: float) -> np.ndarray:
+    """ᾱ falling along a sigmoid over [-3, 3] with temperature 1 (Jabri et al. 2023, arXiv:2212.11972, Alg. 1)."""
+    x = -3 + 6 * np.arange(num_train_timesteps + 1) / num_train_timesteps
+    before, after = x[:-1], x[1:]
+    left = 6 * np.arange(num_train_timesteps, 0, -1) / num_train_timesteps  # 3 - before
+    # sigmoid(b) - sigmoid(a) = sinh((b-a)/2) / (2 cosh(a/2) cosh(b/2))
+    betas = np.sinh(3 / num_train_timesteps) * np.cosh(1.5) / (np.cosh(after / 2) * np.sinh(left / 2))
+    return np.minimum(betas, MAX_BETA)
+
+
+def laplace(num_train_timesteps: int, beta_start: float, beta_end: float) -> np.ndarray:
+    """log-SNR Laplace-distributed over uniform t (Hang et al. 2024, arXiv:2407.03297), as Diffusers defines it."""
+    t = np.arange(num_train_timesteps + 1) / num_train_timesteps
+    log_snr = -0.5 * np.copysign(1, 0.5 - t) * np.log(1 - 2 * np.abs(0.5 - t) + 1e-6)
+    log_alpha_bar = -0.5 * np.log1p(np.exp(-log_snr))
+    return np.minimum(-np.expm1(np.diff(log_alpha_bar)), MAX_BETA)
+
+
+def const(num_train_timesteps: int, beta_start: float, beta_end: float) -> np.ndarray:
+    """β = beta_end throughout (Ho et al.'s code)."""
+    return np.full(num_train_timesteps, beta_end, dtype=np.float64)
+
+
+def jsd(num_train_timesteps: int, beta_start: float, beta_end: float) -> np.ndarray:
+    """β = 1/T, 1/(T-1), ..., 1 (Sohl-Dickstein et al. 2015, sec. 2.4.1); its ᾱ_T is 0."""
+    return 1.0 / np.arange(num_train_timesteps, 0, -1, dtype=np.float64)
+
+
+def _warmup(num_train_timesteps: int, beta_start: float, beta_end: float, fraction: float) -> np.ndarray:
+    betas = const(num_train_timesteps, beta_start, beta_end)
+    steps = int(num_train_timesteps * fraction)
+    betas[:steps] = np.linspace(beta_start, beta_end, steps, dtype=np.float64)
+    return betas
+
+
+def warmup10(num_train_timesteps: int, beta_start: float, beta_end: float) -> np.ndarray:
+    """β linear over the first tenth of the steps, then constant (Ho et al.'s code)."""
+    return _warmup(num_train_timesteps, beta_start, beta_end, 0.1)
+
+
+def warmup50(num_train_timesteps: int, beta_start: float, beta_end: float) -> np.ndarray:
+    """β linear over the first half of the steps, then constant (Ho et al.'s code)."""
+    return _warmup(num_train_timesteps, beta_start, beta_end, 0.5)
+
+
+BETA_SCHEDULES = {
+    "linear": linear,
+    "scaled_linear": scaled_linear,
+    "squaredcos_cap_v2": squaredcos_cap_v2,
+    "sigmoid": sigmoid,
+    "sigmoid_alpha_bar": sigmoid_alpha_bar,
+    "laplace": laplace,
+    "const": const,
+    "jsd": jsd,
+    "warmup10": warmup10,
+    "warmup50": warmup50,
+}
+BETA_SCHEDULE_ALIASES = {"quadratic": "scaled_linear", "cosine": "squaredcos_cap_v2"}
+BETA_SCHEDULES |= {alias: BETA_SCHEDULES[name] for alias, name in BETA_SCHEDULE_ALIASES.items()}
+
+# The schedules that every stock sampler knows by name; all others are saved as `trained_betas`.
+STOCK_BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "posterior_mean")
+FIXED_VARIANCE_TYPES = ("fixed_small", "fixed_large", "fixed_small_log", "fixed_large_log")
+LEARNED_VARIANCE_TYPES = ("learned", "learned_range")
+VARIANCE_TYPES = FIXED_VARIANCE_TYPES + LEARNED_VARIANCE_TYPES
+
+
+def rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
+    """Shift and scale √ᾱ so that ᾱ_{T-1} = 0 and ᾱ_0 stays (Lin et al. 2023, arXiv:2305.08891, Alg. 1).
+
+    With r = √ᾱ_t/√ᾱ_{t-1} after the shift, β = 1 - r² = (1-r)(1+r), and 1-r is a ratio of two `expm1`: exact to
+    rounding up to the last step, whose β is 1.
+    """
+    with np.errstate(divide="ignore"):
+        half_log_alphas = 0.5 * np.log1p(-betas)
+    to_the_end = np.cumsum(half_log_alphas[::-1])[::-1]  # log(√ᾱ_{T-1} / √ᾱ_{t-1})
+    one_minus_r = np.expm1(half_log_alphas) / np.expm1(to_the_end)
+    rescaled = one_minus_r * (2 - one_minus_r)
+    rescaled[0] = betas[0]
+    return rescaled
+
+
+class GaussianMoments(NamedTuple):
+    """Mean, variance and log-variance (natural log) of a diagonal Gaussian; each broadcasts against the sample."""
+
+    mean: torch.Tensor
+    variance: torch.Tensor
+    log_variance: torch.Tensor
+
+
+class PredictedMoments(NamedTuple):
+    """`GaussianMoments` of p(x_s | x_t), and the prediction of x_0 they rest on (after clipping)."""
+
+    mean: torch.Tensor
+    variance: torch.Tensor
+    log_variance: torch.Tensor
+    pred_original_sample: torch.Tensor
+
+
+class _Coefficients(NamedTuple):
+    """What one reverse step from t to s is made of: Python floats, or tensors that broadcast against x_t."""
+
+    x0_from_sample: float | torch.Tensor  # x̂_0 = x0_from_sample · x_t + x0_from_output · output
+    x0_from_output: float | torch.Tensor
+    mean_from_x0: float | torch.Tensor  # μ̃ = mean_from_x0 · x̂_0 + mean_from_sample · x_t      (Ho et al., Eq. 7)
+    mean_from_sample: float | torch.Tensor
+    posterior_variance: float | torch.Tensor  # β̃, 0 where s = -1                                (Ho et al., Eq. 7)
+    min_log_variance: float | torch.Tensor  # log β̃, clipped where s = -1
+    max_log_variance: float | torch.Tensor  # log β_{t|s}
+
+
+def _affine(a, x: torch.Tensor, b, y: torch.Tensor) -> torch.Tensor:
+    """a·x + b·y in as few passes over memory as torch has for it."""
+    if isinstance(a, torch.Tensor):
+        return torch.addcmul(a * x, b, y)
+    if a == 0.0:
+        return y if b == 1.0 else b * y
+    return torch.add(a * x, y, alpha=b)
+
+
+class DDPMScheduler(SchedulerMixin, ConfigMixin):
+    """Denoising diffusion (Ho et al. 2020), a drop-in for `diffusers.DDPMScheduler` with the whole of its math.
+
+    Configs are exchanged with stock freely: the keys and defaults are the same, and a `beta_schedule` that a stock
+    sampler does not know is carried as `trained_betas`.
+
+    Args:
+        num_train_timesteps: T, the length of the chain the model is trained on.
+        beta_start, beta_end: the range of β for the schedules that have one.
+        beta_schedule: a name in `BETA_SCHEDULES`.
+        trained_betas: β for t = 0..T-1, each in (0, 1], instead of a named schedule.
+        variance_type: of p(x_s | x_t): `fixed_small` (β̃), `fixed_large` (β), `learned` (the second half of the
+            model's output channels is a log-variance), `learned_range` (it is in [-1, 1] and interpolates between
+            log β̃ and log β; Nichol & Dhariwal, Eq. 15). `fixed_small_log` and `fixed_large_log` name the same two.
+        clip_sample: clip x̂_0 to ±`clip_sample_range` while sampling.
+        prediction_type: what the model outputs: `epsilon`, `sample` (x_0), `v_prediction` (Salimans & Ho 2022) or
+            `posterior_mean` (μ̃ of the step from t to t-1; Ho et al., Table 2).
+        thresholding: clip x̂_0 dynamically instead (Imagen, sec. 2.3), by `dynamic_thresholding_ratio` and
+            `sample_max_value`.
+        timestep_spacing: `leading` (floor(i·T/n), plus `steps_offset`), `linspace` or `trailing`.
+        rescale_betas_zero_snr: make ᾱ_{T-1} exactly 0 (Lin et al. 2023).
+
+    Raises:
+        NotImplementedError: unknown `beta_schedule`.
+        ValueError: unknown `prediction_type`, or a β outside (0, 1].
+    """
+
+    _compatibles = [e.name for e in KarrasDiffusionSchedulers]
+    order = 1
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: np.ndarray | list[float] | None = None,
+        variance_type: str = "fixed_small",
+        clip_sample: bool = True,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        clip_sample_range: float = 1.0,
+        sample_max_value: float = 1.0,
+        timestep_spacing: str = "leading",
+        steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False,
+    ):
+        if prediction_type not in PREDICTION_TYPES:
+            raise ValueError(f"prediction_type {prediction_type!r} is none of {', '.join(PREDICTION_TYPES)}")
+        if variance_type not in VARIANCE_TYPES:  # as in stock, such a name samples with fixed_small
+            logger.warning(f"variance_type {variance_type!r} is none of {', '.join(VARIANCE_TYPES)}: using fixed_small")
+        betas = self._resolve_betas(num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas)
+        if rescale_betas_zero_snr:
+            betas = rescale_zero_terminal_snr(betas)
+        with np.errstate(divide="ignore"):  # log(0) = -inf is right for ᾱ_T = 0
+            log_alphas = np.log1p(-betas)
+        log_alphas_cumprod = np.cumsum(log_alphas)
+
+        self.betas = torch.from_numpy(betas)
+        self.alphas = torch.from_numpy(1.0 - betas)
+        self.alphas_cumprod = torch.from_numpy(np.exp(log_alphas_cumprod))
+        # log ᾱ_t at index t + 1, so that log ᾱ_{-1} = 0 needs no special case
+        self._log_alpha_bar = {torch.device("cpu"): torch.from_numpy(np.concatenate([[0.0], log_alphas_cumprod]))}
+        self.one = torch.tensor(1.0)
+        self.init_noise_sigma = 1.0  # x_T is drawn from N(0, I)
+        self.variance_type = variance_type
+
+        self.custom_timesteps = False
+        self.num_inference_steps = None
+        self._set_chain(np.arange(num_train_timesteps - 1, -1, -1))
+
+    def _resolve_betas(self, num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas) -> np.ndarray:
+        """The float64 betas [T]; records in the config what a stock sampler needs in order to find the same."""
+        name = BETA_SCHEDULE_ALIASES.get(beta_schedule, beta_schedule)
+        named = name in BETA_SCHEDULES
+        if trained_betas is not None and len(trained_betas) != num_train_timesteps:
+            if named and name not in STOCK_BETA_SCHEDULES:
+                trained_betas = None  # our own record of this schedule, from a config whose T was changed since
+            else:
+                logger.warning(f"{len(trained_betas)} trained_betas for num_train_timesteps={num_train_timesteps}")
+        if trained_betas is None:
+            if not named:
+                known = ", ".join(BETA_SCHEDULES)
+                raise NotImplementedError(f"beta_schedule {beta_schedule!r} is none of {known}; or give trained_betas")
+            betas = BETA_SCHEDULES[name](num_train_timesteps, beta_start, beta_end)
+        else:
+            betas = np.asarray(trained_betas, dtype=np.float64)
+        if not ((betas > 0) & (betas <= 1)).all():
+            raise ValueError(f"every beta must lie in (0, 1]; they run from {betas.min():g} to {betas.max():g}")
+
+        recorded = {"beta_schedule": name}
+        if trained_betas is None and name not in STOCK_BETA_SCHEDULES:
+            recorded["trained_betas"] = betas.tolist()
+        # `from_config` forgets what it believes to be a default
+        defaults = [key for key in self.config.get("_use_default_values", []) if key not in recorded]
+        self.register_to_config(**recorded, _use_default_values=defaults)
+        return betas
+
+    # The chain
+
+    def _set_chain(self, timesteps: np.ndarray, device=None) -> None:
+        self.timesteps = torch.from_numpy(np.ascontiguousarray(timesteps, dtype=np.int64)).to(device)
+        visited = torch.from_numpy(np.ascontiguousarray(timesteps, dtype=np.int64))
+        # trained_betas may be fewer than T (stock allows it); the chain then has steps that no table knows
+        visited = visited[visited < len(self.betas)]
+        following = torch.cat([visited[1:], torch.tensor([-1])])
+        columns = [column.tolist() for column in self._coefficients(visited, following)]
+        self._chain = {t: (s, _Coefficients(*row)) for t, s, *row in zip(visited.tolist(), following.tolist(), *columns)}
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: list[int] | None = None,
+    ) -> None:
+        """Choose the timesteps that the sampling chain visits, and make the tables for its steps.
+
+        Args:
+            num_inference_steps: their number n, from 1 to T, spaced by the config's `timestep_spacing`.
+            device: where `self.timesteps` is to lie. On the CPU (the default) `step` never waits for a GPU.
+            timesteps: the timesteps themselves, descending, instead of a number.
+
+        Raises:
+            ValueError: both or neither given, a number outside 1..T, or timesteps not descending within 0..T-1.
+        """
+        T = self.config.num_train_timesteps
+        if (num_inference_steps is None) == (timesteps is None):
+            raise ValueError("Can only pass one of `num_inference_steps` or `custom_timesteps`.")
+        if timesteps is not None:
+            timesteps = np.asarray(timesteps, dtype=np.int64)
+            if len(timesteps) == 0:
+                raise ValueError("`timesteps` is empty; give at least one timestep.")
+            if (np.diff(timesteps) >= 0).any():
+                raise ValueError("`custom_timesteps` must be in descending order.")
+            if timesteps[0] >= T:
+                raise ValueError(f"`timesteps` must start before `self.config.train_timesteps`: {T}.")
+            if timesteps[-1] < 0:
+                raise ValueError(f"`timesteps` must not be negative; the last is {timesteps[-1]}.")
+        else:
+            if not 1 <= num_inference_steps <= T:
+                raise ValueError(
+                    f"`num_inference_steps`: {num_inference_steps} cannot be smaller than 1 or larger than"
+                    f" `self.config.train_timesteps`: {T}, the timesteps that the model was trained with."
+                )
+            timesteps = self._spaced_timesteps(int(num_inference_steps))
+        # only now: a refused call leaves the chain as it was
+        self.custom_timesteps = num_inference_steps is None
+        self.num_inference_steps = num_inference_steps
+        self._set_chain(timesteps, device)
+
+    def _spaced_timesteps(self, n: int) -> np.ndarray:
+        """n of the T timesteps, descending (Lin et al. 2023, Table 2)."""
+        T, spacing = self.config.num_train_timesteps, self.config.timestep_spacing
+        i = np.arange(n - 1, -1, -1)
+        if spacing == "leading":
+            timesteps = i * T // n + self.config.steps_offset
+            if timesteps[0] >= T:
+                raise ValueError(
+                    f"steps_offset={self.config.steps_offset} pushes the first of {n} leading timesteps past T-1={T - 1};"
+                    " take fewer steps or timestep_spacing='trailing'."
+                )
+            return timesteps
+        if spacing == "linspace":
+            return np.linspace(0, T - 1, n).round()[::-1].astype(np.int64)
+        if spacing == "trailing":
+            return np.round(T * (i + 1) / n).astype(np.int64) - 1
+        raise ValueError(f"timestep_spacing {spacing!r} is none of 'leading', 'linspace', 'trailing'.")
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
+
+    def previous_timestep(self, timestep):
+        """The timestep that follows `timestep` on the way down; -1 after the last."""
+        if not (self.custom_timesteps or self.num_inference_steps):
+            return timestep - 1
+        return torch.tensor(self._step_from(int(timestep))[0])
+
+    def _step_from(self, t: int) -> tuple[int, _Coefficients]:
+        if t not in self._chain:
+            visited = self.timesteps.tolist()
+            raise ValueError(
+                f"timestep {t} is not in the chain of {len(visited)} steps from {visited[0]} to {visited[-1]}"
+                " that set_timesteps made; pass one of scheduler.timesteps."
+            )
+        return self._chain[t]
+
+    def scale_model_input(self, sample: torch.Tensor, timestep=None) -> torch.Tensor:
+        """The sample unchanged: DDPM's model input needs no scaling."""
+        return sample
+
+    # Coefficients
+
+    def _log_alpha_bar_at(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """log ᾱ at the timesteps (from -1), float64, on their device (on the CPU for MPS, which has no float64)."""
+        if timesteps.device.type == "mps":
+            timesteps = timesteps.cpu()
+        if timesteps.device not in self._log_alpha_bar:
+            self._log_alpha_bar[timesteps.device] = self._log_alpha_bar[torch.device("cpu")].to(timesteps.device)
+        return self._log_alpha_bar[timesteps.device][timesteps + 1]
+
+    def _posterior_mean_coefficients(self, log_t: torch.Tensor, log_s: torch.Tensor):
+        """The factors of x_0 and x_t in the mean of q(x_s | x_t, x_0) (Ho et al., Eq. 7), from log ᾱ_t and log ᾱ_s."""
+        one_minus_t = torch.expm1(log_t)  # the sign cancels in both ratios
+        from_x0 = torch.exp(0.5 * log_s) * torch.expm1(log_t - log_s) / one_minus_t
+        from_sample = torch.exp(0.5 * (log_t - log_s)) * torch.expm1(log_s) / one_minus_t
+        return from_x0, from_sample
+
+    def _x0_coefficients(self, timesteps: torch.Tensor):
+        """The factors of x_t and of the model's output in x̂_0, for the config's prediction type."""
+        log_t = self._log_alpha_bar_at(timesteps)
+        prediction_type = self.config.prediction_type
+        if prediction_type == "epsilon":  # Ho et al., Eq. 15
+            return torch.exp(-0.5 * log_t), -torch.sqrt(torch.expm1(-log_t))
+        if prediction_type == "sample":
+            return torch.zeros_like(log_t), torch.ones_like(log_t)
+        if prediction_type == "v_prediction":  # Salimans & Ho 2022, App. D
+            return torch.exp(0.5 * log_t), -torch.sqrt(-torch.expm1(log_t))
+        from_x0, from_sample = self._posterior_mean_coefficients(log_t, self._log_alpha_bar_at(timesteps - 1))
+        return -from_sample / from_x0, 1 / from_x0  # Eq. 7 solved for x_0
+
+    def _coefficients(self, timesteps: torch.Tensor, previous_timesteps: torch.Tensor) -> _Coefficients:
+        """All of a reverse step from t to s, float64 [N] each."""
+        log_t, log_s = self._log_alpha_bar_at(timesteps), self._log_alpha_bar_at(previous_timesteps)
+        posterior_variance, log_beta = self._posterior_variance(log_t, log_s)
+        # At the end of a chain β̃ is 0: its log is that of the step into t, in the full chain t=1's (Ho et al.'s code).
+        into = torch.clamp(2 * timesteps + 1, max=len(self.betas) - 1)
+        variance_into, _ = self._posterior_variance(self._log_alpha_bar_at(into), log_t)
+        last_log = torch.where((into > timesteps).to(log_t.device), torch.log(variance_into), log_beta)
+        min_log = torch.where((previous_timesteps < 0).to(log_t.device), last_log, torch.log(posterior_variance))
+        return _Coefficients(
+            *self._x0_coefficients(timesteps),
+            *self._posterior_mean_coefficients(log_t, log_s),
+            posterior_variance,
+            min_log,
+            log_beta,
+        )
+
+    @staticmethod
+    def _posterior_variance(log_t: torch.Tensor, log_s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """β̃ of the step from t to s (Ho et al., Eq. 7), and log β_{t|s}."""
+        beta = -torch.expm1(log_t - log_s)
+        return beta * (torch.expm1(log_s) / torch.expm1(log_t)), torch.log(beta)
+
+    def _checked(self, timesteps, device: torch.device, lowest: int = 0) -> torch.Tensor:
+        """Timesteps as a LongTensor [N] or [1] on the device; checked where that costs no synchronisation."""
+        if not isinstance(timesteps, torch.Tensor):
+            timesteps = torch.as_tensor(timesteps)
+        if timesteps.device.type == "cpu" and timesteps.numel():
+            low, high = int(timesteps.min()), int(timesteps.max())
+            if low < lowest or high >= len(self.betas):
+                raise ValueError(f"timesteps from {low} to {high} leave the range {lowest}..{len(self.betas) - 1}")
+        return timesteps.to(device=device, dtype=torch.int64).reshape(-1)
+
+    def _pairs(self, timesteps, previous_timesteps, device) -> tuple[torch.Tensor, torch.Tensor]:
+        timesteps = self._checked(timesteps, device)
+        if previous_timesteps is None:
+            return timesteps, timesteps - 1
+        previous_timesteps = self._checked(previous_timesteps, device, lowest=-1)
+        return torch.broadcast_tensors(timesteps, previous_timesteps)
+
+    @staticmethod
+    def _working_dtype(sample: torch.Tensor) -> torch.dtype:
+        """Half precision is computed in float32 and rounded once, at the end."""
+        return torch.float64 if sample.dtype == torch.float64 else torch.float32
+
+    def _cast(self, column: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """A float64 column [N] as [N, 1, ...] in the working precision of a sample: the one cast there is."""
+        column = column.to(self._working_dtype(like)).to(like.device)
+        return column.reshape(-1, *[1] * (like.ndim - 1))  # [N, 1, ...]
+
+    def _mix(self, a: torch.Tensor, x: torch.Tensor, b: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """a·x + b·y for float64 columns a, b [N] and samples x, y, in x's dtype."""
+        dtype = self._working_dtype(x)
+        return _affine(self._cast(a, x), x.to(dtype), self._cast(b, x), y.to(dtype)).to(x.dtype)
+
+    # q: the forward process
+
+    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps) -> torch.Tensor:
+        """x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε, a sample of q(x_t | x_0) (Ho et al., Eq. 4).
+
+        Args: x_0 and ε [N, C, ...]; timesteps an int or LongTensor [N]. Returns [N, C, ...] in x_0's dtype.
+        """
+        log_t = self._log_alpha_bar_at(self._checked(timesteps, original_samples.device))
+        return self._mix(torch.exp(0.5 * log_t), original_samples, torch.sqrt(-torch.expm1(log_t)), noise)
+
+    def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps) -> torch.Tensor:
+        """v = √ᾱ_t ε - √(1-ᾱ_t) x_0 (Salimans & Ho 2022, App. D), for x_0 = `sample` [N, C, ...]."""
+        log_t = self._log_alpha_bar_at(self._checked(timesteps, sample.device))
+        return self._mix(-torch.sqrt(-torch.expm1(log_t)), sample, torch.exp(0.5 * log_t), noise)
+
+    def q_mean_variance(self, x_start: torch.Tensor, timesteps) -> GaussianMoments:
+        """Moments of q(x_t | x_0) (Ho et al., Eq. 4); the mean [N, C, ...], the variances [N, 1, ...]."""
+        log_t = self._log_alpha_bar_at(self._checked(timesteps, x_start.device))
+        return self._moments(torch.exp(0.5 * log_t), x_start, torch.log(-torch.expm1(log_t)))
+
+    def q_step_mean_variance(self, x_previous: torch.Tensor, timesteps) -> GaussianMoments:
+        """Moments of q(x_t | x_{t-1}), one step forward (Ho et al., Eq. 2)."""
+        timesteps = self._checked(timesteps, x_previous.device)
+        log_alpha = self._log_alpha_bar_at(timesteps) - self._log_alpha_bar_at(timesteps - 1)
+        return self._moments(torch.exp(0.5 * log_alpha), x_previous, torch.log(-torch.expm1(log_alpha)))
+
+    def _moments(self, scale: torch.Tensor, x: torch.Tensor, log_variance: torch.Tensor) -> GaussianMoments:
+        mean = (self._cast(scale, x) * x).to(x.dtype)
+        variance, log_variance = self._cast(torch.exp(log_variance), x), self._cast(log_variance, x)
+        return GaussianMoments(mean, variance.to(x.dtype), log_variance.to(x.dtype))
+
+    def q_posterior_mean_variance(
+        self, x_start: torch.Tensor, x_t: torch.Tensor, timesteps, previous_timesteps=None
+    ) -> GaussianMoments:
+        """Moments of q(x_s | x_t, x_0) (Ho et al., Eqs. 6 and 7), s being `previous_timesteps` or t-1.
+
+        At s = -1 the variance is 0 and `log_variance` is clipped to that of the step from min(2t+1, T-1) to t.
+        """
+        c = self._coefficients(*self._pairs(timesteps, previous_timesteps, x_t.device))
+        mean = self._mix(c.mean_from_x0, x_start, c.mean_from_sample, x_t)
+        variance, log_variance = self._cast(c.posterior_variance, x_t), self._cast(c.min_log_variance, x_t)
+        return GaussianMoments(mean, variance.to(x_t.dtype), log_variance.to(x_t.dtype))
+
+    # p: what a model's output says
+
+    def training_target(self, x_start: torch.Tensor, noise: torch.Tensor, timesteps) -> torch.Tensor:
+        """What the network should output at x_t = add_noise(x_start, noise, timesteps), for the prediction type."""
+        prediction_type = self.config.prediction_type
+        if prediction_type == "epsilon":
+            return noise
+        if prediction_type == "sample":
+            return x_start
+        if prediction_type == "v_prediction":
+            return self.get_velocity(x_start, noise, timesteps)
+        return self.q_posterior_mean_variance(x_start, self.add_noise(x_start, noise, timesteps), timesteps).mean
+
+    def predict_original_sample(self, model_output: torch.Tensor, timesteps, x_t: torch.Tensor) -> torch.Tensor:
+        """x̂_0 [N, C, ...] from the model's output, not clipped. A learned variance's half of it is ignored."""
+        from_sample, from_output = self._x0_coefficients(self._checked(timesteps, x_t.device))
+        return self._mix(from_sample, x_t, from_output, self._split(model_output, x_t)[0])
+
+    def predict_epsilon(self, x_start: torch.Tensor, timesteps, x_t: torch.Tensor) -> torch.Tensor:
+        """The ε that takes x_0 to x_t: (x_t - √ᾱ_t x_0) / √(1-ᾱ_t), in x_t's dtype."""
+        log_t = self._log_alpha_bar_at(self._checked(timesteps, x_t.device))
+        recip = torch.rsqrt(-torch.expm1(log_t))
+        return self._mix(recip, x_t, -torch.exp(0.5 * log_t) * recip, x_start)
+
+    def _split(self, model_output: torch.Tensor, x_t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The output proper, and the learned variance's half where there is one."""
+        if self.variance_type not in LEARNED_VARIANCE_TYPES:
+            if model_output.shape[1] != x_t.shape[1]:
+                raise ValueError(
+                    f"the model outputs {model_output.shape[1]} channels for a sample of {x_t.shape[1]}; if it learned"
+                    " its variance, the scheduler wants variance_type='learned_range' (or 'learned')"
+                )
+            return model_output, None
+        if model_output.shape[1] != 2 * x_t.shape[1]:
+            raise ValueError(
+                f"variance_type={self.variance_type!r} wants {2 * x_t.shape[1]} output channels and the model has"
+                f" {model_output.shape[1]}; build it with out_channels={2 * x_t.shape[1]}, or use a fixed variance"
+            )
+        return model_output.chunk(2, dim=1)
+
+    def _clip(self, x_start: torch.Tensor, clip_sample: bool | None) -> torch.Tensor:
+        if clip_sample is False:
+            return x_start
+        if self.config.thresholding:
+            return self._threshold_sample(x_start)
+        if clip_sample or self.config.clip_sample:
+            return x_start.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
+        return x_start
+
+    def _threshold_sample(self, sample: torch.Tensor) -> torch.Tensor:
+        """Dynamic thresholding (Saharia et al. 2022, sec. 2.3): clip to a percentile of |x̂_0| and divide by it."""
+        flat = sample.flatten(1).to(self._working_dtype(sample))  # [N, C·H·W]
+        s = torch.quantile(flat.abs(), self.config.dynamic_thresholding_ratio, dim=1, keepdim=True)
+        s = s.clamp(min=1, max=self.config.sample_max_value)
+        return (flat.clamp(-s, s) / s).reshape(sample.shape).to(sample.dtype)
+
+    def _predict_mean(self, c: _Coefficients, output: torch.Tensor, x_t: torch.Tensor, clip_sample: bool | None):
+        """The mean of p(x_s | x_t) and x̂_0, by Ho et al.'s Eq. 7 with x̂_0 in the place of x_0."""
+        pred_x0 = _affine(c.x0_from_sample, x_t, c.x0_from_output, output)
+        clipped = self._clip(pred_x0, clip_sample)
+        # With posterior_mean the raw output is the mean, and clipping touches x̂_0 alone.
+        for_mean = pred_x0 if self.config.prediction_type == "posterior_mean" else clipped
+        return _affine(c.mean_from_sample, x_t, c.mean_from_x0, for_mean), clipped
+
+    def _log_variance(self, c: _Coefficients, variance_output: torch.Tensor | None, last):
+        """log Σ of p(x_s | x_t); `last` says where s = -1 (a bool, or a tensor that broadcasts)."""
+        if self.variance_type == "learned":
+            return variance_output
+        if self.variance_type == "learned_range":  # Nichol & Dhariwal, Eq. 15
+            fraction = (variance_output + 1) / 2
+            return fraction * c.max_log_variance + (1 - fraction) * c.min_log_variance
+        if self.variance_type in ("fixed_large", "fixed_large_log"):
+            if isinstance(last, torch.Tensor):
+                return torch.where(last, c.min_log_variance, c.max_log_variance)
+            return c.min_log_variance if last else c.max_log_variance
+        return c.min_log_variance
+
+    def p_mean_variance(
+        self, model_output: torch.Tensor, timesteps, x_t: torch.Tensor, previous_timesteps=None, clip_sample=None
+    ) -> PredictedMoments:
+        """Moments of p(x_s | x_t) as the model's output gives them (Ho et al., Eqs. 7, 11 and 15).
+
+        Args:
+            model_output: [N, C, ...], or [N, 2C, ...] with a learned variance.
+            timesteps, previous_timesteps: ints or LongTensors [N]; None means t-1, and -1 the data.
+            x_t: [N, C, ...].
+            clip_sample: whether to clip (or threshold) x̂_0; None means as the config says.
+
+        Returns: `PredictedMoments` in x_t's dtype.
+        """
+        t, s = self._pairs(timesteps, previous_timesteps, x_t.device)
+        exact = self._coefficients(t, s)
+        c = _Coefficients(*(self._cast(column, x_t) for column in exact))
+        dtype = self._working_dtype(x_t)
+        output, variance_output = self._split(model_output.to(dtype), x_t)
+        mean, pred_x0 = self._predict_mean(c, output, x_t.to(dtype), clip_sample)
+        if self.config.prediction_type == "posterior_mean":
+            mean = torch.where((s == t - 1).reshape(-1, *[1] * (x_t.ndim - 1)), output, mean)
+        last = (s < 0).reshape(-1, *[1] * (x_t.ndim - 1))
+        log_variance = self._log_variance(c, variance_output, last)
+        variance = torch.exp(log_variance)
+        if self.variance_type not in LEARNED_VARIANCE_TYPES + ("fixed_large", "fixed_large_log"):
+            variance = c.posterior_variance  # 0 where s = -1, though its clipped log is not -inf
+        return PredictedMoments(*(moment.to(x_t.dtype) for moment in (mean, variance, log_variance, pred_x0)))
+
+    def _get_variance(self, t: int, predicted_variance=None, variance_type: str | None = None) -> torch.Tensor:
+        """The variance (never a log or a deviation) of the chain's step from t; float64 where it is fixed."""
+        s, c = self._step_from(int(t))
+        variance_type = variance_type or self.config.variance_type
+        if variance_type == "learned":
+            return torch.exp(predicted_variance)
+        if variance_type == "learned_range":
+            fraction = (predicted_variance + 1) / 2
+            return torch.exp(fraction * c.max_log_variance + (1 - fraction) * c.min_log_variance)
+        if variance_type in ("fixed_large", "fixed_large_log"):
+            return torch.tensor(math.exp(c.min_log_variance if s < 0 else c.max_log_variance), dtype=torch.float64)
+        return torch.tensor(c.posterior_variance, dtype=torch.float64)
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: int | torch.Tensor,
+        sample: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> DDPMSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
+        """One step down the chain: x_s = mean + σ z, with no noise at the chain's last step (Ho et al., Alg. 2).
+
+        Args:
+            model_output: [N, C, ...], or [N, 2C, ...] with a learned variance.
+            timestep: one of `self.timesteps`. An int or a CPU tensor costs no host synchronisation.
+            sample: x_t [N, C, ...].
+            generator: of the noise z; a list has one for each sample.
+
+        Returns: `prev_sample` and `pred_original_sample`, [N, C, ...] in the sample's dtype.
+        """
+        t = int(timestep)
+        s, c = self._step_from(t)
+        dtype = self._working_dtype(sample)
+        output, variance_output = self._split(model_output.to(dtype), sample)
+        x_t = sample.to(dtype)
+        mean, pred_x0 = self._predict_mean(c, output, x_t, None)
+        if self.config.prediction_type == "posterior_mean" and s == t - 1:
+            mean = output
+        if s >= 0:
+            noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
+            log_variance = self._log_variance(c, variance_output, last=False)
+            if isinstance(log_variance, torch.Tensor):
+                mean = torch.addcmul(mean, torch.exp(0.5 * log_variance), noise.to(dtype))
+            else:
+                mean = torch.add(mean, noise, alpha=math.exp(0.5 * log_variance))
+        prev_sample, pred_x0 = mean.to(sample.dtype), pred_x0.to(sample.dtype)
+        if not return_dict:
+            return prev_sample, pred_x0
+        return DDPMSchedulerOutput(prev_sample=prev_sample, pred_original_sample=pred_x0)
+
+    # What is refused, and the way out
+
+    def check_invertible(self, timesteps) -> None:
+        """Raise ValueError if x̂_0 would divide by √ᾱ = 0 at one of the timesteps (ᾱ_T = 0 with `epsilon`)."""
+        if self.config.prediction_type != "epsilon":
+            return
+        for t in sorted({int(t) for t in timesteps}):
+            if t < len(self.betas) and self.alphas_cumprod[t] == 0:
+                raise ValueError(
+                    f"zero terminal SNR: at timestep {t} nothing of the image is left, and epsilon prediction divides by"
+                    " zero there. Use prediction_type='v_prediction' (or 'sample'), or a schedule with ᾱ_T > 0"
+                    " (and rescale_betas_zero_snr=False)."
+                )

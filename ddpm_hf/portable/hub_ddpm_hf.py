@@ -1,0 +1,89 @@
+"""How our pipelines are saved: so that stock Diffusers loads them, with or without this package.
+
+A component recorded under a foreign library never loads from the Hub. So our scheduler is recorded as Diffusers' own
+(its config is one that stock can express), the pipeline under a stock name where stock samples the same images, and
+the code beside it in any case. A pipeline converts the scheduler back when it is made.
+
+This file is copied into published repositories: it imports diffusers alone.
+"""
+
+import json
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+from diffusers import DiffusionPipeline
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file completely or not at all."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def portable_sources(module_file: Path) -> dict[str, str]:
+    """The texts, by file name, of a portable module and of all `*_ddpm_hf` modules that it imports."""
+    sources, pending = {}, [module_file]
+    while pending:
+        path = pending.pop()
+        if path.name in sources:
+            continue
+        sources[path.name] = path.read_text(encoding="utf-8")
+        pending += [path.with_name(f"{name}.py") for name in re.findall(r"^from \.(\w+) import", sources[path.name], re.M)]
+    return sources
+
+
+class PortablePipelineMixin:
+    """Saving for a `DiffusionPipeline` whose folder is to load anywhere. Put it before `DiffusionPipeline`."""
+
+    def _stock_class_name(self) -> str | None:
+        """The pipeline class of Diffusers that samples the same images from this folder, or None."""
+        return None
+
+    def _portable_class(self) -> type:
+        """The class of ours that this pipeline is, also where a user derived from it."""
+        for cls in type(self).__mro__:
+            if cls.__module__.endswith("_ddpm_hf") and issubclass(cls, DiffusionPipeline):
+                return cls
+        raise TypeError(f"{type(self).__name__} derives from no pipeline of ddpm_hf")
+
+    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
+        """Write `model_index.json` and, beside it, the code that it may name; before any upload."""
+        directory = Path(save_directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        module = sys.modules[self._portable_class().__module__]
+        for name, text in portable_sources(Path(module.__file__)).items():
+            write_whole(directory / name, text)
+        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    def to_json_file(self, json_file_path: str | os.PathLike) -> None:
+        """The pipeline's config as a stock loader wants it."""
+        index = json.loads(self.to_json_string())
+        index.pop("_name_or_path", None)  # a path on the machine of whoever trained
+        for name, entry in list(index.items()):
+            if not (isinstance(entry, list) and len(entry) == 2):
+                continue
+            if entry == [None, None] and name in self._optional_components:
+                del index[name]  # stock warns of components it does not know, also of absent ones
+            elif str(entry[0]).endswith("scheduling_ddpm_hf"):
+                index[name] = ["diffusers", entry[1]]
+        cls = self._portable_class()
+        index["_class_name"] = self._stock_class_name() or [cls.__module__.rpartition(".")[2], cls.__name__]
+        write_whole(Path(json_file_path), json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict:
+        """`[file, class]` becomes the class's name: who names our class has it, and need not trust remote code."""
+        index = super()._dict_from_json_file(json_file)
+        if isinstance(index.get("_class_name"), list):
+            index["_class_name"] = index["_class_name"][1]
+        return index

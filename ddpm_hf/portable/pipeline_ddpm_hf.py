@@ -1,0 +1,172 @@
+"""Unconditional generation in pixels or, with a `vae`, in latents.
+
+This file is copied into published repositories: it imports torch, diffusers and the files beside it, each directly.
+"""
+
+from collections.abc import Callable
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DModel
+
+from .hub_ddpm_hf import PortablePipelineMixin
+from .sampling_ddpm_hf import DDPMPipelineOutput, SamplingMixin, adopt_scheduler
+from .scheduling_ddpm_hf import DDPMScheduler
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+class DDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPipeline):
+    """Sample images from a `UNet2DModel` with DDPM (Ho et al. 2020) or any other sampler of Diffusers.
+
+    Args:
+        unet: predicts from x_t what the scheduler's `prediction_type` says.
+        scheduler: ours; stock's `DDPMScheduler` is converted, other samplers are left alone.
+        vae: decodes x_0 into images, for a model of latents.
+    """
+
+    model_cpu_offload_seq = "unet->vae"
+    _optional_components = ["vae"]
+
+    def __init__(self, unet: UNet2DModel, scheduler: SchedulerMixin, vae: AutoencoderKL | None = None):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=adopt_scheduler(scheduler), vae=vae)
+
+    def _stock_class_name(self) -> str | None:
+        """Stock's pipeline, but where its images would differ: latents, and what its scheduler gets wrong."""
+        config = self.scheduler.config
+        differs = (
+            self.vae is not None
+            or config.get("prediction_type") == "posterior_mean"
+            or config.get("variance_type") in ("learned", "fixed_large_log")
+            or (self.unet.config.out_channels != self.unet.config.in_channels)
+            and not isinstance(self.scheduler, DDPMScheduler)
+        )
+        return None if differs else "DDPMPipeline"
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        num_inference_steps: int | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        *,
+        latents: torch.Tensor | None = None,
+        timesteps: list[int] | None = None,
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: tuple[str, ...] = ("latents",),
+        num_frames: int = 0,
+    ) -> DDPMPipelineOutput | tuple:
+        """Sample `batch_size` images (Ho et al. 2020, Algorithm 2).
+
+        Args:
+            generator: one, or one for each image: an image then depends on its own alone, whatever the batch.
+            num_inference_steps: of the T timesteps, how many to visit; None means all of them.
+            output_type: "pil", "np" [N, H, W, C] or "pt" [N, C, H, W] in [0, 1], or "latent" (x_0 itself).
+            latents: x_T [N, C, H, W] to start from, instead of noise.
+            timesteps: the timesteps to visit, descending, instead of their number.
+            callback_on_step_end: called with (pipeline, index, timestep, {"latents": x_s}) after each step.
+            num_frames: how many moments of the chain to return in `frames`, with x_t and x̂_0 (figs. 6 and 14).
+
+        Raises:
+            ValueError: a number of steps outside 1..T, latents or generators that do not fit, or an ᾱ of 0 where the
+                sampler would divide by it.
+        """
+        self._check_output_type(output_type)
+        visited = self.prepare_timesteps(num_inference_steps, timesteps)
+        x = self.prepare_latents(batch_size, generator, latents)  # Algorithm 2, line 1
+        x, frames = self.denoise(
+            x,
+            visited,
+            self.predict,
+            generator,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+            num_frames,
+            output_type,
+        )
+        return self._finish(x, frames, output_type, return_dict)
+
+    @torch.no_grad()
+    def interpolate(
+        self,
+        image_a,
+        image_b,
+        timestep: int,
+        weights: list[float] | tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+        generator: torch.Generator | None = None,
+        num_inference_steps: int | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> DDPMPipelineOutput | tuple:
+        """Interpolate between two images at a noise level, then denoise (Ho et al. 2020, fig. 8).
+
+        Both are noised to `timestep` (or the chain's next lower), mixed linearly there and taken back down; the noise
+        is shared, so that the images differ by their weight alone.
+
+        Args:
+            image_a, image_b: PIL images, arrays or tensors in [0, 1].
+            timestep: 0..T-1; the higher, the coarser the features that vary.
+            weights: of image_b, one output image for each.
+        """
+        self._check_output_type(output_type)
+        tail = self._chain_from(timestep, num_inference_steps)
+        pair = torch.cat([self.encode(image, generator) for image in (image_a, image_b)])  # [2, C, H, W]
+        noise = torch.randn(pair.shape, generator=generator, dtype=pair.dtype).to(pair.device)
+        noised = self.scheduler.add_noise(pair, noise, torch.tensor([tail[0]] * 2))
+        mix = torch.tensor(weights, dtype=pair.dtype, device=pair.device).reshape(-1, 1, 1, 1)
+        x = (1 - mix) * noised[:1] + mix * noised[1:]  # [len(weights), C, H, W]
+        shared = torch.Generator().manual_seed(torch.randint(2**62, (1,), generator=generator).item())
+        state = shared.get_state()
+        generators = [torch.Generator() for _ in weights]
+        for one in generators:
+            one.set_state(state)
+        x, frames = self.denoise(x, tail, self.predict, generators)
+        return self._finish(x, frames, output_type, return_dict)
+
+    @torch.no_grad()
+    def sample_from_shared(
+        self,
+        batch_size: int,
+        timestep: int,
+        generator: torch.Generator | None = None,
+        num_inference_steps: int | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> DDPMPipelineOutput | tuple:
+        """Many images from one shared x_t (Ho et al. 2020, fig. 7): they differ in what is decided after `timestep`.
+
+        Args:
+            batch_size: how many images.
+            timestep: 0..T-1, down to which the chain is one.
+        """
+        self._check_output_type(output_type)
+        tail = self._chain_from(timestep, num_inference_steps)
+        head = self.scheduler.timesteps.tolist()[: -len(tail)]
+        x = self.prepare_latents(1, generator)
+        x, _ = self.denoise(x, head, self.predict, generator)
+        x, frames = self.denoise(x.repeat(batch_size, 1, 1, 1), tail, self.predict, generator)
+        return self._finish(x, frames, output_type, return_dict)
+
+    def _chain_from(self, timestep: int, num_inference_steps: int | None) -> list[int]:
+        """The part of the chain at and below a timestep. These methods need a memoryless sampler."""
+        if not isinstance(self.scheduler, DDPMScheduler):
+            raise ValueError(
+                f"starting within a chain is for DDPMScheduler, and this pipeline has {type(self.scheduler).__name__};"
+                " set pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)"
+            )
+        tail = [t for t in self.prepare_timesteps(num_inference_steps) if t <= timestep]
+        if not tail or timestep >= len(self.scheduler):
+            raise ValueError(f"timestep {timestep} is not within the chain's {self.scheduler.timesteps.tolist()[-1]}..T-1")
+        return tail
+
+    @staticmethod
+    def _check_output_type(output_type: str) -> None:
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type {output_type!r} is none of {', '.join(OUTPUT_TYPES)}")
+
+    def _finish(self, x: torch.Tensor, frames, output_type: str, return_dict: bool) -> DDPMPipelineOutput | tuple:
+        images = self.decode(x, output_type)
+        self.maybe_free_model_hooks()
+        return DDPMPipelineOutput(images=images, frames=frames) if return_dict else (images,)

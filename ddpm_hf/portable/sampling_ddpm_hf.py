@@ -1,0 +1,192 @@
+"""The reverse chain that our pipelines share: Algorithm 2 of Ho et al. 2020, or any sampler of Diffusers.
+
+This file is copied into published repositories: it imports torch and diffusers, and the scheduler beside it.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import diffusers
+import torch
+from diffusers import ImagePipelineOutput
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils.torch_utils import randn_tensor
+
+from .scheduling_ddpm_hf import LEARNED_VARIANCE_TYPES, DDPMScheduler
+
+
+class Frame(NamedTuple):
+    """A moment of the chain: x_s after the step from `timestep`, and the x̂_0 predicted there, as images."""
+
+    timestep: int
+    sample: Any
+    prediction: Any
+
+
+@dataclass
+class DDPMPipelineOutput(ImagePipelineOutput):
+    """`images` as `output_type` says; `frames` is a list of `Frame` where `num_frames` asked for it."""
+
+    frames: list[Frame] | None = None
+
+
+def adopt_scheduler(scheduler):
+    """The scheduler that our pipelines work with: ours in place of stock's DDPM, any other as it is.
+
+    A sampler that would itself cut off a learned variance (at a fixed number of channels) is told that there is none:
+    the pipeline cuts.
+    """
+    if type(scheduler) is diffusers.DDPMScheduler:
+        return DDPMScheduler.from_config(scheduler.config)
+    if isinstance(scheduler, DDPMScheduler):
+        return scheduler
+    takes_variance = "variance_type" in inspect.signature(type(scheduler).__init__).parameters
+    if takes_variance and scheduler.config.variance_type in LEARNED_VARIANCE_TYPES:
+        return type(scheduler).from_config(scheduler.config, variance_type=None)
+    return scheduler
+
+
+def check_sampler(scheduler, timesteps) -> None:
+    """Raise ValueError, with the way out, where the sampler cannot run the model over the timesteps."""
+    if isinstance(scheduler, DDPMScheduler):
+        return scheduler.check_invertible(timesteps)
+    name = type(scheduler).__name__
+    if scheduler.config.prediction_type == "posterior_mean":
+        raise ValueError(
+            f"{name} does not know prediction_type='posterior_mean'; sample with ddpm_hf's DDPMScheduler"
+            " (pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config))"
+        )
+    own = DDPMScheduler.from_config(scheduler.config)
+    visited = [int(t) for t in timesteps]
+    own.check_invertible(visited)
+    if name != "DDIMScheduler" and own.alphas_cumprod[max(visited)] == 0:
+        raise ValueError(
+            f"{name} works with log-SNR, which is -inf at timestep {max(visited)} of this zero-terminal-SNR schedule;"
+            " sample with DDPMScheduler or DDIMScheduler"
+        )
+
+
+class SamplingMixin:
+    """What a pipeline with a `unet`, a `scheduler` and an optional `vae` needs in order to sample."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, adopt_scheduler(value) if name == "scheduler" and value is not None else value)
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of x_t: of the images, or of the latents where there is a `vae`."""
+        size = self.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return self.unet.config.in_channels, height, width
+
+    @property
+    def image_processor(self) -> VaeImageProcessor:
+        """Between tensors in [-1, 1] and images, in the model's number of channels."""
+        gray = self.vae is None and self.sample_shape[0] == 1
+        return VaeImageProcessor(vae_scale_factor=1, do_convert_grayscale=gray, do_convert_rgb=not gray)
+
+    def prepare_latents(self, batch_size: int, generator=None, latents: torch.Tensor | None = None) -> torch.Tensor:
+        """x_T [N, C, H, W] ~ N(0, I), or the given one, scaled as the sampler wants it."""
+        shape = (batch_size, *self.sample_shape)
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(f"{len(generator)} generators for batch_size={batch_size}; give one for each image, or one")
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self.unet.dtype)
+        elif tuple(latents.shape) != shape:
+            raise ValueError(f"latents of shape {tuple(latents.shape)}; batch_size and model want {shape}")
+        elif not torch.isfinite(latents).all():
+            raise ValueError("latents contain NaN or infinity")
+        latents = latents.to(device=self._execution_device, dtype=self.unet.dtype)
+        return latents * self.scheduler.init_noise_sigma
+
+    def prepare_timesteps(self, num_inference_steps: int | None, timesteps: list[int] | None = None) -> list:
+        """Set the chain (None: all of the scheduler's T steps) and return its timesteps, ints where the sampler has."""
+        if timesteps is not None:
+            self.scheduler.set_timesteps(timesteps=timesteps)
+        else:
+            self.scheduler.set_timesteps(num_inference_steps or self.scheduler.config.num_train_timesteps)
+        visited = self.scheduler.timesteps.tolist()
+        check_sampler(self.scheduler, visited)
+        return visited
+
+    def predict(self, latents: torch.Tensor, timestep, **conditioning) -> torch.Tensor:
+        """The model's output at x_t, without a learned variance's half where the sampler has no use for it."""
+        output = self.unet(latents, timestep, **conditioning).sample
+        if not isinstance(self.scheduler, DDPMScheduler) and output.shape[1] == 2 * latents.shape[1]:
+            output = output[:, : latents.shape[1]]
+        return output
+
+    def denoise(
+        self,
+        latents: torch.Tensor,
+        timesteps: list,
+        predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        generator=None,
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: tuple[str, ...] = ("latents",),
+        num_frames: int = 0,
+        output_type: str = "pil",
+    ) -> tuple[torch.Tensor, list[Frame] | None]:
+        """Run the chain over `timesteps` (a tail of the scheduler's) from x_t [N, C, H, W].
+
+        Args:
+            predict: (scaled x_t, t) -> the model's output.
+            callback_on_step_end: called with (pipeline, index, timestep, {"latents": x_s}); what it returns replaces
+                the latents.
+            num_frames: how many moments of the chain to keep, evenly spaced and ending with the last.
+
+        Returns: x_0 [N, C, H, W], and the frames or None.
+        """
+        accepted = inspect.signature(self.scheduler.step).parameters
+        step_arguments = {"generator": generator} if "generator" in accepted else {}
+        kept = set(torch.linspace(0, len(timesteps) - 1, num_frames).round().int().tolist()) if num_frames else set()
+        frames = []
+        # The model reads t on its device, our scheduler as a Python int: neither then waits for the other.
+        on_device = torch.as_tensor(timesteps).to(latents.device)
+        for index, t in enumerate(self.progress_bar(timesteps)):
+            output = predict(self.scheduler.scale_model_input(latents, on_device[index]), on_device[index])
+            step = self.scheduler.step(output, t, latents, **step_arguments)  # Algorithm 2, line 4
+            if index in kept:
+                prediction = self._pred_original_sample(step, output, t, latents)
+                frames.append(Frame(int(t), *(self.decode(x, output_type) for x in (step.prev_sample, prediction))))
+            latents = step.prev_sample
+            if callback_on_step_end is not None:
+                offered = {"latents": latents}
+                chosen = {name: offered[name] for name in callback_on_step_end_tensor_inputs}
+                latents = (callback_on_step_end(self, index, t, chosen) or {}).get("latents", latents)
+        return latents, frames if num_frames else None
+
+    def _pred_original_sample(self, step, output: torch.Tensor, t, latents: torch.Tensor) -> torch.Tensor:
+        """x̂_0 as the sampler reports it, or else by DDPM's formula (the samplers on x_t's own scale)."""
+        reported = getattr(step, "pred_original_sample", None)
+        if reported is not None:
+            return reported
+        fixed = {"variance_type": "fixed_small", "timestep_spacing": "leading", "steps_offset": 0}
+        own = DDPMScheduler.from_config(self.scheduler.config, **fixed)
+        if self.scheduler.init_noise_sigma != 1.0:  # Euler and its kin keep x/√ᾱ
+            latents = latents * float(own.alphas_cumprod[int(t)].sqrt())
+        return own.predict_original_sample(output, int(t), latents).clamp(-1, 1)
+
+    def encode(self, images, generator=None) -> torch.Tensor:
+        """Images (PIL, numpy or tensor in [0, 1]) as x_0 [N, C, H, W]: in [-1, 1], or latents with a `vae`."""
+        channels, height, width = self.sample_shape
+        if self.vae is not None:
+            factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+            height, width = height * factor, width * factor
+        pixels = self.image_processor.preprocess(images, height=height, width=width)
+        pixels = pixels.to(device=self._execution_device, dtype=self.unet.dtype)
+        if self.vae is None:
+            return pixels
+        latents = self.vae.encode(pixels).latent_dist.sample(generator)
+        return (latents - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
+
+    def decode(self, latents: torch.Tensor, output_type: str = "pil"):
+        """x_0 as images: "pil", "np" [N, H, W, C] or "pt" [N, C, H, W] in [0, 1], or "latent", x_0 itself."""
+        if output_type == "latent":
+            return latents
+        if self.vae is not None:
+            latents = latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
+            latents = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
+        return self.image_processor.postprocess(latents.float(), output_type=output_type)

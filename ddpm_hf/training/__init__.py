@@ -1,0 +1,1 @@
+"""What any training needs, and nothing of diffusion: flags, keyed randomness, checkpoints, the loop."""

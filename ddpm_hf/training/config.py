@@ -1,0 +1,217 @@
+"""The flags that every training script has, and how flags get their values.
+
+What decides, strongest first: the command line, the `--config` file, the preset, the recipe for the embedded data,
+the default. A flag is declared once, here or in the script's class that extends this one.
+"""
+
+import difflib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
+
+
+class UsageError(ValueError):
+    """Something that the user can mend: a script prints its one line and ends with exit code 2."""
+
+
+@dataclass
+class TrainingConfig:
+    """Flags of the loop, the optimizer, checkpoints and tracking."""
+
+    config: str | None = HfArg(
+        default=None, help="A YAML or JSON file that sets any of these flags; the command line wins over it."
+    )
+    dry_run: bool = HfArg(default=False, help="Print what would run (data, model, steps, memory, output), and stop.")
+
+    output_dir: str = HfArg(
+        default="ddpm-model-64",
+        help="Where the pipeline, its pictures, metrics.jsonl and the checkpoints go. All paths below are within it.",
+    )
+    overwrite_output_dir: bool = HfArg(
+        default=False, help="Remove an earlier run's files from --output_dir and train anew."
+    )
+    seed: int | None = HfArg(
+        default=None, help="Of everything random. Without it one is drawn, logged and saved with the run."
+    )
+    cpu_threads: int | None = HfArg(
+        default=None, help="torch's threads; by default the machine's cores divided by the processes on it."
+    )
+
+    train_batch_size: int = HfArg(default=16, help="Samples a step and process, before accumulation.")
+    eval_batch_size: int = HfArg(default=16, help="Images in a sample grid; also the batch of the validation.")
+    gradient_accumulation_steps: int = HfArg(default=1, help="Batches that are added up for one optimizer step.")
+    dataloader_num_workers: int = HfArg(
+        default=0, help="Processes that decode images; 0 decodes in the main one. Of no use where the data is cached."
+    )
+    num_epochs: int = HfArg(default=100, aliases=["--num_train_epochs"], help="Times to go through the data.")
+    max_train_steps: int | None = HfArg(default=None, help="Optimizer steps in all; overrides --num_epochs.")
+
+    learning_rate: float = HfArg(default=1e-4, help="Peak learning rate.")
+    scale_lr: bool = HfArg(
+        default=False, help="Multiply the learning rate by the processes, the batch size and the accumulation steps."
+    )
+    lr_scheduler: str = HfArg(
+        default="cosine",
+        help="constant, constant_with_warmup, linear, cosine, cosine_with_restarts, polynomial or piecewise_constant.",
+    )
+    lr_warmup_steps: int = HfArg(default=500, help="Optimizer steps over which the learning rate rises.")
+    adam_beta1: float = HfArg(default=0.95, help="AdamW's first decay rate.")
+    adam_beta2: float = HfArg(default=0.999, help="AdamW's second decay rate.")
+    adam_weight_decay: float = HfArg(default=1e-6, help="AdamW's weight decay.")
+    adam_epsilon: float = HfArg(default=1e-8, help="AdamW's epsilon.")
+    max_grad_norm: float = HfArg(default=1.0, help="Clip the gradient's norm to this; 0 does not clip.")
+    max_nonfinite_steps: int = HfArg(
+        default=10, help="Stop after this many steps in a row whose loss or gradient is NaN or infinite (each is skipped)."
+    )
+
+    use_ema: bool = HfArg(
+        default=False, help="Keep an exponential moving average of the weights: it is sampled, validated and saved."
+    )
+    ema_inv_gamma: float = HfArg(default=1.0, help="EMA warm-up: decay = 1 - (1 + step/inv_gamma)^-power.")
+    ema_power: float = HfArg(default=0.75, help="EMA warm-up's power.")
+    ema_max_decay: float = HfArg(default=0.9999, help="The EMA's decay after its warm-up.")
+    ema_min_decay: float = HfArg(default=0.0, help="Its least decay; equal to --ema_max_decay the EMA is constant.")
+
+    mixed_precision: Literal["no", "fp16", "bf16"] = HfArg(
+        default="no", help="Autocast the model to half precision; bf16 works on recent CPUs too."
+    )
+    allow_tf32: bool = HfArg(default=False, help="TF32 matrix products on Ampere GPUs and later.")
+    compile: bool = HfArg(default=False, help="torch.compile the model (needs a C++ compiler or a GPU).")
+    gradient_checkpointing: bool = HfArg(default=False, help="Recompute activations in the backward pass: less memory.")
+    enable_xformers_memory_efficient_attention: bool = HfArg(
+        default=False, help="xFormers' attention; torch's own is memory-efficient too."
+    )
+    local_rank: int = HfArg(default=-1, help="Set by old launchers; LOCAL_RANK in the environment wins.")
+
+    checkpointing_steps: int = HfArg(default=500, help="Optimizer steps between checkpoints (checkpoint-N/).")
+    checkpoints_total_limit: int | None = HfArg(
+        default=None, help="Keep this many checkpoints; the oldest go once the new one is safe."
+    )
+    resume_from_checkpoint: str | None = HfArg(
+        default=None, help="checkpoint-N, a path, or latest: go on from there, exactly as if never stopped."
+    )
+    save_images_epochs: int = HfArg(default=10, help="Epochs between sample grids (samples/*.png and the tracker).")
+    save_model_epochs: int = HfArg(default=10, help="Epochs between saves of the whole pipeline.")
+    validation_steps: int | None = HfArg(
+        default=None, help="Optimizer steps between held-out losses (with the EMA weights where there are any)."
+    )
+    logging_steps: int = HfArg(default=10, help="Optimizer steps between lines of metrics.jsonl and tracker points.")
+    logger: Literal["tensorboard", "wandb", "trackio", "none"] = HfArg(
+        default="tensorboard", aliases=["--report_to"], help="Tracker; metrics.jsonl is written in any case."
+    )
+    logging_dir: str = HfArg(default="logs", help="The tracker's folder.")
+    tracker_project_name: str | None = HfArg(
+        default=None, help="The tracker's project; by default the script's name."
+    )
+
+    push_to_hub: bool = HfArg(default=False, help="Upload the pipeline and its card when training ends.")
+    hub_model_id: str | None = HfArg(
+        default=None, help="user/name of the repository; by default the output folder's name, under your user."
+    )
+    hub_token: str | None = HfArg(default=None, help="Token for the upload; by default your login (hf auth login).")
+    hub_private_repo: bool = HfArg(default=False, help="Make the repository private.")
+
+    def check(self) -> None:
+        """Raise UsageError for a value out of range."""
+        positive = [
+            "train_batch_size", "eval_batch_size", "gradient_accumulation_steps", "num_epochs", "max_train_steps",
+            "learning_rate", "adam_epsilon", "ema_inv_gamma", "ema_power", "checkpointing_steps",
+            "checkpoints_total_limit", "save_images_epochs", "save_model_epochs", "validation_steps", "logging_steps",
+            "cpu_threads", "max_nonfinite_steps",
+        ]  # fmt: skip
+        not_negative = ["dataloader_num_workers", "lr_warmup_steps", "adam_weight_decay", "max_grad_norm", "seed"]
+        for name in positive + not_negative:
+            value, least = getattr(self, name), "more than 0" if name in positive else "0 or more"
+            if value is not None and not (value > 0 if name in positive else value >= 0):
+                raise UsageError(f"--{name} {value}: must be {least}")
+        for name in ("adam_beta1", "adam_beta2", "ema_max_decay", "ema_min_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UsageError(f"--{name} {getattr(self, name)}: must be at least 0 and less than 1")
+        if self.ema_min_decay > self.ema_max_decay:
+            raise UsageError(f"--ema_min_decay {self.ema_min_decay} is above --ema_max_decay {self.ema_max_decay}")
+        if self.seed is not None and self.seed >= 2**63:
+            raise UsageError(f"--seed {self.seed}: must be less than 2^63")
+
+
+class OneLineParser(HfArgumentParser):
+    """Declares a dataclass's fields as flags; a mistake is one line and exit code 2."""
+
+    def __init__(self, dataclass_type, **kwargs):
+        super().__init__(dataclass_type, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str):
+        """End with exit code 2 and one line."""
+        unknown = message.partition("unrecognized arguments: ")[2].split(" ")[0]
+        near = difflib.get_close_matches(unknown, self._option_string_actions, n=1) if unknown else []
+        hint = f"did you mean {near[0]}? " if near else ""
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} ({hint}see --help)\n")
+
+    def flags(self) -> set[str]:
+        """The names that a config file may set: all flags, by any of their spellings."""
+        return {option[2:] for option in self._option_string_actions if option.startswith("--")} - {"help", "config"}
+
+    def tokens(self, values: dict[str, Any], source: str) -> list[str]:
+        """Values as command-line words, so that argparse checks them like the user's own."""
+        words = []
+        for name, value in values.items():
+            if name not in self.flags():
+                near = difflib.get_close_matches(str(name), self.flags(), n=1)
+                raise UsageError(
+                    f"{source}: unknown setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+                )
+            if value is None:
+                continue
+            if isinstance(value, dict):
+                raise UsageError(f"{source}: {name!r} takes one value, not a mapping")
+            values_of_flag = value if isinstance(value, list) else [value]
+            words += [f"--{name}", *map(str, values_of_flag)]
+        return words
+
+    def parse(self, argv: list[str]):
+        """The dataclass's instance for these words; an unknown word ends with exit code 2."""
+        return self.dataclass_types[0](**vars(self.parse_args(argv)))
+
+
+def read_config_file(path: str) -> dict[str, Any]:
+    """The mapping in a YAML or JSON file.
+
+    Raises:
+        UsageError: no such file, not readable as either, or not a mapping.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        values = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path}: cannot be read ({error.__class__.__name__})") from error
+    except (yaml.YAMLError, json.JSONDecodeError) as error:
+        raise UsageError(f"--config {path}: not YAML or JSON ({' '.join(str(error).split())})") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UsageError(f"--config {path}: must map flags to values, and is a {type(values).__name__}")
+    return values
+
+
+def parse_layers(dataclass_type, argv: list[str], weaker_layers, prog: str | None = None):
+    """Parse `argv` over a `--config` file over what `weaker_layers` gives.
+
+    Args:
+        weaker_layers: called with the instance that config file and command line alone make; returns a list of
+            (source, values), weakest first, such as a recipe and a preset.
+    """
+    parser = OneLineParser(dataclass_type, prog=prog)
+    try:
+        from_file, _ = parser.parse_known_args(argv)
+        file_words = []
+        if from_file.config:
+            file_words = parser.tokens(read_config_file(from_file.config), f"--config {from_file.config}")
+        known = parser.parse(file_words + argv)
+        words = [word for source, values in weaker_layers(known) for word in parser.tokens(values, source)]
+        return parser.parse(words + file_words + argv)
+    except UsageError as error:
+        parser.error(str(error))

@@ -135,8 +135,12 @@ def decode_row(value: Any, name: str) -> Image.Image:
         UnidentifiedImageError, OSError, ValueError, KeyError, TypeError, SyntaxError, EOFError, AttributeError,
         Image.DecompressionBombError,
     ) as error:  # fmt: skip
-        reason = " ".join(str(error).split()) or error.__class__.__name__
-        raise DataError(f"broken image {name}: {reason}; remove it, or pass --skip_broken_images") from error
+        raise broken_image(name, " ".join(str(error).split()) or error.__class__.__name__) from error
+
+
+def broken_image(name: str, reason: str) -> DataError:
+    """The error for an image that cannot be used."""
+    return DataError(f"broken image {name}: {reason}; remove it, or pass --skip_broken_images")
 
 
 # Rows
@@ -308,6 +312,31 @@ def should_cache(rows: Rows, transform: ImageTransform, cache: str, budget: floa
     return len(rows.dataset) * one * spare < budget * psutil.virtual_memory().available
 
 
+class RowDecoder(NamedTuple):
+    """A dataset's rows as resized pixels."""
+
+    rows: Rows
+    transform: ImageTransform
+    skip_broken: bool = False
+
+    def __call__(self, row: dict, index: int) -> np.ndarray | None:
+        """[H', W', C], or None for a broken image that is to be skipped.
+
+        Raises:
+            DataError: a broken image, named.
+        """
+        value = row[self.rows.image_column]
+        path = value.get("path") if isinstance(value, dict) else None
+        name = str(path or f"{index} of {self.rows.name}")
+        try:
+            return self.transform.resize(decode_row(value, name))
+        except DataError as error:
+            if self.skip_broken:
+                return None
+            reason = str(error)
+            raise error if reason.startswith("broken image") else broken_image(name, reason) from error
+
+
 class ImageDataset(torch.utils.data.Dataset):
     """Batches of images for keys (epoch, index): uint8 [N, C, H, W], or float32 in [0, 1] with `keep_precision`.
 
@@ -318,56 +347,38 @@ class ImageDataset(torch.utils.data.Dataset):
     def __init__(
         self, rows: Rows, transform: ImageTransform, seed: int, cached: bool = False, skip_broken: bool = False
     ):
-        self.rows, self.transform, self.seed, self.skip_broken = rows, transform, seed, skip_broken
-        self.labels = None
+        self.rows, self.transform, self.seed = rows, transform, seed
+        self.decode = RowDecoder(rows, transform, skip_broken)
         self.cache = None
-        if len(rows.dataset) == 0:
+        self.indices = np.arange(len(rows.dataset))  # of the rows that can be read, as far as is known
+        if len(self.indices) == 0:
             raise DataError(f"{rows.name} has no images")
-        self.indices = np.arange(len(rows.dataset))
         if cached:
             self._fill_cache()
 
     def _fill_cache(self) -> None:
         """Decode everything; with `skip_broken`, leave out what cannot be."""
-        cache, kept = [], []
-        rows = tqdm(self.rows.dataset, desc="decoding", disable=len(self.indices) < 2000 or not sys.stderr.isatty())
-        for index, row in enumerate(rows):
-            pixels = self._resized_or_none(row, index)
-            if pixels is not None:
-                cache.append(pixels)
-                kept.append(index)
-        if not cache:
-            raise DataError(f"{self.rows.name}: not one of {len(self.indices)} images can be read")
-        if len(kept) < len(self.indices):
-            tqdm.write(f"skipped {len(self.indices) - len(kept)} broken images of {len(self.indices)}", file=sys.stderr)
-        self.indices = np.array(kept)
-        same_shape = len({pixels.shape for pixels in cache}) == 1
-        self.cache = np.stack(cache) if same_shape else cache
+        quiet = len(self.indices) < 2000 or not sys.stderr.isatty()
+        rows = tqdm(self.rows.dataset, desc="decoding", disable=quiet)
+        pixels = [self.decode(row, index) for index, row in enumerate(rows)]
+        readable = np.array([one is not None for one in pixels])
+        if not readable.any():
+            raise DataError(f"{self.rows.name}: not one of {len(pixels)} images can be read")
+        if not readable.all():
+            tqdm.write(f"skipped {(~readable).sum()} broken images of {len(pixels)}", file=sys.stderr)
+        self.indices = self.indices[readable]
+        pixels = [one for one in pixels if one is not None]
+        self.cache = np.stack(pixels) if len({one.shape for one in pixels}) == 1 else pixels
 
     def __len__(self) -> int:
         return len(self.indices)
-
-    def _resized_or_none(self, row: dict, index: int) -> np.ndarray | None:
-        value = row[self.rows.image_column]
-        path = value.get("path") if isinstance(value, dict) else None
-        name = str(path or f"{index} of {self.rows.name}")
-        try:
-            image = decode_row(value, name)
-            try:
-                return self.transform.resize(image)
-            except DataError as error:
-                raise DataError(f"broken image {name}: {error}; remove it, or pass --skip_broken_images") from error
-        except DataError:
-            if not self.skip_broken:
-                raise
-            return None
 
     def _resized(self, index: int) -> np.ndarray:
         """Image `index`, or the next one that can be read."""
         if self.cache is not None:
             return self.cache[index]
         for candidate in range(index, index + len(self)):
-            pixels = self._resized_or_none(self.rows.dataset[candidate % len(self)], candidate % len(self))
+            pixels = self.decode(self.rows.dataset[candidate % len(self)], candidate % len(self))
             if pixels is not None:
                 return pixels
         raise DataError(f"{self.rows.name}: not one of {len(self)} images can be read")
@@ -412,9 +423,7 @@ class StreamingBatches(torch.utils.data.IterableDataset):
     ):
         from datasets.distributed import split_dataset_by_node
 
-        self.decoder = ImageDataset.__new__(ImageDataset)
-        self.decoder.rows, self.decoder.transform = rows, transform
-        self.decoder.skip_broken = skip_broken
+        self.decode = RowDecoder(rows, transform, skip_broken)
         self.stream = split_dataset_by_node(rows.dataset.shuffle(seed, buffer_size=shuffle_buffer), rank, world)
         self.rank, self.world, self.seed = rank, world, seed
         self.batch_size, self.skip_batches = batch_size, skip_batches
@@ -429,16 +438,16 @@ class StreamingBatches(torch.utils.data.IterableDataset):
             for place, row in enumerate(self.stream):
                 yield epoch, place, row
             if place < 0:
-                raise DataError(f"{self.decoder.rows.name}: the stream gave rank {self.rank} no image")
+                raise DataError(f"{self.decode.rows.name}: the stream gave rank {self.rank} no image")
             epoch += 1
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         images, places, to_skip = [], [], self.skip_batches * self.batch_size
         for epoch, place, row in self._samples():
-            if to_skip and not self.decoder.skip_broken:
+            if to_skip and not self.decode.skip_broken:
                 to_skip -= 1
                 continue
-            pixels = self.decoder._resized_or_none(row, place)
+            pixels = self.decode(row, place)
             if pixels is None:
                 continue
             if to_skip:  # replaying, and which rows are broken had to be found again

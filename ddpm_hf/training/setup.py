@@ -1,0 +1,203 @@
+"""What a script does before the loop: processes and threads, seed, output folder, optimizer, EMA, tracker."""
+
+import dataclasses
+import importlib.util
+import json
+import logging
+import os
+import secrets
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.training_utils import EMAModel
+
+from .checkpointing import find_checkpoint, write_whole
+from .config import TrainingConfig, UsageError
+
+SECRET_FLAGS = ("hub_token",)  # never written, shown or tracked
+
+
+def start_accelerator(config: TrainingConfig) -> Accelerator:
+    """Accelerate's engine for this run, with threads and precision set."""
+    if config.local_rank != -1:
+        os.environ.setdefault("LOCAL_RANK", str(config.local_rank))
+    tracker = None if config.logger == "none" else config.logger
+    if tracker is not None and importlib.util.find_spec(tracker) is None:
+        raise UsageError(f"--logger {tracker} is not installed: pip install {tracker}, or --logger none")
+    folder = Path(config.output_dir)
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        log_with=tracker,
+        project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / config.logging_dir)),
+    )
+    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise UsageError("--mixed_precision fp16 needs a GPU; on a CPU use bf16 or no")
+    # accelerate launch sets OMP_NUM_THREADS=1 on CPUs, which would leave all but one core of each process idle
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes if accelerator.device.type == "cpu" else 1))
+    torch.set_num_threads(config.cpu_threads or max(1, len(os.sched_getaffinity(0)) // local))
+    if config.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    return accelerator
+
+
+def cpu_has_bf16() -> bool:
+    """Whether bf16 is fast here: on the GPU if there is one, else on the CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported() and any(
+        flag in _cpu_flags() for flag in ("amx_bf16", "avx512_bf16")
+    )
+
+
+def _cpu_flags() -> str:
+    info = Path("/proc/cpuinfo")
+    return info.read_text() if info.is_file() else ""
+
+
+RUN_FILES = ("metrics.jsonl", "timings.jsonl", "training_config.json", "model_index.json", "samples", "checkpoint-*")
+
+
+def claim_output_dir(config: TrainingConfig, accelerator) -> tuple[Path, dict[str, Any]] | None:
+    """Make the output folder this run's; the checkpoint to resume from and its state, or None.
+
+    Raises:
+        UsageError: an earlier run's files are there and neither resuming nor overwriting was asked for; a checkpoint
+            that does not exist or is broken; a folder that cannot be written.
+    """
+    folder = Path(config.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--output_dir {folder} is a file")
+    there = sorted({path.name for pattern in RUN_FILES for path in folder.glob(pattern)}) if folder.is_dir() else []
+    if config.overwrite_output_dir and config.resume_from_checkpoint:
+        raise UsageError("--overwrite_output_dir would remove what --resume_from_checkpoint wants; give one of them")
+    if config.resume_from_checkpoint:
+        found = find_checkpoint(folder, config.resume_from_checkpoint, lambda line: log(accelerator, line))
+        if found is None:
+            log(accelerator, f"no checkpoint in {folder} yet: training from the beginning")
+    else:
+        found = None
+        if there and not config.overwrite_output_dir:
+            raise UsageError(
+                f"--output_dir {folder} holds an earlier run ({', '.join(there[:4])}); go on with"
+                " --resume_from_checkpoint latest, replace it with --overwrite_output_dir, or name another folder"
+            )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / ".writable", "")
+        (folder / ".writable").unlink(missing_ok=True)
+    except OSError as error:
+        raise UsageError(f"--output_dir {folder} cannot be written: {error.strerror}") from error
+    accelerator.wait_for_everyone()
+    if config.overwrite_output_dir and accelerator.is_main_process:
+        for pattern in (*RUN_FILES, config.logging_dir):
+            for path in folder.glob(pattern):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    accelerator.wait_for_everyone()
+    return found
+
+
+def agree_on_seed(config: TrainingConfig, resumed: dict[str, Any] | None) -> int:
+    """The seed given, the resumed run's, or one drawn by the main process: the same on all ranks.
+
+    Raises:
+        UsageError: another seed than the run to resume had.
+    """
+    if resumed is not None:
+        if config.seed not in (None, resumed["seed"]):
+            raise UsageError(f"--seed {config.seed}: the run to resume has seed {resumed['seed']}; leave --seed out")
+        return resumed["seed"]
+    drawn = [config.seed if config.seed is not None else secrets.randbits(31)]
+    return broadcast_object_list(drawn)[0]
+
+
+def log(accelerator, line: str) -> None:
+    """A line on stderr, from the main process."""
+    if accelerator.is_main_process:
+        print(line, file=sys.stderr, flush=True)
+
+
+def public_settings(config: TrainingConfig) -> dict[str, Any]:
+    """The flags and their values, without secrets."""
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in SECRET_FLAGS}
+
+
+def save_settings(config: TrainingConfig) -> None:
+    """Write `training_config.json`, which `--config` reads back."""
+    unset = ("config", "resume_from_checkpoint", "overwrite_output_dir", "dry_run", "local_rank")
+    settings = {name: value for name, value in public_settings(config).items() if name not in unset}
+    write_whole(Path(config.output_dir) / "training_config.json", json.dumps(settings, indent=2) + "\n")
+
+
+def make_optimizer(config: TrainingConfig, model: torch.nn.Module, world: int) -> torch.optim.AdamW:
+    """AdamW with the config's settings."""
+    scale = world * config.train_batch_size * config.gradient_accumulation_steps if config.scale_lr else 1
+    return torch.optim.AdamW(
+        model.parameters(),
+        lr=config.learning_rate * scale,
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.adam_weight_decay,
+        eps=config.adam_epsilon,
+        fused=True,
+    )
+
+
+def make_lr_scheduler(config: TrainingConfig, optimizer, total_steps: int):
+    """The learning rate's schedule over optimizer steps, whatever the processes and the accumulation.
+
+    Raises:
+        UsageError: no such schedule.
+    """
+    names = [kind.value for kind in SchedulerType if kind.value != "piecewise_constant"]
+    if config.lr_scheduler not in names:
+        raise UsageError(f"--lr_scheduler {config.lr_scheduler!r} is none of {', '.join(names)}")
+    return get_scheduler(
+        config.lr_scheduler,
+        optimizer=optimizer,
+        num_warmup_steps=min(config.lr_warmup_steps, total_steps),
+        num_training_steps=total_steps,
+    )
+
+
+def make_ema(config: TrainingConfig, model: torch.nn.Module) -> EMAModel | None:
+    """Diffusers' EMA of the model's weights, if asked for."""
+    if not config.use_ema:
+        return None
+    return EMAModel(
+        model.parameters(),
+        decay=config.ema_max_decay,
+        min_decay=config.ema_min_decay,
+        use_ema_warmup=True,
+        inv_gamma=config.ema_inv_gamma,
+        power=config.ema_power,
+        foreach=True,
+        model_cls=type(model),
+        model_config=model.config,
+    )
+
+
+def start_trackers(config: TrainingConfig, accelerator, default_project: str) -> None:
+    """Open the tracker, with the settings that it can show (scalars; no secrets)."""
+    if config.logger == "none":
+        return
+    logging.getLogger("torch.utils.tensorboard").setLevel(logging.ERROR)
+    settings = {k: v for k, v in public_settings(config).items() if isinstance(v, (int, float, str, bool))}
+    accelerator.init_trackers(config.tracker_project_name or default_project, config=settings)
+
+
+def track_image(accelerator, name: str, image, step: int) -> None:
+    """A PIL picture in whatever tracker there is."""
+    import numpy as np
+
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            pixels = np.asarray(image.convert("RGB"))
+            tracker.writer.add_image(name, pixels, step, dataformats="HWC")
+        else:  # wandb and trackio share this interface
+            module = importlib.import_module(tracker.name)
+            tracker.log({name: module.Image(image)}, step=step)

@@ -51,6 +51,7 @@ from ddpm_hf.training.config import HfArg, TrainingConfig, UsageError, parse_lay
 from ddpm_hf.training.loop import (
     KeyedBatchSampler,
     Losses,
+    Meter,
     StepPlan,
     TrainingState,
     averaged_weights,
@@ -138,7 +139,9 @@ class UnconditionalConfig(TrainingConfig):
         """(height, width) of --resolution."""
         parts = self.resolution.lower().split("x")
         if len(parts) > 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
-            raise UsageError(f"--resolution {self.resolution}: give a number such as 64, or HEIGHTxWIDTH such as 64x96")
+            raise UsageError(
+                f"--resolution {self.resolution}: give a number such as 64, or HEIGHTxWIDTH such as 64x96"
+            )
         return int(parts[0]), int(parts[-1])
 
     def check(self) -> None:
@@ -213,7 +216,9 @@ def load_rows(config: UnconditionalConfig) -> tuple[Rows, Rows | None]:
 
 
 def _no_column(config: UnconditionalConfig, rows: Rows):
-    raise UsageError(f"no column {config.image_column!r} in {rows.name}; it has {', '.join(rows.dataset.column_names)}")
+    raise UsageError(
+        f"no column {config.image_column!r} in {rows.name}; it has {', '.join(rows.dataset.column_names)}"
+    )
 
 
 def unet_config(config: UnconditionalConfig) -> dict:
@@ -266,7 +271,9 @@ def _read_unet_config(name_or_path: str) -> dict:
         loaded = UNet2DModel.load_config(name_or_path)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UsageError(f"--model_config_name_or_path {name_or_path}: no UNet2DModel config there ({reason})") from error
+        raise UsageError(
+            f"--model_config_name_or_path {name_or_path}: no UNet2DModel config there ({reason})"
+        ) from error
     if loaded.get("_class_name", "UNet2DModel") != "UNet2DModel":
         raise UsageError(f"--model_config_name_or_path {name_or_path}: a {loaded['_class_name']}, not a UNet2DModel")
     return {name: value for name, value in loaded.items() if not name.startswith("_")}
@@ -403,7 +410,13 @@ def draw_grid(model, step: int, *, config: UnconditionalConfig, scheduler, accel
 
 
 def make_batches(
-    config: UnconditionalConfig, rows: Rows, dataset: ImageDataset | None, transform, plan: StepPlan, step: int, accelerator
+    config: UnconditionalConfig,
+    rows: Rows,
+    dataset: ImageDataset | None,
+    transform,
+    plan: StepPlan,
+    step: int,
+    accelerator,
 ) -> Iterator[dict]:
     """This rank's batches, from a step on."""
     options = {
@@ -428,22 +441,30 @@ def make_batches(
     return iter(torch.utils.data.DataLoader(stream, **options))
 
 
-def describe(config: UnconditionalConfig, rows: Rows, samples, plan: StepPlan, total_steps: int, model, cached) -> str:
+def describe(
+    config: UnconditionalConfig, rows: Rows, dataset: ImageDataset | None, plan: StepPlan, total_steps: int, model
+) -> str:
     """What would run, for --dry_run."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    copies = 4 + config.use_ema  # weights, gradients, Adam's two moments, and the EMA
-    size = (1 if cached is None else cached.nbytes) / 2**20 if not isinstance(cached, list) else 0
-    lines = [
-        ("data", f"{rows.name}: {'a stream' if samples is None else f'{samples:,} images'}, column {rows.image_column!r}"),
-        ("images", f"{model.config.in_channels} × {config.resolution}, {'cached decoded' if cached is not None else 'decoded as they are needed'}"),
-        ("model", f"{config.model_preset or config.model_config_name_or_path or 'the default UNet'}, {parameters:,} parameters"),
-        ("diffusion", f"{config.ddpm_beta_schedule}, T={config.ddpm_num_steps}, {config.prediction_type}, {config.variance_type}, {config.objective}"),
-        ("batch", f"{plan.batch_size} × {plan.world} processes × {plan.accumulation} accumulated = {plan.global_batch * plan.accumulation}"),
-        ("steps", f"{total_steps:,} ({plan.steps_per_epoch:,} an epoch)"),
-        ("memory", f"{copies * parameters * 4 / 2**20:,.0f} MiB for weights, gradients, Adam{' and EMA' if config.use_ema else ''}; {size:,.0f} MiB of cached images; activations come on top"),
-        ("output", f"{Path(config.output_dir).resolve()}, tracker {config.logger}, seed {config.seed}"),
-    ]  # fmt: skip
-    return "\n".join(f"{name:>10}  {value}" for name, value in lines)
+    kept = 4 + config.use_ema  # weights, gradients, Adam's two moments, and the EMA
+    cached = dataset is not None and dataset.cache is not None
+    cache_bytes = sum(pixels.nbytes for pixels in dataset.cache) if cached else 0
+    count = "a stream" if dataset is None else f"{len(dataset):,} images"
+    name = config.model_preset or config.model_config_name_or_path or "the default UNet"
+    lines = {
+        "data": f"{rows.name}: {count}, column {rows.image_column!r}",
+        "images": f"{model.config.in_channels} × {config.resolution}, {'kept' if cached else 'not kept'} decoded",
+        "model": f"{name}, {parameters:,} parameters",
+        "diffusion": f"{config.ddpm_beta_schedule}, T={config.ddpm_num_steps}, {config.prediction_type},"
+        f" {config.variance_type}, objective {config.objective}",
+        "batch": f"{plan.batch_size} × {plan.world} processes × {plan.accumulation} accumulated"
+        f" = {plan.global_batch * plan.accumulation}",
+        "steps": f"{total_steps:,} ({plan.steps_per_epoch:,} an epoch)",
+        "memory": f"{kept * parameters * 4 / 2**20:,.0f} MiB for weights, gradients, Adam"
+        f"{' and EMA' if config.use_ema else ''}, {cache_bytes / 2**20:,.0f} MiB for images; activations on top",
+        "output": f"{Path(config.output_dir).resolve()}, tracker {config.logger}, seed {config.seed}",
+    }
+    return "\n".join(f"{name:>10}  {value}" for name, value in lines.items())
 
 
 def check_resumable(found: tuple[Path, dict] | None, model: UNet2DModel, facts: dict, accelerator) -> None:
@@ -476,7 +497,12 @@ def train(config: UnconditionalConfig) -> None:
         rows, held_out_rows = load_rows(config)
     height, width = config.size()
     transform = ImageTransform(
-        height, width, arguments["in_channels"], config.center_crop, config.random_flip, config.preserve_input_precision
+        height,
+        width,
+        arguments["in_channels"],
+        config.center_crop,
+        config.random_flip,
+        config.preserve_input_precision,
     )
     dataset = held_out = None
     if not config.streaming:
@@ -499,7 +525,7 @@ def train(config: UnconditionalConfig) -> None:
     )
     total_steps = config.max_train_steps or config.num_epochs * plan.steps_per_epoch
     if config.dry_run:
-        print(describe(config, rows, samples, plan, total_steps, model, getattr(dataset, "cache", None)))
+        print(describe(config, rows, dataset, plan, total_steps, model))
         return
     log(accelerator, f"seed {config.seed}, {total_steps} steps, {rows.name}")
     warn_of_terminal_snr(config, scheduler, accelerator)
@@ -518,6 +544,7 @@ def train(config: UnconditionalConfig) -> None:
         ema=make_ema(config, model),
         optimizer=make_optimizer(config, model, accelerator.num_processes),
         lr_scheduler=None,
+        meter=Meter(QUARTILES, accelerator.device),
         extra={} if isinstance(sampler, UniformTimestepSampler) else {"timestep_sampler": sampler},
         facts=facts,
     )
@@ -548,7 +575,6 @@ def train(config: UnconditionalConfig) -> None:
         make_batches(config, rows, dataset, transform, plan, state.step, accelerator),
         total_steps,
         compute_loss=functools.partial(compute_loss, sampler=sampler, **shared),
-        groups=QUARTILES,
         validate=held_out and functools.partial(validation_loss, held_out=held_out, **shared),
         draw=functools.partial(draw_grid, **shared),
         save=save,

@@ -88,7 +88,9 @@ def main():
             previous = [t - 1 for t in timesteps]
             reference = reference_tables(reference_betas(name, T), timesteps, previous)
             config = {"num_train_timesteps": T, "beta_schedule": name}
-            figures = [worst(our_tables(config, timesteps, previous, d), reference) for d in (torch.float64, torch.float32)]
+            figures = [
+                worst(our_tables(config, timesteps, previous, d), reference) for d in (torch.float64, torch.float32)
+            ]
             figures.append(worst(stock_tables(name, T, timesteps), reference))
             print(f"| {name} | {T} | " + " | ".join(figures) + " |", flush=True)
 

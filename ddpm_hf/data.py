@@ -177,7 +177,9 @@ def embedded_digits(part: str) -> Rows:
     chosen = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels)
     rows = np.sort(chosen[0 if part == "train" else 1])
     names = [str(digit) for digit in range(10)]
-    features = datasets.Features({IMAGE_COLUMN: datasets.Image(decode=False), "label": datasets.ClassLabel(names=names)})
+    features = datasets.Features(
+        {IMAGE_COLUMN: datasets.Image(decode=False), "label": datasets.ClassLabel(names=names)}
+    )
     images = []
     for row in pixels[rows].reshape(-1, 28, 28).astype(np.uint8):
         buffer = io.BytesIO()

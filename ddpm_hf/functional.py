@@ -34,9 +34,7 @@ def approx_standard_normal_cdf(x: torch.Tensor) -> torch.Tensor:
     return 0.5 * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
 
 
-def discretized_gaussian_log_likelihood(
-    x: torch.Tensor, mean: torch.Tensor, log_scale: torch.Tensor
-) -> torch.Tensor:
+def discretized_gaussian_log_likelihood(x: torch.Tensor, mean: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:
     """Log-probability, in nats, of x's bin of width 2/255 under N(mean, e^(2·log_scale)) (Ho et al. 2020, Eq. 13).
 
     Args:
@@ -49,7 +47,5 @@ def discretized_gaussian_log_likelihood(
     inverse_scale = torch.exp(-log_scale)
     cdf_above = approx_standard_normal_cdf(inverse_scale * (centered + 1.0 / 255.0))
     cdf_below = approx_standard_normal_cdf(inverse_scale * (centered - 1.0 / 255.0))
-    probability = torch.where(
-        x < -0.999, cdf_above, torch.where(x > 0.999, 1.0 - cdf_below, cdf_above - cdf_below)
-    )
+    probability = torch.where(x < -0.999, cdf_above, torch.where(x > 0.999, 1.0 - cdf_below, cdf_above - cdf_below))
     return torch.log(probability.clamp(min=1e-12))

@@ -61,9 +61,7 @@ def _adm(sample_size: int, widths: tuple[int, ...], layers: int, **more) -> dict
 
 def _small(sample_size: int, widths: tuple[int, ...], layers: int, attention_at: tuple[int, ...], **more) -> dict:
     """For CPUs: one attention head (head dim 8 is slow), and at most a quarter as many norm groups as channels."""
-    return _unet(
-        sample_size, widths, layers, attention_at, norm_num_groups=8, attention_head_dim=widths[-1], **more
-    )
+    return _unet(sample_size, widths, layers, attention_at, norm_num_groups=8, attention_head_dim=widths[-1], **more)
 
 
 _CONSTANT_EMA = {"use_ema": True, "ema_max_decay": 0.9999, "ema_min_decay": 0.9999}

@@ -115,9 +115,9 @@ def _simple(scheduler, model_output, x_start, noise, timesteps, options: LossOpt
 
 def _vlb(scheduler, model_output, x_start, noise, timesteps, options: LossOptions):
     x_t = scheduler.add_noise(x_start, noise, timesteps)
-    return len(scheduler) * vb_terms_bpd(
-        scheduler, model_output, x_start, x_t, timesteps, clip_sample=False
-    ).bits_per_dim
+    return (
+        len(scheduler) * vb_terms_bpd(scheduler, model_output, x_start, x_t, timesteps, clip_sample=False).bits_per_dim
+    )
 
 
 def _hybrid(scheduler, model_output, x_start, noise, timesteps, options: LossOptions):

@@ -113,7 +113,9 @@ def test_perfect_output_costs_nothing_but_the_decoder(prediction_type, strided):
     output = scheduler.training_target(x_0, noise, t)
     terms = vb_terms_bpd(scheduler, output, x_0, x_t, t, s)
     last = torch.tensor([True, strided, False, False])
-    torch.testing.assert_close(terms.bits_per_dim[~last], torch.zeros_like(terms.bits_per_dim[~last]), atol=1e-8, rtol=0)
+    torch.testing.assert_close(
+        terms.bits_per_dim[~last], torch.zeros_like(terms.bits_per_dim[~last]), atol=1e-8, rtol=0
+    )
     assert (terms.bits_per_dim[last] > 0).all()
     torch.testing.assert_close(terms.pred_original_sample, x_0, rtol=0, atol=1e-8)
 

@@ -201,7 +201,9 @@ def test_velocity_is_the_rotation_of_sample_and_noise():
     x_0, noise = images(3, 2, 2, 2), randn(3, 2, 2, 2)
     x_t, v = scheduler.add_noise(x_0, noise, t), scheduler.get_velocity(x_0, noise, t)
     torch.testing.assert_close(x_t**2 + v**2, x_0**2 + noise**2)
-    torch.testing.assert_close(x_t * x_0 + v * noise, (x_0**2 + noise**2) * scheduler.q_mean_variance(x_0 * 0 + 1, t).mean)
+    torch.testing.assert_close(
+        x_t * x_0 + v * noise, (x_0**2 + noise**2) * scheduler.q_mean_variance(x_0 * 0 + 1, t).mean
+    )
 
 
 def test_training_target_of_posterior_mean_is_the_posterior_mean():
@@ -409,7 +411,9 @@ def test_moments_are_differentiable(prediction_type, variance_type):
     t, s = torch.tensor([9, 5]), torch.tensor([8, 2])
     output = output_for(scheduler, randn(2, 2)).requires_grad_()
     x_t = randn(2, 2, seed=1).requires_grad_()
-    assert torch.autograd.gradcheck(lambda *inputs: tuple(scheduler.p_mean_variance(inputs[0], t, inputs[1], s)), (output, x_t))
+    assert torch.autograd.gradcheck(
+        lambda *inputs: tuple(scheduler.p_mean_variance(inputs[0], t, inputs[1], s)), (output, x_t)
+    )
 
 
 # step
@@ -501,7 +505,7 @@ def test_timesteps_of_every_length(spacing, T):
         assert timesteps.dtype == torch.int64
         assert len(timesteps) == n == scheduler.num_inference_steps
         assert (timesteps.diff() < 0).all()
-        assert 0 <= timesteps[-1]
+        assert timesteps[-1] >= 0
         assert timesteps[0] < T
         if spacing == "leading":
             assert timesteps.tolist() == [math.floor(i * T / n) for i in reversed(range(n))]
@@ -582,7 +586,9 @@ def test_moments_do_not_depend_on_the_chain():
 # ᾱ_T = 0
 
 
-@pytest.mark.parametrize("config", [{"beta_schedule": "jsd"}, {"rescale_betas_zero_snr": True}], ids=["jsd", "rescaled"])
+@pytest.mark.parametrize(
+    "config", [{"beta_schedule": "jsd"}, {"rescale_betas_zero_snr": True}], ids=["jsd", "rescaled"]
+)
 def test_check_invertible(config):
     """Epsilon prediction divides by √ᾱ = 0 there; the pair must be refused with the way out, and nothing else."""
     scheduler = DDPMScheduler(**config)

@@ -38,7 +38,9 @@ def portable_sources(module_file: Path) -> dict[str, str]:
         if path.name in sources:
             continue
         sources[path.name] = path.read_text(encoding="utf-8")
-        pending += [path.with_name(f"{name}.py") for name in re.findall(r"^from \.(\w+) import", sources[path.name], re.M)]
+        pending += [
+            path.with_name(f"{name}.py") for name in re.findall(r"^from \.(\w+) import", sources[path.name], re.M)
+        ]
     return sources
 
 

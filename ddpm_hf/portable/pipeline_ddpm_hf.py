@@ -38,8 +38,10 @@ class DDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPipeline):
             self.vae is not None
             or config.get("prediction_type") == "posterior_mean"
             or config.get("variance_type") in ("learned", "fixed_large_log")
-            or (self.unet.config.out_channels != self.unet.config.in_channels)
-            and not isinstance(self.scheduler, DDPMScheduler)
+            or (
+                (self.unet.config.out_channels != self.unet.config.in_channels)
+                and not isinstance(self.scheduler, DDPMScheduler)
+            )
         )
         return None if differs else "DDPMPipeline"
 
@@ -158,7 +160,9 @@ class DDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPipeline):
             )
         tail = [t for t in self.prepare_timesteps(num_inference_steps) if t <= timestep]
         if not tail or timestep >= len(self.scheduler):
-            raise ValueError(f"timestep {timestep} is not within the chain's {self.scheduler.timesteps.tolist()[-1]}..T-1")
+            raise ValueError(
+                f"timestep {timestep} is not within the chain's {self.scheduler.timesteps.tolist()[-1]}..T-1"
+            )
         return tail
 
     @staticmethod

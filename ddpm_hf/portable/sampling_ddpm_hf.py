@@ -91,7 +91,9 @@ class SamplingMixin:
         """x_T [N, C, H, W] ~ N(0, I), or the given one, scaled as the sampler wants it."""
         shape = (batch_size, *self.sample_shape)
         if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(f"{len(generator)} generators for batch_size={batch_size}; give one for each image, or one")
+            raise ValueError(
+                f"{len(generator)} generators for batch_size={batch_size}; give one for each image, or one"
+            )
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self.unet.dtype)
         elif tuple(latents.shape) != shape:

@@ -21,7 +21,9 @@ from diffusers.utils.torch_utils import randn_tensor
 
 logger = logging.get_logger(__name__)
 
-MAX_BETA = 0.999  # where a schedule is given by ᾱ, the last β would be 1 and x_T carry nothing (Nichol & Dhariwal, sec. 3.2)
+MAX_BETA = (
+    0.999  # where a schedule is given by ᾱ, the last β would be 1 and x_T carry nothing (Nichol & Dhariwal, sec. 3.2)
+)
 
 
 # Beta schedules: pure functions (num_train_timesteps, beta_start, beta_end) -> float64 array [T].
@@ -40,7 +42,9 @@ def scaled_linear(num_train_timesteps: int, beta_start: float, beta_end: float) 
 
 def squaredcos_cap_v2(num_train_timesteps: int, beta_start: float, beta_end: float) -> np.ndarray:
     """ᾱ = cos²((t/T + 0.008)/1.008 · π/2), the cosine schedule (Nichol & Dhariwal 2021, Eq. 17)."""
-    angle = np.arange(num_train_timesteps, -1, -1) / num_train_timesteps / 1.008 * (math.pi / 2)  # cos(x) = sin(π/2 - x)
+    angle = (
+        np.arange(num_train_timesteps, -1, -1) / num_train_timesteps / 1.008 * (math.pi / 2)
+    )  # cos(x) = sin(π/2 - x)
     before, after = angle[:-1], angle[1:]
     return np.minimum(np.sin(before - after) * np.sin(before + after) / np.sin(before) ** 2, MAX_BETA)
 
@@ -224,8 +228,13 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
     ):
         if prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"prediction_type {prediction_type!r} is none of {', '.join(PREDICTION_TYPES)}")
+        if variance_type is None:  # as a sampler keeps it that was told to leave a learned variance alone
+            variance_type = "fixed_small"
+            self.register_to_config(variance_type=variance_type)
         if variance_type not in VARIANCE_TYPES:  # as in stock, such a name samples with fixed_small
-            logger.warning(f"variance_type {variance_type!r} is none of {', '.join(VARIANCE_TYPES)}: using fixed_small")
+            logger.warning(
+                f"variance_type {variance_type!r} is none of {', '.join(VARIANCE_TYPES)}: using fixed_small"
+            )
         betas = self._resolve_betas(num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas)
         if rescale_betas_zero_snr:
             betas = rescale_zero_terminal_snr(betas)
@@ -282,7 +291,9 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         visited = visited[visited < len(self.betas)]
         following = torch.cat([visited[1:], torch.tensor([-1])])
         columns = [column.tolist() for column in self._coefficients(visited, following)]
-        self._chain = {t: (s, _Coefficients(*row)) for t, s, *row in zip(visited.tolist(), following.tolist(), *columns)}
+        self._chain = {
+            t: (s, _Coefficients(*row)) for t, s, *row in zip(visited.tolist(), following.tolist(), *columns)
+        }
 
     def set_timesteps(
         self,

@@ -50,9 +50,11 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 def _digest(path: Path) -> str:
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(
-            file.read()
-        ).hexdigest()
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else hashlib.sha256(file.read()).hexdigest()
+        )
 
 
 def _flush(path: Path) -> None:
@@ -135,7 +137,9 @@ def rotate(output_dir: Path, limit: int | None) -> None:
 def save_tensors(directory: Path, states: dict[str, Any]) -> None:
     """Write each object's `state_dict()` of tensors as `name.safetensors`."""
     for name, item in states.items():
-        save_file({key: value.contiguous() for key, value in item.state_dict().items()}, directory / f"{name}.safetensors")
+        save_file(
+            {key: value.contiguous() for key, value in item.state_dict().items()}, directory / f"{name}.safetensors"
+        )
 
 
 def load_tensors(directory: Path, states: dict[str, Any]) -> None:

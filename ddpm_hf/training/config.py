@@ -66,7 +66,8 @@ class TrainingConfig:
     adam_epsilon: float = HfArg(default=1e-8, help="AdamW's epsilon.")
     max_grad_norm: float = HfArg(default=1.0, help="Clip the gradient's norm to this; 0 does not clip.")
     max_nonfinite_steps: int = HfArg(
-        default=10, help="Stop after this many steps in a row whose loss or gradient is NaN or infinite (each is skipped)."
+        default=10,
+        help="Stop after this many steps in a row whose loss or gradient is NaN or infinite (each is skipped).",
     )
 
     use_ema: bool = HfArg(
@@ -82,7 +83,9 @@ class TrainingConfig:
     )
     allow_tf32: bool = HfArg(default=False, help="TF32 matrix products on Ampere GPUs and later.")
     compile: bool = HfArg(default=False, help="torch.compile the model (needs a C++ compiler or a GPU).")
-    gradient_checkpointing: bool = HfArg(default=False, help="Recompute activations in the backward pass: less memory.")
+    gradient_checkpointing: bool = HfArg(
+        default=False, help="Recompute activations in the backward pass: less memory."
+    )
     enable_xformers_memory_efficient_attention: bool = HfArg(
         default=False, help="xFormers' attention; torch's own is memory-efficient too."
     )
@@ -105,9 +108,7 @@ class TrainingConfig:
         default="tensorboard", aliases=["--report_to"], help="Tracker; metrics.jsonl is written in any case."
     )
     logging_dir: str = HfArg(default="logs", help="The tracker's folder.")
-    tracker_project_name: str | None = HfArg(
-        default=None, help="The tracker's project; by default the script's name."
-    )
+    tracker_project_name: str | None = HfArg(default=None, help="The tracker's project; by default the script's name.")
 
     push_to_hub: bool = HfArg(default=False, help="Upload the pipeline and its card when training ends.")
     hub_model_id: str | None = HfArg(

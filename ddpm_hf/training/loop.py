@@ -120,11 +120,25 @@ class Meter:
     def add(self, result: Losses, count: int) -> None:
         """Take in the first `count` samples of a batch."""
         losses = result.losses.detach()[:count].double()
-        self.sums[0] += torch.stack([losses.sum(), torch.tensor(float(count), device=self.device, dtype=torch.float64)])
+        self.sums[0] += torch.stack(
+            [losses.sum(), torch.tensor(float(count), device=self.device, dtype=torch.float64)]
+        )
         if result.groups is not None:
             logged = (result.losses if result.logged is None else result.logged).detach()[:count].double()
             pairs = torch.stack([logged, torch.ones_like(logged)], dim=1)  # [N, 2]
             self.sums[1:].index_add_(0, result.groups[:count].to(self.device), pairs)
+
+    def gathered(self, accelerator) -> list:
+        """Every rank's sums, for a checkpoint."""
+        return accelerator.gather(self.sums[None]).tolist()
+
+    def restore(self, gathered: list, accelerator) -> None:
+        """Take up what `gathered` gave: this rank's own where the ranks are as many, else all on the main one."""
+        rank, sums = accelerator.process_index, torch.tensor(gathered, dtype=torch.float64, device=self.device)
+        if sums.shape[1:] != self.sums.shape:
+            raise UsageError("the checkpoint logs other groups of losses; resume with the script that wrote it")
+        same = len(sums) == accelerator.num_processes
+        self.sums = sums[rank] if same else sums.sum(0) * (rank == 0)
 
     def means(self, accelerator) -> dict[str, float]:
         """The means over all ranks since the last reset; a group that saw nothing is left out."""
@@ -141,6 +155,7 @@ class TrainingState:
     ema: Any | None
     optimizer: torch.optim.Optimizer
     lr_scheduler: Any
+    meter: Meter
     extra: dict[str, Any] = field(default_factory=dict)
     step: int = 0  # optimizer steps taken
     nonfinite_steps: int = 0  # skipped, in a row
@@ -190,6 +205,7 @@ def save_checkpoint(accelerator, state: TrainingState, output_dir: Path, limit: 
         partial.mkdir(parents=True)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(partial))
+    meter = state.meter.gathered(accelerator)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         save_tensors(partial, state.extra)
@@ -199,6 +215,7 @@ def save_checkpoint(accelerator, state: TrainingState, output_dir: Path, limit: 
             {
                 "step": state.step,
                 "nonfinite_steps": state.nonfinite_steps,
+                "meter": meter,
                 "lr_scheduler": json.loads(json.dumps(state.lr_scheduler.state_dict(), default=lambda _: None)),
                 **state.facts,
             },
@@ -213,6 +230,7 @@ def load_checkpoint(accelerator, state: TrainingState, checkpoint: Path, output_
     accelerator.load_state(str(checkpoint))
     load_tensors(checkpoint, state.extra)
     state.lr_scheduler.load_state_dict(manifest["lr_scheduler"])
+    state.meter.restore(manifest["meter"], accelerator)
     state.step, state.nonfinite_steps = manifest["step"], manifest["nonfinite_steps"]
     if accelerator.is_main_process:
         for name in ("metrics.jsonl", "timings.jsonl"):
@@ -274,7 +292,6 @@ def training_loop(
     total_steps: int,
     *,
     compute_loss: Callable[[torch.nn.Module, dict, StepKeys], Losses],
-    groups: tuple[str, ...] = (),
     validate: Callable[[torch.nn.Module], dict[str, float]] | None = None,
     draw: Callable[[torch.nn.Module, int], None] | None = None,
     save: Callable[[torch.nn.Module], None] | None = None,
@@ -284,7 +301,6 @@ def training_loop(
     Args:
         batches: this rank's batches from `state.step` on, as `plan` says.
         compute_loss: (model, batch, keys) -> `Losses`; what it draws, it draws from `keys`.
-        groups: the names that `Losses.groups` number.
         validate, draw, save: given the model, in eval mode and with the EMA weights. `draw` also gets the step; it and
             `validate` run on all ranks, `save` on the main one.
 
@@ -293,7 +309,7 @@ def training_loop(
     """
     output_dir, seed = Path(config.output_dir), config.seed
     model = unwrap(accelerator, state.model)
-    meter = Meter(groups, accelerator.device)
+    meter = state.meter
     bar = tqdm(
         total=total_steps, initial=state.step, desc="training", unit="step", dynamic_ncols=True,
         disable=not accelerator.is_local_main_process,
@@ -347,12 +363,18 @@ def training_loop(
             record: dict[str, float] = {}
             if (state.step % config.logging_steps == 0 or done) and finite:
                 record = {**meter.means(accelerator), "lr": state.lr_scheduler.get_last_lr()[0], "grad_norm": norm}
-            if validate is not None and config.validation_steps and (state.step % config.validation_steps == 0 or done):
+            if (
+                validate is not None
+                and config.validation_steps
+                and (state.step % config.validation_steps == 0 or done)
+            ):
                 with averaged_weights(state, model):
                     record |= validate(model)
             if record:
                 elapsed = time.perf_counter() - since
-                shown |= {name: f"{value:.3g}" for name, value in record.items() if "loss" in name and "_q" not in name}
+                shown |= {
+                    name: f"{value:.3g}" for name, value in record.items() if "loss" in name and "_q" not in name
+                }
                 bar.set_postfix(epoch=epoch + 1, **shown, lr=f"{state.lr_scheduler.get_last_lr()[0]:.1e}")
                 if accelerator.is_main_process:
                     append_jsonl(output_dir / "metrics.jsonl", {"step": state.step, "epoch": epoch + 1, **record})

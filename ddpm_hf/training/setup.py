@@ -39,7 +39,9 @@ def start_accelerator(config: TrainingConfig) -> Accelerator:
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UsageError("--mixed_precision fp16 needs a GPU; on a CPU use bf16 or no")
     # accelerate launch sets OMP_NUM_THREADS=1 on CPUs, which would leave all but one core of each process idle
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes if accelerator.device.type == "cpu" else 1))
+    local = int(
+        os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes if accelerator.device.type == "cpu" else 1)
+    )
     torch.set_num_threads(config.cpu_threads or max(1, len(os.sched_getaffinity(0)) // local))
     if config.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True

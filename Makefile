@@ -1,0 +1,46 @@
+# Everything a fresh machine needs is Python 3.10+ and pip: each target makes the environment it runs in.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := demo
+
+.PHONY: help demo test test-slow quality style bench clean
+
+help:
+	@echo "make demo       train on the embedded digits and draw pictures into $(DEMO)/"
+	@echo "make test       run the tests"
+	@echo "make test-slow  run the tests that take minutes"
+	@echo "make quality    check format and lint"
+	@echo "make style      format"
+	@echo "make bench      run the benchmarks"
+
+# One environment; the stamp is made anew when what it rests on changes.
+$(VENV)/stamp: setup.cfg constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,eval,test]'
+	touch $@
+
+demo: $(VENV)/stamp
+	$(BIN)/python train_unconditional.py --output_dir $(DEMO) --overwrite_output_dir --seed 0
+	$(BIN)/ddpm-hf sample $(DEMO) --num-images 64 --steps 250 --progressive --out $(DEMO)/pictures
+	@echo "Look at $(DEMO)/pictures/grid.png, progressive.png and chain.gif"
+
+test: $(VENV)/stamp
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-slow: $(VENV)/stamp
+	$(BIN)/python -m pytest -m slow
+
+quality: $(VENV)/stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+style: $(VENV)/stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/stamp
+	for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf $(VENV) $(DEMO)

@@ -1,0 +1,185 @@
+"""The `ddpm-hf` command. Heavy libraries are imported when a command runs, so that `--help` is quick."""
+
+import enum
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Denoising diffusion in the Hugging Face ecosystem: look at what a trained model draws.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def _commands() -> None:
+    """Denoising diffusion in the Hugging Face ecosystem: look at what a trained model draws."""
+
+
+class Sampler(str, enum.Enum):
+    """The samplers of `ddpm-hf sample`."""
+
+    ddpm = "ddpm"
+    ddim = "ddim"
+    dpmpp = "dpm++"
+    unipc = "unipc"
+
+
+class Precision(str, enum.Enum):
+    """What the network computes in."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+# name -> class of Diffusers, its usual number of steps, what its config needs beside the model's
+SAMPLERS = {
+    "ddpm": (None, None, {}),
+    "ddim": ("DDIMScheduler", 50, {}),
+    "dpm++": ("DPMSolverMultistepScheduler", 25, {"algorithm_type": "dpmsolver++", "timestep_spacing": "linspace"}),
+    "unipc": ("UniPCMultistepScheduler", 25, {"timestep_spacing": "linspace"}),
+}
+
+
+def load_pipeline(model: str, revision: str | None, token: str | None):
+    """Our pipeline from a folder or Hub name, without executing anything from it.
+
+    Raises:
+        ValueError: no such model, or not one of ours.
+    """
+    from .portable.pipeline_ddpm_hf import DDPMPipeline
+
+    if Path(model).is_dir() and not (Path(model) / "model_index.json").is_file():
+        raise ValueError(f"{model} holds no pipeline (no model_index.json); give the --output_dir of a training run")
+    try:
+        return DDPMPipeline.from_pretrained(model, revision=revision, token=token, use_safetensors=True)
+    except OSError as error:
+        raise ValueError(
+            f"{model} is neither a folder nor a model that can be reached on the Hub ({error.__class__.__name__});"
+            " check the name, your network, and --token for a private one"
+        ) from error
+    except (ValueError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{model} cannot be loaded as an unconditional pipeline: {reason}") from error
+
+
+def swap_sampler(pipeline, sampler: str) -> int | None:
+    """Put a sampler into the pipeline; its usual number of steps (None: all of T)."""
+    import diffusers
+
+    name, steps, options = SAMPLERS[sampler]
+    if name is not None:
+        config = pipeline.scheduler.config
+        pipeline.scheduler = getattr(diffusers, name).from_config(config, **options)
+    return steps
+
+
+def write_chain(frames: list[list], path: Path, scale: int) -> None:
+    """An animated GIF of a grid along the chain; the last frame stays a while."""
+    import io
+
+    from .data import image_grid
+    from .training.checkpointing import write_whole
+
+    grids = [image_grid(images, scale=scale).convert("P") for images in frames]
+    buffer = io.BytesIO()
+    durations = [100] * (len(grids) - 1) + [2000]
+    grids[0].save(buffer, "GIF", save_all=True, append_images=grids[1:], duration=durations, loop=0)
+    write_whole(path, buffer.getvalue())
+
+
+@app.command()
+def sample(
+    model: Annotated[str, typer.Argument(help="A training run's output folder, or a model on the Hub (user/name).")],
+    out: Annotated[Path, typer.Option(help="The folder to write to.")] = Path("samples"),
+    num_images: Annotated[int, typer.Option(min=1, help="How many images to draw.")] = 16,
+    sampler: Annotated[
+        Sampler, typer.Option(help="ddpm is ancestral sampling; the others need fewer steps.")
+    ] = "ddpm",
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Timesteps to visit; by default all for ddpm, 50 or 25 for the others.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Image i depends on the seed and i alone, whatever the batch.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images drawn at once.")] = 64,
+    precision: Annotated[
+        Precision, typer.Option(help="bf16 and fp16 are faster where the hardware has them.")
+    ] = "fp32",
+    device: Annotated[str | None, typer.Option(help="cuda, mps or cpu; by default the best there is.")] = None,
+    progressive: Annotated[
+        bool, typer.Option("--progressive", help="Also a strip of x̂_0 along the chain and an animated GIF of x_t.")
+    ] = False,
+    grid_only: Annotated[bool, typer.Option("--grid-only", help="Write no single images.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    token: Annotated[
+        str | None, typer.Option(help="For a private model; by default your login.", envvar="HF_TOKEN")
+    ] = None,
+) -> None:
+    """Draw images: a grid (grid.png) and single ones (0000.png, ...)."""
+    import contextlib
+    import os
+
+    import torch
+    from diffusers.utils import logging
+    from tqdm.auto import tqdm
+
+    from .data import image_grid
+    from .publishing import save_image
+    from .training.randomness import keyed_seed
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if "OMP_NUM_THREADS" not in os.environ and hasattr(os, "sched_getaffinity"):
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+    accelerators = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()]
+    device = device or (accelerators + ["cpu"])[0]
+    pipeline = load_pipeline(model, revision, token).to(device)
+    usual = swap_sampler(pipeline, sampler.value)
+    steps = steps or (usual and min(usual, pipeline.scheduler.config.num_train_timesteps))
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision.value)
+    autocast = torch.autocast(torch.device(device).type, dtype) if dtype else contextlib.nullcontext()
+    pipeline.set_progress_bar_config(desc="steps", leave=False, disable=num_images > batch_size)
+
+    images, frames = [], []
+    starts = range(0, num_images, batch_size)
+    with autocast:
+        for first in tqdm(starts, desc="batches", disable=len(starts) == 1):
+            indices = range(first, min(first + batch_size, num_images))
+            generators = [torch.Generator(device).manual_seed(keyed_seed(seed, "sample", 0, i)) for i in indices]
+            wanted = 40 if progressive and first == 0 else 0
+            drawn = pipeline(len(indices), generators, num_inference_steps=steps, num_frames=wanted)
+            images += drawn.images
+            frames = drawn.frames or frames
+
+    scale = max(1, 64 // images[0].width)
+    save_image(image_grid(images, scale=scale), out / "grid.png")
+    if not grid_only:
+        for index, image in enumerate(images):
+            save_image(image, out / f"{index:04d}.png")
+    if progressive:
+        shown = min(8, len(images))
+        moments = frames[:: max(1, len(frames) // 10)][-9:] + frames[-1:]
+        strip = [moment.prediction[index] for index in range(shown) for moment in moments]
+        save_image(image_grid(strip, columns=len(moments), scale=scale), out / "progressive.png")
+        write_chain([frame.sample[:16] for frame in frames], out / "chain.gif", scale)
+    typer.echo(f"{len(images)} images in {out}: grid.png" + (", progressive.png, chain.gif" if progressive else ""))
+
+
+def main() -> None:
+    """The entry point: what the user can mend is one line and exit code 2."""
+    try:
+        app(standalone_mode=False)
+    except typer.Abort:
+        raise SystemExit(130) from None
+    except (typer.BadParameter.__mro__[2], ValueError, OSError) as error:  # typer's own ClickException
+        message = error.format_message() if hasattr(error, "format_message") else str(error)
+        print(f"ddpm-hf: error: {' '.join(message.split())} (see --help)", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

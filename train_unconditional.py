@@ -301,13 +301,13 @@ def make_scheduler(config: UnconditionalConfig) -> DDPMScheduler:
 
 
 def warn_of_terminal_snr(config: UnconditionalConfig, scheduler: DDPMScheduler, accelerator) -> None:
-    """Say so where x_T still shows the image: sampling starts from pure noise, and would start from the wrong place."""
+    """Say so where x_T still shows the image: sampling starts from pure noise, which is then the wrong place."""
     left = float(scheduler.alphas_cumprod[-1])
     if left > 0.01:
         log(
             accelerator,
-            f"warning: {config.ddpm_beta_schedule} with --ddpm_num_steps {config.ddpm_num_steps} leaves ᾱ_T = {left:.2f}"
-            " of the image in x_T; use more steps, --ddpm_beta_schedule cosine, or --rescale_betas_zero_snr",
+            f"warning: {config.ddpm_beta_schedule} with --ddpm_num_steps {config.ddpm_num_steps} leaves"
+            f" ᾱ_T = {left:.2f} of the image in x_T; use more steps, --ddpm_beta_schedule cosine, or --rescale_betas_zero_snr",
         )
 
 
@@ -616,8 +616,8 @@ def publish(config: UnconditionalConfig, rows: Rows, state: TrainingState, sched
         except Exception as error:  # whatever the network does, the trained model is on disk
             reason = " ".join(str(error).split())[:300]
             raise UsageError(
-                f"the upload to {repository} failed ({error.__class__.__name__}: {reason}); {folder} is complete, upload"
-                " it with the same command line and --resume_from_checkpoint latest"
+                f"the upload to {repository} failed ({error.__class__.__name__}: {reason}); {folder} is complete,"
+                " upload it with the same command line and --resume_from_checkpoint latest"
             ) from error
         log(accelerator, f"published at {address}")
 

@@ -136,7 +136,7 @@ def sample(
     if "OMP_NUM_THREADS" not in os.environ and hasattr(os, "sched_getaffinity"):
         torch.set_num_threads(len(os.sched_getaffinity(0)))
     accelerators = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()]
-    device = device or (accelerators + ["cpu"])[0]
+    device = device or [*accelerators, "cpu"][0]
     pipeline = load_pipeline(model, revision, token).to(device)
     usual = swap_sampler(pipeline, sampler.value)
     steps = steps or (usual and min(usual, pipeline.scheduler.config.num_train_timesteps))

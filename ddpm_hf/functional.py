@@ -30,7 +30,7 @@ def normal_kl(
 
 
 def approx_standard_normal_cdf(x: torch.Tensor) -> torch.Tensor:
-    """The standard normal CDF in its tanh form, as published likelihoods were computed (Page 1977; Ho et al.'s code)."""
+    """The standard normal CDF in its tanh form, as published likelihoods have it (Page 1977; Ho et al.'s code)."""
     return 0.5 * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
 
 

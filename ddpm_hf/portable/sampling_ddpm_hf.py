@@ -104,7 +104,7 @@ class SamplingMixin:
         return latents * self.scheduler.init_noise_sigma
 
     def prepare_timesteps(self, num_inference_steps: int | None, timesteps: list[int] | None = None) -> list:
-        """Set the chain (None: all of the scheduler's T steps) and return its timesteps, ints where the sampler has."""
+        """Set the chain (None: all of the scheduler's T steps) and return its timesteps, as Python numbers."""
         if timesteps is not None:
             self.scheduler.set_timesteps(timesteps=timesteps)
         else:
@@ -173,7 +173,7 @@ class SamplingMixin:
 
     def encode(self, images, generator=None) -> torch.Tensor:
         """Images (PIL, numpy or tensor in [0, 1]) as x_0 [N, C, H, W]: in [-1, 1], or latents with a `vae`."""
-        channels, height, width = self.sample_shape
+        _, height, width = self.sample_shape
         if self.vae is not None:
             factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
             height, width = height * factor, width * factor

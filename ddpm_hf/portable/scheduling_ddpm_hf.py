@@ -58,7 +58,7 @@ def sigmoid(num_train_timesteps: int, beta_start: float, beta_end: float) -> np.
 def sigmoid_alpha_bar(num_train_timesteps: int, beta_start: float, beta_end: float) -> np.ndarray:
     """ᾱ falling along a sigmoid over [-3, 3] with temperature 1 (Jabri et al. 2023, arXiv:2212.11972, Alg. 1)."""
     x = -3 + 6 * np.arange(num_train_timesteps + 1) / num_train_timesteps
-    before, after = x[:-1], x[1:]
+    after = x[1:]
     left = 6 * np.arange(num_train_timesteps, 0, -1) / num_train_timesteps  # 3 - before
     # sigmoid(b) - sigmoid(a) = sinh((b-a)/2) / (2 cosh(a/2) cosh(b/2))
     betas = np.sinh(3 / num_train_timesteps) * np.cosh(1.5) / (np.cosh(after / 2) * np.sinh(left / 2))
@@ -344,8 +344,8 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
             timesteps = i * T // n + self.config.steps_offset
             if timesteps[0] >= T:
                 raise ValueError(
-                    f"steps_offset={self.config.steps_offset} pushes the first of {n} leading timesteps past T-1={T - 1};"
-                    " take fewer steps or timestep_spacing='trailing'."
+                    f"steps_offset={self.config.steps_offset} pushes the first of {n} leading timesteps past"
+                    f" T-1={T - 1}; take fewer steps or timestep_spacing='trailing'."
                 )
             return timesteps
         if spacing == "linspace":
@@ -605,7 +605,7 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         last = (s < 0).reshape(-1, *[1] * (x_t.ndim - 1))
         log_variance = self._log_variance(c, variance_output, last)
         variance = torch.exp(log_variance)
-        if self.variance_type not in LEARNED_VARIANCE_TYPES + ("fixed_large", "fixed_large_log"):
+        if self.variance_type not in (*LEARNED_VARIANCE_TYPES, "fixed_large", "fixed_large_log"):
             variance = c.posterior_variance  # 0 where s = -1, though its clipped log is not -inf
         return PredictedMoments(*(moment.to(x_t.dtype) for moment in (mean, variance, log_variance, pred_x0)))
 
@@ -669,7 +669,7 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         for t in sorted({int(t) for t in timesteps}):
             if t < len(self.betas) and self.alphas_cumprod[t] == 0:
                 raise ValueError(
-                    f"zero terminal SNR: at timestep {t} nothing of the image is left, and epsilon prediction divides by"
-                    " zero there. Use prediction_type='v_prediction' (or 'sample'), or a schedule with ᾱ_T > 0"
+                    f"zero terminal SNR: at timestep {t} nothing of the image is left, and epsilon prediction"
+                    " divides by zero there. Use prediction_type='v_prediction' (or 'sample'), or a schedule with ᾱ_T > 0"
                     " (and rescale_betas_zero_snr=False)."
                 )

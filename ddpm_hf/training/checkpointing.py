@@ -1,4 +1,4 @@
-"""Checkpoints that are complete or absent: written beside, flushed, renamed; the oldest go once the new one is safe."""
+"""Checkpoints that are complete or absent: written beside, flushed, renamed; old ones go once the new one is safe."""
 
 import hashlib
 import json

@@ -41,7 +41,8 @@ def save_image(image, path: Path) -> None:
 
 CARD = """# {title}
 
-An unconditional image model of {resolution} pixels, trained with ddpm_hf: denoising diffusion (DDPM, [Ho et al. 2020](https://arxiv.org/abs/2006.11239)) in the Hugging Face ecosystem.
+An unconditional image model of {resolution} pixels, trained with ddpm_hf: denoising diffusion (DDPM,
+[Ho et al. 2020](https://arxiv.org/abs/2006.11239)) in the Hugging Face ecosystem.
 
 {picture}
 

@@ -670,6 +670,6 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
             if t < len(self.betas) and self.alphas_cumprod[t] == 0:
                 raise ValueError(
                     f"zero terminal SNR: at timestep {t} nothing of the image is left, and epsilon prediction"
-                    " divides by zero there. Use prediction_type='v_prediction' (or 'sample'), or a schedule with ᾱ_T > 0"
-                    " (and rescale_betas_zero_snr=False)."
+                    " divides by zero there. Use prediction_type='v_prediction' (or 'sample'), or a schedule with"
+                    " ᾱ_T > 0 (and rescale_betas_zero_snr=False)."
                 )

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DModel
+from diffusers.utils.torch_utils import randn_tensor
 
 from .hub_ddpm_hf import PortablePipelineMixin
 from .sampling_ddpm_hf import DDPMPipelineOutput, SamplingMixin, adopt_scheduler
@@ -115,15 +116,13 @@ class DDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPipeline):
         self._check_output_type(output_type)
         tail = self._chain_from(timestep, num_inference_steps)
         pair = torch.cat([self.encode(image, generator) for image in (image_a, image_b)])  # [2, C, H, W]
-        noise = torch.randn(pair.shape, generator=generator, dtype=pair.dtype).to(pair.device)
+        noise = randn_tensor(pair.shape, generator=generator, device=pair.device, dtype=pair.dtype)
         noised = self.scheduler.add_noise(pair, noise, torch.tensor([tail[0]] * 2))
         mix = torch.tensor(weights, dtype=pair.dtype, device=pair.device).reshape(-1, 1, 1, 1)
         x = (1 - mix) * noised[:1] + mix * noised[1:]  # [len(weights), C, H, W]
-        shared = torch.Generator().manual_seed(torch.randint(2**62, (1,), generator=generator).item())
-        state = shared.get_state()
-        generators = [torch.Generator() for _ in weights]
-        for one in generators:
-            one.set_state(state)
+        device = "cpu" if generator is None else generator.device
+        seed = int(torch.randint(2**62, (1,), generator=generator, device=device))
+        generators = [torch.Generator(device).manual_seed(seed) for _ in weights]
         x, frames = self.denoise(x, tail, self.predict, generators)
         return self._finish(x, frames, output_type, return_dict)
 

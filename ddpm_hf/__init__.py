@@ -10,6 +10,7 @@ from ._version import __version__
 _HOMES = {
     "BETA_SCHEDULES": ".portable.scheduling_ddpm_hf",
     "DDPMScheduler": ".portable.scheduling_ddpm_hf",
+    "ClassConditionalDDPMPipeline": ".portable.pipeline_class_conditional_ddpm_hf",
     "DDPMPipeline": ".portable.pipeline_ddpm_hf",
     "bits_per_dim": ".evaluation.likelihood",
     "training_losses": ".objectives",

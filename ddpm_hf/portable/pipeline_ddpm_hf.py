@@ -9,11 +9,10 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
 
+from .guidance_ddpm_hf import ClassifierGuidance
 from .hub_ddpm_hf import PortablePipelineMixin
 from .sampling_ddpm_hf import DDPMPipelineOutput, SamplingMixin, adopt_scheduler
 from .scheduling_ddpm_hf import DDPMScheduler
-
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 class DDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPipeline):
@@ -60,6 +59,9 @@ class DDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPipeline):
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: tuple[str, ...] = ("latents",),
         num_frames: int = 0,
+        classifier: Callable | None = None,
+        classifier_scale: float = 1.0,
+        class_labels=None,
     ) -> DDPMPipelineOutput | tuple:
         """Sample `batch_size` images (Ho et al. 2020, Algorithm 2).
 
@@ -71,14 +73,22 @@ class DDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPipeline):
             timesteps: the timesteps to visit, descending, instead of their number.
             callback_on_step_end: called with (pipeline, index, timestep, {"latents": x_s}) after each step.
             num_frames: how many moments of the chain to return in `frames`, with x_t and x̂_0 (figs. 6 and 14).
+            classifier: (x_t, t) -> logits, trained on noised images: guides towards `class_labels`, the ids of
+                `batch_size` classes, at `classifier_scale` (Dhariwal & Nichol 2021, Algorithms 1 and 2).
 
         Raises:
             ValueError: a number of steps outside 1..T, latents or generators that do not fit, or an ᾱ of 0 where the
                 sampler would divide by it.
         """
-        self._check_output_type(output_type)
+        self.check_output_type(output_type)
         visited = self.prepare_timesteps(num_inference_steps, timesteps)
         x = self.prepare_latents(batch_size, generator, latents)  # Algorithm 2, line 1
+        guidance = None
+        if classifier is not None:
+            labels = torch.as_tensor(class_labels if class_labels is not None else []).reshape(-1).to(x.device)
+            if len(labels) != batch_size:
+                raise ValueError(f"classifier guidance wants {batch_size} class_labels and has {len(labels)}")
+            guidance = ClassifierGuidance(classifier, labels, classifier_scale)
         x, frames = self.denoise(
             x,
             visited,
@@ -88,8 +98,9 @@ class DDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPipeline):
             callback_on_step_end_tensor_inputs,
             num_frames,
             output_type,
+            guidance,
         )
-        return self._finish(x, frames, output_type, return_dict)
+        return self.finish(x, frames, output_type, return_dict)
 
     @torch.no_grad()
     def interpolate(
@@ -113,7 +124,7 @@ class DDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPipeline):
             timestep: 0..T-1; the higher, the coarser the features that vary.
             weights: of image_b, one output image for each.
         """
-        self._check_output_type(output_type)
+        self.check_output_type(output_type)
         tail = self._chain_from(timestep, num_inference_steps)
         pair = torch.cat([self.encode(image, generator) for image in (image_a, image_b)])  # [2, C, H, W]
         noise = randn_tensor(pair.shape, generator=generator, device=pair.device, dtype=pair.dtype)
@@ -124,7 +135,7 @@ class DDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPipeline):
         seed = int(torch.randint(2**62, (1,), generator=generator, device=device))
         generators = [torch.Generator(device).manual_seed(seed) for _ in weights]
         x, frames = self.denoise(x, tail, self.predict, generators)
-        return self._finish(x, frames, output_type, return_dict)
+        return self.finish(x, frames, output_type, return_dict)
 
     @torch.no_grad()
     def sample_from_shared(
@@ -142,13 +153,13 @@ class DDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPipeline):
             batch_size: how many images.
             timestep: 0..T-1, down to which the chain is one.
         """
-        self._check_output_type(output_type)
+        self.check_output_type(output_type)
         tail = self._chain_from(timestep, num_inference_steps)
         head = self.scheduler.timesteps.tolist()[: -len(tail)]
         x = self.prepare_latents(1, generator)
         x, _ = self.denoise(x, head, self.predict, generator)
         x, frames = self.denoise(x.repeat(batch_size, 1, 1, 1), tail, self.predict, generator)
-        return self._finish(x, frames, output_type, return_dict)
+        return self.finish(x, frames, output_type, return_dict)
 
     def _chain_from(self, timestep: int, num_inference_steps: int | None) -> list[int]:
         """The part of the chain at and below a timestep. These methods need a memoryless sampler."""
@@ -163,13 +174,3 @@ class DDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPipeline):
                 f"timestep {timestep} is not within the chain's {self.scheduler.timesteps.tolist()[-1]}..T-1"
             )
         return tail
-
-    @staticmethod
-    def _check_output_type(output_type: str) -> None:
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type {output_type!r} is none of {', '.join(OUTPUT_TYPES)}")
-
-    def _finish(self, x: torch.Tensor, frames, output_type: str, return_dict: bool) -> DDPMPipelineOutput | tuple:
-        images = self.decode(x, output_type)
-        self.maybe_free_model_hooks()
-        return DDPMPipelineOutput(images=images, frames=frames) if return_dict else (images,)

@@ -14,7 +14,10 @@ from diffusers import ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
+from .guidance_ddpm_hf import ClassifierGuidance
 from .scheduling_ddpm_hf import LEARNED_VARIANCE_TYPES, DDPMScheduler
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 class Frame(NamedTuple):
@@ -130,6 +133,7 @@ class SamplingMixin:
         callback_on_step_end_tensor_inputs: tuple[str, ...] = ("latents",),
         num_frames: int = 0,
         output_type: str = "pil",
+        classifier_guidance: ClassifierGuidance | None = None,
     ) -> tuple[torch.Tensor, list[Frame] | None]:
         """Run the chain over `timesteps` (a tail of the scheduler's) from x_t [N, C, H, W].
 
@@ -137,6 +141,7 @@ class SamplingMixin:
             predict: (scaled x_t, t) -> the model's output.
             callback_on_step_end: called with (pipeline, index, timestep, {"latents": x_s}); what it returns replaces
                 the latents.
+            classifier_guidance: moves the mean of ancestral steps, and the output for other samplers.
             num_frames: how many moments of the chain to keep, evenly spaced and ending with the last.
 
         Returns: x_0 [N, C, H, W], and the frames or None.
@@ -145,11 +150,18 @@ class SamplingMixin:
         step_arguments = {"generator": generator} if "generator" in accepted else {}
         kept = set(torch.linspace(0, len(timesteps) - 1, num_frames).round().int().tolist()) if num_frames else set()
         frames = []
+        ancestral = isinstance(self.scheduler, DDPMScheduler)
+        own = self.scheduler if ancestral else self._own_scheduler()
         # The model reads t on its device, our scheduler as a Python int: neither then waits for the other.
         on_device = torch.as_tensor(timesteps).to(latents.device)
         for index, t in enumerate(self.progress_bar(timesteps)):
-            output = predict(self.scheduler.scale_model_input(latents, on_device[index]), on_device[index])
+            timestep = on_device[index]
+            output = predict(self.scheduler.scale_model_input(latents, timestep), timestep)
+            if classifier_guidance is not None and not ancestral:
+                output = classifier_guidance.shift_output(own, output, latents, timestep)
             step = self.scheduler.step(output, t, latents, **step_arguments)  # Algorithm 2, line 4
+            if classifier_guidance is not None and ancestral:
+                step.prev_sample = classifier_guidance.shift_sample(own, step.prev_sample, output, latents, timestep)
             if index in kept:
                 prediction = self._pred_original_sample(step, output, t, latents)
                 frames.append(Frame(int(t), *(self.decode(x, output_type) for x in (step.prev_sample, prediction))))
@@ -165,11 +177,15 @@ class SamplingMixin:
         reported = getattr(step, "pred_original_sample", None)
         if reported is not None:
             return reported
-        fixed = {"variance_type": "fixed_small", "timestep_spacing": "leading", "steps_offset": 0}
-        own = DDPMScheduler.from_config(self.scheduler.config, **fixed)
+        own = self._own_scheduler()
         if self.scheduler.init_noise_sigma != 1.0:  # Euler and its kin keep x/√ᾱ
             latents = latents * float(own.alphas_cumprod[int(t)].sqrt())
         return own.predict_original_sample(output, int(t), latents).clamp(-1, 1)
+
+    def _own_scheduler(self) -> DDPMScheduler:
+        """Our scheduler over the same diffusion as the sampler's, for its formulas."""
+        fixed = {"variance_type": "fixed_small", "timestep_spacing": "leading", "steps_offset": 0}
+        return DDPMScheduler.from_config(self.scheduler.config, **fixed)
 
     def encode(self, images, generator=None) -> torch.Tensor:
         """Images (PIL, numpy or tensor in [0, 1]) as x_0 [N, C, H, W]: in [-1, 1], or latents with a `vae`."""
@@ -192,3 +208,15 @@ class SamplingMixin:
             latents = latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
             latents = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
         return self.image_processor.postprocess(latents.float(), output_type=output_type)
+
+    @staticmethod
+    def check_output_type(output_type: str) -> None:
+        """Raise ValueError for what `decode` does not know, before any work is done."""
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type {output_type!r} is none of {', '.join(OUTPUT_TYPES)}")
+
+    def finish(self, x: torch.Tensor, frames, output_type: str, return_dict: bool) -> DDPMPipelineOutput | tuple:
+        """x_0 as what a pipeline's call returns."""
+        images = self.decode(x, output_type)
+        self.maybe_free_model_hooks()
+        return DDPMPipelineOutput(images=images, frames=frames) if return_dict else (images,)

@@ -1,0 +1,79 @@
+"""Guidance by a class: classifier-free (Ho & Salimans 2022) and by a classifier (Dhariwal & Nichol 2021).
+
+This file is copied into published repositories: it imports torch, and the scheduler beside it.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from .scheduling_ddpm_hf import DDPMScheduler
+
+
+def classifier_free_guidance(
+    conditional: torch.Tensor,
+    unconditional: torch.Tensor,
+    guidance_scale: float,
+    guidance_rescale: float,
+    channels: int,
+) -> torch.Tensor:
+    """unconditional + scale · (conditional - unconditional) (Ho & Salimans 2022, Eq. 6, where scale = 1 + w).
+
+    Args:
+        conditional, unconditional: the model's outputs [N, C, H, W], or [N, 2C, H, W] with a learned variance.
+        guidance_rescale: the share, from 0 to 1, by which the guided output is brought back to the conditional one's
+            standard deviation (Lin et al. 2023, sec. 3.4).
+        channels: C. A learned variance is the conditional one: extrapolating a variance has no meaning.
+    """
+    mean = conditional[:, :channels]
+    guided = torch.lerp(unconditional[:, :channels], mean, guidance_scale)
+    if guidance_rescale > 0:
+        dims = tuple(range(1, guided.ndim))
+        ratio = mean.std(dim=dims, keepdim=True) / guided.std(dim=dims, keepdim=True)
+        guided = torch.lerp(guided, guided * ratio, guidance_rescale)
+    return torch.cat([guided, conditional[:, channels:]], dim=1)
+
+
+class ClassifierGuidance:
+    """Shifts a reverse step towards images that a noisy classifier reads as the wanted class.
+
+    Args:
+        classifier: any module or function (x_t [N, C, H, W], t [N]) -> logits [N, K].
+        class_labels: LongTensor [N], the classes wanted.
+        scale: s of Dhariwal & Nichol's algorithms; 1 samples from p(x)·p(y|x).
+    """
+
+    def __init__(self, classifier: Callable, class_labels: torch.Tensor, scale: float):
+        self.classifier, self.class_labels, self.scale = classifier, class_labels, scale
+
+    def gradient(self, x_t: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        """s ∇ log p(y | x_t) with respect to x_t, [N, C, H, W]."""
+        with torch.enable_grad():
+            x = x_t.detach().requires_grad_(True)
+            log_probability = self.classifier(x, timestep.expand(len(x))).float().log_softmax(dim=-1)
+            chosen = log_probability.gather(1, self.class_labels[:, None]).sum()
+            return self.scale * torch.autograd.grad(chosen, x)[0]
+
+    def shift_output(
+        self, scheduler: DDPMScheduler, output: torch.Tensor, x_t: torch.Tensor, timestep: torch.Tensor
+    ) -> torch.Tensor:
+        """The model's output for the guided score: on epsilon, ε - √(1-ᾱ) s∇ (Algorithm 2), for DDIM and the like."""
+        t = int(timestep)
+        alpha_bar = float(scheduler.alphas_cumprod[t])
+        _, from_output = scheduler._x0_coefficients(torch.tensor([t]))
+        # x̂_0 moves by (1-ᾱ)/√ᾱ · s∇, whatever the output is; the output by that over its factor in x̂_0
+        factor = (1 - alpha_bar) / alpha_bar**0.5 / float(from_output)
+        return output + factor * self.gradient(x_t, timestep).to(output.dtype)
+
+    def shift_sample(
+        self,
+        scheduler: DDPMScheduler,
+        prev_sample: torch.Tensor,
+        output: torch.Tensor,
+        x_t: torch.Tensor,
+        timestep: torch.Tensor,
+    ) -> torch.Tensor:
+        """x_s with its mean moved by Σ s∇ (Algorithm 1), for ancestral steps."""
+        t = int(timestep)
+        moments = scheduler.p_mean_variance(output, t, x_t, int(scheduler.previous_timestep(t)))
+        return prev_sample + (moments.variance * self.gradient(x_t, timestep)).to(prev_sample.dtype)

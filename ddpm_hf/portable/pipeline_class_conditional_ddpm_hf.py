@@ -1,0 +1,155 @@
+"""Generation by class, in pixels or, with a `vae`, in latents, with classifier-free or classifier guidance.
+
+This file is copied into published repositories: it imports torch, diffusers and the files beside it, each directly.
+"""
+
+from collections.abc import Callable
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DModel
+
+from .guidance_ddpm_hf import ClassifierGuidance, classifier_free_guidance
+from .hub_ddpm_hf import PortablePipelineMixin
+from .sampling_ddpm_hf import DDPMPipelineOutput, SamplingMixin, adopt_scheduler
+from .scheduling_ddpm_hf import DDPMScheduler
+
+
+class ClassConditionalDDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPipeline):
+    """Sample images of given classes from a `UNet2DModel` with class embeddings.
+
+    Args:
+        unet: with `num_class_embeds` K, or K + 1 where it also learned to do without a class: the last is that null
+            class, which classifier-free guidance needs.
+        scheduler: ours; stock's `DDPMScheduler` is converted, other samplers are left alone.
+        id2label: the K classes' names by their ids (JSON makes the ids strings).
+        vae: decodes x_0 into images, for a model of latents.
+    """
+
+    model_cpu_offload_seq = "unet->vae"
+    _optional_components = ["vae"]
+
+    def __init__(
+        self,
+        unet: UNet2DModel,
+        scheduler: SchedulerMixin,
+        id2label: dict[int, str] | None = None,
+        vae: AutoencoderKL | None = None,
+    ):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=adopt_scheduler(scheduler), vae=vae)
+        embeddings = unet.config.num_class_embeds or 0
+        if not embeddings:
+            raise ValueError("the UNet has no class embeddings; use DDPMPipeline, or train with a label column")
+        names = {int(key): str(name) for key, name in (id2label or {}).items()}
+        names = names or {number: str(number) for number in range(embeddings)}
+        if len(names) not in (embeddings, embeddings - 1) or set(names) != set(range(len(names))):
+            raise ValueError(f"id2label names {len(names)} classes and the UNet embeds {embeddings}")
+        self.register_to_config(id2label={str(number): names[number] for number in sorted(names)})
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """The classes' ids by their names."""
+        return {name: int(number) for number, name in self.config.id2label.items()}
+
+    @property
+    def null_class(self) -> int | None:
+        """The id that stands for no class, or None if the model never learned one."""
+        classes = len(self.config.id2label)
+        return classes if self.unet.config.num_class_embeds == classes + 1 else None
+
+    def class_ids(self, class_labels) -> torch.Tensor:
+        """Ids or names, one or several, as a LongTensor [N]; None is the null class.
+
+        Raises:
+            ValueError: an id or a name that the model does not know.
+        """
+        if isinstance(class_labels, torch.Tensor):
+            class_labels = class_labels.reshape(-1).tolist()
+        if not isinstance(class_labels, (list, tuple, range)):
+            class_labels = [class_labels]
+        known, count = self.labels, len(self.config.id2label)
+        ids = []
+        for label in class_labels:
+            if isinstance(label, str) and label in known:
+                ids.append(known[label])
+            elif label is None and self.null_class is not None:
+                ids.append(self.null_class)
+            elif isinstance(label, int) and not isinstance(label, bool) and 0 <= label < count:
+                ids.append(label)
+            else:
+                names = ", ".join(list(known)[:12]) + (", ..." if count > 12 else "")
+                raise ValueError(
+                    f"class {label!r} is none of the model's {count}: an id up to {count - 1}, or {names}"
+                )
+        return torch.tensor(ids, dtype=torch.int64, device=self._execution_device)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels=None,
+        guidance_scale: float = 1.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        num_inference_steps: int | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        *,
+        guidance_rescale: float = 0.0,
+        guidance_interval: tuple[int, int] | None = None,
+        classifier: Callable | None = None,
+        classifier_scale: float = 1.0,
+        latents: torch.Tensor | None = None,
+        timesteps: list[int] | None = None,
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: tuple[str, ...] = ("latents",),
+        num_frames: int = 0,
+    ) -> DDPMPipelineOutput | tuple:
+        """Sample one image for each label.
+
+        Args:
+            class_labels: ids or names, mixed as you like; None for an image of no class. By default each class once.
+            guidance_scale: 1 is the conditional model, in a single pass; more insists on the class, 0 is the
+                unconditional model (Ho & Salimans 2022; their w is this less 1).
+            guidance_rescale: from 0 to 1, against over-exposure at high scales (Lin et al. 2023).
+            guidance_interval: (low, high): guide only at these timesteps (Kynkäänniemi et al. 2024).
+            classifier: (x_t, t) -> logits over the classes, trained on noised images, to guide by its gradient.
+            classifier_scale: s of Dhariwal & Nichol 2021.
+            generator, num_inference_steps, output_type, latents, timesteps, callback_on_step_end, num_frames: as in
+                `DDPMPipeline`.
+
+        Raises:
+            ValueError: a class that the model does not know, guidance without a null class, or what `DDPMPipeline`
+                raises.
+        """
+        self.check_output_type(output_type)
+        ids = self.class_ids(range(len(self.config.id2label)) if class_labels is None else class_labels)
+        if guidance_scale != 1.0 and self.null_class is None:
+            raise ValueError(
+                f"guidance_scale={guidance_scale} needs a model that also learned no class (--class_dropout 0.1);"
+                " use guidance_scale=1, or a classifier"
+            )
+        guidance = None
+        if classifier is not None:
+            guidance = ClassifierGuidance(classifier, ids, classifier_scale)
+
+        def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            guided = guidance_interval is None or guidance_interval[0] <= float(t) <= guidance_interval[1]
+            if guidance_scale == 1.0 or not guided:
+                return self.predict(x, t, class_labels=ids)
+            null = torch.full_like(ids, self.null_class)
+            both = self.predict(torch.cat([x, x]), t, class_labels=torch.cat([ids, null]))  # [2N, C or 2C, H, W]
+            return classifier_free_guidance(*both.chunk(2), guidance_scale, guidance_rescale, x.shape[1])
+
+        visited = self.prepare_timesteps(num_inference_steps, timesteps)
+        x = self.prepare_latents(len(ids), generator, latents)
+        x, frames = self.denoise(
+            x,
+            visited,
+            predict,
+            generator,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+            num_frames,
+            output_type,
+            classifier_guidance=guidance,
+        )
+        return self.finish(x, frames, output_type, return_dict)

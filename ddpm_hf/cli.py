@@ -47,17 +47,22 @@ SAMPLERS = {
 
 
 def load_pipeline(model: str, revision: str | None, token: str | None):
-    """Our pipeline from a folder or Hub name, without executing anything from it.
+    """Our pipeline from a folder or Hub name, unconditional or by class, without executing anything from it.
 
     Raises:
         ValueError: no such model, or not one of ours.
     """
+    from .portable.pipeline_class_conditional_ddpm_hf import ClassConditionalDDPMPipeline
     from .portable.pipeline_ddpm_hf import DDPMPipeline
 
     if Path(model).is_dir() and not (Path(model) / "model_index.json").is_file():
         raise ValueError(f"{model} holds no pipeline (no model_index.json); give the --output_dir of a training run")
+    known = {cls.__name__: cls for cls in (DDPMPipeline, ClassConditionalDDPMPipeline)}
     try:
-        return DDPMPipeline.from_pretrained(model, revision=revision, token=token, use_safetensors=True)
+        name = DDPMPipeline.load_config(model, revision=revision, token=token).get("_class_name")
+        if name not in known:
+            raise ValueError(f"it is a {name}, and this command samples {' or '.join(known)}")
+        return known[name].from_pretrained(model, revision=revision, token=token, use_safetensors=True)
     except OSError as error:
         raise ValueError(
             f"{model} is neither a folder nor a model that can be reached on the Hub ({error.__class__.__name__});"
@@ -65,7 +70,7 @@ def load_pipeline(model: str, revision: str | None, token: str | None):
         ) from error
     except (ValueError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{model} cannot be loaded as an unconditional pipeline: {reason}") from error
+        raise ValueError(f"{model} cannot be loaded: {reason}") from error
 
 
 def swap_sampler(pipeline, sampler: str) -> int | None:
@@ -77,6 +82,21 @@ def swap_sampler(pipeline, sampler: str) -> int | None:
         config = pipeline.scheduler.config
         pipeline.scheduler = getattr(diffusers, name).from_config(config, **options)
     return steps
+
+
+def wanted_classes(pipeline, classes: list[str] | None, guidance_scale: float, count: int) -> list[int] | None:
+    """The class of each image: those asked for in turn, by default all; None for an unconditional model.
+
+    Raises:
+        ValueError: a class that the model does not know, or classes for a model that knows none.
+    """
+    if not hasattr(pipeline, "class_ids"):
+        if classes or guidance_scale != 1.0:
+            raise ValueError("this model knows no classes; leave out --class and --guidance-scale")
+        return None
+    asked = [int(name) if name.isdecimal() and name not in pipeline.labels else name for name in classes or []]
+    known = pipeline.class_ids(asked or range(len(pipeline.config.id2label))).tolist()
+    return [known[index % len(known)] for index in range(count)]
 
 
 def write_chain(frames: list[list], path: Path, scale: int) -> None:
@@ -104,6 +124,13 @@ def sample(
     steps: Annotated[
         int | None, typer.Option(min=1, help="Timesteps to visit; by default all for ddpm, 50 or 25 for the others.")
     ] = None,
+    class_: Annotated[
+        list[str] | None,
+        typer.Option("--class", help="A class by name or id, for a model by class; repeat it for several in turn."),
+    ] = None,
+    guidance_scale: Annotated[
+        float, typer.Option(help="Classifier-free guidance: 1 is none, 2 insists on the class.")
+    ] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Image i depends on the seed and i alone, whatever the batch.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Images drawn at once.")] = 64,
     precision: Annotated[
@@ -138,6 +165,7 @@ def sample(
     accelerators = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()]
     device = device or [*accelerators, "cpu"][0]
     pipeline = load_pipeline(model, revision, token).to(device)
+    labels = wanted_classes(pipeline, class_, guidance_scale, num_images)
     usual = swap_sampler(pipeline, sampler.value)
     steps = steps or (usual and min(usual, pipeline.scheduler.config.num_train_timesteps))
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision.value)
@@ -151,7 +179,11 @@ def sample(
             indices = range(first, min(first + batch_size, num_images))
             generators = [torch.Generator(device).manual_seed(keyed_seed(seed, "sample", 0, i)) for i in indices]
             wanted = 40 if progressive and first == 0 else 0
-            drawn = pipeline(len(indices), generators, num_inference_steps=steps, num_frames=wanted)
+            options = {"generator": generators, "num_inference_steps": steps, "num_frames": wanted}
+            if labels is None:
+                drawn = pipeline(len(indices), **options)
+            else:
+                drawn = pipeline([labels[i] for i in indices], guidance_scale, **options)
             images += drawn.images
             frames = drawn.frames or frames
 

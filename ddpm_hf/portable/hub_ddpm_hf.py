@@ -47,7 +47,7 @@ def portable_sources(module_file: Path) -> dict[str, str]:
 class PortablePipelineMixin:
     """Saving for a `DiffusionPipeline` whose folder is to load anywhere. Put it before `DiffusionPipeline`."""
 
-    def _stock_class_name(self) -> str | None:
+    def stock_class_name(self) -> str | None:
         """The pipeline class of Diffusers that samples the same images from this folder, or None."""
         return None
 
@@ -79,7 +79,7 @@ class PortablePipelineMixin:
             elif str(entry[0]).endswith("scheduling_ddpm_hf"):
                 index[name] = ["diffusers", entry[1]]
         cls = self._portable_class()
-        index["_class_name"] = self._stock_class_name() or [cls.__module__.rpartition(".")[2], cls.__name__]
+        index["_class_name"] = self.stock_class_name() or [cls.__module__.rpartition(".")[2], cls.__name__]
         write_whole(Path(json_file_path), json.dumps(index, indent=2, sort_keys=True) + "\n")
 
     @classmethod

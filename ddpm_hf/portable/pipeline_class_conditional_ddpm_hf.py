@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DMo
 from .guidance_ddpm_hf import ClassifierGuidance, classifier_free_guidance
 from .hub_ddpm_hf import PortablePipelineMixin
 from .sampling_ddpm_hf import DDPMPipelineOutput, SamplingMixin, adopt_scheduler
-from .scheduling_ddpm_hf import DDPMScheduler
+from .scheduling_ddpm_hf import DDPMScheduler  # noqa: F401  (only direct imports are copied with this file)
 
 
 class ClassConditionalDDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPipeline):

@@ -31,7 +31,7 @@ class DDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPipeline):
         super().__init__()
         self.register_modules(unet=unet, scheduler=adopt_scheduler(scheduler), vae=vae)
 
-    def _stock_class_name(self) -> str | None:
+    def stock_class_name(self) -> str | None:
         """Stock's pipeline, but where its images would differ: latents, and what its scheduler gets wrong."""
         config = self.scheduler.config
         differs = (

@@ -7,7 +7,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from .checkpointing import load_tensors, read_manifest, rotate, save_tensors, seal, truncate_jsonl
 from .config import TrainingConfig, UsageError
-from .randomness import StepKeys, keyed_permutation, keyed_seed
+from .randomness import StepKeys, keyed_seed
 
 
 class StepPlan(NamedTuple):
@@ -77,16 +77,16 @@ class StepPlan(NamedTuple):
 
 
 class KeyedBatchSampler(torch.utils.data.Sampler):
-    """A rank's batches of keys (epoch, index), from a step on and without end."""
+    """A rank's batches of keys (epoch, index), from a step on and without end; `order(epoch)` gives the indices."""
 
-    def __init__(self, plan: StepPlan, seed: int, rank: int, first_step: int):
-        self.plan, self.seed, self.rank, self.first_step = plan, seed, rank, first_step
+    def __init__(self, plan: StepPlan, order: Callable[[int], Sequence[int]], rank: int, first_step: int):
+        self.plan, self.order, self.rank, self.first_step = plan, order, rank, first_step
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch = self.plan.epoch_of(self.first_step)
         first = self.plan.batches(self.first_step).start
         while True:
-            order = keyed_permutation(self.seed, epoch, self.plan.samples)
+            order = self.order(epoch)
             for batch in range(first, self.plan.batches_per_epoch):
                 begin, end = self.plan.own_samples(batch, self.rank)
                 # a rank without a sample of its own runs the epoch's first, at weight 0: all ranks must take part

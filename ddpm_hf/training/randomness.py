@@ -36,6 +36,23 @@ def keyed_permutation(seed: int, epoch: int, length: int) -> np.ndarray:
     return np.random.Generator(bits).permutation(length)
 
 
+def keyed_balanced_order(seed: int, epoch: int, labels: np.ndarray) -> np.ndarray:
+    """As many samples as there are labels [N], every class as often as any other, to within one.
+
+    Small classes repeat, each time in a new order; large ones show another part of themselves each epoch.
+    """
+    bits = np.random.Philox(key=[seed, 4], counter=[0, epoch, STREAMS["order"], 0])
+    generator = np.random.Generator(bits)
+    classes = generator.permutation(np.unique(labels))
+    drawn = []
+    for place, one in enumerate(classes):
+        members = np.flatnonzero(labels == one)
+        wanted = len(labels) // len(classes) + (place < len(labels) % len(classes))
+        repeats = [generator.permutation(members) for _ in range(-(-wanted // len(members)))]
+        drawn.append(np.concatenate(repeats)[:wanted])
+    return generator.permutation(np.concatenate(drawn))
+
+
 class StepKeys(NamedTuple):
     """The randomness of a batch: samples `first`.. of the global batch of an optimizer step."""
 

@@ -65,43 +65,72 @@ def _cpu_flags() -> str:
 RUN_FILES = ("metrics.jsonl", "timings.jsonl", "training_config.json", "model_index.json", "samples", "checkpoint-*")
 
 
-def claim_output_dir(config: TrainingConfig, accelerator) -> tuple[Path, dict[str, Any]] | None:
-    """Make the output folder this run's; the checkpoint to resume from and its state, or None.
+def find_run(config: TrainingConfig, accelerator) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint to resume from and its state, or None; writes nothing.
 
     Raises:
         UsageError: an earlier run's files are there and neither resuming nor overwriting was asked for; a checkpoint
-            that does not exist or is broken; a folder that cannot be written.
+            that does not exist or is broken.
     """
     folder = Path(config.output_dir)
     if folder.exists() and not folder.is_dir():
-        raise UsageError(f"--output_dir {folder} is a file")
-    there = sorted({path.name for pattern in RUN_FILES for path in folder.glob(pattern)}) if folder.is_dir() else []
+        raise UsageError(f"--output_dir {folder} is a file; name a folder")
     if config.overwrite_output_dir and config.resume_from_checkpoint:
         raise UsageError("--overwrite_output_dir would remove what --resume_from_checkpoint wants; give one of them")
     if config.resume_from_checkpoint:
         found = find_checkpoint(folder, config.resume_from_checkpoint, lambda line: log(accelerator, line))
         if found is None:
             log(accelerator, f"no checkpoint in {folder} yet: training from the beginning")
-    else:
-        found = None
-        if there and not config.overwrite_output_dir:
-            raise UsageError(
-                f"--output_dir {folder} holds an earlier run ({', '.join(there[:4])}); go on with"
-                " --resume_from_checkpoint latest, replace it with --overwrite_output_dir, or name another folder"
-            )
+        return found
+    there = sorted({path.name for pattern in RUN_FILES for path in folder.glob(pattern)}) if folder.is_dir() else []
+    if there and not config.overwrite_output_dir:
+        raise UsageError(
+            f"--output_dir {folder} holds an earlier run ({', '.join(there[:4])}); go on with"
+            " --resume_from_checkpoint latest, replace it with --overwrite_output_dir, or name another folder"
+        )
+    return None
+
+
+def claim_output_dir(config: TrainingConfig, accelerator) -> None:
+    """Make the output folder this run's, once all else has been checked; an earlier run goes only now.
+
+    Raises:
+        UsageError: a folder that cannot be written.
+    """
+    folder = Path(config.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / ".writable", "")
-        (folder / ".writable").unlink(missing_ok=True)
+        if accelerator.is_main_process:
+            write_whole(folder / ".writable", "")
+            (folder / ".writable").unlink()
+            for pattern in (*RUN_FILES, config.logging_dir) if config.overwrite_output_dir else ():
+                for path in folder.glob(pattern):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
     except OSError as error:
-        raise UsageError(f"--output_dir {folder} cannot be written: {error.strerror}") from error
+        raise UsageError(f"--output_dir {folder} cannot be written: {error.strerror}; name another folder") from error
     accelerator.wait_for_everyone()
-    if config.overwrite_output_dir and accelerator.is_main_process:
-        for pattern in (*RUN_FILES, config.logging_dir):
-            for path in folder.glob(pattern):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-    accelerator.wait_for_everyone()
-    return found
+
+
+def check_resumable(found: tuple[Path, dict[str, Any]] | None, model, facts: dict[str, Any], accelerator) -> None:
+    """Say what else differs from the run to resume.
+
+    Raises:
+        UsageError: a checkpoint of another model.
+    """
+    if found is None:
+        return
+    checkpoint, manifest = found
+    saved = json.loads((checkpoint / "unet" / "config.json").read_text())
+    own = json.loads(model.to_json_string())
+    for key in own:
+        if not key.startswith("_") and own[key] != saved.get(key):
+            raise UsageError(
+                f"{checkpoint} is of another model: its {key} is {saved.get(key)}, this run's {own[key]}; resume with"
+                " the flags that it was trained with"
+            )
+    for name, value in facts.items():
+        if manifest.get(name) != value:
+            log(accelerator, f"warning: {name} was {manifest.get(name)} and is {value}: not an exact continuation")
 
 
 def agree_on_seed(config: TrainingConfig, resumed: dict[str, Any] | None) -> int:

@@ -1,0 +1,103 @@
+"""From the flags of the data to a rank's batches, from any step on."""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from .data import (
+    DataFlags,
+    ImageDataset,
+    ImageTransform,
+    Rows,
+    StreamingBatches,
+    identity,
+    load_rows,
+    should_cache,
+)
+from .training.config import TrainingConfig
+from .training.loop import KeyedBatchSampler, StepPlan
+from .training.randomness import keyed_balanced_order, keyed_permutation
+
+
+class Images(NamedTuple):
+    """The data of a run."""
+
+    rows: Rows
+    transform: ImageTransform
+    dataset: ImageDataset | None  # None for a stream
+    held_out: ImageDataset | None
+
+    @property
+    def count(self) -> int | None:
+        """How many images there are to train on; None for a stream."""
+        return None if self.dataset is None else len(self.dataset)
+
+
+def open_images(flags: DataFlags, config: TrainingConfig, channels: int, accelerator) -> Images:
+    """Read the dataset that the flags name; the images to train on, and those held out if they will be used.
+
+    Raises:
+        DataError: what cannot be read, named.
+    """
+    with accelerator.local_main_process_first():
+        rows, held_out_rows = load_rows(flags, config.seed, config.hub_token)
+    transform = flags.transform(channels)
+    dataset = held_out = None
+    if not flags.streaming:
+        cached = should_cache(rows, transform, flags.cache_dataset)
+        dataset = ImageDataset(rows, transform, config.seed, cached, flags.skip_broken_images)
+    if held_out_rows is not None and config.validation_steps:
+        upright = transform._replace(center_crop=True, random_flip=False)
+        held_out = ImageDataset(held_out_rows, upright, config.seed, True, flags.skip_broken_images)
+    return Images(rows, transform, dataset, held_out)
+
+
+def make_plan(images: Images, config: TrainingConfig, world: int) -> tuple[StepPlan, int]:
+    """Which samples each step sees, and how many steps there are."""
+    plan = StepPlan(
+        images.count,
+        config.train_batch_size,
+        world,
+        config.gradient_accumulation_steps,
+        config.max_train_steps or 0,
+    )
+    return plan, config.max_train_steps or config.num_epochs * plan.steps_per_epoch
+
+
+def epoch_order(images: Images, seed: int, balanced: bool) -> Callable[[int], np.ndarray]:
+    """The order of an epoch's samples: a permutation, or a draw in which every class is equally frequent."""
+    if balanced:
+        return lambda epoch: keyed_balanced_order(seed, epoch, images.dataset.labels)
+    return lambda epoch: keyed_permutation(seed, epoch, images.count)
+
+
+def make_batches(
+    images: Images,
+    flags: DataFlags,
+    config: TrainingConfig,
+    plan: StepPlan,
+    step: int,
+    accelerator,
+    class_balanced: bool = False,
+) -> Iterator[dict[str, torch.Tensor]]:
+    """This rank's batches, from a step on and without end."""
+    options = {"pin_memory": accelerator.device.type == "cuda", "collate_fn": identity}
+    if images.dataset is not None:
+        order = epoch_order(images, config.seed, class_balanced)
+        options["batch_sampler"] = KeyedBatchSampler(plan, order, accelerator.process_index, step)
+        workers = 0 if images.dataset.cache is not None else config.dataloader_num_workers
+        return iter(torch.utils.data.DataLoader(images.dataset, num_workers=workers, **options))
+    stream = StreamingBatches(
+        images.rows,
+        images.transform,
+        config.seed,
+        config.train_batch_size,
+        accelerator.process_index,
+        accelerator.num_processes,
+        skip_batches=plan.batches_before(step),
+        skip_broken=flags.skip_broken_images,
+    )
+    workers = min(1, config.dataloader_num_workers)  # a stream has one reader
+    return iter(torch.utils.data.DataLoader(stream, batch_size=None, num_workers=workers, **options))

@@ -1,0 +1,233 @@
+"""The flags of model and diffusion, and what they build: a UNet, and a scheduler whose objective can train."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.hf_argparser import HfArg
+
+from .data import DataFlags
+from .models import MODEL_PRESETS, build_unet, preset_unet_config, smallest_sample_side
+from .objectives import LOSS_TYPES, OBJECTIVES, TIMESTEP_SAMPLERS, check_objective
+from .portable.scheduling_ddpm_hf import (
+    BETA_SCHEDULES,
+    LEARNED_VARIANCE_TYPES,
+    PREDICTION_TYPES,
+    VARIANCE_TYPES,
+    DDPMScheduler,
+)
+from .training.config import UsageError
+from .training.setup import cpu_has_bf16
+
+# The peer's model where neither preset nor config is named, so that its command lines train the same here
+DEFAULT_UNET = {
+    "layers_per_block": 2,
+    "block_out_channels": (128, 128, 256, 256, 512, 512),
+    "down_block_types": ("DownBlock2D",) * 4 + ("AttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "AttnUpBlock2D") + ("UpBlock2D",) * 4,
+}
+
+
+@dataclass
+class UNetFlags:
+    """Which UNet."""
+
+    model_preset: str | None = HfArg(
+        default=None, help=f"A UNet by name, with its paper's recipe: {', '.join(MODEL_PRESETS)}."
+    )
+    model_config_name_or_path: str | None = HfArg(
+        default=None, help="A UNet2DModel's config on the Hub or on disk; trained from scratch."
+    )
+
+    def check_unet(self) -> None:
+        """Raise UsageError for two models."""
+        if self.model_preset and self.model_config_name_or_path:
+            raise UsageError("--model_preset and --model_config_name_or_path name two models; give one of them")
+
+
+@dataclass
+class ScheduleFlags:
+    """Which forward process."""
+
+    ddpm_num_steps: int = HfArg(default=1000, help="T, the diffusion's timesteps.")
+    ddpm_beta_schedule: str = HfArg(default="linear", help=f"{', '.join(BETA_SCHEDULES)}.")
+    rescale_betas_zero_snr: bool = HfArg(
+        default=False, help="Zero terminal SNR: x_T is pure noise. Wants --prediction_type v_prediction or sample."
+    )
+
+    def check_schedule(self) -> None:
+        """Raise UsageError for a name or a number that is none."""
+        if self.ddpm_beta_schedule not in BETA_SCHEDULES:
+            known = ", ".join(BETA_SCHEDULES)
+            raise UsageError(f"--ddpm_beta_schedule {self.ddpm_beta_schedule!r} is none of {known}")
+        if self.ddpm_num_steps < 1:
+            raise UsageError(f"--ddpm_num_steps {self.ddpm_num_steps}: must be 1 or more")
+
+
+@dataclass
+class ObjectiveFlags:
+    """What the model predicts, and by which loss it learns to."""
+
+    ddpm_num_inference_steps: int = HfArg(default=1000, help="Steps to sample the grids with.")
+    prediction_type: str = HfArg(default="epsilon", help=f"What the model outputs: {', '.join(PREDICTION_TYPES)}.")
+    variance_type: str = HfArg(default="fixed_small", help=f"Of the reverse step: {', '.join(VARIANCE_TYPES)}.")
+    objective: str = HfArg(default="simple", help=f"{', '.join(OBJECTIVES)}; hybrid trains a learned variance too.")
+    loss_type: str = HfArg(default="l2", help=f"Of the simple objective: {', '.join(LOSS_TYPES)}.")
+    snr_gamma: float | None = HfArg(default=None, help="Min-SNR weighting of the simple objective; 5 is usual.")
+    vlb_weight: float = HfArg(default=0.001, help="The bound's weight in the hybrid objective.")
+    timestep_sampler: str = HfArg(
+        default="uniform", help=f"{', '.join(TIMESTEP_SAMPLERS)}; the second is for --objective vlb."
+    )
+
+    def check_objective_flags(self) -> None:
+        """Raise UsageError for a name or a number that is none."""
+        choices = {
+            "prediction_type": PREDICTION_TYPES,
+            "variance_type": VARIANCE_TYPES,
+            "timestep_sampler": TIMESTEP_SAMPLERS,
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise UsageError(f"--{name} {getattr(self, name)!r} is none of {', '.join(known)}")
+        if self.ddpm_num_inference_steps < 1:
+            raise UsageError(f"--ddpm_num_inference_steps {self.ddpm_num_inference_steps}: must be 1 or more")
+        if not self.vlb_weight >= 0:
+            raise UsageError(f"--vlb_weight {self.vlb_weight}: must be 0 or more")
+
+
+# The recipe for the embedded digits: a grid worth looking at after four minutes on two cores
+EMBEDDED_RECIPE = {
+    "model_preset": "small-16",
+    "resolution": "16",
+    "train_batch_size": 64,
+    "num_epochs": 28,
+    "learning_rate": 2e-3,
+    "lr_warmup_steps": 100,
+    "adam_beta1": 0.9,
+    "adam_weight_decay": 0.0,
+    "use_ema": True,
+    "ema_max_decay": 0.995,
+    "eval_batch_size": 64,
+    "ddpm_num_inference_steps": 200,
+    "save_images_epochs": 7,
+    "validation_steps": 441,
+    "checkpoints_total_limit": 2,
+}
+
+
+def weaker_layers(config) -> list[tuple[str, dict[str, Any]]]:
+    """What decides where command line and --config say nothing: the embedded recipe, then the preset.
+
+    Raises:
+        UsageError: no such preset.
+    """
+    embedded = {}
+    if config.embedded:
+        embedded = {**EMBEDDED_RECIPE, "mixed_precision": "bf16" if cpu_has_bf16() else "no"}
+    if config.model_config_name_or_path:
+        embedded.pop("model_preset", None)
+    preset = config.model_preset or embedded.get("model_preset")
+    if preset is not None and preset not in MODEL_PRESETS:
+        raise UsageError(f"--model_preset {preset!r} is none of {', '.join(MODEL_PRESETS)}")
+    recipe = MODEL_PRESETS[preset].recipe if preset else {}
+    return [("the embedded recipe", embedded), (f"the preset {preset}", recipe)]
+
+
+def unet_arguments(flags: UNetFlags, data: DataFlags) -> dict[str, Any]:
+    """The UNet's arguments, fitted to the images' size and channels.
+
+    Raises:
+        UsageError: a resolution that the UNet cannot halve, or a channel mismatch.
+    """
+    height, width = data.size()
+    if flags.model_config_name_or_path:
+        chosen = dict(_read_unet_config(flags.model_config_name_or_path))
+        own = chosen.get("in_channels", 3)
+        channels = data.channels or own
+        if own != channels:
+            raise UsageError(
+                f"--model_config_name_or_path has {own} input channels and the images {channels};"
+                f" pass --channels {own}"
+            )
+    else:
+        chosen = preset_unet_config(flags.model_preset) if flags.model_preset else dict(DEFAULT_UNET)
+        channels = data.channels or (1 if data.embedded else 3)
+    chosen |= {
+        "sample_size": height if height == width else (height, width),
+        "in_channels": channels,
+        "out_channels": channels,
+    }
+    step = smallest_sample_side(chosen)
+    if height % step or width % step:
+        raise UsageError(
+            f"--resolution {data.resolution}: this UNet halves the image {int(math.log2(step))} times, so both sides"
+            f" must be multiples of {step}"
+        )
+    return chosen
+
+
+def _read_unet_config(name_or_path: str) -> dict[str, Any]:
+    from diffusers import UNet2DModel
+
+    try:
+        loaded = UNet2DModel.load_config(name_or_path)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"--model_config_name_or_path {name_or_path}: no UNet2DModel config there ({reason})"
+        ) from error
+    if loaded.get("_class_name", "UNet2DModel") != "UNet2DModel":
+        raise UsageError(f"--model_config_name_or_path {name_or_path}: a {loaded['_class_name']}, not a UNet2DModel")
+    return {name: value for name, value in loaded.items() if not name.startswith("_")}
+
+
+def make_unet(arguments: dict[str, Any], variance_type: str, classes: int | None, config):
+    """The UNet, initialised from the seed, with the flags that concern its execution applied.
+
+    Args:
+        variance_type: a learned variance doubles the output's channels.
+        classes: embeddings to make for classes, with the null class; None for none.
+        config: the run's `TrainingConfig`.
+    """
+    learned = variance_type in LEARNED_VARIANCE_TYPES
+    arguments = {**arguments, "out_channels": arguments["in_channels"] * (2 if learned else 1)}
+    if classes is not None:
+        arguments["num_class_embeds"] = classes
+    torch.manual_seed(config.seed)
+    try:
+        model = build_unet(arguments)
+    except (ValueError, TypeError) as error:
+        raise UsageError(" ".join(str(error).split())) from error
+    if config.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    if config.enable_xformers_memory_efficient_attention:
+        try:
+            model.enable_xformers_memory_efficient_attention()
+        except (ImportError, ValueError) as error:
+            raise UsageError(
+                "--enable_xformers_memory_efficient_attention: xFormers is not installed or has no GPU; leave the flag"
+                " out, torch's own attention is memory-efficient"
+            ) from error
+    return model
+
+
+def make_scheduler(schedule: ScheduleFlags, objective: ObjectiveFlags) -> DDPMScheduler:
+    """The diffusion that the flags describe.
+
+    Raises:
+        UsageError: a combination that cannot train or sample.
+    """
+    scheduler = DDPMScheduler(
+        num_train_timesteps=schedule.ddpm_num_steps,
+        beta_schedule=schedule.ddpm_beta_schedule,
+        prediction_type=objective.prediction_type,
+        variance_type=objective.variance_type,
+        rescale_betas_zero_snr=schedule.rescale_betas_zero_snr,
+    )
+    try:
+        check_objective(scheduler, objective.objective, objective.loss_type, objective.snr_gamma)
+        scheduler.check_invertible(range(schedule.ddpm_num_steps))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    return scheduler

@@ -84,18 +84,47 @@ def swap_sampler(pipeline, sampler: str) -> int | None:
     return steps
 
 
-def wanted_classes(pipeline, classes: list[str] | None, guidance_scale: float, count: int) -> list[int] | None:
-    """The class of each image: those asked for in turn, by default all; None for an unconditional model.
+def load_classifier(folder: Path, pipeline):
+    """A classifier of noised images that fits the pipeline.
 
     Raises:
-        ValueError: a class that the model does not know, or classes for a model that knows none.
+        ValueError: no classifier there, or one of other images.
     """
-    if not hasattr(pipeline, "class_ids"):
+    from .classifier import NoisyClassifier
+
+    try:
+        classifier = NoisyClassifier.from_pretrained(folder, use_safetensors=True).eval()
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"--classifier {folder}: no classifier there ({' '.join(str(error).split())[:200]})"
+        ) from error
+    own, wanted = (classifier.config.unet[key] for key in ("in_channels", "sample_size")), pipeline.unet.config
+    if list(own) != [wanted.in_channels, wanted.sample_size]:
+        raise ValueError(f"--classifier {folder} reads images of another size or number of channels than the model's")
+    return classifier
+
+
+def wanted_classes(pipeline, classifier, classes: list[str] | None, guidance_scale: float, count: int):
+    """The class of each image: those asked for in turn, by default all; None for a model without classes.
+
+    Raises:
+        ValueError: a class that is not known, or classes where nothing knows any.
+    """
+    by_class = hasattr(pipeline, "class_ids")
+    if not by_class and classifier is None:
         if classes or guidance_scale != 1.0:
-            raise ValueError("this model knows no classes; leave out --class and --guidance-scale")
+            raise ValueError(
+                "this model knows no classes; leave out --class and --guidance-scale, or add --classifier"
+            )
         return None
-    asked = [int(name) if name.isdecimal() and name not in pipeline.labels else name for name in classes or []]
-    known = pipeline.class_ids(asked or range(len(pipeline.config.id2label))).tolist()
+    if not by_class and guidance_scale != 1.0:
+        raise ValueError("this model knows no classes; leave out --guidance-scale (--classifier-scale guides it)")
+    id2label = (pipeline if by_class else classifier).config.id2label
+    ids = {name: int(number) for number, name in id2label.items()} | {number: int(number) for number in id2label}
+    unknown = [name for name in classes or [] if name not in ids]
+    if unknown:
+        raise ValueError(f"--class {unknown[0]}: none of {', '.join(id2label.values())}")
+    known = [ids[name] for name in classes] if classes else [int(number) for number in id2label]
     return [known[index % len(known)] for index in range(count)]
 
 
@@ -131,6 +160,10 @@ def sample(
     guidance_scale: Annotated[
         float, typer.Option(help="Classifier-free guidance: 1 is none, 2 insists on the class.")
     ] = 1.0,
+    classifier: Annotated[
+        Path | None, typer.Option(help="A folder of train-classifier, to guide towards --class by its gradient.")
+    ] = None,
+    classifier_scale: Annotated[float, typer.Option(help="How strongly the classifier guides.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Image i depends on the seed and i alone, whatever the batch.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Images drawn at once.")] = 64,
     precision: Annotated[
@@ -165,7 +198,8 @@ def sample(
     accelerators = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()]
     device = device or [*accelerators, "cpu"][0]
     pipeline = load_pipeline(model, revision, token).to(device)
-    labels = wanted_classes(pipeline, class_, guidance_scale, num_images)
+    guide = None if classifier is None else load_classifier(classifier, pipeline).to(device)
+    labels = wanted_classes(pipeline, guide, class_, guidance_scale, num_images)
     usual = swap_sampler(pipeline, sampler.value)
     steps = steps or (usual and min(usual, pipeline.scheduler.config.num_train_timesteps))
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision.value)
@@ -180,10 +214,13 @@ def sample(
             generators = [torch.Generator(device).manual_seed(keyed_seed(seed, "sample", 0, i)) for i in indices]
             wanted = 40 if progressive and first == 0 else 0
             options = {"generator": generators, "num_inference_steps": steps, "num_frames": wanted}
-            if labels is None:
-                drawn = pipeline(len(indices), **options)
+            if guide is not None:
+                options |= {"classifier": guide, "classifier_scale": classifier_scale}
+            chosen = None if labels is None else [labels[i] for i in indices]
+            if hasattr(pipeline, "class_ids"):
+                drawn = pipeline(chosen, guidance_scale, **options)
             else:
-                drawn = pipeline([labels[i] for i in indices], guidance_scale, **options)
+                drawn = pipeline(len(indices), class_labels=chosen, **options)
             images += drawn.images
             frames = drawn.frames or frames
 
@@ -199,6 +236,18 @@ def sample(
         save_image(image_grid(strip, columns=len(moments), scale=scale), out / "progressive.png")
         write_chain([frame.sample[:16] for frame in frames], out / "chain.gif", scale)
     typer.echo(f"{len(images)} images in {out}: grid.png" + (", progressive.png, chain.gif" if progressive else ""))
+
+
+@app.command(
+    "train-classifier",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+)
+def train_classifier(context: typer.Context) -> None:
+    """Train a classifier of noised images, to guide sampling; its --help lists the flags."""
+    from .classifier import main as train
+
+    train(context.args)
 
 
 def main() -> None:

@@ -12,13 +12,13 @@ from .training.checkpointing import write_whole
 PRIVATE_PATTERNS = ["checkpoint-*", "checkpoint-*/**", "logs/**", "**/events.out.tfevents*", ".*", "timings.jsonl"]
 
 
-def save_pipeline(pipeline, folder: str | Path) -> None:
-    """Save a pipeline so that each of its files is whole: written beside, then moved into place."""
+def save_model(model, folder: str | Path) -> None:
+    """Save what has a `save_pretrained` so that each of its files is whole: written beside, then moved into place."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(dir=folder, prefix=".saving-"))
     try:
-        pipeline.save_pretrained(beside)
+        model.save_pretrained(beside)
         for path in sorted(beside.rglob("*")):
             target = folder / path.relative_to(beside)
             if path.is_dir():
@@ -27,6 +27,9 @@ def save_pipeline(pipeline, folder: str | Path) -> None:
                 os.replace(path, target)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+save_pipeline = save_model  # a pipeline is a folder of models
 
 
 def save_image(image, path: Path) -> None:

@@ -8,6 +8,7 @@ chain, -1 for the data). Everything is derived from log ᾱ in float64 and cast 
 This file is copied into published repositories: it imports torch, numpy and diffusers alone.
 """
 
+import inspect
 import math
 from typing import NamedTuple
 
@@ -277,8 +278,10 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         recorded = {"beta_schedule": name}
         if trained_betas is None and name not in STOCK_BETA_SCHEDULES:
             recorded["trained_betas"] = betas.tolist()
-        # `from_config` forgets what it believes to be a default
-        defaults = [key for key in self.config.get("_use_default_values", []) if key not in recorded]
+        # `from_config` forgets what it believes to be a default, also what was given by position
+        parameters = inspect.signature(DDPMScheduler.__init__).parameters
+        changed = {key for key in parameters if key in self.config and self.config[key] is not parameters[key].default}
+        defaults = [key for key in self.config.get("_use_default_values", []) if key not in changed | set(recorded)]
         self.register_to_config(**recorded, _use_default_values=defaults)
         return betas
 

@@ -212,7 +212,9 @@ def parse_layers(dataclass_type, argv: list[str], weaker_layers, prog: str | Non
         if from_file.config:
             file_words = parser.tokens(read_config_file(from_file.config), f"--config {from_file.config}")
         known = parser.parse(file_words + argv)
-        words = [word for source, values in weaker_layers(known) for word in parser.tokens(values, source)]
+        words = []
+        for source, values in weaker_layers(known):  # a recipe may set flags that only other commands have
+            words += parser.tokens({name: values[name] for name in values if name in parser.flags()}, source)
         return parser.parse(words + file_words + argv)
     except UsageError as error:
         parser.error(str(error))

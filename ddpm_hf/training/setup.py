@@ -62,7 +62,15 @@ def _cpu_flags() -> str:
     return info.read_text() if info.is_file() else ""
 
 
-RUN_FILES = ("metrics.jsonl", "timings.jsonl", "training_config.json", "model_index.json", "samples", "checkpoint-*")
+RUN_FILES = (
+    "metrics.jsonl",
+    "timings.jsonl",
+    "training_config.json",
+    "model_index.json",
+    "config.json",
+    "samples",
+    "checkpoint-*",
+)
 
 
 def find_run(config: TrainingConfig, accelerator) -> tuple[Path, dict[str, Any]] | None:
@@ -111,8 +119,10 @@ def claim_output_dir(config: TrainingConfig, accelerator) -> None:
     accelerator.wait_for_everyone()
 
 
-def check_resumable(found: tuple[Path, dict[str, Any]] | None, model, facts: dict[str, Any], accelerator) -> None:
-    """Say what else differs from the run to resume.
+def check_resumable(
+    found: tuple[Path, dict[str, Any]] | None, model, facts: dict[str, Any], accelerator, name: str = "unet"
+) -> None:
+    """Say what else differs from the run to resume; `name` is the model's folder in a checkpoint.
 
     Raises:
         UsageError: a checkpoint of another model.
@@ -120,7 +130,9 @@ def check_resumable(found: tuple[Path, dict[str, Any]] | None, model, facts: dic
     if found is None:
         return
     checkpoint, manifest = found
-    saved = json.loads((checkpoint / "unet" / "config.json").read_text())
+    if not (checkpoint / name / "config.json").is_file():
+        raise UsageError(f"{checkpoint} is of another kind of run: it has no {name}/")
+    saved = json.loads((checkpoint / name / "config.json").read_text())
     own = json.loads(model.to_json_string())
     for key in own:
         if not key.startswith("_") and own[key] != saved.get(key):

@@ -1,0 +1,252 @@
+"""A classifier of noised images, whose gradient guides sampling (Dhariwal & Nichol 2021, sec. 4), and its training."""
+
+import functools
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils import logging as diffusers_logging
+
+from .data import DataError, DataFlags, ImageDataset, to_model_range
+from .feeding import make_batches, make_plan, open_images
+from .flags import ScheduleFlags, UNetFlags, unet_arguments, weaker_layers
+from .models import build_unet, use_matmul_attention
+from .objectives import UniformTimestepSampler
+from .portable.scheduling_ddpm_hf import DDPMScheduler
+from .publishing import save_model
+from .training.config import TrainingConfig, UsageError, parse_layers
+from .training.loop import (
+    Losses,
+    Meter,
+    TrainingState,
+    averaged_weights,
+    load_checkpoint,
+    register_model_hooks,
+    training_loop,
+    unwrap,
+)
+from .training.randomness import StepKeys
+from .training.setup import (
+    agree_on_seed,
+    check_resumable,
+    claim_output_dir,
+    find_run,
+    log,
+    make_ema,
+    make_lr_scheduler,
+    make_optimizer,
+    save_settings,
+    start_accelerator,
+    start_trackers,
+)
+
+QUARTILES = ("loss_q1", "loss_q2", "loss_q3", "loss_q4")
+
+
+class AttentionPool(torch.nn.Module):
+    """A feature map [N, C, H, W] as one vector [N, C]: its mean attends to all places (as in CLIP's image encoder)."""
+
+    def __init__(self, channels: int, places: int, heads: int):
+        super().__init__()
+        self.position = torch.nn.Parameter(torch.randn(places + 1, channels) / channels**0.5)
+        self.attention = torch.nn.MultiheadAttention(channels, heads, batch_first=True)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """[N, C, H, W] -> [N, C]."""
+        places = features.flatten(2).transpose(1, 2)  # [N, H·W, C]
+        tokens = torch.cat([places.mean(dim=1, keepdim=True), places], dim=1) + self.position  # [N, 1 + H·W, C]
+        return self.attention(tokens[:, :1], tokens, tokens, need_weights=False)[0].squeeze(1)
+
+
+class NoisyClassifier(ModelMixin, ConfigMixin):
+    """The encoder half of a `UNet2DModel` with attention pooling: (x_t, t) -> logits.
+
+    Args:
+        unet: the arguments of the `UNet2DModel` whose encoder this is.
+        num_classes: K.
+        num_train_timesteps, trained_betas: the diffusion it was trained on, T and β; for whoever loads it.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        unet: dict,
+        num_classes: int,
+        num_train_timesteps: int = 1000,
+        trained_betas: list[float] | None = None,
+        id2label: dict[str, str] | None = None,
+    ):
+        super().__init__()
+        whole = build_unet(unet)
+        self.conv_in, self.time_proj, self.time_embedding = whole.conv_in, whole.time_proj, whole.time_embedding
+        self.down_blocks, self.mid_block = whole.down_blocks, whole.mid_block
+        width = whole.config.block_out_channels[-1]
+        size = whole.config.sample_size
+        height, breadth = (size, size) if isinstance(size, int) else size
+        shrunk = 2 ** (len(whole.config.block_out_channels) - 1)
+        self.norm = torch.nn.GroupNorm(whole.config.norm_num_groups, width)
+        self.pool = AttentionPool(width, (height // shrunk) * (breadth // shrunk), heads=max(1, width // 64))
+        self.head = torch.nn.Linear(width, num_classes)
+
+    def forward(self, x_t: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """x_t [N, C, H, W] in [-1, 1] and noised, timesteps [N] or a number -> logits [N, K]."""
+        timesteps = torch.as_tensor(timesteps, device=x_t.device).reshape(-1).expand(len(x_t))
+        embedding = self.time_embedding(self.time_proj(timesteps).to(x_t.dtype))  # [N, D]
+        features = self.conv_in(x_t)
+        for block in self.down_blocks:
+            features, _ = block(hidden_states=features, temb=embedding)
+        features = self.mid_block(features, embedding)
+        return self.head(self.pool(F.silu(self.norm(features))))
+
+
+@dataclass
+class ClassifierConfig(ScheduleFlags, UNetFlags, DataFlags, TrainingConfig):
+    """Flags of `ddpm-hf train-classifier`: those of data, schedule and training that the scripts have too."""
+
+    def check(self) -> None:
+        """Raise UsageError or DataError for a value out of range or a combination that cannot work."""
+        super().check()
+        self.check_data()
+        self.check_unet()
+        self.check_schedule()
+        if self.label_column is None:
+            self.label_column = "label"
+        if self.streaming and self.max_train_steps is None:
+            raise UsageError("--streaming has no epochs to count: give --max_train_steps")
+        if self.push_to_hub:
+            raise UsageError("--push_to_hub: a classifier is no pipeline; upload its folder with `hf upload`")
+
+
+def compute_loss(model, batch: dict, keys: StepKeys, *, scheduler: DDPMScheduler, accelerator) -> Losses:
+    """Cross-entropy (nats) of the class of a noised image, at uniform t."""
+    x_start = to_model_range(batch["images"].to(accelerator.device, non_blocking=True))  # [N, C, H, W]
+    timesteps = UniformTimestepSampler(len(scheduler)).sample(keys.uniform("timestep"))[0].to(x_start.device)
+    x_t = scheduler.add_noise(x_start, keys.normal_like(x_start), timesteps)
+    logits = model(x_t, timesteps).float()
+    losses = F.cross_entropy(logits, batch["labels"].to(x_start.device), reduction="none")
+    return Losses(losses, groups=timesteps * 4 // len(scheduler))
+
+
+@torch.no_grad()
+def validation_accuracy(model, *, held_out: ImageDataset, config, scheduler: DDPMScheduler, accelerator) -> dict:
+    """Accuracy over the held-out images, as they are (t = 0) and noised to the same random timesteps each time."""
+    total = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+    uniform = UniformTimestepSampler(len(scheduler))
+    starts = list(range(0, len(held_out), config.eval_batch_size))
+    for first in starts[accelerator.process_index :: accelerator.num_processes]:
+        batch = held_out.__getitems__(
+            [(0, i) for i in range(first, min(first + config.eval_batch_size, len(held_out)))]
+        )
+        x_start, labels = (
+            to_model_range(batch["images"].to(accelerator.device)),
+            batch["labels"].to(accelerator.device),
+        )
+        keys = StepKeys(config.seed, 0, first, len(x_start), validation=True)
+        timesteps = uniform.sample(keys.uniform("timestep"))[0].to(x_start.device)
+        noised = scheduler.add_noise(x_start, keys.normal_like(x_start), timesteps)
+        for place, (x, t) in enumerate(((x_start, torch.zeros_like(timesteps)), (noised, timesteps))):
+            with accelerator.autocast():
+                total[place] += (model(x, t).argmax(dim=1) == labels).sum()
+        total[2] += len(labels)
+    total = accelerator.reduce(total, reduction="sum")
+    return {"accuracy_clean": float(total[0] / total[2]), "accuracy_noised": float(total[1] / total[2])}
+
+
+def train(config: ClassifierConfig) -> None:
+    """From flags to a saved classifier."""
+    config.check()
+    accelerator = start_accelerator(config)
+    diffusers_logging.set_verbosity_error()
+    arguments = unet_arguments(config, config)
+    scheduler = DDPMScheduler(
+        num_train_timesteps=config.ddpm_num_steps,
+        beta_schedule=config.ddpm_beta_schedule,
+        rescale_betas_zero_snr=config.rescale_betas_zero_snr,
+    )
+    found = None if config.dry_run else find_run(config, accelerator)
+    config.seed = agree_on_seed(config, found and found[1])
+    images = open_images(config, config, arguments["in_channels"], accelerator)
+
+    names = images.rows.label_names
+    torch.manual_seed(config.seed)
+    id2label = {str(number): name for number, name in enumerate(names)}
+    model = NoisyClassifier(  # by keyword: `from_config` takes what was given by position for a default
+        unet=arguments,
+        num_classes=len(names),
+        num_train_timesteps=len(scheduler),
+        trained_betas=scheduler.betas.tolist(),
+        id2label=id2label,
+    )
+    if accelerator.device.type == "cpu":
+        use_matmul_attention(model)
+    plan, total_steps = make_plan(images, config, accelerator.num_processes)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    summary = f"{images.rows.name}: {len(names)} classes; {parameters:,} parameters, {total_steps} steps"
+    if config.dry_run:
+        print(f"{summary}, output {Path(config.output_dir).resolve()}")
+        return
+    facts = {
+        "seed": config.seed,
+        "samples": images.count,
+        "global_batch": plan.global_batch * plan.accumulation,
+        "total_steps": total_steps,
+        "processes": accelerator.num_processes,
+    }
+    check_resumable(found, model, facts, accelerator, "classifier")
+    claim_output_dir(config, accelerator)
+    log(accelerator, f"seed {config.seed}, {summary}")
+
+    state = TrainingState(
+        model=model,
+        ema=make_ema(config, model),
+        optimizer=make_optimizer(config, model, accelerator.num_processes),
+        lr_scheduler=None,
+        meter=Meter(QUARTILES, accelerator.device),
+        facts=facts,
+    )
+    state.lr_scheduler = make_lr_scheduler(config, state.optimizer, total_steps)
+    state.model, state.optimizer = accelerator.prepare(model, state.optimizer)
+    if state.ema is not None:
+        state.ema.to(accelerator.device)
+    register_model_hooks(accelerator, state, "classifier")
+    if found is not None:
+        load_checkpoint(accelerator, state, found[0], Path(config.output_dir))
+        log(accelerator, f"resuming from {found[0]}")
+    if accelerator.is_main_process:
+        save_settings(config)
+    start_trackers(config, accelerator, "train_classifier")
+
+    shared = {"scheduler": scheduler, "accelerator": accelerator}
+    finished = training_loop(
+        config,
+        accelerator,
+        state,
+        plan,
+        make_batches(images, config, config, plan, state.step, accelerator),
+        total_steps,
+        compute_loss=functools.partial(compute_loss, **shared),
+        validate=images.held_out
+        and functools.partial(validation_accuracy, held_out=images.held_out, config=config, **shared),
+        save=lambda trained: save_model(trained, config.output_dir),
+    )
+    if not finished:
+        log(accelerator, f"stopped at step {state.step}; go on with --resume_from_checkpoint latest")
+    elif accelerator.is_main_process:
+        with averaged_weights(state, unwrap(accelerator, state.model)) as trained:
+            save_model(trained, config.output_dir)
+        log(accelerator, f"saved to {config.output_dir}: NoisyClassifier.from_pretrained({config.output_dir!r})")
+    accelerator.end_training()
+
+
+def main(argv: list[str]) -> None:
+    """Parse the flags and train; a mistake that the user can mend is one line and exit code 2."""
+    config = parse_layers(ClassifierConfig, argv, weaker_layers, prog="ddpm-hf train-classifier")
+    try:
+        train(config)
+    except (UsageError, DataError) as error:
+        print(f"ddpm-hf train-classifier: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -6,7 +6,7 @@ This file is copied into published repositories: it imports torch, diffusers and
 from collections.abc import Callable
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DModel
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, SchedulerMixin, UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
 
 from .guidance_ddpm_hf import ClassifierGuidance
@@ -33,15 +33,14 @@ class DDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPipeline):
 
     def stock_class_name(self) -> str | None:
         """Stock's pipeline, but where its images would differ: latents, and what its scheduler gets wrong."""
-        config = self.scheduler.config
+        config, ours = self.scheduler.config, isinstance(self.scheduler, DDPMScheduler)
         differs = (
             self.vae is not None
             or config.get("prediction_type") == "posterior_mean"
-            or config.get("variance_type") in ("learned", "fixed_large_log")
-            or (
-                (self.unet.config.out_channels != self.unet.config.in_channels)
-                and not isinstance(self.scheduler, DDPMScheduler)
-            )
+            or (ours and config.variance_type in ("learned", "fixed_large_log"))
+            or (not ours and self.unet.config.out_channels != self.unet.config.in_channels)
+            # stock's pipeline neither scales x_t nor leaves out a generator that a sampler does not take
+            or not (ours or isinstance(self.scheduler, DDIMScheduler))
         )
         return None if differs else "DDPMPipeline"
 

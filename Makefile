@@ -20,7 +20,7 @@ $(VENV)/stamp: setup.cfg constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,eval,test]'
 	touch $@
 
-demo: $(VENV)/stamp
+demo $(DEMO)/model_index.json: $(VENV)/stamp
 	$(BIN)/python train_unconditional.py --output_dir $(DEMO) --overwrite_output_dir --seed 0
 	$(BIN)/ddpm-hf sample $(DEMO) --num-images 64 --steps 250 --progressive --out $(DEMO)/pictures
 	@echo "Look at $(DEMO)/pictures/grid.png, progressive.png and chain.gif"
@@ -39,8 +39,9 @@ style: $(VENV)/stamp
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/stamp
-	for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+bench: $(VENV)/stamp $(DEMO)/model_index.json
+	$(BIN)/python benchmarks/table_precision.py
+	$(BIN)/python benchmarks/digit_quality.py $(DEMO)
 
 clean:
 	rm -rf $(VENV) $(DEMO)

@@ -1,0 +1,81 @@
+"""A learned variance against fixed ones in short chains: the bound in bits/dim on held-out digits.
+
+    python benchmarks/few_step_bound.py MODEL [--images 256] [--draws 4]
+
+MODEL was trained with --variance_type learned_range --objective hybrid. The same network, the same x_t: only the
+variance of the reverse step differs. Reported is the mean bound over the images, and, for the difference to the
+learned variance, its mean with its standard error (over images; paired). The claim of Nichol & Dhariwal 2021, sec. 3.
+"""
+
+import argparse
+import os
+
+import numpy as np
+import torch
+from digit_quality import real_digits
+
+from ddpm_hf import DDPMPipeline, DDPMScheduler, bits_per_dim
+
+
+class MeanOnly(torch.nn.Module):
+    """The network without its variance, for schedulers with a fixed one."""
+
+    def __init__(self, unet: torch.nn.Module):
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, x_t, t):
+        """The first half of the output's channels."""
+        output = self.unet(x_t, t)
+        return type(output)(sample=output.sample[:, : x_t.shape[1]])
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model")
+    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--draws", type=int, default=1, help="draws of x_t for each image")
+    parser.add_argument("--steps", type=int, nargs="+", default=[25, 50, 100, 1000])
+    arguments = parser.parse_args()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+
+    pipeline = DDPMPipeline.from_pretrained(arguments.model)
+    unet, learned = pipeline.unet.eval(), pipeline.scheduler
+    side = unet.config.sample_size
+    pixels, _ = real_digits("test", side)
+    chosen = np.random.default_rng(0).permutation(len(pixels))[: arguments.images]
+    images = torch.from_numpy(pixels[chosen]).float().reshape(-1, 1, side, side) * 2 - 1
+    fixed = {
+        name: DDPMScheduler.from_config(learned.config, variance_type=name) for name in ("fixed_small", "fixed_large")
+    }
+    print(f"{len(images)} held-out digits, {arguments.draws} draws of x_t each; bits/dim\n")
+    print("| steps | learned | fixed_small | more, ± s.e. | fixed_large | more, ± s.e. |\n|---|---|---|---|---|---|")
+    for steps in arguments.steps:
+        # evenly spaced and ending at T-1, where the bound's prior term is
+        chain = np.linspace(0, len(learned) - 1, steps).round().astype(int).tolist()
+        totals = {}
+        for name, scheduler in {"learned": learned, **fixed}.items():
+            network = unet if name == "learned" else MeanOnly(unet)
+            bounds = []
+            for draw in range(arguments.draws):
+                generator = torch.Generator().manual_seed(draw)  # the same x_t for each variance
+                parts = [
+                    bits_per_dim(network, scheduler, part, chain, generator=generator).total
+                    for part in images.split(256)
+                ]
+                bounds.append(torch.cat(parts))
+            totals[name] = torch.stack(bounds).mean(0)
+        cells = [f"{steps}", f"{totals['learned'].mean():.4f}"]
+        for name in fixed:
+            more = totals[name] - totals["learned"]
+            error = more.std() / len(more) ** 0.5
+            cells += [
+                f"{totals[name].mean():.4f}",
+                f"{more.mean():+.4f} ± {error:.4f} ({more.mean() / error:.1f} s.e.)",
+            ]
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

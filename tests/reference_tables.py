@@ -4,6 +4,8 @@ Shared by `tests/test_schedules.py` and `benchmarks/table_precision.py`. Nothing
 for the reference: it multiplies 1-β out and subtracts, which 50 digits can afford.
 """
 
+from itertools import pairwise
+
 import mpmath as mp
 import numpy as np
 import torch
@@ -25,7 +27,7 @@ def _linspace(start, end, n):
 
 def _from_alpha_bar(alpha_bar, T):
     values = [alpha_bar(mp.mpf(i) / T) for i in range(T + 1)]
-    return [min(1 - after / before, mp.mpf("0.999")) for before, after in zip(values, values[1:])]
+    return [min(1 - after / before, mp.mpf("0.999")) for before, after in pairwise(values)]
 
 
 def _sigmoid(x):
@@ -73,7 +75,7 @@ def reference_rescaled(betas: list) -> list:
     """Lin et al. 2023, Alg. 1, as printed: shift √ᾱ so that it ends at 0, scale so that it starts where it did."""
     roots = [mp.sqrt(a) for a in reference_alpha_bars(betas)[1:]]
     roots = [(root - roots[-1]) * roots[0] / (roots[0] - roots[-1]) for root in roots]
-    ratios = [(after / before) ** 2 for before, after in zip(roots, roots[1:])]
+    ratios = [(after / before) ** 2 for before, after in pairwise(roots)]
     return [betas[0], *(1 - ratio for ratio in ratios)]
 
 

@@ -453,3 +453,12 @@ def test_losses_that_are_all_zero_sample_uniformly():
     sampler = LossSecondMomentSampler(4, history_per_term=1)
     sampler.update_with_losses(torch.arange(4), torch.zeros(4))
     torch.testing.assert_close(sampler.probabilities(), torch.full((4,), 0.25, dtype=torch.float64))
+
+
+def test_a_timestep_without_losses_is_never_drawn():
+    """Its weight would be infinite: u = 0 must fall to the first timestep of any probability."""
+    sampler = LossSecondMomentSampler(4, history_per_term=1, uniform_probability=0.0)
+    sampler.update_with_losses(torch.arange(4), torch.tensor([0.0, 2.0, 0.0, 1.0]))
+    timesteps, weights = sampler.sample(torch.tensor([0.0, 0.5, 0.9, 1 - 2**-53]).double())
+    assert timesteps.tolist() == [1, 1, 3, 3]
+    assert torch.isfinite(weights).all()

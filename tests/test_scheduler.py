@@ -132,7 +132,7 @@ def test_marginalising_the_posterior_gives_q_again(data):
 @settings(deadline=None, max_examples=60)
 @given(st.data())
 def test_two_posterior_steps_are_one_strided_step(data):
-    """q(x_r|x_t,x_0) = ∫ q(x_r|x_s,x_0) q(x_s|x_t,x_0) dx_s: else chains of different strides contradict each other."""
+    """q(x_r|x_t,x_0) = ∫ q(x_r|x_s,x_0) q(x_s|x_t,x_0) dx_s: else chains of different strides disagree."""
     scheduler, t, s = random_chain(data.draw)
     r = data.draw(st.integers(-1, s - 1))
     x0_ts, xt_ts, variance_ts = posterior_coefficients(scheduler, t, s)
@@ -147,7 +147,7 @@ def test_two_posterior_steps_are_one_strided_step(data):
 @given(st.data())
 def test_forward_steps_compose_for_any_betas(data):
     """Else ᾱ is not the product of 1-β for some betas."""
-    scheduler, t, s = random_chain(data.draw)
+    scheduler, t, _ = random_chain(data.draw)
     mean, variance, one = 1.0, 0.0, torch.ones(1, 1, dtype=torch.float64)
     for each in range(t + 1):
         step = scheduler.q_step_mean_variance(one, each)

@@ -178,6 +178,15 @@ def _affine(a, x: torch.Tensor, b, y: torch.Tensor) -> torch.Tensor:
     return torch.add(a * x, y, alpha=b)
 
 
+def _is_record(config: dict) -> bool:
+    """Whether a config's `trained_betas` are but our record of its named schedule."""
+    name, betas = config.get("beta_schedule"), config.get("trained_betas")
+    if betas is None or name not in BETA_SCHEDULES or name in STOCK_BETA_SCHEDULES:
+        return False
+    named = BETA_SCHEDULES[name](len(betas), config.get("beta_start", 0.0001), config.get("beta_end", 0.02))
+    return np.array_equal(np.asarray(betas, dtype=np.float64), named)
+
+
 class DDPMScheduler(SchedulerMixin, ConfigMixin):
     """Denoising diffusion (Ho et al. 2020), a drop-in for `diffusers.DDPMScheduler` with the whole of its math.
 
@@ -239,7 +248,7 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         betas = self._resolve_betas(num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas)
         if rescale_betas_zero_snr:
             betas = rescale_zero_terminal_snr(betas)
-        with np.errstate(divide="ignore"):  # log(0) = -inf is right for ᾱ_T = 0
+        with np.errstate(divide="ignore", invalid="ignore"):  # log(0) = -inf is right for ᾱ_T = 0
             log_alphas = np.log1p(-betas)
         log_alphas_cumprod = np.cumsum(log_alphas)
 
@@ -272,8 +281,10 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
             betas = BETA_SCHEDULES[name](num_train_timesteps, beta_start, beta_end)
         else:
             betas = np.asarray(trained_betas, dtype=np.float64)
-        if not ((betas > 0) & (betas <= 1)).all():
+        if not (betas > 0).all() or (trained_betas is not None and (betas > 1).any()):
             raise ValueError(f"every beta must lie in (0, 1]; they run from {betas.min():g} to {betas.max():g}")
+        if (betas > 1).any():  # stock constructs it all the same
+            logger.warning(f"beta_end={beta_end} makes betas above 1: there is no such noise, and tables hold NaN")
 
         recorded = {"beta_schedule": name}
         if trained_betas is None and name not in STOCK_BETA_SCHEDULES:
@@ -281,9 +292,19 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         # `from_config` forgets what it believes to be a default, also what was given by position
         parameters = inspect.signature(DDPMScheduler.__init__).parameters
         changed = {key for key in parameters if key in self.config and self.config[key] is not parameters[key].default}
-        defaults = [key for key in self.config.get("_use_default_values", []) if key not in changed | set(recorded)]
-        self.register_to_config(**recorded, _use_default_values=defaults)
+        if "_use_default_values" in self.config:
+            defaults = [key for key in self.config["_use_default_values"] if key not in changed | set(recorded)]
+            recorded["_use_default_values"] = defaults
+        self.register_to_config(**recorded)
         return betas
+
+    @classmethod
+    def from_config(cls, config=None, return_unused_kwargs: bool = False, **kwargs):
+        """As stock's; a schedule named anew takes the place of one that the config carries as `trained_betas`."""
+        renamed = {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule"} & set(kwargs)
+        if renamed and "trained_betas" not in kwargs and isinstance(config, dict) and _is_record(config):
+            config = {**config, "trained_betas": None}
+        return super().from_config(config, return_unused_kwargs, **kwargs)
 
     # The chain
 
@@ -354,7 +375,8 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         if spacing == "linspace":
             return np.linspace(0, T - 1, n).round()[::-1].astype(np.int64)
         if spacing == "trailing":
-            return np.round(T * (i + 1) / n).astype(np.int64) - 1
+            # from the top down, as stock counts, so that ties round alike; and never more than n of them
+            return np.round(np.arange(T, 0, -T / n)[:n]).astype(np.int64) - 1
         raise ValueError(f"timestep_spacing {spacing!r} is none of 'leading', 'linspace', 'trailing'.")
 
     def __len__(self) -> int:
@@ -607,8 +629,11 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
             mean = torch.where((s == t - 1).reshape(-1, *[1] * (x_t.ndim - 1)), output, mean)
         last = (s < 0).reshape(-1, *[1] * (x_t.ndim - 1))
         log_variance = self._log_variance(c, variance_output, last)
-        variance = torch.exp(log_variance)
-        if self.variance_type not in (*LEARNED_VARIANCE_TYPES, "fixed_large", "fixed_large_log"):
+        if variance_output is not None:
+            variance = torch.exp(log_variance)
+        elif self.variance_type in ("fixed_large", "fixed_large_log"):
+            variance = self._cast(torch.exp(self._log_variance(exact, None, s < 0)), x_t)
+        else:
             variance = c.posterior_variance  # 0 where s = -1, though its clipped log is not -inf
         return PredictedMoments(*(moment.to(x_t.dtype) for moment in (mean, variance, log_variance, pred_x0)))
 

@@ -354,7 +354,9 @@ def publish(config: UnconditionalConfig, images: Images, steps: int, pipeline, a
 
 def main(argv: list[str] | None = None) -> None:
     """Parse the flags and train; a mistake that the user can mend is one line and exit code 2."""
-    config = parse_layers(UnconditionalConfig, sys.argv[1:] if argv is None else argv, weaker_layers)
+    config = parse_layers(
+        UnconditionalConfig, sys.argv[1:] if argv is None else argv, weaker_layers, description=__doc__
+    )
     try:
         train(config)
     except (UsageError, DataError) as error:

@@ -244,7 +244,13 @@ def train(config: ClassifierConfig) -> None:
 
 def main(argv: list[str]) -> None:
     """Parse the flags and train; a mistake that the user can mend is one line and exit code 2."""
-    config = parse_layers(ClassifierConfig, argv, weaker_layers, prog="ddpm-hf train-classifier")
+    config = parse_layers(
+        ClassifierConfig,
+        argv,
+        weaker_layers,
+        prog="ddpm-hf train-classifier",
+        description="Train a classifier of noised images, whose gradient guides sampling towards a class.",
+    )
     try:
         train(config)
     except (UsageError, DataError) as error:

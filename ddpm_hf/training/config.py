@@ -143,7 +143,7 @@ class OneLineParser(HfArgumentParser):
     """Declares a dataclass's fields as flags; a mistake is one line and exit code 2."""
 
     def __init__(self, dataclass_type, **kwargs):
-        super().__init__(dataclass_type, allow_abbrev=False, **kwargs)
+        super().__init__(dataclass_type, allow_abbrev=False, usage="%(prog)s [--flag value ...]", **kwargs)
 
     def error(self, message: str):
         """End with exit code 2 and one line."""
@@ -198,14 +198,16 @@ def read_config_file(path: str) -> dict[str, Any]:
     return values
 
 
-def parse_layers(dataclass_type, argv: list[str], weaker_layers, prog: str | None = None):
+def parse_layers(
+    dataclass_type, argv: list[str], weaker_layers, prog: str | None = None, description: str | None = None
+):
     """Parse `argv` over a `--config` file over what `weaker_layers` gives.
 
     Args:
         weaker_layers: called with the instance that config file and command line alone make; returns a list of
             (source, values), weakest first, such as a recipe and a preset.
     """
-    parser = OneLineParser(dataclass_type, prog=prog)
+    parser = OneLineParser(dataclass_type, prog=prog, description=description)
     try:
         from_file, _ = parser.parse_known_args(argv)
         file_words = []

@@ -359,7 +359,7 @@ def training_loop(
             done = state.step == total_steps
             epoch_ends = state.step % plan.steps_per_epoch == 0 or done
             epoch = plan.epoch_of(step)
-            seen += in_window
+            seen, elapsed = seen + in_window, time.perf_counter() - since
             record: dict[str, float] = {}
             if (state.step % config.logging_steps == 0 or done) and finite:
                 record = {**meter.means(accelerator), "lr": state.lr_scheduler.get_last_lr()[0], "grad_norm": norm}
@@ -371,7 +371,6 @@ def training_loop(
                 with averaged_weights(state, model):
                     record |= validate(model)
             if record:
-                elapsed = time.perf_counter() - since
                 shown |= {
                     name: f"{value:.3g}" for name, value in record.items() if "loss" in name and "_q" not in name
                 }

@@ -26,6 +26,11 @@ IMAGE_COLUMN = "image"
 class DataError(ValueError):
     """A dataset or an image that cannot be used; the message names it and the way out."""
 
+    def __init__(self, message: str):
+        if "Original Traceback" in message:  # torch's DataLoader wraps what a worker raised
+            message = message.strip().rpartition("DataError: ")[2]
+        super().__init__(message)
+
 
 @dataclass
 class DataFlags:
@@ -207,7 +212,10 @@ def decode_row(value: Any, name: str) -> Image.Image:
         UnidentifiedImageError, OSError, ValueError, KeyError, TypeError, SyntaxError, EOFError, AttributeError,
         Image.DecompressionBombError,
     ) as error:  # fmt: skip
-        raise broken_image(name, " ".join(str(error).split()) or error.__class__.__name__) from error
+        reason = " ".join(str(error).split()) or error.__class__.__name__
+        if isinstance(error, UnidentifiedImageError):  # whose text shows an address in memory
+            reason = "it is no image, or its beginning is damaged"
+        raise broken_image(name, reason) from error
 
 
 def broken_image(name: str, reason: str) -> DataError:
@@ -294,16 +302,18 @@ def embedded_digits(part: str) -> Rows:
     return Rows(dataset, EMBEDDED_DATASET, IMAGE_COLUMN, "label", names)
 
 
-def _read_local(path: Path, split: str, streaming: bool, cache_dir: str | None):
-    """A dataset from a folder or file: `save_to_disk`, parquet, arrow, or images."""
+def _read_local(path: Path, config_name: str | None, split: str, streaming: bool, cache_dir: str | None):
+    """A dataset from a folder or file: `save_to_disk`, parquet, arrow, images, or as its README.md configures it."""
     import datasets
 
+    options = {"split": split, "streaming": streaming, "cache_dir": cache_dir}
+    if config_name is not None:
+        return datasets.load_dataset(str(path), config_name, **options)
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         dataset = datasets.load_from_disk(str(path))
         if isinstance(dataset, datasets.DatasetDict):
             dataset = _pick_split(dataset, split, path)
         return dataset.to_iterable_dataset() if streaming else dataset
-    options = {"split": split, "streaming": streaming, "cache_dir": cache_dir}
     for kind in ("parquet", "arrow"):
         files = [path] if path.suffix == f".{kind}" else sorted(path.rglob(f"*.{kind}")) if path.is_dir() else []
         if files:
@@ -351,7 +361,7 @@ def read_dataset(
         if directory or path.exists():
             if not path.exists():
                 raise DataError(f"--train_data_dir {directory}: no such folder")
-            dataset = _read_local(path, split, streaming, cache_dir)
+            dataset = _read_local(path, config_name, split, streaming, cache_dir)
         else:
             dataset = datasets.load_dataset(
                 name, config_name, split=split, streaming=streaming, cache_dir=cache_dir, token=token

@@ -179,6 +179,8 @@ def _read_unet_config(name_or_path: str) -> dict[str, Any]:
         ) from error
     if loaded.get("_class_name", "UNet2DModel") != "UNet2DModel":
         raise UsageError(f"--model_config_name_or_path {name_or_path}: a {loaded['_class_name']}, not a UNet2DModel")
+    if "block_out_channels" not in loaded:
+        raise UsageError(f"--model_config_name_or_path {name_or_path}: the config names no block_out_channels")
     return {name: value for name, value in loaded.items() if not name.startswith("_")}
 
 

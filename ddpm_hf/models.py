@@ -71,7 +71,7 @@ _OPENAI_RECIPE = {
     **_ADAM,
     **_CONSTANT_EMA,
     "lr_warmup_steps": 0,
-    "max_grad_norm": None,
+    "max_grad_norm": 0.0,
     "variance_type": "learned_range",
     "objective": "hybrid",
 }
@@ -186,8 +186,10 @@ def build_unet(config: dict[str, Any]) -> UNet2DModel:
         ValueError: as many norm groups as channels at some width (each group then holds one channel, and the time
             embedding, added before the norm, cancels), or groups that do not divide the widths.
     """
+    if "block_out_channels" not in config:
+        raise ValueError("the UNet's config names no block_out_channels, the width of each level")
     groups = config.get("norm_num_groups", 32)
-    for width in config.get("block_out_channels", ()):
+    for width in config["block_out_channels"]:
         if groups is not None and (width % groups or groups >= width):
             raise ValueError(
                 f"norm_num_groups={groups} with {width} channels: the groups must divide the channels and hold two or"

@@ -145,7 +145,10 @@ def save_tensors(directory: Path, states: dict[str, Any]) -> None:
 def load_tensors(directory: Path, states: dict[str, Any]) -> None:
     """Restore what `save_tensors` wrote."""
     for name, item in states.items():
-        item.load_state_dict(load_file(directory / f"{name}.safetensors"))
+        path = directory / f"{name}.safetensors"
+        if not path.is_file():
+            raise UsageError(f"{directory} is of another run: it has no {path.name}; resume with the flags it had")
+        item.load_state_dict(load_file(path))
 
 
 def truncate_jsonl(path: Path, step: int) -> None:

@@ -19,6 +19,9 @@ class UsageError(ValueError):
     """Something that the user can mend: a script prints its one line and ends with exit code 2."""
 
 
+LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+
+
 @dataclass
 class TrainingConfig:
     """Flags of the loop, the optimizer, checkpoints and tracking."""
@@ -57,7 +60,7 @@ class TrainingConfig:
     )
     lr_scheduler: str = HfArg(
         default="cosine",
-        help="constant, constant_with_warmup, linear, cosine, cosine_with_restarts, polynomial or piecewise_constant.",
+        help=f"{', '.join(LR_SCHEDULERS)}.",
     )
     lr_warmup_steps: int = HfArg(default=500, help="Optimizer steps over which the learning rate rises.")
     adam_beta1: float = HfArg(default=0.95, help="AdamW's first decay rate.")
@@ -130,6 +133,8 @@ class TrainingConfig:
             value, least = getattr(self, name), "more than 0" if name in positive else "0 or more"
             if value is not None and not (value > 0 if name in positive else value >= 0):
                 raise UsageError(f"--{name} {value}: must be {least}")
+        if self.lr_scheduler not in LR_SCHEDULERS:
+            raise UsageError(f"--lr_scheduler {self.lr_scheduler!r} is none of {', '.join(LR_SCHEDULERS)}")
         for name in ("adam_beta1", "adam_beta2", "ema_max_decay", "ema_min_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise UsageError(f"--{name} {getattr(self, name)}: must be at least 0 and less than 1")
@@ -165,12 +170,10 @@ class OneLineParser(HfArgumentParser):
                 raise UsageError(
                     f"{source}: unknown setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
                 )
-            if value is None:
-                continue
-            if isinstance(value, dict):
-                raise UsageError(f"{source}: {name!r} takes one value, not a mapping")
-            values_of_flag = value if isinstance(value, list) else [value]
-            words += [f"--{name}", *map(str, values_of_flag)]
+            if isinstance(value, (dict, list)):
+                raise UsageError(f"{source}: {name!r} takes one value, not {value}")
+            if value not in (None, "", "null", "~"):
+                words.append(f"--{name}={ {'on': 'true', 'off': 'false'}.get(value, value) }")  # YAML's booleans
         return words
 
     def parse(self, argv: list[str]):
@@ -187,6 +190,8 @@ def read_config_file(path: str) -> dict[str, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8")
         values = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
+        if isinstance(values, dict) and not path.endswith(".json"):
+            values = yaml.load(text, yaml.BaseLoader)  # words as they stand: no is "no", 1e-4 a number
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--config {path}: cannot be read ({error.__class__.__name__})") from error
     except (yaml.YAMLError, json.JSONDecodeError) as error:

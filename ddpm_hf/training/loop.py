@@ -318,7 +318,7 @@ def training_loop(
     shown: dict[str, str] = {}
     state.model.train()
 
-    with _StopRequest() as stop:
+    with _StopRequest() as stop, bar:  # the bar is closed before an error speaks
         while state.step < total_steps:
             step, window, in_window = state.step, plan.batches(state.step), plan.samples_in(state.step)
             for micro, number in enumerate(window):
@@ -397,9 +397,7 @@ def training_loop(
                 save_checkpoint(accelerator, state, output_dir, config.checkpoints_total_limit)
             since += time.perf_counter() - paused
             if stopping and not done:
-                bar.close()
                 return False
-    bar.close()
     return True
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, broadcast_object_list
-from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
 from .checkpointing import find_checkpoint, write_whole
@@ -25,7 +25,7 @@ SECRET_FLAGS = ("hub_token",)  # never written, shown or tracked
 
 def start_accelerator(config: TrainingConfig) -> Accelerator:
     """Accelerate's engine for this run, with threads and precision set."""
-    if config.local_rank != -1:
+    if config.local_rank != -1 and "WORLD_SIZE" in os.environ:  # an old launcher says it by the flag
         os.environ.setdefault("LOCAL_RANK", str(config.local_rank))
     tracker = None if config.logger == "none" else config.logger
     if tracker is not None and importlib.util.find_spec(tracker) is None:
@@ -99,6 +99,15 @@ def find_run(config: TrainingConfig, accelerator) -> tuple[Path, dict[str, Any]]
     return None
 
 
+def _earlier_run(config: TrainingConfig, folder: Path) -> list[Path]:
+    """What --overwrite_output_dir removes: a run's own files, and its logs if they lie within the folder."""
+    found = [path for pattern in RUN_FILES for path in folder.glob(pattern)]
+    logs = (folder / config.logging_dir).resolve()
+    if logs.is_dir() and logs.is_relative_to(folder.resolve()) and logs != folder.resolve():
+        found.append(logs)
+    return found
+
+
 def claim_output_dir(config: TrainingConfig, accelerator) -> None:
     """Make the output folder this run's, once all else has been checked; an earlier run goes only now.
 
@@ -111,9 +120,8 @@ def claim_output_dir(config: TrainingConfig, accelerator) -> None:
         if accelerator.is_main_process:
             write_whole(folder / ".writable", "")
             (folder / ".writable").unlink()
-            for pattern in (*RUN_FILES, config.logging_dir) if config.overwrite_output_dir else ():
-                for path in folder.glob(pattern):
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            for path in _earlier_run(config, folder) if config.overwrite_output_dir else ():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
     except OSError as error:
         raise UsageError(f"--output_dir {folder} cannot be written: {error.strerror}; name another folder") from error
     accelerator.wait_for_everyone()
@@ -191,14 +199,7 @@ def make_optimizer(config: TrainingConfig, model: torch.nn.Module, world: int) -
 
 
 def make_lr_scheduler(config: TrainingConfig, optimizer, total_steps: int):
-    """The learning rate's schedule over optimizer steps, whatever the processes and the accumulation.
-
-    Raises:
-        UsageError: no such schedule.
-    """
-    names = [kind.value for kind in SchedulerType if kind.value != "piecewise_constant"]
-    if config.lr_scheduler not in names:
-        raise UsageError(f"--lr_scheduler {config.lr_scheduler!r} is none of {', '.join(names)}")
+    """The learning rate's schedule over optimizer steps, whatever the processes and the accumulation."""
     return get_scheduler(
         config.lr_scheduler,
         optimizer=optimizer,

@@ -33,7 +33,7 @@ from ddpm_hf.objectives import TIMESTEP_SAMPLERS, UniformTimestepSampler, simple
 from ddpm_hf.portable.pipeline_class_conditional_ddpm_hf import ClassConditionalDDPMPipeline
 from ddpm_hf.portable.pipeline_ddpm_hf import DDPMPipeline
 from ddpm_hf.portable.scheduling_ddpm_hf import DDPMScheduler
-from ddpm_hf.publishing import push_folder, save_image, save_pipeline, write_model_card
+from ddpm_hf.publishing import open_repository, push_folder, save_image, save_pipeline, write_model_card
 from ddpm_hf.training.config import HfArg, TrainingConfig, UsageError, parse_layers
 from ddpm_hf.training.loop import (
     Losses,
@@ -135,7 +135,8 @@ def compute_loss(
         vlb_weight=config.vlb_weight,
     )
     if model.training and not isinstance(sampler, UniformTimestepSampler):
-        share_losses(sampler, timesteps, losses.detach(), config.train_batch_size, accelerator)
+        seen = slice(keys.valid)
+        share_losses(sampler, timesteps[seen], losses.detach()[seen], config.train_batch_size, accelerator)
     return Losses(losses * weights, logged=losses, groups=timesteps * 4 // len(scheduler))
 
 
@@ -323,31 +324,33 @@ def publish(config: UnconditionalConfig, images: Images, steps: int, pipeline, a
     """Save, write the model card, and upload if that was asked for; a failed upload loses nothing."""
     folder = Path(config.output_dir)
     save_pipeline(pipeline, folder)
-    repository = config.hub_model_id or folder.resolve().name
+    local = config.train_data_dir or (config.dataset_name if os.path.exists(config.dataset_name or "") else None)
     shown = (
         "resolution", "label_column", "model_preset", "ddpm_beta_schedule", "ddpm_num_steps", "prediction_type",
         "variance_type", "objective", "loss_type", "train_batch_size", "learning_rate", "use_ema", "seed",
     )  # fmt: skip
-    settings = {name: value for name, value in public_settings(config).items() if name in shown}
-    trust = pipeline.stock_class_name() is None
-    write_model_card(
-        folder,
-        title=repository.split("/")[-1],
-        repository=repository,
-        settings={"dataset": images.rows.name, "steps": steps, **settings},
-        dataset=config.dataset_name if config.dataset_name and not os.path.exists(config.dataset_name) else None,
-        trust=trust,
+    settings = {
+        "dataset": Path(local).resolve().name if local else images.rows.name,
+        "steps": steps,
+        **{name: value for name, value in public_settings(config).items() if name in shown},
+    }
+    write_card = functools.partial(
+        write_model_card, folder, pipeline=pipeline, settings=settings, dataset=None if local else config.dataset_name
     )
-    how = ", trust_remote_code=True" if trust else ""
+    repository = config.hub_model_id or folder.resolve().name
+    write_card(repository)
+    how = "" if pipeline.stock_class_name() else ", trust_remote_code=True"
     log(accelerator, f"saved to {folder}: DiffusionPipeline.from_pretrained({str(folder)!r}{how}) loads it")
     if config.push_to_hub:
         try:
-            address = push_folder(folder, repository, config.hub_token, config.hub_private_repo)
+            repository = open_repository(repository, config.hub_token, config.hub_private_repo)
+            write_card(repository)
+            address = push_folder(folder, repository, config.hub_token, keep_back=config.logging_dir)
         except Exception as error:  # whatever the network does, the trained model is on disk
-            reason = " ".join(str(error).split())[:300]
+            reason = " ".join(str(error).split()).partition(" For more information")[0][:300]
             raise UsageError(
                 f"the upload to {repository} failed ({error.__class__.__name__}: {reason}); {folder} is complete,"
-                " upload it with the same command line and --resume_from_checkpoint latest"
+                " upload it with the same command line, --resume_from_checkpoint latest and no --overwrite_output_dir"
             ) from error
         log(accelerator, f"published at {address}")
 

@@ -197,11 +197,19 @@ def sample(
         torch.set_num_threads(len(os.sched_getaffinity(0)))
     accelerators = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()]
     device = device or [*accelerators, "cpu"][0]
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {device}: there is none here ({', '.join([*accelerators, 'cpu'])})") from error
+    out.mkdir(parents=True, exist_ok=True)
+    if not os.access(out, os.W_OK):
+        raise ValueError(f"--out {out} cannot be written; name another folder")
     pipeline = load_pipeline(model, revision, token).to(device)
     guide = None if classifier is None else load_classifier(classifier, pipeline).to(device)
     labels = wanted_classes(pipeline, guide, class_, guidance_scale, num_images)
     usual = swap_sampler(pipeline, sampler.value)
-    steps = steps or (usual and min(usual, pipeline.scheduler.config.num_train_timesteps))
+    longest = pipeline.scheduler.config.num_train_timesteps
+    steps = steps or (usual and max(1, min(usual, longest - 1)))  # all T would visit one twice
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision.value)
     autocast = torch.autocast(torch.device(device).type, dtype) if dtype else contextlib.nullcontext()
     pipeline.set_progress_bar_config(desc="steps", leave=False, disable=num_images > batch_size)
@@ -258,7 +266,8 @@ def main() -> None:
         raise SystemExit(130) from None
     except (typer.BadParameter.__mro__[2], ValueError, OSError) as error:  # typer's own ClickException
         message = error.format_message() if hasattr(error, "format_message") else str(error)
-        print(f"ddpm-hf: error: {' '.join(message.split())} (see --help)", file=sys.stderr)
+        if message.strip():  # without a command, the help is the message
+            print(f"ddpm-hf: error: {' '.join(message.split())} (see --help)", file=sys.stderr)
         raise SystemExit(2) from None
 
 

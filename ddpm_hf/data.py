@@ -133,9 +133,12 @@ def prepare_image(image: Image.Image, channels: int, keep_precision: bool = Fals
             return _unit_floats(image).astype(np.float32)
         image = _to_eight_bits(image)
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
+        straight = {"La": "LA", "RGBa": "RGBA"}.get(image.mode)  # without the alpha multiplied in
+        image = (image.convert(straight) if straight else image).convert("RGBA")
         canvas = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(canvas, image)
+    if image.mode in ("LAB", "HSV"):  # whose way to gray leads over colour
+        image = image.convert("RGB")
     return image.convert("L" if channels == 1 else "RGB")
 
 
@@ -204,18 +207,27 @@ def decode_row(value: Any, name: str) -> Image.Image:
         if isinstance(value, Image.Image):
             return value
         if isinstance(value, (list, np.ndarray)):
-            return Image.fromarray(np.asarray(value, dtype=np.uint8))
+            return _image_of(np.asarray(value))
         image = Image.open(io.BytesIO(value) if isinstance(value, bytes) else value)
         image.load()
         return image
     except (
         UnidentifiedImageError, OSError, ValueError, KeyError, TypeError, SyntaxError, EOFError, AttributeError,
-        Image.DecompressionBombError,
+        OverflowError, Image.DecompressionBombError,
     ) as error:  # fmt: skip
         reason = " ".join(str(error).split()) or error.__class__.__name__
         if isinstance(error, UnidentifiedImageError):  # whose text shows an address in memory
             reason = "it is no image, or its beginning is damaged"
         raise broken_image(name, reason) from error
+
+
+def _image_of(pixels: np.ndarray) -> Image.Image:
+    """An array [H, W] or [H, W, C] as an image: bytes, integers up to 65535, or floats."""
+    if pixels.dtype.kind == "f":
+        return Image.fromarray(pixels.astype(np.float32))
+    if pixels.min(initial=0) < 0 or pixels.max(initial=0) > 65535:
+        raise ValueError(f"pixels from {pixels.min()} to {pixels.max()}; integers run from 0 to 255 or 65535")
+    return Image.fromarray(pixels.astype(np.uint8 if pixels.max(initial=0) <= 255 else np.int32))
 
 
 def broken_image(name: str, reason: str) -> DataError:

@@ -63,6 +63,11 @@ def check_sampler(scheduler, timesteps) -> None:
         )
     own = DDPMScheduler.from_config(scheduler.config)
     visited = [int(t) for t in timesteps]
+    if name.startswith(("DPMSolver", "UniPC")) and len(set(visited)) < len(visited):
+        raise ValueError(
+            f"{name} would visit a timestep twice in {len(visited)} steps, and divide by zero; take fewer than the"
+            f" model's {len(own)}, or timestep_spacing='trailing'"
+        )
     own.check_invertible(visited)
     if name != "DDIMScheduler" and own.alphas_cumprod[max(visited)] == 0:
         raise ValueError(
@@ -75,7 +80,17 @@ class SamplingMixin:
     """What a pipeline with a `unet`, a `scheduler` and an optional `vae` needs in order to sample."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, adopt_scheduler(value) if name == "scheduler" and value is not None else value)
+        """Adopt a scheduler; ours gets back a learned variance that a sampler in between did without."""
+        if name == "scheduler" and value is not None:
+            given = value.config.get("variance_type")
+            value = adopt_scheduler(value)
+            if given in LEARNED_VARIANCE_TYPES:
+                self.__dict__["_learned_variance_type"] = given
+            remembered = self.__dict__.get("_learned_variance_type")
+            doubled = hasattr(self, "unet") and self.unet.config.out_channels == 2 * self.unet.config.in_channels
+            if remembered and doubled and isinstance(value, DDPMScheduler) and given != remembered:
+                value = DDPMScheduler.from_config(value.config, variance_type=remembered)
+        super().__setattr__(name, value)
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
@@ -87,11 +102,14 @@ class SamplingMixin:
     @property
     def image_processor(self) -> VaeImageProcessor:
         """Between tensors in [-1, 1] and images, in the model's number of channels."""
-        gray = self.vae is None and self.sample_shape[0] == 1
+        channels = self.sample_shape[0] if self.vae is None else self.vae.config.out_channels
+        gray = channels == 1
         return VaeImageProcessor(vae_scale_factor=1, do_convert_grayscale=gray, do_convert_rgb=not gray)
 
     def prepare_latents(self, batch_size: int, generator=None, latents: torch.Tensor | None = None) -> torch.Tensor:
         """x_T [N, C, H, W] ~ N(0, I), or the given one, scaled as the sampler wants it."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}: must be 1 or more")
         shape = (batch_size, *self.sample_shape)
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(
@@ -109,9 +127,18 @@ class SamplingMixin:
     def prepare_timesteps(self, num_inference_steps: int | None, timesteps: list[int] | None = None) -> list:
         """Set the chain (None: all of the scheduler's T steps) and return its timesteps, as Python numbers."""
         if timesteps is not None:
+            if num_inference_steps is not None:
+                raise ValueError("timesteps and num_inference_steps both say which steps to take; give one of them")
+            if "timesteps" not in inspect.signature(self.scheduler.set_timesteps).parameters:
+                raise ValueError(f"{type(self.scheduler).__name__} takes no timesteps; give num_inference_steps")
             self.scheduler.set_timesteps(timesteps=timesteps)
         else:
-            self.scheduler.set_timesteps(num_inference_steps or self.scheduler.config.num_train_timesteps)
+            if num_inference_steps is None:
+                num_inference_steps = self.scheduler.config.num_train_timesteps
+            if not 1 <= num_inference_steps <= self.scheduler.config.num_train_timesteps:
+                most = self.scheduler.config.num_train_timesteps
+                raise ValueError(f"num_inference_steps={num_inference_steps}: must be from 1 to {most}, the model's T")
+            self.scheduler.set_timesteps(num_inference_steps)
         visited = self.scheduler.timesteps.tolist()
         check_sampler(self.scheduler, visited)
         return visited
@@ -146,6 +173,13 @@ class SamplingMixin:
 
         Returns: x_0 [N, C, H, W], and the frames or None.
         """
+        if num_frames < 0:
+            raise ValueError(f"num_frames={num_frames}: must be 0 or more")
+        unknown = set(callback_on_step_end_tensor_inputs) - {"latents"}
+        if unknown:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs: {', '.join(sorted(unknown))}; there is only latents"
+            )
         accepted = inspect.signature(self.scheduler.step).parameters
         step_arguments = {"generator": generator} if "generator" in accepted else {}
         kept = set(torch.linspace(0, len(timesteps) - 1, num_frames).round().int().tolist()) if num_frames else set()
@@ -173,14 +207,12 @@ class SamplingMixin:
         return latents, frames if num_frames else None
 
     def _pred_original_sample(self, step, output: torch.Tensor, t, latents: torch.Tensor) -> torch.Tensor:
-        """x̂_0 as the sampler reports it, or else by DDPM's formula (the samplers on x_t's own scale)."""
+        """x̂_0 as the sampler reports it, or else by DDPM's formula (samplers that rescale x_t report it)."""
         reported = getattr(step, "pred_original_sample", None)
         if reported is not None:
             return reported
         own = self._own_scheduler()
-        if self.scheduler.init_noise_sigma != 1.0:  # Euler and its kin keep x/√ᾱ
-            latents = latents * float(own.alphas_cumprod[int(t)].sqrt())
-        return own.predict_original_sample(output, int(t), latents).clamp(-1, 1)
+        return own.clip(own.predict_original_sample(output, int(t), latents))
 
     def _own_scheduler(self) -> DDPMScheduler:
         """Our scheduler over the same diffusion as the sampler's, for its formulas."""

@@ -286,7 +286,8 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         if (betas > 1).any():  # stock constructs it all the same
             logger.warning(f"beta_end={beta_end} makes betas above 1: there is no such noise, and tables hold NaN")
 
-        recorded = {"beta_schedule": name}
+        # said also where it is a default: other samplers have defaults of their own
+        recorded = {"beta_schedule": name, "beta_start": beta_start, "beta_end": beta_end}
         if trained_betas is None and name not in STOCK_BETA_SCHEDULES:
             recorded["trained_betas"] = betas.tolist()
         # `from_config` forgets what it believes to be a default, also what was given by position
@@ -569,7 +570,8 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
             )
         return model_output.chunk(2, dim=1)
 
-    def _clip(self, x_start: torch.Tensor, clip_sample: bool | None) -> torch.Tensor:
+    def clip(self, x_start: torch.Tensor, clip_sample: bool | None = None) -> torch.Tensor:
+        """x̂_0 clipped or thresholded; None means as the config says."""
         if clip_sample is False:
             return x_start
         if self.config.thresholding:
@@ -588,7 +590,7 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
     def _predict_mean(self, c: _Coefficients, output: torch.Tensor, x_t: torch.Tensor, clip_sample: bool | None):
         """The mean of p(x_s | x_t) and x̂_0, by Ho et al.'s Eq. 7 with x̂_0 in the place of x_0."""
         pred_x0 = _affine(c.x0_from_sample, x_t, c.x0_from_output, output)
-        clipped = self._clip(pred_x0, clip_sample)
+        clipped = self.clip(pred_x0, clip_sample)
         # With posterior_mean the raw output is the mean, and clipping touches x̂_0 alone.
         for_mean = pred_x0 if self.config.prediction_type == "posterior_mean" else clipped
         return _affine(c.mean_from_sample, x_t, c.mean_from_x0, for_mean), clipped

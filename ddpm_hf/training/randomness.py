@@ -60,6 +60,7 @@ class StepKeys(NamedTuple):
     step: int
     first: int
     count: int
+    valid: int | None = None  # the first so many are samples; the rest stands in where a rank has none (None: all)
     validation: bool = False  # validation draws the same at every step, and never what training draws
 
     def _stream(self, name: str) -> str:

@@ -31,7 +31,10 @@ def start_accelerator(config: TrainingConfig) -> Accelerator:
     if tracker is not None and importlib.util.find_spec(tracker) is None:
         raise UsageError(f"--logger {tracker} is not installed: pip install {tracker}, or --logger none")
     folder = Path(config.output_dir)
+    # torchrun's processes on a machine without accelerators: unless told, Accelerate makes each a run of its own
+    ranks_on_cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()
     accelerator = Accelerator(
+        cpu=ranks_on_cpu,
         mixed_precision=config.mixed_precision,
         log_with=tracker,
         project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / config.logging_dir)),

@@ -1,0 +1,391 @@
+"""A small Hub on the loopback interface: the real client of huggingface_hub talks to it through `HF_ENDPOINT`.
+
+Repositories of models live in memory, with commits, branches, tags, large files behind the LFS protocol, and owners
+who may hide them. A commit replaces a branch's state at once or not at all. Faults happen on request.
+
+    with Hub({"secret": "user"}) as hub:
+        hub.fail("POST /api/models/user/model/commit/", 500)
+        ...  # a process with HF_ENDPOINT=hub.url and HF_HUB_DISABLE_XET=1 uploads, in vain
+        hub.files("user/model")
+"""
+
+import base64
+import hashlib
+import json
+import re
+import secrets
+import threading
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, NamedTuple
+from urllib.parse import parse_qs, unquote, urlsplit
+
+LARGE = ("*.safetensors", "*.png", "*.bin", "*.pt")  # what goes up by LFS
+ATTRIBUTES = "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in LARGE).encode()
+
+
+class Blob(NamedTuple):
+    """A file's content, and whether it went up by LFS."""
+
+    data: bytes
+    large: bool = False
+
+    @property
+    def sha256(self) -> str:
+        """What LFS calls the file by."""
+        return hashlib.sha256(self.data).hexdigest()
+
+    @property
+    def oid(self) -> str:
+        """What git calls the file by; of a large one it has only a pointer."""
+        data = self.sha256.encode() if self.large else self.data
+        return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+class Refusal(Exception):
+    """An answer that says no: status, the code that the client's error classes go by, and a sentence."""
+
+    def __init__(self, status: int, code: str | None, message: str):
+        super().__init__(message)
+        self.status, self.code = status, code
+
+
+class Request(NamedTuple):
+    """What a client asks."""
+
+    user: str | None
+    query: dict[str, str]
+    headers: Any
+    body: bytes
+
+    def json(self) -> dict:
+        """The body's object."""
+        return json.loads(self.body)
+
+
+class Reply(NamedTuple):
+    """What it hears."""
+
+    body: bytes
+    status: int = 200
+    headers: dict[str, str] = {}
+
+
+def answer(content: Any, status: int = 200, **headers: str) -> Reply:
+    """A reply in JSON."""
+    headers = {name.replace("_", "-"): value for name, value in headers.items()}
+    return Reply(json.dumps(content).encode(), status, {"Content-Type": "application/json", **headers})
+
+
+@dataclass
+class Repository:
+    """Commits, each a whole tree by path, and the names that point at them."""
+
+    private: bool = False
+    commits: dict[str, dict[str, Blob]] = field(default_factory=dict)
+    branches: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+
+    def commit(self, branch: str, files: dict[str, Blob]) -> str:
+        """Make these the files of a branch; the commit's name."""
+        tree = "".join(f"{path} {files[path].oid}\n" for path in sorted(files))
+        sha = hashlib.sha1(f"{len(self.commits)} {self.branches.get(branch)}\n{tree}".encode()).hexdigest()
+        self.commits[sha] = files
+        self.branches[branch] = sha
+        return sha
+
+    def resolve(self, revision: str) -> str:
+        """The commit that a branch, a tag or a commit's own name means."""
+        sha = self.branches.get(revision) or self.tags.get(revision) or revision
+        if sha not in self.commits:
+            raise Refusal(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        return sha
+
+
+class Hub:
+    """The state, and what each address does. `tokens` maps tokens to users."""
+
+    def __init__(self, tokens: dict[str, str]):
+        self.tokens = tokens
+        self.repositories: dict[str, Repository] = {}
+        self.large_files: dict[str, bytes] = {}  # by sha256
+        self.signatures: dict[str, int] = {}  # of upload addresses, with the size announced
+        self.requests: list[str] = []  # as `METHOD /path`
+        self.faults: list[list] = []  # pattern, kind, how many times more
+        self.lock = threading.RLock()
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.server.hub = self
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+    def __enter__(self) -> "Hub":
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+    def fail(self, pattern: str, kind: int | str = 500, times: int = 1) -> None:
+        """Let the next requests whose `METHOD /path` matches go wrong.
+
+        Args:
+            kind: a status; or `cut`: no answer, or `half`: done as asked, but the answer breaks off.
+        """
+        self.faults.append([pattern, kind, times])
+
+    def files(self, name: str, revision: str = "main") -> dict[str, bytes]:
+        """A repository's files, by path."""
+        repository = self.repositories[name]
+        return {path: blob.data for path, blob in repository.commits[repository.resolve(revision)].items()}
+
+    def handle(self, method: str, address: str, headers, body: bytes) -> tuple[Reply, str | None]:
+        """The reply, and how it is to be spoilt (`cut`, `half`) if at all."""
+        parts = urlsplit(address)
+        line = f"{method} {parts.path}"
+        with self.lock:
+            self.requests.append(line)
+            fault = next((one for one in self.faults if one[2] and re.search(one[0], line)), [None, None, 0])
+            fault[2] -= 1
+            if fault[1] == "cut":
+                return Reply(b""), "cut"
+            if isinstance(fault[1], int):
+                return answer({"error": "a fault, as asked for"}, fault[1]), None
+            try:
+                query = {name: values[0] for name, values in parse_qs(parts.query).items()}
+                request = Request(self.user_of(headers), query, headers, body)
+                reply = self.dispatch(method, parts.path, request)
+            except Refusal as refusal:
+                code = {"X_Error_Code": refusal.code} if refusal.code else {}
+                reply = answer({"error": str(refusal)}, refusal.status, X_Error_Message=str(refusal), **code)
+            return reply, fault[1]
+
+    def user_of(self, headers) -> str | None:
+        """Who asks; None without a token."""
+        token = headers.get("Authorization", "").removeprefix("Bearer ")
+        if token and token not in self.tokens:
+            raise Refusal(401, None, "Invalid credentials in Authorization header")
+        return self.tokens.get(token)
+
+    def dispatch(self, method: str, path: str, request: Request) -> Reply:
+        """The address's own method, with the parts of the path."""
+        for methods, pattern, action in ROUTES:
+            match = re.fullmatch(pattern, path)
+            if match and method in methods.split("|"):
+                found = {name: unquote(part) for name, part in match.groupdict().items() if part is not None}
+                return action(self, request, **found)
+        raise Refusal(404, None, f"nothing answers {method} {path}")
+
+    def repository(self, name: str, user: str | None, write: bool = False) -> Repository:
+        """A repository that the user may read, or write."""
+        repository, owner = self.repositories.get(name), name.split("/")[0]
+        if repository is None or (repository.private and user != owner):
+            raise Refusal(404 if user else 401, "RepoNotFound", "Repository not found")
+        if write and user != owner:
+            raise Refusal(403 if user else 401, None, f"You have no right to write to {name}")
+        return repository
+
+    # Accounts and repositories
+
+    def whoami(self, request: Request) -> Reply:
+        """Whose token it is."""
+        if request.user is None:
+            raise Refusal(401, None, "Invalid username or password.")
+        return answer({"type": "user", "name": request.user, "orgs": []})
+
+    def create(self, request: Request) -> Reply:
+        """Make a repository with git's first file; one that is there is refused, with its address."""
+        wanted = request.json()
+        owner = wanted.get("organization") or request.user
+        if request.user is None or owner != request.user:
+            raise Refusal(403 if request.user else 401, None, f"You have no right to create for {owner}")
+        name = f"{owner}/{wanted['name']}"
+        content = {"name": name, "url": f"{self.url}/{name}"}
+        if name in self.repositories:
+            return answer({"error": "You already created this model repo", **content}, 409)
+        self.repositories[name] = Repository(wanted.get("visibility") == "private")
+        self.repositories[name].commit("main", {".gitattributes": Blob(ATTRIBUTES)})
+        return answer(content)
+
+    def validate_card(self, request: Request) -> Reply:
+        """Look at a README's head: lines of `key: value` or `- item` between two of `---`."""
+        head = re.match(r"---\n(.*?)\n---\n", request.json()["content"], re.DOTALL)
+        if head is None:
+            return answer({"errors": [], "warnings": [{"message": "empty or missing yaml metadata in repo card"}]})
+        broken = [line for line in head[1].splitlines() if not re.match(r"\s*(- |[\w-]+:( |$)|#)", line)]
+        errors = [{"message": f"not YAML: {line}"} for line in broken]
+        return answer({"errors": errors, "warnings": []}, 400 if errors else 200)
+
+    def info(self, request: Request, name: str, revision: str = "main") -> Reply:
+        """What a repository is and which files it has."""
+        repository = self.repository(name, request.user)
+        sha = repository.resolve(revision)
+        siblings = [{"rfilename": path} for path in sorted(repository.commits[sha])]
+        about = {"id": name, "modelId": name, "author": name.split("/")[0], "private": repository.private}
+        return answer({**about, "sha": sha, "tags": [], "downloads": 0, "likes": 0, "siblings": siblings})
+
+    def tree(self, request: Request, name: str, revision: str) -> Reply:
+        """All files of a commit."""
+        repository = self.repository(name, request.user)
+        entries = []
+        for path, blob in sorted(repository.commits[repository.resolve(revision)].items()):
+            entry = {"type": "file", "path": path, "oid": blob.oid, "size": len(blob.data)}
+            if blob.large:
+                entry["lfs"] = {"oid": blob.sha256, "size": len(blob.data), "pointerSize": 130}
+            entries.append(entry)
+        return answer(entries)
+
+    def add_ref(self, request: Request, name: str, branch: str | None = None, revision: str = "main") -> Reply:
+        """A new branch from a starting point, or a new tag on a revision."""
+        repository, wanted = self.repository(name, request.user, write=True), request.json()
+        names = repository.branches if branch else repository.tags
+        ref, revision = branch or wanted["tag"], wanted.get("startingPoint", revision)
+        if ref in names:
+            raise Refusal(409, None, f"Reference already exists: {ref}")
+        names[ref] = repository.resolve(revision)
+        return answer({})
+
+    # Uploads
+
+    def preupload(self, request: Request, name: str, revision: str) -> Reply:
+        """For each file: by LFS or with the commit; and what lies there already."""
+        repository = self.repository(name, request.user, write=True)
+        there = repository.commits[repository.resolve(revision)]
+        files = []
+        for path in [file["path"] for file in request.json()["files"]]:
+            mode = "lfs" if any(fnmatch(path, pattern) for pattern in LARGE) else "regular"
+            blob = there.get(path)
+            oid = blob and (blob.sha256 if blob.large else blob.oid)
+            files.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+        return answer({"files": files})
+
+    def lfs_batch(self, request: Request, name: str) -> Reply:
+        """Where to put large files; nowhere for those that are there."""
+        self.repository(name, request.user, write=True)
+        objects = []
+        for wanted in request.json()["objects"]:
+            one = {"oid": wanted["oid"], "size": wanted["size"]}
+            if wanted["oid"] not in self.large_files:
+                signature = secrets.token_hex(8)
+                self.signatures[signature] = wanted["size"]
+                upload = {"href": f"{self.url}/lfs/{wanted['oid']}?signature={signature}"}
+                one["actions"] = {"upload": upload, "verify": {"href": f"{self.url}/{name}.git/info/lfs/verify"}}
+            objects.append(one)
+        return answer({"transfer": "basic", "objects": objects})
+
+    def lfs_put(self, request: Request, oid: str) -> Reply:
+        """Take a large file, if it is the one announced."""
+        size = self.signatures.get(request.query.get("signature", ""))
+        if size is None:
+            raise Refusal(403, None, "no such upload was announced")
+        if len(request.body) != size or hashlib.sha256(request.body).hexdigest() != oid:
+            raise Refusal(400, None, f"{len(request.body)} bytes that are not the file of {size} bytes announced")
+        self.large_files[oid] = request.body
+        return answer({})
+
+    def lfs_verify(self, request: Request, name: str) -> Reply:
+        """Whether a large file arrived."""
+        self.repository(name, request.user, write=True)
+        wanted = request.json()
+        if len(self.large_files.get(wanted["oid"], b"")) != wanted["size"]:
+            raise Refusal(404, None, "the file has not arrived")
+        return answer({})
+
+    def commit(self, request: Request, name: str, revision: str) -> Reply:
+        """Change files, all or none."""
+        repository = self.repository(name, request.user, write=True)
+        if revision not in repository.branches:
+            raise Refusal(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        files = dict(repository.commits[repository.branches[revision]])
+        for operation in map(json.loads, request.body.splitlines()):
+            kind, value = operation["key"], operation["value"]
+            if kind == "header":
+                if value.get("parentCommit") not in (None, repository.branches[revision]):
+                    raise Refusal(412, None, "A commit has happened since. Please refresh and try again.")
+            elif kind == "file":
+                files[value["path"]] = Blob(base64.b64decode(value["content"], validate=True))
+            elif kind == "lfsFile":
+                if value["oid"] not in self.large_files:
+                    raise Refusal(400, None, f"{value['path']}: its LFS file has not arrived")
+                files[value["path"]] = Blob(self.large_files[value["oid"]], large=True)
+            elif kind == "deletedFile":
+                if files.pop(value["path"], None) is None:
+                    raise Refusal(404, "EntryNotFound", "A file with this name doesn't exist")
+            else:
+                raise Refusal(400, None, f"unknown operation {kind}")
+        sha = repository.commit(revision, files)
+        return answer({"success": True, "commitOid": sha, "commitUrl": f"{self.url}/{name}/commit/{sha}"})
+
+    # Downloads
+
+    def resolve(self, request: Request, name: str, revision: str, path: str) -> Reply:
+        """A file, or the part of it from where a download broke off."""
+        repository = self.repository(name, request.user)
+        sha = repository.resolve(revision)
+        blob = repository.commits[sha].get(path)
+        if blob is None:
+            error = {"error": "Entry not found"}
+            return answer(error, 404, X_Error_Code="EntryNotFound", X_Repo_Commit=sha)
+        headers = {"X-Repo-Commit": sha, "ETag": f'"{blob.sha256 if blob.large else blob.oid}"'}
+        if blob.large:
+            headers |= {"X-Linked-Etag": headers["ETag"], "X-Linked-Size": str(len(blob.data))}
+        begin = re.fullmatch(r"bytes=(\d+)-", request.headers.get("Range", ""))
+        if begin is None:
+            return Reply(blob.data, 200, headers)
+        headers["Content-Range"] = f"bytes {begin[1]}-{len(blob.data) - 1}/{len(blob.data)}"
+        return Reply(blob.data[int(begin[1]) :], 206, headers)
+
+
+NAME, REVISION = "(?P<name>[^/]+/[^/]+)", "(?P<revision>[^/]+)"
+ROUTES = [
+    ("GET", "/api/whoami-v2", Hub.whoami),
+    ("POST", "/api/repos/create", Hub.create),
+    ("POST", "/api/validate-yaml", Hub.validate_card),
+    ("GET", f"/api/models/{NAME}(/revision/{REVISION})?", Hub.info),
+    ("GET", f"/api/models/{NAME}/tree/{REVISION}", Hub.tree),
+    ("POST", f"/api/models/{NAME}/branch/(?P<branch>[^/]+)", Hub.add_ref),
+    ("POST", f"/api/models/{NAME}/tag/{REVISION}", Hub.add_ref),
+    ("POST", f"/api/models/{NAME}/preupload/{REVISION}", Hub.preupload),
+    ("POST", f"/api/models/{NAME}/commit/{REVISION}", Hub.commit),
+    ("POST", rf"/{NAME}\.git/info/lfs/objects/batch", Hub.lfs_batch),
+    ("POST", rf"/{NAME}\.git/info/lfs/verify", Hub.lfs_verify),
+    ("PUT", "/lfs/(?P<oid>[0-9a-f]{64})", Hub.lfs_put),
+    ("GET|HEAD", f"/{NAME}/resolve/{REVISION}/(?P<path>.+)", Hub.resolve),
+]
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One connection: reads requests whole, and writes replies, or spoils them."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        """Answer a request of any method."""
+        reply, spoilt = self.server.hub.handle(self.command, self.path, self.headers, self.read_body())
+        if spoilt:
+            self.close_connection = True
+        if spoilt == "cut":
+            return
+        self.send_response(reply.status)
+        for name, value in {**reply.headers, "Content-Length": str(len(reply.body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(reply.body[: len(reply.body) // 2] if spoilt else reply.body)
+
+    do_HEAD = do_POST = do_PUT = do_DELETE = do_GET
+
+    def read_body(self) -> bytes:
+        """The request's body, also one that comes in chunks."""
+        if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        chunks = []
+        while size := int(self.rfile.readline().split(b";")[0], 16):
+            chunks.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(chunks)
+
+    def log_message(self, *arguments) -> None:
+        """Say nothing."""

@@ -330,7 +330,9 @@ def training_loop(
                 accelerator.sync_gradients = last = micro == len(window) - 1
                 with contextlib.nullcontext() if last else accelerator.no_sync(state.model):
                     with accelerator.autocast():
-                        result = compute_loss(state.model, batch, StepKeys(seed, step, first, count, end - begin))
+                        result = compute_loss(
+                            state.model, batch, StepKeys(seed, step, first, count, valid=end - begin)
+                        )
                     # The mean over the step's samples, whatever parts they come in; ranks average what each sums.
                     loss = result.losses[: end - begin].sum() if end > begin else 0.0 * result.losses.sum()
                     accelerator.backward(loss * (accelerator.num_processes / in_window))

@@ -60,8 +60,8 @@ class StepKeys(NamedTuple):
     step: int
     first: int
     count: int
-    valid: int | None = None  # the first so many are samples; the rest stands in where a rank has none (None: all)
     validation: bool = False  # validation draws the same at every step, and never what training draws
+    valid: int | None = None  # the first so many are samples; the rest stands in where a rank has none (None: all)
 
     def _stream(self, name: str) -> str:
         return f"validation_{name}" if self.validation else name

@@ -39,7 +39,7 @@ def sampled_digits(folder: str, count: int, steps: int, seed: int) -> np.ndarray
     while sum(map(len, drawn)) < count:
         batch = min(128, count - sum(map(len, drawn)))
         images = pipeline(batch, generator, num_inference_steps=steps, output_type="np").images
-        drawn.append(np.round(images.reshape(batch, -1) * 255) / 255)
+        drawn.append(np.round(images.reshape(batch, -1).astype(np.float64) * 255) / 255)
     return np.concatenate(drawn)
 
 

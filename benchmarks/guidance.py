@@ -45,7 +45,7 @@ def draw(pipeline, labels: torch.Tensor, steps: int, seed: int, **options) -> np
         images = pipeline(
             what, generator=generator, num_inference_steps=steps, output_type="np", **options
         ).images  # [N, H, W, 1]
-        drawn.append(np.round(images.reshape(len(part), -1) * 255) / 255)
+        drawn.append(np.round(images.reshape(len(part), -1).astype(np.float64) * 255) / 255)
     return np.concatenate(drawn)
 
 

@@ -8,10 +8,12 @@ import subprocess
 import sys
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 from unittest import mock
 
 import datasets
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -305,9 +307,9 @@ CONFIGS = {
     "not text": (b"\xff\xfe\x00a", ("cannot be read",)),
     "unknown key": ("learning_rat: 1", ("'learning_rat'", "'learning_rate'")),
     "not even close": ("zoom: 1", ("'zoom'",)),
-    "a number as key": ("1: 2", ("unknown setting 1",)),
+    "a number as key": ("1: 2", ("unknown setting", "1")),
     "a config in a config": ("config: other.yaml", ("'config'",)),
-    "a mapping as value": ("learning_rate: {a: 1}", ("'learning_rate'", "mapping")),
+    "a mapping as value": ("learning_rate: {a: 1}", ("'learning_rate'", "one value")),
     "two values": ("learning_rate: [1, 2]", ("learning_rate",)),
     "wrong type": ("train_batch_size: many", ("train_batch_size", "'many'")),
     "out of range": ("checkpointing_steps: 0", ("checkpointing_steps", "0")),
@@ -596,17 +598,19 @@ def test_a_learning_rate_that_diverges(shop, tmp_path):
 
 def test_a_failed_upload_loses_nothing(shop, tmp_path, monkeypatch):
     # Breaks if hours of training end in a network's traceback, or before the model is on disk.
-    def push_folder(*args, **kwargs):
+    def upload_folder(**kwargs):
         raise OSError("the network\nis down")
 
-    monkeypatch.setattr(train_unconditional, "push_folder", push_folder)
+    monkeypatch.setattr(huggingface_hub, "create_repo", lambda name, **k: SimpleNamespace(repo_id=name))
+    monkeypatch.setattr(huggingface_hub, "upload_folder", upload_folder)
     run = try_out({"push_to_hub": True, "hub_model_id": "me/photos"}, shop, tmp_path / "run")
     assert run.code == 2
     assert "Traceback" not in run.err
     for fragment in ("me/photos", "the network is down", "--resume_from_checkpoint latest"):
         assert fragment in run.error()
     assert (run.folder / "model_index.json").is_file()
-    monkeypatch.setattr(train_unconditional, "push_folder", lambda *args: "https://hub/me/photos")
+    done = SimpleNamespace(repo_url="https://hub/me/photos")
+    monkeypatch.setattr(huggingface_hub, "upload_folder", lambda **kwargs: done)
     flags = {"push_to_hub": True, "hub_model_id": "me/photos", "resume_from_checkpoint": "latest"}
     again = try_out(flags, shop, tmp_path / "run")
     assert again.code == 0

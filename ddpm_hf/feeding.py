@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from .data import (
+    DataError,
     DataFlags,
     ImageDataset,
     ImageTransform,
@@ -41,6 +42,10 @@ def open_images(flags: DataFlags, config: TrainingConfig, channels: int, acceler
     Raises:
         DataError: what cannot be read, named.
     """
+    if flags.validation_split and not config.validation_steps:
+        raise DataError(
+            f"--validation_split {flags.validation_split} needs --validation_steps, such as 500, to be used"
+        )
     with accelerator.local_main_process_first():
         rows, held_out_rows = load_rows(flags, config.seed, config.hub_token)
     transform = flags.transform(channels)

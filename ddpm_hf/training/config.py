@@ -6,6 +6,7 @@ the default. A flag is declared once, here or in the script's class that extends
 
 import difflib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -131,7 +132,7 @@ class TrainingConfig:
         not_negative = ["dataloader_num_workers", "lr_warmup_steps", "adam_weight_decay", "max_grad_norm", "seed"]
         for name in positive + not_negative:
             value, least = getattr(self, name), "more than 0" if name in positive else "0 or more"
-            if value is not None and not (value > 0 if name in positive else value >= 0):
+            if value is not None and not (math.isfinite(value) and (value > 0 if name in positive else value >= 0)):
                 raise UsageError(f"--{name} {value}: must be {least}")
         if self.lr_scheduler not in LR_SCHEDULERS:
             raise UsageError(f"--lr_scheduler {self.lr_scheduler!r} is none of {', '.join(LR_SCHEDULERS)}")

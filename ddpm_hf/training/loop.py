@@ -186,6 +186,8 @@ def register_model_hooks(accelerator, state: TrainingState, name: str = "unet") 
             loaded = type(state.ema).from_pretrained(str(folder), type(unwrap(accelerator, state.model)))
             state.ema.load_state_dict(loaded.state_dict())
             state.ema.to(accelerator.device)
+        elif (Path(input_dir) / f"{name}_ema").is_dir():
+            raise UsageError(f"{input_dir} has an EMA, which would be lost; resume with --use_ema")
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)

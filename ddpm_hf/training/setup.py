@@ -65,15 +65,12 @@ def _cpu_flags() -> str:
     return info.read_text() if info.is_file() else ""
 
 
+# What shows that a folder holds a run, and what else --overwrite_output_dir removes of one
 RUN_FILES = (
-    "metrics.jsonl",
-    "timings.jsonl",
-    "training_config.json",
-    "model_index.json",
-    "config.json",
-    "samples",
+    "metrics.jsonl", "timings.jsonl", "training_config.json", "model_index.json", "config.json", "samples",
     "checkpoint-*",
-)
+)  # fmt: skip
+PUBLISHED_FILES = ("README.md", "unet", "scheduler", "*_ddpm_hf.py", "diffusion_pytorch_model.safetensors")
 
 
 def find_run(config: TrainingConfig, accelerator) -> tuple[Path, dict[str, Any]] | None:
@@ -105,6 +102,8 @@ def find_run(config: TrainingConfig, accelerator) -> tuple[Path, dict[str, Any]]
 def _earlier_run(config: TrainingConfig, folder: Path) -> list[Path]:
     """What --overwrite_output_dir removes: a run's own files, and its logs if they lie within the folder."""
     found = [path for pattern in RUN_FILES for path in folder.glob(pattern)]
+    if (folder / "model_index.json").is_file() or (folder / "config.json").is_file():
+        found += [path for pattern in PUBLISHED_FILES for path in folder.glob(pattern)]
     logs = (folder / config.logging_dir).resolve()
     if logs.is_dir() and logs.is_relative_to(folder.resolve()) and logs != folder.resolve():
         found.append(logs)

@@ -35,28 +35,17 @@ from ddpm_hf.portable.pipeline_ddpm_hf import DDPMPipeline
 from ddpm_hf.portable.scheduling_ddpm_hf import DDPMScheduler
 from ddpm_hf.publishing import open_repository, push_folder, save_image, save_pipeline, write_model_card
 from ddpm_hf.training.config import HfArg, TrainingConfig, UsageError, parse_layers
-from ddpm_hf.training.loop import (
-    Losses,
-    Meter,
-    StepPlan,
-    TrainingState,
-    averaged_weights,
-    load_checkpoint,
-    register_model_hooks,
-    training_loop,
-    unwrap,
-)
+from ddpm_hf.training.loop import Losses, StepPlan, averaged_weights, training_loop, unwrap
 from ddpm_hf.training.randomness import StepKeys, keyed_seed
 from ddpm_hf.training.setup import (
     agree_on_seed,
+    begin_training,
     check_resumable,
     claim_output_dir,
     find_run,
     log,
-    make_ema,
-    make_lr_scheduler,
-    make_optimizer,
     public_settings,
+    run_facts,
     save_settings,
     start_accelerator,
     start_trackers,
@@ -254,36 +243,15 @@ def train(config: UnconditionalConfig) -> None:
     if config.dry_run:
         print(describe(config, images, plan, total_steps, model))
         return
-    facts = {
-        "seed": config.seed,
-        "samples": images.count,
-        "global_batch": plan.global_batch * plan.accumulation,
-        "total_steps": total_steps,
-        "processes": accelerator.num_processes,
-    }
+    facts = run_facts(config.seed, images.count, plan, total_steps)
     check_resumable(found, model, facts, accelerator)
     claim_output_dir(config, accelerator)
     log(accelerator, f"seed {config.seed}, {total_steps} steps, {images.rows.name}")
     warn_of_terminal_snr(config, scheduler, accelerator)
 
     sampler = TIMESTEP_SAMPLERS[config.timestep_sampler](config.ddpm_num_steps)
-    state = TrainingState(
-        model=model,
-        ema=make_ema(config, model),
-        optimizer=make_optimizer(config, model, accelerator.num_processes),
-        lr_scheduler=None,
-        meter=Meter(QUARTILES, accelerator.device),
-        extra={} if isinstance(sampler, UniformTimestepSampler) else {"timestep_sampler": sampler},
-        facts=facts,
-    )
-    state.lr_scheduler = make_lr_scheduler(config, state.optimizer, total_steps)
-    state.model, state.optimizer = accelerator.prepare(model, state.optimizer)
-    if state.ema is not None:
-        state.ema.to(accelerator.device)
-    register_model_hooks(accelerator, state)
-    if found is not None:
-        load_checkpoint(accelerator, state, found[0], Path(config.output_dir))
-        log(accelerator, f"resuming from {found[0]}")
+    extra = {} if isinstance(sampler, UniformTimestepSampler) else {"timestep_sampler": sampler}
+    state = begin_training(config, accelerator, model, total_steps, QUARTILES, facts, found, extra)
     if config.compile:
         state.model = compiled(state.model)
     if accelerator.is_main_process:

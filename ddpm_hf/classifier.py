@@ -19,26 +19,16 @@ from .objectives import UniformTimestepSampler
 from .portable.scheduling_ddpm_hf import DDPMScheduler
 from .publishing import save_model
 from .training.config import TrainingConfig, UsageError, parse_layers
-from .training.loop import (
-    Losses,
-    Meter,
-    TrainingState,
-    averaged_weights,
-    load_checkpoint,
-    register_model_hooks,
-    training_loop,
-    unwrap,
-)
+from .training.loop import Losses, averaged_weights, training_loop, unwrap
 from .training.randomness import StepKeys
 from .training.setup import (
     agree_on_seed,
+    begin_training,
     check_resumable,
     claim_output_dir,
     find_run,
     log,
-    make_ema,
-    make_lr_scheduler,
-    make_optimizer,
+    run_facts,
     save_settings,
     start_accelerator,
     start_trackers,
@@ -189,33 +179,12 @@ def train(config: ClassifierConfig) -> None:
     if config.dry_run:
         print(f"{summary}, output {Path(config.output_dir).resolve()}")
         return
-    facts = {
-        "seed": config.seed,
-        "samples": images.count,
-        "global_batch": plan.global_batch * plan.accumulation,
-        "total_steps": total_steps,
-        "processes": accelerator.num_processes,
-    }
+    facts = run_facts(config.seed, images.count, plan, total_steps)
     check_resumable(found, model, facts, accelerator, "classifier")
     claim_output_dir(config, accelerator)
     log(accelerator, f"seed {config.seed}, {summary}")
 
-    state = TrainingState(
-        model=model,
-        ema=make_ema(config, model),
-        optimizer=make_optimizer(config, model, accelerator.num_processes),
-        lr_scheduler=None,
-        meter=Meter(QUARTILES, accelerator.device),
-        facts=facts,
-    )
-    state.lr_scheduler = make_lr_scheduler(config, state.optimizer, total_steps)
-    state.model, state.optimizer = accelerator.prepare(model, state.optimizer)
-    if state.ema is not None:
-        state.ema.to(accelerator.device)
-    register_model_hooks(accelerator, state, "classifier")
-    if found is not None:
-        load_checkpoint(accelerator, state, found[0], Path(config.output_dir))
-        log(accelerator, f"resuming from {found[0]}")
+    state = begin_training(config, accelerator, model, total_steps, QUARTILES, facts, found, name="classifier")
     if accelerator.is_main_process:
         save_settings(config)
     start_trackers(config, accelerator, "train_classifier")

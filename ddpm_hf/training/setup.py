@@ -19,6 +19,7 @@ from diffusers.training_utils import EMAModel
 
 from .checkpointing import find_checkpoint, write_whole
 from .config import TrainingConfig, UsageError
+from .loop import Meter, StepPlan, TrainingState, load_checkpoint, register_model_hooks
 
 SECRET_FLAGS = ("hub_token",)  # never written, shown or tracked
 
@@ -247,3 +248,46 @@ def track_image(accelerator, name: str, image, step: int) -> None:
         else:  # wandb and trackio share this interface
             module = importlib.import_module(tracker.name)
             tracker.log({name: module.Image(image)}, step=step)
+
+
+def begin_training(
+    config: TrainingConfig,
+    accelerator,
+    model: torch.nn.Module,
+    total_steps: int,
+    groups: tuple[str, ...],
+    facts: dict[str, Any],
+    found: tuple[Path, dict[str, Any]] | None,
+    extra: dict[str, Any] | None = None,
+    name: str = "unet",
+) -> TrainingState:
+    """All that a run consists of, prepared by Accelerate, and taken up from a checkpoint if one was found."""
+    state = TrainingState(
+        model=model,
+        ema=make_ema(config, model),
+        optimizer=make_optimizer(config, model, accelerator.num_processes),
+        lr_scheduler=None,
+        meter=Meter(groups, accelerator.device),
+        extra=extra or {},
+        facts=facts,
+    )
+    state.lr_scheduler = make_lr_scheduler(config, state.optimizer, total_steps)
+    state.model, state.optimizer = accelerator.prepare(model, state.optimizer)
+    if state.ema is not None:
+        state.ema.to(accelerator.device)
+    register_model_hooks(accelerator, state, name)
+    if found is not None:
+        load_checkpoint(accelerator, state, found[0], Path(config.output_dir))
+        log(accelerator, f"resuming from {found[0]}")
+    return state
+
+
+def run_facts(seed: int, samples: int | None, plan: StepPlan, total_steps: int) -> dict[str, Any]:
+    """What a resumed run must share with the one it continues, to be its exact continuation."""
+    return {
+        "seed": seed,
+        "samples": samples,
+        "global_batch": plan.global_batch * plan.accumulation,
+        "total_steps": total_steps,
+        "processes": plan.world,
+    }

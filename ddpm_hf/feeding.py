@@ -42,10 +42,10 @@ def open_images(flags: DataFlags, config: TrainingConfig, channels: int, acceler
     Raises:
         DataError: what cannot be read, named.
     """
-    if flags.validation_split and not config.validation_steps:
-        log(accelerator, "warning: --validation_split holds images out that are never used without --validation_steps")
     with accelerator.local_main_process_first():
         rows, held_out_rows = load_rows(flags, config.seed, config.hub_token)
+    if flags.validation_split and not config.validation_steps:
+        log(accelerator, "warning: --validation_split holds images out that are never used without --validation_steps")
     transform = flags.transform(channels)
     dataset = held_out = None
     if not flags.streaming:

@@ -142,7 +142,7 @@ def write_chain(frames: list[list], path: Path, scale: int) -> None:
     write_whole(path, buffer.getvalue())
 
 
-@app.command()
+@app.command(context_settings={"token_normalize_func": lambda token: token.replace("_", "-")})  # --num_images too
 def sample(
     model: Annotated[str, typer.Argument(help="A training run's output folder, or a model on the Hub (user/name).")],
     out: Annotated[Path, typer.Option(help="The folder to write to.")] = Path("samples"),
@@ -160,6 +160,12 @@ def sample(
     guidance_scale: Annotated[
         float, typer.Option(help="Classifier-free guidance: 1 is none, 2 insists on the class.")
     ] = 1.0,
+    guidance_rescale: Annotated[
+        float, typer.Option(min=0, max=1, help="Against over-exposure at high guidance scales (Lin et al. 2023).")
+    ] = 0.0,
+    guidance_interval: Annotated[
+        tuple[int, int] | None, typer.Option(metavar="LOW HIGH", help="Guide only between these timesteps.")
+    ] = None,
     classifier: Annotated[
         Path | None, typer.Option(help="A folder of train-classifier, to guide towards --class by its gradient.")
     ] = None,
@@ -201,12 +207,12 @@ def sample(
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {device}: there is none here ({', '.join([*accelerators, 'cpu'])})") from error
-    out.mkdir(parents=True, exist_ok=True)
-    if not os.access(out, os.W_OK):
-        raise ValueError(f"--out {out} cannot be written; name another folder")
     pipeline = load_pipeline(model, revision, token).to(device)
     guide = None if classifier is None else load_classifier(classifier, pipeline).to(device)
     labels = wanted_classes(pipeline, guide, class_, guidance_scale, num_images)
+    out.mkdir(parents=True, exist_ok=True)
+    if not os.access(out, os.W_OK):
+        raise ValueError(f"--out {out} cannot be written; name another folder")
     usual = swap_sampler(pipeline, sampler.value)
     longest = pipeline.scheduler.config.num_train_timesteps
     steps = steps or (usual and max(1, min(usual, longest - 1)))  # all T would visit one twice
@@ -226,6 +232,7 @@ def sample(
                 options |= {"classifier": guide, "classifier_scale": classifier_scale}
             chosen = None if labels is None else [labels[i] for i in indices]
             if hasattr(pipeline, "class_ids"):
+                options |= {"guidance_rescale": guidance_rescale, "guidance_interval": guidance_interval}
                 drawn = pipeline(chosen, guidance_scale, **options)
             else:
                 drawn = pipeline(len(indices), class_labels=chosen, **options)

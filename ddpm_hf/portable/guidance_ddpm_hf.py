@@ -23,7 +23,8 @@ def classifier_free_guidance(
         conditional, unconditional: the model's outputs [N, C, H, W], or [N, 2C, H, W] with a learned variance.
         guidance_rescale: the share, from 0 to 1, by which the guided output is brought back to the conditional one's
             standard deviation (Lin et al. 2023, sec. 3.4).
-        channels: C. A learned variance is the conditional one: extrapolating a variance has no meaning.
+        channels: C. A learned variance is interpolated from scale 0 to 1 and the conditional one beyond: extrapolating
+            a variance has no meaning.
     """
     mean = conditional[:, :channels]
     guided = torch.lerp(unconditional[:, :channels], mean, guidance_scale)
@@ -31,7 +32,8 @@ def classifier_free_guidance(
         dims = tuple(range(1, guided.ndim))
         ratio = mean.std(dim=dims, keepdim=True) / guided.std(dim=dims, keepdim=True)
         guided = torch.lerp(guided, guided * ratio, guidance_rescale)
-    return torch.cat([guided, conditional[:, channels:]], dim=1)
+    variance = torch.lerp(unconditional[:, channels:], conditional[:, channels:], min(max(guidance_scale, 0.0), 1.0))
+    return torch.cat([guided, variance], dim=1)
 
 
 class ClassifierGuidance:
@@ -60,6 +62,8 @@ class ClassifierGuidance:
         """The model's output for the guided score: on epsilon, ε - √(1-ᾱ) s∇ (Algorithm 2), for DDIM and the like."""
         t = int(timestep)
         alpha_bar = float(scheduler.alphas_cumprod[t])
+        if alpha_bar == 0:  # x_t is noise alone and tells no class: ∇ log p(y | x_t) = 0
+            return output
         _, from_output = scheduler._x0_coefficients(torch.tensor([t]))
         # x̂_0 moves by (1-ᾱ)/√ᾱ · s∇, whatever the output is; the output by that over its factor in x̂_0
         factor = (1 - alpha_bar) / alpha_bar**0.5 / float(from_output)

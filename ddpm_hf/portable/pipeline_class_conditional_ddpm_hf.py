@@ -151,5 +151,6 @@ class ClassConditionalDDPMPipeline(SamplingMixin, PortablePipelineMixin, Diffusi
             num_frames,
             output_type,
             classifier_guidance=guidance,
+            extrapolated=not 0 <= guidance_scale <= 1,
         )
         return self.finish(x, frames, output_type, return_dict)

@@ -161,6 +161,7 @@ class SamplingMixin:
         num_frames: int = 0,
         output_type: str = "pil",
         classifier_guidance: ClassifierGuidance | None = None,
+        extrapolated: bool = False,
     ) -> tuple[torch.Tensor, list[Frame] | None]:
         """Run the chain over `timesteps` (a tail of the scheduler's) from x_t [N, C, H, W].
 
@@ -169,6 +170,7 @@ class SamplingMixin:
             callback_on_step_end: called with (pipeline, index, timestep, {"latents": x_s}); what it returns replaces
                 the latents.
             classifier_guidance: moves the mean of ancestral steps, and the output for other samplers.
+            extrapolated: the outputs are those of no model, but guided beyond it: x̂_0 then leaves [-1, 1] by far.
             num_frames: how many moments of the chain to keep, evenly spaced and ending with the last.
 
         Returns: x_0 [N, C, H, W], and the frames or None.
@@ -182,6 +184,9 @@ class SamplingMixin:
             )
         accepted = inspect.signature(self.scheduler.step).parameters
         step_arguments = {"generator": generator} if "generator" in accepted else {}
+        if "use_clipped_model_output" in accepted and (extrapolated or classifier_guidance is not None):
+            # DDIM: where x̂_0 is clipped, ε must be the one that leads to it, or each step adds what clipping took off
+            step_arguments["use_clipped_model_output"] = True
         kept = set(torch.linspace(0, len(timesteps) - 1, num_frames).round().int().tolist()) if num_frames else set()
         frames = []
         ancestral = isinstance(self.scheduler, DDPMScheduler)

@@ -12,22 +12,31 @@ import os
 
 import numpy as np
 import torch
+from diffusers.models.unets.unet_2d import UNet2DOutput
 from digit_quality import real_digits
+from tqdm.auto import tqdm
 
 from ddpm_hf import DDPMPipeline, DDPMScheduler, bits_per_dim
 
 
-class MeanOnly(torch.nn.Module):
-    """The network without its variance, for schedulers with a fixed one."""
+class Remembered(torch.nn.Module):
+    """The network's outputs at the x_t that it was called with, in order, to use with another variance."""
 
     def __init__(self, unet: torch.nn.Module):
         super().__init__()
-        self.unet = unet
+        self.unet, self.outputs, self.replayed = unet, [], None
 
     def forward(self, x_t, t):
-        """The first half of the output's channels."""
-        output = self.unet(x_t, t)
-        return type(output)(sample=output.sample[:, : x_t.shape[1]])
+        """[N, C, H, W] -> [N, 2C, H, W], or [N, C, H, W], without the variance, where it replays."""
+        if self.replayed is None:
+            self.outputs.append(self.unet(x_t, t).sample)
+            return UNet2DOutput(self.outputs[-1])
+        return UNet2DOutput(next(self.replayed)[:, : x_t.shape[1]])
+
+    def replay(self) -> "Remembered":
+        """Itself, giving the same outputs again from the first on."""
+        self.replayed = iter(self.outputs)
+        return self
 
 
 def main() -> None:
@@ -54,18 +63,15 @@ def main() -> None:
     for steps in arguments.steps:
         # evenly spaced and ending at T-1, where the bound's prior term is
         chain = np.linspace(0, len(learned) - 1, steps).round().astype(int).tolist()
-        totals = {}
-        for name, scheduler in {"learned": learned, **fixed}.items():
-            network = unet if name == "learned" else MeanOnly(unet)
-            bounds = []
-            for draw in range(arguments.draws):
-                generator = torch.Generator().manual_seed(draw)  # the same x_t for each variance
-                parts = [
-                    bits_per_dim(network, scheduler, part, chain, generator=generator).total
-                    for part in images.split(256)
-                ]
-                bounds.append(torch.cat(parts))
-            totals[name] = torch.stack(bounds).mean(0)
+        bounds = {name: [] for name in ("learned", *fixed)}  # [draws · parts] of [N]
+        parts = list(images.split(64)) * arguments.draws
+        for number, part in enumerate(tqdm(parts, desc=f"{steps} steps", leave=False)):
+            network = Remembered(unet)
+            for name, scheduler in {"learned": learned, **fixed}.items():
+                generator = torch.Generator().manual_seed(number)  # the same x_t for each variance
+                source = network if name == "learned" else network.replay()
+                bounds[name].append(bits_per_dim(source, scheduler, part, chain, generator=generator).total)
+        totals = {name: torch.cat(found).reshape(arguments.draws, -1).mean(0) for name, found in bounds.items()}
         cells = [f"{steps}", f"{totals['learned'].mean():.4f}"]
         for name in fixed:
             more = totals[name] - totals["learned"]

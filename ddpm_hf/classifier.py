@@ -184,7 +184,8 @@ def train(config: ClassifierConfig) -> None:
     claim_output_dir(config, accelerator)
     log(accelerator, f"seed {config.seed}, {summary}")
 
-    state = begin_training(config, accelerator, model, total_steps, QUARTILES, facts, found, name="classifier")
+    parts = {"classifier": model}
+    state = begin_training(config, accelerator, model, total_steps, QUARTILES, facts, found, parts=parts)
     if accelerator.is_main_process:
         save_settings(config)
     start_trackers(config, accelerator, "train_classifier")

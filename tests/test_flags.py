@@ -367,10 +367,10 @@ ROWS = [
     Row("hub_private_repo", True, lambda s: bool(s.spied("create")[0][1]["private"]), False, True, PUSH),
 ]  # fmt: skip
 
-# Flags whose effect takes more than a run with and without, each with a test of its own below
+# Flags whose effect takes more than a run with and without, each with a test of its own below, or in test_averaging
 APART = {
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "local_rank", "cache_dir", "dataset_config_name",
-    "dry_run", "config",
+    "dry_run", "config", "foreach_ema", "offload_ema", "use_8bit_adam",
 }  # fmt: skip
 
 

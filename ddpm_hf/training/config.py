@@ -68,6 +68,7 @@ class TrainingConfig:
     adam_beta2: float = HfArg(default=0.999, help="AdamW's second decay rate.")
     adam_weight_decay: float = HfArg(default=1e-6, help="AdamW's weight decay.")
     adam_epsilon: float = HfArg(default=1e-8, help="AdamW's epsilon.")
+    use_8bit_adam: bool = HfArg(default=False, help="Adam with 8-bit moments, from bitsandbytes: less memory.")
     max_grad_norm: float = HfArg(default=1.0, help="Clip the gradient's norm to this; 0 does not clip.")
     max_nonfinite_steps: int = HfArg(
         default=10,
@@ -81,6 +82,9 @@ class TrainingConfig:
     ema_power: float = HfArg(default=0.75, help="EMA warm-up's power.")
     ema_max_decay: float = HfArg(default=0.9999, help="The EMA's decay after its warm-up.")
     ema_min_decay: float = HfArg(default=0.0, help="Its least decay; equal to --ema_max_decay the EMA is constant.")
+
+    foreach_ema: bool = HfArg(default=True, help="Update the EMA in a few fused operations.")
+    offload_ema: bool = HfArg(default=False, help="Keep the EMA in the CPU's pinned memory: less memory on a GPU.")
 
     mixed_precision: Literal["no", "fp16", "bf16"] = HfArg(
         default="no", help="Autocast the model to half precision; bf16 works on recent CPUs too."

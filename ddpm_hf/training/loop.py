@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm.auto import tqdm
 
+from .averaging import ema_weights, load_ema, save_ema, update_ema
 from .checkpointing import load_tensors, read_manifest, rotate, save_tensors, seal, truncate_jsonl
 from .config import TrainingConfig, UsageError
 from .randomness import StepKeys, keyed_seed
@@ -152,7 +153,8 @@ class TrainingState:
     """What a run consists of. `extra` holds more objects with a `state_dict()` of tensors that belong to it."""
 
     model: torch.nn.Module  # as prepared by Accelerate
-    ema: Any | None
+    parts: dict[str, torch.nn.Module]  # what of it is saved, by its folder's name: {"unet": model}
+    emas: dict[str, Any]  # a part's EMA, by the same name; empty without EMA
     optimizer: torch.optim.Optimizer
     lr_scheduler: Any
     meter: Meter
@@ -162,32 +164,30 @@ class TrainingState:
     facts: dict[str, Any] = field(default_factory=dict)  # what a resumed run must share; into the manifest
 
 
-def register_model_hooks(accelerator, state: TrainingState, name: str = "unet") -> None:
+def register_model_hooks(accelerator, state: TrainingState) -> None:
     """Make Accelerate's checkpoints hold the model as Diffusers does: under `unet/`, its EMA under `unet_ema/`."""
 
     def save(models, weights, output_dir):
         if accelerator.is_main_process:
-            for model in models:
-                unwrap(accelerator, model).save_pretrained(Path(output_dir) / name)
-            if state.ema is not None:
-                state.ema.save_pretrained(Path(output_dir) / f"{name}_ema")
+            for name, part in state.parts.items():
+                part.save_pretrained(Path(output_dir) / name)
+            for name, ema in state.emas.items():
+                save_ema(ema, state.parts[name], Path(output_dir) / f"{name}_ema")
         while weights:  # what is left here Accelerate would save again
             weights.pop()
 
     def load(models, input_dir):
-        while models:
-            model = unwrap(accelerator, models.pop())
-            loaded = type(model).from_pretrained(input_dir, subfolder=name, use_safetensors=True)
-            model.load_state_dict(loaded.state_dict())
-        if state.ema is not None:
+        models.clear()  # what is left here Accelerate would load by itself
+        for name, part in state.parts.items():
+            loaded = type(part).from_pretrained(Path(input_dir) / name, use_safetensors=True)
+            part.load_state_dict(loaded.state_dict())
             folder = Path(input_dir) / f"{name}_ema"
-            if not folder.is_dir():
-                raise UsageError(f"{input_dir} has no EMA; resume without --use_ema, or train anew")
-            loaded = type(state.ema).from_pretrained(str(folder), type(unwrap(accelerator, state.model)))
-            state.ema.load_state_dict(loaded.state_dict())
-            state.ema.to(accelerator.device)
-        elif (Path(input_dir) / f"{name}_ema").is_dir():
-            raise UsageError(f"{input_dir} has an EMA, which would be lost; resume with --use_ema")
+            if name in state.emas:
+                if not folder.is_dir():
+                    raise UsageError(f"{input_dir} has no EMA; resume without --use_ema, or train anew")
+                load_ema(state.emas[name], part, folder)
+            elif folder.is_dir():
+                raise UsageError(f"{input_dir} has an EMA, which would be lost; resume with --use_ema")
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
@@ -245,15 +245,13 @@ def averaged_weights(state: TrainingState, model: torch.nn.Module):
     """The model in eval mode and with its EMA weights, where there are any; then all as it was."""
     training = model.training
     model.eval()
-    if state.ema is not None:
-        state.ema.store(model.parameters())
-        state.ema.copy_to(model.parameters())
-    try:
-        yield model
-    finally:
-        if state.ema is not None:
-            state.ema.restore(model.parameters())
-        model.train(training)
+    with contextlib.ExitStack() as stack:
+        for name, ema in state.emas.items():
+            stack.enter_context(ema_weights(ema, state.parts[name]))
+        try:
+            yield model
+        finally:
+            model.train(training)
 
 
 class _StopRequest:
@@ -347,8 +345,9 @@ def training_loop(
             finite = math.isfinite(norm) or not _known_norm(accelerator)
             state.optimizer.zero_grad(set_to_none=True)
             state.lr_scheduler.step()
-            if state.ema is not None and finite:
-                state.ema.step(model.parameters())
+            if finite:
+                for name, ema in state.emas.items():
+                    update_ema(ema, state.parts[name])
             state.step += 1
             state.nonfinite_steps = 0 if finite else state.nonfinite_steps + 1
             if not finite:

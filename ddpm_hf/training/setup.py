@@ -15,8 +15,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, broadcast_object_list
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 
+from .averaging import make_ema
 from .checkpointing import find_checkpoint, write_whole
 from .config import TrainingConfig, UsageError
 from .loop import Meter, StepPlan, TrainingState, load_checkpoint, register_model_hooks
@@ -188,16 +188,23 @@ def save_settings(config: TrainingConfig) -> None:
     write_whole(Path(config.output_dir) / "training_config.json", json.dumps(settings, indent=2) + "\n")
 
 
-def make_optimizer(config: TrainingConfig, model: torch.nn.Module, world: int) -> torch.optim.AdamW:
-    """AdamW with the config's settings."""
+def make_optimizer(config: TrainingConfig, model: torch.nn.Module, world: int) -> torch.optim.Optimizer:
+    """AdamW with the config's settings, over what of the model is trained."""
     scale = world * config.train_batch_size * config.gradient_accumulation_steps if config.scale_lr else 1
-    return torch.optim.AdamW(
-        model.parameters(),
+    make, options = torch.optim.AdamW, {"fused": True}
+    if config.use_8bit_adam:
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError as error:
+            raise UsageError("--use_8bit_adam wants bitsandbytes: pip install bitsandbytes") from error
+        make, options = AdamW8bit, {}
+    return make(
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
         lr=config.learning_rate * scale,
         betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.adam_weight_decay,
         eps=config.adam_epsilon,
-        fused=True,
+        **options,
     )
 
 
@@ -208,23 +215,6 @@ def make_lr_scheduler(config: TrainingConfig, optimizer, total_steps: int):
         optimizer=optimizer,
         num_warmup_steps=min(config.lr_warmup_steps, total_steps),
         num_training_steps=total_steps,
-    )
-
-
-def make_ema(config: TrainingConfig, model: torch.nn.Module) -> EMAModel | None:
-    """Diffusers' EMA of the model's weights, if asked for."""
-    if not config.use_ema:
-        return None
-    return EMAModel(
-        model.parameters(),
-        decay=config.ema_max_decay,
-        min_decay=config.ema_min_decay,
-        use_ema_warmup=True,
-        inv_gamma=config.ema_inv_gamma,
-        power=config.ema_power,
-        foreach=True,
-        model_cls=type(model),
-        model_config=model.config,
     )
 
 
@@ -259,12 +249,18 @@ def begin_training(
     facts: dict[str, Any],
     found: tuple[Path, dict[str, Any]] | None,
     extra: dict[str, Any] | None = None,
-    name: str = "unet",
+    parts: dict[str, torch.nn.Module] | None = None,
 ) -> TrainingState:
-    """All that a run consists of, prepared by Accelerate, and taken up from a checkpoint if one was found."""
+    """All that a run consists of, prepared by Accelerate, and taken up from a checkpoint if one was found.
+
+    Args:
+        parts: what of the model is saved, by the name of its folder; by default the model, as `unet`.
+    """
+    parts = parts or {"unet": model}
     state = TrainingState(
         model=model,
-        ema=make_ema(config, model),
+        parts=parts,
+        emas={name: make_ema(config, part, accelerator.device) for name, part in parts.items() if config.use_ema},
         optimizer=make_optimizer(config, model, accelerator.num_processes),
         lr_scheduler=None,
         meter=Meter(groups, accelerator.device),
@@ -273,9 +269,7 @@ def begin_training(
     )
     state.lr_scheduler = make_lr_scheduler(config, state.optimizer, total_steps)
     state.model, state.optimizer = accelerator.prepare(model, state.optimizer)
-    if state.ema is not None:
-        state.ema.to(accelerator.device)
-    register_model_hooks(accelerator, state, name)
+    register_model_hooks(accelerator, state)
     if found is not None:
         load_checkpoint(accelerator, state, found[0], Path(config.output_dir))
         log(accelerator, f"resuming from {found[0]}")

@@ -1,0 +1,72 @@
+"""Exponential moving averages of weights: Diffusers' EMAModel, sampled with, saved and loaded."""
+
+import contextlib
+import json
+from pathlib import Path
+
+import torch
+from diffusers import ModelMixin
+from diffusers.training_utils import EMAModel
+
+from .checkpointing import write_whole
+from .config import TrainingConfig
+
+SCALARS = "ema.json"  # where a model of transformers keeps what Diffusers' models keep in their config
+
+
+def make_ema(config: TrainingConfig, part: torch.nn.Module, device: torch.device) -> EMAModel:
+    """The EMA of a part's weights, on its device, or on the CPU with --offload_ema."""
+    ema = EMAModel(
+        part.parameters(),
+        decay=config.ema_max_decay,
+        min_decay=config.ema_min_decay,
+        use_ema_warmup=True,
+        inv_gamma=config.ema_inv_gamma,
+        power=config.ema_power,
+        foreach=config.foreach_ema,
+        model_cls=type(part),
+        model_config=part.config,
+    )
+    ema.pin_memory() if config.offload_ema and device.type == "cuda" else ema.to(device)
+    return ema
+
+
+def update_ema(ema: EMAModel, part: torch.nn.Module) -> None:
+    """Take in the part's weights after a step, wherever the average is kept."""
+    device = ema.shadow_params[0].device
+    ema.step([own.detach().to(device).requires_grad_(own.requires_grad) for own in part.parameters()])
+
+
+@contextlib.contextmanager
+def ema_weights(ema: EMAModel, part: torch.nn.Module):
+    """The part with its averaged weights; then with its own again."""
+    ema.store(part.parameters())
+    ema.copy_to(part.parameters())
+    try:
+        yield part
+    finally:
+        ema.restore(part.parameters())
+
+
+def save_ema(ema: EMAModel, part: torch.nn.Module, folder: Path) -> None:
+    """Write the averaged weights as a model of the part's kind, with the EMA's counters beside."""
+    if isinstance(part, ModelMixin):
+        ema.save_pretrained(folder)
+        return
+    with ema_weights(ema, part):
+        part.save_pretrained(folder)
+    scalars = {name: value for name, value in ema.state_dict().items() if name != "shadow_params"}
+    write_whole(folder / SCALARS, json.dumps(scalars, indent=1) + "\n")
+
+
+def load_ema(ema: EMAModel, part: torch.nn.Module, folder: Path) -> None:
+    """Take over what `save_ema` wrote."""
+    device = ema.shadow_params[0].device
+    if isinstance(part, ModelMixin):
+        loaded = type(ema).from_pretrained(str(folder), type(part))
+        ema.load_state_dict(loaded.state_dict())
+    else:
+        averaged = type(part).from_pretrained(folder, use_safetensors=True)
+        scalars = json.loads((folder / SCALARS).read_text())
+        ema.load_state_dict({**scalars, "shadow_params": [parameter.data for parameter in averaged.parameters()]})
+    ema.to(device)

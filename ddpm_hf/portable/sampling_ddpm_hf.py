@@ -106,11 +106,17 @@ class SamplingMixin:
         gray = channels == 1
         return VaeImageProcessor(vae_scale_factor=1, do_convert_grayscale=gray, do_convert_rgb=not gray)
 
-    def prepare_latents(self, batch_size: int, generator=None, latents: torch.Tensor | None = None) -> torch.Tensor:
-        """x_T [N, C, H, W] ~ N(0, I), or the given one, scaled as the sampler wants it."""
+    def prepare_latents(
+        self,
+        batch_size: int,
+        generator=None,
+        latents: torch.Tensor | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> torch.Tensor:
+        """x_T [N, C, H, W] ~ N(0, I), or the given one, scaled as the sampler wants it; `size` is (H, W)."""
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: must be 1 or more")
-        shape = (batch_size, *self.sample_shape)
+        shape = (batch_size, self.sample_shape[0], *(size or self.sample_shape[1:]))
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(
                 f"{len(generator)} generators for batch_size={batch_size}; give one for each image, or one"

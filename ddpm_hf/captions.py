@@ -1,0 +1,81 @@
+"""Captions of a dataset, and a CLIP text encoder of their own: a tokenizer fitted to them, and a small transformer."""
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from .data import choose_caption
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+LONGEST = 77  # tokens that CLIP reads, start and end included
+
+
+def all_captions(column: Iterable[Any], name: str) -> list[str]:
+    """The different captions of a column, sorted."""
+    found = set()
+    for value in column:
+        several = value if isinstance(value, (list, tuple)) else [value]
+        found.update(choose_caption(one, 0, name) for one in several)
+    return sorted(found)
+
+
+def fit_tokenizer(captions: Iterable[str], vocabulary: int = 8192) -> CLIPTokenizer:
+    """A byte-pair tokenizer in CLIP's layout, with merges learned from the captions.
+
+    Its ids run as CLIP's do: 256 bytes, 256 bytes that end a word, the merges, start, end. Its length is that of the
+    longest caption, in eights, from 16 up to CLIP's 77.
+    """
+    from tokenizers import Tokenizer, trainers
+    from tokenizers.models import BPE
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    captions = list(captions)
+    # an alphabet in code-point order, which is that of every run
+    letters = sorted(ByteLevel.alphabet())
+    letters += [f"{letter}</w>" for letter in letters]
+    like = CLIPTokenizer(vocab={token: number for number, token in enumerate([*letters, START, END])}, merges=[])
+    learner = Tokenizer(BPE(continuing_subword_prefix="", end_of_word_suffix="</w>"))
+    learner.normalizer, learner.pre_tokenizer = like.backend_tokenizer.normalizer, like.backend_tokenizer.pre_tokenizer
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, initial_alphabet=letters[:256], end_of_word_suffix="</w>", show_progress=False
+    )
+    learner.train_from_iterator(captions, trainer)
+    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
+    tokens = list(dict.fromkeys([*letters, *("".join(pair) for pair in merges)]))
+    vocab = {token: number for number, token in enumerate([*tokens, START, END])}
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges)
+    longest = max((len(ids) for ids in tokenizer(captions).input_ids), default=2)
+    tokenizer.model_max_length = min(LONGEST, max(16, -(-longest // 8) * 8))
+    return tokenizer
+
+
+def make_text_encoder(tokenizer: CLIPTokenizer, width: int = 128, layers: int = 2) -> CLIPTextModel:
+    """An untrained CLIP text encoder for a tokenizer: [N, L] ids -> [N, L, width]."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=4 * width,
+            projection_dim=width,
+            num_hidden_layers=layers,
+            num_attention_heads=max(1, width // 32),
+            max_position_embeddings=tokenizer.model_max_length,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def encode_captions(text_encoder, tokenizer, captions: list[str], device: torch.device) -> torch.Tensor:
+    """Captions as what a UNet attends to, [N, L, D]."""
+    from .portable.pipeline_text2image_ddpm_hf import tokenize
+
+    ids = tokenize(tokenizer, captions).to(device)
+    mask = None
+    if getattr(text_encoder.config, "use_attention_mask", None):
+        mask = (ids != tokenizer.pad_token_id).long()
+    return text_encoder(ids, attention_mask=mask)[0]

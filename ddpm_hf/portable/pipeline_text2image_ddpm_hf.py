@@ -1,0 +1,197 @@
+"""Text to image in the latents of an autoencoder (Rombach et al. 2022), with DDPM or any sampler of Diffusers.
+
+This file is copied into published repositories: it imports torch, diffusers, transformers and the files beside it.
+"""
+
+from collections.abc import Callable
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from .guidance_ddpm_hf import classifier_free_guidance
+from .hub_ddpm_hf import PortablePipelineMixin
+from .sampling_ddpm_hf import DDPMPipelineOutput, SamplingMixin, adopt_scheduler
+from .scheduling_ddpm_hf import DDPMScheduler
+
+# What Stable Diffusion's pipeline would set in place, with a warning, if a scheduler said anything else
+STABLE_DIFFUSION_SETTINGS = {"steps_offset": 1, "clip_sample": False}
+
+
+class TextToImageDDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPipeline):
+    """Sample images of prompts; its folder is one of Stable Diffusion's, in both directions.
+
+    Args:
+        vae: between images and latents.
+        text_encoder, tokenizer: CLIP's, from words to what the UNet attends to.
+        unet: predicts from the noised latents, t and the embedded prompt what the `prediction_type` says.
+        scheduler: ours; stock's `DDPMScheduler` is converted, other samplers are left alone.
+        safety_checker, feature_extractor, image_encoder: of a checkpoint that has them; kept, and not used.
+    """
+
+    model_cpu_offload_seq = "text_encoder->unet->vae"
+    _optional_components = ["safety_checker", "feature_extractor", "image_encoder"]
+    _exclude_from_cpu_offload = ["safety_checker"]
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        unet: UNet2DConditionModel,
+        scheduler: SchedulerMixin,
+        safety_checker=None,
+        feature_extractor=None,
+        image_encoder=None,
+        requires_safety_checker: bool = False,
+    ):
+        super().__init__()
+        scheduler = adopt_scheduler(scheduler)
+        changed = {
+            name: value
+            for name, value in STABLE_DIFFUSION_SETTINGS.items()
+            if scheduler.config.get(name, value) != value
+        }
+        if changed:
+            scheduler = type(scheduler).from_config(scheduler.config, **changed)
+        self.register_modules(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            unet=unet,
+            scheduler=scheduler,
+            safety_checker=safety_checker,
+            feature_extractor=feature_extractor,
+            image_encoder=image_encoder,
+        )
+        self.register_to_config(requires_safety_checker=requires_safety_checker)
+
+    def stock_class_name(self) -> str | None:
+        """Stock's pipeline, but for what its scheduler cannot express."""
+        config, ours = self.scheduler.config, isinstance(self.scheduler, DDPMScheduler)
+        differs = config.get("prediction_type") == "posterior_mean" or (
+            ours and config.variance_type in ("learned", "fixed_large_log")
+        )
+        return None if differs else "StableDiffusionPipeline"
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """How many pixels a latent stands for, in each direction."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def encode_prompt(self, prompts: list[str]) -> torch.Tensor:
+        """Prompts as what the UNet attends to, [N, L, D]; what is beyond the tokenizer's L tokens is cut off."""
+        ids = tokenize(self.tokenizer, prompts).to(self._execution_device)
+        mask = None
+        if getattr(self.text_encoder.config, "use_attention_mask", None):
+            mask = (ids != self.tokenizer.pad_token_id).long()
+        return self.text_encoder(ids, attention_mask=mask)[0].to(self.unet.dtype)
+
+    def check_inputs(self, prompt, negative_prompt, height: int, width: int, prompt_embeds) -> list[str] | None:
+        """The prompts as a list.
+
+        Raises:
+            ValueError: no prompt, or two; a size that latents cannot have; negative prompts that are not as many.
+        """
+        if (prompt is None) == (prompt_embeds is None):
+            raise ValueError("give one of prompt and prompt_embeds")
+        side = self.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        for name, value in (("height", height), ("width", width)):
+            if value < 1 or value % self.vae_scale_factor:
+                raise ValueError(
+                    f"{name}={value}: must be a multiple of {self.vae_scale_factor}, better of {side}, for this model"
+                )
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        if prompts is not None and not (prompts and all(isinstance(one, str) for one in prompts)):
+            raise ValueError(f"prompt={prompt!r}: a text, or a list of texts")
+        if isinstance(negative_prompt, (list, tuple)) and len(negative_prompt) != len(prompts or prompt_embeds):
+            raise ValueError(
+                f"{len(negative_prompt)} negative prompts for {len(prompts or prompt_embeds)} prompts; give one for"
+                " each, or one"
+            )
+        return None if prompts is None else list(prompts)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = 50,
+        guidance_scale: float = 7.5,
+        negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        *,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        guidance_rescale: float = 0.0,
+        guidance_interval: tuple[int, int] | None = None,
+        timesteps: list[int] | None = None,
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: tuple[str, ...] = ("latents",),
+        num_frames: int = 0,
+    ) -> DDPMPipelineOutput | tuple:
+        """Sample `num_images_per_prompt` images for each prompt.
+
+        Args:
+            height, width: in pixels; by default what the model was trained on.
+            num_inference_steps: of the T timesteps, how many to visit; None means all of them.
+            guidance_scale: 1 is the conditional model, in a single pass; more insists on the prompt (Ho & Salimans
+                2022).
+            negative_prompt: what to move away from, in the place of the empty prompt.
+            latents: x_T [N, C, H/f, W/f] to start from, instead of noise.
+            prompt_embeds, negative_prompt_embeds: embedded prompts [N, L, D], instead of texts.
+            guidance_rescale: from 0 to 1, against over-exposure at high scales (Lin et al. 2023).
+            guidance_interval: (low, high): guide only at these timesteps (Kynkäänniemi et al. 2024).
+            num_frames: how many moments of the chain to return in `frames`, decoded: x_t and x̂_0.
+            generator, output_type, timesteps, callback_on_step_end: as in `DDPMPipeline`.
+
+        Raises:
+            ValueError: what `check_inputs` or `DDPMPipeline` raises.
+        """
+        self.check_output_type(output_type)
+        base_height, base_width = (side * self.vae_scale_factor for side in self.sample_shape[1:])
+        height, width = height or base_height, width or base_width
+        prompts = self.check_inputs(prompt, negative_prompt, height, width, prompt_embeds)
+        visited = self.prepare_timesteps(num_inference_steps if timesteps is None else None, timesteps)
+
+        context = self.encode_prompt(prompts) if prompt_embeds is None else prompt_embeds.to(self._execution_device)
+        null = negative_prompt_embeds
+        if guidance_scale != 1.0 and null is None:
+            negative = negative_prompt or ""
+            negatives = [negative] * len(context) if isinstance(negative, str) else list(negative)
+            null = self.encode_prompt(negatives)
+        context = context.repeat_interleave(num_images_per_prompt, dim=0)  # [N, L, D]
+        if null is not None:
+            null = null.to(context.device).repeat_interleave(num_images_per_prompt, dim=0)  # [N, L, D]
+
+        def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            guided = guidance_interval is None or guidance_interval[0] <= float(t) <= guidance_interval[1]
+            if guidance_scale == 1.0 or not guided:
+                return self.predict(x, t, encoder_hidden_states=context)
+            both = self.predict(torch.cat([x, x]), t, encoder_hidden_states=torch.cat([context, null]))  # [2N, ...]
+            return classifier_free_guidance(*both.chunk(2), guidance_scale, guidance_rescale, x.shape[1])
+
+        size = (height // self.vae_scale_factor, width // self.vae_scale_factor)
+        x = self.prepare_latents(len(context), generator, latents, size)
+        x, frames = self.denoise(
+            x,
+            visited,
+            predict,
+            generator,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+            num_frames,
+            output_type,
+        )
+        return self.finish(x, frames, output_type, return_dict)
+
+
+def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
+    """Texts as ids [N, L], padded and cut off to the tokenizer's L."""
+    length = tokenizer.model_max_length
+    return tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids

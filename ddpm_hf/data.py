@@ -63,6 +63,9 @@ class DataFlags:
     channels: int | None = HfArg(
         default=None, help="1 for grayscale, 3 for colour; by default what the model has, else 3."
     )
+    image_interpolation_mode: Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"] = HfArg(
+        default="bilinear", help="How images are resized."
+    )
     center_crop: bool = HfArg(default=False, help="Crop the centre; by default a random part.")
     random_flip: bool = HfArg(default=False, help="Flip half of the images left to right.")
     preserve_input_precision: bool = HfArg(
@@ -72,6 +75,7 @@ class DataFlags:
         default="auto", help="Keep all images decoded in memory; auto does if they take a quarter of it at most."
     )
     skip_broken_images: bool = HfArg(default=False, help="Leave out images that cannot be read, instead of stopping.")
+    max_train_samples: int | None = HfArg(default=None, help="Train on so many of the images, drawn at random.")
     validation_split: float = HfArg(
         default=0.0, help="Share of the images to hold out for --validation_steps, such as 0.05."
     )
@@ -99,12 +103,14 @@ class DataFlags:
             raise DataError("--dataset_name and --train_data_dir name two datasets; give one of them")
         if self.streaming and self.embedded:
             raise DataError("--streaming needs --dataset_name or --train_data_dir; the embedded digits are in memory")
+        if self.max_train_samples is not None and (self.max_train_samples < 1 or self.streaming):
+            raise DataError(f"--max_train_samples {self.max_train_samples}: 1 or more, and not of a stream")
         if self.streaming and (self.validation_split or self.cache_dataset == "always"):
             raise DataError("--streaming knows no --validation_split and no --cache_dataset always")
 
     def transform(self, channels: int) -> "ImageTransform":
         """What makes the images the model's."""
-        flags = self.center_crop, self.random_flip, self.preserve_input_precision
+        flags = self.center_crop, self.random_flip, self.preserve_input_precision, self.image_interpolation_mode
         return ImageTransform(*self.size(), channels, *flags)
 
 
@@ -156,6 +162,7 @@ class ImageTransform(NamedTuple):
     center_crop: bool = False
     random_flip: bool = False
     keep_precision: bool = False
+    interpolation: str = "bilinear"
 
     def resize(self, image: Image.Image) -> np.ndarray:
         """The random-free part: [H', W', C], uint8, or float32 in [0, 1] with `keep_precision`."""
@@ -165,7 +172,7 @@ class ImageTransform(NamedTuple):
         scale = max(self.height / prepared.height, self.width / prepared.width)
         size = (max(self.width, round(prepared.width * scale)), max(self.height, round(prepared.height * scale)))
         if size != prepared.size:
-            prepared = prepared.resize(size, Image.Resampling.BILINEAR)
+            prepared = prepared.resize(size, Image.Resampling[self.interpolation.upper()])
         if self.center_crop:
             left, top = (size[0] - self.width) // 2, (size[1] - self.height) // 2
             prepared = prepared.crop((left, top, left + self.width, top + self.height))
@@ -298,7 +305,8 @@ def load_rows(
             cache_dir=flags.cache_dir,
             token=token,
         )
-        return split_rows(rows, flags.validation_split, seed) if flags.validation_split else (rows, None)
+        parts = split_rows(rows, flags.validation_split, seed) if flags.validation_split else (rows, None)
+        return _limited(parts[0], flags.max_train_samples, seed), parts[1]
     parts = embedded_digits("train"), embedded_digits("test")
     named = {
         "--image_column": flags.image_column,
@@ -311,7 +319,15 @@ def load_rows(
             raise DataError(f"no column {wanted!r} in {EMBEDDED_DATASET}; it has {there} ({flag})")
     for part in parts:
         part.label_column, part.caption_column = flags.label_column, caption_column
-    return parts
+    return _limited(parts[0], flags.max_train_samples, seed), parts[1]
+
+
+def _limited(rows: Rows, most: int | None, seed: int) -> Rows:
+    """The rows, or `most` of them, drawn at random."""
+    if most is None or most >= len(rows.dataset):
+        return rows
+    order = np.random.Generator(np.random.Philox(key=[seed, 5])).permutation(len(rows.dataset))
+    return rows.part(np.sort(order[:most]))
 
 
 @functools.cache

@@ -36,14 +36,16 @@ class Images(NamedTuple):
         return None if self.dataset is None else len(self.dataset)
 
 
-def open_images(flags: DataFlags, config: TrainingConfig, channels: int, accelerator) -> Images:
+def open_images(
+    flags: DataFlags, config: TrainingConfig, channels: int, accelerator, caption_column: str | None = None
+) -> Images:
     """Read the dataset that the flags name; the images to train on, and those held out if they will be used.
 
     Raises:
         DataError: what cannot be read, named.
     """
     with accelerator.local_main_process_first():
-        rows, held_out_rows = load_rows(flags, config.seed, config.hub_token)
+        rows, held_out_rows = load_rows(flags, config.seed, config.hub_token, caption_column)
     if flags.validation_split and not config.validation_steps:
         log(accelerator, "warning: --validation_split holds images out that are never used without --validation_steps")
     transform = flags.transform(channels)

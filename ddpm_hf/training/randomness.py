@@ -10,13 +10,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-# The purposes that draw, one stream each: two streams share no number.
-STREAMS = {
-    name: number
-    for number, name in enumerate(
-        ("order", "dropout", "noise", "timestep", "class_dropout", "validation_noise", "validation_timestep", "sample")
-    )
-}
+# The purposes that draw, one stream each: two streams share no number. New ones go to the end.
+PURPOSES = (
+    "order", "dropout", "noise", "timestep", "class_dropout", "validation_noise", "validation_timestep", "sample",
+    "posterior", "validation_posterior", "caption_dropout", "noise_offset", "input_perturbation",
+)  # fmt: skip
+STREAMS = {name: number for number, name in enumerate(PURPOSES)}
 
 
 def keyed_blocks(seed: int, stream: str, step: int, first: int, count: int) -> np.ndarray:

@@ -1,0 +1,216 @@
+"""An autoencoder of one's own images (Rombach et al. 2022, sec. 3.1), to diffuse in its latents, and its training."""
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from transformers.hf_argparser import HfArg
+
+from .data import to_model_range
+from .feeding import Images, make_batches, make_plan
+from .functional import mean_flat
+from .publishing import save_image, save_model
+from .training.config import TrainingConfig, UsageError
+from .training.loop import Losses, averaged_weights, training_loop, unwrap
+from .training.randomness import StepKeys
+from .training.setup import begin_training, check_resumable, find_run, log, run_facts, track_image
+
+FOLDER = "autoencoder"  # of its run, within that of the model that it is for
+
+
+@dataclass
+class AutoencoderFlags:
+    """Flags of the autoencoder, where a script trains one."""
+
+    vae_name_or_path: str | None = HfArg(
+        default=None, help="An AutoencoderKL on the Hub or on disk, to diffuse in its latents."
+    )
+    vae_train_steps: int = HfArg(default=1500, help="Steps to train a new autoencoder for, where there is none.")
+    vae_learning_rate: float = HfArg(default=1e-3, help="Its learning rate, decaying as a cosine.")
+    vae_kl_weight: float = HfArg(
+        default=1e-4, help="Weight of the latents' KL to a unit Gaussian, beside the L1 loss."
+    )
+    vae_latent_channels: int = HfArg(default=4, help="Channels of its latents.")
+    vae_widths: str = HfArg(default="32,64,64", help="Channels at each of its levels; each but the first halves.")
+
+    def widths(self) -> tuple[int, ...]:
+        """The numbers of --vae_widths."""
+        parts = self.vae_widths.split(",")
+        if not all(part.strip().isdecimal() and int(part) % 8 == 0 and int(part) for part in parts):
+            raise UsageError(f"--vae_widths {self.vae_widths}: give multiples of 8, such as 32,64,64")
+        return tuple(int(part) for part in parts)
+
+    def check_autoencoder(self) -> None:
+        """Raise UsageError for a value out of range."""
+        self.widths()
+        for name in ("vae_train_steps", "vae_latent_channels", "vae_learning_rate"):
+            if not getattr(self, name) > 0:
+                raise UsageError(f"--{name} {getattr(self, name)}: must be more than 0")
+        if not self.vae_kl_weight >= 0:
+            raise UsageError(f"--vae_kl_weight {self.vae_kl_weight}: must be 0 or more")
+
+
+def load_autoencoder(name_or_path: str, revision: str | None = None, variant: str | None = None) -> AutoencoderKL:
+    """An autoencoder from a folder or the Hub: by itself, or as the `vae` of a pipeline.
+
+    Raises:
+        UsageError: there is none.
+    """
+    folder = Path(name_or_path)
+    options = {"revision": revision, "variant": variant, "use_safetensors": True}
+    try:
+        if folder.is_dir() and not (folder / "config.json").is_file():
+            return AutoencoderKL.from_pretrained(name_or_path, subfolder="vae", **options)
+        return AutoencoderKL.from_pretrained(name_or_path, **options)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(f"--vae_name_or_path {name_or_path}: no AutoencoderKL there ({reason})") from error
+
+
+def downscaling(vae: AutoencoderKL) -> int:
+    """How many pixels a latent stands for, in each direction."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def make_autoencoder(flags: AutoencoderFlags, channels: int, size: tuple[int, int], seed: int) -> AutoencoderKL:
+    """An untrained autoencoder, of the seed."""
+    widths = flags.widths()
+    torch.manual_seed(seed)
+    return AutoencoderKL(
+        in_channels=channels,
+        out_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths),
+        block_out_channels=widths,
+        layers_per_block=1,
+        latent_channels=flags.vae_latent_channels,
+        norm_num_groups=8,
+        sample_size=max(size),
+        scaling_factor=1.0,
+        force_upcast=False,
+    )
+
+
+class Reconstruction(torch.nn.Module):
+    """The autoencoder as what is trained: images and noise to what came out, and the latents' KL."""
+
+    def __init__(self, vae: AutoencoderKL):
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, images: torch.Tensor, noise_of) -> tuple[torch.Tensor, torch.Tensor]:
+        """[N, C, H, W] -> the same, and nats [N]; `noise_of` draws like a tensor."""
+        posterior = self.vae.encode(images).latent_dist
+        latents = posterior.mean + posterior.std * noise_of(posterior.mean)
+        return self.vae.decode(latents).sample, posterior.kl()
+
+
+def compute_loss(model, batch: dict, keys: StepKeys, *, kl_weight: float, accelerator) -> Losses:
+    """Mean absolute error, and the KL a pixel (Rombach et al. 2022, Eq. 25, without the adversary)."""
+    images = to_model_range(batch["images"].to(accelerator.device, non_blocking=True))  # [N, C, H, W]
+    output, kl = model(images, functools.partial(keys.normal_like, name="posterior"))
+    return Losses(mean_flat((output.float() - images).abs()) + kl_weight * kl.float() / images[0].numel())
+
+
+@torch.no_grad()
+def draw_reconstructions(model, step: int, *, images: Images, folder: Path, accelerator) -> None:
+    """A picture of eight images, and what the autoencoder makes of them."""
+    from diffusers.image_processor import VaeImageProcessor
+
+    from .data import image_grid
+
+    if not accelerator.is_main_process:
+        return
+    shown = images.held_out or images.dataset
+    batch = shown.__getitems__([(0, index) for index in range(min(8, len(shown)))])
+    originals = to_model_range(batch["images"].to(accelerator.device))
+    with accelerator.autocast():
+        rebuilt = model.vae.decode(model.vae.encode(originals).latent_dist.mode()).sample.float()
+    gray = originals.shape[1] == 1
+    processor = VaeImageProcessor(vae_scale_factor=1, do_convert_grayscale=gray, do_convert_rgb=not gray)
+    both = processor.postprocess(torch.cat([originals, rebuilt]), output_type="pil")
+    picture = image_grid(both, len(originals), scale=max(1, 64 // both[0].width))
+    save_image(picture, folder / "samples" / f"step-{step:06d}.png")
+    track_image(accelerator, "reconstructions", picture, step)
+
+
+@torch.no_grad()
+def measure_scaling_factor(vae: AutoencoderKL, images: Images, batch_size: int, seed: int) -> float:
+    """1 / the standard deviation of the latents, so that the diffusion's data has unit variance (Rombach, app. G)."""
+    count = min(len(images.dataset), 2048)
+    total = torch.zeros(3, dtype=torch.float64)
+    for first in range(0, count, batch_size):
+        places = range(first, min(first + batch_size, count))
+        batch = images.dataset.__getitems__([(0, index) for index in places])
+        posterior = vae.encode(to_model_range(batch["images"].to(vae.device))).latent_dist
+        noise = StepKeys(seed, 0, first, len(places), validation=True).normal_like(posterior.mean)
+        latents = (posterior.mean + posterior.std * noise).double().cpu()
+        total += torch.tensor([latents.numel(), latents.sum(), (latents**2).sum()])
+    variance = total[2] / total[0] - (total[1] / total[0]) ** 2
+    return round(float(variance**-0.5), 5)
+
+
+def train_autoencoder(
+    flags: AutoencoderFlags, config: TrainingConfig, images: Images, channels: int, size: tuple[int, int], accelerator
+) -> AutoencoderKL | None:
+    """Train an autoencoder in a folder within the run's, or take the one that was finished there; None if stopped.
+
+    Raises:
+        UsageError: a stream, whose steps nobody can repeat here, or a size that the autoencoder cannot halve.
+    """
+    folder = Path(config.output_dir) / FOLDER
+    if (folder / "config.json").is_file() and config.resume_from_checkpoint:
+        return load_autoencoder(str(folder)).to(accelerator.device)
+    factor = 2 ** (len(flags.widths()) - 1)
+    if size[0] % factor or size[1] % factor:
+        raise UsageError(f"--resolution {size[0]}x{size[1]}: the autoencoder wants multiples of {factor}")
+    own = dataclasses.replace(
+        config,
+        output_dir=str(folder),
+        max_train_steps=flags.vae_train_steps,
+        learning_rate=flags.vae_learning_rate,
+        lr_scheduler="cosine",
+        lr_warmup_steps=min(100, flags.vae_train_steps // 10),
+        gradient_accumulation_steps=1,
+        resume_from_checkpoint=config.resume_from_checkpoint and "latest",
+        save_images_epochs=max(1, flags.vae_train_steps // 4 * config.train_batch_size // max(1, images.count or 1)),
+        validation_steps=None,
+        use_ema=True,
+        ema_max_decay=0.995,
+    )
+    found = find_run(own, accelerator)
+    vae = make_autoencoder(flags, channels, size, config.seed)
+    plan, total_steps = make_plan(images, own, accelerator.num_processes)
+    facts = run_facts(config.seed, images.count, plan, total_steps)
+    check_resumable(found, vae, facts, accelerator, "vae")
+    folder.mkdir(parents=True, exist_ok=True)
+    parameters = sum(parameter.numel() for parameter in vae.parameters())
+    log(accelerator, f"training an autoencoder first: {parameters:,} parameters, {total_steps} steps")
+    model = Reconstruction(vae)
+    state = begin_training(own, accelerator, model, total_steps, (), facts, found, parts={"vae": vae})
+    finished = training_loop(
+        own,
+        accelerator,
+        state,
+        plan,
+        make_batches(images, own, own, plan, state.step, accelerator),
+        total_steps,
+        compute_loss=functools.partial(compute_loss, kl_weight=flags.vae_kl_weight, accelerator=accelerator),
+        draw=functools.partial(draw_reconstructions, images=images, folder=folder, accelerator=accelerator),
+    )
+    if not finished:
+        return None
+    with averaged_weights(state, unwrap(accelerator, state.model)):
+        trained = AutoencoderKL.from_config(vae.config).to(accelerator.device)
+        trained.load_state_dict(vae.state_dict())
+    trained.eval().requires_grad_(False)
+    scale = measure_scaling_factor(trained, images, config.eval_batch_size, config.seed)
+    trained.register_to_config(scaling_factor=scale)
+    if accelerator.is_main_process:
+        save_model(trained, folder)
+    accelerator.wait_for_everyone()
+    log(accelerator, f"autoencoder saved to {folder}, scaling factor {scale}")
+    return trained

@@ -1,0 +1,242 @@
+"""Latents, and embedded captions, computed once: tables of tensors, looked up by what they were made from.
+
+A row's key is a digest of the image's content (or of the caption), and the table's folder is named after all else that
+decides the tensor: the transform, and the weights of the network that computed it. Whatever the order of the data, an
+image thus never gets another one's latent.
+"""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from tqdm.auto import tqdm
+
+from .data import ImageDataset, augmentation_uniforms, to_model_range
+from .training.config import UsageError
+from .training.randomness import StepKeys
+
+UNAUGMENTED = np.zeros(4)  # crop at the corner, flip if anything is flipped, the first caption
+ROWS_A_FILE = 2048
+
+
+def digest(*parts: bytes) -> bytes:
+    """16 bytes that stand for a content."""
+    found = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        found.update(len(part).to_bytes(8, "little") + part)
+    return found.digest()
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """What tells two networks apart: their weights, by name."""
+    parts = []
+    for name, tensor in sorted(model.state_dict().items()):
+        parts += [name.encode(), tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()]
+    return digest(*parts).hex()
+
+
+class TensorTable:
+    """float32 tensors of one shape by their keys, in a folder of arrow datasets, each written whole or not at all."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.row_of, self.shape = folder, {}, None
+        self.values: Any = None
+        self.read()
+
+    def read(self) -> None:
+        """Take in what lies in the folder."""
+        import datasets
+        import psutil
+
+        parts = [datasets.load_from_disk(str(path)) for path in sorted(self.folder.glob("part-*"))]
+        if not parts:
+            return
+        table = datasets.concatenate_datasets(parts)
+        self.row_of = {key: row for row, key in enumerate(table["key"])}
+        self.shape = tuple(table[0]["shape"])
+        values = table.with_format("numpy", columns=["tensor"])
+        small = len(table) * 4 * int(np.prod(self.shape)) < 0.25 * psutil.virtual_memory().available
+        self.values = np.asarray(values["tensor"][:]) if small else values
+
+    def __len__(self) -> int:
+        return len(self.row_of)
+
+    def add(self, keys: Sequence[bytes], tensors: torch.Tensor) -> None:
+        """Write tensors [N, ...] as one more part."""
+        import datasets
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        shape = list(tensors.shape[1:])
+        flat = tensors.float().cpu().reshape(len(keys), -1).numpy()  # [N, D]
+        columns = {"key": list(keys), "shape": [shape] * len(keys), "tensor": list(flat)}
+        features = datasets.Features(
+            {
+                "key": datasets.Value("binary"),
+                "shape": datasets.List(datasets.Value("int32")),
+                "tensor": datasets.List(datasets.Value("float32"), length=flat.shape[1]),
+            }
+        )
+        beside = tempfile.mkdtemp(dir=self.folder, prefix=".writing-")
+        datasets.Dataset.from_dict(columns, features=features).save_to_disk(beside, max_shard_size="100GB")
+        final = self.folder / f"part-{digest(*keys).hex()}"
+        if final.exists():
+            shutil.rmtree(beside)
+        else:
+            os.replace(beside, final)
+
+    def look_up(self, keys: Sequence[bytes]) -> torch.Tensor:
+        """The tensors [N, ...] of the keys."""
+        rows = [self.row_of[key] for key in keys]
+        flat = self.values[rows] if isinstance(self.values, np.ndarray) else self.values[rows]["tensor"]
+        return torch.from_numpy(np.ascontiguousarray(flat)).reshape(len(rows), *self.shape)
+
+    def fill(
+        self, wanted: Sequence[bytes], compute: Callable[[list[int]], torch.Tensor], accelerator, what: str
+    ) -> None:
+        """Compute the tensors that are not there yet, shared out over the ranks; `compute` gets places in `wanted`."""
+        places = {key: place for place, key in enumerate(wanted)}
+        missing = sorted(place for key, place in places.items() if key not in self.row_of)
+        missing = missing[accelerator.process_index :: accelerator.num_processes]
+        bar = tqdm(total=len(missing), desc=what, disable=not accelerator.is_local_main_process or len(missing) < 100)
+        with bar:
+            for part in _parts(missing, ROWS_A_FILE):
+                tensors = []
+                for batch in _parts(part, 64):
+                    tensors.append(compute(batch).float().cpu())
+                    bar.update(len(batch))
+                self.add([wanted[place] for place in part], torch.cat(tensors))
+        accelerator.wait_for_everyone()
+        self.read()
+
+
+def _parts(places: list[int], size: int) -> Iterator[list[int]]:
+    for first in range(0, len(places), size):
+        yield places[first : first + size]
+
+
+def image_keys(images: ImageDataset) -> list[bytes]:
+    """A key for each image: of its bytes, or of the file's place, size and time."""
+    keys = []
+    for row in images.rows.dataset.select_columns([images.rows.image_column]).select(images.indices):
+        value = row[images.rows.image_column]
+        if isinstance(value, dict) and value.get("bytes") is not None:
+            keys.append(digest(value["bytes"]))
+        elif isinstance(value, dict):
+            path = Path(value["path"]).resolve()
+            status = path.stat()
+            keys.append(digest(str(path).encode(), str((status.st_size, status.st_mtime_ns)).encode()))
+        else:
+            keys.append(digest(np.asarray(value).tobytes()))
+    return keys
+
+
+class LatentDataset(torch.utils.data.Dataset):
+    """Batches as `ImageDataset` gives them, with `moments` [N, 2C, h, w] of the latents in the place of the images.
+
+    With `embeddings`, a table of them by caption, also `embeddings` [N, L, D].
+    """
+
+    def __init__(self, images: ImageDataset, table: TensorTable, keys: list[bytes], embeddings: TensorTable | None):
+        self.images, self.table, self.keys, self.embeddings = images, table, keys, embeddings
+        self.labels = images.labels
+        self.cache = True  # nothing is left to decode
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> dict[str, Any]:
+        """A batch for keys (epoch, index)."""
+        uniforms = [augmentation_uniforms(self.images.seed, epoch, index) for epoch, index in keys]
+        chosen = [index for _, index in keys]
+        flips = [self.images.transform.random_flip and bool(drawn[2] < 0.5) for drawn in uniforms]
+        wanted = [flipped(self.keys[index]) if flip else self.keys[index] for index, flip in zip(chosen, flips)]
+        batch = {
+            "moments": self.table.look_up(wanted),
+            "index": torch.from_numpy(self.images.indices[chosen]),
+            **self.images.described(chosen, uniforms),
+        }
+        if self.embeddings is not None:
+            batch["embeddings"] = self.embeddings.look_up([caption_key(text) for text in batch["captions"]])
+        return batch
+
+
+def flipped(key: bytes) -> bytes:
+    """The key of the mirrored image."""
+    return digest(key, b"flipped")
+
+
+def caption_key(caption: str) -> bytes:
+    """The key of a caption's embedding."""
+    return digest(caption.encode())
+
+
+@torch.no_grad()
+def cache_latents(
+    images: ImageDataset, vae: AutoencoderKL, folder: Path, accelerator
+) -> tuple[TensorTable, list[bytes]]:
+    """The moments of all images' latents, mirrored ones too where images are flipped; and the images' keys.
+
+    Raises:
+        UsageError: images that are cropped at random, each time elsewhere.
+    """
+    transform = images.transform
+    name = digest(weights_digest(vae).encode(), repr(transform._replace(random_flip=False)).encode()).hex()
+    table, keys = TensorTable(folder / f"latents-{name}"), image_keys(images)
+    size = (transform.height, transform.width)
+
+    def moments(places: list[int]) -> torch.Tensor:
+        found = []
+        for place in places:
+            index, mirrored = place % len(keys), place >= len(keys)
+            pixels = images._read(index)[1]
+            if pixels.shape[:2] != size:
+                raise UsageError(
+                    "--cache_latents computes an image's latent once, and the crops are random: add --center_crop,"
+                    " or leave --cache_latents out"
+                )
+            upright = transform._replace(random_flip=mirrored).crop_and_flip(pixels, UNAUGMENTED)
+            found.append(torch.from_numpy(upright))
+        batch = to_model_range(torch.stack(found).to(vae.device)).to(vae.dtype)  # [N, C, H, W]
+        return vae.encode(batch).latent_dist.parameters
+
+    wanted = keys + [flipped(key) for key in keys] if transform.random_flip else keys
+    table.fill(wanted, moments, accelerator, "encoding images")
+    return table, keys
+
+
+@torch.no_grad()
+def cache_embeddings(captions: list[str], text_encoder, encode: Callable, folder: Path, accelerator) -> TensorTable:
+    """The embeddings [L, D] of captions; `encode` makes them of a list of texts."""
+    length = text_encoder.config.max_position_embeddings
+    name = digest(weights_digest(text_encoder).encode(), str(length).encode()).hex()
+    table = TensorTable(folder / f"embeddings-{name}")
+    keys = [caption_key(caption) for caption in captions]
+    table.fill(keys, lambda places: encode([captions[place] for place in places]), accelerator, "encoding captions")
+    return table
+
+
+def draw_latents(moments: torch.Tensor, vae: AutoencoderKL, keys: StepKeys) -> torch.Tensor:
+    """x_0 [N, C, h, w] of the diffusion: a draw from the autoencoder's posterior, brought to unit variance."""
+    posterior = DiagonalGaussianDistribution(moments)
+    latents = posterior.mean + posterior.std * keys.normal_like(posterior.mean, "posterior")
+    return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+
+
+def x_start_of(batch: dict, keys: StepKeys, vae: AutoencoderKL | None, accelerator) -> torch.Tensor:
+    """x_0 of a batch [N, C, H, W]: images in [-1, 1], or with a `vae` their latents, cached ones where there are."""
+    if "moments" in batch:
+        return draw_latents(batch["moments"].to(accelerator.device, non_blocking=True), vae, keys)
+    images = to_model_range(batch["images"].to(accelerator.device, non_blocking=True))
+    if vae is None:
+        return images
+    with torch.no_grad():
+        moments = vae.encode(images.to(vae.dtype)).latent_dist.parameters.float()
+    return draw_latents(moments, vae, keys)

@@ -7,17 +7,15 @@ metrics and checkpoints.
 """
 
 import functools
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate.utils import gather_object
 from diffusers import UNet2DModel
 from diffusers.utils import logging as diffusers_logging
 
-from ddpm_hf.data import DataError, DataFlags, ImageDataset, image_grid, to_model_range
+from ddpm_hf.data import DataError, DataFlags, ImageDataset, to_model_range
 from ddpm_hf.feeding import Images, make_batches, make_plan, open_images
 from ddpm_hf.flags import (
     ObjectiveFlags,
@@ -33,10 +31,11 @@ from ddpm_hf.objectives import TIMESTEP_SAMPLERS, UniformTimestepSampler, simple
 from ddpm_hf.portable.pipeline_class_conditional_ddpm_hf import ClassConditionalDDPMPipeline
 from ddpm_hf.portable.pipeline_ddpm_hf import DDPMPipeline
 from ddpm_hf.portable.scheduling_ddpm_hf import DDPMScheduler
-from ddpm_hf.publishing import open_repository, push_folder, save_image, save_pipeline, write_model_card
+from ddpm_hf.previews import draw_grid
+from ddpm_hf.publishing import publish, save_pipeline
 from ddpm_hf.training.config import HfArg, TrainingConfig, UsageError, parse_layers
 from ddpm_hf.training.loop import Losses, StepPlan, averaged_weights, training_loop, unwrap
-from ddpm_hf.training.randomness import StepKeys, keyed_seed
+from ddpm_hf.training.randomness import StepKeys
 from ddpm_hf.training.setup import (
     agree_on_seed,
     begin_training,
@@ -44,15 +43,18 @@ from ddpm_hf.training.setup import (
     claim_output_dir,
     find_run,
     log,
-    public_settings,
     run_facts,
     save_settings,
     start_accelerator,
     start_trackers,
-    track_image,
 )
 
 QUARTILES = ("loss_q1", "loss_q2", "loss_q3", "loss_q4")  # of the timesteps, from little noise to much
+# The settings that the model card shows
+SHOWN = (
+    "resolution", "label_column", "model_preset", "ddpm_beta_schedule", "ddpm_num_steps", "prediction_type",
+    "variance_type", "objective", "loss_type", "train_batch_size", "learning_rate", "use_ema", "seed",
+)  # fmt: skip
 
 
 @dataclass
@@ -161,11 +163,8 @@ def validation_loss(model, *, held_out: ImageDataset, config: UnconditionalConfi
     return {"validation_loss": float(total[0] / total[1])}
 
 
-def draw_grid(model, step: int, *, pipeline_of, config: UnconditionalConfig, accelerator) -> None:
-    """Sample `eval_batch_size` images, shared out over the ranks, into one PNG and the tracker; a row for each class.
-
-    An image depends on the seed and its place in the grid alone, so that grids show one model's progress.
-    """
+def draw_samples(model, step: int, *, pipeline_of, config: UnconditionalConfig, accelerator) -> None:
+    """A grid of `eval_batch_size` images; by class, a row for each."""
     pipeline = pipeline_of(model)
     pipeline.set_progress_bar_config(desc="sampling", leave=False, disable=not accelerator.is_main_process)
     count, columns, labels = config.eval_batch_size, None, None
@@ -174,20 +173,13 @@ def draw_grid(model, step: int, *, pipeline_of, config: UnconditionalConfig, acc
         columns = count // classes
         labels = [label for label in range(classes) for _ in range(columns)]
         count = len(labels)
-    own = list(range(accelerator.process_index, count, accelerator.num_processes))
-    drawn = []
-    if own:
-        seeds = [keyed_seed(config.seed, "sample", 0, index) for index in own]
-        generators = [torch.Generator(accelerator.device).manual_seed(seed) for seed in seeds]
-        steps = min(config.ddpm_num_inference_steps, config.ddpm_num_steps)
-        what = len(own) if labels is None else [labels[index] for index in own]
-        with accelerator.autocast():
-            drawn = pipeline(what, generator=generators, num_inference_steps=steps).images
-    drawn = [image for _, image in sorted(gather_object(list(zip(own, drawn))), key=lambda pair: pair[0])]
-    if accelerator.is_main_process:
-        grid = image_grid(drawn, columns, scale=max(1, 64 // drawn[0].width))
-        save_image(grid, Path(config.output_dir) / "samples" / f"step-{step:06d}.png")
-        track_image(accelerator, "samples", grid, step)
+    steps = min(config.ddpm_num_inference_steps, config.ddpm_num_steps)
+
+    def sample(places: list[int], generators: list[torch.Generator]) -> list:
+        what = len(places) if labels is None else [labels[place] for place in places]
+        return pipeline(what, generator=generators, num_inference_steps=steps).images
+
+    draw_grid(sample, count, columns, step, config, accelerator)
 
 
 def describe(config: UnconditionalConfig, images: Images, plan: StepPlan, total_steps: int, model) -> str:
@@ -243,7 +235,7 @@ def train(config: UnconditionalConfig) -> None:
     if config.dry_run:
         print(describe(config, images, plan, total_steps, model))
         return
-    facts = run_facts(config.seed, images.count, plan, total_steps)
+    facts = run_facts(config, images.count, plan, total_steps, classes=class_names)
     check_resumable(found, model, facts, accelerator)
     claim_output_dir(config, accelerator)
     log(accelerator, f"seed {config.seed}, {total_steps} steps, {images.rows.name}")
@@ -269,14 +261,14 @@ def train(config: UnconditionalConfig) -> None:
         total_steps,
         compute_loss=functools.partial(compute_loss, sampler=sampler, null_class=len(class_names), **shared),
         validate=images.held_out and functools.partial(validation_loss, held_out=images.held_out, **shared),
-        draw=functools.partial(draw_grid, pipeline_of=pipeline_of, config=config, accelerator=accelerator),
+        draw=functools.partial(draw_samples, pipeline_of=pipeline_of, config=config, accelerator=accelerator),
         save=lambda trained: save_pipeline(pipeline_of(trained), config.output_dir),
     )
     if not finished:
         log(accelerator, f"stopped at step {state.step}; go on with --resume_from_checkpoint latest")
     elif accelerator.is_main_process:
         with averaged_weights(state, unwrap(accelerator, state.model)) as trained:
-            publish(config, images, state.step, pipeline_of(trained), accelerator)
+            publish(config, images.rows.name, state.step, pipeline_of(trained), SHOWN, accelerator)
     accelerator.end_training()
 
 
@@ -286,41 +278,6 @@ def compiled(model: torch.nn.Module) -> torch.nn.Module:
 
     torch._inductor.config.layout_optimization = False  # it gave wrong gradients for this model on CPUs
     return torch.compile(model)
-
-
-def publish(config: UnconditionalConfig, images: Images, steps: int, pipeline, accelerator) -> None:
-    """Save, write the model card, and upload if that was asked for; a failed upload loses nothing."""
-    folder = Path(config.output_dir)
-    save_pipeline(pipeline, folder)
-    local = config.train_data_dir or (config.dataset_name if os.path.exists(config.dataset_name or "") else None)
-    shown = (
-        "resolution", "label_column", "model_preset", "ddpm_beta_schedule", "ddpm_num_steps", "prediction_type",
-        "variance_type", "objective", "loss_type", "train_batch_size", "learning_rate", "use_ema", "seed",
-    )  # fmt: skip
-    settings = {
-        "dataset": Path(local).resolve().name if local else images.rows.name,
-        "steps": steps,
-        **{name: value for name, value in public_settings(config).items() if name in shown},
-    }
-    write_card = functools.partial(
-        write_model_card, folder, pipeline=pipeline, settings=settings, dataset=None if local else config.dataset_name
-    )
-    repository = config.hub_model_id or folder.resolve().name
-    write_card(repository)
-    how = "" if pipeline.stock_class_name() else ", trust_remote_code=True"
-    log(accelerator, f"saved to {folder}: DiffusionPipeline.from_pretrained({str(folder)!r}{how}) loads it")
-    if config.push_to_hub:
-        try:
-            repository = open_repository(repository, config.hub_token, config.hub_private_repo)
-            write_card(repository)
-            address = push_folder(folder, repository, config.hub_token, keep_back=config.logging_dir)
-        except Exception as error:  # whatever the network does, the trained model is on disk
-            reason = " ".join(str(error).split()).partition(" For more information")[0][:300]
-            raise UsageError(
-                f"the upload to {repository} failed ({error.__class__.__name__}: {reason}); {folder} is complete,"
-                " upload it with the same command line, --resume_from_checkpoint latest and no --overwrite_output_dir"
-            ) from error
-        log(accelerator, f"published at {address}")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -184,7 +184,7 @@ def train_autoencoder(
     found = find_run(own, accelerator)
     vae = make_autoencoder(flags, channels, size, config.seed)
     plan, total_steps = make_plan(images, own, accelerator.num_processes)
-    facts = run_facts(config.seed, images.count, plan, total_steps)
+    facts = run_facts(own, images.count, plan, total_steps)
     check_resumable(found, vae, facts, accelerator, "vae")
     folder.mkdir(parents=True, exist_ok=True)
     parameters = sum(parameter.numel() for parameter in vae.parameters())

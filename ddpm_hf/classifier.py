@@ -179,7 +179,7 @@ def train(config: ClassifierConfig) -> None:
     if config.dry_run:
         print(f"{summary}, output {Path(config.output_dir).resolve()}")
         return
-    facts = run_facts(config.seed, images.count, plan, total_steps)
+    facts = run_facts(config, images.count, plan, total_steps, classes=names)
     check_resumable(found, model, facts, accelerator, "classifier")
     claim_output_dir(config, accelerator)
     log(accelerator, f"seed {config.seed}, {summary}")

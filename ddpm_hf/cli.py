@@ -120,7 +120,8 @@ def wanted_classes(pipeline, classifier, classes: list[str] | None, guidance_sca
     if not by_class and guidance_scale != 1.0:
         raise ValueError("this model knows no classes; leave out --guidance-scale (--classifier-scale guides it)")
     id2label = (pipeline if by_class else classifier).config.id2label
-    ids = {name: int(number) for number, name in id2label.items()} | {number: int(number) for number in id2label}
+    ids = {number: int(number) for number in id2label}  # a name that looks like a number is the name
+    ids |= {name: int(number) for number, name in id2label.items()}
     unknown = [name for name in classes or [] if name not in ids]
     if unknown:
         raise ValueError(f"--class {unknown[0]}: none of {', '.join(id2label.values())}")

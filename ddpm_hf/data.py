@@ -317,6 +317,8 @@ def load_rows(
         if wanted is not None and wanted not in parts[0].dataset.column_names:
             there = ", ".join(parts[0].dataset.column_names)
             raise DataError(f"no column {wanted!r} in {EMBEDDED_DATASET}; it has {there} ({flag})")
+    if flags.label_column not in (None, "label"):
+        raise DataError(f"--label_column {flags.label_column}: the labels of {EMBEDDED_DATASET} are in 'label'")
     for part in parts:
         part.label_column, part.caption_column = flags.label_column, caption_column
     return _limited(parts[0], flags.max_train_samples, seed), parts[1]
@@ -460,7 +462,9 @@ def read_dataset(
     if isinstance(features.get(image_column), datasets.Image):
         dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
     if label_column is not None and label_column not in columns:
-        raise DataError(f"no column {label_column!r} in {source}; it has {', '.join(columns)}")
+        hint = "; class folders become labels where every image lies in one of two or more" if directory else ""
+        there = ", ".join(columns)
+        raise DataError(f"no column {label_column!r} in {source}; it has {there} (--label_column){hint}")
     if caption_column is not None and caption_column not in columns:
         raise DataError(f"no column {caption_column!r} in {source}; it has {', '.join(columns)} (--caption_column)")
     names = getattr(features.get(label_column), "names", None) or []
@@ -478,6 +482,11 @@ def _name_classes(values, column: str, source: str) -> list[str]:
         lowest, highest = min(values), max(values)
         if lowest < 0:
             raise DataError(f"label {lowest} in column {column!r} of {source}: labels run from 0")
+        if highest >= max(1000, 10 * len(set(values))):
+            raise DataError(
+                f"label {highest} in column {column!r} of {source}, which holds {len(set(values))} different ones:"
+                " integers are class ids that run from 0; give the classes as strings"
+            )
         return [str(number) for number in range(int(highest) + 1)]
     if kinds == {str}:
         return sorted(set(values))

@@ -143,6 +143,8 @@ def unet_arguments(flags: UNetFlags, data: DataFlags) -> dict[str, Any]:
     height, width = data.size()
     if flags.model_config_name_or_path:
         chosen = dict(_read_unet_config(flags.model_config_name_or_path))
+        for key in ("num_class_embeds", "class_embed_type"):  # classes are the data's: --label_column
+            chosen.pop(key, None)
         own = chosen.get("in_channels", 3)
         channels = data.channels or own
         if own != channels:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from .training.checkpointing import write_whole
+from .training.config import TrainingConfig, UsageError
+from .training.setup import log, public_settings
 
 # What never goes up: a run's own files, which hold paths of the machine, and what an interrupted write left behind
 PRIVATE_PATTERNS = (
@@ -134,3 +136,42 @@ def push_folder(folder: Path, repository: str, token: str | None, keep_back: str
         commit_message="Upload the pipeline",
         ignore_patterns=patterns,
     ).repo_url
+
+
+def publish(config: TrainingConfig, data: str, steps: int, pipeline, shown: tuple[str, ...], accelerator) -> None:
+    """Save, write the model card, and upload if that was asked for; a failed upload loses nothing.
+
+    Args:
+        config: a script's, with `DataFlags`.
+        data: the name of what was trained on.
+        steps: how many were trained.
+        shown: the settings that the card lists.
+
+    Raises:
+        UsageError: the upload failed; how to repeat it.
+    """
+    folder = Path(config.output_dir)
+    save_pipeline(pipeline, folder)
+    local = config.train_data_dir or (config.dataset_name if os.path.exists(config.dataset_name or "") else None)
+    settings = {
+        "dataset": Path(local).resolve().name if local else data,
+        "steps": steps,
+        **{name: value for name, value in public_settings(config).items() if name in shown},
+    }
+    dataset = None if local else config.dataset_name
+    repository = config.hub_model_id or folder.resolve().name
+    write_model_card(folder, repository, pipeline, settings, dataset)
+    how = "" if pipeline.stock_class_name() else ", trust_remote_code=True"
+    log(accelerator, f"saved to {folder}: DiffusionPipeline.from_pretrained({str(folder)!r}{how}) loads it")
+    if config.push_to_hub:
+        try:
+            repository = open_repository(repository, config.hub_token, config.hub_private_repo)
+            write_model_card(folder, repository, pipeline, settings, dataset)
+            address = push_folder(folder, repository, config.hub_token, keep_back=config.logging_dir)
+        except Exception as error:  # whatever the network does, the trained model is on disk
+            reason = " ".join(str(error).split()).partition(" For more information")[0][:300]
+            raise UsageError(
+                f"the upload to {repository} failed ({error.__class__.__name__}: {reason}); {folder} is complete,"
+                " upload it with the same command line, --resume_from_checkpoint latest and no --overwrite_output_dir"
+            ) from error
+        log(accelerator, f"published at {address}")

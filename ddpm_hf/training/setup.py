@@ -151,9 +151,10 @@ def check_resumable(
                 f"{checkpoint} is of another model: its {key} is {saved.get(key)}, this run's {own[key]}; resume with"
                 " the flags that it was trained with"
             )
-    for name, value in facts.items():
-        if manifest.get(name) != value:
-            log(accelerator, f"warning: {name} was {manifest.get(name)} and is {value}: not an exact continuation")
+    flat, before = ({**each, **each.get("settings", {})} for each in (facts, manifest))
+    for name, value in flat.items():
+        if name != "settings" and before.get(name) != value:
+            log(accelerator, f"warning: {name} was {before.get(name)} and is {value}: not an exact continuation")
 
 
 def agree_on_seed(config: TrainingConfig, resumed: dict[str, Any] | None) -> int:
@@ -276,12 +277,27 @@ def begin_training(
     return state
 
 
-def run_facts(seed: int, samples: int | None, plan: StepPlan, total_steps: int) -> dict[str, Any]:
+# Flags that may change when a run is resumed without changing what is learned
+INCIDENTAL = {
+    "config", "dry_run", "output_dir", "overwrite_output_dir", "seed", "eval_batch_size", "num_epochs",
+    "max_train_steps", "max_nonfinite_steps", "foreach_ema", "offload_ema", "compile", "gradient_checkpointing",
+    "local_rank", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "save_images_epochs",
+    "save_model_epochs", "validation_steps", "logging_steps", "logger", "logging_dir", "tracker_project_name",
+    "push_to_hub", "hub_model_id", "hub_private_repo", "dataset_name", "train_data_dir", "cache_dir", "cache_dataset",
+    "model_preset", "model_config_name_or_path", "ddpm_num_inference_steps", "dataloader_num_workers",
+}  # fmt: skip
+
+
+def run_facts(
+    config: TrainingConfig, samples: int | None, plan: StepPlan, total_steps: int, **more: Any
+) -> dict[str, Any]:
     """What a resumed run must share with the one it continues, to be its exact continuation."""
     return {
-        "seed": seed,
+        "seed": config.seed,
         "samples": samples,
         "global_batch": plan.global_batch * plan.accumulation,
         "total_steps": total_steps,
         "processes": plan.world,
+        "settings": {name: value for name, value in public_settings(config).items() if name not in INCIDENTAL},
+        **more,
     }

@@ -26,7 +26,7 @@ from ddpm_hf.flags import (
     unet_arguments,
     weaker_layers,
 )
-from ddpm_hf.models import use_matmul_attention
+from ddpm_hf.models import compiled, use_matmul_attention
 from ddpm_hf.objectives import TIMESTEP_SAMPLERS, UniformTimestepSampler, simple_losses, training_losses
 from ddpm_hf.portable.pipeline_class_conditional_ddpm_hf import ClassConditionalDDPMPipeline
 from ddpm_hf.portable.pipeline_ddpm_hf import DDPMPipeline
@@ -270,14 +270,6 @@ def train(config: UnconditionalConfig) -> None:
         with averaged_weights(state, unwrap(accelerator, state.model)) as trained:
             publish(config, images.rows.name, state.step, pipeline_of(trained), SHOWN, accelerator)
     accelerator.end_training()
-
-
-def compiled(model: torch.nn.Module) -> torch.nn.Module:
-    """The model behind torch.compile."""
-    import torch._inductor.config
-
-    torch._inductor.config.layout_optimization = False  # it gave wrong gradients for this model on CPUs
-    return torch.compile(model)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -13,16 +13,25 @@ import os
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, UNet2DModel
 from digit_quality import real_digits
 from sklearn.svm import SVC
 from tqdm.auto import tqdm
 
-from ddpm_hf import ClassConditionalDDPMPipeline, DDPMPipeline
+from ddpm_hf import ClassConditionalDDPMPipeline, DDPMPipeline, DDPMScheduler
 from ddpm_hf.classifier import NoisyClassifier
 
+
+class StockDDIM(DDIMScheduler):
+    """DDIM that is not told to re-derive ε from the clipped x̂_0, as in a pipeline of Diffusers."""
+
+    def step(self, model_output, timestep, sample, generator=None):
+        """As the parent's, with its defaults."""
+        return super().step(model_output, timestep, sample, generator=generator)
+
+
 SCALES = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
-CLASSIFIER_SCALES = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
+CLASSIFIER_SCALES = (0.0, 1.0, 2.0, 4.0, 8.0)
 
 
 def diversity(pixels: np.ndarray, labels: np.ndarray) -> float:
@@ -52,7 +61,7 @@ def draw(pipeline, labels: torch.Tensor, steps: int, seed: int, **options) -> np
 def main() -> None:
     """Print the tables and draw the plot."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("conditional", help="the output folder of a run with --label_column label")
+    parser.add_argument("conditional", nargs="?", help="the output folder of a run with --label_column label")
     parser.add_argument("--classifier", help="the output folder of ddpm-hf train-classifier")
     parser.add_argument("--unconditional", help="the output folder of a run without classes")
     parser.add_argument("--per-class", type=int, default=50)
@@ -63,8 +72,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
 
-    pipeline = ClassConditionalDDPMPipeline.from_pretrained(arguments.conditional)
-    resolution = pipeline.unet.config.sample_size
+    start = arguments.conditional or arguments.unconditional
+    resolution = UNet2DModel.load_config(start, subfolder="unet")["sample_size"]
     train, train_labels = real_digits("train", resolution)
     test, test_labels = real_digits("test", resolution)
     svc = SVC(C=10).fit(train, train_labels)
@@ -77,35 +86,36 @@ def main() -> None:
         tqdm.write(f"| {name} | {agreement:.1%} | {spread:.3f} |")
         return agreement, spread
 
-    ancestral = pipeline.scheduler
-    samplers = {
-        f"ancestral, {arguments.steps} steps": (ancestral, arguments.steps),
-        f"DDIM, {arguments.ddim_steps} steps": (DDIMScheduler.from_config(ancestral.config), arguments.ddim_steps),
-    }
-    print("| classifier-free guidance | read as their label | diversity |\n|---|---|---|")
     results = {}
-    for name, (scheduler, steps) in samplers.items():
-        pipeline.scheduler = scheduler
-        for scale in SCALES:
-            pixels = draw(pipeline, labels, steps, arguments.seed, guidance_scale=scale)
-            results[name, scale] = row(f"{name}, scale {scale}", pixels)
+    samplers = {
+        f"ancestral, {arguments.steps} steps": (DDPMScheduler, arguments.steps, SCALES),
+        f"DDIM, {arguments.ddim_steps} steps": (DDIMScheduler, arguments.ddim_steps, SCALES),
+        f"DDIM as stock steps it, {arguments.ddim_steps} steps": (StockDDIM, arguments.ddim_steps, (1.0, 2.0, 4.0)),
+    }
+    if arguments.conditional:
+        print("| classifier-free guidance | read as their label | diversity |\n|---|---|---|")
+        pipeline = ClassConditionalDDPMPipeline.from_pretrained(arguments.conditional)
+        config = pipeline.scheduler.config
+        for name, (sampler, steps, scales) in samplers.items():
+            pipeline.scheduler = sampler.from_config(config)
+            for scale in scales:
+                pixels = draw(pipeline, labels, steps, arguments.seed, guidance_scale=scale)
+                results[name, scale] = row(f"{name}, scale {scale}", pixels)
 
     if arguments.classifier:
         guided = DDPMPipeline.from_pretrained(arguments.unconditional)
+        config = guided.scheduler.config
         classifier = NoisyClassifier.from_pretrained(arguments.classifier).eval()
         print("\n| classifier guidance, unconditional model | read as their label | diversity |\n|---|---|---|")
-        for sampler, scheduler, steps in (
-            ("ancestral", guided.scheduler, arguments.steps),
-            ("DDIM", DDIMScheduler.from_config(guided.scheduler.config), arguments.ddim_steps),
-        ):
-            guided.scheduler = scheduler
+        for name, (sampler, steps, _) in list(samplers.items())[:2]:
+            guided.scheduler = sampler.from_config(config)
             for scale in CLASSIFIER_SCALES:
                 options = {"classifier": classifier, "classifier_scale": scale}
                 pixels = draw(guided, labels, steps, arguments.seed, **options)
-                row(f"{sampler}, {steps} steps, scale {scale}", pixels)
+                row(f"{name}, scale {scale}", pixels)
 
     if arguments.plot:
-        plot(results, list(samplers), svc.score(test, test_labels), arguments.plot)
+        plot(results, list(samplers)[:2], svc.score(test, test_labels), arguments.plot)
 
 
 def plot(results: dict, samplers: list[str], real_accuracy: float, path: str) -> None:

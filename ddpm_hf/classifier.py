@@ -14,7 +14,7 @@ from diffusers.utils import logging as diffusers_logging
 from .data import DataError, DataFlags, ImageDataset, to_model_range
 from .feeding import make_batches, make_plan, open_images
 from .flags import ScheduleFlags, UNetFlags, unet_arguments, weaker_layers
-from .models import build_unet, use_matmul_attention
+from .models import build_unet, compiled, use_matmul_attention
 from .objectives import UniformTimestepSampler
 from .portable.scheduling_ddpm_hf import DDPMScheduler
 from .publishing import save_model
@@ -61,6 +61,8 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         num_train_timesteps, trained_betas: the diffusion it was trained on, T and β; for whoever loads it.
     """
 
+    _supports_gradient_checkpointing = True
+
     @register_to_config
     def __init__(
         self,
@@ -71,6 +73,8 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         id2label: dict[str, str] | None = None,
     ):
         super().__init__()
+        if any("Skip" in kind for kind in unet.get("down_block_types", ())):
+            raise ValueError("a classifier cannot be made of SkipDownBlock2D, whose blocks pass the image along")
         whole = build_unet(unet)
         self.conv_in, self.time_proj, self.time_embedding = whole.conv_in, whole.time_proj, whole.time_embedding
         self.down_blocks, self.mid_block = whole.down_blocks, whole.mid_block
@@ -79,7 +83,8 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         height, breadth = (size, size) if isinstance(size, int) else size
         shrunk = 2 ** (len(whole.config.block_out_channels) - 1)
         self.norm = torch.nn.GroupNorm(whole.config.norm_num_groups, width)
-        self.pool = AttentionPool(width, (height // shrunk) * (breadth // shrunk), heads=max(1, width // 64))
+        heads = max(count for count in range(1, max(1, width // 64) + 1) if width % count == 0)
+        self.pool = AttentionPool(width, (height // shrunk) * (breadth // shrunk), heads)
         self.head = torch.nn.Linear(width, num_classes)
 
     def forward(self, x_t: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
@@ -89,7 +94,8 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         features = self.conv_in(x_t)
         for block in self.down_blocks:
             features, _ = block(hidden_states=features, temb=embedding)
-        features = self.mid_block(features, embedding)
+        if self.mid_block is not None:
+            features = self.mid_block(features, embedding)
         return self.head(self.pool(F.silu(self.norm(features))))
 
 
@@ -164,13 +170,18 @@ def train(config: ClassifierConfig) -> None:
     names = images.rows.label_names
     torch.manual_seed(config.seed)
     id2label = {str(number): name for number, name in enumerate(names)}
-    model = NoisyClassifier(  # by keyword: `from_config` takes what was given by position for a default
-        unet=arguments,
-        num_classes=len(names),
-        num_train_timesteps=len(scheduler),
-        trained_betas=scheduler.betas.tolist(),
-        id2label=id2label,
-    )
+    try:
+        model = NoisyClassifier(  # by keyword: `from_config` takes what was given by position for a default
+            unet=arguments,
+            num_classes=len(names),
+            num_train_timesteps=len(scheduler),
+            trained_betas=scheduler.betas.tolist(),
+            id2label=id2label,
+        )
+    except (ValueError, TypeError) as error:
+        raise UsageError(" ".join(str(error).split())) from error
+    if config.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
     if accelerator.device.type == "cpu":
         use_matmul_attention(model)
     plan, total_steps = make_plan(images, config, accelerator.num_processes)
@@ -186,6 +197,8 @@ def train(config: ClassifierConfig) -> None:
 
     parts = {"classifier": model}
     state = begin_training(config, accelerator, model, total_steps, QUARTILES, facts, found, parts=parts)
+    if config.compile:
+        state.model = compiled(state.model)
     if accelerator.is_main_process:
         save_settings(config)
     start_trackers(config, accelerator, "train_classifier")

@@ -101,7 +101,14 @@ def load_classifier(folder: Path, pipeline):
     own, wanted = (classifier.config.unet[key] for key in ("in_channels", "sample_size")), pipeline.unet.config
     if list(own) != [wanted.in_channels, wanted.sample_size]:
         raise ValueError(f"--classifier {folder} reads images of another size or number of channels than the model's")
+    if hasattr(pipeline, "class_ids") and class_names(classifier) != class_names(pipeline):
+        raise ValueError(f"--classifier {folder} knows other classes than the model, or in another order")
     return classifier
+
+
+def class_names(model) -> dict[str, str]:
+    """The names of the classes that a pipeline or a classifier knows, by their ids as strings."""
+    return dict(model.config.id2label or {str(number): str(number) for number in range(model.config.num_classes)})
 
 
 def wanted_classes(pipeline, classifier, classes: list[str] | None, guidance_scale: float, count: int):
@@ -119,7 +126,11 @@ def wanted_classes(pipeline, classifier, classes: list[str] | None, guidance_sca
         return None
     if not by_class and guidance_scale != 1.0:
         raise ValueError("this model knows no classes; leave out --guidance-scale (--classifier-scale guides it)")
-    id2label = (pipeline if by_class else classifier).config.id2label
+    if by_class and guidance_scale != 1.0 and pipeline.null_class is None:
+        raise ValueError(
+            "--guidance-scale wants a model that also learned no class (trained with --class_dropout 0.1)"
+        )
+    id2label = class_names(pipeline if by_class else classifier)
     ids = {number: int(number) for number in id2label}  # a name that looks like a number is the name
     ids |= {name: int(number) for number, name in id2label.items()}
     unknown = [name for name in classes or [] if name not in ids]
@@ -211,6 +222,10 @@ def sample(
     pipeline = load_pipeline(model, revision, token).to(device)
     guide = None if classifier is None else load_classifier(classifier, pipeline).to(device)
     labels = wanted_classes(pipeline, guide, class_, guidance_scale, num_images)
+    if not hasattr(pipeline, "class_ids") and (guidance_rescale or guidance_interval):
+        raise ValueError("this model knows no classes; leave out --guidance-rescale and --guidance-interval")
+    if guide is None and classifier_scale != 1.0:
+        raise ValueError(f"--classifier-scale {classifier_scale} without --classifier")
     out.mkdir(parents=True, exist_ok=True)
     if not os.access(out, os.W_OK):
         raise ValueError(f"--out {out} cannot be written; name another folder")

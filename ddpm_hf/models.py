@@ -6,6 +6,7 @@ command line or in a `--config` file wins over the preset's. Parameters are coun
 
 from typing import Any, NamedTuple
 
+import torch
 from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention, AttnProcessor
 
@@ -214,8 +215,37 @@ def smallest_sample_side(config: dict[str, Any]) -> int:
     return 2 ** (len(config["block_out_channels"]) - 1)
 
 
+def text_unet_config(channels: int, size: tuple[int, int], text_width: int) -> dict[str, Any]:
+    """The arguments of a small `UNet2DConditionModel` for latents [channels, *size]; every level reads the text."""
+    height, width = size
+    widths = (64, 128) if min(size) < 16 else (64, 128, 256)
+    step = 2 ** (len(widths) - 1)
+    if height % step or width % step:
+        raise ValueError(f"latents of {height}x{width}: both sides must be multiples of {step}")
+    return {
+        "sample_size": height if height == width else (height, width),
+        "in_channels": channels,
+        "out_channels": channels,
+        "layers_per_block": 1,
+        "block_out_channels": widths,
+        "down_block_types": ("CrossAttnDownBlock2D",) * len(widths),
+        "up_block_types": ("CrossAttnUpBlock2D",) * len(widths),
+        "cross_attention_dim": text_width,
+        "attention_head_dim": tuple(max(1, each // 64) for each in widths),  # the number of heads, whatever it says
+        "norm_num_groups": 8,
+    }
+
+
 def use_matmul_attention(model) -> None:
     """Attention by plain matrix products: on CPUs, faster to train than the fused kernel and as exact."""
     for module in model.modules():
         if isinstance(module, Attention):
             module.set_processor(AttnProcessor())
+
+
+def compiled(model: torch.nn.Module) -> torch.nn.Module:
+    """The model behind torch.compile."""
+    import torch._inductor.config
+
+    torch._inductor.config.layout_optimization = False  # it gave wrong gradients for this model on CPUs
+    return torch.compile(model)

@@ -170,7 +170,9 @@ def test_what_is_imported_is_declared(setup_cfg):
     declared = {IMPORT_NAMES.get(name, name.replace("-", "_")) for name in base | extras}
     for module in FILES:
         roots = {name.split(".")[0] for name in imports_of(module)}
-        undeclared = roots - set(sys.stdlib_module_names) - declared - OFFERED - {"ddpm_hf", *(path.stem for path in SCRIPTS)}
+        undeclared = (
+            roots - set(sys.stdlib_module_names) - declared - OFFERED - {"ddpm_hf", *(path.stem for path in SCRIPTS)}
+        )
         assert not undeclared, f"{module} imports {', '.join(sorted(undeclared))}"
 
 

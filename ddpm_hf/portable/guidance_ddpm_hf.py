@@ -3,11 +3,43 @@
 This file is copied into published repositories: it imports torch, and the scheduler beside it.
 """
 
+import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
 from .scheduling_ddpm_hf import DDPMScheduler
+
+
+class FreeGuidance(NamedTuple):
+    """Where and how strongly classifier-free guidance acts.
+
+    Raises, by `check`: ValueError for a number that is none, or an interval without a timestep.
+    """
+
+    scale: float
+    rescale: float = 0.0
+    interval: tuple[int, int] | None = None
+
+    def check(self) -> "FreeGuidance":
+        """Itself, if its numbers can be used."""
+        if not math.isfinite(self.scale):
+            raise ValueError(f"guidance_scale={self.scale}: must be a number")
+        if not 0 <= self.rescale <= 1:
+            raise ValueError(f"guidance_rescale={self.rescale}: must be from 0 to 1")
+        if self.interval is not None and not self.interval[0] <= self.interval[1]:
+            raise ValueError(f"guidance_interval={tuple(self.interval)}: (low, high), the lower timestep first")
+        return self
+
+    def acts(self, t) -> bool:
+        """Whether the output at t is a guided one."""
+        inside = self.interval is None or self.interval[0] <= float(t) <= self.interval[1]
+        return self.scale != 1.0 and inside
+
+    def extrapolates(self, t) -> bool:
+        """Whether the output at t lies beyond those of the conditional and the unconditional model."""
+        return self.acts(t) and not 0 <= self.scale <= 1
 
 
 def classifier_free_guidance(
@@ -53,6 +85,9 @@ class ClassifierGuidance:
         with torch.enable_grad():
             x = x_t.detach().requires_grad_(True)
             log_probability = self.classifier(x, timestep.expand(len(x))).float().log_softmax(dim=-1)
+            if int(self.class_labels.max()) >= log_probability.shape[1]:
+                known = log_probability.shape[1]
+                raise ValueError(f"class {int(self.class_labels.max())}: the classifier knows {known}, from 0")
             chosen = log_probability.gather(1, self.class_labels[:, None]).sum()
             return self.scale * torch.autograd.grad(chosen, x)[0]
 

@@ -3,12 +3,13 @@
 This file is copied into published repositories: it imports torch, diffusers and the files beside it, each directly.
 """
 
+import numbers
 from collections.abc import Callable
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DModel
 
-from .guidance_ddpm_hf import ClassifierGuidance, classifier_free_guidance
+from .guidance_ddpm_hf import ClassifierGuidance, FreeGuidance, classifier_free_guidance
 from .hub_ddpm_hf import PortablePipelineMixin
 from .sampling_ddpm_hf import DDPMPipelineOutput, SamplingMixin, adopt_scheduler
 from .scheduling_ddpm_hf import DDPMScheduler  # noqa: F401  (only direct imports are copied with this file)
@@ -74,8 +75,8 @@ class ClassConditionalDDPMPipeline(SamplingMixin, PortablePipelineMixin, Diffusi
                 ids.append(known[label])
             elif label is None and self.null_class is not None:
                 ids.append(self.null_class)
-            elif isinstance(label, int) and not isinstance(label, bool) and 0 <= label < count:
-                ids.append(label)
+            elif isinstance(label, numbers.Integral) and not isinstance(label, bool) and 0 <= label < count:
+                ids.append(int(label))
             else:
                 names = ", ".join(list(known)[:12]) + (", ..." if count > 12 else "")
                 raise ValueError(
@@ -122,6 +123,7 @@ class ClassConditionalDDPMPipeline(SamplingMixin, PortablePipelineMixin, Diffusi
         """
         self.check_output_type(output_type)
         ids = self.class_ids(range(len(self.config.id2label)) if class_labels is None else class_labels)
+        free = FreeGuidance(guidance_scale, guidance_rescale, guidance_interval).check()
         if guidance_scale != 1.0 and self.null_class is None:
             raise ValueError(
                 f"guidance_scale={guidance_scale} needs a model that also learned no class (--class_dropout 0.1);"
@@ -129,11 +131,12 @@ class ClassConditionalDDPMPipeline(SamplingMixin, PortablePipelineMixin, Diffusi
             )
         guidance = None
         if classifier is not None:
+            if self.null_class is not None and self.null_class in ids:
+                raise ValueError("a classifier guides towards a class: give no None in class_labels beside it")
             guidance = ClassifierGuidance(classifier, ids, classifier_scale)
 
         def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            guided = guidance_interval is None or guidance_interval[0] <= float(t) <= guidance_interval[1]
-            if guidance_scale == 1.0 or not guided:
+            if not free.acts(t):
                 return self.predict(x, t, class_labels=ids)
             null = torch.full_like(ids, self.null_class)
             both = self.predict(torch.cat([x, x]), t, class_labels=torch.cat([ids, null]))  # [2N, C or 2C, H, W]
@@ -151,6 +154,6 @@ class ClassConditionalDDPMPipeline(SamplingMixin, PortablePipelineMixin, Diffusi
             num_frames,
             output_type,
             classifier_guidance=guidance,
-            extrapolated=not 0 <= guidance_scale <= 1,
+            extrapolated=free.extrapolates,
         )
         return self.finish(x, frames, output_type, return_dict)

@@ -80,14 +80,12 @@ class DDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPipeline):
                 sampler would divide by it.
         """
         self.check_output_type(output_type)
+        labels = check_labels(class_labels, batch_size, classifier)
         visited = self.prepare_timesteps(num_inference_steps, timesteps)
         x = self.prepare_latents(batch_size, generator, latents)  # Algorithm 2, line 1
         guidance = None
         if classifier is not None:
-            labels = torch.as_tensor(class_labels if class_labels is not None else []).reshape(-1).to(x.device)
-            if len(labels) != batch_size:
-                raise ValueError(f"classifier guidance wants {batch_size} class_labels and has {len(labels)}")
-            guidance = ClassifierGuidance(classifier, labels, classifier_scale)
+            guidance = ClassifierGuidance(classifier, labels.to(x.device), classifier_scale)
         x, frames = self.denoise(
             x,
             visited,
@@ -173,3 +171,24 @@ class DDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPipeline):
                 f"timestep {timestep} is not within the chain's {self.scheduler.timesteps.tolist()[-1]}..T-1"
             )
         return tail
+
+
+def check_labels(class_labels, batch_size: int, classifier: Callable | None) -> torch.Tensor | None:
+    """The classes to guide towards, LongTensor [N]; None without a classifier.
+
+    Raises:
+        ValueError: no ids, or not as many as images; labels that nothing would read.
+    """
+    if classifier is None:
+        if class_labels is not None:
+            raise ValueError("class_labels without a classifier: this model knows no classes by itself")
+        return None
+    try:
+        labels = torch.as_tensor([] if class_labels is None else class_labels).reshape(-1)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"class_labels={class_labels!r}: give the classifier's ids, integers from 0") from error
+    if len(labels) != batch_size:
+        raise ValueError(f"classifier guidance wants {batch_size} class_labels and has {len(labels)}")
+    if labels.is_floating_point() or labels.dtype == torch.bool or int(labels.min()) < 0:
+        raise ValueError(f"class_labels={labels.tolist()}: give the classifier's ids, integers from 0")
+    return labels.long()

@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from .guidance_ddpm_hf import classifier_free_guidance
+from .guidance_ddpm_hf import FreeGuidance, classifier_free_guidance
 from .hub_ddpm_hf import PortablePipelineMixin
 from .sampling_ddpm_hf import DDPMPipelineOutput, SamplingMixin, adopt_scheduler
 from .scheduling_ddpm_hf import DDPMScheduler
@@ -157,6 +157,7 @@ class TextToImageDDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPip
         base_height, base_width = (side * self.vae_scale_factor for side in self.sample_shape[1:])
         height, width = height or base_height, width or base_width
         prompts = self.check_inputs(prompt, negative_prompt, height, width, prompt_embeds)
+        free = FreeGuidance(guidance_scale, guidance_rescale, guidance_interval).check()
         visited = self.prepare_timesteps(num_inference_steps if timesteps is None else None, timesteps)
 
         context = self.encode_prompt(prompts) if prompt_embeds is None else prompt_embeds.to(self._execution_device)
@@ -170,8 +171,7 @@ class TextToImageDDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPip
             null = null.to(context.device).repeat_interleave(num_images_per_prompt, dim=0)  # [N, L, D]
 
         def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            guided = guidance_interval is None or guidance_interval[0] <= float(t) <= guidance_interval[1]
-            if guidance_scale == 1.0 or not guided:
+            if not free.acts(t):
                 return self.predict(x, t, encoder_hidden_states=context)
             both = self.predict(torch.cat([x, x]), t, encoder_hidden_states=torch.cat([context, null]))  # [2N, ...]
             return classifier_free_guidance(*both.chunk(2), guidance_scale, guidance_rescale, x.shape[1])

@@ -167,7 +167,7 @@ class SamplingMixin:
         num_frames: int = 0,
         output_type: str = "pil",
         classifier_guidance: ClassifierGuidance | None = None,
-        extrapolated: bool = False,
+        extrapolated: Callable[[float], bool] | None = None,
     ) -> tuple[torch.Tensor, list[Frame] | None]:
         """Run the chain over `timesteps` (a tail of the scheduler's) from x_t [N, C, H, W].
 
@@ -176,7 +176,7 @@ class SamplingMixin:
             callback_on_step_end: called with (pipeline, index, timestep, {"latents": x_s}); what it returns replaces
                 the latents.
             classifier_guidance: moves the mean of ancestral steps, and the output for other samplers.
-            extrapolated: the outputs are those of no model, but guided beyond it: x̂_0 then leaves [-1, 1] by far.
+            extrapolated: whether the output at t is that of no model, but guided beyond it: x̂_0 then leaves [-1, 1].
             num_frames: how many moments of the chain to keep, evenly spaced and ending with the last.
 
         Returns: x_0 [N, C, H, W], and the frames or None.
@@ -190,9 +190,6 @@ class SamplingMixin:
             )
         accepted = inspect.signature(self.scheduler.step).parameters
         step_arguments = {"generator": generator} if "generator" in accepted else {}
-        if "use_clipped_model_output" in accepted and (extrapolated or classifier_guidance is not None):
-            # DDIM: where x̂_0 is clipped, ε must be the one that leads to it, or each step adds what clipping took off
-            step_arguments["use_clipped_model_output"] = True
         kept = set(torch.linspace(0, len(timesteps) - 1, num_frames).round().int().tolist()) if num_frames else set()
         frames = []
         ancestral = isinstance(self.scheduler, DDPMScheduler)
@@ -201,9 +198,14 @@ class SamplingMixin:
         on_device = torch.as_tensor(timesteps).to(latents.device)
         for index, t in enumerate(self.progress_bar(timesteps)):
             timestep = on_device[index]
-            output = predict(self.scheduler.scale_model_input(latents, timestep), timestep)
+            scaled = self.scheduler.scale_model_input(latents, timestep)
+            output = predict(scaled, timestep)
             if classifier_guidance is not None and not ancestral:
-                output = classifier_guidance.shift_output(own, output, latents, timestep)
+                output = classifier_guidance.shift_output(own, output, scaled, timestep)
+            if "use_clipped_model_output" in accepted:
+                # DDIM: where a guided x̂_0 is clipped, ε must be the one that leads to it, or steps add what was cut
+                guided = classifier_guidance is not None or (extrapolated is not None and extrapolated(t))
+                step_arguments["use_clipped_model_output"] = guided
             step = self.scheduler.step(output, t, latents, **step_arguments)  # Algorithm 2, line 4
             if classifier_guidance is not None and ancestral:
                 step.prev_sample = classifier_guidance.shift_sample(own, step.prev_sample, output, latents, timestep)

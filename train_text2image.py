@@ -1,0 +1,571 @@
+#!/usr/bin/env python
+"""Train text to image in latents: `accelerate launch train_text2image.py --train_data_dir pictures`.
+
+With `--pretrained_model_name_or_path` a Stable Diffusion checkpoint (1.x, 2.x) is trained on; without, all of it is
+made for your images: first an autoencoder, then a text encoder and a UNet together. Without a dataset it does that on
+the embedded MNIST digits, on a CPU in minutes. The output folder is one that `DiffusionPipeline.from_pretrained` loads
+anywhere, as Stable Diffusion's.
+"""
+
+import functools
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.utils import logging as diffusers_logging
+
+from ddpm_hf.autoencoder import AutoencoderFlags, downscaling, load_autoencoder, train_autoencoder
+from ddpm_hf.captions import all_captions, encode_captions, fit_tokenizer, make_text_encoder
+from ddpm_hf.data import CAPTION_COLUMN, DIGIT_NAMES, DataError, DataFlags
+from ddpm_hf.feeding import Images, make_batches, make_plan, open_images
+from ddpm_hf.flags import ScheduleFlags
+from ddpm_hf.latents import LatentDataset, cache_embeddings, cache_latents, x_start_of
+from ddpm_hf.models import text_unet_config, use_matmul_attention
+from ddpm_hf.objectives import LOSS_TYPES, UniformTimestepSampler, check_objective, training_losses
+from ddpm_hf.portable.pipeline_text2image_ddpm_hf import STABLE_DIFFUSION_SETTINGS, TextToImageDDPMPipeline, tokenize
+from ddpm_hf.portable.scheduling_ddpm_hf import PREDICTION_TYPES, DDPMScheduler
+from ddpm_hf.previews import draw_grid
+from ddpm_hf.publishing import publish, save_pipeline
+from ddpm_hf.training.config import HfArg, TrainingConfig, UsageError, parse_layers
+from ddpm_hf.training.loop import Losses, averaged_weights, training_loop, unwrap
+from ddpm_hf.training.randomness import StepKeys
+from ddpm_hf.training.setup import (
+    agree_on_seed,
+    begin_training,
+    check_resumable,
+    claim_output_dir,
+    cpu_has_bf16,
+    find_run,
+    log,
+    run_facts,
+    save_settings,
+    start_accelerator,
+    start_trackers,
+)
+
+QUARTILES = ("loss_q1", "loss_q2", "loss_q3", "loss_q4")  # of the timesteps, from little noise to much
+# The settings that the model card shows
+SHOWN = (
+    "pretrained_model_name_or_path", "resolution", "caption_dropout", "prediction_type", "loss_type", "snr_gamma",
+    "train_text_encoder", "train_batch_size", "learning_rate", "use_ema", "seed",
+)  # fmt: skip
+
+# Where no checkpoint is named: a small model from scratch
+SCRATCH_RECIPE = {
+    "output_dir": "text2image",
+    "resolution": "32",
+    "center_crop": True,
+    "cache_latents": True,
+    "caption_dropout": 0.1,
+    "learning_rate": 1e-3,
+    "lr_scheduler": "cosine",
+    "lr_warmup_steps": 200,
+    "adam_weight_decay": 0.0,
+    "train_batch_size": 64,
+    "eval_batch_size": 64,
+    "use_ema": True,
+    "ema_max_decay": 0.998,
+}
+# Where no dataset is named either: the digits
+DIGITS_RECIPE = {
+    "num_epochs": 60,
+    "save_images_epochs": 20,
+    "checkpoints_total_limit": 2,
+}
+
+
+@dataclass
+class Text2ImageConfig(AutoencoderFlags, ScheduleFlags, DataFlags, TrainingConfig):
+    """All flags: those of training, data, autoencoder and diffusion, and of text."""
+
+    # where Diffusers' script has other defaults than its unconditional one
+    output_dir: str = HfArg(
+        default="sd-model-finetuned", help="Where the pipeline, its pictures, metrics.jsonl and the checkpoints go."
+    )
+    resolution: str = HfArg(default="512", help="512, or HEIGHTxWIDTH such as 512x768.")
+    image_interpolation_mode: str = HfArg(
+        default="lanczos", help="How images are resized: nearest, bilinear, bicubic, lanczos, box or hamming."
+    )
+    lr_scheduler: str = HfArg(default="constant", help="linear, cosine, constant, constant_with_warmup, ...")
+    adam_beta1: float = HfArg(default=0.9, help="AdamW's first decay rate.")
+    adam_weight_decay: float = HfArg(default=1e-2, help="AdamW's weight decay.")
+    save_images_epochs: int = HfArg(
+        default=5, aliases=["--validation_epochs"], help="Epochs between grids of the validation prompts."
+    )
+    tracker_project_name: str | None = HfArg(default="text2image-fine-tune", help="The tracker's project.")
+
+    pretrained_model_name_or_path: str | None = HfArg(
+        default=None, help="A Stable Diffusion checkpoint (1.x, 2.x) on the Hub or on disk; without, from scratch."
+    )
+    revision: str | None = HfArg(default=None, help="Branch, tag or commit of the checkpoint.")
+    variant: str | None = HfArg(default=None, help="Variant of the checkpoint's files, such as fp16.")
+    non_ema_revision: str | None = HfArg(default=None, help="Revision that holds the UNet's raw weights to train on.")
+    model_config_name_or_path: str | None = HfArg(
+        default=None, help="From scratch: a UNet2DConditionModel's config, on the Hub or on disk."
+    )
+    text_encoder_name_or_path: str | None = HfArg(
+        default=None, help="From scratch: a CLIPTextModel with its tokenizer to use, frozen, instead of a new one."
+    )
+    train_text_encoder: bool = HfArg(default=False, help="Train the text encoder along with the UNet.")
+
+    caption_column: str = HfArg(default=CAPTION_COLUMN, help="The column of the captions: texts, or lists of them.")
+    caption_dropout: float = HfArg(
+        default=0.0,
+        help="Share of the captions to train without, for classifier-free guidance; 0.1 is usual.",
+    )
+    cache_latents: bool = HfArg(
+        default=False,
+        help="Encode images, and captions where the text encoder is frozen, once and for all.",
+    )
+    validation_prompts: list[str] = HfArg(  # noqa: RUF009
+        default_factory=list, help="Prompts of the grids that are drawn while training; by default some captions."
+    )
+    guidance_scale: float = HfArg(default=3.0, help="Of the grids.")
+    num_inference_steps: int = HfArg(default=50, help="Steps to sample the grids with.")
+
+    prediction_type: str | None = HfArg(
+        default=None, help=f"{', '.join(PREDICTION_TYPES)}; by default the checkpoint's, or epsilon."
+    )
+    loss_type: str = HfArg(default="l2", help=f"{', '.join(LOSS_TYPES)}.")
+    snr_gamma: float | None = HfArg(default=None, help="Min-SNR weighting; 5 is usual.")
+    noise_offset: float = HfArg(default=0.0, help="Noise shared by all of a channel, for dark and light images.")
+    input_perturbation: float = HfArg(default=0.0, help="Perturb the noise that is added, not the one predicted; 0.1.")
+    dream_training: bool = HfArg(default=False, help="DREAM: train on the model's own errors, with a second pass.")
+    dream_detail_preservation: float = HfArg(default=1.0, help="DREAM's p: the higher, the more detail is kept.")
+
+    def check(self) -> None:
+        """Raise UsageError or DataError for a value out of range or a combination that cannot work."""
+        super().check()
+        self.check_data()
+        self.check_schedule()
+        self.check_autoencoder()
+        if self.prediction_type not in (None, *PREDICTION_TYPES):
+            raise UsageError(f"--prediction_type {self.prediction_type!r} is none of {', '.join(PREDICTION_TYPES)}")
+        if not 0 <= self.caption_dropout < 1:
+            raise UsageError(f"--caption_dropout {self.caption_dropout}: must be at least 0 and less than 1")
+        for name in ("noise_offset", "input_perturbation", "dream_detail_preservation", "guidance_scale"):
+            if not getattr(self, name) >= 0:
+                raise UsageError(f"--{name} {getattr(self, name)}: must be 0 or more")
+        if self.num_inference_steps < 1:
+            raise UsageError(f"--num_inference_steps {self.num_inference_steps}: must be 1 or more")
+        if self.streaming and self.max_train_steps is None:
+            raise UsageError("--streaming has no epochs to count: give --max_train_steps")
+        if self.streaming and self.cache_latents:
+            raise UsageError("--cache_latents needs the whole dataset; leave it or --streaming out")
+        if self.streaming and not self.pretrained_model_name_or_path and not self.text_encoder_name_or_path:
+            raise UsageError("--streaming: a tokenizer is fitted to all captions; give --text_encoder_name_or_path")
+        if self.label_column is not None:
+            raise UsageError("--label_column is for train_unconditional.py; here captions say what is to be seen")
+        if self.pretrained_model_name_or_path:
+            for name in ("model_config_name_or_path", "text_encoder_name_or_path", "vae_name_or_path"):
+                if getattr(self, name):
+                    raise UsageError(f"--{name} is for training from scratch; the checkpoint brings its own")
+
+    @property
+    def trains_text_encoder(self) -> bool:
+        """Whether the text encoder learns too: on request, and where it is a new one."""
+        own = not self.pretrained_model_name_or_path and not self.text_encoder_name_or_path
+        return self.train_text_encoder or own
+
+
+def weaker_layers(config: Text2ImageConfig) -> list:
+    """What decides where command line and --config say nothing."""
+    if config.pretrained_model_name_or_path:
+        return []
+    layers = [("the recipe from scratch", SCRATCH_RECIPE)]
+    if config.embedded:
+        half = {"mixed_precision": "bf16" if cpu_has_bf16() else "no"}
+        layers.append(("the embedded recipe", {**DIGITS_RECIPE, **half}))
+    return layers
+
+
+class Components(NamedTuple):
+    """What a text-to-image model consists of, before training."""
+
+    vae: AutoencoderKL
+    text_encoder: torch.nn.Module
+    tokenizer: object
+    unet: UNet2DConditionModel
+    scheduler: DDPMScheduler
+    others: dict  # of a checkpoint: its sampler and what else it holds
+
+
+def load_checkpoint_components(config: Text2ImageConfig) -> Components:
+    """All of a Stable Diffusion checkpoint.
+
+    Raises:
+        UsageError: there is none.
+    """
+    name, options = config.pretrained_model_name_or_path, {"variant": config.variant, "use_safetensors": True}
+    try:
+        pipeline = TextToImageDDPMPipeline.from_pretrained(name, revision=config.revision, **options)
+        unet = pipeline.unet
+        if config.non_ema_revision:
+            unet = UNet2DConditionModel.from_pretrained(
+                name, subfolder="unet", revision=config.non_ema_revision, **options
+            )
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:250]
+        raise UsageError(
+            f"--pretrained_model_name_or_path {name}: no Stable Diffusion checkpoint there ({reason})"
+        ) from error
+    changes = {
+        "rescale_betas_zero_snr": config.rescale_betas_zero_snr or None,
+        "prediction_type": config.prediction_type,
+    }
+    changes = {key: value for key, value in changes.items() if value is not None}
+    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, **changes)
+    extra = {key: pipeline.components.get(key) for key in ("safety_checker", "feature_extractor", "image_encoder")}
+    others = {"sampler": type(pipeline.scheduler), **extra}
+    return Components(pipeline.vae, pipeline.text_encoder, pipeline.tokenizer, unet, scheduler, others)
+
+
+def make_components(config: Text2ImageConfig, images: Images, vae: AutoencoderKL) -> Components:
+    """A new UNet in the latents of the autoencoder, with a new text encoder or a given one."""
+    if config.text_encoder_name_or_path:
+        tokenizer, text_encoder = load_text_encoder(config.text_encoder_name_or_path)
+    else:
+        captions = all_captions(images.dataset.captions, images.rows.name)
+        tokenizer = fit_tokenizer(captions)
+        torch.manual_seed(config.seed)
+        text_encoder = make_text_encoder(tokenizer)
+    height, width = (side // downscaling(vae) for side in config.size())
+    arguments = text_unet_config(vae.config.latent_channels, (height, width), text_encoder.config.hidden_size)
+    if config.model_config_name_or_path:
+        arguments |= read_unet_config(config.model_config_name_or_path)
+        arguments["sample_size"] = height if height == width else (height, width)
+    torch.manual_seed(config.seed)
+    try:
+        unet = UNet2DConditionModel(**arguments)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"--model_config_name_or_path: {' '.join(str(error).split())}") from error
+    scheduler = DDPMScheduler(
+        num_train_timesteps=config.ddpm_num_steps,
+        beta_schedule=config.ddpm_beta_schedule,
+        prediction_type=config.prediction_type or "epsilon",
+        rescale_betas_zero_snr=config.rescale_betas_zero_snr,
+        timestep_spacing="trailing" if config.rescale_betas_zero_snr else "leading",
+        **STABLE_DIFFUSION_SETTINGS,
+    )
+    return Components(vae, text_encoder, tokenizer, unet, scheduler, {"sampler": DDPMScheduler})
+
+
+def load_text_encoder(name_or_path: str):
+    """A tokenizer and its CLIPTextModel: by themselves, or of a pipeline.
+
+    Raises:
+        UsageError: there are none.
+    """
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    of_pipeline = (Path(name_or_path) / "text_encoder").is_dir()
+    folders = ("tokenizer", "text_encoder") if of_pipeline else ("", "")
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(name_or_path, subfolder=folders[0])
+        encoder = CLIPTextModel.from_pretrained(name_or_path, subfolder=folders[1], use_safetensors=True)
+    except (OSError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"--text_encoder_name_or_path {name_or_path}: no CLIP text encoder there ({reason})"
+        ) from error
+    return tokenizer, encoder
+
+
+def read_unet_config(name_or_path: str) -> dict:
+    """The arguments in a UNet2DConditionModel's config.
+
+    Raises:
+        UsageError: there is none.
+    """
+    try:
+        loaded = UNet2DConditionModel.load_config(name_or_path)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(f"--model_config_name_or_path {name_or_path}: no config there ({reason})") from error
+    if loaded.get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel":
+        kind = loaded["_class_name"]
+        raise UsageError(f"--model_config_name_or_path {name_or_path}: a {kind}, not a UNet2DConditionModel")
+    return {name: value for name, value in loaded.items() if not name.startswith("_")}
+
+
+class TextConditioned(torch.nn.Module):
+    """What is trained: the UNet, and the text encoder where it learns too."""
+
+    def __init__(self, unet: UNet2DConditionModel, text_encoder: torch.nn.Module | None):
+        super().__init__()
+        self.unet, self.text_encoder = unet, text_encoder
+
+    def forward(self, x_t: torch.Tensor, timesteps: torch.Tensor, text: torch.Tensor, mask=None) -> torch.Tensor:
+        """x_t [N, C, h, w], t [N], and ids [N, L] or embeddings [N, L, D] -> the prediction [N, C, h, w]."""
+        if not text.is_floating_point():
+            text = self.text_encoder(text, attention_mask=mask)[0]
+        return self.unet(x_t, timesteps, encoder_hidden_states=text).sample
+
+
+def compute_loss(
+    model,
+    batch: dict,
+    keys: StepKeys,
+    *,
+    config: Text2ImageConfig,
+    components: Components,
+    null_embedding: torch.Tensor | None,
+    accelerator,
+) -> Losses:
+    """Draw t and noise, add it to the latents, predict from the caption, compare (Rombach et al. 2022, Eq. 3)."""
+    scheduler = components.scheduler
+    x_start = x_start_of(batch, keys, components.vae, accelerator)  # [N, C, h, w]
+    timesteps = UniformTimestepSampler(len(scheduler)).sample(keys.uniform("timestep"))[0].to(x_start.device)
+    noise = keys.normal_like(x_start)
+    text = caption_input(batch, keys, config, components, null_embedding, accelerator)
+    if config.noise_offset and not keys.validation:
+        noise = noise + config.noise_offset * keys.normal_like(x_start[:, :, :1, :1].clone(), "noise_offset")
+    if config.dream_training and not keys.validation:
+        noise = dream_noise(model, scheduler, x_start, noise, timesteps, text, config.dream_detail_preservation)
+    added = noise
+    if config.input_perturbation and not keys.validation:  # Ning et al. 2023
+        added = noise + config.input_perturbation * keys.normal_like(x_start, "input_perturbation")
+    output = model(scheduler.add_noise(x_start, added, timesteps), timesteps, text).float()
+    losses = training_losses(
+        scheduler, output, x_start, noise, timesteps, loss_type=config.loss_type, snr_gamma=config.snr_gamma
+    )
+    return Losses(losses, groups=timesteps * 4 // len(scheduler))
+
+
+def caption_input(
+    batch: dict, keys: StepKeys, config: Text2ImageConfig, components: Components, null_embedding, accelerator
+) -> torch.Tensor:
+    """The captions as ids [N, L] for a text encoder that learns, else as embeddings [N, L, D]; some left out."""
+    count = len(batch["captions"])
+    dropped = torch.zeros(count, dtype=torch.bool)
+    if not keys.validation:
+        dropped = keys.uniform("caption_dropout") < config.caption_dropout
+    if "embeddings" in batch:
+        embedded = torch.where(dropped[:, None, None], null_embedding, batch["embeddings"])
+        return embedded.to(accelerator.device, non_blocking=True)
+    captions = ["" if drop else caption for drop, caption in zip(dropped.tolist(), batch["captions"])]
+    if config.trains_text_encoder:
+        return tokenize(components.tokenizer, captions).to(accelerator.device)
+    with torch.no_grad():
+        return encode_captions(components.text_encoder, components.tokenizer, captions, accelerator.device)
+
+
+@torch.no_grad()
+def dream_noise(model, scheduler, x_start, noise, timesteps, text, power: float) -> torch.Tensor:
+    """The noise moved by λ times the model's own error, λ = √(1-ᾱ)^p (Zhou et al. 2023, Algorithm 1)."""
+    x_t = scheduler.add_noise(x_start, noise, timesteps)
+    predicted = scheduler.predict_original_sample(model(x_t, timesteps, text).float(), timesteps, x_t)
+    epsilon = scheduler.predict_epsilon(predicted, timesteps, x_t)
+    deviation = (1 - scheduler.alphas_cumprod.to(timesteps.device)[timesteps].float()) ** 0.5
+    return noise + (deviation**power).view(-1, 1, 1, 1) * (noise - epsilon)
+
+
+@torch.no_grad()
+def validation_loss(model, *, held_out, config: Text2ImageConfig, accelerator, **options) -> dict:
+    """The mean loss over the held-out images, at the same timesteps and noise each time, no caption left out."""
+    total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+    starts = range(0, len(held_out), config.eval_batch_size)
+    for first in list(starts)[accelerator.process_index :: accelerator.num_processes]:
+        places = range(first, min(first + config.eval_batch_size, len(held_out)))
+        batch = held_out.__getitems__([(0, index) for index in places])
+        keys = StepKeys(config.seed, 0, first, len(places), validation=True)
+        with accelerator.autocast():
+            losses = compute_loss(model, batch, keys, config=config, accelerator=accelerator, **options).losses
+        total += torch.stack([losses.double().sum(), torch.tensor(len(places), device=total.device).double()])
+    total = accelerator.reduce(total, reduction="sum")
+    return {"validation_loss": float(total[0] / total[1])}
+
+
+def make_pipeline(model: TextConditioned, components: Components) -> TextToImageDDPMPipeline:
+    """The pipeline that samples from the model; of a checkpoint, with its own sampler where that can."""
+    config = components.scheduler.config
+    sampler = components.others["sampler"]
+    if config.rescale_betas_zero_snr:  # which few samplers know, and only from the very end of the chain
+        sampler, config = DDPMScheduler, {**config, "timestep_spacing": "trailing"}
+    others = {name: value for name, value in components.others.items() if name != "sampler"}
+    return TextToImageDDPMPipeline(
+        components.vae,
+        model.text_encoder or components.text_encoder,
+        components.tokenizer,
+        model.unet,
+        sampler.from_config(config),
+        requires_safety_checker=others.get("safety_checker") is not None,
+        **others,
+    )
+
+
+def draw_prompts(model, step: int, *, pipeline_of, prompts: list[str], config: Text2ImageConfig, accelerator) -> None:
+    """A grid with a row for each prompt."""
+    pipeline = pipeline_of(model)
+    pipeline.set_progress_bar_config(desc="sampling", leave=False, disable=not accelerator.is_main_process)
+    shown = prompts[: config.eval_batch_size]
+    columns = config.eval_batch_size // len(shown)
+
+    def sample(places: list[int], generators: list[torch.Generator]) -> list:
+        asked = [shown[place // columns] for place in places]
+        steps = min(config.num_inference_steps, len(pipeline.scheduler))
+        return pipeline(
+            asked, num_inference_steps=steps, guidance_scale=config.guidance_scale, generator=generators
+        ).images
+
+    draw_grid(sample, columns * len(shown), columns, step, config, accelerator)
+
+
+def default_prompts(config: Text2ImageConfig, images: Images) -> list[str]:
+    """The prompts of the grids: those asked for, or the digits', or some captions."""
+    if config.validation_prompts:
+        return config.validation_prompts
+    if config.embedded:
+        return [f"a handwritten {name}" for name in DIGIT_NAMES]
+    if images.dataset is None:
+        return [""]
+    captions = all_captions(images.dataset.captions[:2000], images.rows.name)
+    return captions[:: max(1, len(captions) // 8)][:8]
+
+
+def cached(
+    images: Images, config: Text2ImageConfig, components: Components, accelerator
+) -> tuple[Images, torch.Tensor]:
+    """The images with their latents, and captions with their embeddings, computed once; and that of no caption."""
+    folder = Path(config.cache_dir) / "ddpm_hf" if config.cache_dir else Path(config.output_dir) / "cache"
+    embeddings = null = None
+    if not config.trains_text_encoder:
+        encode = functools.partial(
+            encode_captions, components.text_encoder, components.tokenizer, device=accelerator.device
+        )
+        captions = all_captions([*images.dataset.captions, ""], images.rows.name)
+        embeddings = cache_embeddings(captions, components.text_encoder, encode, folder, accelerator)
+        null = encode([""]).detach().cpu().float()
+    table, keys = cache_latents(images.dataset, components.vae, folder, accelerator)
+    images.dataset.cache = None  # the pixels have served
+    return images._replace(dataset=LatentDataset(images.dataset, table, keys, embeddings)), null
+
+
+def describe(config: Text2ImageConfig, images: Images, steps: int, per_epoch: int) -> str:
+    """What would run, for --dry_run."""
+    count = "a stream" if images.dataset is None else f"{len(images.dataset):,} images"
+    start = config.pretrained_model_name_or_path or "from scratch"
+    vae = config.vae_name_or_path or f"a new one, {config.vae_widths}, {config.vae_train_steps} steps"
+    lines = {
+        "data": f"{images.rows.name}: {count}, captions in {config.caption_column!r}",
+        "images": config.resolution,
+        "model": start,
+        "latents": "of the checkpoint" if config.pretrained_model_name_or_path else vae,
+        "text": "trained along" if config.trains_text_encoder else "frozen",
+        "steps": f"{steps:,} ({per_epoch:,} an epoch) of {config.train_batch_size}",
+        "output": f"{Path(config.output_dir).resolve()}, tracker {config.logger}, seed {config.seed}",
+    }
+    return "\n".join(f"{name:>10}  {value}" for name, value in lines.items())
+
+
+def train(config: Text2ImageConfig) -> None:
+    """From flags to a trained, saved and, if asked, published pipeline."""
+    config.check()
+    accelerator = start_accelerator(config)
+    diffusers_logging.set_verbosity_error()
+    found = None if config.dry_run else find_run(config, accelerator)
+    config.seed = agree_on_seed(config, found and found[1])
+    checkpoint = load_checkpoint_components(config) if config.pretrained_model_name_or_path else None
+    channels = config.channels or (checkpoint.vae.config.in_channels if checkpoint else 1 if config.embedded else 3)
+    images = open_images(config, config, channels, accelerator, config.caption_column)
+    plan, total_steps = make_plan(images, config, accelerator.num_processes)
+    if config.dry_run:
+        print(describe(config, images, total_steps, plan.steps_per_epoch))
+        return
+
+    claim_output_dir(config, accelerator)
+    log(accelerator, f"seed {config.seed}, {total_steps} steps, {images.rows.name}")
+    components = checkpoint
+    if components is None:
+        vae = load_autoencoder(config.vae_name_or_path) if config.vae_name_or_path else None
+        vae = vae or train_autoencoder(config, config, images, channels, config.size(), start_accelerator(config))
+        if vae is None:
+            log(accelerator, "stopped; go on with --resume_from_checkpoint latest")
+            return
+        components = make_components(config, images, vae)
+    check_schedule(config, components.scheduler)
+    for frozen in (components.vae, components.text_encoder):
+        frozen.eval().requires_grad_(False).to(accelerator.device)
+    null_embedding = None
+    if config.cache_latents:
+        images, null_embedding = cached(images, config, components, accelerator)
+
+    model = trained_model(config, components, accelerator)
+    parts = {"unet": model.unet} | ({"text_encoder": model.text_encoder} if model.text_encoder is not None else {})
+    facts = run_facts(config, images.count, plan, total_steps)
+    check_resumable(found, model.unet, facts, accelerator)
+    state = begin_training(config, accelerator, model, total_steps, QUARTILES, facts, found, parts=parts)
+    if accelerator.is_main_process:
+        save_settings(config)
+    start_trackers(config, accelerator, Path(__file__).stem)
+
+    shared = {"config": config, "accelerator": accelerator, "components": components, "null_embedding": null_embedding}
+    pipeline_of = functools.partial(make_pipeline, components=components)
+    prompts = default_prompts(config, images)
+    finished = training_loop(
+        config,
+        accelerator,
+        state,
+        plan,
+        make_batches(images, config, config, plan, state.step, accelerator),
+        total_steps,
+        compute_loss=functools.partial(compute_loss, **shared),
+        validate=images.held_out and functools.partial(validation_loss, held_out=images.held_out, **shared),
+        draw=functools.partial(
+            draw_prompts, pipeline_of=pipeline_of, prompts=prompts, config=config, accelerator=accelerator
+        ),
+        save=lambda trained: save_pipeline(pipeline_of(trained), config.output_dir),
+    )
+    if not finished:
+        log(accelerator, f"stopped at step {state.step}; go on with --resume_from_checkpoint latest")
+    elif accelerator.is_main_process:
+        with averaged_weights(state, unwrap(accelerator, state.model)) as trained:
+            publish(config, images.rows.name, state.step, pipeline_of(trained), SHOWN, accelerator)
+    accelerator.end_training()
+
+
+def check_schedule(config: Text2ImageConfig, scheduler: DDPMScheduler) -> None:
+    """Raise UsageError for a diffusion and a loss that cannot go together."""
+    try:
+        check_objective(scheduler, "simple", config.loss_type, config.snr_gamma)
+        scheduler.check_invertible(range(len(scheduler)))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def trained_model(config: Text2ImageConfig, components: Components, accelerator) -> TextConditioned:
+    """What is trained of the components, with the flags that concern its execution applied."""
+    text_encoder = components.text_encoder if config.trains_text_encoder else None
+    model = TextConditioned(components.unet, text_encoder).requires_grad_(True)
+    if config.gradient_checkpointing:
+        model.unet.enable_gradient_checkpointing()
+        if text_encoder is not None:
+            text_encoder.gradient_checkpointing_enable()
+    if config.enable_xformers_memory_efficient_attention:
+        try:
+            model.unet.enable_xformers_memory_efficient_attention()
+        except (ImportError, ValueError, ModuleNotFoundError) as error:
+            raise UsageError(
+                "--enable_xformers_memory_efficient_attention: xFormers is not installed or has no GPU; leave the flag"
+                " out, torch's own attention is memory-efficient"
+            ) from error
+    if accelerator.device.type == "cpu":
+        use_matmul_attention(model.unet)
+    return model
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse the flags and train; a mistake that the user can mend is one line and exit code 2."""
+    config = parse_layers(Text2ImageConfig, sys.argv[1:] if argv is None else argv, weaker_layers, description=__doc__)
+    try:
+        train(config)
+    except (UsageError, DataError) as error:
+        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

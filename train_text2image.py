@@ -71,8 +71,9 @@ SCRATCH_RECIPE = {
 }
 # Where no dataset is named either: the digits
 DIGITS_RECIPE = {
-    "num_epochs": 60,
-    "save_images_epochs": 20,
+    "num_epochs": 45,
+    "vae_train_steps": 750,
+    "save_images_epochs": 15,
     "checkpoints_total_limit": 2,
 }
 

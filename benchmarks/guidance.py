@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from ddpm_hf import ClassConditionalDDPMPipeline, DDPMPipeline, DDPMScheduler
 from ddpm_hf.classifier import NoisyClassifier
+from ddpm_hf.data import image_grid
 
 
 class StockDDIM(DDIMScheduler):
@@ -69,9 +70,13 @@ def main() -> None:
     parser.add_argument("--ddim-steps", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plot", help="write a picture of the first table here")
+    parser.add_argument("--grids", help="only draw: a row a class, at guidance 1, 2 and 4, into this picture")
     arguments = parser.parse_args()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
 
+    if arguments.grids:
+        draw_grids(ClassConditionalDDPMPipeline.from_pretrained(arguments.conditional), arguments)
+        return
     start = arguments.conditional or arguments.unconditional
     resolution = UNet2DModel.load_config(start, subfolder="unet")["sample_size"]
     train, train_labels = real_digits("train", resolution)
@@ -116,6 +121,17 @@ def main() -> None:
 
     if arguments.plot:
         plot(results, list(samplers)[:2], svc.score(test, test_labels), arguments.plot)
+
+
+def draw_grids(pipeline, arguments) -> None:
+    """Three grids side by side, from the same noise."""
+    labels = torch.arange(len(pipeline.config.id2label)).repeat_interleave(6)
+    grids = []
+    for scale in (1.0, 2.0, 4.0):
+        generators = [torch.Generator().manual_seed(arguments.seed + place) for place in range(len(labels))]
+        drawn = pipeline(labels, scale, generators, arguments.steps).images
+        grids.append(image_grid(drawn, 6, scale=2))
+    image_grid(grids, 3, gap=10).save(arguments.grids)
 
 
 def plot(results: dict, samplers: list[str], real_accuracy: float, path: str) -> None:

@@ -34,13 +34,13 @@ class AutoencoderFlags:
         default=1e-4, help="Weight of the latents' KL to a unit Gaussian, beside the L1 loss."
     )
     vae_latent_channels: int = HfArg(default=4, help="Channels of its latents.")
-    vae_widths: str = HfArg(default="32,64,64", help="Channels at each of its levels; each but the first halves.")
+    vae_widths: str = HfArg(default="16,32,64", help="Channels at each of its levels; each but the first halves.")
 
     def widths(self) -> tuple[int, ...]:
         """The numbers of --vae_widths."""
         parts = self.vae_widths.split(",")
         if not all(part.strip().isdecimal() and int(part) % 8 == 0 and int(part) for part in parts):
-            raise UsageError(f"--vae_widths {self.vae_widths}: give multiples of 8, such as 32,64,64")
+            raise UsageError(f"--vae_widths {self.vae_widths}: give multiples of 8, such as 16,32,64")
         return tuple(int(part) for part in parts)
 
     def check_autoencoder(self) -> None:

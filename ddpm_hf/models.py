@@ -216,7 +216,7 @@ def smallest_sample_side(config: dict[str, Any]) -> int:
 
 
 def text_unet_config(channels: int, size: tuple[int, int], text_width: int) -> dict[str, Any]:
-    """The arguments of a small `UNet2DConditionModel` for latents [channels, *size]; every level reads the text."""
+    """The arguments of a small `UNet2DConditionModel` for latents [channels, *size]; all levels but the finest read the text."""
     height, width = size
     widths = (64, 128) if min(size) < 16 else (64, 128, 256)
     step = 2 ** (len(widths) - 1)
@@ -228,8 +228,8 @@ def text_unet_config(channels: int, size: tuple[int, int], text_width: int) -> d
         "out_channels": channels,
         "layers_per_block": 1,
         "block_out_channels": widths,
-        "down_block_types": ("CrossAttnDownBlock2D",) * len(widths),
-        "up_block_types": ("CrossAttnUpBlock2D",) * len(widths),
+        "down_block_types": ("DownBlock2D", *("CrossAttnDownBlock2D",) * (len(widths) - 1)),
+        "up_block_types": (*("CrossAttnUpBlock2D",) * (len(widths) - 1), "UpBlock2D"),
         "cross_attention_dim": text_width,
         "attention_head_dim": tuple(max(1, each // 64) for each in widths),  # the number of heads, whatever it says
         "norm_num_groups": 8,

@@ -13,7 +13,7 @@ from .training.setup import log, public_settings
 # What never goes up: a run's own files, which hold paths of the machine, and what an interrupted write left behind
 PRIVATE_PATTERNS = (
     "checkpoint-*", "checkpoint-*/**", "*.tfevents*", "**/*.tfevents*", "hparams.yml", "**/hparams.yml", ".*", "**/.*",
-    "timings.jsonl", "training_config.json",
+    "timings.jsonl", "training_config.json", "autoencoder/**", "cache/**",
 )  # fmt: skip
 
 

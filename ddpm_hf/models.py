@@ -216,7 +216,7 @@ def smallest_sample_side(config: dict[str, Any]) -> int:
 
 
 def text_unet_config(channels: int, size: tuple[int, int], text_width: int) -> dict[str, Any]:
-    """The arguments of a small `UNet2DConditionModel` for latents [channels, *size]; all levels but the finest read the text."""
+    """A small `UNet2DConditionModel` for latents [channels, *size]; all levels but the finest read the text."""
     height, width = size
     widths = (64, 128) if min(size) < 16 else (64, 128, 256)
     step = 2 ** (len(widths) - 1)

@@ -206,6 +206,7 @@ BAD_LABELS = {
     "negative": ([0, -1, 1, 0], None, {}, ("label -1", "'label'", "from 0")),
     "not-a-number": ([0.0, float("nan"), 1.0, 0.0], None, {}, ("'label'", "float")),
     "several-labels": ([[0], [0, 1], [1], [0]], None, {}, ("'label'", "list")),
+    "no-ids": ([0, 10**8, 1, 0], None, {}, ("label 100000000", "'label'", "as strings")),
     "the-images": ([0, 1, 0, 1], None, {"label_column": "image"}, ("'image'", "dict")),
     "uncounted-stream": ([0, 1, 0, 1], None, {"streaming": True}, ("'label'", "class names", "stream")),
     "unlabelled-in-a-stream": ([0, -1, 1, 0], ["a", "b"], {"streaming": True}, ("label -1", "'label'", "2 classes")),
@@ -580,3 +581,17 @@ def test_learned_variances_train_save_and_sample(case, by_class, world, tmp_path
         assert index["_class_name"][1] == "ClassConditionalDDPMPipeline"  # which stock does not have
     else:
         assert type(diffusers.DiffusionPipeline.from_pretrained(folder)) is diffusers.DDPMPipeline
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"class_dropout": 0.4}, "class_dropout"), ({"class_balanced": True}, "class_balanced")],
+    ids=str,
+)
+def test_a_run_that_goes_on_otherwise_says_so(change, said, world, tmp_path):
+    """Else a continuation passes for an exact one."""
+    out = train(world, tmp_path / "run")
+    argv = command(world, out, **{"max_train_steps": 6, "resume_from_checkpoint": "latest", **change})
+    run = run_script(argv, out)
+    assert run.code == 0
+    assert f"warning: {said} was" in run.err

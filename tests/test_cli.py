@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
@@ -273,3 +274,11 @@ def test_threads_are_not_left_changed(run, model, tmp_path):
     before = torch.get_num_threads()
     run("sample", model, "--out", tmp_path, "--num-images", 1, "--steps", 1)
     assert torch.get_num_threads() == before
+
+
+def test_class_names_that_look_like_ids_are_names():
+    """Else `--class 2` draws the class that sorts third among "0", "1", "10", "11", "2"."""
+    names = sorted(str(number) for number in range(12))
+    config = SimpleNamespace(id2label={str(number): name for number, name in enumerate(names)})
+    model = SimpleNamespace(config=config, class_ids=None, null_class=12)
+    assert cli.wanted_classes(model, None, ["2", "11"], 1.0, 4) == [names.index("2"), names.index("11")] * 2

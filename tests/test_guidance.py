@@ -164,6 +164,12 @@ def test_an_image_depends_on_its_own_label_and_generator_alone(variance_type, sc
 # The interval
 
 
+def test_ddim_outside_the_interval_is_the_conditional_model():
+    """Else steps that nothing guides are not stock's."""
+    pipeline = by_class(sampler="DDIMScheduler")
+    assert torch.equal(draw(pipeline, [0, 1], 4.0, guidance_interval=(1, 9)), draw(pipeline, [0, 1]))
+
+
 def test_guidance_outside_its_interval_is_the_conditional_model():
     """Else the interval guides where it should not, or pays for two passes there."""
     pipeline = by_class()
@@ -562,7 +568,7 @@ def test_ancestral_shifts_are_bayes_rule_to_first_order():
         torch.testing.assert_close(shifted - means[0], by_bayes, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("sampler", ["DDIMScheduler", *MULTISTEP])
+@pytest.mark.parametrize("sampler", ["DDIMScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler", *MULTISTEP])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
 def test_a_guided_blind_model_draws_what_the_class_model_draws(prediction_type, sampler):
     """Else a sampler is given the guided output on another scale than its own."""
@@ -571,11 +577,12 @@ def test_a_guided_blind_model_draws_what_the_class_model_draws(prediction_type, 
     )
     network = TwoGaussians(dict(scheduler.config), **BAYES)
     options = {"num_inference_steps": STEPS, "output_type": "latent"}
-    blind = finished(DDPMPipeline(network, scheduler), sampler)
+    blind = finished(DDPMPipeline(network, scheduler), sampler, timestep_spacing="leading")
     unguided = blind(1, generators(3), **options).images
     for label, exact in enumerate((network.plus, network.minus)):
         guided = blind(1, generators(3), classifier=network.classify, class_labels=[label], **options).images
-        wanted = finished(DDPMPipeline(exact, scheduler), sampler)(1, generators(3), **options).images
+        by_label = finished(DDPMPipeline(exact, scheduler), sampler, timestep_spacing="leading")
+        wanted = by_label(1, generators(3), **options).images
         torch.testing.assert_close(guided, wanted, rtol=0, atol=1e-3)
     assert (wanted - unguided).abs().max() > 0.1
 
@@ -686,6 +693,32 @@ def test_a_classifier_wants_a_class_for_each_image(labels, count):
     with Calls(pipeline.unet) as calls, pytest.raises(ValueError, match=rf"wants 2 class_labels and has {count}"):
         pipeline(2, generators(0, 1), STEPS, classifier=LinearClassifier(), class_labels=labels)
     assert calls == []
+
+
+@pytest.mark.parametrize("labels", [[0, 9], [-1, 0], [0.5, 1.0], ["a", "b"], [True, False], [None, 0]], ids=str)
+def test_labels_that_a_classifier_does_not_know_are_named(labels):
+    """Else the user sees an index error of torch, or the wrong class is drawn."""
+    pipeline = finished(unconditional())
+    with pytest.raises(ValueError, match="class"):
+        pipeline(2, class_labels=labels, classifier=LinearClassifier(), num_inference_steps=STEPS)
+
+
+def test_labels_that_nothing_reads_are_refused():
+    """Else a user believes that the class asked for was drawn."""
+    with pytest.raises(ValueError, match="without a classifier"):
+        finished(unconditional())(2, class_labels=[0, 1])
+    with pytest.raises(ValueError, match="None"):
+        draw(by_class(), [None, 0], classifier=LinearClassifier())
+
+
+@pytest.mark.parametrize(
+    "options", [{"guidance_scale": math.nan}, {"guidance_rescale": 1.5}, {"guidance_interval": (15, 5)}], ids=str
+)
+def test_guidance_that_is_none_is_refused(options):
+    """Else images of NaN come out, or nothing is guided and nobody knows."""
+    pipeline = by_class()
+    with pytest.raises(ValueError, match=next(iter(options))):
+        draw(pipeline, [0, 1], **{"guidance_scale": 2.0, **options})
 
 
 def test_generators_are_one_for_each_label():

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
 
 from ddpm_hf.autoencoder import AutoencoderFlags, downscaling, load_autoencoder, train_autoencoder
 from ddpm_hf.captions import all_captions, encode_captions, fit_tokenizer, make_text_encoder
@@ -467,6 +468,7 @@ def train(config: Text2ImageConfig) -> None:
     config.check()
     accelerator = start_accelerator(config)
     diffusers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()  # one for each file that is saved
     found = None if config.dry_run else find_run(config, accelerator)
     config.seed = agree_on_seed(config, found and found[1])
     checkpoint = load_checkpoint_components(config) if config.pretrained_model_name_or_path else None

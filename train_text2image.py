@@ -23,7 +23,7 @@ from ddpm_hf.captions import all_captions, encode_captions, fit_tokenizer, make_
 from ddpm_hf.data import CAPTION_COLUMN, DIGIT_NAMES, DataError, DataFlags
 from ddpm_hf.feeding import Images, make_batches, make_plan, open_images
 from ddpm_hf.flags import ScheduleFlags
-from ddpm_hf.latents import LatentDataset, cache_embeddings, cache_latents, x_start_of
+from ddpm_hf.latents import cache_embeddings, cached_latents, x_start_of
 from ddpm_hf.models import text_unet_config, use_matmul_attention
 from ddpm_hf.objectives import LOSS_TYPES, UniformTimestepSampler, check_objective, training_losses
 from ddpm_hf.portable.pipeline_text2image_ddpm_hf import STABLE_DIFFUSION_SETTINGS, TextToImageDDPMPipeline, tokenize
@@ -117,10 +117,6 @@ class Text2ImageConfig(AutoencoderFlags, ScheduleFlags, DataFlags, TrainingConfi
     caption_dropout: float = HfArg(
         default=0.0,
         help="Share of the captions to train without, for classifier-free guidance; 0.1 is usual.",
-    )
-    cache_latents: bool = HfArg(
-        default=False,
-        help="Encode images, and captions where the text encoder is frozen, once and for all.",
     )
     validation_prompts: list[str] = HfArg(  # noqa: RUF009
         default_factory=list, help="Prompts of the grids that are drawn while training; by default some captions."
@@ -432,7 +428,7 @@ def cached(
     images: Images, config: Text2ImageConfig, components: Components, accelerator
 ) -> tuple[Images, torch.Tensor]:
     """The images with their latents, and captions with their embeddings, computed once; and that of no caption."""
-    folder = Path(config.cache_dir) / "ddpm_hf" if config.cache_dir else Path(config.output_dir) / "cache"
+    folder = config.cache_folder()
     embeddings = null = None
     if not config.trains_text_encoder:
         encode = functools.partial(
@@ -441,9 +437,8 @@ def cached(
         captions = all_captions([*images.dataset.captions, ""], images.rows.name)
         embeddings = cache_embeddings(captions, components.text_encoder, encode, folder, accelerator)
         null = encode([""]).detach().cpu().float()
-    table, keys = cache_latents(images.dataset, components.vae, folder, accelerator)
-    images.dataset.cache = None  # the pixels have served
-    return images._replace(dataset=LatentDataset(images.dataset, table, keys, embeddings)), null
+    dataset = cached_latents(images.dataset, components.vae, folder, accelerator, embeddings)
+    return images._replace(dataset=dataset), null
 
 
 def describe(config: Text2ImageConfig, images: Images, steps: int, per_epoch: int) -> str:

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import UNet2DModel
+from diffusers import AutoencoderKL, UNet2DModel
 from diffusers.utils import logging as diffusers_logging
 
-from ddpm_hf.data import DataError, DataFlags, ImageDataset, to_model_range
+from ddpm_hf.autoencoder import LatentFlags, load_autoencoder
+from ddpm_hf.data import DataError, DataFlags, ImageDataset
 from ddpm_hf.feeding import Images, make_batches, make_plan, open_images
 from ddpm_hf.flags import (
     ObjectiveFlags,
@@ -26,6 +27,7 @@ from ddpm_hf.flags import (
     unet_arguments,
     weaker_layers,
 )
+from ddpm_hf.latents import cached_latents, x_start_of
 from ddpm_hf.models import compiled, use_matmul_attention
 from ddpm_hf.objectives import TIMESTEP_SAMPLERS, UniformTimestepSampler, simple_losses, training_losses
 from ddpm_hf.portable.pipeline_class_conditional_ddpm_hf import ClassConditionalDDPMPipeline
@@ -58,8 +60,8 @@ SHOWN = (
 
 
 @dataclass
-class UnconditionalConfig(ObjectiveFlags, ScheduleFlags, UNetFlags, DataFlags, TrainingConfig):
-    """All flags: those of training, data, model and diffusion, and of classes."""
+class UnconditionalConfig(ObjectiveFlags, ScheduleFlags, UNetFlags, LatentFlags, DataFlags, TrainingConfig):
+    """All flags: those of training, data, latents, model and diffusion, and of classes."""
 
     class_dropout: float = HfArg(
         default=0.1, help="Share of the labels to train without, so that classifier-free guidance works; 0 for none."
@@ -77,6 +79,8 @@ class UnconditionalConfig(ObjectiveFlags, ScheduleFlags, UNetFlags, DataFlags, T
             raise UsageError("--streaming has no epochs to count: give --max_train_steps")
         if not 0 <= self.class_dropout < 1:
             raise UsageError(f"--class_dropout {self.class_dropout}: must be at least 0 and less than 1")
+        if self.cache_latents and (self.streaming or not self.vae_name_or_path):
+            raise UsageError("--cache_latents needs --vae_name_or_path, and a dataset that is not a stream")
         if self.class_balanced and (self.label_column is None or self.streaming):
             raise UsageError("--class_balanced needs --label_column, and a dataset that is not a stream")
 
@@ -102,10 +106,11 @@ def compute_loss(
     scheduler: DDPMScheduler,
     sampler,
     null_class: int,
+    vae: AutoencoderKL | None,
     accelerator,
 ) -> Losses:
     """Draw t and noise, add it, predict, compare (Ho et al. 2020, Algorithm 1)."""
-    x_start = to_model_range(batch["images"].to(accelerator.device, non_blocking=True))  # [N, C, H, W]
+    x_start = x_start_of(batch, keys, vae, accelerator)  # [N, C, H, W]
     timesteps, weights = sampler.sample(keys.uniform("timestep"))
     timesteps, weights = timesteps.to(x_start.device), weights.to(x_start.device)
     noise = keys.normal_like(x_start)
@@ -141,7 +146,9 @@ def share_losses(sampler, timesteps: torch.Tensor, losses: torch.Tensor, batch_s
     sampler.update_with_losses(pairs[:, 0].long(), pairs[:, 1])
 
 
-def validation_loss(model, *, held_out: ImageDataset, config: UnconditionalConfig, scheduler, accelerator) -> dict:
+def validation_loss(
+    model, *, held_out: ImageDataset, config: UnconditionalConfig, scheduler, vae, accelerator
+) -> dict:
     """The mean simple loss over the held-out images, at the same timesteps and noise each time."""
     uniform = UniformTimestepSampler(len(scheduler))
     total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
@@ -149,8 +156,8 @@ def validation_loss(model, *, held_out: ImageDataset, config: UnconditionalConfi
     for first in list(starts)[accelerator.process_index :: accelerator.num_processes]:
         keys_of = range(first, min(first + config.eval_batch_size, len(held_out)))
         batch = held_out.__getitems__([(0, index) for index in keys_of])
-        x_start = to_model_range(batch["images"].to(accelerator.device))
-        keys = StepKeys(config.seed, 0, first, len(x_start), validation=True)
+        keys = StepKeys(config.seed, 0, first, len(keys_of), validation=True)
+        x_start = x_start_of(batch, keys, vae, accelerator)
         timesteps = uniform.sample(keys.uniform("timestep"))[0].to(x_start.device)
         noise = keys.normal_like(x_start)
         conditioning = {"class_labels": batch["labels"].to(x_start.device)} if "labels" in batch else {}
@@ -194,8 +201,9 @@ def describe(config: UnconditionalConfig, images: Images, plan: StepPlan, total_
     lines = {
         "data": f"{rows.name}: {count}, column {rows.image_column!r}"
         + (f", {len(rows.label_names)} classes in {rows.label_column!r}" if rows.label_column else ""),
-        "images": f"{model.config.in_channels} × {config.resolution}, {'kept' if cached else 'not kept'} decoded",
-        "model": f"{name}, {parameters:,} parameters",
+        "images": f"{images.transform.channels} × {config.resolution}, {'kept' if cached else 'not kept'} decoded",
+        "model": f"{name}, {parameters:,} parameters"
+        + (f", in the latents of {config.vae_name_or_path}" if config.vae_name_or_path else ""),
         "diffusion": f"{config.ddpm_beta_schedule}, T={config.ddpm_num_steps}, {config.prediction_type},"
         f" {config.variance_type}, objective {config.objective}",
         "batch": f"{plan.batch_size} × {plan.world} processes × {plan.accumulation} accumulated"
@@ -208,11 +216,11 @@ def describe(config: UnconditionalConfig, images: Images, plan: StepPlan, total_
     return "\n".join(f"{name:>10}  {value}" for name, value in lines.items())
 
 
-def make_pipeline(model: UNet2DModel, scheduler: DDPMScheduler, class_names: list[str]):
+def make_pipeline(model: UNet2DModel, scheduler: DDPMScheduler, class_names: list[str], vae: AutoencoderKL | None):
     """The pipeline that samples from the model, by class where it knows classes."""
     if class_names:
-        return ClassConditionalDDPMPipeline(model, scheduler, dict(enumerate(class_names)))
-    return DDPMPipeline(model, scheduler)
+        return ClassConditionalDDPMPipeline(model, scheduler, dict(enumerate(class_names)), vae)
+    return DDPMPipeline(model, scheduler, vae)
 
 
 def train(config: UnconditionalConfig) -> None:
@@ -220,12 +228,14 @@ def train(config: UnconditionalConfig) -> None:
     config.check()
     accelerator = start_accelerator(config)
     diffusers_logging.set_verbosity_error()
-    scheduler = make_scheduler(config, config)
-    arguments = unet_arguments(config, config)
+    vae = load_autoencoder(config.vae_name_or_path) if config.vae_name_or_path else None
+    scheduler = make_scheduler(config, config, latents=vae is not None)
+    arguments = unet_arguments(config, config, vae)
     found = None if config.dry_run else find_run(config, accelerator)
     config.seed = agree_on_seed(config, found and found[1])
 
-    images = open_images(config, config, arguments["in_channels"], accelerator)
+    channels = arguments["in_channels"] if vae is None else vae.config.in_channels
+    images = open_images(config, config, channels, accelerator)
     class_names = images.rows.label_names if config.label_column else []
     classes = len(class_names) + (config.class_dropout > 0) if class_names else None
     model = make_unet(arguments, config.variance_type, classes, config)
@@ -239,6 +249,11 @@ def train(config: UnconditionalConfig) -> None:
     check_resumable(found, model, facts, accelerator)
     claim_output_dir(config, accelerator)
     log(accelerator, f"seed {config.seed}, {total_steps} steps, {images.rows.name}")
+    if vae is not None:
+        vae.eval().requires_grad_(False).to(accelerator.device)
+    if config.cache_latents:
+        latents = cached_latents(images.dataset, vae, config.cache_folder(), accelerator)
+        images = images._replace(dataset=latents)
     warn_of_terminal_snr(config, scheduler, accelerator)
 
     sampler = TIMESTEP_SAMPLERS[config.timestep_sampler](config.ddpm_num_steps)
@@ -250,8 +265,8 @@ def train(config: UnconditionalConfig) -> None:
         save_settings(config)
     start_trackers(config, accelerator, Path(__file__).stem)
 
-    shared = {"config": config, "scheduler": scheduler, "accelerator": accelerator}
-    pipeline_of = functools.partial(make_pipeline, scheduler=scheduler, class_names=class_names)
+    shared = {"config": config, "scheduler": scheduler, "accelerator": accelerator, "vae": vae}
+    pipeline_of = functools.partial(make_pipeline, scheduler=scheduler, class_names=class_names, vae=vae)
     finished = training_loop(
         config,
         accelerator,

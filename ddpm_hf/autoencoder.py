@@ -22,12 +22,26 @@ FOLDER = "autoencoder"  # of its run, within that of the model that it is for
 
 
 @dataclass
-class AutoencoderFlags:
-    """Flags of the autoencoder, where a script trains one."""
+class LatentFlags:
+    """Flags of the latents."""
 
     vae_name_or_path: str | None = HfArg(
-        default=None, help="An AutoencoderKL on the Hub or on disk, to diffuse in its latents."
+        default=None,
+        help="An AutoencoderKL, or a pipeline with one, on the Hub or on disk: diffuse in its latents.",
     )
+    cache_latents: bool = HfArg(
+        default=False, help="Encode images, and captions where the text encoder is frozen, once and for all."
+    )
+
+    def cache_folder(self) -> Path:
+        """Where that is kept: below --cache_dir, for all runs, or in the run's folder."""
+        return Path(self.cache_dir) / "ddpm_hf" if self.cache_dir else Path(self.output_dir) / "cache"
+
+
+@dataclass
+class AutoencoderFlags(LatentFlags):
+    """Flags of the autoencoder, where a script trains one."""
+
     vae_train_steps: int = HfArg(default=1500, help="Steps to train a new autoencoder for, where there is none.")
     vae_learning_rate: float = HfArg(default=1e-3, help="Its learning rate, decaying as a cosine.")
     vae_kl_weight: float = HfArg(

@@ -134,27 +134,36 @@ def weaker_layers(config) -> list[tuple[str, dict[str, Any]]]:
     return [("the embedded recipe", embedded), (f"the preset {preset}", recipe)]
 
 
-def unet_arguments(flags: UNetFlags, data: DataFlags) -> dict[str, Any]:
-    """The UNet's arguments, fitted to the images' size and channels.
+def unet_arguments(flags: UNetFlags, data: DataFlags, vae=None) -> dict[str, Any]:
+    """The UNet's arguments, fitted to the images' size and channels, or those of their latents.
 
     Raises:
         UsageError: a resolution that the UNet cannot halve, or a channel mismatch.
     """
     height, width = data.size()
+    if vae is not None:
+        if data.channels not in (None, vae.config.in_channels):
+            raise UsageError(f"--channels {data.channels}: the autoencoder reads images of {vae.config.in_channels}")
+        factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        if height % factor or width % factor:
+            raise UsageError(f"--resolution {data.resolution}: the autoencoder wants multiples of {factor}")
+        height, width = height // factor, width // factor
     if flags.model_config_name_or_path:
         chosen = dict(_read_unet_config(flags.model_config_name_or_path))
         for key in ("num_class_embeds", "class_embed_type"):  # classes are the data's: --label_column
             chosen.pop(key, None)
         own = chosen.get("in_channels", 3)
-        channels = data.channels or own
+        channels = vae.config.latent_channels if vae is not None else data.channels or own
         if own != channels:
             raise UsageError(
-                f"--model_config_name_or_path has {own} input channels and the images {channels};"
-                f" pass --channels {own}"
+                f"--model_config_name_or_path has {own} input channels and the"
+                f" {'images' if vae is None else 'latents'} {channels}"
+                + (f"; pass --channels {own}" if vae is None else "; use a config of as many")
             )
     else:
         chosen = preset_unet_config(flags.model_preset) if flags.model_preset else dict(DEFAULT_UNET)
         channels = data.channels or (1 if data.embedded else 3)
+        channels = channels if vae is None else vae.config.latent_channels
     chosen |= {
         "sample_size": height if height == width else (height, width),
         "in_channels": channels,
@@ -163,8 +172,9 @@ def unet_arguments(flags: UNetFlags, data: DataFlags) -> dict[str, Any]:
     step = smallest_sample_side(chosen)
     if height % step or width % step:
         raise UsageError(
-            f"--resolution {data.resolution}: this UNet halves the image {int(math.log2(step))} times, so both sides"
-            f" must be multiples of {step}"
+            f"--resolution {data.resolution}: this UNet halves the {'image' if vae is None else 'latent'}"
+            f" {int(math.log2(step))} times, so both sides"
+            f" must be multiples of {step * (1 if vae is None else factor)}"
         )
     return chosen
 
@@ -216,13 +226,18 @@ def make_unet(arguments: dict[str, Any], variance_type: str, classes: int | None
     return model
 
 
-def make_scheduler(schedule: ScheduleFlags, objective: ObjectiveFlags) -> DDPMScheduler:
-    """The diffusion that the flags describe.
+def make_scheduler(schedule: ScheduleFlags, objective: ObjectiveFlags, latents: bool = False) -> DDPMScheduler:
+    """The diffusion that the flags describe; latents have no range to clip to, and no bytes whose likelihood to bound.
 
     Raises:
         UsageError: a combination that cannot train or sample.
     """
+    if latents and objective.objective != "simple":
+        raise UsageError(
+            f"--objective {objective.objective} bounds the likelihood of bytes, and latents are none; use simple"
+        )
     scheduler = DDPMScheduler(
+        clip_sample=not latents,
         num_train_timesteps=schedule.ddpm_num_steps,
         beta_schedule=schedule.ddpm_beta_schedule,
         prediction_type=objective.prediction_type,

@@ -212,6 +212,15 @@ def cache_latents(
     return table, keys
 
 
+def cached_latents(
+    images: ImageDataset, vae: AutoencoderKL, folder: Path, accelerator, embeddings: TensorTable | None = None
+) -> LatentDataset:
+    """The images as their latents, computed once; the pixels that were kept decoded are let go."""
+    table, keys = cache_latents(images, vae, folder, accelerator)
+    images.cache = None
+    return LatentDataset(images, table, keys, embeddings)
+
+
 @torch.no_grad()
 def cache_embeddings(captions: list[str], text_encoder, encode: Callable, folder: Path, accelerator) -> TensorTable:
     """The embeddings [L, D] of captions; `encode` makes them of a list of texts."""

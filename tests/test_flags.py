@@ -371,9 +371,11 @@ ROWS = [
 ]  # fmt: skip
 
 # Flags whose effect takes more than a run with and without, each with a test of its own below, or in test_averaging
+# and test_latent_training
 APART = {
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "local_rank", "cache_dir", "dataset_config_name",
     "dry_run", "config", "foreach_ema", "offload_ema", "use_8bit_adam",
+    "vae_name_or_path", "cache_latents",
 }  # fmt: skip
 
 

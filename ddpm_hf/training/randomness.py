@@ -74,7 +74,8 @@ class StepKeys(NamedTuple):
         """Standard normal noise of the reference's shape [count, ...], dtype and device."""
         blocks = keyed_blocks(self.seed, self._stream(name), self.step, self.first, self.count)
         generator = torch.Generator(reference.device)
-        noise = torch.empty_like(reference)
+        # contiguous, whatever the reference's layout in memory: the numbers are drawn in that order
+        noise = torch.empty(reference.shape, dtype=reference.dtype, device=reference.device)
         for sample, seed in zip(noise, (blocks[:, 0] >> np.uint64(1)).tolist()):
             sample.normal_(generator=generator.manual_seed(seed))
         return noise

@@ -106,8 +106,8 @@ def compute_loss(
     scheduler: DDPMScheduler,
     sampler,
     null_class: int,
-    vae: AutoencoderKL | None,
     accelerator,
+    vae: AutoencoderKL | None = None,
 ) -> Losses:
     """Draw t and noise, add it, predict, compare (Ho et al. 2020, Algorithm 1)."""
     x_start = x_start_of(batch, keys, vae, accelerator)  # [N, C, H, W]

@@ -677,6 +677,13 @@ def test_the_embedded_digits_are_split_by_class(digits):
         assert np.array_equal(digits[part][1], labels[chosen])
 
 
+def test_the_embedded_digits_are_padded_to_32(digits):
+    """Else a classifier of padded digits, as is usual at this size, reads blown-up ones."""
+    rows = embedded_digits("test", (32, 32)).dataset
+    padded = np.stack([np.asarray(decode_row(cell, "digit")) for cell in rows["image"]])
+    assert np.array_equal(padded, np.pad(digits["test"][0], ((0, 0), (2, 2), (2, 2))))
+
+
 # Streams
 
 

@@ -18,7 +18,13 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
-from ddpm_hf.autoencoder import AutoencoderFlags, downscaling, load_autoencoder, train_autoencoder
+from ddpm_hf.autoencoder import (
+    AutoencoderFlags,
+    downscaling,
+    find_autoencoder_run,
+    load_autoencoder,
+    train_autoencoder,
+)
 from ddpm_hf.captions import all_captions, encode_captions, fit_tokenizer, make_text_encoder
 from ddpm_hf.data import CAPTION_COLUMN, DIGIT_NAMES, DataError, DataFlags
 from ddpm_hf.feeding import Images, make_batches, make_plan, open_images
@@ -72,9 +78,9 @@ SCRATCH_RECIPE = {
 }
 # Where no dataset is named either: the digits
 DIGITS_RECIPE = {
-    "num_epochs": 45,
+    "num_epochs": 32,
     "vae_train_steps": 750,
-    "save_images_epochs": 15,
+    "save_images_epochs": 16,
     "checkpoints_total_limit": 2,
 }
 
@@ -151,6 +157,8 @@ class Text2ImageConfig(AutoencoderFlags, ScheduleFlags, DataFlags, TrainingConfi
             raise UsageError(f"--num_inference_steps {self.num_inference_steps}: must be 1 or more")
         if self.streaming and self.max_train_steps is None:
             raise UsageError("--streaming has no epochs to count: give --max_train_steps")
+        if self.streaming and not (self.pretrained_model_name_or_path or self.vae_name_or_path):
+            raise UsageError("--streaming: an autoencoder is trained on a whole dataset; give --vae_name_or_path")
         if self.streaming and self.cache_latents:
             raise UsageError("--cache_latents needs the whole dataset; leave it or --streaming out")
         if self.streaming and not self.pretrained_model_name_or_path and not self.text_encoder_name_or_path:
@@ -346,7 +354,7 @@ def caption_input(
         return embedded.to(accelerator.device, non_blocking=True)
     captions = ["" if drop else caption for drop, caption in zip(dropped.tolist(), batch["captions"])]
     if config.trains_text_encoder:
-        return tokenize(components.tokenizer, captions).to(accelerator.device)
+        return tokenize(components.tokenizer, captions)[0].to(accelerator.device)
     with torch.no_grad():
         return encode_captions(components.text_encoder, components.tokenizer, captions, accelerator.device)
 
@@ -435,7 +443,9 @@ def cached(
             encode_captions, components.text_encoder, components.tokenizer, device=accelerator.device
         )
         captions = all_captions([*images.dataset.captions, ""], images.rows.name)
-        embeddings = cache_embeddings(captions, components.text_encoder, encode, folder, accelerator)
+        embeddings = cache_embeddings(
+            captions, components.text_encoder, components.tokenizer, encode, folder, accelerator
+        )
         null = encode([""]).detach().cpu().float()
     dataset = cached_latents(images.dataset, components.vae, folder, accelerator, embeddings)
     return images._replace(dataset=dataset), null
@@ -465,7 +475,8 @@ def train(config: Text2ImageConfig) -> None:
     diffusers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()  # one for each file that is saved
     found = None if config.dry_run else find_run(config, accelerator)
-    config.seed = agree_on_seed(config, found and found[1])
+    begun = found or (config.resume_from_checkpoint and find_autoencoder_run(config))
+    config.seed = agree_on_seed(config, begun and begun[1])
     checkpoint = load_checkpoint_components(config) if config.pretrained_model_name_or_path else None
     channels = config.channels or (checkpoint.vae.config.in_channels if checkpoint else 1 if config.embedded else 3)
     images = open_images(config, config, channels, accelerator, config.caption_column)

@@ -25,7 +25,7 @@ from ddpm_hf.data import ImageTransform, decode_row, embedded_digits
 
 def real_digits(part: str, resolution: int) -> tuple[np.ndarray, np.ndarray]:
     """Pixels [N, D] in [0, 1] and labels [N] of a part of the embedded digits."""
-    rows = embedded_digits(part)
+    rows = embedded_digits(part, (resolution, resolution))
     transform = ImageTransform(resolution, resolution, channels=1)
     pixels = [transform.resize(decode_row(row["image"], "digit")).ravel() for row in rows.dataset]
     return np.stack(pixels) / 255.0, np.array(rows.dataset["label"])

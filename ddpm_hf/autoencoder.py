@@ -13,10 +13,11 @@ from .data import to_model_range
 from .feeding import Images, make_batches, make_plan
 from .functional import mean_flat
 from .publishing import save_image, save_model
+from .training.checkpointing import find_checkpoint
 from .training.config import TrainingConfig, UsageError
 from .training.loop import Losses, averaged_weights, training_loop, unwrap
 from .training.randomness import StepKeys
-from .training.setup import begin_training, check_resumable, find_run, log, run_facts, track_image
+from .training.setup import begin_training, check_resumable, claim_output_dir, find_run, log, run_facts, track_image
 
 FOLDER = "autoencoder"  # of its run, within that of the model that it is for
 
@@ -73,12 +74,16 @@ def load_autoencoder(name_or_path: str, revision: str | None = None, variant: st
     Raises:
         UsageError: there is none.
     """
-    folder = Path(name_or_path)
-    options = {"revision": revision, "variant": variant, "use_safetensors": True}
+    options = {"revision": revision, "variant": variant}
     try:
-        if folder.is_dir() and not (folder / "config.json").is_file():
-            return AutoencoderKL.from_pretrained(name_or_path, subfolder="vae", **options)
-        return AutoencoderKL.from_pretrained(name_or_path, **options)
+        try:
+            config, options["subfolder"] = AutoencoderKL.load_config(name_or_path, revision=revision), None
+        except OSError:  # no model by itself: a pipeline
+            config = AutoencoderKL.load_config(name_or_path, revision=revision, subfolder="vae")
+            options["subfolder"] = "vae"
+        if config.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
+            raise ValueError(f"it is a {config['_class_name']}")
+        return AutoencoderKL.from_pretrained(name_or_path, use_safetensors=True, **options)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UsageError(f"--vae_name_or_path {name_or_path}: no AutoencoderKL there ({reason})") from error
@@ -167,6 +172,11 @@ def measure_scaling_factor(vae: AutoencoderKL, images: Images, batch_size: int, 
     return round(float(variance**-0.5), 5)
 
 
+def find_autoencoder_run(config: TrainingConfig) -> tuple[Path, dict] | None:
+    """The newest checkpoint of the autoencoder's training, where a run got no further; for its seed."""
+    return find_checkpoint(Path(config.output_dir) / FOLDER, "latest", lambda line: None)
+
+
 def train_autoencoder(
     flags: AutoencoderFlags, config: TrainingConfig, images: Images, channels: int, size: tuple[int, int], accelerator
 ) -> AutoencoderKL | None:
@@ -194,13 +204,14 @@ def train_autoencoder(
         validation_steps=None,
         use_ema=True,
         ema_max_decay=0.995,
+        ema_min_decay=0.0,
     )
     found = find_run(own, accelerator)
     vae = make_autoencoder(flags, channels, size, config.seed)
     plan, total_steps = make_plan(images, own, accelerator.num_processes)
     facts = run_facts(own, images.count, plan, total_steps)
     check_resumable(found, vae, facts, accelerator, "vae")
-    folder.mkdir(parents=True, exist_ok=True)
+    claim_output_dir(own, accelerator)
     parameters = sum(parameter.numel() for parameter in vae.parameters())
     log(accelerator, f"training an autoencoder first: {parameters:,} parameters, {total_steps} steps")
     model = Reconstruction(vae)

@@ -17,7 +17,7 @@ def all_captions(column: Iterable[Any], name: str) -> list[str]:
     """The different captions of a column, sorted."""
     found = set()
     for value in column:
-        several = value if isinstance(value, (list, tuple)) else [value]
+        several = (value or [None]) if isinstance(value, (list, tuple)) else [value]
         found.update(choose_caption(one, 0, name) for one in several)
     return sorted(found)
 
@@ -40,14 +40,18 @@ def fit_tokenizer(captions: Iterable[str], vocabulary: int = 8192) -> CLIPTokeni
     learner = Tokenizer(BPE(continuing_subword_prefix="", end_of_word_suffix="</w>"))
     learner.normalizer, learner.pre_tokenizer = like.backend_tokenizer.normalizer, like.backend_tokenizer.pre_tokenizer
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, initial_alphabet=letters[:256], end_of_word_suffix="</w>", show_progress=False
+        vocab_size=vocabulary,
+        initial_alphabet=letters[:256],
+        special_tokens=letters[256:],  # else these get their ids, which break ties, in another order each time
+        end_of_word_suffix="</w>",
+        show_progress=False,
     )
     learner.train_from_iterator(captions, trainer)
     merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
     tokens = list(dict.fromkeys([*letters, *("".join(pair) for pair in merges)]))
     vocab = {token: number for number, token in enumerate([*tokens, START, END])}
     tokenizer = CLIPTokenizer(vocab=vocab, merges=merges)
-    longest = max((len(ids) for ids in tokenizer(captions).input_ids), default=2)
+    longest = max(len(ids) for ids in tokenizer([*captions, ""]).input_ids)
     tokenizer.model_max_length = min(LONGEST, max(16, -(-longest // 8) * 8))
     return tokenizer
 
@@ -61,7 +65,7 @@ def make_text_encoder(tokenizer: CLIPTokenizer, width: int = 128, layers: int = 
             intermediate_size=4 * width,
             projection_dim=width,
             num_hidden_layers=layers,
-            num_attention_heads=max(1, width // 32),
+            num_attention_heads=max(count for count in range(1, max(1, width // 32) + 1) if width % count == 0),
             max_position_embeddings=tokenizer.model_max_length,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
@@ -74,8 +78,6 @@ def encode_captions(text_encoder, tokenizer, captions: list[str], device: torch.
     """Captions as what a UNet attends to, [N, L, D]."""
     from .portable.pipeline_text2image_ddpm_hf import tokenize
 
-    ids = tokenize(tokenizer, captions).to(device)
-    mask = None
-    if getattr(text_encoder.config, "use_attention_mask", None):
-        mask = (ids != tokenizer.pad_token_id).long()
-    return text_encoder(ids, attention_mask=mask)[0]
+    ids, mask = tokenize(tokenizer, captions)
+    mask = mask.to(device) if getattr(text_encoder.config, "use_attention_mask", None) else None
+    return text_encoder(ids.to(device), attention_mask=mask)[0]

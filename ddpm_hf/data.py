@@ -205,8 +205,8 @@ def choose_caption(value: Any, uniform: float, name: str) -> str:
     Raises:
         DataError: what is neither a text nor a list of texts.
     """
-    if isinstance(value, (list, tuple, np.ndarray)) and len(value):
-        value = value[int(uniform * len(value))]
+    if isinstance(value, (list, tuple, np.ndarray)):
+        value = value[int(uniform * len(value))] if len(value) else None
     if value is None:
         return ""
     if not isinstance(value, str):
@@ -610,17 +610,24 @@ class ImageDataset(torch.utils.data.Dataset):
         quiet = len(self.indices) < 2000 or not sys.stderr.isatty()
         rows = tqdm(self.rows.dataset, desc="decoding", disable=quiet)
         pixels = [self.decode(row, index) for index, row in enumerate(rows)]
-        readable = np.array([one is not None for one in pixels])
+        self._keep(np.array([one is not None for one in pixels]))
+        pixels = [one for one in pixels if one is not None]
+        self.cache = np.stack(pixels) if len({one.shape for one in pixels}) == 1 else pixels
+
+    def leave_out_broken(self) -> None:
+        """Decode everything once, to know what can be read, where broken images are skipped."""
+        if self.decode.skip_broken and self.cache is None and len(self.indices) == len(self.rows.dataset):
+            self._keep(np.array([self.decode(row, i) is not None for i, row in enumerate(self.rows.dataset)]))
+
+    def _keep(self, readable: np.ndarray) -> None:
         if not readable.any():
-            raise DataError(f"{self.rows.name}: not one of {len(pixels)} images can be read")
+            raise DataError(f"{self.rows.name}: not one of {len(readable)} images can be read")
         if not readable.all():
-            tqdm.write(f"skipped {(~readable).sum()} broken images of {len(pixels)}", file=sys.stderr)
+            tqdm.write(f"skipped {(~readable).sum()} broken images of {len(readable)}", file=sys.stderr)
         self.indices = self.indices[readable]
         self.labels = None if self.labels is None else self.labels[readable]
         if self.captions is not None:
             self.captions = [caption for caption, good in zip(self.captions, readable) if good]
-        pixels = [one for one in pixels if one is not None]
-        self.cache = np.stack(pixels) if len({one.shape for one in pixels}) == 1 else pixels
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -630,7 +637,8 @@ class ImageDataset(torch.utils.data.Dataset):
         if self.cache is not None:
             return index, self.cache[index]
         for candidate in range(index, index + len(self)):
-            pixels = self.decode(self.rows.dataset[candidate % len(self)], candidate % len(self))
+            row = int(self.indices[candidate % len(self)])
+            pixels = self.decode(self.rows.dataset[row], row)
             if pixels is not None:
                 return candidate % len(self), pixels
         raise DataError(f"{self.rows.name}: not one of {len(self)} images can be read")

@@ -36,11 +36,16 @@ def digest(*parts: bytes) -> bytes:
 
 
 def weights_digest(model: torch.nn.Module) -> str:
-    """What tells two networks apart: their weights, by name."""
+    """What tells the weights of two networks apart: their values, by name."""
     parts = []
     for name, tensor in sorted(model.state_dict().items()):
         parts += [name.encode(), tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()]
     return digest(*parts).hex()
+
+
+def network_digest(model: torch.nn.Module) -> bytes:
+    """What tells two networks apart: their weights, and how their layers are made."""
+    return digest(weights_digest(model).encode(), repr(model).encode())
 
 
 class TensorTable:
@@ -84,13 +89,17 @@ class TensorTable:
                 "tensor": datasets.List(datasets.Value("float32"), length=flat.shape[1]),
             }
         )
-        beside = tempfile.mkdtemp(dir=self.folder, prefix=".writing-")
-        datasets.Dataset.from_dict(columns, features=features).save_to_disk(beside, max_shard_size="100GB")
         final = self.folder / f"part-{digest(*keys).hex()}"
-        if final.exists():
-            shutil.rmtree(beside)
-        else:
+        beside = tempfile.mkdtemp(dir=self.folder, prefix=".writing-")
+        try:
+            datasets.Dataset.from_dict(columns, features=features).save_to_disk(beside, max_shard_size="100GB")
+            os.chmod(beside, 0o755)  # a cache may be shared
             os.replace(beside, final)
+        except OSError:
+            if not final.exists():  # else another run has written the same
+                raise
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
 
     def look_up(self, keys: Sequence[bytes]) -> torch.Tensor:
         """The tensors [N, ...] of the keys."""
@@ -103,8 +112,9 @@ class TensorTable:
     ) -> None:
         """Compute the tensors that are not there yet, shared out over the ranks; `compute` gets places in `wanted`."""
         places = {key: place for place, key in enumerate(wanted)}
-        missing = sorted(place for key, place in places.items() if key not in self.row_of)
-        missing = missing[accelerator.process_index :: accelerator.num_processes]
+        # shared out before looking at what is there, which another rank may be writing
+        own = sorted(places.values())[accelerator.process_index :: accelerator.num_processes]
+        missing = [place for place in own if wanted[place] not in self.row_of]
         bar = tqdm(total=len(missing), desc=what, disable=not accelerator.is_local_main_process or len(missing) < 100)
         with bar:
             for part in _parts(missing, ROWS_A_FILE):
@@ -134,7 +144,8 @@ def image_keys(images: ImageDataset) -> list[bytes]:
             status = path.stat()
             keys.append(digest(str(path).encode(), str((status.st_size, status.st_mtime_ns)).encode()))
         else:
-            keys.append(digest(np.asarray(value).tobytes()))
+            pixels = np.asarray(value)
+            keys.append(digest(pixels.tobytes(), repr((pixels.shape, pixels.dtype)).encode()))
     return keys
 
 
@@ -146,7 +157,7 @@ class LatentDataset(torch.utils.data.Dataset):
 
     def __init__(self, images: ImageDataset, table: TensorTable, keys: list[bytes], embeddings: TensorTable | None):
         self.images, self.table, self.keys, self.embeddings = images, table, keys, embeddings
-        self.labels = images.labels
+        self.labels, self.captions = images.labels, images.captions
         self.cache = True  # nothing is left to decode
 
     def __len__(self) -> int:
@@ -187,8 +198,9 @@ def cache_latents(
     Raises:
         UsageError: images that are cropped at random, each time elsewhere.
     """
+    images.leave_out_broken()
     transform = images.transform
-    name = digest(weights_digest(vae).encode(), repr(transform._replace(random_flip=False)).encode()).hex()
+    name = digest(network_digest(vae), repr(transform._replace(random_flip=False)).encode()).hex()
     table, keys = TensorTable(folder / f"latents-{name}"), image_keys(images)
     size = (transform.height, transform.width)
 
@@ -222,10 +234,12 @@ def cached_latents(
 
 
 @torch.no_grad()
-def cache_embeddings(captions: list[str], text_encoder, encode: Callable, folder: Path, accelerator) -> TensorTable:
+def cache_embeddings(
+    captions: list[str], text_encoder, tokenizer, encode: Callable, folder: Path, accelerator
+) -> TensorTable:
     """The embeddings [L, D] of captions; `encode` makes them of a list of texts."""
-    length = text_encoder.config.max_position_embeddings
-    name = digest(weights_digest(text_encoder).encode(), str(length).encode()).hex()
+    words = tokenizer.backend_tokenizer.to_str() + str(tokenizer.model_max_length)
+    name = digest(network_digest(text_encoder), words.encode()).hex()
     table = TensorTable(folder / f"embeddings-{name}")
     keys = [caption_key(caption) for caption in captions]
     table.fill(keys, lambda places: encode([captions[place] for place in places]), accelerator, "encoding captions")
@@ -246,6 +260,6 @@ def x_start_of(batch: dict, keys: StepKeys, vae: AutoencoderKL | None, accelerat
     images = to_model_range(batch["images"].to(accelerator.device, non_blocking=True))
     if vae is None:
         return images
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(images.device.type, enabled=False):  # as exact as what is cached
         moments = vae.encode(images.to(vae.dtype)).latent_dist.parameters.float()
     return draw_latents(moments, vae, keys)

@@ -24,7 +24,8 @@ def save_model(model, folder: str | Path) -> None:
     beside = Path(tempfile.mkdtemp(dir=folder, prefix=".saving-"))
     try:
         model.save_pretrained(beside)
-        for path in sorted(beside.rglob("*")):
+        # a config says that the model beside it is there: it goes last
+        for path in sorted(beside.rglob("*"), key=lambda path: (path.suffix == ".json", path)):
             target = folder / path.relative_to(beside)
             if path.is_dir():
                 target.mkdir(exist_ok=True)

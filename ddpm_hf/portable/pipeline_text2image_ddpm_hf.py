@@ -81,10 +81,9 @@ class TextToImageDDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPip
 
     def encode_prompt(self, prompts: list[str]) -> torch.Tensor:
         """Prompts as what the UNet attends to, [N, L, D]; what is beyond the tokenizer's L tokens is cut off."""
-        ids = tokenize(self.tokenizer, prompts).to(self._execution_device)
-        mask = None
-        if getattr(self.text_encoder.config, "use_attention_mask", None):
-            mask = (ids != self.tokenizer.pad_token_id).long()
+        ids, mask = (each.to(self._execution_device) for each in tokenize(self.tokenizer, prompts))
+        if not getattr(self.text_encoder.config, "use_attention_mask", None):
+            mask = None
         return self.text_encoder(ids, attention_mask=mask)[0].to(self.unet.dtype)
 
     def check_inputs(self, prompt, negative_prompt, height: int, width: int, prompt_embeds) -> list[str] | None:
@@ -191,7 +190,8 @@ class TextToImageDDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPip
         return self.finish(x, frames, output_type, return_dict)
 
 
-def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
-    """Texts as ids [N, L], padded and cut off to the tokenizer's L."""
+def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Texts as ids [N, L], padded and cut off to the tokenizer's L, and 1 where they are no padding [N, L]."""
     length = tokenizer.model_max_length
-    return tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+    tokens = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    return tokens.input_ids, tokens.attention_mask

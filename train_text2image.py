@@ -473,6 +473,7 @@ def train(config: Text2ImageConfig) -> None:
     config.check()
     accelerator = start_accelerator(config)
     diffusers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()  # one for each file that is saved
     found = None if config.dry_run else find_run(config, accelerator)
     begun = found or (config.resume_from_checkpoint and find_autoencoder_run(config))

@@ -47,21 +47,23 @@ SAMPLERS = {
 
 
 def load_pipeline(model: str, revision: str | None, token: str | None):
-    """Our pipeline from a folder or Hub name, unconditional or by class, without executing anything from it.
+    """Our pipeline from a folder or Hub name, of whatever kind, without executing anything from it.
 
     Raises:
         ValueError: no such model, or not one of ours.
     """
     from .portable.pipeline_class_conditional_ddpm_hf import ClassConditionalDDPMPipeline
     from .portable.pipeline_ddpm_hf import DDPMPipeline
+    from .portable.pipeline_text2image_ddpm_hf import TextToImageDDPMPipeline
 
     if Path(model).is_dir() and not (Path(model) / "model_index.json").is_file():
         raise ValueError(f"{model} holds no pipeline (no model_index.json); give the --output_dir of a training run")
-    known = {cls.__name__: cls for cls in (DDPMPipeline, ClassConditionalDDPMPipeline)}
+    known = {cls.__name__: cls for cls in (DDPMPipeline, ClassConditionalDDPMPipeline, TextToImageDDPMPipeline)}
+    known["StableDiffusionPipeline"] = TextToImageDDPMPipeline
     try:
         name = DDPMPipeline.load_config(model, revision=revision, token=token).get("_class_name")
         if name not in known:
-            raise ValueError(f"it is a {name}, and this command samples {' or '.join(known)}")
+            raise ValueError(f"it is a {name}, and this command samples {', '.join(known)}")
         return known[name].from_pretrained(model, revision=revision, token=token, use_safetensors=True)
     except OSError as error:
         raise ValueError(
@@ -77,7 +79,13 @@ def swap_sampler(pipeline, sampler: str) -> int | None:
     """Put a sampler into the pipeline; its usual number of steps (None: all of T)."""
     import diffusers
 
+    from .portable.scheduling_ddpm_hf import DDPMScheduler
+
     name, steps, options = SAMPLERS[sampler]
+    if name is None and not isinstance(pipeline.scheduler, DDPMScheduler):
+        pipeline.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+    if name is None and hasattr(pipeline, "tokenizer"):
+        steps = 50  # as Stable Diffusion's pipeline
     if name is not None:
         config = pipeline.scheduler.config
         pipeline.scheduler = getattr(diffusers, name).from_config(config, **options)
@@ -109,6 +117,16 @@ def load_classifier(folder: Path, pipeline):
 def class_names(model) -> dict[str, str]:
     """The names of the classes that a pipeline or a classifier knows, by their ids as strings."""
     return dict(model.config.id2label or {str(number): str(number) for number in range(model.config.num_classes)})
+
+
+def check_prompts(by_text: bool, prompt, negative_prompt, classes, classifier) -> None:
+    """Raise ValueError for prompts where nothing reads them, for none where they are wanted, and for classes there."""
+    if by_text and not prompt:
+        raise ValueError("this model draws what --prompt says; give one")
+    if by_text and (classes or classifier):
+        raise ValueError("this model draws what --prompt says; leave out --class and --classifier")
+    if not by_text and (prompt or negative_prompt):
+        raise ValueError("this model reads no text; leave out --prompt and --negative-prompt")
 
 
 def wanted_classes(pipeline, classifier, classes: list[str] | None, guidance_scale: float, count: int):
@@ -169,9 +187,14 @@ def sample(
         list[str] | None,
         typer.Option("--class", help="A class by name or id, for a model by class; repeat it for several in turn."),
     ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="For text to image: what to draw; repeat it for several in turn.")
+    ] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="For text to image: what to move away from.")] = None,
     guidance_scale: Annotated[
-        float, typer.Option(help="Classifier-free guidance: 1 is none, 2 insists on the class.")
-    ] = 1.0,
+        float | None,
+        typer.Option(help="Classifier-free guidance: 1 is none, 2 insists on the class. By default 1, by prompt 7.5."),
+    ] = None,
     guidance_rescale: Annotated[
         float, typer.Option(min=0, max=1, help="Against over-exposure at high guidance scales (Lin et al. 2023).")
     ] = 0.0,
@@ -204,6 +227,7 @@ def sample(
     import torch
     from diffusers.utils import logging
     from tqdm.auto import tqdm
+    from transformers.utils import logging as transformers_logging
 
     from .data import image_grid
     from .publishing import save_image
@@ -211,6 +235,8 @@ def sample(
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     if "OMP_NUM_THREADS" not in os.environ and hasattr(os, "sched_getaffinity"):
         torch.set_num_threads(len(os.sched_getaffinity(0)))
     accelerators = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()]
@@ -220,9 +246,13 @@ def sample(
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {device}: there is none here ({', '.join([*accelerators, 'cpu'])})") from error
     pipeline = load_pipeline(model, revision, token).to(device)
+    by_text = hasattr(pipeline, "tokenizer")
+    check_prompts(by_text, prompt, negative_prompt, class_, classifier)
+    if guidance_scale is None:
+        guidance_scale = 7.5 if by_text else 1.0
     guide = None if classifier is None else load_classifier(classifier, pipeline).to(device)
-    labels = wanted_classes(pipeline, guide, class_, guidance_scale, num_images)
-    if not hasattr(pipeline, "class_ids") and (guidance_rescale or guidance_interval):
+    labels = None if by_text else wanted_classes(pipeline, guide, class_, guidance_scale, num_images)
+    if not by_text and not hasattr(pipeline, "class_ids") and (guidance_rescale or guidance_interval):
         raise ValueError("this model knows no classes; leave out --guidance-rescale and --guidance-interval")
     if guide is None and classifier_scale != 1.0:
         raise ValueError(f"--classifier-scale {classifier_scale} without --classifier")
@@ -247,9 +277,14 @@ def sample(
             if guide is not None:
                 options |= {"classifier": guide, "classifier_scale": classifier_scale}
             chosen = None if labels is None else [labels[i] for i in indices]
-            if hasattr(pipeline, "class_ids"):
+            if by_text or hasattr(pipeline, "class_ids"):
                 options |= {"guidance_rescale": guidance_rescale, "guidance_interval": guidance_interval}
-                drawn = pipeline(chosen, guidance_scale, **options)
+                options["guidance_scale"] = guidance_scale
+            if by_text:
+                asked = [prompt[i % len(prompt)] for i in indices]
+                drawn = pipeline(asked, negative_prompt=negative_prompt, **options)
+            elif hasattr(pipeline, "class_ids"):
+                drawn = pipeline(chosen, **options)
             else:
                 drawn = pipeline(len(indices), class_labels=chosen, **options)
             images += drawn.images

@@ -539,7 +539,8 @@ def test_guidance_flags_reach_the_pipeline_in_both_spellings(sample, asked, tmp_
         code, err, drawn[dash] = sample("by-class", tmp_path / str(place), *spelt)
         assert code == 0, err
         arguments, options = asked[-1]
-        assert arguments == ([0, 1, 2], 2.5)
+        assert arguments == ([0, 1, 2],)
+        assert options["guidance_scale"] == 2.5
         assert options["guidance_rescale"] == 0.7
         assert tuple(options["guidance_interval"]) == (5, 15)
     np.testing.assert_array_equal(drawn["-"], drawn["_"])

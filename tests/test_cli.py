@@ -219,8 +219,8 @@ def test_a_broken_or_foreign_pipeline_is_named(run, model, tmp_path):
     assert_one_line(run("sample", tmp_path / "halved"), tmp_path / "halved")
     shutil.copytree(model, tmp_path / "foreign")
     index = tmp_path / "foreign" / "model_index.json"
-    index.write_text(index.read_text().replace("DDPMPipeline", "StableDiffusionPipeline"))
-    assert_one_line(run("sample", tmp_path / "foreign"), tmp_path / "foreign", "StableDiffusionPipeline")
+    index.write_text(index.read_text().replace("DDPMPipeline", "KandinskyPipeline"))
+    assert_one_line(run("sample", tmp_path / "foreign"), tmp_path / "foreign", "KandinskyPipeline")
     (tmp_path / "scrap").mkdir()
     (tmp_path / "scrap" / "model_index.json").write_text("{")
     assert_one_line(run("sample", tmp_path / "scrap"), tmp_path / "scrap")

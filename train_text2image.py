@@ -8,10 +8,10 @@ anywhere, as Stable Diffusion's.
 """
 
 import functools
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -22,17 +22,17 @@ from ddpm_hf.autoencoder import (
     AutoencoderFlags,
     downscaling,
     find_autoencoder_run,
-    load_autoencoder,
     train_autoencoder,
 )
-from ddpm_hf.captions import all_captions, encode_captions, fit_tokenizer, make_text_encoder
+from ddpm_hf.captions import all_captions, encode_captions
+from ddpm_hf.components import Components, build, draw_blueprint, load_checkpoint_components
 from ddpm_hf.data import CAPTION_COLUMN, DIGIT_NAMES, DataError, DataFlags
 from ddpm_hf.feeding import Images, make_batches, make_plan, open_images
 from ddpm_hf.flags import ScheduleFlags
 from ddpm_hf.latents import cache_embeddings, cached_latents, x_start_of
-from ddpm_hf.models import text_unet_config, use_matmul_attention
+from ddpm_hf.models import use_matmul_attention
 from ddpm_hf.objectives import LOSS_TYPES, UniformTimestepSampler, check_objective, training_losses
-from ddpm_hf.portable.pipeline_text2image_ddpm_hf import STABLE_DIFFUSION_SETTINGS, TextToImageDDPMPipeline, tokenize
+from ddpm_hf.portable.pipeline_text2image_ddpm_hf import TextToImageDDPMPipeline, tokenize
 from ddpm_hf.portable.scheduling_ddpm_hf import PREDICTION_TYPES, DDPMScheduler
 from ddpm_hf.previews import draw_grid
 from ddpm_hf.publishing import publish, save_pipeline
@@ -151,8 +151,8 @@ class Text2ImageConfig(AutoencoderFlags, ScheduleFlags, DataFlags, TrainingConfi
         if not 0 <= self.caption_dropout < 1:
             raise UsageError(f"--caption_dropout {self.caption_dropout}: must be at least 0 and less than 1")
         for name in ("noise_offset", "input_perturbation", "dream_detail_preservation", "guidance_scale"):
-            if not getattr(self, name) >= 0:
-                raise UsageError(f"--{name} {getattr(self, name)}: must be 0 or more")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UsageError(f"--{name} {getattr(self, name)}: must be a number of 0 or more")
         if self.num_inference_steps < 1:
             raise UsageError(f"--num_inference_steps {self.num_inference_steps}: must be 1 or more")
         if self.streaming and self.max_train_steps is None:
@@ -181,120 +181,12 @@ def weaker_layers(config: Text2ImageConfig) -> list:
     """What decides where command line and --config say nothing."""
     if config.pretrained_model_name_or_path:
         return []
-    layers = [("the recipe from scratch", SCRATCH_RECIPE)]
+    recipe = SCRATCH_RECIPE | ({"cache_latents": False} if config.streaming else {})
+    layers = [("the recipe from scratch", recipe)]
     if config.embedded:
         half = {"mixed_precision": "bf16" if cpu_has_bf16() else "no"}
         layers.append(("the embedded recipe", {**DIGITS_RECIPE, **half}))
     return layers
-
-
-class Components(NamedTuple):
-    """What a text-to-image model consists of, before training."""
-
-    vae: AutoencoderKL
-    text_encoder: torch.nn.Module
-    tokenizer: object
-    unet: UNet2DConditionModel
-    scheduler: DDPMScheduler
-    others: dict  # of a checkpoint: its sampler and what else it holds
-
-
-def load_checkpoint_components(config: Text2ImageConfig) -> Components:
-    """All of a Stable Diffusion checkpoint.
-
-    Raises:
-        UsageError: there is none.
-    """
-    name, options = config.pretrained_model_name_or_path, {"variant": config.variant, "use_safetensors": True}
-    try:
-        pipeline = TextToImageDDPMPipeline.from_pretrained(name, revision=config.revision, **options)
-        unet = pipeline.unet
-        if config.non_ema_revision:
-            unet = UNet2DConditionModel.from_pretrained(
-                name, subfolder="unet", revision=config.non_ema_revision, **options
-            )
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:250]
-        raise UsageError(
-            f"--pretrained_model_name_or_path {name}: no Stable Diffusion checkpoint there ({reason})"
-        ) from error
-    changes = {
-        "rescale_betas_zero_snr": config.rescale_betas_zero_snr or None,
-        "prediction_type": config.prediction_type,
-    }
-    changes = {key: value for key, value in changes.items() if value is not None}
-    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, **changes)
-    extra = {key: pipeline.components.get(key) for key in ("safety_checker", "feature_extractor", "image_encoder")}
-    others = {"sampler": type(pipeline.scheduler), **extra}
-    return Components(pipeline.vae, pipeline.text_encoder, pipeline.tokenizer, unet, scheduler, others)
-
-
-def make_components(config: Text2ImageConfig, images: Images, vae: AutoencoderKL) -> Components:
-    """A new UNet in the latents of the autoencoder, with a new text encoder or a given one."""
-    if config.text_encoder_name_or_path:
-        tokenizer, text_encoder = load_text_encoder(config.text_encoder_name_or_path)
-    else:
-        captions = all_captions(images.dataset.captions, images.rows.name)
-        tokenizer = fit_tokenizer(captions)
-        torch.manual_seed(config.seed)
-        text_encoder = make_text_encoder(tokenizer)
-    height, width = (side // downscaling(vae) for side in config.size())
-    arguments = text_unet_config(vae.config.latent_channels, (height, width), text_encoder.config.hidden_size)
-    if config.model_config_name_or_path:
-        arguments |= read_unet_config(config.model_config_name_or_path)
-        arguments["sample_size"] = height if height == width else (height, width)
-    torch.manual_seed(config.seed)
-    try:
-        unet = UNet2DConditionModel(**arguments)
-    except (ValueError, TypeError) as error:
-        raise UsageError(f"--model_config_name_or_path: {' '.join(str(error).split())}") from error
-    scheduler = DDPMScheduler(
-        num_train_timesteps=config.ddpm_num_steps,
-        beta_schedule=config.ddpm_beta_schedule,
-        prediction_type=config.prediction_type or "epsilon",
-        rescale_betas_zero_snr=config.rescale_betas_zero_snr,
-        timestep_spacing="trailing" if config.rescale_betas_zero_snr else "leading",
-        **STABLE_DIFFUSION_SETTINGS,
-    )
-    return Components(vae, text_encoder, tokenizer, unet, scheduler, {"sampler": DDPMScheduler})
-
-
-def load_text_encoder(name_or_path: str):
-    """A tokenizer and its CLIPTextModel: by themselves, or of a pipeline.
-
-    Raises:
-        UsageError: there are none.
-    """
-    from transformers import CLIPTextModel, CLIPTokenizer
-
-    of_pipeline = (Path(name_or_path) / "text_encoder").is_dir()
-    folders = ("tokenizer", "text_encoder") if of_pipeline else ("", "")
-    try:
-        tokenizer = CLIPTokenizer.from_pretrained(name_or_path, subfolder=folders[0])
-        encoder = CLIPTextModel.from_pretrained(name_or_path, subfolder=folders[1], use_safetensors=True)
-    except (OSError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UsageError(
-            f"--text_encoder_name_or_path {name_or_path}: no CLIP text encoder there ({reason})"
-        ) from error
-    return tokenizer, encoder
-
-
-def read_unet_config(name_or_path: str) -> dict:
-    """The arguments in a UNet2DConditionModel's config.
-
-    Raises:
-        UsageError: there is none.
-    """
-    try:
-        loaded = UNet2DConditionModel.load_config(name_or_path)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UsageError(f"--model_config_name_or_path {name_or_path}: no config there ({reason})") from error
-    if loaded.get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel":
-        kind = loaded["_class_name"]
-        raise UsageError(f"--model_config_name_or_path {name_or_path}: a {kind}, not a UNet2DConditionModel")
-    return {name: value for name, value in loaded.items() if not name.startswith("_")}
 
 
 class TextConditioned(torch.nn.Module):
@@ -479,7 +371,9 @@ def train(config: Text2ImageConfig) -> None:
     begun = found or (config.resume_from_checkpoint and find_autoencoder_run(config))
     config.seed = agree_on_seed(config, begun and begun[1])
     checkpoint = load_checkpoint_components(config) if config.pretrained_model_name_or_path else None
-    channels = config.channels or (checkpoint.vae.config.in_channels if checkpoint else 1 if config.embedded else 3)
+    start = checkpoint or draw_blueprint(config)
+    check_schedule(config, start.scheduler)
+    channels = image_channels(config, start.vae)
     images = open_images(config, config, channels, accelerator, config.caption_column)
     plan, total_steps = make_plan(images, config, accelerator.num_processes)
     if config.dry_run:
@@ -490,13 +384,13 @@ def train(config: Text2ImageConfig) -> None:
     log(accelerator, f"seed {config.seed}, {total_steps} steps, {images.rows.name}")
     components = checkpoint
     if components is None:
-        vae = load_autoencoder(config.vae_name_or_path) if config.vae_name_or_path else None
-        vae = vae or train_autoencoder(config, config, images, channels, config.size(), start_accelerator(config))
+        vae = start.vae
+        if vae is None:
+            vae = train_autoencoder(config, config, images, channels, config.size(), start_accelerator(config))
         if vae is None:
             log(accelerator, "stopped; go on with --resume_from_checkpoint latest")
             return
-        components = make_components(config, images, vae)
-    check_schedule(config, components.scheduler)
+        components = build(start, vae, images, config.seed)
     for frozen in (components.vae, components.text_encoder):
         frozen.eval().requires_grad_(False).to(accelerator.device)
     null_embedding = None
@@ -507,6 +401,7 @@ def train(config: Text2ImageConfig) -> None:
     parts = {"unet": model.unet} | ({"text_encoder": model.text_encoder} if model.text_encoder is not None else {})
     facts = run_facts(config, images.count, plan, total_steps)
     check_resumable(found, model.unet, facts, accelerator)
+    check_parts(found, parts)
     state = begin_training(config, accelerator, model, total_steps, QUARTILES, facts, found, parts=parts)
     if accelerator.is_main_process:
         save_settings(config)
@@ -535,6 +430,31 @@ def train(config: Text2ImageConfig) -> None:
         with averaged_weights(state, unwrap(accelerator, state.model)) as trained:
             publish(config, images.rows.name, state.step, pipeline_of(trained), SHOWN, accelerator)
     accelerator.end_training()
+
+
+def check_parts(found: tuple[Path, dict] | None, parts: dict) -> None:
+    """Raise UsageError for a checkpoint whose text encoder was trained where this run's is not, or the other way."""
+    if found is not None and (found[0] / "text_encoder").is_dir() != ("text_encoder" in parts):
+        trained = "was" if (found[0] / "text_encoder").is_dir() else "was not"
+        raise UsageError(
+            f"{found[0]}: its text encoder {trained} trained; resume with the --train_text_encoder it had"
+        )
+
+
+def image_channels(config: Text2ImageConfig, vae: AutoencoderKL | None) -> int:
+    """What the autoencoder reads; where it is to be trained, as asked for: 1 for the digits, else 3.
+
+    Raises:
+        UsageError: --channels or a --resolution that the autoencoder does not read.
+    """
+    if vae is None:
+        return config.channels or (1 if config.embedded else 3)
+    if any(side % downscaling(vae) for side in config.size()):
+        wanted = downscaling(vae)
+        raise UsageError(f"--resolution {config.resolution}: the autoencoder wants multiples of {wanted}")
+    if config.channels not in (None, vae.config.in_channels):
+        raise UsageError(f"--channels {config.channels}: the autoencoder reads images of {vae.config.in_channels}")
+    return vae.config.in_channels
 
 
 def check_schedule(config: Text2ImageConfig, scheduler: DDPMScheduler) -> None:

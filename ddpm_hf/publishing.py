@@ -87,20 +87,27 @@ def write_model_card(
     from huggingface_hub import ModelCardData
 
     labels = list(getattr(pipeline, "labels", []))
+    by_text = hasattr(pipeline, "tokenizer")
     T = pipeline.scheduler.config.num_train_timesteps
-    arguments = [repr(labels[:1])] if labels else []
-    if T != 1000:  # stock's pipeline would take 1000 steps
+    arguments = ['"..."'] if by_text else [repr(labels[:1])] if labels else []
+    if T != 1000 and not by_text:  # stock's pipeline would take 1000 steps
         arguments.append(f"num_inference_steps={T}")
+    elif by_text and T < 50:
+        arguments.append(f"num_inference_steps={T - 1}")
+    kind = "text-to-image" if by_text else "class-conditional" if labels else "unconditional-image-generation"
     data = ModelCardData(
         library_name="diffusers",
-        pipeline_tag=None if labels else "unconditional-image-generation",
-        tags=["ddpm", "ddpm_hf", "class-conditional" if labels else "unconditional-image-generation"],
+        pipeline_tag=None if labels else kind,
+        tags=["ddpm", "ddpm_hf", kind],
         datasets=[dataset] if dataset else None,
     )
     grids = sorted((folder / "samples").glob("*.png"))
     text = CARD.format(
         title=repository.split("/")[-1],
-        what=f"Images by class ({len(labels)} classes)" if labels else "An unconditional image model",
+        what={
+            "text-to-image": "Images of texts",
+            "class-conditional": f"Images by class ({len(labels)} classes)",
+        }.get(kind, "An unconditional image model"),
         resolution=settings["resolution"],
         repository=repository,
         picture=f"![samples](samples/{grids[-1].name})" if grids else "",

@@ -545,7 +545,8 @@ def test_guidance_flags_reach_the_pipeline_in_both_spellings(sample, asked, tmp_
         assert tuple(options["guidance_interval"]) == (5, 15)
     np.testing.assert_array_equal(drawn["-"], drawn["_"])
     assert np.abs(drawn["-"] - sample("by-class", tmp_path / "plain")[2]).max() > 5
-    assert asked[-1][0] == ([0, 1, 2], 1.0)
+    assert asked[-1][0] == ([0, 1, 2],)
+    assert asked[-1][1]["guidance_scale"] == 1.0
     assert asked[-1][1]["guidance_interval"] is None
 
 

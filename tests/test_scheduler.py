@@ -533,6 +533,17 @@ def test_timesteps_are_those_of_stock_where_stock_is_right(spacing, T):
     assert compared > (1 if spacing == "leading" else T // 2)
 
 
+@pytest.mark.parametrize("offset", [0, 1, 7])
+def test_an_offset_leaves_no_timestep(offset):
+    """Else a chain of as many steps as T, which stock cannot run with Stable Diffusion's configs, fails here too."""
+    scheduler = DDPMScheduler(num_train_timesteps=100, steps_offset=offset)
+    for count in range(1, 101):
+        scheduler.set_timesteps(count)
+        assert len(set(scheduler.timesteps.tolist())) == count
+        assert 0 <= scheduler.timesteps.min() <= offset
+        assert scheduler.timesteps.max() <= 99
+
+
 def test_steps_offset_shifts_leading_alone():
     """Stable Diffusion's configs have steps_offset=1: else its timesteps are off by one."""
     for spacing, shift in (("leading", 1), ("linspace", 0), ("trailing", 0)):
@@ -556,7 +567,6 @@ def test_steps_offset_shifts_leading_alone():
         ({}, {"timesteps": [4, 4]}),
         ({}, {"timesteps": [100, 4]}),
         ({}, {"timesteps": [4, -1]}),
-        ({"steps_offset": 1}, {"num_inference_steps": 100}),
         ({"timestep_spacing": "sideways"}, {"num_inference_steps": 10}),
     ],
     ids=str,

@@ -11,7 +11,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from .guidance_ddpm_hf import ClassifierGuidance
 from .hub_ddpm_hf import PortablePipelineMixin
-from .sampling_ddpm_hf import DDPMPipelineOutput, SamplingMixin, adopt_scheduler
+from .sampling_ddpm_hf import DDPMPipelineOutput, SamplingMixin, adopt_scheduler, stock_samples_alike
 from .scheduling_ddpm_hf import DDPMScheduler
 
 
@@ -33,11 +33,10 @@ class DDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPipeline):
 
     def stock_class_name(self) -> str | None:
         """Stock's pipeline, but where its images would differ: latents, and what its scheduler gets wrong."""
-        config, ours = self.scheduler.config, isinstance(self.scheduler, DDPMScheduler)
+        ours = isinstance(self.scheduler, DDPMScheduler)
         differs = (
             self.vae is not None
-            or config.get("prediction_type") == "posterior_mean"
-            or (ours and config.variance_type in ("learned", "fixed_large_log"))
+            or not stock_samples_alike(self.scheduler)
             or (not ours and self.unet.config.out_channels != self.unet.config.in_channels)
             # stock's pipeline neither scales x_t nor leaves out a generator that a sampler does not take
             or not (ours or isinstance(self.scheduler, DDIMScheduler))

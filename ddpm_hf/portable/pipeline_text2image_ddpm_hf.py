@@ -11,8 +11,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from .guidance_ddpm_hf import FreeGuidance, classifier_free_guidance
 from .hub_ddpm_hf import PortablePipelineMixin
-from .sampling_ddpm_hf import DDPMPipelineOutput, SamplingMixin, adopt_scheduler
-from .scheduling_ddpm_hf import DDPMScheduler
+from .sampling_ddpm_hf import DDPMPipelineOutput, SamplingMixin, adopt_scheduler, stock_samples_alike
+from .scheduling_ddpm_hf import DDPMScheduler  # noqa: F401  (only direct imports are copied with this file)
 
 # What Stable Diffusion's pipeline would set in place, with a warning, if a scheduler said anything else
 STABLE_DIFFUSION_SETTINGS = {"steps_offset": 1, "clip_sample": False}
@@ -67,10 +67,12 @@ class TextToImageDDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPip
         self.register_to_config(requires_safety_checker=requires_safety_checker)
 
     def stock_class_name(self) -> str | None:
-        """Stock's pipeline, but for what its scheduler cannot express."""
-        config, ours = self.scheduler.config, isinstance(self.scheduler, DDPMScheduler)
-        differs = config.get("prediction_type") == "posterior_mean" or (
-            ours and config.variance_type in ("learned", "fixed_large_log")
+        """Stock's pipeline, but where its images would differ."""
+        differs = (
+            not stock_samples_alike(self.scheduler)
+            or self.unet.config.out_channels != self.unet.config.in_channels  # it extrapolates a learned variance too
+            or bool(self.vae.config.shift_factor)
+            or any(side * self.vae_scale_factor % 8 for side in self.sample_shape[1:])  # it refuses such sizes
         )
         return None if differs else "StableDiffusionPipeline"
 
@@ -86,7 +88,10 @@ class TextToImageDDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPip
             mask = None
         return self.text_encoder(ids, attention_mask=mask)[0].to(self.unet.dtype)
 
-    def check_inputs(self, prompt, negative_prompt, height: int, width: int, prompt_embeds) -> list[str] | None:
+    def check_inputs(
+        self, prompt, negative_prompt, height: int, width: int, prompt_embeds, negative_prompt_embeds,
+        num_images_per_prompt: int,
+    ) -> list[str] | None:  # fmt: skip
         """The prompts as a list.
 
         Raises:
@@ -101,8 +106,19 @@ class TextToImageDDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPip
                     f"{name}={value}: must be a multiple of {self.vae_scale_factor}, better of {side}, for this model"
                 )
         prompts = [prompt] if isinstance(prompt, str) else prompt
-        if prompts is not None and not (prompts and all(isinstance(one, str) for one in prompts)):
+        if prompts is not None and not (
+            isinstance(prompts, (list, tuple)) and prompts and all(isinstance(one, str) for one in prompts)
+        ):
             raise ValueError(f"prompt={prompt!r}: a text, or a list of texts")
+        if negative_prompt is not None and negative_prompt_embeds is not None:
+            raise ValueError("give one of negative_prompt and negative_prompt_embeds")
+        if negative_prompt_embeds is not None and len(negative_prompt_embeds) != len(prompts or prompt_embeds):
+            raise ValueError(
+                f"negative_prompt_embeds of shape {tuple(negative_prompt_embeds.shape)} for"
+                f" {len(prompts or prompt_embeds)} prompts; give one for each"
+            )
+        if num_images_per_prompt < 1:
+            raise ValueError(f"num_images_per_prompt={num_images_per_prompt}: must be 1 or more")
         if isinstance(negative_prompt, (list, tuple)) and len(negative_prompt) != len(prompts or prompt_embeds):
             raise ValueError(
                 f"{len(negative_prompt)} negative prompts for {len(prompts or prompt_embeds)} prompts; give one for"
@@ -155,7 +171,9 @@ class TextToImageDDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPip
         self.check_output_type(output_type)
         base_height, base_width = (side * self.vae_scale_factor for side in self.sample_shape[1:])
         height, width = height or base_height, width or base_width
-        prompts = self.check_inputs(prompt, negative_prompt, height, width, prompt_embeds)
+        prompts = self.check_inputs(
+            prompt, negative_prompt, height, width, prompt_embeds, negative_prompt_embeds, num_images_per_prompt
+        )
         free = FreeGuidance(guidance_scale, guidance_rescale, guidance_interval).check()
         visited = self.prepare_timesteps(num_inference_steps if timesteps is None else None, timesteps)
 

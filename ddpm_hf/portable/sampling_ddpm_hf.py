@@ -76,6 +76,24 @@ def check_sampler(scheduler, timesteps) -> None:
         )
 
 
+def stock_samples_alike(scheduler) -> bool:
+    """Whether stock's scheduler of the same config draws the same images as the sampler of ours.
+
+    Not where it lacks a prediction or a variance, and not where a chain ends above t = 0: it then adds noise to the
+    finished image, unless the posterior's variance, 0 there, says that there is none.
+    """
+    config, ours = scheduler.config, isinstance(scheduler, DDPMScheduler)
+    if config.get("prediction_type") == "posterior_mean":
+        return False
+    if not ours:
+        return True
+    ends_above = config.timestep_spacing == "trailing" or (
+        config.timestep_spacing == "leading" and config.steps_offset > 0
+    )
+    noisy = config.variance_type not in ("fixed_small", "fixed_small_log")
+    return config.variance_type not in ("learned", "fixed_large_log") and not (ends_above and noisy)
+
+
 class SamplingMixin:
     """What a pipeline with a `unet`, a `scheduler` and an optional `vae` needs in order to sample."""
 

@@ -366,13 +366,8 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         T, spacing = self.config.num_train_timesteps, self.config.timestep_spacing
         i = np.arange(n - 1, -1, -1)
         if spacing == "leading":
-            timesteps = i * T // n + self.config.steps_offset
-            if timesteps[0] >= T:
-                raise ValueError(
-                    f"steps_offset={self.config.steps_offset} pushes the first of {n} leading timesteps past"
-                    f" T-1={T - 1}; take fewer steps or timestep_spacing='trailing'."
-                )
-            return timesteps
+            timesteps = i * T // n
+            return timesteps + min(self.config.steps_offset, T - 1 - timesteps[0])  # as far as there is room
         if spacing == "linspace":
             return np.linspace(0, T - 1, n).round()[::-1].astype(np.int64)
         if spacing == "trailing":

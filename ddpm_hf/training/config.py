@@ -175,6 +175,9 @@ class OneLineParser(HfArgumentParser):
                 raise UsageError(
                     f"{source}: unknown setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
                 )
+            if isinstance(value, list) and self._option_string_actions[f"--{name}"].nargs in ("+", "*"):
+                words += [f"--{name}", *map(str, value)] if value else []
+                continue
             if isinstance(value, (dict, list)):
                 raise UsageError(f"{source}: {name!r} takes one value, not {value}")
             if value not in (None, "", "null", "~"):

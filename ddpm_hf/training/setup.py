@@ -285,6 +285,7 @@ INCIDENTAL = {
     "save_model_epochs", "validation_steps", "logging_steps", "logger", "logging_dir", "tracker_project_name",
     "push_to_hub", "hub_model_id", "hub_private_repo", "dataset_name", "train_data_dir", "cache_dir", "cache_dataset",
     "model_preset", "model_config_name_or_path", "ddpm_num_inference_steps", "dataloader_num_workers",
+    "validation_prompts", "guidance_scale", "num_inference_steps", "cache_latents",
 }  # fmt: skip
 
 

@@ -14,8 +14,10 @@ import torch
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 
-from ddpm_hf import DDPMPipeline, DDPMScheduler, cli
+from ddpm_hf import DDPMPipeline, DDPMScheduler, TextToImageDDPMPipeline, cli
+from ddpm_hf.training.randomness import keyed_seed
 from tests.fixtures_pipeline import tiny_unet
+from tests.fixtures_text import tiny_text_pipeline
 
 ROOT = Path(__file__).parents[1]
 STEPS = 20  # T of the tiny model
@@ -282,3 +284,45 @@ def test_class_names_that_look_like_ids_are_names():
     config = SimpleNamespace(id2label={str(number): name for number, name in enumerate(names)})
     model = SimpleNamespace(config=config, class_ids=None, null_class=12)
     assert cli.wanted_classes(model, None, ["2", "11"], 1.0, 4) == [names.index("2"), names.index("11")] * 2
+
+
+# By prompt
+
+
+@pytest.fixture(scope="module")
+def text_model(tmp_path_factory):
+    """A tiny text-to-image model, saved."""
+    folder = tmp_path_factory.mktemp("text")
+    tiny_text_pipeline().save_pretrained(folder)
+    return folder
+
+
+def test_prompts_are_drawn_in_turn(run, text_model, tmp_path):
+    """Else image i is of another prompt than the one asked for, or depends on how many there are."""
+    given = ("--num-images", 4, "--steps", 3, "--guidance_scale", 3)
+    assert run("sample", text_model, "--out", tmp_path / "two", "--prompt", "a dog", "--prompt", "two", *given)[0] == 0
+    assert run("sample", text_model, "--out", tmp_path / "one", "--prompt", "a dog", *given)[0] == 0
+    two, one = images(tmp_path / "two"), images(tmp_path / "one")
+    np.testing.assert_array_equal(two[[0, 2]], one[[0, 2]])
+    assert (two[[1, 3]] != one[[1, 3]]).any()
+
+
+def test_the_command_draws_what_the_pipeline_draws(run, text_model, tmp_path):
+    """Else a flag of the command does not reach the pipeline."""
+    given = ("--prompt", "a dog", "--negative-prompt", "two", "--guidance-scale", 4, "--guidance-rescale", 0.5)
+    assert run("sample", text_model, "--out", tmp_path, "--num-images", 2, "--steps", 3, "--seed", 5, *given)[0] == 0
+    pipeline = TextToImageDDPMPipeline.from_pretrained(text_model)
+    pipeline.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(keyed_seed(5, "sample", 0, index)) for index in range(2)]
+    options = {"num_inference_steps": 3, "guidance_scale": 4.0, "guidance_rescale": 0.5, "negative_prompt": "two"}
+    drawn = pipeline(["a dog"] * 2, generator=generators, **options).images
+    np.testing.assert_array_equal(images(tmp_path), np.stack([np.asarray(image).astype(int) for image in drawn]))
+
+
+def test_prompts_and_classes_are_for_models_that_read_them(run, model, text_model, tmp_path):
+    """Else a wish is dropped in silence, or ends in a traceback."""
+    assert_one_line(run("sample", text_model, "--out", tmp_path / "a"), "--prompt")
+    assert_one_line(run("sample", text_model, "--out", tmp_path / "a", "--prompt", "x", "--class", "1"), "--class")
+    assert_one_line(run("sample", model, "--out", tmp_path / "a", "--prompt", "x"), "reads no text")
+    assert_one_line(run("sample", model, "--out", tmp_path / "a", "--negative-prompt", "x"), "reads no text")
+    assert not (tmp_path / "a").exists()

@@ -7,6 +7,7 @@ the embedded MNIST digits, on a CPU in minutes. The output folder is one that `D
 anywhere, as Stable Diffusion's.
 """
 
+import dataclasses
 import functools
 import math
 import sys
@@ -24,9 +25,10 @@ from ddpm_hf.autoencoder import (
     find_autoencoder_run,
     train_autoencoder,
 )
+from ddpm_hf.buckets import BucketedDataset, bucket_sizes, bucketed
 from ddpm_hf.captions import all_captions, encode_captions
 from ddpm_hf.components import Components, build, draw_blueprint, load_checkpoint_components
-from ddpm_hf.data import CAPTION_COLUMN, DIGIT_NAMES, DataError, DataFlags
+from ddpm_hf.data import CAPTION_COLUMN, DIGIT_NAMES, DataError, DataFlags, should_cache
 from ddpm_hf.feeding import Images, make_batches, make_plan, open_images
 from ddpm_hf.flags import ScheduleFlags
 from ddpm_hf.latents import cache_embeddings, cached_latents, x_start_of
@@ -124,6 +126,11 @@ class Text2ImageConfig(AutoencoderFlags, ScheduleFlags, DataFlags, TrainingConfi
         default=0.0,
         help="Share of the captions to train without, for classifier-free guidance; 0.1 is usual.",
     )
+    aspect_ratio_buckets: bool = HfArg(
+        default=False,
+        help="Crop each image to the nearest of several sizes of up to the resolution's area, at most twice as wide as"
+        " high or the reverse; a batch holds one size. Needs an autoencoder that is trained already.",
+    )
     validation_prompts: list[str] = HfArg(  # noqa: RUF009
         default_factory=list, help="Prompts of the grids that are drawn while training; by default some captions."
     )
@@ -163,6 +170,10 @@ class Text2ImageConfig(AutoencoderFlags, ScheduleFlags, DataFlags, TrainingConfi
             raise UsageError("--cache_latents needs the whole dataset; leave it or --streaming out")
         if self.streaming and not self.pretrained_model_name_or_path and not self.text_encoder_name_or_path:
             raise UsageError("--streaming: a tokenizer is fitted to all captions; give --text_encoder_name_or_path")
+        if self.aspect_ratio_buckets and self.streaming:
+            raise UsageError("--aspect_ratio_buckets needs the whole dataset; leave it or --streaming out")
+        if self.aspect_ratio_buckets and not (self.pretrained_model_name_or_path or self.vae_name_or_path):
+            raise UsageError("--aspect_ratio_buckets: give --vae_name_or_path; a new autoencoder trains on one size")
         if self.label_column is not None:
             raise UsageError("--label_column is for train_unconditional.py; here captions say what is to be seen")
         if self.pretrained_model_name_or_path:
@@ -324,6 +335,16 @@ def default_prompts(config: Text2ImageConfig, images: Images) -> list[str]:
     return captions[:: max(1, len(captions) // 8)][:8]
 
 
+def in_buckets(images: Images, config: Text2ImageConfig, vae: AutoencoderKL, unet, accelerator) -> Images:
+    """The images by aspect ratio, in sizes that autoencoder and UNet can halve."""
+    widths = unet["block_out_channels"] if isinstance(unet, dict) else unet.config.block_out_channels
+    sizes = bucket_sizes(*config.size(), downscaling(vae) * 2 ** (len(widths) - 1))
+    dataset = bucketed(images.dataset, sizes, cached=should_cache(images.rows, images.transform, config.cache_dataset))
+    counts = (f"{p.transform.height}x{p.transform.width}: {len(p)}" for p in dataset.parts)
+    log(accelerator, f"images by size: {', '.join(counts)}")
+    return images._replace(dataset=dataset)
+
+
 def cached(
     images: Images, config: Text2ImageConfig, components: Components, accelerator
 ) -> tuple[Images, torch.Tensor]:
@@ -339,8 +360,9 @@ def cached(
             captions, components.text_encoder, components.tokenizer, encode, folder, accelerator
         )
         null = encode([""]).detach().cpu().float()
-    dataset = cached_latents(images.dataset, components.vae, folder, accelerator, embeddings)
-    return images._replace(dataset=dataset), null
+    parts = images.dataset.parts if config.aspect_ratio_buckets else [images.dataset]
+    parts = [cached_latents(part, components.vae, folder, accelerator, embeddings) for part in parts]
+    return images._replace(dataset=BucketedDataset(parts) if config.aspect_ratio_buckets else parts[0]), null
 
 
 def describe(config: Text2ImageConfig, images: Images, steps: int, per_epoch: int) -> str:
@@ -374,7 +396,10 @@ def train(config: Text2ImageConfig) -> None:
     start = checkpoint or draw_blueprint(config)
     check_schedule(config, start.scheduler)
     channels = image_channels(config, start.vae)
-    images = open_images(config, config, channels, accelerator, config.caption_column)
+    data = dataclasses.replace(config, cache_dataset="never") if config.aspect_ratio_buckets else config
+    images = open_images(data, config, channels, accelerator, config.caption_column)
+    if config.aspect_ratio_buckets:
+        images = in_buckets(images, config, start.vae, start.unet, accelerator)
     plan, total_steps = make_plan(images, config, accelerator.num_processes)
     if config.dry_run:
         print(describe(config, images, total_steps, plan.steps_per_epoch))

@@ -18,7 +18,7 @@ from .data import (
 )
 from .training.config import TrainingConfig
 from .training.loop import KeyedBatchSampler, StepPlan
-from .training.randomness import keyed_balanced_order, keyed_permutation
+from .training.randomness import bucketed_length, keyed_balanced_order, keyed_bucketed_order, keyed_permutation
 from .training.setup import log
 
 
@@ -61,8 +61,11 @@ def open_images(
 
 def make_plan(images: Images, config: TrainingConfig, world: int) -> tuple[StepPlan, int]:
     """Which samples each step sees, and how many steps there are."""
+    samples, groups = images.count, getattr(images.dataset, "group_sizes", None)
+    if groups is not None:
+        samples = bucketed_length(groups, config.train_batch_size * world)
     plan = StepPlan(
-        images.count,
+        samples,
         config.train_batch_size,
         world,
         config.gradient_accumulation_steps,
@@ -71,8 +74,11 @@ def make_plan(images: Images, config: TrainingConfig, world: int) -> tuple[StepP
     return plan, config.max_train_steps or config.num_epochs * plan.steps_per_epoch
 
 
-def epoch_order(images: Images, seed: int, balanced: bool) -> Callable[[int], np.ndarray]:
-    """The order of an epoch's samples: a permutation, or a draw in which every class is equally frequent."""
+def epoch_order(images: Images, seed: int, balanced: bool, global_batch: int) -> Callable[[int], np.ndarray]:
+    """The order of an epoch's samples: a permutation; or every class equally often; or batches of one size each."""
+    groups = getattr(images.dataset, "group_sizes", None)
+    if groups is not None:
+        return lambda epoch: keyed_bucketed_order(seed, epoch, groups, global_batch)
     if balanced:
         return lambda epoch: keyed_balanced_order(seed, epoch, images.dataset.labels)
     return lambda epoch: keyed_permutation(seed, epoch, images.count)
@@ -90,7 +96,7 @@ def make_batches(
     """This rank's batches, from a step on and without end."""
     options = {"pin_memory": accelerator.device.type == "cuda", "collate_fn": identity}
     if images.dataset is not None:
-        order = epoch_order(images, config.seed, class_balanced)
+        order = epoch_order(images, config.seed, class_balanced, plan.global_batch)
         options["batch_sampler"] = KeyedBatchSampler(plan, order, accelerator.process_index, step)
         workers = 0 if images.dataset.cache is not None else config.dataloader_num_workers
         return iter(torch.utils.data.DataLoader(images.dataset, num_workers=workers, **options))

@@ -52,6 +52,27 @@ def keyed_balanced_order(seed: int, epoch: int, labels: np.ndarray) -> np.ndarra
     return generator.permutation(np.concatenate(drawn))
 
 
+def bucketed_length(group_sizes: list[int], batch_size: int) -> int:
+    """The samples of an epoch whose batches hold one group each: whole batches alone, at least one of each group."""
+    return sum(max(1, size // batch_size) * batch_size for size in group_sizes)
+
+
+def keyed_bucketed_order(seed: int, epoch: int, group_sizes: list[int], batch_size: int) -> np.ndarray:
+    """Indices through groups that follow one another, so that each `batch_size` of them are of one group.
+
+    What does not fill a batch is left out, others each epoch; a group of less than a batch repeats.
+    """
+    bits = np.random.Philox(key=[seed, 6], counter=[0, epoch, STREAMS["order"], 0])
+    generator = np.random.Generator(bits)
+    batches, start = [], 0
+    for size in group_sizes:
+        wanted = max(1, size // batch_size) * batch_size
+        drawn = np.concatenate([generator.permutation(size) for _ in range(-(-wanted // size))])[:wanted]
+        batches += list((start + drawn).reshape(-1, batch_size))
+        start += size
+    return np.concatenate([batches[place] for place in generator.permutation(len(batches))])
+
+
 class StepKeys(NamedTuple):
     """The randomness of a batch: samples `first`.. of the global batch of an optimizer step."""
 

@@ -1,0 +1,92 @@
+"""Images of several aspect ratios: each is cropped to the nearest of some sizes, and a batch holds one size.
+
+All sizes have about the area of the resolution, so that a batch costs the same whatever its shape.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import ImageOps
+from tqdm.auto import tqdm
+
+from .data import ImageDataset, ImageTransform, Rows, decode_row
+
+WIDEST = 2.0  # the longer side over the shorter
+
+
+def bucket_sizes(height: int, width: int, step: int) -> list[tuple[int, int]]:
+    """Sizes (height, width) of multiples of `step`, of up to the area height · width and up to twice as wide as high.
+
+    >>> bucket_sizes(64, 64, 16)
+    [(80, 48), (64, 64), (48, 80)]
+    """
+    found = set()
+    for w in range(step, math.isqrt(int(height * width * WIDEST)) + 1, step):
+        h = height * width // w // step * step
+        if h and max(h / w, w / h) <= WIDEST:
+            found.add((h, w))
+    best = {}
+    for h, w in found:  # of two that differ in one side, the larger
+        best[w] = max(best.get(w, 0), h)
+    columns = {}
+    for w, h in best.items():
+        columns[h] = max(columns.get(h, 0), w)
+    return sorted(((h, w) for h, w in columns.items()), reverse=True) or [(height, width)]
+
+
+def nearest_bucket(height: int, width: int, sizes: list[tuple[int, int]]) -> int:
+    """Which size has the aspect ratio that is nearest to an image's, by its logarithm."""
+    return int(np.argmin([abs(math.log(height / width) - math.log(h / w)) for h, w in sizes]))
+
+
+def aspect_ratios(rows: Rows) -> list[tuple[int, int]]:
+    """(height, width) of each image, upright; (0, 0) of one that cannot be read, which the dataset will name."""
+    found = []
+    for index, row in enumerate(tqdm(rows.dataset, desc="reading sizes", disable=len(rows.dataset) < 2000)):
+        try:
+            image = ImageOps.exif_transpose(decode_row(row[rows.image_column], str(index)))
+            found.append((image.height, image.width))
+        except ValueError:
+            found.append((0, 0))
+    return found
+
+
+class BucketedDataset(torch.utils.data.Dataset):
+    """Datasets of one size each, as one: indices run through them in turn, and a batch stays within one."""
+
+    def __init__(self, parts: list[Any]):
+        self.parts = parts
+        self.group_sizes = [len(part) for part in parts]
+        self.starts = np.concatenate([[0], np.cumsum(self.group_sizes)])
+        self.labels = None
+        captions = [part.captions for part in parts]
+        self.captions = None if captions[0] is None else [caption for some in captions for caption in some]
+        self.cache = True if all(part.cache is not None for part in parts) else None
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> dict[str, Any]:
+        """A batch for keys (epoch, index), all of one part."""
+        group = int(np.searchsorted(self.starts, keys[0][1], side="right")) - 1
+        start, end = self.starts[group], self.starts[group + 1]
+        if not all(start <= index < end for _, index in keys):
+            raise ValueError("a batch holds images of one size")
+        return self.parts[group].__getitems__([(epoch, int(index - start)) for epoch, index in keys])
+
+
+def bucketed(images: ImageDataset, sizes: list[tuple[int, int]], cached: bool) -> BucketedDataset:
+    """The images by the size that is nearest to each; a size without images is left out."""
+    rows, transform = images.rows, images.transform
+    places = [[] for _ in sizes]
+    for index, (height, width) in enumerate(aspect_ratios(rows)):
+        places[nearest_bucket(max(height, 1), max(width, 1), sizes)].append(index)
+    parts = []
+    for (height, width), chosen in zip(sizes, places):
+        if chosen:
+            own: ImageTransform = transform._replace(height=height, width=width)
+            skip = images.decode.skip_broken
+            parts.append(ImageDataset(rows.part(np.array(chosen)), own, images.seed, cached, skip))
+    return BucketedDataset(parts)

@@ -30,7 +30,7 @@ from ddpm_hf.captions import all_captions, encode_captions
 from ddpm_hf.components import Components, build, draw_blueprint, load_checkpoint_components
 from ddpm_hf.data import CAPTION_COLUMN, DIGIT_NAMES, DataError, DataFlags, should_cache
 from ddpm_hf.feeding import Images, make_batches, make_plan, open_images
-from ddpm_hf.flags import ScheduleFlags
+from ddpm_hf.flags import ScheduleFlags, use_xformers
 from ddpm_hf.latents import cache_embeddings, cached_latents, x_start_of
 from ddpm_hf.models import use_matmul_attention
 from ddpm_hf.objectives import LOSS_TYPES, UniformTimestepSampler, check_objective, training_losses
@@ -500,13 +500,7 @@ def trained_model(config: Text2ImageConfig, components: Components, accelerator)
         if text_encoder is not None:
             text_encoder.gradient_checkpointing_enable()
     if config.enable_xformers_memory_efficient_attention:
-        try:
-            model.unet.enable_xformers_memory_efficient_attention()
-        except (ImportError, ValueError, ModuleNotFoundError) as error:
-            raise UsageError(
-                "--enable_xformers_memory_efficient_attention: xFormers is not installed or has no GPU; leave the flag"
-                " out, torch's own attention is memory-efficient"
-            ) from error
+        use_xformers(model.unet)
     if accelerator.device.type == "cpu":
         use_matmul_attention(model.unet)
     return model

@@ -216,14 +216,23 @@ def make_unet(arguments: dict[str, Any], variance_type: str, classes: int | None
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if config.enable_xformers_memory_efficient_attention:
-        try:
-            model.enable_xformers_memory_efficient_attention()
-        except (ImportError, ValueError) as error:
-            raise UsageError(
-                "--enable_xformers_memory_efficient_attention: xFormers is not installed or has no GPU; leave the flag"
-                " out, torch's own attention is memory-efficient"
-            ) from error
+        use_xformers(model)
     return model
+
+
+def use_xformers(model) -> None:
+    """Attention by xFormers.
+
+    Raises:
+        UsageError: it is not installed, or has no GPU.
+    """
+    try:
+        model.enable_xformers_memory_efficient_attention()
+    except (ImportError, ValueError) as error:
+        raise UsageError(
+            "--enable_xformers_memory_efficient_attention: xFormers is not installed or has no GPU; leave the flag"
+            " out, torch's own attention is memory-efficient"
+        ) from error
 
 
 def make_scheduler(schedule: ScheduleFlags, objective: ObjectiveFlags, latents: bool = False) -> DDPMScheduler:

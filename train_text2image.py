@@ -400,6 +400,8 @@ def train(config: Text2ImageConfig) -> None:
     images = open_images(data, config, channels, accelerator, config.caption_column)
     if config.aspect_ratio_buckets:
         images = in_buckets(images, config, start.vae, start.unet, accelerator)
+    if config.cache_latents and not config.aspect_ratio_buckets:
+        images.dataset.leave_out_broken()  # before the batches are planned
     plan, total_steps = make_plan(images, config, accelerator.num_processes)
     if config.dry_run:
         print(describe(config, images, total_steps, plan.steps_per_epoch))

@@ -241,6 +241,8 @@ def train(config: UnconditionalConfig) -> None:
     model = make_unet(arguments, config.variance_type, classes, config)
     if accelerator.device.type == "cpu":
         use_matmul_attention(model)
+    if config.cache_latents:
+        images.dataset.leave_out_broken()  # before the batches are planned
     plan, total_steps = make_plan(images, config, accelerator.num_processes)
     if config.dry_run:
         print(describe(config, images, plan, total_steps, model))

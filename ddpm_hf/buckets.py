@@ -22,18 +22,12 @@ def bucket_sizes(height: int, width: int, step: int) -> list[tuple[int, int]]:
     >>> bucket_sizes(64, 64, 16)
     [(80, 48), (64, 64), (48, 80)]
     """
-    found = set()
+    widest = {}  # of sizes that differ in the width alone
     for w in range(step, math.isqrt(int(height * width * WIDEST)) + 1, step):
         h = height * width // w // step * step
         if h and max(h / w, w / h) <= WIDEST:
-            found.add((h, w))
-    best = {}
-    for h, w in found:  # of two that differ in one side, the larger
-        best[w] = max(best.get(w, 0), h)
-    columns = {}
-    for w, h in best.items():
-        columns[h] = max(columns.get(h, 0), w)
-    return sorted(((h, w) for h, w in columns.items()), reverse=True) or [(height, width)]
+            widest[h] = w
+    return sorted(widest.items(), reverse=True) or [(height, width)]
 
 
 def nearest_bucket(height: int, width: int, sizes: list[tuple[int, int]]) -> int:
@@ -89,4 +83,5 @@ def bucketed(images: ImageDataset, sizes: list[tuple[int, int]], cached: bool) -
             own: ImageTransform = transform._replace(height=height, width=width)
             skip = images.decode.skip_broken
             parts.append(ImageDataset(rows.part(np.array(chosen)), own, images.seed, cached, skip))
+            parts[-1].leave_out_broken()  # the batches are planned by how many there are
     return BucketedDataset(parts)

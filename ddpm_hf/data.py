@@ -592,7 +592,7 @@ class ImageDataset(torch.utils.data.Dataset):
     ):
         self.rows, self.transform, self.seed = rows, transform, seed
         self.decode = RowDecoder(rows, transform, skip_broken)
-        self.cache = None
+        self.cache, self.broken_left_out = None, False
         self.indices = np.arange(len(rows.dataset))  # of the rows that can be read, as far as is known
         if len(self.indices) == 0:
             raise DataError(f"{rows.name} has no images")
@@ -616,7 +616,8 @@ class ImageDataset(torch.utils.data.Dataset):
 
     def leave_out_broken(self) -> None:
         """Decode everything once, to know what can be read, where broken images are skipped."""
-        if self.decode.skip_broken and self.cache is None and len(self.indices) == len(self.rows.dataset):
+        if self.decode.skip_broken and self.cache is None and not self.broken_left_out:
+            self.broken_left_out = True
             self._keep(np.array([self.decode(row, i) is not None for i, row in enumerate(self.rows.dataset)]))
 
     def _keep(self, readable: np.ndarray) -> None:

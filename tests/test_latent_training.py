@@ -87,6 +87,18 @@ def test_cached_latents_train_the_same_model(flags, shop, tmp_path):
         torch.testing.assert_close(value, theirs[name], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("cache_dataset", ["never", "always"])
+def test_broken_images_are_left_out_of_the_plan(cache_dataset, shop, tmp_path):
+    """Else the last batches of an epoch have indices without an image."""
+    files = [encoded(one) for one in random_pixels(9, 16, 16)]
+    for broken in (2, 5, 6):
+        files[broken] = b"junk"
+    write_rows(tmp_path / "some", files)
+    flags = {"skip_broken_images": True, "cache_dataset": cache_dataset, "cache_latents": True}
+    folder = trained(shop, tmp_path / "run", train_data_dir=tmp_path / "some", **flags)
+    assert json.loads((folder / "checkpoint-6" / "manifest.json").read_text())["samples"] == 6
+
+
 def test_a_run_on_cached_latents_resumes_exactly(shop, tmp_path):
     """Else a resumed run draws other latents than it would have."""
     flags = {"cache_latents": True, "random_flip": True, "label_column": "label"}

@@ -12,7 +12,7 @@ from transformers.hf_argparser import HfArg
 from .data import to_model_range
 from .feeding import Images, make_batches, make_plan
 from .functional import mean_flat
-from .publishing import save_image, save_model
+from .saving import save_image, save_model
 from .training.checkpointing import find_checkpoint
 from .training.config import TrainingConfig, UsageError
 from .training.loop import Losses, averaged_weights, training_loop, unwrap

@@ -37,6 +37,12 @@ class Precision(str, enum.Enum):
     fp16 = "fp16"
 
 
+class Variant(str, enum.Enum):
+    """The weights that `ddpm-hf push` can make."""
+
+    fp16 = "fp16"
+
+
 # name -> class of Diffusers, its usual number of steps, what its config needs beside the model's
 SAMPLERS = {
     "ddpm": (None, None, {}),
@@ -44,6 +50,16 @@ SAMPLERS = {
     "dpm++": ("DPMSolverMultistepScheduler", 25, {"algorithm_type": "dpmsolver++", "timestep_spacing": "linspace"}),
     "unipc": ("UniPCMultistepScheduler", 25, {"timestep_spacing": "linspace"}),
 }
+
+
+def quiet() -> None:
+    """Leave it to this command to say what matters."""
+    from diffusers.utils import logging
+    from transformers.utils import logging as transformers_logging
+
+    for library in (logging, transformers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
 
 
 def load_pipeline(model: str, revision: str | None, token: str | None):
@@ -225,18 +241,13 @@ def sample(
     import os
 
     import torch
-    from diffusers.utils import logging
     from tqdm.auto import tqdm
-    from transformers.utils import logging as transformers_logging
 
     from .data import image_grid
-    from .publishing import save_image
+    from .saving import save_image
     from .training.randomness import keyed_seed
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    quiet()
     if "OMP_NUM_THREADS" not in os.environ and hasattr(os, "sched_getaffinity"):
         torch.set_num_threads(len(os.sched_getaffinity(0)))
     accelerators = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()]
@@ -302,6 +313,59 @@ def sample(
         save_image(image_grid(strip, columns=len(moments), scale=scale), out / "progressive.png")
         write_chain([frame.sample[:16] for frame in frames], out / "chain.gif", scale)
     typer.echo(f"{len(images)} images in {out}: grid.png" + (", progressive.png, chain.gif" if progressive else ""))
+
+
+@app.command(context_settings={"token_normalize_func": lambda token: token.replace("_", "-")})
+def push(
+    folder: Annotated[Path, typer.Argument(help="A training run's output folder, or any saved pipeline of ours.")],
+    repository: Annotated[
+        str | None, typer.Argument(help="user/name on the Hub; by default the folder's name, under your user.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+    license_: Annotated[
+        str | None, typer.Option("--license", help="License for the model card, such as apache-2.0.")
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Tag this upload: from_pretrained(..., revision=TAG) goes on loading it.")
+    ] = None,
+    variant: Annotated[
+        Variant | None, typer.Option(help="fp16 also makes and uploads weights in half precision, for variant='fp16'.")
+    ] = None,
+    include: Annotated[
+        list[str] | None, typer.Option(help="Pattern of more files of the folder to upload; repeat it for several.")
+    ] = None,
+    message: Annotated[str, typer.Option(help="The commit's message.")] = "Upload the pipeline",
+    token: Annotated[
+        str | None, typer.Option(help="To write with; by default your login (hf auth login).", envvar="HF_TOKEN")
+    ] = None,
+) -> None:
+    """Publish a saved pipeline: weights, code, pictures and a model card, in one commit.
+
+    Checkpoints, optimizer states, logs and settings stay. Pushing again keeps what you wrote into the card.
+    """
+    from .publishing import open_repository, push_folder, reason_of
+    from .saving import save_half_precision
+
+    quiet()
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder; give the --output_dir of a training run")
+    pipeline = load_pipeline(str(folder), None, None)
+    for pattern in include or ():
+        if Path(pattern).is_absolute() or ".." in Path(pattern).parts or not any(folder.glob(pattern)):
+            raise ValueError(f"--include {pattern}: no such file in {folder}")
+    if variant is not None:
+        save_half_precision(pipeline, folder)
+    name = repository or folder.resolve().name
+    try:
+        name = open_repository(name, token, private)
+        options = {"license": license_, "tag": revision, "message": message, "include": tuple(include or ())}
+        upload = push_folder(folder, name, token, pipeline, **options)
+    except Exception as error:  # whatever the network does
+        raise ValueError(f"the upload to {name} failed ({reason_of(error)}); nothing of {folder} is lost") from error
+    width = max(map(len, upload.files))
+    for path, size in sorted(upload.files.items()):
+        typer.echo(f"{path:<{width}}  {size:>14,}")
+    typer.echo(f"published at {upload.address}")
 
 
 @app.command(

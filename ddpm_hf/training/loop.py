@@ -19,6 +19,7 @@ from .averaging import ema_weights, load_ema, save_ema, update_ema
 from .checkpointing import load_tensors, read_manifest, rotate, save_tensors, seal, truncate_jsonl
 from .config import TrainingConfig, UsageError
 from .randomness import StepKeys, keyed_seed
+from .sessions import Sessions
 
 
 class StepPlan(NamedTuple):
@@ -158,6 +159,7 @@ class TrainingState:
     optimizer: torch.optim.Optimizer
     lr_scheduler: Any
     meter: Meter
+    sessions: Sessions
     extra: dict[str, Any] = field(default_factory=dict)
     step: int = 0  # optimizer steps taken
     nonfinite_steps: int = 0  # skipped, in a row
@@ -218,6 +220,7 @@ def save_checkpoint(accelerator, state: TrainingState, output_dir: Path, limit: 
                 "step": state.step,
                 "nonfinite_steps": state.nonfinite_steps,
                 "meter": meter,
+                "sessions": state.sessions.until(state.step),
                 "lr_scheduler": json.loads(json.dumps(state.lr_scheduler.state_dict(), default=lambda _: None)),
                 **state.facts,
             },
@@ -234,6 +237,7 @@ def load_checkpoint(accelerator, state: TrainingState, checkpoint: Path, output_
     state.lr_scheduler.load_state_dict(manifest["lr_scheduler"])
     state.meter.restore(manifest["meter"], accelerator)
     state.step, state.nonfinite_steps = manifest["step"], manifest["nonfinite_steps"]
+    state.sessions.resume(manifest.get("sessions", []), state.step)
     if accelerator.is_main_process:
         for name in ("metrics.jsonl", "timings.jsonl"):
             truncate_jsonl(output_dir / name, state.step)
@@ -294,15 +298,15 @@ def training_loop(
     compute_loss: Callable[[torch.nn.Module, dict, StepKeys], Losses],
     validate: Callable[[torch.nn.Module], dict[str, float]] | None = None,
     draw: Callable[[torch.nn.Module, int], None] | None = None,
-    save: Callable[[torch.nn.Module], None] | None = None,
+    save: Callable[[torch.nn.Module, int], None] | None = None,
 ) -> bool:
     """Train until `total_steps`; True if that was reached, False if a signal asked to stop before.
 
     Args:
         batches: this rank's batches from `state.step` on, as `plan` says.
         compute_loss: (model, batch, keys) -> `Losses`; what it draws, it draws from `keys`.
-        validate, draw, save: given the model, in eval mode and with the EMA weights. `draw` also gets the step; it and
-            `validate` run on all ranks, `save` on the main one.
+        validate, draw, save: given the model, in eval mode and with the EMA weights, the last two also the step.
+            `validate` and `draw` run on all ranks, `save` on the main one.
 
     Raises:
         UsageError: `config.max_nonfinite_steps` steps in a row had a loss or gradient that is not finite.
@@ -390,13 +394,15 @@ def training_loop(
             if draw is not None and epoch_ends and (epoch % config.save_images_epochs == 0 or done):
                 with averaged_weights(state, model):
                     draw(model, state.step)
-            if save is not None and epoch_ends and (epoch % config.save_model_epochs == 0 or done):
+            checkpoint_due = state.step % config.checkpointing_steps == 0 or done
+            save_due = epoch_ends and (epoch % config.save_model_epochs == 0 or done)
+            if save is not None and (save_due or (checkpoint_due and config.hub_strategy != "end")):
                 with averaged_weights(state, model):
                     if accelerator.is_main_process:
-                        save(model)
+                        save(model, state.step)
                 accelerator.wait_for_everyone()
             stopping = _any_rank(accelerator, stop.signal is not None)
-            if state.step % config.checkpointing_steps == 0 or done or stopping:
+            if checkpoint_due or stopping:
                 save_checkpoint(accelerator, state, output_dir, config.checkpoints_total_limit)
             since += time.perf_counter() - paused
             if stopping and not done:

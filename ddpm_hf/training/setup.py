@@ -20,6 +20,7 @@ from .averaging import make_ema
 from .checkpointing import find_checkpoint, write_whole
 from .config import TrainingConfig, UsageError
 from .loop import Meter, StepPlan, TrainingState, load_checkpoint, register_model_hooks
+from .sessions import Sessions
 
 SECRET_FLAGS = ("hub_token",)  # never written, shown or tracked
 
@@ -265,6 +266,7 @@ def begin_training(
         optimizer=make_optimizer(config, model, accelerator.num_processes),
         lr_scheduler=None,
         meter=Meter(groups, accelerator.device),
+        sessions=Sessions(accelerator),
         extra=extra or {},
         facts=facts,
     )
@@ -283,7 +285,8 @@ INCIDENTAL = {
     "max_train_steps", "max_nonfinite_steps", "foreach_ema", "offload_ema", "compile", "gradient_checkpointing",
     "local_rank", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "save_images_epochs",
     "save_model_epochs", "validation_steps", "logging_steps", "logger", "logging_dir", "tracker_project_name",
-    "push_to_hub", "hub_model_id", "hub_private_repo", "dataset_name", "train_data_dir", "cache_dir", "cache_dataset",
+    "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy", "hub_revision", "hub_license", "save_variants",
+    "dataset_name", "train_data_dir", "cache_dir", "cache_dataset",
     "model_preset", "model_config_name_or_path", "ddpm_num_inference_steps", "dataloader_num_workers",
     "validation_prompts", "guidance_scale", "num_inference_steps", "cache_latents",
 }  # fmt: skip

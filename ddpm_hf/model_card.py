@@ -326,7 +326,7 @@ def first_prompt(facts: Facts) -> str:
 
 def first_class(pipeline) -> str:
     """The name of its first class."""
-    return next(iter((pipeline.config.id2label or {"0": "0"}).values()))
+    return next(iter((pipeline.config.get("id2label") or {"0": "0"}).values()))
 
 
 def training(facts: Facts) -> str:

@@ -277,6 +277,12 @@ class Rows:
     label_names: list[str] = field(default_factory=list)
     caption_column: str | None = None
 
+    def name_of(self, row: dict, index: int) -> str:
+        """What to call a row: its file, or its number."""
+        value = row[self.image_column]
+        path = value.get("path") if isinstance(value, dict) else None
+        return str(path or f"{index} of {self.name}")
+
     def part(self, indices: np.ndarray) -> "Rows":
         """Some of the rows."""
         return dataclasses.replace(self, dataset=self.dataset.select(indices))
@@ -569,8 +575,7 @@ class RowDecoder(NamedTuple):
             DataError: a broken image, named.
         """
         value = row[self.rows.image_column]
-        path = value.get("path") if isinstance(value, dict) else None
-        name = str(path or f"{index} of {self.rows.name}")
+        name = self.rows.name_of(row, index)
         try:
             return self.transform.resize(decode_row(value, name))
         except DataError as error:
@@ -632,6 +637,10 @@ class ImageDataset(torch.utils.data.Dataset):
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def name_of(self, row: int) -> str:
+        """What to call one of a batch's `index`."""
+        return self.rows.name_of(self.rows.dataset[row], row)
 
     def _read(self, index: int) -> tuple[int, np.ndarray]:
         """Image `index`, or the next one that can be read, and which it is."""

@@ -164,6 +164,7 @@ class TrainingState:
     step: int = 0  # optimizer steps taken
     nonfinite_steps: int = 0  # skipped, in a row
     grid_due: bool = False  # pictures of this step that a stop prevented
+    given_up: set[str] = field(default_factory=set)  # files that are no longer written
     facts: dict[str, Any] = field(default_factory=dict)  # what a resumed run must share; into the manifest
 
 
@@ -213,7 +214,7 @@ def save_checkpoint(accelerator, state: TrainingState, output_dir: Path, limit: 
 
     def begin():
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        partial.mkdir()  # and no parent: where the folder has gone, as with a disk, another would fill in its place
 
     def finish():
         save_tensors(partial, state.extra)
@@ -437,7 +438,7 @@ def training_loop(
                 bar.set_postfix(epoch=epoch + 1, **shown, lr=f"{state.lr_scheduler.get_last_lr()[0]:.1e}")
                 record = {"step": state.step, "epoch": epoch + 1, **record}
                 timing = {"seconds": round(elapsed, 3), "images_per_second": round(seen / elapsed, 1)}
-                write_record(accelerator, output_dir, record, timing)
+                write_record(accelerator, state, output_dir, record, timing)
                 since, seen = time.perf_counter(), 0
             bar.update(1)
 
@@ -479,14 +480,17 @@ def report(accelerator, fault: str | None, what: str, last: bool) -> None:
         warn(accelerator, f"{what} cannot be written ({fault}); training goes on")
 
 
-def write_record(accelerator, output_dir: Path, record: dict[str, float], timing: dict[str, float]) -> None:
+def write_record(
+    accelerator, state: TrainingState, output_dir: Path, record: dict[str, float], timing: dict[str, float]
+) -> None:
     """A step's figures: into `metrics.jsonl`, which must work, and `timings.jsonl` and the tracker, which may fail."""
     fault = attempt(accelerator, lambda: append_jsonl(output_dir / "metrics.jsonl", record))
     report(accelerator, fault, "metrics.jsonl", last=True)
-    fault = attempt(
-        accelerator, lambda: append_jsonl(output_dir / "timings.jsonl", {"step": record["step"], **timing})
-    )
-    report(accelerator, fault, "timings.jsonl", last=False)
+    if "timings.jsonl" not in state.given_up:
+        timings = {"step": record["step"], **timing}
+        fault = attempt(accelerator, lambda: append_jsonl(output_dir / "timings.jsonl", timings))
+        report(accelerator, fault, "timings.jsonl", last=False)
+        state.given_up |= {"timings.jsonl"} if fault else set()
     scalars = {name: value for name, value in record.items() if name != "step"}
     track(accelerator, lambda tracker: tracker.log({**scalars, **timing}, step=record["step"]))
 

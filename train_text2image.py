@@ -39,6 +39,7 @@ from ddpm_hf.portable.scheduling_ddpm_hf import PREDICTION_TYPES, DDPMScheduler
 from ddpm_hf.previews import draw_grid
 from ddpm_hf.publishing import Publisher, describe_run, reserve_repository
 from ddpm_hf.training.config import HfArg, TrainingConfig, UsageError, parse_layers
+from ddpm_hf.training.faults import ends_in_one_line
 from ddpm_hf.training.loop import Losses, averaged_weights, training_loop, unwrap
 from ddpm_hf.training.randomness import StepKeys
 from ddpm_hf.training.setup import (
@@ -47,6 +48,7 @@ from ddpm_hf.training.setup import (
     check_resumable,
     claim_output_dir,
     cpu_has_bf16,
+    end_training,
     find_run,
     log,
     run_facts,
@@ -54,6 +56,7 @@ from ddpm_hf.training.setup import (
     start_accelerator,
     start_trackers,
 )
+from ddpm_hf.training.stopping import deadline_of
 
 QUARTILES = ("loss_q1", "loss_q2", "loss_q3", "loss_q4")  # of the timesteps, from little noise to much
 # The settings that the model card shows
@@ -385,6 +388,7 @@ def describe(config: Text2ImageConfig, images: Images, steps: int, per_epoch: in
 def train(config: Text2ImageConfig) -> None:
     """From flags to a trained, saved and, if asked, published pipeline."""
     config.check()
+    deadline = deadline_of(config.max_train_hours)
     accelerator = start_accelerator(config)
     diffusers_logging.set_verbosity_error()
     transformers_logging.set_verbosity_error()
@@ -414,9 +418,9 @@ def train(config: Text2ImageConfig) -> None:
     if components is None:
         vae = start.vae
         if vae is None:
-            vae = train_autoencoder(config, config, images, channels, config.size(), start_accelerator(config))
-        if vae is None:
-            log(accelerator, "stopped; go on with --resume_from_checkpoint latest")
+            own = start_accelerator(config)
+            vae = train_autoencoder(config, config, images, channels, config.size(), own, deadline)
+        if vae is None:  # stopped, and said so
             return
         components = build(start, vae, images, config.seed)
     for frozen in (components.vae, components.text_encoder):
@@ -454,13 +458,13 @@ def train(config: Text2ImageConfig) -> None:
             draw_prompts, pipeline_of=pipeline_of, prompts=prompts, config=config, accelerator=accelerator
         ),
         save=publisher.save,
+        name_of=images.name_of,
+        deadline=deadline,
     )
-    if not finished:
-        log(accelerator, f"stopped at step {state.step}; go on with --resume_from_checkpoint latest")
-    elif accelerator.is_main_process:
+    if finished and accelerator.is_main_process:
         with averaged_weights(state, unwrap(accelerator, state.model)) as trained:
             publisher.finish(trained, state.step)
-    accelerator.end_training()
+    end_training(accelerator)
 
 
 def check_parts(found: tuple[Path, dict] | None, parts: dict) -> None:
@@ -515,11 +519,8 @@ def trained_model(config: Text2ImageConfig, components: Components, accelerator)
 def main(argv: list[str] | None = None) -> None:
     """Parse the flags and train; a mistake that the user can mend is one line and exit code 2."""
     config = parse_layers(Text2ImageConfig, sys.argv[1:] if argv is None else argv, weaker_layers, description=__doc__)
-    try:
+    with ends_in_one_line(Path(__file__).name, config.output_dir, DataError):
         train(config)
-    except (UsageError, DataError) as error:
-        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

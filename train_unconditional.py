@@ -36,6 +36,7 @@ from ddpm_hf.portable.scheduling_ddpm_hf import DDPMScheduler
 from ddpm_hf.previews import draw_grid
 from ddpm_hf.publishing import Publisher, describe_run, reserve_repository
 from ddpm_hf.training.config import HfArg, TrainingConfig, UsageError, parse_layers
+from ddpm_hf.training.faults import ends_in_one_line
 from ddpm_hf.training.loop import Losses, StepPlan, averaged_weights, training_loop, unwrap
 from ddpm_hf.training.randomness import StepKeys
 from ddpm_hf.training.setup import (
@@ -43,6 +44,7 @@ from ddpm_hf.training.setup import (
     begin_training,
     check_resumable,
     claim_output_dir,
+    end_training,
     find_run,
     log,
     run_facts,
@@ -50,6 +52,7 @@ from ddpm_hf.training.setup import (
     start_accelerator,
     start_trackers,
 )
+from ddpm_hf.training.stopping import deadline_of
 
 QUARTILES = ("loss_q1", "loss_q2", "loss_q3", "loss_q4")  # of the timesteps, from little noise to much
 # The settings that the model card shows
@@ -226,6 +229,7 @@ def make_pipeline(model: UNet2DModel, scheduler: DDPMScheduler, class_names: lis
 def train(config: UnconditionalConfig) -> None:
     """From flags to a trained, saved and, if asked, published pipeline."""
     config.check()
+    deadline = deadline_of(config.max_train_hours)
     accelerator = start_accelerator(config)
     diffusers_logging.set_verbosity_error()
     vae = load_autoencoder(config.vae_name_or_path) if config.vae_name_or_path else None
@@ -283,13 +287,13 @@ def train(config: UnconditionalConfig) -> None:
         validate=images.held_out and functools.partial(validation_loss, held_out=images.held_out, **shared),
         draw=functools.partial(draw_samples, pipeline_of=pipeline_of, config=config, accelerator=accelerator),
         save=publisher.save,
+        name_of=images.name_of,
+        deadline=deadline,
     )
-    if not finished:
-        log(accelerator, f"stopped at step {state.step}; go on with --resume_from_checkpoint latest")
-    elif accelerator.is_main_process:
+    if finished and accelerator.is_main_process:
         with averaged_weights(state, unwrap(accelerator, state.model)) as trained:
             publisher.finish(trained, state.step)
-    accelerator.end_training()
+    end_training(accelerator)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -297,11 +301,8 @@ def main(argv: list[str] | None = None) -> None:
     config = parse_layers(
         UnconditionalConfig, sys.argv[1:] if argv is None else argv, weaker_layers, description=__doc__
     )
-    try:
+    with ends_in_one_line(Path(__file__).name, config.output_dir, DataError):
         train(config)
-    except (UsageError, DataError) as error:
-        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

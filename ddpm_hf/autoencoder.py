@@ -178,7 +178,13 @@ def find_autoencoder_run(config: TrainingConfig) -> tuple[Path, dict] | None:
 
 
 def train_autoencoder(
-    flags: AutoencoderFlags, config: TrainingConfig, images: Images, channels: int, size: tuple[int, int], accelerator
+    flags: AutoencoderFlags,
+    config: TrainingConfig,
+    images: Images,
+    channels: int,
+    size: tuple[int, int],
+    accelerator,
+    deadline: float | None = None,
 ) -> AutoencoderKL | None:
     """Train an autoencoder in a folder within the run's, or take the one that was finished there; None if stopped.
 
@@ -225,6 +231,8 @@ def train_autoencoder(
         total_steps,
         compute_loss=functools.partial(compute_loss, kl_weight=flags.vae_kl_weight, accelerator=accelerator),
         draw=functools.partial(draw_reconstructions, images=images, folder=folder, accelerator=accelerator),
+        name_of=images.name_of,
+        deadline=deadline,
     )
     if not finished:
         return None

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from .data import ImageDataset, ImageTransform, Rows, decode_row
 
 WIDEST = 2.0  # the longer side over the shorter
+MOST_ROWS = 2**40  # of one size
 
 
 def bucket_sizes(height: int, width: int, step: int) -> list[tuple[int, int]]:
@@ -68,7 +69,13 @@ class BucketedDataset(torch.utils.data.Dataset):
         start, end = self.starts[group], self.starts[group + 1]
         if not all(start <= index < end for _, index in keys):
             raise ValueError("a batch holds images of one size")
-        return self.parts[group].__getitems__([(epoch, int(index - start)) for epoch, index in keys])
+        batch = self.parts[group].__getitems__([(epoch, int(index - start)) for epoch, index in keys])
+        return {**batch, "index": batch["index"] + group * MOST_ROWS}  # rows of its part: told apart
+
+    def name_of(self, row: int) -> str:
+        """What to call one of a batch's `index`."""
+        group, own = divmod(row, MOST_ROWS)
+        return self.parts[group].name_of(own)
 
 
 def bucketed(images: ImageDataset, sizes: list[tuple[int, int]], cached: bool) -> BucketedDataset:

@@ -1,7 +1,6 @@
 """A classifier of noised images, whose gradient guides sampling (Dhariwal & Nichol 2021, sec. 4), and its training."""
 
 import functools
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from .objectives import UniformTimestepSampler
 from .portable.scheduling_ddpm_hf import DDPMScheduler
 from .saving import save_model
 from .training.config import TrainingConfig, UsageError, parse_layers
+from .training.faults import ends_in_one_line
 from .training.loop import Losses, averaged_weights, training_loop, unwrap
 from .training.randomness import StepKeys
 from .training.setup import (
@@ -26,6 +26,7 @@ from .training.setup import (
     begin_training,
     check_resumable,
     claim_output_dir,
+    end_training,
     find_run,
     log,
     run_facts,
@@ -33,6 +34,7 @@ from .training.setup import (
     start_accelerator,
     start_trackers,
 )
+from .training.stopping import deadline_of
 
 QUARTILES = ("loss_q1", "loss_q2", "loss_q3", "loss_q4")
 
@@ -155,6 +157,7 @@ def validation_accuracy(model, *, held_out: ImageDataset, config, scheduler: DDP
 def train(config: ClassifierConfig) -> None:
     """From flags to a saved classifier."""
     config.check()
+    deadline = deadline_of(config.max_train_hours)
     accelerator = start_accelerator(config)
     diffusers_logging.set_verbosity_error()
     arguments = unet_arguments(config, config)
@@ -215,14 +218,14 @@ def train(config: ClassifierConfig) -> None:
         validate=images.held_out
         and functools.partial(validation_accuracy, held_out=images.held_out, config=config, **shared),
         save=lambda trained, step: save_model(trained, config.output_dir),
+        name_of=images.name_of,
+        deadline=deadline,
     )
-    if not finished:
-        log(accelerator, f"stopped at step {state.step}; go on with --resume_from_checkpoint latest")
-    elif accelerator.is_main_process:
+    if finished and accelerator.is_main_process:
         with averaged_weights(state, unwrap(accelerator, state.model)) as trained:
             save_model(trained, config.output_dir)
         log(accelerator, f"saved to {config.output_dir}: NoisyClassifier.from_pretrained({config.output_dir!r})")
-    accelerator.end_training()
+    end_training(accelerator)
 
 
 def main(argv: list[str]) -> None:
@@ -234,8 +237,5 @@ def main(argv: list[str]) -> None:
         prog="ddpm-hf train-classifier",
         description="Train a classifier of noised images, whose gradient guides sampling towards a class.",
     )
-    try:
+    with ends_in_one_line("ddpm-hf train-classifier", config.output_dir, DataError):
         train(config)
-    except (UsageError, DataError) as error:
-        print(f"ddpm-hf train-classifier: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None

@@ -264,6 +264,11 @@ def broken_image(name: str, reason: str) -> DataError:
     return DataError(f"broken image {name}: {reason}; remove it, or pass --skip_broken_images")
 
 
+def unreadable(what: str, error: Exception) -> DataError:
+    """The error for a dataset that fails while it is read."""
+    return DataError(f"{what} cannot be read: {' '.join(str(error).split())[:300]} ({error.__class__.__name__})")
+
+
 # Rows
 
 
@@ -277,6 +282,23 @@ class Rows:
     label_column: str | None = None
     label_names: list[str] = field(default_factory=list)
     caption_column: str | None = None
+
+    def name_of(self, row: dict, index: int) -> str:
+        """What to call a row: its file, or its number."""
+        value = row[self.image_column]
+        path = value.get("path") if isinstance(value, dict) else None
+        return str(path or f"{index} of {self.name}")
+
+    def read(self, index: int) -> dict:
+        """A row.
+
+        Raises:
+            DataError: the dataset's files can no longer be read.
+        """
+        try:
+            return self.dataset[index]
+        except Exception as error:  # of whatever the dataset's files are read with
+            raise unreadable(f"row {index} of {self.name}", error) from error
 
     def part(self, indices: np.ndarray) -> "Rows":
         """Some of the rows."""
@@ -584,8 +606,7 @@ class RowDecoder(NamedTuple):
             DataError: a broken image, named.
         """
         value = row[self.rows.image_column]
-        path = value.get("path") if isinstance(value, dict) else None
-        name = str(path or f"{index} of {self.rows.name}")
+        name = self.rows.name_of(row, index)
         try:
             return self.transform.resize(decode_row(value, name))
         except DataError as error:
@@ -648,13 +669,17 @@ class ImageDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.indices)
 
+    def name_of(self, row: int) -> str:
+        """What to call one of a batch's `index`."""
+        return self.rows.name_of(self.rows.dataset[row], row)
+
     def _read(self, index: int) -> tuple[int, np.ndarray]:
         """Image `index`, or the next one that can be read, and which it is."""
         if self.cache is not None:
             return index, self.cache[index]
         for candidate in range(index, index + len(self)):
             row = int(self.indices[candidate % len(self)])
-            pixels = self.decode(self.rows.dataset[row], row)
+            pixels = self.decode(self.rows.read(row), row)
             if pixels is not None:
                 return candidate % len(self), pixels
         raise DataError(f"{self.rows.name}: not one of {len(self)} images can be read")
@@ -723,12 +748,21 @@ class StreamingBatches(torch.utils.data.IterableDataset):
         epoch = 0
         while True:
             self.stream.set_epoch(epoch)
-            place = -1
-            for place, row in enumerate(self.stream):
+            place, rows = -1, iter(self.stream)
+            while (row := self._next(rows, epoch, place + 1)) is not None:
+                place += 1
                 yield epoch, place, row
             if place < 0:
                 raise DataError(f"{self.decode.rows.name}: the stream gave rank {self.rank} no image")
             epoch += 1
+
+    def _next(self, rows: Iterator[dict], epoch: int, place: int) -> dict | None:
+        """The next row; None at the stream's end."""
+        try:
+            return next(rows, None)
+        except Exception as error:  # of whatever the stream comes by
+            name = f"row {place} that rank {self.rank} reads of {self.decode.rows.name}, in epoch {epoch + 1},"
+            raise unreadable(name, error) from error
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         batch, to_skip = [], self.skip_batches * self.batch_size

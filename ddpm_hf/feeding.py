@@ -35,6 +35,10 @@ class Images(NamedTuple):
         """How many images there are to train on; None for a stream."""
         return None if self.dataset is None else len(self.dataset)
 
+    def name_of(self, row: int) -> str:
+        """What to call one of a batch's `index`: the image's file, or its number."""
+        return f"{row} of {self.rows.name}" if self.dataset is None else self.dataset.name_of(row)
+
 
 def open_images(
     flags: DataFlags, config: TrainingConfig, channels: int, accelerator, caption_column: str | None = None

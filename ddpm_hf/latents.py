@@ -163,6 +163,10 @@ class LatentDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
+    def name_of(self, row: int) -> str:
+        """What to call one of a batch's `index`."""
+        return self.images.name_of(row)
+
     def __getitems__(self, keys: list[tuple[int, int]]) -> dict[str, Any]:
         """A batch for keys (epoch, index)."""
         uniforms = [augmentation_uniforms(self.images.seed, epoch, index) for epoch, index in keys]

@@ -10,8 +10,12 @@ from accelerate.utils import gather_object
 from .data import image_grid
 from .saving import save_image
 from .training.config import TrainingConfig
+from .training.faults import out_of_memory, storage_fault, warn
 from .training.randomness import keyed_seed
 from .training.setup import track_image
+from .training.stopping import InterruptedLookError
+
+INTERRUPTED = "interrupted"
 
 CHAIN_ROWS, CHAIN_MOMENTS = 8, 10  # of the strip of predictions: images, and moments of each one's chain
 
@@ -26,28 +30,50 @@ def draw_grid(
 ) -> None:
     """Sample `count` images, shared out over the ranks, into one PNG and the tracker; and x̂_0 along some chains.
 
-    An image depends on the seed and its place in the grid alone, so that grids show one model's progress.
+    An image depends on the seed and its place in the grid alone, so that grids show one model's progress. A grid that
+    memory or disk have no room for is left out with a warning.
 
     Args:
         sample: (places in the grid, a generator for each, how many frames to keep) -> a pipeline's output.
         columns: of the grid; its chains are those of the rows' first images.
+
+    Raises:
+        InterruptedLookError: on all ranks, if one was asked to stop meanwhile.
     """
     own = list(range(accelerator.process_index, count, accelerator.num_processes))
-    shown = list(range(0, count, columns or 1))[:CHAIN_ROWS]
-    drawn = []
-    if own:
-        seeds = [keyed_seed(config.seed, "sample", 0, index) for index in own]
-        generators = [torch.Generator(accelerator.device).manual_seed(seed) for seed in seeds]
-        with accelerator.autocast():
-            output = sample(own, generators, CHAIN_MOMENTS if set(own) & set(shown) else 0)
-        chains = [[frame.prediction[i] for frame in output.frames or []] for i in range(len(own))]
-        drawn = list(zip(own, output.images, [chain if i in shown else [] for i, chain in zip(own, chains)]))
-    drawn = sorted(gather_object(drawn), key=lambda one: one[0])
-    if accelerator.is_main_process:
-        images, chains = [image for _, image, _ in drawn], [chain for *_, chain in drawn if chain]
-        scale, folder = max(1, 64 // images[0].width), Path(config.output_dir) / "samples"
-        grid = image_grid(images, columns, scale=scale)
-        save_image(grid, folder / f"step-{step:06d}.png")
+    shown = set(range(0, count, columns or 1)[:CHAIN_ROWS])
+    drawn, fault = [], None
+    try:
+        if own:
+            seeds = [keyed_seed(config.seed, "sample", 0, index) for index in own]
+            generators = [torch.Generator(accelerator.device).manual_seed(seed) for seed in seeds]
+            with accelerator.autocast():
+                output = sample(own, generators, CHAIN_MOMENTS if shown & set(own) else 0)
+            chains = [
+                [frame.prediction[i] for frame in output.frames or [] if own[i] in shown] for i in range(len(own))
+            ]
+            drawn = list(zip(own, output.images, chains))
+    except InterruptedLookError:
+        fault = INTERRUPTED
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        fault = "out of memory; make --eval_batch_size smaller"
+    parts = gather_object([(fault, drawn)])  # of all ranks, whatever happened to this one
+    faults = [fault for fault, _ in parts if fault is not None]
+    if INTERRUPTED in faults:
+        raise InterruptedLookError
+    if not faults and accelerator.is_main_process:
+        drawn = sorted((one for _, part in parts for one in part), key=lambda one: one[0])
+        scale, folder = max(1, 64 // drawn[0][1].width), Path(config.output_dir) / "samples"
+        grid = image_grid([image for _, image, _ in drawn], columns, scale=scale)
+        chains = [chain for place, _, chain in drawn if place in shown]
         strip = image_grid([image for chain in chains for image in chain], len(chains[0]), scale=scale)
-        save_image(strip, folder / f"chain-{step:06d}.png")
+        try:
+            save_image(grid, folder / f"step-{step:06d}.png")
+            save_image(strip, folder / f"chain-{step:06d}.png")
+        except OSError as error:
+            faults = [storage_fault(error)]
         track_image(accelerator, "samples", grid, step)
+    if faults:
+        warn(accelerator, f"no pictures of step {step} ({faults[0]}); training goes on")

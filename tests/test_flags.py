@@ -326,6 +326,7 @@ ROWS = [
         {"cache_dataset": "never"}),
     Row("num_epochs", 3, steps, 4, 6),
     Row("max_train_steps", 3, steps, 4, 3),
+    Row("max_train_hours", 1e-9, checkpoints, ["checkpoint-4"], ["checkpoint-1"]),
     Row("learning_rate", 5e-4, rates, [1e-4] * 4, [5e-4] * 4, CONSTANT),
     Row("scale_lr", True, rates, [1e-4] * 4, [4e-4] * 4, CONSTANT),
     Row("lr_scheduler", "linear", lambda s: [round(rate * 1e6) for rate in rates(s)],

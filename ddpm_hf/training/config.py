@@ -56,6 +56,12 @@ class TrainingConfig:
     num_epochs: int = HfArg(default=100, aliases=["--num_train_epochs"], help="Times to go through the data.")
     max_train_steps: int | None = HfArg(default=None, help="Optimizer steps in all; overrides --num_epochs.")
 
+    max_train_hours: float | None = HfArg(
+        default=None,
+        help="After so many hours, counted from the start and with sampling and saving, save a checkpoint and end"
+        " (exit code 0). Leave time for the step and the saving that come last.",
+    )
+
     learning_rate: float = HfArg(default=1e-4, help="Peak learning rate.")
     scale_lr: bool = HfArg(
         default=False, help="Multiply the learning rate by the processes, the batch size and the accumulation steps."
@@ -144,7 +150,7 @@ class TrainingConfig:
         """Raise UsageError for a value out of range."""
         positive = [
             "train_batch_size", "eval_batch_size", "gradient_accumulation_steps", "num_epochs", "max_train_steps",
-            "learning_rate", "adam_epsilon", "ema_inv_gamma", "ema_power", "checkpointing_steps",
+            "max_train_hours", "learning_rate", "adam_epsilon", "ema_inv_gamma", "ema_power", "checkpointing_steps",
             "checkpoints_total_limit", "save_images_epochs", "save_model_epochs", "validation_steps", "logging_steps",
             "cpu_threads", "max_nonfinite_steps",
         ]  # fmt: skip

@@ -4,7 +4,6 @@ import contextlib
 import json
 import math
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,13 +12,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from .averaging import ema_weights, load_ema, save_ema, update_ema
 from .checkpointing import load_tensors, read_manifest, rotate, save_tensors, seal, truncate_jsonl
 from .config import TrainingConfig, UsageError
+from .faults import RunError, attempt, end_together, track, warn
 from .randomness import StepKeys, keyed_seed
 from .sessions import Sessions
+from .stopping import InterruptedLookError, Stop
 
 
 class StepPlan(NamedTuple):
@@ -163,6 +165,8 @@ class TrainingState:
     extra: dict[str, Any] = field(default_factory=dict)
     step: int = 0  # optimizer steps taken
     nonfinite_steps: int = 0  # skipped, in a row
+    grid_due: bool = False  # pictures of this step that a stop prevented
+    given_up: set[str] = field(default_factory=set)  # files that are no longer written
     facts: dict[str, Any] = field(default_factory=dict)  # what a resumed run must share; into the manifest
 
 
@@ -201,17 +205,20 @@ def unwrap(accelerator, model: torch.nn.Module) -> torch.nn.Module:
     return model._orig_mod if hasattr(model, "_orig_mod") else model
 
 
-def save_checkpoint(accelerator, state: TrainingState, output_dir: Path, limit: int | None) -> None:
-    """Write `checkpoint-N`, whole or not at all, then let the oldest go. All ranks take part."""
+def save_checkpoint(accelerator, state: TrainingState, output_dir: Path, limit: int | None) -> str | None:
+    """Write `checkpoint-N`, whole or not at all, then let the oldest go. All ranks take part.
+
+    Returns:
+        What kept it from being written, for all ranks; then nothing of it is left, and no other has gone.
+    """
     partial, final = (output_dir / f"checkpoint-{state.step}{suffix}" for suffix in (".partial", ""))
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
     meter = state.meter.gathered(accelerator)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
+
+    def begin():
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()  # and no parent: where the folder has gone, as with a disk, another would fill in its place
+
+    def finish():
         save_tensors(partial, state.extra)
         seal(
             partial,
@@ -219,14 +226,22 @@ def save_checkpoint(accelerator, state: TrainingState, output_dir: Path, limit: 
             {
                 "step": state.step,
                 "nonfinite_steps": state.nonfinite_steps,
+                "grid_due": state.grid_due,
                 "meter": meter,
                 "sessions": state.sessions.until(state.step),
                 "lr_scheduler": json.loads(json.dumps(state.lr_scheduler.state_dict(), default=lambda _: None)),
                 **state.facts,
             },
         )
-        rotate(output_dir, limit)
-    accelerator.wait_for_everyone()
+
+    fault = attempt(accelerator, begin)
+    fault = fault or attempt(accelerator, lambda: accelerator.save_state(str(partial)), on_all=True)
+    fault = fault or attempt(accelerator, finish)
+    if fault is not None and accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+    if fault is None and (stuck := attempt(accelerator, lambda: rotate(output_dir, limit))):
+        warn(accelerator, f"an old checkpoint cannot be removed: {stuck}")
+    return fault
 
 
 def load_checkpoint(accelerator, state: TrainingState, checkpoint: Path, output_dir: Path) -> None:
@@ -238,6 +253,7 @@ def load_checkpoint(accelerator, state: TrainingState, checkpoint: Path, output_
     state.meter.restore(manifest["meter"], accelerator)
     state.step, state.nonfinite_steps = manifest["step"], manifest["nonfinite_steps"]
     state.sessions.resume(manifest.get("sessions", []), state.step)
+    state.grid_due = manifest.get("grid_due", False)
     if accelerator.is_main_process:
         for name in ("metrics.jsonl", "timings.jsonl"):
             truncate_jsonl(output_dir / name, state.step)
@@ -258,27 +274,45 @@ def averaged_weights(state: TrainingState, model: torch.nn.Module):
             model.train(training)
 
 
-class _StopRequest:
-    """SIGTERM and SIGINT ask the loop to save and end; a second one ends at once."""
+class Snapshot:
+    """What steps that are skipped change after all, to put it back; weights, moments and EMA they leave alone."""
 
-    def __init__(self):
-        self.signal = None
-        self.previous = {}
+    def __init__(self, state: TrainingState):
+        self.step, self.sums = state.step, state.meter.sums.clone()
+        self.schedule = state.lr_scheduler.state_dict().copy()
+        self.rates = [group["lr"] for group in state.optimizer.param_groups]
+        self.extra = {
+            name: {key: value.clone() for key, value in one.state_dict().items()} for name, one in state.extra.items()
+        }
 
-    def __enter__(self):
-        for number in (signal.SIGTERM, signal.SIGINT):
-            with contextlib.suppress(ValueError):  # not the main thread: signals are not ours
-                self.previous[number] = signal.signal(number, self._note)
-        return self
+    def put_back(self, state: TrainingState) -> None:
+        """Make the state that of before the steps that were skipped."""
+        state.step, state.nonfinite_steps, state.grid_due = self.step, 0, False
+        state.meter.sums = self.sums.clone()
+        state.lr_scheduler.load_state_dict(self.schedule)
+        for group, rate in zip(state.optimizer.param_groups, self.rates):
+            group["lr"] = rate
+        for name, one in state.extra.items():
+            one.load_state_dict(self.extra[name])
 
-    def _note(self, number, frame):
-        if self.signal is not None:
-            raise KeyboardInterrupt
-        self.signal = number
 
-    def __exit__(self, *exception):
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
+def bad_samples(taken: list[tuple[torch.Tensor | None, torch.Tensor]], accelerator) -> list[int]:
+    """The rows of a step's samples whose own loss is not finite, of all ranks; from pairs of rows and losses [N]."""
+    own = [
+        int(row)
+        for rows, losses in taken
+        if rows is not None
+        for row, loss in zip(rows.tolist(), losses.tolist())
+        if not math.isfinite(loss)
+    ]
+    return sorted(set(gather_object(own)))
+
+
+def named(rows: list[int], name_of: Callable[[int], str]) -> str:
+    """Some samples' names, for a message."""
+    if not rows:
+        return "the gradient, with the loss of each sample finite"
+    return f"of {', '.join(name_of(row) for row in rows[:8])}" + (f" and {len(rows) - 8} more" if rows[8:] else "")
 
 
 def append_jsonl(path: Path, record: dict[str, Any]) -> None:
@@ -299,17 +333,23 @@ def training_loop(
     validate: Callable[[torch.nn.Module], dict[str, float]] | None = None,
     draw: Callable[[torch.nn.Module, int], None] | None = None,
     save: Callable[[torch.nn.Module, int], None] | None = None,
+    name_of: Callable[[int], str] = "sample {}".format,
+    deadline: float | None = None,
 ) -> bool:
-    """Train until `total_steps`; True if that was reached, False if a signal asked to stop before.
+    """Train until `total_steps`; True if that was reached, False if a signal or the clock asked to stop before.
 
     Args:
-        batches: this rank's batches from `state.step` on, as `plan` says.
+        batches: this rank's batches from `state.step` on, as `plan` says; their `index` [N] are the samples' rows.
         compute_loss: (model, batch, keys) -> `Losses`; what it draws, it draws from `keys`.
         validate, draw, save: given the model, in eval mode and with the EMA weights, the last two also the step.
             `validate` and `draw` run on all ranks, `save` on the main one.
+        name_of: a row's name, for messages.
+        deadline: on the monotonic clock; it counts once a step has been trained.
 
     Raises:
         UsageError: `config.max_nonfinite_steps` steps in a row had a loss or gradient that is not finite.
+        RunError: `metrics.jsonl`, the last checkpoint or the last pipeline could not be written.
+        Exception: what reading a batch raised, once the steps before it are saved.
     """
     output_dir, seed = Path(config.output_dir), config.seed
     model = unwrap(accelerator, state.model)
@@ -320,13 +360,26 @@ def training_loop(
     )  # fmt: skip
     since, seen = time.perf_counter(), 0
     shown: dict[str, str] = {}
+    before, bad = Snapshot(state), []  # as it was when a step was good last, and the rows that were not good since
+    saved = state.step  # the newest step that is on disk, or needs not be
     state.model.train()
 
-    with _StopRequest() as stop, bar:  # the bar is closed before an error speaks
+    with Stop(deadline) as stop, bar:  # the bar is closed before an error speaks
+        if draw is not None and state.grid_due:
+            look(draw, state, model, stop)
         while state.step < total_steps:
             step, window, in_window = state.step, plan.batches(state.step), plan.samples_in(state.step)
-            for micro, number in enumerate(window):
-                batch = next(batches)
+            if not state.nonfinite_steps:
+                before, bad = Snapshot(state), []
+            fetched = stop.fetch(batches, len(window))
+            if stop.agreed(accelerator):
+                wind_up(config, accelerator, state, before, saved)
+                stop.raise_failure(accelerator)
+                say_how_to_go_on(config, accelerator, state, stop.why)
+                return False
+
+            taken = []
+            for micro, (number, batch) in enumerate(zip(window, fetched)):
                 begin, end = plan.own_samples(number, accelerator.process_index)
                 count = len(next(iter(batch.values())))
                 first = micro * plan.global_batch + accelerator.process_index * plan.batch_size
@@ -339,8 +392,10 @@ def training_loop(
                         )
                     # The mean over the step's samples, whatever parts they come in; ranks average what each sums.
                     loss = result.losses[: end - begin].sum() if end > begin else 0.0 * result.losses.sum()
-                    accelerator.backward(loss * (accelerator.num_processes / in_window))
+                    spoils = 1 + 0 * loss.detach()  # NaN of a loss that is not finite: then so is the gradient of all
+                    accelerator.backward(loss * (spoils * (accelerator.num_processes / in_window)))
                 meter.add(result, end - begin)
+                taken.append((batch.get("index"), result.losses.detach()[: end - begin]))
 
             norm = accelerator.clip_grad_norm_(state.model.parameters(), config.max_grad_norm or math.inf)
             norm = float("nan") if norm is None else float(norm)
@@ -355,13 +410,16 @@ def training_loop(
             state.step += 1
             state.nonfinite_steps = 0 if finite else state.nonfinite_steps + 1
             if not finite:
-                tqdm.write(f"step {state.step}: loss or gradient is not finite, step skipped", file=sys.stderr)
-                meter.reset()
+                meter.sums = before.sums.clone()
+                rows = bad_samples(taken, accelerator)
+                bad += [row for row in rows if row not in bad]
+                what = f"not finite: {named(rows, name_of)}"
+                warn(accelerator, f"step {state.step}: loss or gradient is {what}; step skipped")
             if state.nonfinite_steps >= config.max_nonfinite_steps:
-                raise UsageError(
-                    f"{state.nonfinite_steps} steps in a row up to {state.step} had a loss or gradient that is not"
-                    f" finite; resume from the last checkpoint in {output_dir} with a lower --learning_rate"
-                )
+                count = state.nonfinite_steps
+                wind_up(config, accelerator, state, before, saved)
+                error = diverged(config, count, state.step, named(bad, name_of))
+                end_together(accelerator, error if accelerator.is_main_process else None)
 
             done = state.step == total_steps
             epoch_ends = state.step % plan.steps_per_epoch == 0 or done
@@ -382,41 +440,96 @@ def training_loop(
                     name: f"{value:.3g}" for name, value in record.items() if "loss" in name and "_q" not in name
                 }
                 bar.set_postfix(epoch=epoch + 1, **shown, lr=f"{state.lr_scheduler.get_last_lr()[0]:.1e}")
-                if accelerator.is_main_process:
-                    append_jsonl(output_dir / "metrics.jsonl", {"step": state.step, "epoch": epoch + 1, **record})
-                    timing = {"seconds": round(elapsed, 3), "images_per_second": round(seen / elapsed, 1)}
-                    append_jsonl(output_dir / "timings.jsonl", {"step": state.step, **timing})
-                accelerator.log({**record, "epoch": epoch + 1, "images_per_second": seen / elapsed}, step=state.step)
+                record = {"step": state.step, "epoch": epoch + 1, **record}
+                timing = {"seconds": round(elapsed, 3), "images_per_second": round(seen / elapsed, 1)}
+                write_record(accelerator, state, output_dir, record, timing)
                 since, seen = time.perf_counter(), 0
             bar.update(1)
 
             paused = time.perf_counter()
             if draw is not None and epoch_ends and (epoch % config.save_images_epochs == 0 or done):
-                with averaged_weights(state, model):
-                    draw(model, state.step)
-            checkpoint_due = state.step % config.checkpointing_steps == 0 or done
+                look(draw, state, model, stop)
+            checkpoint_due = done or (state.step % config.checkpointing_steps == 0 and not state.nonfinite_steps)
             save_due = epoch_ends and (epoch % config.save_model_epochs == 0 or done)
             if save is not None and (save_due or (checkpoint_due and config.hub_strategy != "end")):
                 with averaged_weights(state, model):
-                    if accelerator.is_main_process:
-                        save(model, state.step)
-                accelerator.wait_for_everyone()
-            stopping = _any_rank(accelerator, stop.signal is not None)
-            if checkpoint_due or stopping:
-                save_checkpoint(accelerator, state, output_dir, config.checkpoints_total_limit)
+                    fault = attempt(accelerator, lambda: save(model, state.step))
+                report(accelerator, fault, f"the model of step {state.step}", last=done)
+            if checkpoint_due:
+                limit = None if state.nonfinite_steps else config.checkpoints_total_limit
+                fault = save_checkpoint(accelerator, state, output_dir, limit)
+                report(accelerator, fault, f"checkpoint-{state.step}", last=done)
+                saved = saved if fault else state.step
             since += time.perf_counter() - paused
-            if stopping and not done:
-                return False
+            stop.armed = True
     return True
+
+
+def look(draw: Callable, state: TrainingState, model: torch.nn.Module, stop: Stop) -> None:
+    """Draw the pictures of this step; a run that is to stop leaves them to the one that goes on from here."""
+    state.grid_due = True
+    with (
+        contextlib.suppress(InterruptedLookError),
+        averaged_weights(state, model),
+        stop.interrupting(state.parts.values()),
+    ):
+        draw(model, state.step)
+        state.grid_due = False
+
+
+def report(accelerator, fault: str | None, what: str, last: bool) -> None:
+    """Say what could not be written; raise RunError where the run's end depends on it."""
+    if fault is not None and last:
+        error = RunError(f"{what} cannot be written ({fault}); make room")
+        end_together(accelerator, error if accelerator.is_main_process else None)
+    if fault is not None:
+        warn(accelerator, f"{what} cannot be written ({fault}); training goes on")
+
+
+def write_record(
+    accelerator, state: TrainingState, output_dir: Path, record: dict[str, float], timing: dict[str, float]
+) -> None:
+    """A step's figures: into `metrics.jsonl`, which must work, and `timings.jsonl` and the tracker, which may fail."""
+    fault = attempt(accelerator, lambda: append_jsonl(output_dir / "metrics.jsonl", record))
+    report(accelerator, fault, "metrics.jsonl", last=True)
+    if "timings.jsonl" not in state.given_up:
+        timings = {"step": record["step"], **timing}
+        fault = attempt(accelerator, lambda: append_jsonl(output_dir / "timings.jsonl", timings))
+        report(accelerator, fault, "timings.jsonl", last=False)
+        state.given_up |= {"timings.jsonl"} if fault else set()
+    scalars = {name: value for name, value in record.items() if name != "step"}
+    track(accelerator, lambda tracker: tracker.log({**scalars, **timing}, step=record["step"]))
+
+
+def wind_up(config: TrainingConfig, accelerator, state: TrainingState, before: Snapshot, saved: int) -> None:
+    """Save a run that ends early, as it was before steps that were skipped last, unless that is on disk."""
+    if state.nonfinite_steps:
+        before.put_back(state)
+    if state.step > saved:
+        limit = config.checkpoints_total_limit
+        fault = save_checkpoint(accelerator, state, Path(config.output_dir), limit)
+        report(accelerator, fault, f"checkpoint-{state.step}", last=True)
+
+
+def say_how_to_go_on(config: TrainingConfig, accelerator, state: TrainingState, why: str) -> None:
+    """The line of a run that was stopped."""
+    instead = " in the place of --overwrite_output_dir" if config.overwrite_output_dir else ""
+    if accelerator.is_main_process:
+        tqdm.write(
+            f"stopped at step {state.step} by {why}; go on with --resume_from_checkpoint latest{instead}",
+            file=sys.stderr,
+        )
+
+
+def diverged(config: TrainingConfig, count: int, good: int, what: str) -> UsageError:
+    """The error of a run whose steps are skipped for ever; `good` is the step before the first of them."""
+    kept = f"checkpoint-{good} in {config.output_dir} is from before" if good else "no step before was good"
+    return UsageError(
+        f"{count} steps in a row up to {good + count} had a loss or gradient that is not finite ({what}); {kept}:"
+        " look at these samples, or go on from there with --resume_from_checkpoint latest and a lower --learning_rate"
+    )
 
 
 def _known_norm(accelerator) -> bool:
     """Whether the gradient's norm is ours to judge: DeepSpeed clips and skips by itself."""
     return str(accelerator.distributed_type) != "DistributedType.DEEPSPEED"
-
-
-def _any_rank(accelerator, flag: bool) -> bool:
-    """Whether the flag is set on any rank."""
-    if accelerator.num_processes == 1:
-        return flag
-    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), reduction="sum") > 0)

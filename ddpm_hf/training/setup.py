@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object
 from diffusers.optimization import get_scheduler
 
 from .averaging import make_ema
 from .checkpointing import find_checkpoint, write_whole
 from .config import TrainingConfig, UsageError
+from .faults import end_together, track
 from .loop import Meter, StepPlan, TrainingState, load_checkpoint, register_model_hooks
 from .sessions import Sessions
 
@@ -221,25 +222,47 @@ def make_lr_scheduler(config: TrainingConfig, optimizer, total_steps: int):
 
 
 def start_trackers(config: TrainingConfig, accelerator, default_project: str) -> None:
-    """Open the tracker, with the settings that it can show (scalars; no secrets)."""
+    """Open the tracker, with the settings that it can show (scalars; no secrets).
+
+    Raises:
+        UsageError: it does not start, for want of a login for example.
+    """
     if config.logger == "none":
         return
     logging.getLogger("torch.utils.tensorboard").setLevel(logging.ERROR)
     settings = {k: v for k, v in public_settings(config).items() if isinstance(v, (int, float, str, bool))}
-    accelerator.init_trackers(config.tracker_project_name or default_project, config=settings)
+    reason = None
+    try:
+        accelerator.init_trackers(config.tracker_project_name or default_project, config=settings)
+    except Exception as error:  # of whatever library
+        reason = f"{error.__class__.__name__}: {' '.join(str(error).split())[:200]}"
+    reasons = gather_object([reason])
+    if any(reasons):
+        reason = next(one for one in reasons if one)
+        error = UsageError(f"--logger {config.logger} does not start ({reason}); mend that, or pass --logger none")
+        end_together(accelerator, error if accelerator.is_main_process else None)
 
 
 def track_image(accelerator, name: str, image, step: int) -> None:
     """A PIL picture in whatever tracker there is."""
     import numpy as np
 
-    for tracker in accelerator.trackers:
+    def show(tracker):
         if tracker.name == "tensorboard":
             pixels = np.asarray(image.convert("RGB"))
             tracker.writer.add_image(name, pixels, step, dataformats="HWC")
         else:  # wandb and trackio share this interface
             module = importlib.import_module(tracker.name)
             tracker.log({name: module.Image(image)}, step=step)
+
+    track(accelerator, show)
+
+
+def end_training(accelerator) -> None:
+    """Close the trackers, and the connection of the processes."""
+    track(accelerator, lambda tracker: tracker.finish())
+    accelerator.trackers.clear()
+    accelerator.end_training()
 
 
 def begin_training(
@@ -282,13 +305,13 @@ def begin_training(
 # Flags that may change when a run is resumed without changing what is learned
 INCIDENTAL = {
     "config", "dry_run", "output_dir", "overwrite_output_dir", "seed", "eval_batch_size", "num_epochs",
-    "max_train_steps", "max_nonfinite_steps", "foreach_ema", "offload_ema", "compile", "gradient_checkpointing",
-    "local_rank", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "save_images_epochs",
-    "save_model_epochs", "validation_steps", "logging_steps", "logger", "logging_dir", "tracker_project_name",
-    "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy", "hub_revision", "hub_license", "save_variants",
-    "dataset_name", "train_data_dir", "cache_dir", "cache_dataset",
-    "model_preset", "model_config_name_or_path", "ddpm_num_inference_steps", "dataloader_num_workers",
-    "validation_prompts", "guidance_scale", "num_inference_steps", "cache_latents",
+    "max_train_steps", "max_train_hours", "max_nonfinite_steps", "foreach_ema", "offload_ema", "compile",
+    "gradient_checkpointing", "local_rank", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint",
+    "save_images_epochs", "save_model_epochs", "validation_steps", "logging_steps", "logger", "logging_dir",
+    "tracker_project_name", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy", "hub_revision",
+    "hub_license", "save_variants", "dataset_name", "train_data_dir", "cache_dir", "cache_dataset", "model_preset",
+    "model_config_name_or_path", "ddpm_num_inference_steps", "dataloader_num_workers", "validation_prompts",
+    "guidance_scale", "num_inference_steps", "cache_latents",
 }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from .training.checkpointing import write_whole
+from .training.checkpointing import flush, flush_tree, write_whole
 from .training.config import TrainingConfig, UsageError
 from .training.setup import log, public_settings
 
@@ -21,16 +21,18 @@ def save_model(model, folder: str | Path) -> None:
     """Save what has a `save_pretrained` so that each of its files is whole: written beside, then moved into place."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(dir=folder, prefix=".saving-"))
+    beside = Path(tempfile.mkdtemp(dir=folder, prefix=".saving-", suffix=".partial"))
     try:
         model.save_pretrained(beside)
-        # a config says that the model beside it is there: it goes last
-        for path in sorted(beside.rglob("*"), key=lambda path: (path.suffix == ".json", path)):
-            target = folder / path.relative_to(beside)
-            if path.is_dir():
-                target.mkdir(exist_ok=True)
-            else:
-                os.replace(path, target)
+        flush_tree(beside)
+        places = [path.relative_to(beside) for path in beside.rglob("*") if path.is_file()]
+        for last in (False, True):  # a config says that the model beside it is there: it goes last
+            moved = [place for place in places if (place.suffix == ".json") == last]
+            for place in moved:
+                (folder / place).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(beside / place, folder / place)
+            for parent in {(folder / place).parent for place in moved} | {folder}:
+                flush(parent)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 

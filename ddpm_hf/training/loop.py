@@ -16,9 +16,11 @@ import torch
 from tqdm.auto import tqdm
 
 from .averaging import ema_weights, load_ema, save_ema, update_ema
-from .checkpointing import load_tensors, read_manifest, rotate, save_tensors, seal, truncate_jsonl
+from .checkpointing import flush, load_tensors, read_manifest, rotate, save_tensors, seal
 from .config import TrainingConfig, UsageError
 from .randomness import StepKeys, keyed_seed
+
+LOGS = ("metrics.jsonl", "timings.jsonl")
 
 
 class StepPlan(NamedTuple):
@@ -211,6 +213,9 @@ def save_checkpoint(accelerator, state: TrainingState, output_dir: Path, limit: 
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         save_tensors(partial, state.extra)
+        for log in LOGS:  # a checkpoint that outlives a power cut must find all that was logged before it
+            if (output_dir / log).is_file():
+                flush(output_dir / log)
         seal(
             partial,
             final,
@@ -226,18 +231,14 @@ def save_checkpoint(accelerator, state: TrainingState, output_dir: Path, limit: 
     accelerator.wait_for_everyone()
 
 
-def load_checkpoint(accelerator, state: TrainingState, checkpoint: Path, output_dir: Path) -> None:
-    """Take over a checkpoint, and drop what was logged after it. The manifest has been verified."""
+def load_checkpoint(accelerator, state: TrainingState, checkpoint: Path) -> None:
+    """Take over a checkpoint. The manifest has been verified."""
     manifest = read_manifest(checkpoint)
     accelerator.load_state(str(checkpoint))
     load_tensors(checkpoint, state.extra)
     state.lr_scheduler.load_state_dict(manifest["lr_scheduler"])
     state.meter.restore(manifest["meter"], accelerator)
     state.step, state.nonfinite_steps = manifest["step"], manifest["nonfinite_steps"]
-    if accelerator.is_main_process:
-        for name in ("metrics.jsonl", "timings.jsonl"):
-            truncate_jsonl(output_dir / name, state.step)
-    accelerator.wait_for_everyone()
 
 
 @contextlib.contextmanager

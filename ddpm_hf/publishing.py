@@ -1,5 +1,6 @@
 """From a trained pipeline to a folder and a repository that a stranger can use."""
 
+import json
 import os
 import shutil
 import tempfile
@@ -24,6 +25,8 @@ def save_model(model, folder: str | Path) -> None:
     beside = Path(tempfile.mkdtemp(dir=folder, prefix=".saving-", suffix=".partial"))
     try:
         model.save_pretrained(beside)
+        for path in beside.rglob("config.json"):
+            forget_origin(path)
         flush_tree(beside)
         places = [path.relative_to(beside) for path in beside.rglob("*") if path.is_file()]
         for last in (False, True):  # a config says that the model beside it is there: it goes last
@@ -35,6 +38,13 @@ def save_model(model, folder: str | Path) -> None:
                 flush(parent)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def forget_origin(config: Path) -> None:
+    """Drop where a model was loaded from: a path of this machine, or another one where its training was resumed."""
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    if settings.pop("_name_or_path", None) is not None:
+        write_whole(config, json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
 save_pipeline = save_model  # a pipeline is a folder of models

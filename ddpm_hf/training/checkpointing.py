@@ -88,32 +88,32 @@ def remove_unfinished(output_dir: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def set_aside(checkpoint: Path) -> Path:
-    """Rename a checkpoint, so that nothing resumes from it; under its new name."""
-    aside = checkpoint.with_name(f"{checkpoint.name}.superseded")
-    if aside.exists():
-        discard(aside)
-    os.replace(checkpoint, aside)
-    return aside
-
-
 def set_aside_later(output_dir: Path, step: int) -> list[Path]:
-    """Set aside the checkpoints after a step, which a run that goes on from there is about to write anew.
+    """Rename the checkpoints after a step, which a run that goes on from there is about to write anew; what they were.
 
     Else `latest` would return to them, with metrics that were meanwhile cut off at the step.
     """
-    later = [path for path in list_checkpoints(output_dir) if checkpoint_step(path) > step]
-    return [set_aside(path) for path in reversed(later)]
+    later = [path for path in reversed(list_checkpoints(output_dir)) if checkpoint_step(path) > step]
+    for path in later:
+        aside = path.with_name(f"{path.name}.superseded")
+        if aside.exists():
+            discard(aside)
+        os.replace(path, aside)
+    return later
 
 
 def seal(partial: Path, final: Path, state: dict[str, Any]) -> None:
-    """Make a written folder the checkpoint: manifest with checksums and the run's state, flush, rename."""
+    """Make a written folder the checkpoint: manifest with checksums and the run's state, flush, rename.
+
+    Where there is one of the same step already, that one stays: replacing it would leave a moment with neither.
+    """
+    if final.exists():
+        discard(partial)
+        return
     files = sorted(path for path in partial.rglob("*") if path.is_file())
     manifest = {**state, "files": {str(path.relative_to(partial)): _digest(path) for path in files}}
     write_whole(partial / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     flush_tree(partial)
-    if final.exists():
-        set_aside(final)
     os.replace(partial, final)
     flush(final.parent)
 

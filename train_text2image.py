@@ -428,6 +428,7 @@ def train(config: Text2ImageConfig) -> None:
     null_embedding = None
     if config.cache_latents:
         images, null_embedding = cached(images, config, components, accelerator)
+    tokenize(components.tokenizer, [""])  # it is saved as it was last used, which a run that only saves it did not
 
     model = trained_model(config, components, accelerator)
     parts = {"unet": model.unet} | ({"text_encoder": model.text_encoder} if model.text_encoder is not None else {})

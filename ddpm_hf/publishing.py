@@ -58,7 +58,7 @@ def files_to_publish(folder: Path, include: tuple[str, ...] = ()) -> dict[str, P
 @contextlib.contextmanager
 def frozen_copy(files: dict[str, Path], folder: Path) -> Iterator[dict[str, Path]]:
     """The files as they are now, whatever a run writes meanwhile; weights by hard links, since they are replaced."""
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".publishing-") as beside:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".publishing-", suffix=".partial") as beside:
         copies = {}
         for name, path in files.items():
             copies[name] = Path(beside) / name

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import json
 import os
 import shutil
 import tempfile
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from .training.checkpointing import write_whole
+from .training.checkpointing import flush, flush_tree, write_whole
 
 
 def save_model(model, folder: str | Path, only: str = "*", **options) -> None:
@@ -21,19 +22,30 @@ def save_model(model, folder: str | Path, only: str = "*", **options) -> None:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(dir=folder, prefix=".saving-"))
+    beside = Path(tempfile.mkdtemp(dir=folder, prefix=".saving-", suffix=".partial"))
     try:
         model.save_pretrained(beside, **options)
-        # a config says that the model beside it is there: it goes last
-        for path in sorted(beside.rglob(only), key=lambda path: (path.suffix == ".json", path)):
-            target = folder / path.relative_to(beside)
-            if path.is_dir():
-                target.mkdir(exist_ok=True)
-            else:
-                os.chmod(path, 0o644)  # safetensors' own are for their owner alone
-                os.replace(path, target)
+        for path in beside.rglob("config.json"):
+            forget_origin(path)
+        flush_tree(beside)
+        places = [path.relative_to(beside) for path in beside.rglob(only) if path.is_file()]
+        for last in (False, True):  # a config says that the model beside it is there: it goes last
+            moved = [place for place in places if (place.suffix == ".json") == last]
+            for place in moved:
+                (folder / place).parent.mkdir(parents=True, exist_ok=True)
+                os.chmod(beside / place, 0o644)  # safetensors' own are for their owner alone
+                os.replace(beside / place, folder / place)
+            for parent in {(folder / place).parent for place in moved} | {folder}:
+                flush(parent)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def forget_origin(config: Path) -> None:
+    """Drop where a model was loaded from: a path of this machine, or another one where its training was resumed."""
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    if settings.pop("_name_or_path", None) is not None:
+        write_whole(config, json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
 save_pipeline = save_model  # a pipeline is a folder of models

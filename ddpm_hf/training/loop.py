@@ -16,12 +16,14 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from .averaging import ema_weights, load_ema, save_ema, update_ema
-from .checkpointing import load_tensors, read_manifest, rotate, save_tensors, seal, truncate_jsonl
+from .checkpointing import flush, load_tensors, read_manifest, rotate, save_tensors, seal
 from .config import TrainingConfig, UsageError
 from .faults import RunError, attempt, end_together, track, warn
 from .randomness import StepKeys, keyed_seed
 from .sessions import Sessions
 from .stopping import InterruptedLookError, Stop
+
+LOGS = ("metrics.jsonl", "timings.jsonl")
 
 
 class StepPlan(NamedTuple):
@@ -220,6 +222,9 @@ def save_checkpoint(accelerator, state: TrainingState, output_dir: Path, limit: 
 
     def finish():
         save_tensors(partial, state.extra)
+        for log in LOGS:  # a checkpoint that outlives a power cut must find all that was logged before it
+            if (output_dir / log).is_file():
+                flush(output_dir / log)
         seal(
             partial,
             final,
@@ -244,8 +249,8 @@ def save_checkpoint(accelerator, state: TrainingState, output_dir: Path, limit: 
     return fault
 
 
-def load_checkpoint(accelerator, state: TrainingState, checkpoint: Path, output_dir: Path) -> None:
-    """Take over a checkpoint, and drop what was logged after it. The manifest has been verified."""
+def load_checkpoint(accelerator, state: TrainingState, checkpoint: Path) -> None:
+    """Take over a checkpoint. The manifest has been verified."""
     manifest = read_manifest(checkpoint)
     accelerator.load_state(str(checkpoint))
     load_tensors(checkpoint, state.extra)
@@ -254,10 +259,6 @@ def load_checkpoint(accelerator, state: TrainingState, checkpoint: Path, output_
     state.step, state.nonfinite_steps = manifest["step"], manifest["nonfinite_steps"]
     state.sessions.resume(manifest.get("sessions", []), state.step)
     state.grid_due = manifest.get("grid_due", False)
-    if accelerator.is_main_process:
-        for name in ("metrics.jsonl", "timings.jsonl"):
-            truncate_jsonl(output_dir / name, state.step)
-    accelerator.wait_for_everyone()
 
 
 @contextlib.contextmanager

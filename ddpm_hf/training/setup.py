@@ -17,10 +17,18 @@ from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather
 from diffusers.optimization import get_scheduler
 
 from .averaging import make_ema
-from .checkpointing import find_checkpoint, write_whole
+from .checkpointing import (
+    checkpoint_step,
+    discard,
+    find_checkpoint,
+    remove_unfinished,
+    set_aside_later,
+    truncate_jsonl,
+    write_whole,
+)
 from .config import TrainingConfig, UsageError
 from .faults import end_together, track
-from .loop import Meter, StepPlan, TrainingState, load_checkpoint, register_model_hooks
+from .loop import LOGS, Meter, StepPlan, TrainingState, load_checkpoint, register_model_hooks
 from .sessions import Sessions
 
 SECRET_FLAGS = ("hub_token",)  # never written, shown or tracked
@@ -68,10 +76,11 @@ def _cpu_flags() -> str:
     return info.read_text() if info.is_file() else ""
 
 
-# What shows that a folder holds a run, and what else --overwrite_output_dir removes of one
+# What shows that a folder holds a run, and what else --overwrite_output_dir removes of one: the checkpoints first, so
+# that, where that is cut off, those that are left still have all that their run logged
 RUN_FILES = (
-    "metrics.jsonl", "timings.jsonl", "training_config.json", "model_index.json", "config.json", "samples",
-    "checkpoint-*",
+    "checkpoint-*", "metrics.jsonl", "timings.jsonl", "training_config.json", "model_index.json", "config.json",
+    "samples",
 )  # fmt: skip
 PUBLISHED_FILES = ("README.md", "unet", "scheduler", "*_ddpm_hf.py", "diffusion_pytorch_model.safetensors")
 
@@ -125,8 +134,12 @@ def claim_output_dir(config: TrainingConfig, accelerator) -> None:
         if accelerator.is_main_process:
             write_whole(folder / ".writable", "")
             (folder / ".writable").unlink()
+            remove_unfinished(folder)
             for path in _earlier_run(config, folder) if config.overwrite_output_dir else ():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                if checkpoint_step(path) >= 0:
+                    discard(path)
+                else:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
     except OSError as error:
         raise UsageError(f"--output_dir {folder} cannot be written: {error.strerror}; name another folder") from error
     accelerator.wait_for_everyone()
@@ -297,9 +310,20 @@ def begin_training(
     state.model, state.optimizer = accelerator.prepare(model, state.optimizer)
     register_model_hooks(accelerator, state)
     if found is not None:
-        load_checkpoint(accelerator, state, found[0], Path(config.output_dir))
+        load_checkpoint(accelerator, state, found[0])
         log(accelerator, f"resuming from {found[0]}")
+    forget_later(Path(config.output_dir), state.step, accelerator)
     return state
+
+
+def forget_later(output_dir: Path, step: int, accelerator) -> None:
+    """Let nothing count that an earlier run, which was killed or is resumed before its end, did after a step."""
+    if accelerator.is_main_process:
+        for path in set_aside_later(output_dir, step):
+            log(accelerator, f"{path.name} is of a later step; it is removed once this run has got there")
+        for name in LOGS:
+            truncate_jsonl(output_dir / name, step)
+    accelerator.wait_for_everyone()
 
 
 # Flags that may change when a run is resumed without changing what is learned

@@ -10,16 +10,22 @@ ROOT = Path(__file__).parents[1]
 TOKEN, STRANGERS, WRONG = "hf_OwnersSecretToken", "hf_AnotherUsersToken", "hf_TokenOfNobody"
 
 
-def run(hub, home, code, *arguments, isolated=False, **environment):
-    """A fresh process, because the client reads its environment when imported; what `code` prints last, as JSON."""
+def client_environment(hub, home, **environment):
+    """The environment of a process that knows no Hub but this one, and has no login, cache or settings of its own."""
     kept = {name: value for name, value in os.environ.items() if not name.upper().startswith(("PYTHON", "HF_"))}
     kept = {name: value for name, value in kept.items() if not name.upper().endswith("_PROXY")}
     kept |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     kept |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1", **environment}
     home.mkdir(exist_ok=True)
+    return kept
+
+
+def run(hub, home, code, *arguments, isolated=False, **environment):
+    """A fresh process, because the client reads its environment when imported; what `code` prints last, as JSON."""
+    settings = client_environment(hub, home, **environment)
     command = [sys.executable, *["-I"] * isolated, "-c", code, *map(str, arguments)]
     where = home if isolated else ROOT
-    done = subprocess.run(command, cwd=where, env=kept, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=where, env=settings, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     for token in (TOKEN, STRANGERS, WRONG):
         assert token not in done.stdout + done.stderr

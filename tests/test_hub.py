@@ -447,7 +447,7 @@ def test_the_command_samples_offline(world, owner, offline):
 
 def test_the_faults_happened(world, stranger):
     """Else the tests of faults show nothing."""
-    assert [fault for fault in world.hub.faults if fault[2]] == []
+    assert [fault for fault in world.hub.faults if fault.times] == []
 
 
 def test_the_hub_takes_whole_files_and_whole_commits_alone():

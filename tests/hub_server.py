@@ -15,6 +15,7 @@ import json
 import re
 import secrets
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -103,6 +104,17 @@ class Repository:
         return sha
 
 
+@dataclass
+class Fault:
+    """What goes wrong with requests, how often, and from which on; see `Hub.fail`."""
+
+    pattern: str
+    kind: int | str
+    times: float
+    after: int = 0
+    then: Callable | None = None
+
+
 class Hub:
     """The state, and what each address does. `tokens` maps tokens to users."""
 
@@ -112,7 +124,7 @@ class Hub:
         self.large_files: dict[str, bytes] = {}  # by sha256
         self.signatures: dict[str, int] = {}  # of upload addresses, with the size announced
         self.requests: list[str] = []  # as `METHOD /path`
-        self.faults: list[list] = []  # pattern, kind, how many times more
+        self.faults: list[Fault] = []
         self.lock = threading.RLock()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
@@ -127,31 +139,45 @@ class Hub:
         self.server.shutdown()
         self.server.server_close()
 
-    def fail(self, pattern: str, kind: int | str = 500, times: int = 1) -> None:
+    def fail(
+        self, pattern: str, kind: int | str = 500, times: float = 1, after: int = 0, then: Callable | None = None
+    ) -> None:
         """Let the next requests whose `METHOD /path` matches go wrong.
 
         Args:
             kind: a status; or `cut`: no answer, or `half`: done as asked, but the answer breaks off.
+            after: how many of them go well first.
+            then: called when it has happened, before the client hears of it.
         """
-        self.faults.append([pattern, kind, times])
+        self.faults.append(Fault(pattern, kind, times, after, then))
+
+    def fault_of(self, line: str) -> "Fault | None":
+        """What is to go wrong with a request, counted down."""
+        for fault in self.faults:
+            if fault.times and re.search(fault.pattern, line):
+                if fault.after:
+                    fault.after -= 1
+                    continue
+                fault.times -= 1
+                return fault
+        return None
 
     def files(self, name: str, revision: str = "main") -> dict[str, bytes]:
         """A repository's files, by path."""
         repository = self.repositories[name]
         return {path: blob.data for path, blob in repository.commits[repository.resolve(revision)].items()}
 
-    def handle(self, method: str, address: str, headers, body: bytes) -> tuple[Reply, str | None]:
-        """The reply, and how it is to be spoilt (`cut`, `half`) if at all."""
+    def handle(self, method: str, address: str, headers, body: bytes) -> "tuple[Reply, Fault | None]":
+        """The reply, and how it is to be spoilt if at all."""
         parts = urlsplit(address)
         line = f"{method} {parts.path}"
         with self.lock:
             self.requests.append(line)
-            fault = next((one for one in self.faults if one[2] and re.search(one[0], line)), [None, None, 0])
-            fault[2] -= 1
-            if fault[1] == "cut":
-                return Reply(b""), "cut"
-            if isinstance(fault[1], int):
-                return answer({"error": "a fault, as asked for"}, fault[1]), None
+            fault = self.fault_of(line)
+            if fault and fault.kind == "cut":
+                return Reply(b""), fault
+            if fault and fault.kind != "half":
+                return answer({"error": "a fault, as asked for"}, fault.kind), fault
             try:
                 query = {name: values[0] for name, values in parse_qs(parts.query).items()}
                 request = Request(self.user_of(headers), query, headers, body)
@@ -159,7 +185,7 @@ class Hub:
             except Refusal as refusal:
                 code = {"X_Error_Code": refusal.code} if refusal.code else {}
                 reply = answer({"error": str(refusal)}, refusal.status, X_Error_Message=str(refusal), **code)
-            return reply, fault[1]
+            return reply, fault
 
     def user_of(self, headers) -> str | None:
         """Who asks; None without a token."""
@@ -359,13 +385,17 @@ class Handler(BaseHTTPRequestHandler):
     """One connection: reads requests whole, and writes replies, or spoils them."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else each answer's body waits 40 ms for its head to be acknowledged
 
     def do_GET(self) -> None:
         """Answer a request of any method."""
-        reply, spoilt = self.server.hub.handle(self.command, self.path, self.headers, self.read_body())
+        reply, fault = self.server.hub.handle(self.command, self.path, self.headers, self.read_body())
+        if fault and fault.then:
+            fault.then()
+        spoilt = fault and fault.kind in ("cut", "half")
         if spoilt:
             self.close_connection = True
-        if spoilt == "cut":
+        if spoilt and fault.kind == "cut":
             return
         self.send_response(reply.status)
         for name, value in {**reply.headers, "Content-Length": str(len(reply.body))}.items():

@@ -37,61 +37,6 @@ class Precision(str, enum.Enum):
     fp16 = "fp16"
 
 
-# name -> class of Diffusers, its usual number of steps, what its config needs beside the model's
-SAMPLERS = {
-    "ddpm": (None, None, {}),
-    "ddim": ("DDIMScheduler", 50, {}),
-    "dpm++": ("DPMSolverMultistepScheduler", 25, {"algorithm_type": "dpmsolver++", "timestep_spacing": "linspace"}),
-    "unipc": ("UniPCMultistepScheduler", 25, {"timestep_spacing": "linspace"}),
-}
-
-
-def load_pipeline(model: str, revision: str | None, token: str | None):
-    """Our pipeline from a folder or Hub name, of whatever kind, without executing anything from it.
-
-    Raises:
-        ValueError: no such model, or not one of ours.
-    """
-    from .portable.pipeline_class_conditional_ddpm_hf import ClassConditionalDDPMPipeline
-    from .portable.pipeline_ddpm_hf import DDPMPipeline
-    from .portable.pipeline_text2image_ddpm_hf import TextToImageDDPMPipeline
-
-    if Path(model).is_dir() and not (Path(model) / "model_index.json").is_file():
-        raise ValueError(f"{model} holds no pipeline (no model_index.json); give the --output_dir of a training run")
-    known = {cls.__name__: cls for cls in (DDPMPipeline, ClassConditionalDDPMPipeline, TextToImageDDPMPipeline)}
-    known["StableDiffusionPipeline"] = TextToImageDDPMPipeline
-    try:
-        name = DDPMPipeline.load_config(model, revision=revision, token=token).get("_class_name")
-        if name not in known:
-            raise ValueError(f"it is a {name}, and this command samples {', '.join(known)}")
-        return known[name].from_pretrained(model, revision=revision, token=token, use_safetensors=True)
-    except OSError as error:
-        raise ValueError(
-            f"{model} is neither a folder nor a model that can be reached on the Hub ({error.__class__.__name__});"
-            " check the name, your network, and --token for a private one"
-        ) from error
-    except (ValueError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{model} cannot be loaded: {reason}") from error
-
-
-def swap_sampler(pipeline, sampler: str) -> int | None:
-    """Put a sampler into the pipeline; its usual number of steps (None: all of T)."""
-    import diffusers
-
-    from .portable.scheduling_ddpm_hf import DDPMScheduler
-
-    name, steps, options = SAMPLERS[sampler]
-    if name is None and not isinstance(pipeline.scheduler, DDPMScheduler):
-        pipeline.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    if name is None and hasattr(pipeline, "tokenizer"):
-        steps = 50  # as Stable Diffusion's pipeline
-    if name is not None:
-        config = pipeline.scheduler.config
-        pipeline.scheduler = getattr(diffusers, name).from_config(config, **options)
-    return steps
-
-
 def load_classifier(folder: Path, pipeline):
     """A classifier of noised images that fits the pipeline.
 
@@ -231,7 +176,7 @@ def sample(
 
     from .data import image_grid
     from .publishing import save_image
-    from .training.randomness import keyed_seed
+    from .space.drawing import keyed_generators, load_pipeline, swap_sampler
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -259,9 +204,8 @@ def sample(
     out.mkdir(parents=True, exist_ok=True)
     if not os.access(out, os.W_OK):
         raise ValueError(f"--out {out} cannot be written; name another folder")
-    usual = swap_sampler(pipeline, sampler.value)
-    longest = pipeline.scheduler.config.num_train_timesteps
-    steps = steps or (usual and max(1, min(usual, longest - 1)))  # all T would visit one twice
+    usual_steps = swap_sampler(pipeline, sampler.value)
+    steps = steps or usual_steps
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision.value)
     autocast = torch.autocast(torch.device(device).type, dtype) if dtype else contextlib.nullcontext()
     pipeline.set_progress_bar_config(desc="steps", leave=False, disable=num_images > batch_size)
@@ -271,7 +215,7 @@ def sample(
     with autocast:
         for first in tqdm(starts, desc="batches", disable=len(starts) == 1):
             indices = range(first, min(first + batch_size, num_images))
-            generators = [torch.Generator(device).manual_seed(keyed_seed(seed, "sample", 0, i)) for i in indices]
+            generators = keyed_generators(device, seed, indices)
             wanted = 40 if progressive and first == 0 else 0
             options = {"generator": generators, "num_inference_steps": steps, "num_frames": wanted}
             if guide is not None:

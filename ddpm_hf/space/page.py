@@ -19,10 +19,14 @@ DEFAULT_IMAGES = 8
 SMALL = 128  # pixels, below which they are shown as squares
 ROWS = 4  # images whose chain is shown
 THUMBNAIL = 96  # pixels of an image in a chain
+CHAIN_HEADING = "### How they formed\nWhat the model took the image for along the chain, from noise to the end."
 
 CSS = """
 .gradio-container {max-width: 1180px !important; margin: auto}
 .small-images img {image-rendering: pixelated}
+#images .caption-label {font-size: 11px; padding: 1px 6px}
+#images .grid-wrap {min-height: 0; max-height: none; overflow: hidden}
+#progress {min-height: 76px; overflow: hidden}
 .chain {display: grid; gap: 3px; margin-top: 4px}
 .chain img {width: 100%; border-radius: 3px; display: block}
 .chain span {font-size: 11px; text-align: center; opacity: .65; white-space: nowrap}
@@ -62,8 +66,8 @@ def introduction(studio: Studio, settings: dict) -> str:
     ).replace("  ", " ")
 
 
-def make_controls(gr, studio: Studio, settings: dict) -> dict:
-    """What a visitor chooses, by the name of what it is; only what the model reads."""
+def what_controls(gr, studio: Studio, settings: dict) -> dict:
+    """What a visitor asks for, by the names that `wish_of` reads."""
     asked = {}
     if studio.by_text:
         examples = settings.get("examples", [])
@@ -76,23 +80,26 @@ def make_controls(gr, studio: Studio, settings: dict) -> dict:
         choices += [("No class", NO_CLASS)] * studio.knows_no_class
         asked["class"] = gr.Dropdown(choices, value=EVERY_CLASS, label="Class", elem_id="class")
     asked["count"] = gr.Slider(1, MOST_IMAGES, DEFAULT_IMAGES, step=1, label="Images", elem_id="count")
+    return asked
+
+
+def how_controls(gr, studio: Studio) -> dict:
+    """How it is to be drawn, by the names that `wish_of` reads; only what the model knows."""
+    asked = {}
     titles = [(SAMPLER_TITLES[name], name) for name in studio.samplers]
     chosen = "ddim" if "ddim" in studio.samplers else titles[0][1]
-    with gr.Row():
-        asked["sampler"] = gr.Dropdown(titles, value=chosen, label="Sampler", elem_id="sampler", min_width=130)
-        asked["steps"] = gr.Slider(
-            1, max(2, studio.longest), studio.samplers[chosen], step=1, label="Steps", elem_id="steps", min_width=130
-        )
+    asked["sampler"] = gr.Dropdown(titles, value=chosen, label="Sampler", elem_id="sampler")
+    most_steps = max(2, studio.longest)
+    asked["steps"] = gr.Slider(1, most_steps, studio.samplers[chosen], step=1, label="Steps", elem_id="steps")
+    asked["sampler"].input(studio.samplers.get, asked["sampler"], asked["steps"], api_visibility="private")
     if studio.guided:
         scale, most = (7.5, 15) if studio.by_text else (2.0, 8)
-        about = f"1 is none; more insists on the {'text' if studio.by_text else 'class'}"
+        about = f"More insists on the {'text' if studio.by_text else 'class'}."
         asked["guidance"] = gr.Slider(1, most, scale, step=0.5, label="Guidance", info=about, elem_id="guidance")
     if studio.by_text:
-        with gr.Accordion("Move away from a text", open=False):
-            asked["negative"] = gr.Textbox(show_label=False, placeholder="What not to draw", elem_id="negative")
-    with gr.Row(equal_height=True):
-        asked["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed", min_width=130)
-        asked["random"] = gr.Checkbox(True, label="New seed each time", elem_id="random", min_width=130)
+        asked["negative"] = gr.Textbox(label="Negative prompt", placeholder="What not to draw", elem_id="negative")
+    asked["random"] = gr.Checkbox(True, label="A new seed each time", elem_id="random")
+    asked["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed")
     return asked
 
 
@@ -131,18 +138,20 @@ def make_page(studio: Studio, settings: dict):
     with gr.Blocks(title=settings["title"], analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.Markdown(introduction(studio, settings))
         with gr.Row():
-            with gr.Column(scale=2, min_width=300):
-                asked = make_controls(gr, studio, settings)
+            with gr.Column(scale=3, min_width=300):
+                asked = what_controls(gr, studio, settings)
                 with gr.Row():
                     button = gr.Button("Draw", variant="primary", elem_id="draw", min_width=100)
                     stop = gr.Button("Stop", elem_id="stop", min_width=60)
-            with gr.Column(scale=3, min_width=300):
+                asked |= how_controls(gr, studio)
+            with gr.Column(scale=7, min_width=300):
                 gallery = gr.Gallery(
-                    label="Images", format="png", columns=4, object_fit="contain", interactive=False,
+                    show_label=False, format="png", columns=4, height="auto", object_fit="contain", interactive=False,
                     elem_id="images", elem_classes=small,
                 )  # fmt: skip
-        gr.Markdown("### How they formed\nWhat the model believed the image to be, from noise to the end.")
-        chain = gr.HTML(elem_id="chain", elem_classes=small)
+                progress_bar = gr.HTML(elem_id="progress")
+                gr.Markdown(CHAIN_HEADING)
+                chain = gr.HTML(elem_id="chain", elem_classes=small)
 
         def draw(values: dict, progress=gr.Progress()):  # noqa: B008  (Gradio finds it by its default)
             wish = wish_of({name: values[component] for name, component in asked.items()}, studio)
@@ -164,16 +173,25 @@ def make_page(studio: Studio, settings: dict):
                 raise gr.Error(str(error), title="Not drawn") from error
 
         triggers = [button.click] + ([asked["prompt"].submit] if studio.by_text else [])
-        drawing = gr.on(triggers, draw, set(asked.values()), [gallery, chain, asked["seed"]], concurrency_limit=1)
+        drawing = gr.on(
+            triggers,
+            draw,
+            set(asked.values()),
+            [gallery, chain, asked["seed"]],
+            show_progress_on=progress_bar,
+            concurrency_limit=1,  # a pipeline's sampler is in one chain at a time
+        )
         stop.click(None, cancels=[drawing])
-        asked["sampler"].input(studio.samplers.get, asked["sampler"], asked["steps"], api_visibility="private")
     return page
 
 
 def main(folder: Path) -> None:
     """Serve the page of the Space that a folder holds."""
     import gradio as gr
+    from diffusers.utils import logging
 
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     settings = json.loads((folder / "space.json").read_text(encoding="utf-8"))
     try:
         studio = Studio(settings["model"])

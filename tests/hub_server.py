@@ -1,7 +1,8 @@
 """A small Hub on the loopback interface: the real client of huggingface_hub talks to it through `HF_ENDPOINT`.
 
 Repositories of models and Spaces (`spaces/user/name`) live in memory, with commits, branches, tags, large files behind
-the LFS protocol, and owners who may hide them. A commit replaces a branch's state at once or not at all. Faults happen on request.
+the LFS protocol, and owners who may hide them. A commit replaces a branch's state at once or not at all. Faults happen
+on request.
 
     with Hub({"secret": "user"}) as hub:
         hub.fail("POST /api/models/user/model/commit/", 500)

@@ -55,9 +55,11 @@ def load_pipeline(model: str, revision: str | None = None, token: str | None = N
 @contextlib.contextmanager
 def said_in_a_line(model: str) -> Iterator[None]:
     """What goes wrong with a model becomes a ValueError that names it and the way out."""
+    from huggingface_hub.errors import HfHubHTTPError
+
     try:
         yield
-    except OSError as error:
+    except HfHubHTTPError.__bases__ as error:  # OSError, and what the client's library for HTTP raises
         raise ValueError(
             f"{model} is neither a folder nor a model that can be reached on the Hub ({error.__class__.__name__});"
             " check the name, your network, and --token for a private one"

@@ -5,7 +5,6 @@ Gradio comes with the Space (`sdk_version` in its README); this module imports i
 
 import base64
 import functools
-import html
 import io
 import json
 import random

@@ -11,8 +11,18 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .model_card import METRICS_FILE, RESULTS_FILE, RUN_FILE, make_card, newer_card, read_facts, write_pictures
-from .saving import save_half_precision, save_model, save_pipeline
+from .model_card import (
+    CHAIN,
+    METRICS_FILE,
+    RESULTS_FILE,
+    RUN_FILE,
+    SAMPLES,
+    make_card,
+    newer_card,
+    read_facts,
+    write_pictures,
+)
+from .saving import save_half_precision, save_image, save_model, save_pipeline
 from .training.averaging import raw_weights
 from .training.checkpointing import write_whole
 from .training.config import TrainingConfig, UsageError
@@ -21,6 +31,7 @@ from .training.setup import log, public_settings
 ATTRIBUTES = ("*.safetensors", "*.png", "*.gif")  # what the repository keeps outside of git
 OWN_FILES = ("model_index.json", "*_ddpm_hf.py", METRICS_FILE, RESULTS_FILE, RUN_FILE, "LICENSE*", "assets/*.png")
 COMPONENT_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
+CHAIN_ROWS = 8  # of the card's strip of predictions, where the run has drawn none
 RENEWED = ("*_ddpm_hf.py", "assets/*.png")  # what of an earlier upload goes where this one has it no more
 
 
@@ -177,6 +188,34 @@ def write_card(folder: Path, repository: str, pipeline, license: str | None = No
     card = make_card(read_facts(folder, repository, pipeline, license), newer_card(here, on_hub))
     write_whole(path, card)
     return card
+
+
+def draw_missing_pictures(studio, folder: Path) -> None:
+    """Draw a grid and its chains for the card of a model that has none; not of a text, which nobody has given.
+
+    Args:
+        studio: the model, as `space.drawing.Studio`.
+    """
+    from tqdm.auto import tqdm
+
+    from .data import image_grid
+    from .space.drawing import MOST_IMAGES, Wish
+
+    if studio.by_text or (folder / SAMPLES).is_file() or any(folder.glob("samples/step-*.png")):
+        return
+    sampler = "ddim" if "ddim" in studio.samplers else "ddpm"
+    moments = []
+    with tqdm(total=studio.samplers[sampler], desc="drawing pictures for the card", leave=False) as bar:
+
+        def watch(step) -> None:
+            bar.update(1)
+            moments.extend([step.predictions] if step.predictions else [])
+
+        images = studio.draw(Wish(MOST_IMAGES, sampler, studio.samplers[sampler]), watch)
+    scale = max(1, 64 // images[0].width)
+    chains = [moment[i] for i in range(CHAIN_ROWS) for moment in moments]
+    save_image(image_grid(images, scale=scale), folder / SAMPLES)
+    save_image(image_grid(chains, len(moments), scale=scale), folder / CHAIN)
 
 
 def reason_of(error: Exception) -> str:

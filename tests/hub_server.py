@@ -1,7 +1,8 @@
 """A small Hub on the loopback interface: the real client of huggingface_hub talks to it through `HF_ENDPOINT`.
 
-Repositories of models live in memory, with commits, branches, tags, large files behind the LFS protocol, and owners
-who may hide them. A commit replaces a branch's state at once or not at all. Faults happen on request.
+Repositories of models and Spaces (`spaces/user/name`) live in memory, with commits, branches, tags, large files behind
+the LFS protocol, and owners who may hide them. A commit replaces a branch's state at once or not at all. Faults happen
+on request.
 
     with Hub({"secret": "user"}) as hub:
         hub.fail("POST /api/models/user/model/commit/", 500)
@@ -84,6 +85,7 @@ class Repository:
     """Commits, each a whole tree by path, and the names that point at them."""
 
     private: bool = False
+    sdk: str | None = None  # of a Space
     commits: dict[str, dict[str, Blob]] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
@@ -205,7 +207,7 @@ class Hub:
 
     def repository(self, name: str, user: str | None, write: bool = False) -> Repository:
         """A repository that the user may read, or write."""
-        repository, owner = self.repositories.get(name), name.split("/")[0]
+        repository, owner = self.repositories.get(name), name.split("/")[-2]
         if repository is None or (repository.private and user != owner):
             raise Refusal(404 if user else 401, "RepoNotFound", "Repository not found")
         if write and user != owner:
@@ -226,12 +228,16 @@ class Hub:
         owner = wanted.get("organization") or request.user
         if request.user is None or owner != request.user:
             raise Refusal(403 if request.user else 401, None, f"You have no right to create for {owner}")
+        kind = wanted.get("type", "model")
+        if kind == "space" and not wanted.get("sdk"):
+            raise Refusal(400, None, "a Space needs an sdk")
         name = f"{owner}/{wanted['name']}"
-        content = {"name": name, "url": f"{self.url}/{name}"}
-        if name in self.repositories:
-            return answer({"error": "You already created this model repo", **content}, 409)
-        self.repositories[name] = Repository(wanted.get("visibility") == "private")
-        self.repositories[name].commit("main", {".gitattributes": Blob(ATTRIBUTES)})
+        path = f"spaces/{name}" if kind == "space" else name
+        content = {"name": name, "url": f"{self.url}/{path}"}
+        if path in self.repositories:
+            return answer({"error": f"You already created this {kind} repo", **content}, 409)
+        self.repositories[path] = Repository(wanted.get("visibility") == "private", wanted.get("sdk"))
+        self.repositories[path].commit("main", {".gitattributes": Blob(ATTRIBUTES)})
         return answer(content)
 
     def validate_card(self, request: Request) -> Reply:
@@ -248,7 +254,9 @@ class Hub:
         repository = self.repository(name, request.user)
         sha = repository.resolve(revision)
         siblings = [{"rfilename": path} for path in sorted(repository.commits[sha])]
-        about = {"id": name, "modelId": name, "author": name.split("/")[0], "private": repository.private}
+        title = name.removeprefix("spaces/")
+        about = {"id": title, "author": title.split("/")[0], "private": repository.private}
+        about |= {"sdk": repository.sdk} if repository.sdk else {"modelId": title}
         return answer({**about, "sha": sha, "tags": [], "downloads": 0, "likes": 0, "siblings": siblings})
 
     def tree(self, request: Request, name: str, revision: str) -> Reply:
@@ -363,17 +371,18 @@ class Hub:
         return Reply(blob.data[int(begin[1]) :], 206, headers)
 
 
-NAME, REVISION = "(?P<name>[^/]+/[^/]+)", "(?P<revision>[^/]+)"
+NAME, REVISION = "(?P<name>(?:spaces/)?[^/]+/[^/]+)", "(?P<revision>[^/]+)"
+API = "/api/(?:models/|(?=spaces/))"  # a Space's name here begins with `spaces/`
 ROUTES = [
     ("GET", "/api/whoami-v2", Hub.whoami),
     ("POST", "/api/repos/create", Hub.create),
     ("POST", "/api/validate-yaml", Hub.validate_card),
-    ("GET", f"/api/models/{NAME}(/revision/{REVISION})?", Hub.info),
-    ("GET", f"/api/models/{NAME}/tree/{REVISION}", Hub.tree),
-    ("POST", f"/api/models/{NAME}/branch/(?P<branch>[^/]+)", Hub.add_ref),
-    ("POST", f"/api/models/{NAME}/tag/{REVISION}", Hub.add_ref),
-    ("POST", f"/api/models/{NAME}/preupload/{REVISION}", Hub.preupload),
-    ("POST", f"/api/models/{NAME}/commit/{REVISION}", Hub.commit),
+    ("GET", f"{API}{NAME}(/revision/{REVISION})?", Hub.info),
+    ("GET", f"{API}{NAME}/tree/{REVISION}", Hub.tree),
+    ("POST", f"{API}{NAME}/branch/(?P<branch>[^/]+)", Hub.add_ref),
+    ("POST", f"{API}{NAME}/tag/{REVISION}", Hub.add_ref),
+    ("POST", f"{API}{NAME}/preupload/{REVISION}", Hub.preupload),
+    ("POST", f"{API}{NAME}/commit/{REVISION}", Hub.commit),
     ("POST", rf"/{NAME}\.git/info/lfs/objects/batch", Hub.lfs_batch),
     ("POST", rf"/{NAME}\.git/info/lfs/verify", Hub.lfs_verify),
     ("PUT", "/lfs/(?P<oid>[0-9a-f]{64})", Hub.lfs_put),

@@ -443,7 +443,7 @@ def personal_text(card: str) -> str:
 
 
 def was_edited(card: str) -> bool:
-    """Whether a person changed the card since it was last written here."""
+    """Whether a person changed the card since it was last the same in the folder and on the Hub."""
     seal = _SEAL.search(_body(card))
     return _digest(personal_text(card)) != seal[2] if seal else bool(personal_text(card))
 
@@ -452,7 +452,7 @@ def newer_card(here: str, on_hub: str) -> str:
     """Of the card in the folder and that on the Hub, the one with what a person wrote last.
 
     Raises:
-        ValueError: both were edited since they were written.
+        ValueError: both were edited since they were the same.
     """
     if not here or not on_hub or not was_edited(here):
         return on_hub or here
@@ -463,11 +463,11 @@ def newer_card(here: str, on_hub: str) -> str:
     return here
 
 
-def merge_sections(own: dict[str, str], before: str) -> str:
+def merge_sections(own: dict[str, str], before: str, to_hub: bool = True) -> str:
     """Our sections in the places where a card has them, but for those that a person edited or took out.
 
     A section is marked with a digest of its text, so that an edited one is known by its own. What stands between or
-    around the sections is a person's, and stays.
+    around the sections is a person's, and stays; the last line has the digest of it as it went to the Hub.
     """
     seal = _SEAL.search(before)
     known = seal[1].split() if seal else []
@@ -481,14 +481,16 @@ def merge_sections(own: dict[str, str], before: str) -> str:
     new = [_marked(name, section) for name, section in own.items() if section and name not in there | set(known)]
     merged = "\n\n".join([*([text] if text else []), *new])
     names = " ".join(name for name in SECTIONS if own.get(name) or name in known)
-    return f"{merged}\n\n<!-- ddpm_hf wrote {names} beside {_digest(personal_text(merged))} -->\n"
+    beside = _digest(personal_text(merged)) if to_hub else seal[2] if seal else _digest("")
+    return f"{merged}\n\n<!-- ddpm_hf wrote {names} beside {beside} -->\n"
 
 
-def make_card(facts: Facts, before: str = "") -> str:
+def make_card(facts: Facts, before: str = "", to_hub: bool = True) -> str:
     """The card's text.
 
     Args:
         before: a card that is there, of which all that a person wrote stays.
+        to_hub: whether it goes there, so that the folder's card and the Hub's are the same.
 
     Raises:
         ValueError: one whose head is not YAML.
@@ -503,4 +505,4 @@ def make_card(facts: Facts, before: str = "") -> str:
         raise ValueError(f"the head of README.md is not YAML ({reason}); mend it") from error
     merged = yaml.safe_dump(merge_metadata(metadata(facts), said), sort_keys=False, allow_unicode=True)
     sections = {name: write(facts) for name, write in SECTIONS.items()}
-    return f"---\n{merged}---\n\n{merge_sections(sections, _body(before).strip())}"
+    return f"---\n{merged}---\n\n{merge_sections(sections, _body(before).strip(), to_hub)}"

@@ -280,6 +280,16 @@ class Hub:
         names[ref] = repository.resolve(revision)
         return answer({})
 
+    def refs(self, request: Request, name: str) -> Reply:
+        """The branches and tags, and their commits."""
+        repository = self.repository(name, request.user)
+
+        def listed(kind: str, names: dict[str, str]) -> list[dict[str, str]]:
+            return [{"name": ref, "ref": f"refs/{kind}/{ref}", "targetCommit": sha} for ref, sha in names.items()]
+
+        branches, tags = listed("heads", repository.branches), listed("tags", repository.tags)
+        return answer({"branches": branches, "converts": [], "tags": tags})
+
     # Uploads
 
     def preupload(self, request: Request, name: str, revision: str) -> Reply:
@@ -379,6 +389,7 @@ ROUTES = [
     ("POST", "/api/validate-yaml", Hub.validate_card),
     ("GET", f"{API}{NAME}(/revision/{REVISION})?", Hub.info),
     ("GET", f"{API}{NAME}/tree/{REVISION}", Hub.tree),
+    ("GET", f"{API}{NAME}/refs", Hub.refs),
     ("POST", f"{API}{NAME}/branch/(?P<branch>[^/]+)", Hub.add_ref),
     ("POST", f"{API}{NAME}/tag/{REVISION}", Hub.add_ref),
     ("POST", f"{API}{NAME}/preupload/{REVISION}", Hub.preupload),

@@ -152,16 +152,20 @@ class Studio:
         """The samplers that can run the model, with a number of steps for who waits."""
         able = {}
         for name in SAMPLERS:
-            steps = self._swap(name) or min(ANCESTRAL_STEPS, self.longest)
-            with contextlib.suppress(ValueError):  # `check_sampler` says which cannot
+            # `check_sampler` says which cannot
+            with contextlib.suppress(ValueError), self._swapped(name) as usual:
+                steps = usual or min(ANCESTRAL_STEPS, self.longest)
                 self.pipeline.prepare_timesteps(steps)
                 able[name] = steps
         return able
 
-    def _swap(self, sampler: str) -> int | None:
-        """Put a sampler in the place of the model's own: from another one it would take over settings."""
-        self.pipeline.scheduler = self.scheduler
-        return swap_sampler(self.pipeline, sampler)
+    @contextlib.contextmanager
+    def _swapped(self, sampler: str) -> Iterator[int | None]:
+        """A sampler, with its usual number of steps, in the place of the model's own; then that again."""
+        try:
+            yield swap_sampler(self.pipeline, sampler)
+        finally:
+            self.pipeline.scheduler = self.scheduler
 
     def draw(self, wish: Wish, watch: Callable[[Step], None] | None = None) -> list:
         """PIL images, one for each index.
@@ -176,7 +180,10 @@ class Studio:
             raise ValueError(f"{wish.count} images: ask for 1 to {MOST_IMAGES}")
         if self.by_text and not wish.prompt.strip():
             raise ValueError("this model draws what a text says; write one")
-        self._swap(wish.sampler)
+        with self._swapped(wish.sampler):
+            return self._drawn(wish, watch)
+
+    def _drawn(self, wish: Wish, watch: Callable[[Step], None] | None) -> list:
         generators = keyed_generators(self.pipeline._execution_device, wish.seed, range(wish.count))
         options: dict[str, Any] = {"generator": generators, "num_inference_steps": wish.steps}
         if self.guided and wish.guidance_scale is not None:

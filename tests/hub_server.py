@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -161,6 +162,14 @@ class Hub:
                 fault.times -= 1
                 return fault
         return None
+
+    def put(self, name: str, folder: Path) -> None:
+        """Make a folder's files those of a repository, without a client."""
+        blobs = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        large = {path for path in blobs if any(fnmatch(path, pattern) for pattern in LARGE)}
+        self.repositories.setdefault(name, Repository()).commit(
+            "main", {path: Blob(data, path in large) for path, data in blobs.items()}
+        )
 
     def files(self, name: str, revision: str = "main") -> dict[str, bytes]:
         """A repository's files, by path."""

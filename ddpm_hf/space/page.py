@@ -19,10 +19,10 @@ DEFAULT_IMAGES = 8
 SMALL = 128  # pixels, below which they are shown as squares
 ROWS = 4  # images whose chain is shown
 THUMBNAIL = 96  # pixels of an image in a chain
-CHAIN_HEADING = "### How they formed\nWhat the model took the image for along the chain, from noise to the end."
+CHAIN_HEADING = "### How they formed\nWhat the model took the image for at timesteps from noise to the end."
 
 CSS = """
-.gradio-container {max-width: 1180px !important; margin: auto}
+.gradio-container {width: 100% !important; max-width: 1180px !important; margin: auto}
 .small-images img {image-rendering: pixelated}
 #images .caption-label {font-size: 11px; padding: 1px 6px}
 #images .grid-wrap {min-height: 0; max-height: none; overflow: hidden}
@@ -44,7 +44,7 @@ def thumbnail(image) -> str:
 
 def chain_picture(moments: list[tuple[int, list[str]]], columns: int) -> str:
     """HTML of chains, a row for each image and a column for each moment: (timestep, thumbnails)."""
-    heads = [f"<span>t = {timestep}</span>" for timestep, _ in moments] + ["<span></span>"] * (columns - len(moments))
+    heads = [f"<span>{timestep}</span>" for timestep, _ in moments] + ["<span></span>"] * (columns - len(moments))
     cells = []
     for row in range(len(moments[0][1])):
         cells += [f'<img src="{images[row]}" alt="image {row} at t = {timestep}">' for timestep, images in moments]
@@ -164,13 +164,13 @@ def make_page(studio: Studio, settings: dict):
                         took = f"Seed {wish.seed}, {wish.steps} steps, {time.monotonic() - begun:.1f} seconds."
                         yield {gallery: list(zip(word, captions)), asked["seed"]: wish.seed, progress_bar: took}
                         break
-                    progress((word.done, word.total), desc="Drawing")
                     if word.predictions is not None:
                         moments.append((word.timestep, [thumbnail(image) for image in word.predictions[:ROWS]]))
                         seen = {chain: chain_picture(moments, min(MOMENTS, word.total)), progress_bar: ""}
                         if word.done < word.total:  # the last are the images: one file must not be written twice
                             seen |= {gallery: list(zip(word.predictions, captions)), asked["seed"]: wish.seed}
                         yield seen
+                    progress((word.done, word.total), desc="Drawing")  # last: what is yielded hides the bar
             except ValueError as error:
                 raise gr.Error(str(error), title="Not drawn", print_exception=False) from error
 

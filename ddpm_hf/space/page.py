@@ -26,6 +26,7 @@ CSS = """
 .small-images img {image-rendering: pixelated}
 #images .caption-label {font-size: 11px; padding: 1px 6px}
 #images .grid-wrap {min-height: 0; max-height: none; overflow: hidden}
+@media (max-width: 640px) {#images .grid-container {grid-template-columns: repeat(2, minmax(0, 1fr)) !important}}
 #progress {min-height: 76px; overflow: hidden; font-size: 13px; opacity: .8}
 .chain {display: grid; gap: 3px; margin-top: 4px}
 .chain img {width: 100%; border-radius: 3px; display: block}

@@ -90,7 +90,8 @@ CONFIGURATIONS = {
     ),
     "by class": Configuration(
         UNCONDITIONAL,
-        {**PIXELS, "label_column": "label", "class_dropout": 0.3, "class_balanced": True, "eval_batch_size": 10},
+        {**PIXELS, "train_data_dir": "{root}/folders", "cache_dir": "datasets", "label_column": "label",
+         "class_dropout": 0.3, "class_balanced": True, "eval_batch_size": 10},
     ),
     "text": Configuration(TEXT, {**WORDS, **FROM_SCRATCH, "cache_latents": True}),
     "text checkpoint": Configuration(
@@ -109,13 +110,17 @@ CONFIGURATIONS = {
 
 
 def prepare(root: Path) -> None:
-    """Write some of the digits as a dataset, and the configs of small models with dropout."""
+    """Write some of the digits as a dataset and in class folders, and the configs of small models with dropout."""
     import json
 
     from ddpm_hf.data import embedded_digits
 
     rows = embedded_digits("train").dataset.select(range(150))
     rows.save_to_disk(str(root / "digits"))
+    for number, row in enumerate(rows):
+        file = root / "folders" / f"digit-{row['label']}" / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(row["image"]["bytes"])
     unet = {
         "_class_name": "UNet2DModel", "sample_size": 8, "in_channels": 1, "out_channels": 1, "layers_per_block": 1,
         "block_out_channels": [8, 16], "down_block_types": ["DownBlock2D", "DownBlock2D"], "dropout": 0.2,
@@ -158,16 +163,13 @@ class FileOperations:
                 os.kill(os.getpid(), signal.SIGKILL)
 
 
-def fork(body: Callable[[], None], group: int, log: Path, folder: Path) -> int:
-    """The id of a new process that runs `body` in a folder and a process group (0: one of its own)."""
+def fork(body: Callable[[], None], log: Path, folder: Path) -> int:
+    """The id of a new process that runs `body` in a folder."""
     process = os.fork()
     if process:
-        with contextlib.suppress(OSError):  # it was faster, or has ended
-            os.setpgid(process, group or process)
         return process
     code = 1
     try:
-        os.setpgid(0, group)
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)
@@ -197,7 +199,7 @@ class Attempt:
     """A run of a script that has been started, with all its ranks."""
 
     def __init__(self, script: str, argv: list[str], folder: Path, ranks: int, real: bool, fatal: tuple[int, int]):
-        self.log, self.codes, self.group = folder / "log.txt", {}, 0
+        self.log, self.codes, self.family = folder / "log.txt", {}, set()
         self.log.unlink(missing_ok=True)
         self.counted = folder / "operations.txt"
         environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
@@ -224,9 +226,7 @@ class Attempt:
             os.execve(sys.executable, words, os.environ | environment)
 
         for body in [launched] if real else [forked(rank) for rank in range(ranks)]:
-            process = fork(body, self.group, self.log, folder)
-            self.group = self.group or process
-            self.codes[process] = None
+            self.codes[fork(body, self.log, folder)] = None
         self.real, self.ranks = real, ranks
 
     def running(self) -> bool:
@@ -243,21 +243,29 @@ class Attempt:
         if not (self.real and self.ranks > 1):
             return list(self.codes)
         with contextlib.suppress(psutil.NoSuchProcess):
-            return [child.pid for child in psutil.Process(self.group).children()]
+            return [child.pid for child in psutil.Process(next(iter(self.codes))).children()]
         return []
 
+    def note_family(self) -> None:
+        """Take in all processes that it has begun: a launcher's ranks, and the workers that load data."""
+        for process in self.codes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                own = psutil.Process(process)
+                self.family |= {own, *own.children(recursive=True)}
+
     def members(self) -> list[int]:
-        """All living processes of the group, also the workers that load data."""
+        """Those of them that live."""
         found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error, OSError):
-                if os.getpgid(process.pid) == self.group and process.status() != psutil.STATUS_ZOMBIE:
+        for process in self.family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(process.pid)
         return found
 
     def kill(self, whom: list[int]) -> None:
-        """SIGKILL some of the processes, or all of the group."""
-        for process in whom or [-self.group]:
+        """SIGKILL some of the processes, or all."""
+        self.note_family()
+        for process in whom or self.members():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
 
@@ -406,12 +414,15 @@ class Killer:
         lifetime = self.real_seconds if real else self.whole.seconds
         attempt, begin = self.start(folder, real, fatal), time.monotonic()
         due = begin + chance.uniform(0, lifetime)
-        count, delay = chance.randint(1, 6), chance.uniform(0, 0.06)  # the how manieth write, and how far into it
+        count, delay = chance.randint(1, 6), chance.uniform(0, 0.03)  # which write it will be, and how far into it
         known = {name for name, _ in before}
-        alive = attempt.running
-        while alive():
+        noted = begin
+        while attempt.running():
             now = time.monotonic()
-            if moment == "saving" and due - lifetime <= now:
+            if now - noted > 0.2:
+                attempt.note_family()
+                noted = now
+            if moment == "saving":
                 names = {name for name, _ in unfinished(run)}
                 if names - known:
                     count -= 1
@@ -432,8 +443,8 @@ class Killer:
         died = [process for process, code in attempt.codes.items() if code == -signal.SIGKILL]
         if attempt.running() and not died:
             processes = attempt.rank_processes()
-            whole_group = (self.ranks > 1 and self.chance.random() < 0.3) or not processes
-            whom = [] if whole_group else [processes[victim % len(processes)]]
+            everyone = (self.ranks > 1 and self.chance.random() < 0.3) or not processes
+            whom = [] if everyone else [processes[victim % len(processes)]]
             attempt.kill(whom)
             died = whom or ["all"]
         begin = time.monotonic()
@@ -471,7 +482,8 @@ class Killer:
         wanted = self.tally.kills + kills
         while self.tally.kills < wanted:
             folder = self.folder("killed")
-            shutil.rmtree(folder / "run", ignore_errors=True)
+            shutil.rmtree(folder)
+            folder.mkdir()
             try:
                 while not self.attempt(folder, real and self.tally.kills < wanted):
                     self.tally.resumes += 1
@@ -554,7 +566,7 @@ def main() -> None:
 
 def kill_all(arguments, root: Path) -> list[Killer]:
     """The killers of all configurations, when they have done their work."""
-    os.waitpid(fork(lambda: prepare(root), 0, root / "log.txt", root), 0)
+    os.waitpid(fork(lambda: prepare(root), root / "log.txt", root), 0)
     chance = random.Random(arguments.seed)
     names = list(arguments.configurations)
     killers = [Killer(name, root, arguments.ranks, chance) for name in names]

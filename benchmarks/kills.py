@@ -38,7 +38,7 @@ BY_ITSELF = 30  # seconds that a rank has to notice that another has died, befor
 
 SHARED = {
     "seed": 3, "train_batch_size": 4, "gradient_accumulation_steps": 2, "eval_batch_size": 4, "learning_rate": 1e-3,
-    "lr_warmup_steps": 5, "max_train_steps": 30, "checkpointing_steps": 4, "checkpoints_total_limit": 2,
+    "lr_warmup_steps": 5, "max_train_steps": 22, "checkpointing_steps": 3, "checkpoints_total_limit": 2,
     "save_images_epochs": 1, "save_model_epochs": 1, "validation_steps": 7, "logging_steps": 3, "use_ema": True,
     "random_flip": True, "cpu_threads": 1, "logger": "none", "output_dir": "run",
 }  # fmt: skip
@@ -51,7 +51,7 @@ WORDS = {
     **SHARED, "train_data_dir": "{root}/digits", "validation_split": 0.1, "resolution": 16, "num_inference_steps": 2,
     "validation_prompts": "a handwritten seven", "caption_dropout": 0.2,
 }  # fmt: skip
-FROM_SCRATCH = {"model_config_name_or_path": "{root}/text-unet", "vae_widths": "8,16", "vae_train_steps": 12}
+FROM_SCRATCH = {"model_config_name_or_path": "{root}/text-unet", "vae_widths": "8,16", "vae_train_steps": 8}
 
 
 class Configuration(NamedTuple):
@@ -85,8 +85,7 @@ CONFIGURATIONS = {
     ),
     "streamed": Configuration(
         UNCONDITIONAL,
-        {**PIXELS, "validation_split": None, "validation_steps": None, "streaming": True, "dataloader_num_workers": 1,
-         "max_train_steps": 25},
+        {**PIXELS, "validation_split": None, "validation_steps": None, "streaming": True, "dataloader_num_workers": 1},
     ),
     "by class": Configuration(
         UNCONDITIONAL,

@@ -302,7 +302,9 @@ def complete_checkpoints(run: Path) -> list[int]:
     return steps
 
 
-UNCOMPARED = re.compile(r"timings\.jsonl|random_states_\d+\.pkl|manifest\.json")
+# They tell times, and how often the run was resumed; of a manifest the rest is compared. The random states are those of
+# generators that nothing here draws from.
+UNCOMPARED = re.compile(r"timings\.jsonl|README\.md|run\.json|manifest\.json|random_states_\d+\.pkl")
 
 
 def contents(run: Path) -> dict[str, bytes]:
@@ -316,7 +318,7 @@ def contents(run: Path) -> dict[str, bytes]:
         if path.is_file() and not UNCOMPARED.fullmatch(path.name):
             found[str(path.relative_to(run))] = path.read_bytes()
     for path in run.rglob("manifest.json"):
-        state = {key: value for key, value in read_manifest(path.parent).items() if key != "files"}
+        state = {key: value for key, value in read_manifest(path.parent).items() if key not in ("files", "sessions")}
         found[str(path.relative_to(run))] = json.dumps(state).encode()
     return found
 

@@ -302,7 +302,7 @@ def complete_checkpoints(run: Path) -> list[int]:
     return steps
 
 
-# They tell times, and how often the run was resumed; of a manifest the rest is compared. The random states are those of
+# They tell times, and how often the run was resumed; of a manifest the rest is compared. The random states are of
 # generators that nothing here draws from.
 UNCOMPARED = re.compile(r"timings\.jsonl|README\.md|run\.json|manifest\.json|random_states_\d+\.pkl")
 

@@ -264,7 +264,13 @@ def leave_scraps(folder):
         (folder / name).mkdir(parents=True)
         (folder / name / "half").write_bytes(b"cut o")
     (folder / "samples").mkdir()
-    for name in (".metrics.jsonl.a1b2c3d4.partial", "samples/.step-000005.png.a1b2c3d4.partial"):
+    (folder / "assets").mkdir()
+    scraps = (
+        ".metrics.jsonl.a1b2c3d4.partial",
+        "samples/.step-000005.png.a1b2c3d4.partial",
+        "assets/.a.png.a1b2c3d4.partial",
+    )
+    for name in scraps:
         (folder / name).write_bytes(b"cut o")
     (folder / ".gitignore").write_text("samples\n")
     (folder / ".mine").mkdir()

@@ -748,7 +748,8 @@ class StreamingBatches(torch.utils.data.IterableDataset):
         epoch = 0
         while True:
             self.stream.set_epoch(epoch)
-            place, rows = -1, iter(self.stream)
+            # one by one by `iter`: plain iteration shuffles otherwise where torch has a worker than where it has none
+            place, rows = -1, self.stream.iter(batch_size=1)
             while (row := self._next(rows, epoch, place + 1)) is not None:
                 place += 1
                 yield epoch, place, row
@@ -759,7 +760,8 @@ class StreamingBatches(torch.utils.data.IterableDataset):
     def _next(self, rows: Iterator[dict], epoch: int, place: int) -> dict | None:
         """The next row; None at the stream's end."""
         try:
-            return next(rows, None)
+            batch = next(rows, None)
+            return None if batch is None else {name: values[0] for name, values in batch.items()}
         except Exception as error:  # of whatever the stream comes by
             name = f"row {place} that rank {self.rank} reads of {self.decode.rows.name}, in epoch {epoch + 1},"
             raise unreadable(name, error) from error

@@ -170,6 +170,12 @@ def check_resumable(
     for name, value in flat.items():
         if name != "settings" and before.get(name) != value:
             log(accelerator, f"warning: {name} was {before.get(name)} and is {value}: not an exact continuation")
+    if facts["processes"] != before["processes"] and facts["global_batch"] != before["global_batch"]:
+        log(
+            accelerator,
+            f"each step saw {before['global_batch']} images and sees {facts['global_batch']}; the order goes on where"
+            " it was if processes × --train_batch_size × --gradient_accumulation_steps stays the same",
+        )
 
 
 def agree_on_seed(config: TrainingConfig, resumed: dict[str, Any] | None) -> int:

@@ -457,9 +457,10 @@ def train(config: Text2ImageConfig) -> None:
         name_of=images.name_of,
         deadline=deadline,
     )
-    if finished and accelerator.is_main_process:
+    if finished:
         with averaged_weights(state, unwrap(accelerator, state.model)) as trained:
-            publish(config, images.rows.name, state.step, pipeline_of(trained), SHOWN, accelerator)
+            if accelerator.is_main_process:
+                publish(config, images.rows.name, state.step, pipeline_of(trained), SHOWN, accelerator)
     end_training(accelerator)
 
 

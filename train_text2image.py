@@ -37,7 +37,7 @@ from ddpm_hf.objectives import LOSS_TYPES, UniformTimestepSampler, check_objecti
 from ddpm_hf.portable.pipeline_text2image_ddpm_hf import TextToImageDDPMPipeline, tokenize
 from ddpm_hf.portable.scheduling_ddpm_hf import PREDICTION_TYPES, DDPMScheduler
 from ddpm_hf.previews import draw_grid
-from ddpm_hf.publishing import publish, save_pipeline
+from ddpm_hf.publishing import Publisher, describe_run, reserve_repository
 from ddpm_hf.training.config import HfArg, TrainingConfig, UsageError, parse_layers
 from ddpm_hf.training.faults import ends_in_one_line
 from ddpm_hf.training.loop import Losses, averaged_weights, training_loop, unwrap
@@ -61,8 +61,8 @@ from ddpm_hf.training.stopping import deadline_of
 QUARTILES = ("loss_q1", "loss_q2", "loss_q3", "loss_q4")  # of the timesteps, from little noise to much
 # The settings that the model card shows
 SHOWN = (
-    "pretrained_model_name_or_path", "resolution", "caption_dropout", "prediction_type", "loss_type", "snr_gamma",
-    "train_text_encoder", "train_batch_size", "learning_rate", "use_ema", "seed",
+    "resolution", "caption_dropout", "prediction_type", "loss_type", "snr_gamma",
+    "train_text_encoder", "train_batch_size", "learning_rate", "use_ema",
 )  # fmt: skip
 
 # Where no checkpoint is named: a small model from scratch
@@ -316,12 +316,12 @@ def draw_prompts(model, step: int, *, pipeline_of, prompts: list[str], config: T
     shown = prompts[: config.eval_batch_size]
     columns = config.eval_batch_size // len(shown)
 
-    def sample(places: list[int], generators: list[torch.Generator]) -> list:
+    steps = min(config.num_inference_steps, len(pipeline.scheduler))
+
+    def sample(places: list[int], generators: list[torch.Generator], num_frames: int):
         asked = [shown[place // columns] for place in places]
-        steps = min(config.num_inference_steps, len(pipeline.scheduler))
-        return pipeline(
-            asked, num_inference_steps=steps, guidance_scale=config.guidance_scale, generator=generators
-        ).images
+        options = {"num_inference_steps": steps, "guidance_scale": config.guidance_scale, "num_frames": num_frames}
+        return pipeline(asked, generator=generators, **options)
 
     draw_grid(sample, columns * len(shown), columns, step, config, accelerator)
 
@@ -411,6 +411,7 @@ def train(config: Text2ImageConfig) -> None:
         print(describe(config, images, total_steps, plan.steps_per_epoch))
         return
 
+    reserve_repository(config, bool(images.held_out), accelerator)
     claim_output_dir(config, accelerator)
     log(accelerator, f"seed {config.seed}, {total_steps} steps, {images.rows.name}")
     components = checkpoint
@@ -427,6 +428,7 @@ def train(config: Text2ImageConfig) -> None:
     null_embedding = None
     if config.cache_latents:
         images, null_embedding = cached(images, config, components, accelerator)
+    tokenize(components.tokenizer, [""])  # it is saved as it was last used, which a run that only saves it did not
 
     model = trained_model(config, components, accelerator)
     parts = {"unet": model.unet} | ({"text_encoder": model.text_encoder} if model.text_encoder is not None else {})
@@ -441,6 +443,9 @@ def train(config: Text2ImageConfig) -> None:
     shared = {"config": config, "accelerator": accelerator, "components": components, "null_embedding": null_embedding}
     pipeline_of = functools.partial(make_pipeline, components=components)
     prompts = default_prompts(config, images)
+    base = config.pretrained_model_name_or_path
+    about = describe_run(config, images, plan, model, SHOWN, prompts[: config.eval_batch_size], base)
+    publisher = Publisher(config, state, pipeline_of, about, accelerator)
     finished = training_loop(
         config,
         accelerator,
@@ -453,14 +458,14 @@ def train(config: Text2ImageConfig) -> None:
         draw=functools.partial(
             draw_prompts, pipeline_of=pipeline_of, prompts=prompts, config=config, accelerator=accelerator
         ),
-        save=lambda trained: save_pipeline(pipeline_of(trained), config.output_dir),
+        save=publisher.save,
         name_of=images.name_of,
         deadline=deadline,
     )
     if finished:
         with averaged_weights(state, unwrap(accelerator, state.model)) as trained:
             if accelerator.is_main_process:
-                publish(config, images.rows.name, state.step, pipeline_of(trained), SHOWN, accelerator)
+                publisher.finish(trained, state.step)
     end_training(accelerator)
 
 

@@ -34,7 +34,7 @@ from ddpm_hf.portable.pipeline_class_conditional_ddpm_hf import ClassConditional
 from ddpm_hf.portable.pipeline_ddpm_hf import DDPMPipeline
 from ddpm_hf.portable.scheduling_ddpm_hf import DDPMScheduler
 from ddpm_hf.previews import draw_grid
-from ddpm_hf.publishing import publish, save_pipeline
+from ddpm_hf.publishing import Publisher, describe_run, reserve_repository
 from ddpm_hf.training.config import HfArg, TrainingConfig, UsageError, parse_layers
 from ddpm_hf.training.faults import ends_in_one_line
 from ddpm_hf.training.loop import Losses, StepPlan, averaged_weights, training_loop, unwrap
@@ -58,7 +58,7 @@ QUARTILES = ("loss_q1", "loss_q2", "loss_q3", "loss_q4")  # of the timesteps, fr
 # The settings that the model card shows
 SHOWN = (
     "resolution", "label_column", "model_preset", "ddpm_beta_schedule", "ddpm_num_steps", "prediction_type",
-    "variance_type", "objective", "loss_type", "train_batch_size", "learning_rate", "use_ema", "seed",
+    "variance_type", "objective", "loss_type", "train_batch_size", "learning_rate", "use_ema",
 )  # fmt: skip
 
 
@@ -185,9 +185,9 @@ def draw_samples(model, step: int, *, pipeline_of, config: UnconditionalConfig, 
         count = len(labels)
     steps = min(config.ddpm_num_inference_steps, config.ddpm_num_steps)
 
-    def sample(places: list[int], generators: list[torch.Generator]) -> list:
+    def sample(places: list[int], generators: list[torch.Generator], num_frames: int):
         what = len(places) if labels is None else [labels[place] for place in places]
-        return pipeline(what, generator=generators, num_inference_steps=steps).images
+        return pipeline(what, generator=generators, num_inference_steps=steps, num_frames=num_frames)
 
     draw_grid(sample, count, columns, step, config, accelerator)
 
@@ -253,6 +253,7 @@ def train(config: UnconditionalConfig) -> None:
         return
     facts = run_facts(config, images.count, plan, total_steps, classes=class_names)
     check_resumable(found, model, facts, accelerator)
+    reserve_repository(config, bool(images.held_out), accelerator)
     claim_output_dir(config, accelerator)
     log(accelerator, f"seed {config.seed}, {total_steps} steps, {images.rows.name}")
     if vae is not None:
@@ -273,6 +274,8 @@ def train(config: UnconditionalConfig) -> None:
 
     shared = {"config": config, "scheduler": scheduler, "accelerator": accelerator, "vae": vae}
     pipeline_of = functools.partial(make_pipeline, scheduler=scheduler, class_names=class_names, vae=vae)
+    about = describe_run(config, images, plan, model, SHOWN, class_names[: config.eval_batch_size])
+    publisher = Publisher(config, state, pipeline_of, about, accelerator)
     finished = training_loop(
         config,
         accelerator,
@@ -283,14 +286,14 @@ def train(config: UnconditionalConfig) -> None:
         compute_loss=functools.partial(compute_loss, sampler=sampler, null_class=len(class_names), **shared),
         validate=images.held_out and functools.partial(validation_loss, held_out=images.held_out, **shared),
         draw=functools.partial(draw_samples, pipeline_of=pipeline_of, config=config, accelerator=accelerator),
-        save=lambda trained: save_pipeline(pipeline_of(trained), config.output_dir),
+        save=publisher.save,
         name_of=images.name_of,
         deadline=deadline,
     )
     if finished:
         with averaged_weights(state, unwrap(accelerator, state.model)) as trained:
             if accelerator.is_main_process:
-                publish(config, images.rows.name, state.step, pipeline_of(trained), SHOWN, accelerator)
+                publisher.finish(trained, state.step)
     end_training(accelerator)
 
 

@@ -12,8 +12,8 @@ from transformers.hf_argparser import HfArg
 from .data import to_model_range
 from .feeding import Images, make_batches, make_plan
 from .functional import mean_flat
-from .publishing import save_image, save_model
-from .training.checkpointing import find_checkpoint
+from .saving import save_image, save_model
+from .training.checkpointing import find_checkpoint, remove_unfinished
 from .training.config import TrainingConfig, UsageError
 from .training.loop import Losses, averaged_weights, training_loop, unwrap
 from .training.randomness import StepKeys
@@ -193,6 +193,8 @@ def train_autoencoder(
     """
     folder = Path(config.output_dir) / FOLDER
     if (folder / "config.json").is_file() and config.resume_from_checkpoint:
+        if accelerator.is_main_process:
+            remove_unfinished(folder)
         return load_autoencoder(str(folder)).to(accelerator.device)
     factor = 2 ** (len(flags.widths()) - 1)
     if size[0] % factor or size[1] % factor:

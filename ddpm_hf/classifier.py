@@ -16,7 +16,7 @@ from .flags import ScheduleFlags, UNetFlags, unet_arguments, weaker_layers
 from .models import build_unet, compiled, use_matmul_attention
 from .objectives import UniformTimestepSampler
 from .portable.scheduling_ddpm_hf import DDPMScheduler
-from .publishing import save_model
+from .saving import save_model
 from .training.config import TrainingConfig, UsageError, parse_layers
 from .training.faults import ends_in_one_line
 from .training.loop import Losses, averaged_weights, training_loop, unwrap
@@ -217,7 +217,7 @@ def train(config: ClassifierConfig) -> None:
         compute_loss=functools.partial(compute_loss, **shared),
         validate=images.held_out
         and functools.partial(validation_accuracy, held_out=images.held_out, config=config, **shared),
-        save=lambda trained: save_model(trained, config.output_dir),
+        save=lambda trained, step: save_model(trained, config.output_dir),
         name_of=images.name_of,
         deadline=deadline,
     )

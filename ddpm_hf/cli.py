@@ -37,59 +37,20 @@ class Precision(str, enum.Enum):
     fp16 = "fp16"
 
 
-# name -> class of Diffusers, its usual number of steps, what its config needs beside the model's
-SAMPLERS = {
-    "ddpm": (None, None, {}),
-    "ddim": ("DDIMScheduler", 50, {}),
-    "dpm++": ("DPMSolverMultistepScheduler", 25, {"algorithm_type": "dpmsolver++", "timestep_spacing": "linspace"}),
-    "unipc": ("UniPCMultistepScheduler", 25, {"timestep_spacing": "linspace"}),
-}
+class Variant(str, enum.Enum):
+    """The weights that `ddpm-hf push` can make."""
+
+    fp16 = "fp16"
 
 
-def load_pipeline(model: str, revision: str | None, token: str | None):
-    """Our pipeline from a folder or Hub name, of whatever kind, without executing anything from it.
+def quiet() -> None:
+    """Leave it to this command to say what matters."""
+    from diffusers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
-    Raises:
-        ValueError: no such model, or not one of ours.
-    """
-    from .portable.pipeline_class_conditional_ddpm_hf import ClassConditionalDDPMPipeline
-    from .portable.pipeline_ddpm_hf import DDPMPipeline
-    from .portable.pipeline_text2image_ddpm_hf import TextToImageDDPMPipeline
-
-    if Path(model).is_dir() and not (Path(model) / "model_index.json").is_file():
-        raise ValueError(f"{model} holds no pipeline (no model_index.json); give the --output_dir of a training run")
-    known = {cls.__name__: cls for cls in (DDPMPipeline, ClassConditionalDDPMPipeline, TextToImageDDPMPipeline)}
-    known["StableDiffusionPipeline"] = TextToImageDDPMPipeline
-    try:
-        name = DDPMPipeline.load_config(model, revision=revision, token=token).get("_class_name")
-        if name not in known:
-            raise ValueError(f"it is a {name}, and this command samples {', '.join(known)}")
-        return known[name].from_pretrained(model, revision=revision, token=token, use_safetensors=True)
-    except OSError as error:
-        raise ValueError(
-            f"{model} is neither a folder nor a model that can be reached on the Hub ({error.__class__.__name__});"
-            " check the name, your network, and --token for a private one"
-        ) from error
-    except (ValueError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{model} cannot be loaded: {reason}") from error
-
-
-def swap_sampler(pipeline, sampler: str) -> int | None:
-    """Put a sampler into the pipeline; its usual number of steps (None: all of T)."""
-    import diffusers
-
-    from .portable.scheduling_ddpm_hf import DDPMScheduler
-
-    name, steps, options = SAMPLERS[sampler]
-    if name is None and not isinstance(pipeline.scheduler, DDPMScheduler):
-        pipeline.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    if name is None and hasattr(pipeline, "tokenizer"):
-        steps = 50  # as Stable Diffusion's pipeline
-    if name is not None:
-        config = pipeline.scheduler.config
-        pipeline.scheduler = getattr(diffusers, name).from_config(config, **options)
-    return steps
+    for library in (logging, transformers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
 
 
 def load_classifier(folder: Path, pipeline):
@@ -225,18 +186,13 @@ def sample(
     import os
 
     import torch
-    from diffusers.utils import logging
     from tqdm.auto import tqdm
-    from transformers.utils import logging as transformers_logging
 
     from .data import image_grid
-    from .publishing import save_image
-    from .training.randomness import keyed_seed
+    from .saving import save_image
+    from .space.drawing import keyed_generators, load_pipeline, swap_sampler
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    quiet()
     if "OMP_NUM_THREADS" not in os.environ and hasattr(os, "sched_getaffinity"):
         torch.set_num_threads(len(os.sched_getaffinity(0)))
     accelerators = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()]
@@ -259,9 +215,8 @@ def sample(
     out.mkdir(parents=True, exist_ok=True)
     if not os.access(out, os.W_OK):
         raise ValueError(f"--out {out} cannot be written; name another folder")
-    usual = swap_sampler(pipeline, sampler.value)
-    longest = pipeline.scheduler.config.num_train_timesteps
-    steps = steps or (usual and max(1, min(usual, longest - 1)))  # all T would visit one twice
+    usual_steps = swap_sampler(pipeline, sampler.value)
+    steps = steps or usual_steps
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision.value)
     autocast = torch.autocast(torch.device(device).type, dtype) if dtype else contextlib.nullcontext()
     pipeline.set_progress_bar_config(desc="steps", leave=False, disable=num_images > batch_size)
@@ -271,7 +226,7 @@ def sample(
     with autocast:
         for first in tqdm(starts, desc="batches", disable=len(starts) == 1):
             indices = range(first, min(first + batch_size, num_images))
-            generators = [torch.Generator(device).manual_seed(keyed_seed(seed, "sample", 0, i)) for i in indices]
+            generators = keyed_generators(device, seed, indices)
             wanted = 40 if progressive and first == 0 else 0
             options = {"generator": generators, "num_inference_steps": steps, "num_frames": wanted}
             if guide is not None:
@@ -304,6 +259,62 @@ def sample(
     typer.echo(f"{len(images)} images in {out}: grid.png" + (", progressive.png, chain.gif" if progressive else ""))
 
 
+@app.command(context_settings={"token_normalize_func": lambda token: token.replace("_", "-")})
+def push(
+    folder: Annotated[Path, typer.Argument(help="A training run's output folder, or any saved pipeline of ours.")],
+    repository: Annotated[
+        str | None, typer.Argument(help="user/name on the Hub; by default the folder's name, under your user.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+    license_: Annotated[
+        str | None, typer.Option("--license", help="License for the model card, such as apache-2.0.")
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Tag this upload: from_pretrained(..., revision=TAG) goes on loading it.")
+    ] = None,
+    variant: Annotated[
+        Variant | None, typer.Option(help="fp16 also makes and uploads weights in half precision, for variant='fp16'.")
+    ] = None,
+    include: Annotated[
+        list[str] | None, typer.Option(help="Pattern of more files of the folder to upload; repeat it for several.")
+    ] = None,
+    message: Annotated[str, typer.Option(help="The commit's message.")] = "Upload the pipeline",
+    token: Annotated[
+        str | None, typer.Option(help="To write with; by default your login (hf auth login).", envvar="HF_TOKEN")
+    ] = None,
+) -> None:
+    """Publish a saved pipeline: weights, code, pictures and a model card, in one commit.
+
+    Checkpoints, optimizer states, logs and settings stay. Pushing again keeps what you wrote into the card.
+    """
+    from .publishing import draw_missing_pictures, open_repository, push_folder, reason_of
+    from .saving import save_half_precision
+    from .space.drawing import Studio
+
+    quiet()
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder; give the --output_dir of a training run")
+    studio = Studio(str(folder))
+    pipeline = studio.pipeline
+    for pattern in include or ():
+        if Path(pattern).is_absolute() or ".." in Path(pattern).parts or not any(folder.glob(pattern)):
+            raise ValueError(f"--include {pattern}: no such file in {folder}")
+    if variant is not None:
+        save_half_precision(pipeline, folder)
+    draw_missing_pictures(studio, folder)
+    name = repository or folder.resolve().name
+    try:
+        name = open_repository(name, token, private)
+        options = {"license": license_, "tag": revision, "message": message, "include": tuple(include or ())}
+        upload = push_folder(folder, name, token, pipeline, **options)
+    except Exception as error:  # whatever the network does
+        raise ValueError(f"the upload to {name} failed ({reason_of(error)}); nothing of {folder} is lost") from error
+    width = max(map(len, upload.files))
+    for path, size in sorted(upload.files.items()):
+        typer.echo(f"{path:<{width}}  {size:>14,}")
+    typer.echo(f"published at {upload.address}")
+
+
 @app.command(
     "train-classifier",
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
@@ -314,6 +325,45 @@ def train_classifier(context: typer.Context) -> None:
     from .classifier import main as train
 
     train(context.args)
+
+
+@app.command("push-space")
+def push_space(
+    model: Annotated[str, typer.Argument(help="A model on the Hub (user/name); with --out also a folder.")],
+    space: Annotated[
+        str | None, typer.Option(help="The Space's name (user/name); by default the model's own.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="As it always is for a private model.")] = False,
+    example: Annotated[
+        list[str] | None, typer.Option(help="For text to image: a prompt to offer; repeat it for several.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the app into this new folder, to run it here, and upload nothing.")
+    ] = None,
+    token: Annotated[str | None, typer.Option(help="By default your login.", envvar="HF_TOKEN")] = None,
+) -> None:
+    """Publish an app that draws with a model, as a Space: classes or a prompt, samplers, the chain as it runs."""
+    from diffusers.utils import logging
+    from huggingface_hub.utils import disable_progress_bars
+
+    from . import spaces
+
+    logging.set_verbosity_error()
+    disable_progress_bars()
+    if out and (space or private):
+        raise ValueError("--out uploads nothing; leave out --space and --private")
+    found = spaces.look_up(model, token, example or [])
+    if out:
+        spaces.write_space(out, found, example or [])
+        typer.echo(
+            f"{out}: run it with pip install -r {out}/requirements.txt gradio=={spaces.GRADIO_VERSION},"
+            f" then python {out}/app.py"
+        )
+        return
+    address = spaces.push_space(found, space or found.name, token, private, example or [])
+    typer.echo(f"published at {address}")
+    if found.private:
+        typer.echo(f"{model} is private: put a token that may read it into the Space's settings, as secret HF_TOKEN")
 
 
 def main() -> None:

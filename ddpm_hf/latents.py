@@ -5,10 +5,12 @@ decides the tensor: the transform, and the weights of the network that computed 
 image thus never gets another one's latent.
 """
 
+import contextlib
 import hashlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from tqdm.auto import tqdm
 
 from .data import ImageDataset, augmentation_uniforms, to_model_range
+from .training.checkpointing import flush, flush_tree
 from .training.config import UsageError
 from .training.randomness import StepKeys
 
@@ -90,16 +93,25 @@ class TensorTable:
             }
         )
         final = self.folder / f"part-{digest(*keys).hex()}"
-        beside = tempfile.mkdtemp(dir=self.folder, prefix=".writing-")
+        beside = tempfile.mkdtemp(dir=self.folder, prefix=".writing-", suffix=".partial")
         try:
             datasets.Dataset.from_dict(columns, features=features).save_to_disk(beside, max_shard_size="100GB")
             os.chmod(beside, 0o755)  # a cache may be shared
+            flush_tree(Path(beside))
             os.replace(beside, final)
+            flush(self.folder)
         except OSError:
             if not final.exists():  # else another run has written the same
                 raise
         finally:
             shutil.rmtree(beside, ignore_errors=True)
+
+    def remove_unfinished(self) -> None:
+        """Remove what killed writes left behind; another run may be writing too, but not for an hour at one part."""
+        for path in self.folder.glob(".writing-*"):
+            with contextlib.suppress(FileNotFoundError):  # another run does the same
+                if time.time() - path.stat().st_mtime > 3600:
+                    shutil.rmtree(path)
 
     def look_up(self, keys: Sequence[bytes]) -> torch.Tensor:
         """The tensors [N, ...] of the keys."""
@@ -112,6 +124,8 @@ class TensorTable:
     ) -> None:
         """Compute the tensors that are not there yet, shared out over the ranks; `compute` gets places in `wanted`."""
         places = {key: place for place, key in enumerate(wanted)}
+        if accelerator.process_index == 0:
+            self.remove_unfinished()
         # shared out before looking at what is there, which another rank may be writing
         own = sorted(places.values())[accelerator.process_index :: accelerator.num_processes]
         missing = [place for place in own if wanted[place] not in self.row_of]

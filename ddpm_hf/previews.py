@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 
 from .data import image_grid
-from .publishing import save_image
+from .saving import save_image
 from .training.config import TrainingConfig
 from .training.faults import out_of_memory, storage_fault, warn
 from .training.randomness import keyed_seed
@@ -16,50 +17,61 @@ from .training.stopping import InterruptedLookError
 
 INTERRUPTED = "interrupted"
 
+CHAIN_ROWS, CHAIN_MOMENTS = 8, 10  # of the strip of predictions: images, and moments of each one's chain
+
 
 def draw_grid(
-    sample: Callable[[list[int], list[torch.Generator]], list],
+    sample: Callable[[list[int], list[torch.Generator], int], Any],
     count: int,
     columns: int | None,
     step: int,
     config: TrainingConfig,
     accelerator,
 ) -> None:
-    """Sample `count` images, shared out over the ranks, into one PNG and the tracker.
+    """Sample `count` images, shared out over the ranks, into one PNG and the tracker; and x̂_0 along some chains.
 
     An image depends on the seed and its place in the grid alone, so that grids show one model's progress. A grid that
     memory or disk have no room for is left out with a warning.
 
     Args:
-        sample: (places in the grid, a generator for each) -> PIL images.
+        sample: (places in the grid, a generator for each, how many frames to keep) -> a pipeline's output.
+        columns: of the grid; its chains are those of the rows' first images.
 
     Raises:
         InterruptedLookError: on all ranks, if one was asked to stop meanwhile.
     """
     own = list(range(accelerator.process_index, count, accelerator.num_processes))
+    shown = set(range(0, count, columns or 1)[:CHAIN_ROWS])
     drawn, fault = [], None
     try:
         if own:
             seeds = [keyed_seed(config.seed, "sample", 0, index) for index in own]
             generators = [torch.Generator(accelerator.device).manual_seed(seed) for seed in seeds]
             with accelerator.autocast():
-                drawn = sample(own, generators)
+                output = sample(own, generators, CHAIN_MOMENTS if shown & set(own) else 0)
+            chains = [
+                [frame.prediction[i] for frame in output.frames or [] if own[i] in shown] for i in range(len(own))
+            ]
+            drawn = list(zip(own, output.images, chains))
     except InterruptedLookError:
         fault = INTERRUPTED
     except Exception as error:
         if not out_of_memory(error):
             raise
         fault = "out of memory; make --eval_batch_size smaller"
-    parts = gather_object([(fault, list(zip(own, drawn)))])  # of all ranks, whatever happened to this one
+    parts = gather_object([(fault, drawn)])  # of all ranks, whatever happened to this one
     faults = [fault for fault, _ in parts if fault is not None]
     if INTERRUPTED in faults:
         raise InterruptedLookError
-    path = Path(config.output_dir) / "samples" / f"step-{step:06d}.png"
     if not faults and accelerator.is_main_process:
-        drawn = [image for _, image in sorted((pair for _, part in parts for pair in part), key=lambda pair: pair[0])]
-        grid = image_grid(drawn, columns, scale=max(1, 64 // drawn[0].width))
+        drawn = sorted((one for _, part in parts for one in part), key=lambda one: one[0])
+        scale, folder = max(1, 64 // drawn[0][1].width), Path(config.output_dir) / "samples"
+        grid = image_grid([image for _, image, _ in drawn], columns, scale=scale)
+        chains = [chain for place, _, chain in drawn if place in shown]
+        strip = image_grid([image for chain in chains for image in chain], len(chains[0]), scale=scale)
         try:
-            save_image(grid, path)
+            save_image(grid, folder / f"step-{step:06d}.png")
+            save_image(strip, folder / f"chain-{step:06d}.png")
         except OSError as error:
             faults = [storage_fault(error)]
         track_image(accelerator, "samples", grid, step)

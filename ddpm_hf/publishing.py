@@ -1,185 +1,403 @@
-"""From a trained pipeline to a folder and a repository that a stranger can use."""
+"""From a trained pipeline to a repository that a stranger can use."""
 
+import contextlib
+import json
 import os
 import shutil
 import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from .model_card import (
+    CHAIN,
+    METRICS_FILE,
+    RESULTS_FILE,
+    RUN_FILE,
+    SAMPLES,
+    make_card,
+    newer_card,
+    read_facts,
+    write_pictures,
+)
+from .saving import save_half_precision, save_image, save_model, save_pipeline
+from .training.averaging import raw_weights
 from .training.checkpointing import write_whole
 from .training.config import TrainingConfig, UsageError
 from .training.setup import log, public_settings
 
-# What never goes up: a run's own files, which hold paths of the machine, and what an interrupted write left behind
-PRIVATE_PATTERNS = (
-    "checkpoint-*", "checkpoint-*/**", "*.tfevents*", "**/*.tfevents*", "hparams.yml", "**/hparams.yml", ".*", "**/.*",
-    "timings.jsonl", "training_config.json", "autoencoder/**", "cache/**",
-)  # fmt: skip
+ATTRIBUTES = ("*.safetensors", "*.png", "*.gif")  # what the repository keeps outside of git
+OWN_FILES = ("model_index.json", "*_ddpm_hf.py", METRICS_FILE, RESULTS_FILE, RUN_FILE, "LICENSE*", "assets/*.png")
+COMPONENT_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
+CHAIN_ROWS = 8  # of the card's strip of predictions, where the run has drawn none
+RENEWED = ("*_ddpm_hf.py", "assets/*.png")  # what of an earlier upload goes where this one has it no more
 
 
-def save_model(model, folder: str | Path) -> None:
-    """Save what has a `save_pretrained` so that each of its files is whole: written beside, then moved into place."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(dir=folder, prefix=".saving-"))
-    try:
-        model.save_pretrained(beside)
-        # a config says that the model beside it is there: it goes last
-        for path in sorted(beside.rglob("*"), key=lambda path: (path.suffix == ".json", path)):
-            target = folder / path.relative_to(beside)
-            if path.is_dir():
-                target.mkdir(exist_ok=True)
-            else:
-                os.replace(path, target)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+class Upload(NamedTuple):
+    """A commit on the Hub: the repository's address, and the files that it holds now, with their sizes in bytes."""
+
+    address: str
+    files: dict[str, int]
 
 
-save_pipeline = save_model  # a pipeline is a folder of models
+def component_folders(folder: Path) -> list[str]:
+    """The names of the components that a pipeline's folder holds."""
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    names = [name for name, value in index.items() if isinstance(value, list) and not name.startswith("_")]
+    return [name for name in names if (folder / name).is_dir()]
 
 
-def save_image(image, path: Path) -> None:
-    """Write a PIL picture whole, in the format that the name says."""
-    import io
+def files_to_publish(folder: Path, include: tuple[str, ...] = ()) -> dict[str, Path]:
+    """What of a folder goes up, by path in the repository: the pipeline, its code, card, pictures and figures.
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    buffer = io.BytesIO()
-    image.save(buffer, format=path.suffix[1:].upper())
-    write_whole(path, buffer.getvalue())
-
-
-CARD = """# {title}
-
-{what} of {resolution} pixels, trained with ddpm_hf: denoising diffusion (DDPM,
-[Ho et al. 2020](https://arxiv.org/abs/2006.11239)) in the Hugging Face ecosystem.
-
-{picture}
-
-## Use
-
-```python
-from diffusers import DiffusionPipeline
-
-pipeline = DiffusionPipeline.from_pretrained("{repository}"{trust})
-image = pipeline({arguments}).images[0]
-image.save("sample.png")
-```
-
-## Training
-
-| | |
-|---|---|
-{settings}
-"""
-
-
-def write_model_card(
-    folder: Path, repository: str, pipeline, settings: dict[str, Any], dataset: str | None = None
-) -> None:
-    """Write `README.md`: what the model is, a picture, how to load it, how it was trained.
-
-    Args:
-        repository: its name on the Hub, user/name, or the folder's.
-        pipeline: the trained one, for its kind, its classes and its timesteps.
-        settings: rows of the training table.
-        dataset: its name on the Hub, for the metadata, if it has one.
+    A run's checkpoints, optimizer states, logs and settings, and whatever else lies there, stay; `include` names more
+    files by patterns.
     """
-    from huggingface_hub import ModelCardData
-
-    labels = list(getattr(pipeline, "labels", []))
-    by_text = hasattr(pipeline, "tokenizer")
-    T = pipeline.scheduler.config.num_train_timesteps
-    arguments = ['"..."'] if by_text else [repr(labels[:1])] if labels else []
-    if T != 1000 and not by_text:  # stock's pipeline would take 1000 steps
-        arguments.append(f"num_inference_steps={T}")
-    elif by_text and T < 50:
-        arguments.append(f"num_inference_steps={T - 1}")
-    kind = "text-to-image" if by_text else "class-conditional" if labels else "unconditional-image-generation"
-    data = ModelCardData(
-        library_name="diffusers",
-        pipeline_tag=None if labels else kind,
-        tags=["ddpm", "ddpm_hf", kind],
-        datasets=[dataset] if dataset else None,
-    )
-    grids = sorted((folder / "samples").glob("*.png"))
-    text = CARD.format(
-        title=repository.split("/")[-1],
-        what={
-            "text-to-image": "Images of texts",
-            "class-conditional": f"Images by class ({len(labels)} classes)",
-        }.get(kind, "An unconditional image model"),
-        resolution=settings["resolution"],
-        repository=repository,
-        picture=f"![samples](samples/{grids[-1].name})" if grids else "",
-        trust="" if pipeline.stock_class_name() else ", trust_remote_code=True",
-        arguments=", ".join(arguments),
-        settings="\n".join(f"| {name} | {value} |" for name, value in settings.items() if value is not None),
-    )
-    write_whole(folder / "README.md", f"---\n{data.to_yaml()}\n---\n\n{text}")
+    patterns = [*OWN_FILES, *include]
+    patterns += [f"{name}/{kind}" for name in component_folders(folder) for kind in COMPONENT_FILES]
+    found = {}
+    for pattern in patterns:
+        for path in folder.glob(pattern):
+            name = path.relative_to(folder)
+            if path.is_file() and not any(part.startswith(".") for part in name.parts):
+                found[name.as_posix()] = path
+    return found
 
 
-def open_repository(repository: str, token: str | None, private: bool) -> str:
+@contextlib.contextmanager
+def frozen_copy(files: dict[str, Path], folder: Path) -> Iterator[dict[str, Path]]:
+    """The files as they are now, whatever a run writes meanwhile; weights by hard links, since they are replaced."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".publishing-", suffix=".partial") as beside:
+        copies = {}
+        for name, path in files.items():
+            copies[name] = Path(beside) / name
+            copies[name].parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(path, copies[name])
+            except OSError:
+                shutil.copyfile(path, copies[name])
+            if path.name == METRICS_FILE:  # is written to in place
+                copies[name].unlink()
+                shutil.copyfile(path, copies[name])
+        yield copies
+
+
+def attributes(before: str) -> str:
+    """A `.gitattributes` that also names our kinds of files."""
+    lines = before.splitlines()
+    known = {line.split()[0] for line in lines if "filter=lfs" in line}
+    lines += [f"{kind} filter=lfs diff=lfs merge=lfs -text" for kind in ATTRIBUTES if kind not in known]
+    return "\n".join(lines) + "\n"
+
+
+def open_repository(repository: str, token: str | None, private: bool = False) -> str:
     """Create the repository if it does not exist; its full name, with the user.
 
     Raises:
         ValueError: it is to be private, and exists in public.
     """
-    from huggingface_hub import create_repo, model_info
+    from huggingface_hub import HfApi
 
-    name = create_repo(repository, private=private or None, token=token, exist_ok=True).repo_id
-    if private and not model_info(name, token=token).private:
-        raise ValueError(f"{name} exists and is public; make it private on the Hub, or name another --hub_model_id")
+    api = HfApi(token=token)
+    name = api.create_repo(repository, private=private or None, exist_ok=True).repo_id
+    if private and not api.model_info(name).private:
+        raise ValueError(f"{name} exists and is public; make it private on the Hub, or name another repository")
     return name
 
 
-def push_folder(folder: Path, repository: str, token: str | None, keep_back: str | None = None) -> str:
-    """Upload a pipeline's folder in one commit, but for a run's own files and those below `keep_back`; its address."""
-    from huggingface_hub import upload_folder
+def read_remote(api, repository: str, name: str, revision: str) -> str:
+    """A text file of a repository; empty where there is none."""
+    from huggingface_hub.errors import EntryNotFoundError
 
-    patterns = [*PRIVATE_PATTERNS, *([f"{keep_back}/**"] if keep_back else [])]
-    return upload_folder(
-        repo_id=repository,
-        folder_path=folder,
-        token=token,
-        commit_message="Upload the pipeline",
-        ignore_patterns=patterns,
-    ).repo_url
+    try:
+        return Path(api.hf_hub_download(repository, name, revision=revision)).read_text(encoding="utf-8")
+    except EntryNotFoundError:
+        return ""
 
 
-def publish(config: TrainingConfig, data: str, steps: int, pipeline, shown: tuple[str, ...], accelerator) -> None:
-    """Save, write the model card, and upload if that was asked for; a failed upload loses nothing.
+def push_folder(folder: Path, repository: str, token: str | None, pipeline, **options) -> Upload:
+    """Write the card, and upload a pipeline's folder in one commit; the options are those of `push_files`."""
+    with publishable(folder, options.pop("include", ())) as files:
+        return push_files(files, folder, repository, token, pipeline, **options)
+
+
+@contextlib.contextmanager
+def publishable(folder: Path, include: tuple[str, ...] = ()) -> Iterator[dict[str, Path]]:
+    """What goes up of a folder but its card, with pictures, as it is now."""
+    write_pictures(folder)
+    with frozen_copy(files_to_publish(folder, include), folder) as files:
+        yield files
+
+
+def push_files(
+    files: dict[str, Path],
+    folder: Path,
+    repository: str,
+    token: str | None,
+    pipeline,
+    *,
+    license: str | None = None,
+    tag: str | None = None,
+    message: str = "Upload the pipeline",
+) -> Upload:
+    """Upload files, and the card that is written for them, in one commit.
+
+    Args:
+        repository: user/name, which exists.
+        license: for the card.
+        tag: a name for the commit, for `from_pretrained(..., revision=tag)`.
+
+    Raises:
+        ValueError: a card that was edited in both places; a tag that another commit has.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+    api = HfApi(token=token)
+    before = api.model_info(repository)
+    tags = {one.name: one.target_commit for one in api.list_repo_refs(repository).tags} if tag else {}
+    if tags.get(tag, before.sha) != before.sha:
+        raise ValueError(f"{repository} has a tag {tag} already; name another")
+    card = write_card(folder, repository, pipeline, license, read_remote(api, repository, "README.md", before.sha))
+    git = attributes(read_remote(api, repository, ".gitattributes", before.sha))
+    content = {**files, "README.md": card.encode(), ".gitattributes": git.encode()}
+    operations = [CommitOperationAdd(name, str(it) if isinstance(it, Path) else it) for name, it in content.items()]
+    operations += [
+        CommitOperationDelete(name) for name in outdated([one.rfilename for one in before.siblings], content)
+    ]
+    # upload_folder may make several commits: who loads in between would get half a model
+    commit = api.create_commit(repository, operations, commit_message=message, parent_commit=before.sha)
+    if tag is not None and commit.oid != tags.get(tag):
+        api.create_tag(repository, tag=tag, revision=commit.oid)
+    sizes = {name: it.stat().st_size if isinstance(it, Path) else len(it) for name, it in content.items()}
+    return Upload(f"{api.endpoint}/{repository}", sizes)
+
+
+def outdated(there: list[str], content: dict[str, Any]) -> list[str]:
+    """What of an earlier upload this one has no more: weights, variants of them, code, pictures."""
+    folders = {name.partition("/")[0] for name in content if name.endswith(".safetensors")}
+    kinds = [*RENEWED, *(f"{folder}/*.{kind}" for folder in folders for kind in ("safetensors", "index*.json"))]
+    return [name for name in there if name not in content and any(fnmatch(name, kind) for kind in kinds)]
+
+
+def write_card(folder: Path, repository: str, pipeline, license: str | None = None, on_hub: str = "") -> str:
+    """Write `README.md` over what people wrote into it, here or on the Hub; its text."""
+    path = folder / "README.md"
+    here = path.read_text(encoding="utf-8") if path.is_file() else ""
+    card = make_card(read_facts(folder, repository, pipeline, license), newer_card(here, on_hub))
+    write_whole(path, card)
+    return card
+
+
+def draw_missing_pictures(studio, folder: Path) -> None:
+    """Draw a grid and its chains for the card of a model that has none; not of a text, which nobody has given.
+
+    Args:
+        studio: the model, as `space.drawing.Studio`.
+    """
+    from tqdm.auto import tqdm
+
+    from .data import image_grid
+    from .space.drawing import MOST_IMAGES, Wish
+
+    if studio.by_text or (folder / SAMPLES).is_file() or any(folder.glob("samples/step-*.png")):
+        return
+    sampler = "ddim" if "ddim" in studio.samplers else "ddpm"
+    moments = []
+    with tqdm(total=studio.samplers[sampler], desc="drawing pictures for the card", leave=False) as bar:
+
+        def watch(step) -> None:
+            bar.update(1)
+            moments.extend([step.predictions] if step.predictions else [])
+
+        images = studio.draw(Wish(MOST_IMAGES, sampler, studio.samplers[sampler]), watch)
+    scale = max(1, 64 // images[0].width)
+    chains = [moment[i] for i in range(CHAIN_ROWS) for moment in moments]
+    save_image(image_grid(images, scale=scale), folder / SAMPLES)
+    save_image(image_grid(chains, len(moments), scale=scale), folder / CHAIN)
+
+
+def reason_of(error: Exception) -> str:
+    """An error of the Hub in a line."""
+    text = " ".join(str(error).split()).partition(" For more information")[0][:300]
+    return f"{error.__class__.__name__}: {text}"
+
+
+def refuses(error: Exception) -> bool:
+    """Whether the Hub said no, so that trying again later is of no use: a token, a name, a right."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+    if isinstance(error, HfHubHTTPError):
+        return error.response is not None and 400 <= error.response.status_code < 500
+    return isinstance(error, (LocalTokenNotFoundError, HFValidationError)) or type(error) is ValueError
+
+
+def reserve_repository(config: TrainingConfig, held_out: bool, accelerator) -> None:
+    """Before training: see that the upload will be accepted; `config.hub_model_id` then has the user's name too.
+
+    Args:
+        held_out: whether images are held out.
+
+    Raises:
+        UsageError: the Hub says no. Where it does not answer, training goes on; the upload is tried at its end.
+    """
+    if config.hub_strategy == "best" and not held_out:
+        raise UsageError("--hub_strategy best wants held-out images: give --validation_split 0.1, for example")
+    config.hub_model_id = config.hub_model_id or Path(config.output_dir).resolve().name
+    if not config.push_to_hub or not accelerator.is_main_process:
+        return
+    try:
+        config.hub_model_id = open_repository(config.hub_model_id, config.hub_token, config.hub_private_repo)
+        if config.hub_revision and not config.resume_from_checkpoint:
+            check_tag(config.hub_model_id, config.hub_revision, config.hub_token)
+    except Exception as error:
+        if refuses(error):
+            raise UsageError(
+                f"--push_to_hub: {config.hub_model_id} cannot be written to ({reason_of(error)}); see --hub_model_id,"
+                " --hub_token, --hub_private_repo and --hub_revision, or log in with `hf auth login`"
+            ) from error
+        log(accelerator, f"warning: the Hub does not answer ({reason_of(error)}); trying again at the end")
+
+
+def check_tag(repository: str, tag: str, token: str | None) -> None:
+    """Raise ValueError for a tag that the repository has."""
+    from huggingface_hub import HfApi
+
+    if tag in {one.name for one in HfApi(token=token).list_repo_refs(repository).tags}:
+        raise ValueError(f"it has a tag {tag} already")
+
+
+class Publisher:
+    """Saves the pipeline of a run while it trains and at its end, and uploads it as the flags say.
 
     Args:
         config: a script's, with `DataFlags`.
-        data: the name of what was trained on.
-        steps: how many were trained.
-        shown: the settings that the card lists.
-
-    Raises:
-        UsageError: the upload failed; how to repeat it.
+        state: the run's `TrainingState`.
+        pipeline_of: trained model -> pipeline.
+        facts: what `describe_run` gave.
     """
-    folder = Path(config.output_dir)
-    save_pipeline(pipeline, folder)
-    local = config.train_data_dir or (config.dataset_name if os.path.exists(config.dataset_name or "") else None)
-    settings = {
-        "dataset": Path(local).resolve().name if local else data,
-        "steps": steps,
-        **{name: value for name, value in public_settings(config).items() if name in shown},
-    }
-    dataset = None if local else config.dataset_name
-    repository = config.hub_model_id or folder.resolve().name
-    write_model_card(folder, repository, pipeline, settings, dataset)
-    how = "" if pipeline.stock_class_name() else ", trust_remote_code=True"
-    log(accelerator, f"saved to {folder}: DiffusionPipeline.from_pretrained({str(folder)!r}{how}) loads it")
-    if config.push_to_hub:
+
+    def __init__(self, config: TrainingConfig, state, pipeline_of: Callable, facts: dict[str, Any], accelerator):
+        self.config, self.state, self.pipeline_of, self.facts = config, state, pipeline_of, facts
+        self.accelerator = accelerator
+        self.folder, self.repository = Path(config.output_dir), config.hub_model_id
+        self.saved_at: int | None = None
+        self.uploading: threading.Thread | None = None
+
+    def save(self, model, step: int) -> None:
+        """Save the pipeline, if `--hub_strategy` wants this one, and upload it where it wants that too."""
+        config, at_checkpoint = self.config, step % self.config.checkpointing_steps == 0
+        if config.hub_strategy == "best" and not self.is_best(step):
+            return
+        pipeline = self.pipeline_of(model)
+        save_pipeline(pipeline, self.folder)
+        if "fp16" in config.save_variants:
+            save_half_precision(pipeline, self.folder)
+        if "non_ema" in config.save_variants:
+            for name, part in self.state.parts.items():
+                with raw_weights(self.state.emas[name], part):
+                    save_model(part, self.folder / name, only="*.non_ema.*", variant="non_ema")
+        run = {**self.facts, "step": step, "sessions": self.state.sessions.until(step)}
+        write_whole(self.folder / RUN_FILE, json.dumps(run, indent=1) + "\n")
+        self.saved_at = step
+        if config.push_to_hub and config.hub_strategy != "end" and at_checkpoint:
+            self.upload_beside(pipeline, step)
+
+    def is_best(self, step: int) -> bool:
+        """Whether the held-out loss at a checkpoint is the lowest of those at checkpoints so far."""
+        lines = [json.loads(line) for line in (self.folder / METRICS_FILE).read_text().splitlines()]
+        every = self.config.checkpointing_steps
+        losses = {
+            line["step"]: line["validation_loss"]
+            for line in lines
+            if "validation_loss" in line and (line["step"] % every == 0 or line["step"] == step)
+        }
+        return step in losses and losses[step] <= min(losses.values())
+
+    def upload_beside(self, pipeline, step: int) -> None:
+        """Upload while training goes on; an upload that is still under way is not waited for."""
+        if self.uploading is not None and self.uploading.is_alive():
+            log(self.accelerator, f"step {step}: the last upload is still under way, so this one is left out")
+            return
+
+        files = contextlib.ExitStack()
+        frozen = files.enter_context(publishable(self.folder))  # before training writes there again
+
+        def upload() -> None:
+            with files:
+                try:
+                    self.push(pipeline, f"Step {step}", frozen)
+                except Exception as error:  # training is not to end by it
+                    log(self.accelerator, f"warning: the upload at step {step} failed ({reason_of(error)})")
+
+        self.uploading = threading.Thread(target=upload, daemon=True)
+        self.uploading.start()
+
+    def finish(self, model, step: int) -> None:
+        """Save what is not saved yet, write the card, and upload it if that was asked for; a failure loses nothing.
+
+        Raises:
+            UsageError: the upload failed; how to repeat it.
+        """
+        config = self.config
+        if self.saved_at != step:
+            self.save(model, step)
+        pipeline = self.pipeline_of(model)
+        write_pictures(self.folder)
+        write_card(self.folder, self.repository, pipeline, config.hub_license)
+        how = "" if pipeline.stock_class_name() else ", trust_remote_code=True"
+        log(
+            self.accelerator,
+            f"saved to {self.folder}: DiffusionPipeline.from_pretrained('{self.folder}'{how}) loads it",
+        )
+        if not config.push_to_hub:
+            return
+        if self.uploading is not None:
+            self.uploading.join()
         try:
-            repository = open_repository(repository, config.hub_token, config.hub_private_repo)
-            write_model_card(folder, repository, pipeline, settings, dataset)
-            address = push_folder(folder, repository, config.hub_token, keep_back=config.logging_dir)
+            self.repository = open_repository(self.repository, config.hub_token, config.hub_private_repo)
+            with publishable(self.folder) as files:
+                upload = self.push(pipeline, "Upload the pipeline", files, config.hub_revision)
         except Exception as error:  # whatever the network does, the trained model is on disk
-            reason = " ".join(str(error).split()).partition(" For more information")[0][:300]
             raise UsageError(
-                f"the upload to {repository} failed ({error.__class__.__name__}: {reason}); {folder} is complete,"
-                " upload it with the same command line, --resume_from_checkpoint latest and no --overwrite_output_dir"
+                f"the upload to {self.repository} failed ({reason_of(error)}); {self.folder} is complete:"
+                f" `ddpm-hf push {self.folder} {self.repository}` uploads it"
             ) from error
-        log(accelerator, f"published at {address}")
+        log(self.accelerator, f"published at {upload.address}")
+
+    def push(self, pipeline, message: str, files: dict[str, Path], tag: str | None = None) -> Upload:
+        """Upload the files to the run's repository."""
+        options = {"license": self.config.hub_license, "tag": tag, "message": message}
+        return push_files(files, self.folder, self.repository, self.config.hub_token, pipeline, **options)
+
+
+def describe_run(
+    config: TrainingConfig, images, plan, model, shown: tuple[str, ...], rows: list[str], base_model: str | None = None
+) -> dict[str, Any]:
+    """What is known of a run before it starts, for its card.
+
+    Args:
+        config: a script's, with `DataFlags`.
+        images: what it trains on, as `open_images` gave it.
+        shown: the settings that the card lists.
+        rows: what the rows of its grids show: classes or prompts.
+        base_model: the checkpoint that it starts from.
+    """
+    local = config.train_data_dir or (config.dataset_name if os.path.exists(config.dataset_name or "") else None)
+    settings = {name: value for name, value in public_settings(config).items() if name in shown}
+    return {
+        "dataset": {
+            "name": Path(local).resolve().name if local else images.rows.name,
+            "on_hub": bool(config.dataset_name and not local),
+            "images": images.count,
+            "fingerprint": images.rows.fingerprint(),
+        },
+        "held_out": len(images.held_out) if images.held_out else 0,
+        "seed": config.seed,
+        "batch": plan.global_batch * plan.accumulation,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "rows": rows,
+        "base_model": None if os.path.exists(base_model or "") else base_model,
+        "settings": {name: value for name, value in settings.items() if value is not None},
+    }

@@ -1,7 +1,8 @@
 """A small Hub on the loopback interface: the real client of huggingface_hub talks to it through `HF_ENDPOINT`.
 
-Repositories of models live in memory, with commits, branches, tags, large files behind the LFS protocol, and owners
-who may hide them. A commit replaces a branch's state at once or not at all. Faults happen on request.
+Repositories of models and Spaces (`spaces/user/name`) live in memory, with commits, branches, tags, large files behind
+the LFS protocol, and owners who may hide them. A commit replaces a branch's state at once or not at all. Faults happen
+on request.
 
     with Hub({"secret": "user"}) as hub:
         hub.fail("POST /api/models/user/model/commit/", 500)
@@ -15,6 +16,7 @@ import json
 import re
 import secrets
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -83,6 +85,7 @@ class Repository:
     """Commits, each a whole tree by path, and the names that point at them."""
 
     private: bool = False
+    sdk: str | None = None  # of a Space
     commits: dict[str, dict[str, Blob]] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
@@ -103,6 +106,17 @@ class Repository:
         return sha
 
 
+@dataclass
+class Fault:
+    """What goes wrong with requests, how often, and from which on; see `Hub.fail`."""
+
+    pattern: str
+    kind: int | str
+    times: float
+    after: int = 0
+    then: Callable | None = None
+
+
 class Hub:
     """The state, and what each address does. `tokens` maps tokens to users."""
 
@@ -112,7 +126,7 @@ class Hub:
         self.large_files: dict[str, bytes] = {}  # by sha256
         self.signatures: dict[str, int] = {}  # of upload addresses, with the size announced
         self.requests: list[str] = []  # as `METHOD /path`
-        self.faults: list[list] = []  # pattern, kind, how many times more
+        self.faults: list[Fault] = []
         self.lock = threading.RLock()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
@@ -127,31 +141,45 @@ class Hub:
         self.server.shutdown()
         self.server.server_close()
 
-    def fail(self, pattern: str, kind: int | str = 500, times: int = 1) -> None:
+    def fail(
+        self, pattern: str, kind: int | str = 500, times: float = 1, after: int = 0, then: Callable | None = None
+    ) -> None:
         """Let the next requests whose `METHOD /path` matches go wrong.
 
         Args:
             kind: a status; or `cut`: no answer, or `half`: done as asked, but the answer breaks off.
+            after: how many of them go well first.
+            then: called when it has happened, before the client hears of it.
         """
-        self.faults.append([pattern, kind, times])
+        self.faults.append(Fault(pattern, kind, times, after, then))
+
+    def fault_of(self, line: str) -> "Fault | None":
+        """What is to go wrong with a request, counted down."""
+        for fault in self.faults:
+            if fault.times and re.search(fault.pattern, line):
+                if fault.after:
+                    fault.after -= 1
+                    continue
+                fault.times -= 1
+                return fault
+        return None
 
     def files(self, name: str, revision: str = "main") -> dict[str, bytes]:
         """A repository's files, by path."""
         repository = self.repositories[name]
         return {path: blob.data for path, blob in repository.commits[repository.resolve(revision)].items()}
 
-    def handle(self, method: str, address: str, headers, body: bytes) -> tuple[Reply, str | None]:
-        """The reply, and how it is to be spoilt (`cut`, `half`) if at all."""
+    def handle(self, method: str, address: str, headers, body: bytes) -> "tuple[Reply, Fault | None]":
+        """The reply, and how it is to be spoilt if at all."""
         parts = urlsplit(address)
         line = f"{method} {parts.path}"
         with self.lock:
             self.requests.append(line)
-            fault = next((one for one in self.faults if one[2] and re.search(one[0], line)), [None, None, 0])
-            fault[2] -= 1
-            if fault[1] == "cut":
-                return Reply(b""), "cut"
-            if isinstance(fault[1], int):
-                return answer({"error": "a fault, as asked for"}, fault[1]), None
+            fault = self.fault_of(line)
+            if fault and fault.kind == "cut":
+                return Reply(b""), fault
+            if fault and fault.kind != "half":
+                return answer({"error": "a fault, as asked for"}, fault.kind), fault
             try:
                 query = {name: values[0] for name, values in parse_qs(parts.query).items()}
                 request = Request(self.user_of(headers), query, headers, body)
@@ -159,7 +187,7 @@ class Hub:
             except Refusal as refusal:
                 code = {"X_Error_Code": refusal.code} if refusal.code else {}
                 reply = answer({"error": str(refusal)}, refusal.status, X_Error_Message=str(refusal), **code)
-            return reply, fault[1]
+            return reply, fault
 
     def user_of(self, headers) -> str | None:
         """Who asks; None without a token."""
@@ -179,7 +207,7 @@ class Hub:
 
     def repository(self, name: str, user: str | None, write: bool = False) -> Repository:
         """A repository that the user may read, or write."""
-        repository, owner = self.repositories.get(name), name.split("/")[0]
+        repository, owner = self.repositories.get(name), name.split("/")[-2]
         if repository is None or (repository.private and user != owner):
             raise Refusal(404 if user else 401, "RepoNotFound", "Repository not found")
         if write and user != owner:
@@ -200,12 +228,16 @@ class Hub:
         owner = wanted.get("organization") or request.user
         if request.user is None or owner != request.user:
             raise Refusal(403 if request.user else 401, None, f"You have no right to create for {owner}")
+        kind = wanted.get("type", "model")
+        if kind == "space" and not wanted.get("sdk"):
+            raise Refusal(400, None, "a Space needs an sdk")
         name = f"{owner}/{wanted['name']}"
-        content = {"name": name, "url": f"{self.url}/{name}"}
-        if name in self.repositories:
-            return answer({"error": "You already created this model repo", **content}, 409)
-        self.repositories[name] = Repository(wanted.get("visibility") == "private")
-        self.repositories[name].commit("main", {".gitattributes": Blob(ATTRIBUTES)})
+        path = f"spaces/{name}" if kind == "space" else name
+        content = {"name": name, "url": f"{self.url}/{path}"}
+        if path in self.repositories:
+            return answer({"error": f"You already created this {kind} repo", **content}, 409)
+        self.repositories[path] = Repository(wanted.get("visibility") == "private", wanted.get("sdk"))
+        self.repositories[path].commit("main", {".gitattributes": Blob(ATTRIBUTES)})
         return answer(content)
 
     def validate_card(self, request: Request) -> Reply:
@@ -222,7 +254,9 @@ class Hub:
         repository = self.repository(name, request.user)
         sha = repository.resolve(revision)
         siblings = [{"rfilename": path} for path in sorted(repository.commits[sha])]
-        about = {"id": name, "modelId": name, "author": name.split("/")[0], "private": repository.private}
+        title = name.removeprefix("spaces/")
+        about = {"id": title, "author": title.split("/")[0], "private": repository.private}
+        about |= {"sdk": repository.sdk} if repository.sdk else {"modelId": title}
         return answer({**about, "sha": sha, "tags": [], "downloads": 0, "likes": 0, "siblings": siblings})
 
     def tree(self, request: Request, name: str, revision: str) -> Reply:
@@ -337,17 +371,18 @@ class Hub:
         return Reply(blob.data[int(begin[1]) :], 206, headers)
 
 
-NAME, REVISION = "(?P<name>[^/]+/[^/]+)", "(?P<revision>[^/]+)"
+NAME, REVISION = "(?P<name>(?:spaces/)?[^/]+/[^/]+)", "(?P<revision>[^/]+)"
+API = "/api/(?:models/|(?=spaces/))"  # a Space's name here begins with `spaces/`
 ROUTES = [
     ("GET", "/api/whoami-v2", Hub.whoami),
     ("POST", "/api/repos/create", Hub.create),
     ("POST", "/api/validate-yaml", Hub.validate_card),
-    ("GET", f"/api/models/{NAME}(/revision/{REVISION})?", Hub.info),
-    ("GET", f"/api/models/{NAME}/tree/{REVISION}", Hub.tree),
-    ("POST", f"/api/models/{NAME}/branch/(?P<branch>[^/]+)", Hub.add_ref),
-    ("POST", f"/api/models/{NAME}/tag/{REVISION}", Hub.add_ref),
-    ("POST", f"/api/models/{NAME}/preupload/{REVISION}", Hub.preupload),
-    ("POST", f"/api/models/{NAME}/commit/{REVISION}", Hub.commit),
+    ("GET", f"{API}{NAME}(/revision/{REVISION})?", Hub.info),
+    ("GET", f"{API}{NAME}/tree/{REVISION}", Hub.tree),
+    ("POST", f"{API}{NAME}/branch/(?P<branch>[^/]+)", Hub.add_ref),
+    ("POST", f"{API}{NAME}/tag/{REVISION}", Hub.add_ref),
+    ("POST", f"{API}{NAME}/preupload/{REVISION}", Hub.preupload),
+    ("POST", f"{API}{NAME}/commit/{REVISION}", Hub.commit),
     ("POST", rf"/{NAME}\.git/info/lfs/objects/batch", Hub.lfs_batch),
     ("POST", rf"/{NAME}\.git/info/lfs/verify", Hub.lfs_verify),
     ("PUT", "/lfs/(?P<oid>[0-9a-f]{64})", Hub.lfs_put),
@@ -359,13 +394,17 @@ class Handler(BaseHTTPRequestHandler):
     """One connection: reads requests whole, and writes replies, or spoils them."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else each answer's body waits 40 ms for its head to be acknowledged
 
     def do_GET(self) -> None:
         """Answer a request of any method."""
-        reply, spoilt = self.server.hub.handle(self.command, self.path, self.headers, self.read_body())
+        reply, fault = self.server.hub.handle(self.command, self.path, self.headers, self.read_body())
+        if fault and fault.then:
+            fault.then()
+        spoilt = fault and fault.kind in ("cut", "half")
         if spoilt:
             self.close_connection = True
-        if spoilt == "cut":
+        if spoilt and fault.kind == "cut":
             return
         self.send_response(reply.status)
         for name, value in {**reply.headers, "Content-Length": str(len(reply.body))}.items():

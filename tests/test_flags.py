@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import datasets
-import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -25,6 +24,7 @@ from diffusers import UNet2DModel
 from PIL import Image
 
 import train_unconditional
+from ddpm_hf import publishing
 from ddpm_hf.models import MODEL_PRESETS
 from ddpm_hf.training.setup import public_settings, save_settings
 from tests.fixtures_unconditional import (
@@ -172,10 +172,10 @@ def observe(flags: dict, folder: Path) -> Seen:
         return compute_loss(model, batch, *args, **kwargs)
 
     spies = {
-        "create": (huggingface_hub, "create_repo", lambda name, **k: SimpleNamespace(repo_id=name)),
-        "info": (huggingface_hub, "model_info", lambda name, **k: SimpleNamespace(private=True)),
-        "upload": (huggingface_hub, "upload_folder", lambda **k: SimpleNamespace(repo_url="https://hub/it")),
-        "save": (train_unconditional, "save_pipeline", None),
+        "create": (publishing, "open_repository", lambda name, *a: name),
+        "tags": (publishing, "check_tag", lambda *a: 0),
+        "upload": (publishing, "push_files", lambda *a, **k: SimpleNamespace(address="https://hub/it")),
+        "save": (publishing, "save_pipeline", None),
         "loader": (torch.utils.data.DataLoader, "__init__", None),
         "compile": (torch, "compile", lambda model, **k: model),
         "xformers": (UNet2DModel, "enable_xformers_memory_efficient_attention", lambda *a, **k: 0),
@@ -217,7 +217,7 @@ def checkpoints(seen):
 
 
 def grids(seen):
-    return sorted(path.name for path in seen.run.folder.glob("samples/*.png"))
+    return sorted(path.name for path in seen.run.folder.glob("samples/step-*.png"))
 
 
 def last_grid(seen):
@@ -241,7 +241,7 @@ def adam(key):
 
 
 def asked_of_the_hub(key):
-    return lambda seen: [kwargs.get(key) for name in ("create", "upload") for _, kwargs, _ in seen.spied(name)]
+    return lambda seen: [kwargs.get(key) for _, kwargs, _ in seen.spied("upload")]
 
 
 def has(name):
@@ -365,18 +365,22 @@ ROWS = [
     Row("tracker_project_name", "mine", logs, lambda places: "logs/train_unconditional" in places,
         lambda places: "logs/mine" in places, {"logger": "tensorboard"}),
     Row("push_to_hub", True, lambda s: len(s.spied("upload")), 0, 1),
-    Row("hub_model_id", "me/photos", lambda s: (s.spied("create")[0][0], s.spied("upload")[0][1]["repo_id"]),
-        lambda names: names[1] != "me/photos", (("me/photos",), "me/photos"), PUSH),
-    Row("hub_token", "hf_secret", asked_of_the_hub("token"), [None, None], ["hf_secret", "hf_secret"], PUSH),
-    Row("hub_private_repo", True, lambda s: bool(s.spied("create")[0][1]["private"]), False, True, PUSH),
+    Row("hub_model_id", "me/photos", lambda s: (s.spied("create")[0][0][0], s.spied("upload")[0][0][2]),
+        lambda names: names[1] != "me/photos", ("me/photos", "me/photos"), PUSH),
+    Row("hub_token", "hf_secret", lambda s: (s.spied("create")[0][0][1], s.spied("upload")[0][0][3]),
+        (None, None), ("hf_secret", "hf_secret"), PUSH),
+    Row("hub_private_repo", True, lambda s: s.spied("create")[0][0][2], False, True, PUSH),
+    Row("hub_revision", "v1", lambda s: [len(s.spied("tags")), *asked_of_the_hub("tag")(s)], [0, None], [1, "v1"],
+        PUSH),
+    Row("hub_license", "mit", asked_of_the_hub("license"), [None], ["mit"], PUSH),
 ]  # fmt: skip
 
-# Flags whose effect takes more than a run with and without, each with a test of its own below, or in test_averaging
-# and test_latent_training
+# Flags whose effect takes more than a run with and without, each with a test of its own below, or in test_averaging,
+# test_latent_training and test_publishing
 APART = {
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "local_rank", "cache_dir", "dataset_config_name",
     "dry_run", "config", "foreach_ema", "offload_ema", "use_8bit_adam",
-    "vae_name_or_path", "cache_latents",
+    "vae_name_or_path", "cache_latents", "hub_strategy", "save_variants",
 }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ the code beside it in any case. A pipeline converts the scheduler back when it i
 This file is copied into published repositories: it imports diffusers alone.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
+from diffusers.configuration_utils import FrozenDict
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -44,6 +46,22 @@ def portable_sources(module_file: Path) -> dict[str, str]:
     return sources
 
 
+@contextlib.contextmanager
+def without_origins(components: dict):
+    """While it lasts, no component's config says where it was loaded from: often a path on its owner's machine."""
+    configs = {}
+    for name, component in components.items():
+        config = getattr(component, "_internal_dict", None)
+        if config is not None and "_name_or_path" in config:
+            configs[name] = config
+            component._internal_dict = FrozenDict({key: config[key] for key in config if key != "_name_or_path"})
+    try:
+        yield
+    finally:
+        for name, config in configs.items():
+            components[name]._internal_dict = config
+
+
 class PortablePipelineMixin:
     """Saving for a `DiffusionPipeline` whose folder is to load anywhere. Put it before `DiffusionPipeline`."""
 
@@ -57,6 +75,11 @@ class PortablePipelineMixin:
             if cls.__module__.endswith("_ddpm_hf") and issubclass(cls, DiffusionPipeline):
                 return cls
         raise TypeError(f"{type(self).__name__} derives from no pipeline of ddpm_hf")
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
+        """As Diffusers', but the files do not say where the components came from."""
+        with without_origins(self.components):
+            super().save_pretrained(save_directory, *args, **kwargs)
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
         """Write `model_index.json` and, beside it, the code that it may name; before any upload."""

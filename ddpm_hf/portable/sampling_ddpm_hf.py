@@ -193,6 +193,7 @@ class SamplingMixin:
             predict: (scaled x_t, t) -> the model's output.
             callback_on_step_end: called with (pipeline, index, timestep, {"latents": x_s}); what it returns replaces
                 the latents.
+            callback_on_step_end_tensor_inputs: what to hand to it; also "pred_original_sample", the x̂_0 of the step.
             classifier_guidance: moves the mean of ancestral steps, and the output for other samplers.
             extrapolated: whether the output at t is that of no model, but guided beyond it: x̂_0 then leaves [-1, 1].
             num_frames: how many moments of the chain to keep, evenly spaced and ending with the last.
@@ -201,11 +202,13 @@ class SamplingMixin:
         """
         if num_frames < 0:
             raise ValueError(f"num_frames={num_frames}: must be 0 or more")
-        unknown = set(callback_on_step_end_tensor_inputs) - {"latents"}
+        unknown = set(callback_on_step_end_tensor_inputs) - {"latents", "pred_original_sample"}
         if unknown:
             raise ValueError(
-                f"callback_on_step_end_tensor_inputs: {', '.join(sorted(unknown))}; there is only latents"
+                f"callback_on_step_end_tensor_inputs: {', '.join(sorted(unknown))}; there are only latents and"
+                " pred_original_sample"
             )
+        predicting = callback_on_step_end is not None and "pred_original_sample" in callback_on_step_end_tensor_inputs
         accepted = inspect.signature(self.scheduler.step).parameters
         step_arguments = {"generator": generator} if "generator" in accepted else {}
         kept = set(torch.linspace(0, len(timesteps) - 1, num_frames).round().int().tolist()) if num_frames else set()
@@ -227,12 +230,13 @@ class SamplingMixin:
             step = self.scheduler.step(output, t, latents, **step_arguments)  # Algorithm 2, line 4
             if classifier_guidance is not None and ancestral:
                 step.prev_sample = classifier_guidance.shift_sample(own, step.prev_sample, output, latents, timestep)
-            if index in kept:
+            if index in kept or predicting:
                 prediction = self._pred_original_sample(step, output, t, latents)
+            if index in kept:
                 frames.append(Frame(int(t), *(self.decode(x, output_type) for x in (step.prev_sample, prediction))))
             latents = step.prev_sample
             if callback_on_step_end is not None:
-                offered = {"latents": latents}
+                offered = {"latents": latents} | ({"pred_original_sample": prediction} if predicting else {})
                 chosen = {name: offered[name] for name in callback_on_step_end_tensor_inputs}
                 latents = (callback_on_step_end(self, index, t, chosen) or {}).get("latents", latents)
         return latents, frames if num_frames else None

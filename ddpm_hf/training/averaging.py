@@ -49,6 +49,17 @@ def ema_weights(ema: EMAModel, part: torch.nn.Module):
         ema.restore(part.parameters())
 
 
+@contextlib.contextmanager
+def raw_weights(ema: EMAModel, part: torch.nn.Module):
+    """Within `ema_weights`: the part with its own weights; then with the averaged ones again."""
+    ema.restore(part.parameters())
+    try:
+        yield part
+    finally:
+        ema.store(part.parameters())
+        ema.copy_to(part.parameters())
+
+
 def save_ema(ema: EMAModel, part: torch.nn.Module, folder: Path) -> None:
     """Write the averaged weights as a model of the part's kind, with the EMA's counters beside."""
     if isinstance(part, ModelMixin):

@@ -14,12 +14,14 @@ from safetensors.torch import load_file, save_file
 from .config import UsageError
 
 MANIFEST = "manifest.json"
+# What a write that was killed leaves behind, in a run's folder: each write begins under such a name
+UNFINISHED = ("checkpoint-*.partial", ".*????????.partial", "samples/.*????????.partial", "cache/*/.*????????.partial")
 
 
 def write_whole(path: Path, data: str | bytes) -> None:
     """Write a file completely, flushed to the disk, or not at all."""
     data = data.encode() if isinstance(data, str) else data
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -57,7 +59,8 @@ def _digest(path: Path) -> str:
         )
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -65,17 +68,54 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
+def flush_tree(folder: Path) -> None:
+    """`flush` a folder and all that is in it."""
+    for path in (*folder.rglob("*"), folder):
+        flush(path)
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder so that nobody takes the rest of it for the whole, wherever that is cut off."""
+    doomed = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(folder, doomed)
+    shutil.rmtree(doomed)
+
+
+def remove_unfinished(output_dir: Path) -> None:
+    """Remove what killed writes left in a run's folder; no other process may be writing there."""
+    for path in (path for pattern in UNFINISHED for path in output_dir.glob(pattern)):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def set_aside_later(output_dir: Path, step: int) -> list[Path]:
+    """Rename the checkpoints after a step, which a run that goes on from there is about to write anew; what they were.
+
+    Else `latest` would return to them, with metrics that were meanwhile cut off at the step.
+    """
+    later = [path for path in reversed(list_checkpoints(output_dir)) if checkpoint_step(path) > step]
+    for path in later:
+        aside = path.with_name(f"{path.name}.superseded")
+        if aside.exists():
+            discard(aside)
+        os.replace(path, aside)
+    return later
+
+
 def seal(partial: Path, final: Path, state: dict[str, Any]) -> None:
-    """Make a written folder the checkpoint: manifest with checksums and the run's state, flush, rename."""
+    """Make a written folder the checkpoint: manifest with checksums and the run's state, flush, rename.
+
+    Where there is one of the same step already, that one stays: replacing it would leave a moment with neither.
+    """
+    if final.exists():
+        discard(partial)
+        return
     files = sorted(path for path in partial.rglob("*") if path.is_file())
     manifest = {**state, "files": {str(path.relative_to(partial)): _digest(path) for path in files}}
-    for path in files:
-        _flush(path)
     write_whole(partial / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-    if final.exists():
-        shutil.rmtree(final)
+    flush_tree(partial)
     os.replace(partial, final)
-    _flush(final.parent)
+    flush(final.parent)
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
@@ -126,12 +166,13 @@ def find_checkpoint(output_dir: Path, wanted: str, warn) -> tuple[Path, dict[str
 
 
 def rotate(output_dir: Path, limit: int | None) -> None:
-    """Remove all but the newest `limit` checkpoints, and what interrupted saves left behind."""
-    for leftover in output_dir.glob("checkpoint-*.partial"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    if limit is not None:
-        for path in list_checkpoints(output_dir)[:-limit]:
-            shutil.rmtree(path)
+    """Remove all but the newest `limit` checkpoints, and those set aside that the run has written anew."""
+    kept = list_checkpoints(output_dir)
+    for path in output_dir.glob("checkpoint-*.superseded"):
+        if checkpoint_step(path.with_suffix("")) <= checkpoint_step(kept[-1]):
+            discard(path)
+    for path in kept[:-limit] if limit is not None else ():
+        discard(path)
 
 
 def save_tensors(directory: Path, states: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ class UsageError(ValueError):
     """Something that the user can mend: a script prints its one line and ends with exit code 2."""
 
 
+VARIANTS = ("fp16", "non_ema")  # of the weights, beside the pipeline's own
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
 
@@ -130,6 +131,20 @@ class TrainingConfig:
     )
     hub_token: str | None = HfArg(default=None, help="Token for the upload; by default your login (hf auth login).")
     hub_private_repo: bool = HfArg(default=False, help="Make the repository private.")
+    hub_strategy: Literal["end", "checkpoint", "best"] = HfArg(
+        default="end",
+        help="What is saved and uploaded: the model at the end; also at each checkpoint, in the background; or the"
+        " checkpoint with the lowest held-out loss (wants --validation_steps).",
+    )
+    hub_revision: str | None = HfArg(
+        default=None, help="Tag of the last upload: from_pretrained(..., revision=TAG) goes on loading it."
+    )
+    hub_license: str | None = HfArg(default=None, help="License that the model card names, such as apache-2.0.")
+    save_variants: list[str] = HfArg(  # noqa: RUF009
+        default_factory=list,
+        help="More weights beside the pipeline's, for from_pretrained(..., variant=NAME): fp16, or with --use_ema"
+        " non_ema, those that are not averaged.",
+    )
 
     def check(self) -> None:
         """Raise UsageError for a value out of range."""
@@ -151,6 +166,18 @@ class TrainingConfig:
                 raise UsageError(f"--{name} {getattr(self, name)}: must be at least 0 and less than 1")
         if self.ema_min_decay > self.ema_max_decay:
             raise UsageError(f"--ema_min_decay {self.ema_min_decay} is above --ema_max_decay {self.ema_max_decay}")
+        unknown = [name for name in self.save_variants if name not in VARIANTS]
+        if unknown:
+            raise UsageError(f"--save_variants {unknown[0]!r} is none of {', '.join(VARIANTS)}")
+        if "non_ema" in self.save_variants and not self.use_ema:
+            raise UsageError("--save_variants non_ema wants --use_ema: without, there is one kind of weights")
+        if self.hub_strategy == "best" and (
+            not self.validation_steps or self.checkpointing_steps % self.validation_steps
+        ):
+            raise UsageError(
+                "--hub_strategy best wants the held-out loss of each checkpoint: give --validation_steps, of which"
+                f" --checkpointing_steps {self.checkpointing_steps} is a multiple"
+            )
         if self.seed is not None and self.seed >= 2**63:
             raise UsageError(f"--seed {self.seed}: must be less than 2^63")
 

@@ -17,12 +17,15 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from .averaging import ema_weights, load_ema, save_ema, update_ema
-from .checkpointing import load_tensors, read_manifest, rotate, save_tensors, seal, truncate_jsonl
+from .checkpointing import flush, load_tensors, read_manifest, rotate, save_tensors, seal
 from .config import TrainingConfig, UsageError
 from .faults import RunError, attempt, end_together, track, warn
 from .randomness import StepKeys, keyed_seed
+from .sessions import Sessions
 from .sharded import WholeModel, whole_ema
 from .stopping import InterruptedLookError, Stop
+
+LOGS = ("metrics.jsonl", "timings.jsonl")
 
 
 class StepPlan(NamedTuple):
@@ -162,6 +165,7 @@ class TrainingState:
     optimizer: torch.optim.Optimizer
     lr_scheduler: Any
     meter: Meter
+    sessions: Sessions
     extra: dict[str, Any] = field(default_factory=dict)
     step: int = 0  # optimizer steps taken
     nonfinite_steps: int = 0  # skipped, in a row
@@ -230,6 +234,9 @@ def save_checkpoint(accelerator, state: TrainingState, output_dir: Path, limit: 
 
     def finish():
         save_tensors(partial, state.extra)
+        for log in LOGS:  # a checkpoint that outlives a power cut must find all that was logged before it
+            if (output_dir / log).is_file():
+                flush(output_dir / log)
         seal(
             partial,
             final,
@@ -238,6 +245,7 @@ def save_checkpoint(accelerator, state: TrainingState, output_dir: Path, limit: 
                 "nonfinite_steps": state.nonfinite_steps,
                 "grid_due": state.grid_due,
                 "meter": meter,
+                "sessions": state.sessions.until(state.step),
                 "lr_scheduler": json.loads(json.dumps(state.lr_scheduler.state_dict(), default=lambda _: None)),
                 **state.facts,
             },
@@ -253,19 +261,16 @@ def save_checkpoint(accelerator, state: TrainingState, output_dir: Path, limit: 
     return fault
 
 
-def load_checkpoint(accelerator, state: TrainingState, checkpoint: Path, output_dir: Path) -> None:
-    """Take over a checkpoint, and drop what was logged after it. The manifest has been verified."""
+def load_checkpoint(accelerator, state: TrainingState, checkpoint: Path) -> None:
+    """Take over a checkpoint. The manifest has been verified."""
     manifest = read_manifest(checkpoint)
     accelerator.load_state(str(checkpoint))
     load_tensors(checkpoint, state.extra)
     state.lr_scheduler.load_state_dict(manifest["lr_scheduler"])
     state.meter.restore(manifest["meter"], accelerator)
     state.step, state.nonfinite_steps = manifest["step"], manifest["nonfinite_steps"]
+    state.sessions.resume(manifest.get("sessions", []), state.step)
     state.grid_due = manifest.get("grid_due", False)
-    if accelerator.is_main_process:
-        for name in ("metrics.jsonl", "timings.jsonl"):
-            truncate_jsonl(output_dir / name, state.step)
-    accelerator.wait_for_everyone()
 
 
 @contextlib.contextmanager
@@ -343,7 +348,7 @@ def training_loop(
     compute_loss: Callable[[torch.nn.Module, dict, StepKeys], Losses],
     validate: Callable[[torch.nn.Module], dict[str, float]] | None = None,
     draw: Callable[[torch.nn.Module, int], None] | None = None,
-    save: Callable[[torch.nn.Module], None] | None = None,
+    save: Callable[[torch.nn.Module, int], None] | None = None,
     name_of: Callable[[int], str] = "sample {}".format,
     deadline: float | None = None,
 ) -> bool:
@@ -352,8 +357,8 @@ def training_loop(
     Args:
         batches: this rank's batches from `state.step` on, as `plan` says; their `index` [N] are the samples' rows.
         compute_loss: (model, batch, keys) -> `Losses`; what it draws, it draws from `keys`.
-        validate, draw, save: given the model, in eval mode and with the EMA weights. `draw` also gets the step; it and
-            `validate` run on all ranks, `save` on the main one.
+        validate, draw, save: given the model, in eval mode and with the EMA weights, the last two also the step.
+            `validate` and `draw` run on all ranks, `save` on the main one.
         name_of: a row's name, for messages.
         deadline: on the monotonic clock; it counts once a step has been trained.
 
@@ -460,11 +465,13 @@ def training_loop(
             paused = time.perf_counter()
             if draw is not None and epoch_ends and (epoch % config.save_images_epochs == 0 or done):
                 look(draw, state, model, stop)
-            if save is not None and epoch_ends and (epoch % config.save_model_epochs == 0 or done):
+            checkpoint_due = done or (state.step % config.checkpointing_steps == 0 and not state.nonfinite_steps)
+            save_due = epoch_ends and (epoch % config.save_model_epochs == 0 or done)
+            if save is not None and (save_due or (checkpoint_due and config.hub_strategy != "end")):
                 with averaged_weights(state, model) as averaged:
-                    fault = attempt(accelerator, functools.partial(save, averaged))
+                    fault = attempt(accelerator, functools.partial(save, averaged, state.step))
                 report(accelerator, fault, f"the model of step {state.step}", last=done)
-            if done or (state.step % config.checkpointing_steps == 0 and not state.nonfinite_steps):
+            if checkpoint_due:
                 limit = None if state.nonfinite_steps else config.checkpoints_total_limit
                 fault = save_checkpoint(accelerator, state, output_dir, limit)
                 report(accelerator, fault, f"checkpoint-{state.step}", last=done)

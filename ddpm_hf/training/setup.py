@@ -17,10 +17,19 @@ from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_ob
 from diffusers.optimization import get_scheduler
 
 from .averaging import make_ema
-from .checkpointing import find_checkpoint, write_whole
+from .checkpointing import (
+    checkpoint_step,
+    discard,
+    find_checkpoint,
+    remove_unfinished,
+    set_aside_later,
+    truncate_jsonl,
+    write_whole,
+)
 from .config import TrainingConfig, UsageError
 from .faults import end_together, track
-from .loop import Meter, StepPlan, TrainingState, load_checkpoint, register_model_hooks
+from .loop import LOGS, Meter, StepPlan, TrainingState, load_checkpoint, register_model_hooks
+from .sessions import Sessions
 from .sharded import WholeModel
 
 SECRET_FLAGS = ("hub_token",)  # never written, shown or tracked
@@ -86,10 +95,11 @@ def _cpu_flags() -> str:
     return info.read_text() if info.is_file() else ""
 
 
-# What shows that a folder holds a run, and what else --overwrite_output_dir removes of one
+# What shows that a folder holds a run, and what else --overwrite_output_dir removes of one: the checkpoints first, so
+# that, where that is cut off, those that are left still have all that their run logged
 RUN_FILES = (
-    "metrics.jsonl", "timings.jsonl", "training_config.json", "model_index.json", "config.json", "samples",
-    "checkpoint-*",
+    "checkpoint-*", "metrics.jsonl", "timings.jsonl", "training_config.json", "model_index.json", "config.json",
+    "samples",
 )  # fmt: skip
 PUBLISHED_FILES = ("README.md", "unet", "scheduler", "*_ddpm_hf.py", "diffusion_pytorch_model.safetensors")
 
@@ -143,8 +153,12 @@ def claim_output_dir(config: TrainingConfig, accelerator) -> None:
         if accelerator.is_main_process:
             write_whole(folder / ".writable", "")
             (folder / ".writable").unlink()
+            remove_unfinished(folder)
             for path in _earlier_run(config, folder) if config.overwrite_output_dir else ():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                if checkpoint_step(path) >= 0:
+                    discard(path)
+                else:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
     except OSError as error:
         raise UsageError(f"--output_dir {folder} cannot be written: {error.strerror}; name another folder") from error
     accelerator.wait_for_everyone()
@@ -307,6 +321,7 @@ def begin_training(
         optimizer=make_optimizer(config, model, accelerator.num_processes),
         lr_scheduler=None,
         meter=Meter(groups, accelerator.device),
+        sessions=Sessions(accelerator),
         extra=extra or {},
         facts=facts,
     )
@@ -318,9 +333,20 @@ def begin_training(
         state.emas = {name: make_ema(config, part, accelerator.device) for name, part in parts.items()}
     register_model_hooks(accelerator, state)
     if found is not None:
-        load_checkpoint(accelerator, state, found[0], Path(config.output_dir))
+        load_checkpoint(accelerator, state, found[0])
         log(accelerator, f"resuming from {found[0]}")
+    forget_later(Path(config.output_dir), state.step, accelerator)
     return state
+
+
+def forget_later(output_dir: Path, step: int, accelerator) -> None:
+    """Let nothing count that an earlier run, which was killed or is resumed before its end, did after a step."""
+    if accelerator.is_main_process:
+        for path in set_aside_later(output_dir, step):
+            log(accelerator, f"{path.name} is of a later step; it is removed once this run has got there")
+        for name in LOGS:
+            truncate_jsonl(output_dir / name, step)
+    accelerator.wait_for_everyone()
 
 
 # Flags that may change when a run is resumed without changing what is learned
@@ -329,9 +355,10 @@ INCIDENTAL = {
     "max_train_steps", "max_train_hours", "max_nonfinite_steps", "foreach_ema", "offload_ema", "compile",
     "gradient_checkpointing", "local_rank", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint",
     "save_images_epochs", "save_model_epochs", "validation_steps", "logging_steps", "logger", "logging_dir",
-    "tracker_project_name", "push_to_hub", "hub_model_id", "hub_private_repo", "dataset_name", "train_data_dir",
-    "cache_dir", "cache_dataset", "model_preset", "model_config_name_or_path", "ddpm_num_inference_steps",
-    "dataloader_num_workers", "validation_prompts", "guidance_scale", "num_inference_steps", "cache_latents",
+    "tracker_project_name", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy", "hub_revision",
+    "hub_license", "save_variants", "dataset_name", "train_data_dir", "cache_dir", "cache_dataset", "model_preset",
+    "model_config_name_or_path", "ddpm_num_inference_steps", "dataloader_num_workers", "validation_prompts",
+    "guidance_scale", "num_inference_steps", "cache_latents",
 }  # fmt: skip
 
 

@@ -1,0 +1,74 @@
+"""Models, pipelines and pictures on disk, whole; and the variants of their weights."""
+
+import copy
+import io
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+
+from .training.checkpointing import flush, flush_tree, write_whole
+
+
+def save_model(model, folder: str | Path, only: str = "*", **options) -> None:
+    """Save what has a `save_pretrained` so that each of its files is whole: written beside, then moved into place.
+
+    Args:
+        only: of the files that it writes, those whose names match.
+        options: for `save_pretrained`.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(dir=folder, prefix=".saving-", suffix=".partial"))
+    try:
+        model.save_pretrained(beside, **options)
+        for path in beside.rglob("config.json"):
+            forget_origin(path)
+        flush_tree(beside)
+        places = [path.relative_to(beside) for path in beside.rglob(only) if path.is_file()]
+        for last in (False, True):  # a config says that the model beside it is there: it goes last
+            moved = [place for place in places if (place.suffix == ".json") == last]
+            for place in moved:
+                (folder / place).parent.mkdir(parents=True, exist_ok=True)
+                os.chmod(beside / place, 0o644)  # safetensors' own are for their owner alone
+                os.replace(beside / place, folder / place)
+            for parent in {(folder / place).parent for place in moved} | {folder}:
+                flush(parent)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def forget_origin(config: Path) -> None:
+    """Drop where a model was loaded from: a path of this machine, or another one where its training was resumed."""
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    if settings.pop("_name_or_path", None) is not None:
+        write_whole(config, json.dumps(settings, indent=2, sort_keys=True) + "\n")
+
+
+save_pipeline = save_model  # a pipeline is a folder of models
+
+
+def networks(pipeline) -> dict[str, torch.nn.Module]:
+    """The components of a pipeline that have weights, by the names of their folders."""
+    return {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+
+
+def save_half_precision(pipeline, folder: str | Path) -> None:
+    """Beside a saved pipeline's weights, the same in fp16: `from_pretrained(..., variant="fp16")` loads them.
+
+    The pipeline itself stays as it is.
+    """
+    for name, part in networks(pipeline).items():
+        half = copy.deepcopy(part).to("cpu", torch.float16)
+        save_model(half, Path(folder) / name, only="*.fp16.*", variant="fp16")
+
+
+def save_image(image, path: Path) -> None:
+    """Write a PIL picture whole, in the format that the name says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    image.save(buffer, format=path.suffix[1:].upper())
+    write_whole(path, buffer.getvalue())

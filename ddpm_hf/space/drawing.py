@@ -1,0 +1,236 @@
+"""Load a model and draw with it. Heavy libraries are imported where they are used, as the command wants it."""
+
+import contextlib
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+# name -> class of Diffusers, its usual number of steps, what its config needs beside the model's
+SAMPLERS = {
+    "ddpm": (None, None, {}),
+    "ddim": ("DDIMScheduler", 50, {}),
+    "dpm++": ("DPMSolverMultistepScheduler", 25, {"algorithm_type": "dpmsolver++", "timestep_spacing": "linspace"}),
+    "unipc": ("UniPCMultistepScheduler", 25, {"timestep_spacing": "linspace"}),
+}
+ANCESTRAL_STEPS = 100  # for who waits: beyond them the images hardly change
+MOST_IMAGES = 16
+MOMENTS = 10  # at which a chain is shown
+
+
+def pipeline_class(model: str, revision: str | None = None, token: str | None = None) -> type:
+    """The class of ours that loads a folder or a model on the Hub, by its `model_index.json` alone.
+
+    Raises:
+        ValueError: no such model, or not one of ours.
+    """
+    from ..portable.pipeline_class_conditional_ddpm_hf import ClassConditionalDDPMPipeline
+    from ..portable.pipeline_ddpm_hf import DDPMPipeline
+    from ..portable.pipeline_text2image_ddpm_hf import TextToImageDDPMPipeline
+
+    if Path(model).is_dir() and not (Path(model) / "model_index.json").is_file():
+        raise ValueError(f"{model} holds no pipeline (no model_index.json); give the --output_dir of a training run")
+    known = {cls.__name__: cls for cls in (DDPMPipeline, ClassConditionalDDPMPipeline, TextToImageDDPMPipeline)}
+    known["StableDiffusionPipeline"] = TextToImageDDPMPipeline
+    with said_in_a_line(model):
+        name = DDPMPipeline.load_config(model, revision=revision, token=token).get("_class_name")
+        if name not in known:
+            raise ValueError(f"it is a {name}, and this command samples {', '.join(known)}")
+        return known[name]
+
+
+def load_pipeline(model: str, revision: str | None = None, token: str | None = None):
+    """Our pipeline from a folder or Hub name, of whatever kind, without executing anything from it.
+
+    Raises:
+        ValueError: no such model, or not one of ours.
+    """
+    cls = pipeline_class(model, revision, token)
+    with said_in_a_line(model):
+        return cls.from_pretrained(model, revision=revision, token=token, use_safetensors=True)
+
+
+@contextlib.contextmanager
+def said_in_a_line(model: str) -> Iterator[None]:
+    """What goes wrong with a model becomes a ValueError that names it and the way out."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        yield
+    except HfHubHTTPError.__bases__ as error:  # OSError, and what the client's library for HTTP raises
+        raise ValueError(
+            f"{model} is neither a folder nor a model that can be reached on the Hub ({error.__class__.__name__});"
+            " check the name, your network, and --token for a private one"
+        ) from error
+    except (ValueError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{model} cannot be loaded: {reason}") from error
+
+
+def swap_sampler(pipeline, sampler: str) -> int | None:
+    """Put a sampler into the pipeline; its usual number of steps (None: all of T)."""
+    import diffusers
+
+    from ..portable.scheduling_ddpm_hf import DDPMScheduler
+
+    name, steps, options = SAMPLERS[sampler]
+    if name is None and not isinstance(pipeline.scheduler, DDPMScheduler):
+        pipeline.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+    if name is None and hasattr(pipeline, "tokenizer"):
+        steps = 50  # as Stable Diffusion's pipeline
+    if name is not None:
+        config = pipeline.scheduler.config
+        pipeline.scheduler = getattr(diffusers, name).from_config(config, **options)
+    longest = pipeline.scheduler.config.num_train_timesteps
+    return steps and max(1, min(steps, longest - 1))  # all T would visit one twice
+
+
+def keyed_generators(device, seed: int, indices) -> list:
+    """A generator for each image: image i depends on the seed and i alone, whatever the batch."""
+    import torch
+
+    from ..training.randomness import keyed_seed
+
+    return [torch.Generator(device).manual_seed(keyed_seed(seed, "sample", 0, index)) for index in indices]
+
+
+class Wish(NamedTuple):
+    """What to draw."""
+
+    count: int = 4
+    sampler: str = "ddpm"
+    steps: int | None = None  # None: all of T
+    seed: int = 0
+    class_labels: list[str | None] | None = None  # in turn; None: all of them. One that is None: no class
+    prompt: str = ""
+    negative_prompt: str = ""
+    guidance_scale: float | None = None  # None: as the pipeline has it
+
+
+class Step(NamedTuple):
+    """How far a chain has come."""
+
+    done: int
+    total: int
+    timestep: int
+    predictions: list | None  # x̂_0 as PIL images, at `MOMENTS` moments
+
+
+class Studio:
+    """A model and what may be asked of it.
+
+    Args:
+        model: a folder, or its name on the Hub.
+        device: by default the best there is.
+
+    Raises:
+        ValueError: what `load_pipeline` raises.
+    """
+
+    def __init__(self, model: str, token: str | None = None, device: str | None = None):
+        self.pipeline = load_pipeline(model, token=token).to(device or best_device())
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.scheduler = self.pipeline.scheduler
+        self.by_text = hasattr(self.pipeline, "tokenizer")
+        self.classes = list(getattr(self.pipeline, "labels", []))
+        self.knows_no_class = getattr(self.pipeline, "null_class", None) is not None
+        self.guided = self.by_text or self.knows_no_class
+        self.longest = self.scheduler.config.num_train_timesteps
+        self.samplers = self._samplers()
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(width, height) in pixels."""
+        _, height, width = self.pipeline.sample_shape
+        vae = self.pipeline.vae
+        factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+        return width * factor, height * factor
+
+    def _samplers(self) -> dict[str, int]:
+        """The samplers that can run the model, with a number of steps for who waits."""
+        able = {}
+        for name in SAMPLERS:
+            steps = self._swap(name) or min(ANCESTRAL_STEPS, self.longest)
+            with contextlib.suppress(ValueError):  # `check_sampler` says which cannot
+                self.pipeline.prepare_timesteps(steps)
+                able[name] = steps
+        return able
+
+    def _swap(self, sampler: str) -> int | None:
+        """Put a sampler in the place of the model's own: from another one it would take over settings."""
+        self.pipeline.scheduler = self.scheduler
+        return swap_sampler(self.pipeline, sampler)
+
+    def draw(self, wish: Wish, watch: Callable[[Step], None] | None = None) -> list:
+        """PIL images, one for each index.
+
+        Args:
+            watch: hears of each step.
+
+        Raises:
+            ValueError: a wish that the model cannot fulfil.
+        """
+        if not 1 <= wish.count <= MOST_IMAGES:
+            raise ValueError(f"{wish.count} images: ask for 1 to {MOST_IMAGES}")
+        if self.by_text and not wish.prompt.strip():
+            raise ValueError("this model draws what a text says; write one")
+        self._swap(wish.sampler)
+        generators = keyed_generators(self.pipeline._execution_device, wish.seed, range(wish.count))
+        options: dict[str, Any] = {"generator": generators, "num_inference_steps": wish.steps}
+        if self.guided and wish.guidance_scale is not None:
+            options["guidance_scale"] = wish.guidance_scale
+        if watch is not None:
+            options["callback_on_step_end"] = self._reporter(watch)
+            options["callback_on_step_end_tensor_inputs"] = ("pred_original_sample",)
+        if self.by_text:
+            negative = wish.negative_prompt or None
+            return self.pipeline([wish.prompt] * wish.count, negative_prompt=negative, **options).images
+        if self.classes:
+            labels = wish.class_labels or self.classes
+            return self.pipeline([labels[i % len(labels)] for i in range(wish.count)], **options).images
+        return self.pipeline(wish.count, **options).images
+
+    @staticmethod
+    def _reporter(watch: Callable[[Step], None]) -> Callable:
+        """`callback_on_step_end` that tells `watch` of each step."""
+
+        def report(pipeline, index: int, timestep, tensors: dict) -> dict:
+            total = len(pipeline.scheduler.timesteps)
+            shown = {round(number * (total - 1) / (MOMENTS - 1)) for number in range(MOMENTS)}
+            predictions = pipeline.decode(tensors["pred_original_sample"]) if index in shown else None
+            watch(Step(index + 1, total, int(timestep), predictions))
+            return {}
+
+        return report
+
+
+def best_device() -> str:
+    """cuda or mps where there is one, or cpu."""
+    import torch
+
+    return next((name for name in ("cuda", "mps") if getattr(torch, name).is_available()), "cpu")
+
+
+def followed(draw: Callable[[Callable[[Any], None]], Any]) -> Iterator[Any]:
+    """Run `draw(watch)` beside, and yield what `watch` hears, then what `draw` returns.
+
+    Who stops listening stops the drawing, at its next word; what it raises is raised here.
+    """
+    heard, left = queue.SimpleQueue(), threading.Event()
+
+    def watch(word: Any) -> None:
+        if left.is_set():
+            raise InterruptedError("nobody listens any more")
+        heard.put([word])
+
+    with ThreadPoolExecutor(1) as pool:
+        drawn = pool.submit(draw, watch)
+        drawn.add_done_callback(lambda _: heard.put([]))
+        try:
+            while word := heard.get():
+                yield word[0]
+        finally:
+            left.set()
+        yield drawn.result()

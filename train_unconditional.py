@@ -290,9 +290,10 @@ def train(config: UnconditionalConfig) -> None:
         name_of=images.name_of,
         deadline=deadline,
     )
-    if finished and accelerator.is_main_process:
+    if finished:
         with averaged_weights(state, unwrap(accelerator, state.model)) as trained:
-            publisher.finish(trained, state.step)
+            if accelerator.is_main_process:
+                publisher.finish(trained, state.step)
     end_training(accelerator)
 
 

@@ -238,9 +238,9 @@ def train_autoencoder(
     )
     if not finished:
         return None
-    with averaged_weights(state, unwrap(accelerator, state.model)):
+    with averaged_weights(state, unwrap(accelerator, state.model)) as averaged:
         trained = AutoencoderKL.from_config(vae.config).to(accelerator.device)
-        trained.load_state_dict(vae.state_dict())
+        trained.load_state_dict(averaged.vae.state_dict())
     trained.eval().requires_grad_(False)
     scale = measure_scaling_factor(trained, images, config.eval_batch_size, config.seed)
     trained.register_to_config(scaling_factor=scale)

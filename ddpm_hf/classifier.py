@@ -221,9 +221,10 @@ def train(config: ClassifierConfig) -> None:
         name_of=images.name_of,
         deadline=deadline,
     )
-    if finished and accelerator.is_main_process:
+    if finished:
         with averaged_weights(state, unwrap(accelerator, state.model)) as trained:
-            save_model(trained, config.output_dir)
+            if accelerator.is_main_process:
+                save_model(trained, config.output_dir)
         log(accelerator, f"saved to {config.output_dir}: NoisyClassifier.from_pretrained({config.output_dir!r})")
     end_training(accelerator)
 

@@ -282,12 +282,17 @@ class Rows:
     label_column: str | None = None
     label_names: list[str] = field(default_factory=list)
     caption_column: str | None = None
+    numbers: np.ndarray | None = None  # of the rows in the dataset that these are a part of
 
     def name_of(self, row: dict, index: int) -> str:
-        """What to call a row: its file, or its number."""
+        """What to call a row: its file, or its number in the dataset."""
         value = row[self.image_column]
         path = value.get("path") if isinstance(value, dict) else None
-        return str(path or f"{index} of {self.name}")
+        return str(path or f"{self.number_of(index)} of {self.name}")
+
+    def number_of(self, index: int) -> int:
+        """A row's number in the dataset."""
+        return index if self.numbers is None else int(self.numbers[index])
 
     def read(self, index: int) -> dict:
         """A row.
@@ -298,11 +303,12 @@ class Rows:
         try:
             return self.dataset[index]
         except Exception as error:  # of whatever the dataset's files are read with
-            raise unreadable(f"row {index} of {self.name}", error) from error
+            raise unreadable(f"row {self.number_of(index)} of {self.name}", error) from error
 
     def part(self, indices: np.ndarray) -> "Rows":
         """Some of the rows."""
-        return dataclasses.replace(self, dataset=self.dataset.select(indices))
+        numbers = np.array([self.number_of(index) for index in indices])
+        return dataclasses.replace(self, dataset=self.dataset.select(indices), numbers=numbers)
 
     def fingerprint(self, looked_at: int = 256) -> str | None:
         """A digest of the number of images and of some, evenly spread, as they are encoded; None for a stream."""

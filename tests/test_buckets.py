@@ -88,6 +88,7 @@ def test_captions_stay_with_their_images(cached):
     for index in range(len(dataset)):
         batch = dataset.__getitems__([(0, index)])
         number = (int(batch["images"][0, 0, 0, 0]) - 5) // 10
+        assert dataset.name_of(int(batch["index"][0])) == f"{number} of rows"
         assert batch["captions"] == [f"number {number}"] == [dataset.captions[index]]
         h, w = SHAPES[number % len(SHAPES)]
         sizes = bucket_sizes(16, 16, 4)

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import accelerate
@@ -16,11 +17,14 @@ import datasets
 import pytest
 import torch
 from accelerate.tracking import TensorBoardTracker
+from accelerate.utils import DistributedType
 from diffusers import UNet2DModel
 
 import train_unconditional
 from ddpm_hf.training import loop
 from ddpm_hf.training.checkpointing import read_manifest
+from ddpm_hf.training.config import TrainingConfig, UsageError
+from ddpm_hf.training.setup import fit_engine
 from ddpm_hf.training.stopping import Stop
 from tests.fixtures_pipeline import tiny_vae
 from tests.fixtures_unconditional import (
@@ -323,8 +327,14 @@ def files(tmp_path):
     return write_images(tmp_path / "files", random_pixels(8))
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("fault", ["vanishes", "is damaged"])
+@pytest.mark.parametrize(
+    ("fault", "workers"),
+    [
+        ("vanishes", 0),
+        ("is damaged", 1),
+        *(pytest.param(*one, marks=pytest.mark.slow) for one in [("vanishes", 1), ("is damaged", 0)]),
+    ],
+)
 def test_a_file_that_fails_half_way(fault, workers, shop, files, tmp_path):
     """Else the steps before it are lost, nobody learns which file it was, or the run goes on as another."""
     flags = {**FILES, "train_data_dir": files, "cache_dir": tmp_path / "cache", "dataloader_num_workers": workers}
@@ -344,7 +354,7 @@ def test_a_file_that_fails_half_way(fault, workers, shop, files, tmp_path):
     assert run.code == 0
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_stream_that_fails_half_way(workers, shop, tmp_path, monkeypatch):
     """Else a network's failure loses the steps before it, or shows the traceback of another library."""
     rows = image_rows([encoded(one) for one in random_pixels(8)])
@@ -398,8 +408,10 @@ def test_a_reader_that_is_killed(shop, whole, tmp_path):
     """Else a process that ran out of memory ends in a traceback, or the last checkpoint is gone with it."""
     flags = {**SIX_STEPS, "cache_dataset": "never", "dataloader_num_workers": 1}
 
+    earlier = set(multiprocessing.active_children())
+
     def kill():
-        (worker,) = multiprocessing.active_children()
+        (worker,) = set(multiprocessing.active_children()) - earlier
         worker.kill()
         worker.join()
 
@@ -455,6 +467,28 @@ def test_an_error_that_is_not_understood_keeps_its_traceback(shop, tmp_path):
     """Else a bug is reported as if it were a full disk."""
     with at_step(3, lambda: {}["no such key"]), pytest.raises(KeyError):
         train(shop, tmp_path / "run", num_epochs=3)
+
+
+# Engines
+
+
+def engine(kind, **plugins):
+    """An Accelerator, as far as it is looked at, that runs an engine."""
+    state = SimpleNamespace(**plugins)
+    return SimpleNamespace(distributed_type=kind, is_fsdp2=False, state=state)
+
+
+def test_engines_that_cut_weights_for_good_are_refused():
+    """Else a run of days ends with shards that no pipeline can be made of."""
+    config = TrainingConfig(train_batch_size=7, max_grad_norm=0.5)
+    with pytest.raises(UsageError, match="fsdp_version: 2"):
+        fit_engine(engine(DistributedType.FSDP), config)
+    plugin = SimpleNamespace(zero_stage=3, deepspeed_config={})
+    with pytest.raises(UsageError, match="stage 3"):
+        fit_engine(engine(DistributedType.DEEPSPEED, deepspeed_plugin=plugin), config)
+    plugin.zero_stage = 2
+    fit_engine(engine(DistributedType.DEEPSPEED, deepspeed_plugin=plugin), config)
+    assert plugin.deepspeed_config == {"train_micro_batch_size_per_gpu": 7, "gradient_clipping": 0.5}
 
 
 # Ends that were asked for
@@ -566,8 +600,7 @@ def test_a_sample_that_is_not_finite_is_named_and_its_steps_leave_no_trace(case,
         assert UNet2DModel.from_pretrained(path, subfolder="unet_ema").conv_in.weight.isfinite().all()
 
 
-@pytest.mark.parametrize("every", [1, 4])
-@pytest.mark.parametrize("sampler", ["uniform", "loss_second_moment"])
+@pytest.mark.parametrize(("sampler", "every"), [("uniform", 1), ("loss_second_moment", 4)])
 def test_a_run_that_diverges_keeps_the_checkpoint_from_before(sampler, every, shop, tmp_path):
     """Else the checkpoint to go on from is one of the bad steps', was rotated away, or differs from a good run's."""
     flags = {

@@ -426,6 +426,14 @@ def test_a_run_stopped_in_its_autoencoder_goes_on(trained, shop, tmp_path):
     assert_same_run(run.folder, whole)
 
 
+def test_the_time_limit_counts_the_autoencoder(shop, tmp_path):
+    """Else a queue's limit kills the run in its first stage, and it starts over each time."""
+    run = train("scratch", shop, tmp_path / "run", max_train_hours=1e-9)
+    assert "stopped at step 1 by the time limit of --max_train_hours" in run.err
+    assert {path.name for path in run.folder.iterdir()} == {"autoencoder"}
+    assert read_manifest(run.folder / "autoencoder" / "checkpoint-1")["step"] == 1
+
+
 def test_a_seed_that_was_drawn_survives_a_stop_in_the_autoencoder(shop, tmp_path):
     """Else a run without --seed goes on with another one, and is no run that anyone can repeat."""
     folder = tmp_path / "run"

@@ -10,6 +10,7 @@ from diffusers.training_utils import EMAModel
 
 from .checkpointing import write_whole
 from .config import TrainingConfig
+from .sharded import cut_like
 
 SCALARS = "ema.json"  # where a model of transformers keeps what Diffusers' models keep in their config
 
@@ -72,7 +73,7 @@ def save_ema(ema: EMAModel, part: torch.nn.Module, folder: Path) -> None:
 
 def load_ema(ema: EMAModel, part: torch.nn.Module, folder: Path) -> None:
     """Take over what `save_ema` wrote."""
-    device = ema.shadow_params[0].device
+    before = ema.shadow_params
     if isinstance(part, ModelMixin):
         loaded = type(ema).from_pretrained(str(folder), type(part))
         ema.load_state_dict(loaded.state_dict())
@@ -80,4 +81,5 @@ def load_ema(ema: EMAModel, part: torch.nn.Module, folder: Path) -> None:
         averaged = type(part).from_pretrained(folder, use_safetensors=True)
         scalars = json.loads((folder / SCALARS).read_text())
         ema.load_state_dict({**scalars, "shadow_params": [parameter.data for parameter in averaged.parameters()]})
-    ema.to(device)
+    ema.shadow_params = cut_like(ema.shadow_params, before)
+    ema.to(before[0].device)

@@ -5,6 +5,7 @@ machine failed (a disk, a process) and the same command line goes on once that i
 """
 
 import contextlib
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -132,6 +133,7 @@ def ends_in_one_line(program: str, output_dir: str, *mendable: type):
     Args:
         mendable: errors of the user's, beside `UsageError`.
     """
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         yield
     except KeyboardInterrupt:
@@ -151,3 +153,6 @@ def ends_in_one_line(program: str, output_dir: str, *mendable: type):
                 torch.distributed.barrier()
                 torch.distributed.destroy_process_group()
         raise SystemExit(found[0] if found else 1) from None
+    finally:
+        with contextlib.suppress(ValueError):  # not the main thread
+            signal.signal(signal.SIGTERM, handler)

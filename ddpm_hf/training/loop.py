@@ -1,6 +1,7 @@
 """The training loop: one function that reads from top to bottom, and the plan of steps and batches that it follows."""
 
 import contextlib
+import functools
 import json
 import math
 import shutil
@@ -21,6 +22,7 @@ from .config import TrainingConfig, UsageError
 from .faults import RunError, attempt, end_together, track, warn
 from .randomness import StepKeys, keyed_seed
 from .sessions import Sessions
+from .sharded import WholeModel, whole_ema
 from .stopping import InterruptedLookError, Stop
 
 LOGS = ("metrics.jsonl", "timings.jsonl")
@@ -168,27 +170,37 @@ class TrainingState:
     step: int = 0  # optimizer steps taken
     nonfinite_steps: int = 0  # skipped, in a row
     grid_due: bool = False  # pictures of this step that a stop prevented
+    whole: WholeModel | None = None  # where the model is sharded
     given_up: set[str] = field(default_factory=set)  # files that are no longer written
     facts: dict[str, Any] = field(default_factory=dict)  # what a resumed run must share; into the manifest
+
+    @property
+    def whole_parts(self) -> dict[str, torch.nn.Module]:
+        """The parts that can be called and saved by one rank alone."""
+        return self.parts if self.whole is None else self.whole.parts
 
 
 def register_model_hooks(accelerator, state: TrainingState) -> None:
     """Make Accelerate's checkpoints hold the model as Diffusers does: under `unet/`, its EMA under `unet_ema/`."""
 
     def save(models, weights, output_dir):
-        if accelerator.is_main_process:
-            for name, part in state.parts.items():
-                part.save_pretrained(Path(output_dir) / name)
-            for name, ema in state.emas.items():
-                save_ema(ema, state.parts[name], Path(output_dir) / f"{name}_ema")
+        if state.whole is not None:
+            state.whole.fill(state.model, {}, accelerator.device)
+        for name, part in state.whole_parts.items():
+            with whole_ema(state.emas[name]) if name in state.emas else contextlib.nullcontext() as ema:
+                if accelerator.is_main_process:
+                    part.save_pretrained(Path(output_dir) / name)
+                if accelerator.is_main_process and ema is not None:
+                    save_ema(ema, part, Path(output_dir) / f"{name}_ema")
         while weights:  # what is left here Accelerate would save again
             weights.pop()
 
     def load(models, input_dir):
         models.clear()  # what is left here Accelerate would load by itself
         for name, part in state.parts.items():
-            loaded = type(part).from_pretrained(Path(input_dir) / name, use_safetensors=True)
-            part.load_state_dict(loaded.state_dict())
+            if state.whole is None:  # else Accelerate has loaded the shards
+                loaded = type(part).from_pretrained(Path(input_dir) / name, use_safetensors=True)
+                part.load_state_dict(loaded.state_dict())
             folder = Path(input_dir) / f"{name}_ema"
             if name in state.emas:
                 if not folder.is_dir():
@@ -263,7 +275,10 @@ def load_checkpoint(accelerator, state: TrainingState, checkpoint: Path) -> None
 
 @contextlib.contextmanager
 def averaged_weights(state: TrainingState, model: torch.nn.Module):
-    """The model in eval mode and with its EMA weights, where there are any; then all as it was."""
+    """The model in eval mode, with its EMA weights where there are any; then all as it was. All ranks take part."""
+    if state.whole is not None:
+        yield state.whole.fill(state.model, state.emas, next(state.model.parameters()).device).eval()
+        return
     training = model.training
     model.eval()
     with contextlib.ExitStack() as stack:
@@ -396,7 +411,7 @@ def training_loop(
                     spoils = 1 + 0 * loss.detach()  # NaN of a loss that is not finite: then so is the gradient of all
                     accelerator.backward(loss * (spoils * (accelerator.num_processes / in_window)))
                 meter.add(result, end - begin)
-                taken.append((batch.get("index"), result.losses.detach()[: end - begin]))
+                taken.append((batch.get("index"), result.losses.detach()[: end - begin or None]))
 
             norm = accelerator.clip_grad_norm_(state.model.parameters(), config.max_grad_norm or math.inf)
             norm = float("nan") if norm is None else float(norm)
@@ -434,8 +449,8 @@ def training_loop(
                 and config.validation_steps
                 and (state.step % config.validation_steps == 0 or done)
             ):
-                with averaged_weights(state, model):
-                    record |= validate(model)
+                with averaged_weights(state, model) as averaged:
+                    record |= validate(averaged)
             if record:
                 shown |= {
                     name: f"{value:.3g}" for name, value in record.items() if "loss" in name and "_q" not in name
@@ -453,8 +468,8 @@ def training_loop(
             checkpoint_due = done or (state.step % config.checkpointing_steps == 0 and not state.nonfinite_steps)
             save_due = epoch_ends and (epoch % config.save_model_epochs == 0 or done)
             if save is not None and (save_due or (checkpoint_due and config.hub_strategy != "end")):
-                with averaged_weights(state, model):
-                    fault = attempt(accelerator, lambda: save(model, state.step))
+                with averaged_weights(state, model) as averaged:
+                    fault = attempt(accelerator, functools.partial(save, averaged, state.step))
                 report(accelerator, fault, f"the model of step {state.step}", last=done)
             if checkpoint_due:
                 limit = None if state.nonfinite_steps else config.checkpoints_total_limit
@@ -471,10 +486,10 @@ def look(draw: Callable, state: TrainingState, model: torch.nn.Module, stop: Sto
     state.grid_due = True
     with (
         contextlib.suppress(InterruptedLookError),
-        averaged_weights(state, model),
-        stop.interrupting(state.parts.values()),
+        averaged_weights(state, model) as averaged,
+        stop.interrupting(state.whole_parts.values()),
     ):
-        draw(model, state.step)
+        draw(averaged, state.step)
         state.grid_due = False
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object
+from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list, gather_object
 from diffusers.optimization import get_scheduler
 
 from .averaging import make_ema
@@ -30,6 +30,7 @@ from .config import TrainingConfig, UsageError
 from .faults import end_together, track
 from .loop import LOGS, Meter, StepPlan, TrainingState, load_checkpoint, register_model_hooks
 from .sessions import Sessions
+from .sharded import WholeModel
 
 SECRET_FLAGS = ("hub_token",)  # never written, shown or tracked
 
@@ -50,6 +51,7 @@ def start_accelerator(config: TrainingConfig) -> Accelerator:
         log_with=tracker,
         project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / config.logging_dir)),
     )
+    fit_engine(accelerator, config)
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UsageError("--mixed_precision fp16 needs a GPU; on a CPU use bf16 or no")
     # accelerate launch sets OMP_NUM_THREADS=1 on CPUs, which would leave all but one core of each process idle
@@ -60,6 +62,23 @@ def start_accelerator(config: TrainingConfig) -> Accelerator:
     if config.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     return accelerator
+
+
+def fit_engine(accelerator, config: TrainingConfig) -> None:
+    """Tell DeepSpeed what Accelerate would take from its own data loaders and leaves to the engine.
+
+    Raises:
+        UsageError: an engine that cuts the weights in a way that nothing here puts together again.
+    """
+    kind = accelerator.distributed_type
+    if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise UsageError("FSDP 1 is not supported: put `fsdp_version: 2` into Accelerate's config")
+    if kind == DistributedType.DEEPSPEED:
+        plugin = accelerator.state.deepspeed_plugin
+        if plugin.zero_stage == 3:
+            raise UsageError("DeepSpeed's ZeRO stage 3 is not supported: use stage 1 or 2, or FSDP 2")
+        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = config.train_batch_size
+        plugin.deepspeed_config["gradient_clipping"] = config.max_grad_norm
 
 
 def cpu_has_bf16() -> bool:
@@ -304,7 +323,7 @@ def begin_training(
     state = TrainingState(
         model=model,
         parts=parts,
-        emas={name: make_ema(config, part, accelerator.device) for name, part in parts.items() if config.use_ema},
+        emas={},
         optimizer=make_optimizer(config, model, accelerator.num_processes),
         lr_scheduler=None,
         meter=Meter(groups, accelerator.device),
@@ -313,7 +332,11 @@ def begin_training(
         facts=facts,
     )
     state.lr_scheduler = make_lr_scheduler(config, state.optimizer, total_steps)
+    if accelerator.is_fsdp2:
+        state.whole = WholeModel(model, parts)
     state.model, state.optimizer = accelerator.prepare(model, state.optimizer)
+    if config.use_ema:
+        state.emas = {name: make_ema(config, part, accelerator.device) for name, part in parts.items()}
     register_model_hooks(accelerator, state)
     if found is not None:
         load_checkpoint(accelerator, state, found[0])

@@ -1,6 +1,7 @@
 """How a run ends before its end: a signal, a time limit, data that cannot be read; all ranks at the same step."""
 
 import contextlib
+import os
 import signal
 import time
 from collections.abc import Iterable, Iterator
@@ -34,9 +35,12 @@ class Stop:
                 self.previous[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, kind, error, traceback):
         for number, handler in self.previous.items():
             signal.signal(number, handler)
+        # the launcher ends all ranks once one has ended: what went wrong is said before (`ends_in_one_line`)
+        if error is not None and "WORLD_SIZE" in os.environ and self.previous:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def _note(self, number, frame):
         # launchers pass on what the terminal has sent already, so a second one is the user's only a moment later

@@ -13,6 +13,7 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -38,7 +39,7 @@ from ddpm_hf.portable.pipeline_text2image_ddpm_hf import TextToImageDDPMPipeline
 from ddpm_hf.portable.scheduling_ddpm_hf import PREDICTION_TYPES, DDPMScheduler
 from ddpm_hf.previews import draw_grid
 from ddpm_hf.publishing import publish, save_pipeline
-from ddpm_hf.training.config import HfArg, TrainingConfig, UsageError, parse_layers
+from ddpm_hf.training.config import HfArg, TrainingConfig, UsageError, one_line, parse_layers
 from ddpm_hf.training.loop import Losses, averaged_weights, training_loop, unwrap
 from ddpm_hf.training.randomness import StepKeys
 from ddpm_hf.training.setup import (
@@ -96,8 +97,8 @@ class Text2ImageConfig(AutoencoderFlags, ScheduleFlags, DataFlags, TrainingConfi
         default="sd-model-finetuned", help="Where the pipeline, its pictures, metrics.jsonl and the checkpoints go."
     )
     resolution: str = HfArg(default="512", help="512, or HEIGHTxWIDTH such as 512x768.")
-    image_interpolation_mode: str = HfArg(
-        default="lanczos", help="How images are resized: nearest, bilinear, bicubic, lanczos, box or hamming."
+    image_interpolation_mode: Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"] = HfArg(
+        default="lanczos", help="How images are resized."
     )
     lr_scheduler: str = HfArg(default="constant", help="linear, cosine, constant, constant_with_warmup, ...")
     adam_beta1: float = HfArg(default=0.9, help="AdamW's first decay rate.")
@@ -387,6 +388,7 @@ def train(config: Text2ImageConfig) -> None:
     config.check()
     accelerator = start_accelerator(config)
     diffusers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()  # one for the parts of a checkpoint
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()  # one for each file that is saved
     found = None if config.dry_run else find_run(config, accelerator)
@@ -514,7 +516,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         train(config)
     except (UsageError, DataError) as error:
-        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
+        print(f"{Path(__file__).name}: error: {one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

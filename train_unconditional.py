@@ -35,7 +35,7 @@ from ddpm_hf.portable.pipeline_ddpm_hf import DDPMPipeline
 from ddpm_hf.portable.scheduling_ddpm_hf import DDPMScheduler
 from ddpm_hf.previews import draw_grid
 from ddpm_hf.publishing import publish, save_pipeline
-from ddpm_hf.training.config import HfArg, TrainingConfig, UsageError, parse_layers
+from ddpm_hf.training.config import HfArg, TrainingConfig, UsageError, one_line, parse_layers
 from ddpm_hf.training.loop import Losses, StepPlan, averaged_weights, training_loop, unwrap
 from ddpm_hf.training.randomness import StepKeys
 from ddpm_hf.training.setup import (
@@ -297,7 +297,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         train(config)
     except (UsageError, DataError) as error:
-        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
+        print(f"{Path(__file__).name}: error: {one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

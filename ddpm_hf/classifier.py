@@ -18,7 +18,7 @@ from .models import build_unet, compiled, use_matmul_attention
 from .objectives import UniformTimestepSampler
 from .portable.scheduling_ddpm_hf import DDPMScheduler
 from .publishing import save_model
-from .training.config import TrainingConfig, UsageError, parse_layers
+from .training.config import TrainingConfig, UsageError, one_line, parse_layers
 from .training.loop import Losses, averaged_weights, training_loop, unwrap
 from .training.randomness import StepKeys
 from .training.setup import (
@@ -237,5 +237,5 @@ def main(argv: list[str]) -> None:
     try:
         train(config)
     except (UsageError, DataError) as error:
-        print(f"ddpm-hf train-classifier: error: {error}", file=sys.stderr)
+        print(f"ddpm-hf train-classifier: error: {one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -89,8 +89,10 @@ class DataFlags:
     def size(self) -> tuple[int, int]:
         """(height, width) of --resolution."""
         parts = self.resolution.lower().split("x")
-        if len(parts) > 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
-            raise DataError(f"--resolution {self.resolution}: give a number such as 64, or HEIGHTxWIDTH such as 64x96")
+        if len(parts) > 2 or not all(part.isdecimal() and len(part) < 6 and 0 < int(part) <= 16384 for part in parts):
+            raise DataError(
+                f"--resolution {self.resolution}: give a number up to 16384 such as 64, or HEIGHTxWIDTH such as 64x96"
+            )
         return int(parts[0]), int(parts[-1])
 
     def check_data(self) -> None:
@@ -458,8 +460,9 @@ def read_dataset(
     except DataError:
         raise
     except Exception as error:  # datasets has no common base for what can go wrong
-        reason = " ".join(str(error).split())[:300]
-        raise DataError(f"dataset {source!r} cannot be loaded: {reason} ({error.__class__.__name__})") from error
+        reason = " ".join(str(error).split())[:300] + f" ({error.__class__.__name__})"
+        asked = f" with --dataset_config_name {config_name}" if config_name else ""
+        raise DataError(f"dataset {source!r} cannot be loaded{asked}: {reason}") from error
     features = dataset.features or {}
     columns = list(features) or list(dataset.column_names or [])
     image_column = _find_image_column(features, columns, image_column, source)

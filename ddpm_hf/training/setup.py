@@ -18,10 +18,8 @@ from diffusers.optimization import get_scheduler
 
 from .averaging import make_ema
 from .checkpointing import find_checkpoint, write_whole
-from .config import TrainingConfig, UsageError
+from .config import SECRET_FLAGS, TrainingConfig, UsageError
 from .loop import Meter, StepPlan, TrainingState, load_checkpoint, register_model_hooks
-
-SECRET_FLAGS = ("hub_token",)  # never written, shown or tracked
 
 
 def start_accelerator(config: TrainingConfig) -> Accelerator:

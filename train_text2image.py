@@ -387,7 +387,7 @@ def train(config: Text2ImageConfig) -> None:
     """From flags to a trained, saved and, if asked, published pipeline."""
     config.check()
     accelerator = start_accelerator(config)
-    diffusers_logging.set_verbosity_error()
+    diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)  # an error is one line, and main says it
     diffusers_logging.disable_progress_bar()  # one for the parts of a checkpoint
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()  # one for each file that is saved

@@ -12,6 +12,7 @@ from transformers.hf_argparser import HfArg
 from .data import to_model_range
 from .feeding import Images, make_batches, make_plan
 from .functional import mean_flat
+from .models import why_not_loaded
 from .publishing import save_image, save_model
 from .training.checkpointing import find_checkpoint
 from .training.config import TrainingConfig, UsageError
@@ -89,8 +90,8 @@ def load_autoencoder(name_or_path: str, revision: str | None = None, variant: st
         if config.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
             raise ValueError(f"it is a {config['_class_name']}")
         return AutoencoderKL.from_pretrained(name_or_path, use_safetensors=True, **options)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        reason = why_not_loaded(error)
         raise UsageError(f"--vae_name_or_path {name_or_path}: no AutoencoderKL there ({reason})") from error
 
 

@@ -156,7 +156,7 @@ def train(config: ClassifierConfig) -> None:
     """From flags to a saved classifier."""
     config.check()
     accelerator = start_accelerator(config)
-    diffusers_logging.set_verbosity_error()
+    diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)  # an error is one line, and main says it
     arguments = unet_arguments(config, config)
     scheduler = DDPMScheduler(
         num_train_timesteps=config.ddpm_num_steps,

@@ -52,6 +52,7 @@ def load_pipeline(model: str, revision: str | None, token: str | None):
     Raises:
         ValueError: no such model, or not one of ours.
     """
+    from .models import why_not_loaded
     from .portable.pipeline_class_conditional_ddpm_hf import ClassConditionalDDPMPipeline
     from .portable.pipeline_ddpm_hf import DDPMPipeline
     from .portable.pipeline_text2image_ddpm_hf import TextToImageDDPMPipeline
@@ -66,13 +67,14 @@ def load_pipeline(model: str, revision: str | None, token: str | None):
             raise ValueError(f"it is a {name}, and this command samples {', '.join(known)}")
         return known[name].from_pretrained(model, revision=revision, token=token, use_safetensors=True)
     except OSError as error:
+        if Path(model).is_dir():
+            raise ValueError(f"{model} cannot be loaded: {why_not_loaded(error)}") from error
         raise ValueError(
             f"{model} is neither a folder nor a model that can be reached on the Hub ({error.__class__.__name__});"
             " check the name, your network, and --token for a private one"
         ) from error
-    except (ValueError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{model} cannot be loaded: {reason}") from error
+    except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, NotImplementedError) as error:
+        raise ValueError(f"{model} cannot be loaded: {why_not_loaded(error)}") from error
 
 
 def swap_sampler(pipeline, sampler: str) -> int | None:
@@ -99,13 +101,12 @@ def load_classifier(folder: Path, pipeline):
         ValueError: no classifier there, or one of other images.
     """
     from .classifier import NoisyClassifier
+    from .models import why_not_loaded
 
     try:
         classifier = NoisyClassifier.from_pretrained(folder, use_safetensors=True).eval()
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"--classifier {folder}: no classifier there ({' '.join(str(error).split())[:200]})"
-        ) from error
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"--classifier {folder}: no classifier there ({why_not_loaded(error)})") from error
     own, wanted = (classifier.config.unet[key] for key in ("in_channels", "sample_size")), pipeline.unet.config
     if list(own) != [wanted.in_channels, wanted.sample_size]:
         raise ValueError(f"--classifier {folder} reads images of another size or number of channels than the model's")
@@ -241,7 +242,7 @@ def sample(
         if word is not None:
             check_word(name, str(word))
 
-    logging.set_verbosity_error()
+    logging.set_verbosity(logging.CRITICAL)  # an error is one line, and main says it
     logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

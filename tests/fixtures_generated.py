@@ -15,9 +15,10 @@ TIMES = int(os.environ.get("GENERATED_TIMES", "1"))
 # Out of range, of another type, empty, endless, of other scripts, paths and what a shell or a terminal would act upon
 HOSTILE = (
     "", " ", "\t", "nan", "-nan", "inf", "-inf", "1e400", "-1", "0", "-0.0", "1e-400", "1e308", "9" * 30, "9" * 5000,
-    "-" + "9" * 5000, "1000000000000", "4294967296", "2147483648", "0x10", "1_000", "１２", "²", "true", "None", "null",
-    "[]", "{}", "../../x", "/etc/passwd", "/dev/null", "a" * 300, "a" * 5000, "\x00", "\udcff", "é🦊", "line\nbreak",
-    "\x1b[31mred", "-", "%s%d", "{0}", "~", "$HOME", "1,2", "64x", "8x8x8", "1.5", "1e3", "--seed", "hf_notForAnyLog1",
+    "-" + "9" * 5000, "1000000000000", "4294967296", "2147483648", "0x10", "1_000", "１２", "²", "true", "None",
+    "null", "[]", "{}", "../../x", "/etc/passwd", "/dev/null", "a" * 300, "a" * 5000, "\x00", "\udcff", "é🦊",
+    "line\nbreak", "\x1b[31mred", "-", "%s%d", "{0}", "~", "$HOME", "1,2", "64x", "8x8x8", "1.5", "1e3", "--seed",
+    "hf_notForAnyLog1",
 )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .averaging import ema_weights, load_ema, save_ema, update_ema
-from .checkpointing import load_tensors, read_manifest, rotate, save_tensors, seal, truncate_jsonl
+from .checkpointing import check_random_states, load_tensors, read_manifest, rotate, save_tensors, seal, truncate_jsonl
 from .config import TrainingConfig, UsageError
 from .randomness import StepKeys, keyed_seed
 
@@ -227,13 +227,26 @@ def save_checkpoint(accelerator, state: TrainingState, output_dir: Path, limit: 
 
 
 def load_checkpoint(accelerator, state: TrainingState, checkpoint: Path, output_dir: Path) -> None:
-    """Take over a checkpoint, and drop what was logged after it. The manifest has been verified."""
+    """Take over a checkpoint, and drop what was logged after it. The manifest has been verified.
+
+    Raises:
+        UsageError: it holds what no checkpoint of this run does. What is pickled is read with weights_only=True.
+    """
     manifest = read_manifest(checkpoint)
-    accelerator.load_state(str(checkpoint))
-    load_tensors(checkpoint, state.extra)
-    state.lr_scheduler.load_state_dict(manifest["lr_scheduler"])
-    state.meter.restore(manifest["meter"], accelerator)
-    state.step, state.nonfinite_steps = manifest["step"], manifest["nonfinite_steps"]
+    try:
+        check_random_states(checkpoint, accelerator.process_index)
+        accelerator.load_state(str(checkpoint))
+        load_tensors(checkpoint, state.extra)
+        state.lr_scheduler.load_state_dict(manifest["lr_scheduler"])
+        state.meter.restore(manifest["meter"], accelerator)
+        state.step, state.nonfinite_steps = manifest["step"], int(manifest["nonfinite_steps"])
+    except UsageError:
+        raise
+    except Exception as error:  # whatever a stranger's file makes the libraries raise
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"{checkpoint} cannot be resumed: it holds what no checkpoint does ({type(error).__name__}: {reason})"
+        ) from error
     if accelerator.is_main_process:
         for name in ("metrics.jsonl", "timings.jsonl"):
             truncate_jsonl(output_dir / name, state.step)

@@ -141,7 +141,10 @@ def check_resumable(
     checkpoint, manifest = found
     if not (checkpoint / name / "config.json").is_file():
         raise UsageError(f"{checkpoint} is of another kind of run: it has no {name}/")
-    saved = json.loads((checkpoint / name / "config.json").read_text())
+    try:
+        saved = dict(json.loads((checkpoint / name / "config.json").read_text()))
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{checkpoint}: {name}/config.json is no model's config") from error
     own = json.loads(model.to_json_string())
     for key in own:
         if not key.startswith("_") and own[key] != saved.get(key):
@@ -162,9 +165,12 @@ def agree_on_seed(config: TrainingConfig, resumed: dict[str, Any] | None) -> int
         UsageError: another seed than the run to resume had.
     """
     if resumed is not None:
-        if config.seed not in (None, resumed["seed"]):
-            raise UsageError(f"--seed {config.seed}: the run to resume has seed {resumed['seed']}; leave --seed out")
-        return resumed["seed"]
+        seed = resumed.get("seed")
+        if type(seed) is not int:
+            raise UsageError(f"--resume_from_checkpoint: the checkpoint's manifest has seed {seed!r}, which is none")
+        if config.seed not in (None, seed):
+            raise UsageError(f"--seed {config.seed}: the run to resume has seed {seed}; leave --seed out")
+        return seed
     drawn = [config.seed if config.seed is not None else secrets.randbits(31)]
     return broadcast_object_list(drawn)[0]
 

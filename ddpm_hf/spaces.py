@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parent
 GRADIO_VERSION = "6.31.0"  # what the app was tested with
 PYTHON_VERSION = "3.11"
 CODE = "ddpm_hf_space"  # the folder, and package, of what is copied
-COPIED = ("portable/*.py", "space/*.py", "training/__init__.py", "training/randomness.py")
+COPIED = ("loading.py", "portable/*.py", "space/*.py", "training/__init__.py", "training/randomness.py")
 
 APP = f'''"""The Space's page; what it does lies in {CODE}/."""
 

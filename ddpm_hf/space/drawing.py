@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..loading import why_not_loaded
+
 # name -> class of Diffusers, its usual number of steps, what its config needs beside the model's
 SAMPLERS = {
     "ddpm": (None, None, {}),
@@ -60,13 +62,14 @@ def said_in_a_line(model: str) -> Iterator[None]:
     try:
         yield
     except HfHubHTTPError.__bases__ as error:  # OSError, and what the client's library for HTTP raises
+        if Path(model).is_dir():
+            raise ValueError(f"{model} cannot be loaded: {why_not_loaded(error)}") from error
         raise ValueError(
             f"{model} is neither a folder nor a model that can be reached on the Hub ({error.__class__.__name__});"
             " check the name, your network, and --token for a private one"
         ) from error
-    except (ValueError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{model} cannot be loaded: {reason}") from error
+    except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, NotImplementedError) as error:
+        raise ValueError(f"{model} cannot be loaded: {why_not_loaded(error)}") from error
 
 
 def swap_sampler(pipeline, sampler: str) -> int | None:

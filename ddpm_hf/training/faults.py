@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from .checkpointing import list_checkpoints
-from .config import UsageError
+from .config import UsageError, one_line
 
 OUT_OF_MEMORY = (
     "out of memory: make --train_batch_size smaller (--gradient_accumulation_steps makes up for it), add"
@@ -147,7 +147,7 @@ def ends_in_one_line(program: str, output_dir: str, *mendable: type):
         if found is None:
             traceback.print_exception(own)
         elif found[1] is not None:
-            print(f"{program}: error: {found[1]}", file=sys.stderr, flush=True)
+            print(f"{program}: error: {one_line(found[1])}", file=sys.stderr, flush=True)
         if isinstance(error, EndedTogetherError):  # or a launcher would end the others before they have spoken
             with contextlib.suppress(RuntimeError):
                 torch.distributed.barrier()

@@ -26,13 +26,11 @@ from .checkpointing import (
     truncate_jsonl,
     write_whole,
 )
-from .config import TrainingConfig, UsageError
+from .config import SECRET_FLAGS, TrainingConfig, UsageError
 from .faults import end_together, track
 from .loop import LOGS, Meter, StepPlan, TrainingState, load_checkpoint, register_model_hooks
 from .sessions import Sessions
 from .sharded import WholeModel
-
-SECRET_FLAGS = ("hub_token",)  # never written, shown or tracked
 
 
 def start_accelerator(config: TrainingConfig) -> Accelerator:
@@ -177,7 +175,10 @@ def check_resumable(
     checkpoint, manifest = found
     if not (checkpoint / name / "config.json").is_file():
         raise UsageError(f"{checkpoint} is of another kind of run: it has no {name}/")
-    saved = json.loads((checkpoint / name / "config.json").read_text())
+    try:
+        saved = dict(json.loads((checkpoint / name / "config.json").read_text()))
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{checkpoint}: {name}/config.json is no model's config") from error
     own = json.loads(model.to_json_string())
     for key in own:
         if not key.startswith("_") and own[key] != saved.get(key):
@@ -204,9 +205,12 @@ def agree_on_seed(config: TrainingConfig, resumed: dict[str, Any] | None) -> int
         UsageError: another seed than the run to resume had.
     """
     if resumed is not None:
-        if config.seed not in (None, resumed["seed"]):
-            raise UsageError(f"--seed {config.seed}: the run to resume has seed {resumed['seed']}; leave --seed out")
-        return resumed["seed"]
+        seed = resumed.get("seed")
+        if type(seed) is not int:
+            raise UsageError(f"--resume_from_checkpoint: the checkpoint's manifest has seed {seed!r}, which is none")
+        if config.seed not in (None, seed):
+            raise UsageError(f"--seed {config.seed}: the run to resume has seed {seed}; leave --seed out")
+        return seed
     drawn = [config.seed if config.seed is not None else secrets.randbits(31)]
     return broadcast_object_list(drawn)[0]
 

@@ -82,6 +82,7 @@ def unit(module):
 
 GROUND = {
     "ddpm_hf.functional",
+    "ddpm_hf.loading",
     "ddpm_hf.portable",
     "ddpm_hf.models",
     "ddpm_hf.training",

@@ -341,8 +341,9 @@ class Rows:
         if not hasattr(self.dataset, "__len__"):
             return None
         found = hashlib.sha256(str(len(self.dataset)).encode())
-        images = self.dataset.select_columns([self.image_column])
-        for row in images.select(range(0, len(images), max(1, len(images) // looked_at))):
+        count = len(self.dataset)
+        places = [place * count // looked_at for place in range(looked_at)] if count > looked_at else range(count)
+        for row in self.dataset.select_columns([self.image_column]).select(places):
             value = row[self.image_column]
             if isinstance(value, dict):
                 found.update(value["bytes"] if value.get("bytes") is not None else Path(value["path"]).read_bytes())
@@ -548,7 +549,7 @@ def read_dataset(
             raise DataError(f"column {label_column!r} of {source} has no class names, which a stream cannot count")
         names = _name_classes(dataset[label_column], label_column, source)
     folders = _folders(path if directory or path.exists() else None, cache_dir)
-    return Rows(dataset, str(source), image_column, label_column, list(names), caption_column, folders)
+    return Rows(dataset, str(source), image_column, label_column, list(names), caption_column, folders=folders)
 
 
 def _folders(local: Path | None, cache_dir: str | None) -> tuple[str, ...]:

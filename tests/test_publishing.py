@@ -4,23 +4,26 @@ import json
 import re
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, UNet2DModel
 
 from ddpm_hf import DDPMPipeline, DDPMScheduler
+from ddpm_hf.data import read_dataset
 from ddpm_hf.publishing import attributes, files_to_publish, frozen_copy, outdated
 from ddpm_hf.saving import save_half_precision, save_model
 from tests.fixtures_hub import STRANGERS, TOKEN, WRONG, run
 from tests.fixtures_pipeline import tiny_unet
+from tests.fixtures_unconditional import random_pixels, write_images
 from tests.hub_server import Hub
 
 # Each job is a command line of the script or, after "push", of `ddpm-hf push`
 COMMANDS = """
 import contextlib, io, json, sys
 from pathlib import Path
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.utils import _http
 from ddpm_hf import cli
 from tests.fixtures_unconditional import random_pixels, run_script, write_images
@@ -31,6 +34,11 @@ results = {}
 for name, words in json.loads(sys.argv[1]):
     if words[0] == "edit":  # a person, on the Hub
         HfApi().upload_file(path_or_fileobj=words[2].encode(), path_in_repo=words[3], repo_id=words[1])
+        continue
+    if words[0] == "validate":
+        card = ModelCard.load(words[1])
+        card.validate()
+        results[name] = card.data.to_dict()
         continue
     if words[0] == "append":  # a person, in the folder
         Path(words[1]).write_text(Path(words[1]).read_text() + words[2])
@@ -84,6 +92,8 @@ class World:
             ("in both 1", ["append", saved / "README.md", "\nhere\n"]),
             ("in both 2", ["edit", "user/saved", "---\nlicense: mit\n---\n# Anew\n", "README.md"]),
             ("in both", ["push", saved, "user/saved"]),
+            ("card of best", ["validate", "user/best"]),
+            ("card of kept", ["validate", "user/kept"]),
             ("tag of old", ["push", kept, "user/kept", "--revision", "v2"]),
             ("tag again", ["push", kept, "user/kept", "--revision", "v2", "--variant", "fp16"]),
             ("half", ["push", kept, "user/half", "--variant", "fp16", "--private"]),
@@ -328,7 +338,35 @@ def test_a_push_that_cannot_be_is_one_line(world, name, says):
     assert "user/x" not in world.hub.repositories
 
 
+@pytest.mark.parametrize("name", ["best", "kept"])
+def test_the_hub_accepts_the_cards(world, name):
+    """Else the push is refused, or the Hub shows a warning in the place of the model's task and results."""
+    data = world.said[f"card of {name}"]
+    assert data["library_name"] == "diffusers"
+    assert data["pipeline_tag"] == "unconditional-image-generation"
+    assert ("model-index" in data) == (name == "best")
+    assert data.get("license") == ("mit" if name == "kept" else None)
+
+
 # What goes up
+
+
+def fingerprint(place, **images):
+    """Of the dataset that a folder of such images is."""
+    write_images(place, np.stack(list(images.values())))
+    return read_dataset(None, str(place)).fingerprint()
+
+
+def test_a_fingerprint_tells_data_from_data(tmp_path):
+    """Else a card's fingerprint is of the folder's place, and nobody can compare what was trained on."""
+    pixels = random_pixels(3, 8, 8, 0)
+    own = fingerprint(tmp_path / "one", a=pixels[0], b=pixels[1])
+    assert own == fingerprint(tmp_path / "two", a=pixels[0], b=pixels[1])
+    assert own != fingerprint(tmp_path / "three", a=pixels[0], b=pixels[2])
+    assert own != fingerprint(tmp_path / "four", a=pixels[0])
+    embedded = datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "one"), split="train")
+    embedded.save_to_disk(tmp_path / "saved")  # with the files' bytes in it
+    assert own == read_dataset(None, str(tmp_path / "saved")).fingerprint()
 
 
 def test_what_an_earlier_upload_had_and_this_one_has_not_goes():

@@ -94,6 +94,8 @@ def record_result(
 ) -> None:
     """Note a figure of a saved model in its `evaluation.json`; the card and its metadata then show it.
 
+    They do as long as these are the weights: after more training they wait for a new figure.
+
     Args:
         folder: the pipeline's.
         metric: what was measured, with its unit: "bits/dim", "FID".
@@ -102,14 +104,15 @@ def record_result(
         dataset: of the images that it was measured on or against.
         settings: how samples were drawn, for example "DDIM, 50 steps".
     """
-    own = {"metric": metric, "dataset": dataset, "split": split, "settings": settings}
+    step = (_read_json(Path(folder) / RUN_FILE) or {}).get("step")
+    own = {"metric": metric, "dataset": dataset, "split": split, "settings": settings, "step": step}
     others = [one for one in _read_json(Path(folder) / RESULTS_FILE) or [] if {**one, **own} != one]
     results = [*others, {**own, "value": float(value), "samples": int(samples)}]
     write_whole(Path(folder) / RESULTS_FILE, json.dumps(results, indent=1) + "\n")
 
 
 def all_results(facts: Facts) -> list[dict[str, Any]]:
-    """What was recorded, and the last held-out loss of the training itself."""
+    """What was recorded of these weights, and the last held-out loss of the training itself."""
     held_out = [line for line in facts.metrics if "validation_loss" in line]
     step, images = facts.run.get("step"), facts.run.get("held_out", 0)
     own = [
@@ -124,7 +127,7 @@ def all_results(facts: Facts) -> list[dict[str, Any]]:
         for line in held_out
         if line["step"] == step and images
     ]
-    return own + facts.results
+    return own + [one for one in facts.results if one.get("step") == step]
 
 
 # Pictures

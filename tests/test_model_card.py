@@ -146,11 +146,20 @@ def test_a_recorded_result_is_shown_with_its_number_of_images(facts, folder):
     results = read_facts(folder, "user/model", facts.pipeline).results
     (folder / "evaluation.json").unlink()
     assert [(one["metric"], one["value"]) for one in results] == [("bits/dim", 3.7), ("FID", 10.5), ("FID", 11.5)]
-    card = make_card(dataclasses.replace(facts, results=results))
+    card = make_card(dataclasses.replace(facts, results=results, run={}))
     assert "| FID | 10.5 | 10,000 | user/photos, test, DDIM, 50 steps |" in card
     metrics = [metric for one in head(card)["model-index"][0]["results"] for metric in one["metrics"]]
     assert {"type": "fid", "value": 10.5, "name": "FID (10,000 images, DDIM, 50 steps)"} in metrics
     assert {"type": "bits_dim", "value": 3.7, "name": "bits/dim (100 images)"} in metrics
+
+
+def test_a_result_of_other_weights_is_not_shown(tmp_path, facts):
+    """Else a model that was trained on is published with the figures of an earlier one."""
+    (tmp_path / "run.json").write_text(json.dumps(RUN))
+    record_result(tmp_path, "FID", 12.0, 5000, "user/photos")
+    assert "| FID | 12 |" in make_card(read_facts(tmp_path, "user/model", facts.pipeline))
+    (tmp_path / "run.json").write_text(json.dumps({**RUN, "step": 30}))
+    assert "FID" not in make_card(read_facts(tmp_path, "user/model", facts.pipeline))
 
 
 def test_only_the_saved_steps_held_out_loss_is_its_result(facts):

@@ -71,6 +71,8 @@ def fit_engine(accelerator, config: TrainingConfig) -> None:
     kind = accelerator.distributed_type
     if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise UsageError("FSDP 1 is not supported: put `fsdp_version: 2` into Accelerate's config")
+    if kind == DistributedType.FSDP and "non_ema" in config.save_variants:
+        raise UsageError("--save_variants non_ema: not with FSDP; the checkpoints' unet/ holds these weights")
     if kind == DistributedType.DEEPSPEED:
         plugin = accelerator.state.deepspeed_plugin
         if plugin.zero_stage == 3:
@@ -99,7 +101,10 @@ RUN_FILES = (
     "checkpoint-*", "metrics.jsonl", "timings.jsonl", "training_config.json", "model_index.json", "config.json",
     "samples",
 )  # fmt: skip
-PUBLISHED_FILES = ("README.md", "unet", "scheduler", "*_ddpm_hf.py", "diffusion_pytorch_model.safetensors")
+PUBLISHED_FILES = (
+    "README.md", "unet", "scheduler", "*_ddpm_hf.py", "diffusion_pytorch_model.safetensors", "run.json",
+    "evaluation.json", "assets",
+)  # fmt: skip
 
 
 def find_run(config: TrainingConfig, accelerator) -> tuple[Path, dict[str, Any]] | None:

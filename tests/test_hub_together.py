@@ -70,7 +70,7 @@ def world(tmp_path_factory):
 # Together in one process
 
 TOGETHER = """
-root, ways, orders, source = Path(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3]), sys.argv[4]
+root, source, ways, orders, samplers = Path(sys.argv[1]), sys.argv[2], *map(json.loads, sys.argv[3:])
 
 def together(tag, order):
     if tag == "beside-the-package":  # as where it is installed
@@ -83,10 +83,29 @@ def together(tag, order):
         records[name], pipelines[name] = attempt(root / f"{tag}-{name}.npy", f"user/{repository}", **options)
     for name in order:
         np.save(root / f"{tag}-{name}-again.npy", draw(pipelines[name]))
+        if tag == "forwards":
+            records[name]["swapped"] = swapped(pipelines[name])
     return records
+
+def swapped(pipeline):
+    before, own, results = draw(pipeline), type(pipeline.scheduler), {}
+    for sampler in samplers:
+        try:
+            pipeline.scheduler = getattr(diffusers, sampler).from_config(pipeline.scheduler.config)
+            drawn = draw(pipeline)
+            results[sampler] = drawn.shape == before.shape and bool(np.isfinite(drawn).all())
+        except Exception as error:
+            results[sampler] = f"{type(error).__name__}: {error}"
+        pipeline.scheduler = own.from_config(pipeline.scheduler.config)
+        results[f"{sampler} and back"] = bool((draw(pipeline) == before).all())
+    return results
 
 print(json.dumps({tag: apart(together, tag, order) for tag, order in orders.items()}))
 """
+SAMPLERS = [
+    *("DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"),
+    *("EulerDiscreteScheduler", "PNDMScheduler"),
+]
 EACH = [name for name in WAYS if name != "older"]
 ORDERS = {"forwards": EACH, "backwards": EACH[::-1], "beside-the-package": EACH}
 VERSIONS = {"newer-first": ["custom", "older"], "older-first": ["older", "custom"]}
@@ -96,7 +115,7 @@ VERSIONS = {"newer-first": ["custom", "older"], "older-first": ["older", "custom
 def together(world):
     """What processes make of several repositories, in several orders."""
     hub, root = world
-    arguments = root, json.dumps(WAYS), json.dumps(ORDERS | VERSIONS), ROOT
+    arguments = root, ROOT, *map(json.dumps, (WAYS, ORDERS | VERSIONS, SAMPLERS))
     return run(hub, root / "home", WITHOUT + DRAWING + TOGETHER, *arguments, isolated=True)
 
 
@@ -110,6 +129,20 @@ def test_repositories_in_one_process_do_not_disturb_each_other(world, together, 
     expected = np.load(root / f"{WAYS[name][0]}.npy")
     np.testing.assert_allclose(np.load(root / f"{order}-{name}.npy"), expected, atol=1e-3)
     np.testing.assert_allclose(np.load(root / f"{order}-{name}-again.npy"), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_samplers_swap_in_and_back_without_the_package(together, name):
+    """Else what the documentation of Diffusers says of samplers does not hold for a model from the Hub."""
+    results = together["forwards"][name]["swapped"]
+    for sampler in SAMPLERS:
+        assert results[f"{sampler} and back"] is True
+        if name == "by-class":  # a posterior's mean
+            assert "sample with ddpm_hf's DDPMScheduler" in results[sampler]
+        elif name == "stock" and sampler in ("UniPCMultistepScheduler", "PNDMScheduler"):
+            assert "'generator'" in results[sampler]  # which stock's unconditional pipeline hands to each of them
+        else:
+            assert results[sampler] is True
 
 
 @pytest.mark.parametrize("order", VERSIONS)

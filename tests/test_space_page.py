@@ -84,12 +84,14 @@ class Page:
         return self.driver.find_elements("css selector", selector)
 
     def wait(self, condition):
-        """Until the condition holds; what it returns."""
+        """Until the condition holds, asked again where the page changed under it; what it returns."""
+        from selenium.common.exceptions import StaleElementReferenceException
+
         deadline = time.monotonic() + PATIENCE
         while True:
-            found = condition()
-            if found:
-                return found
+            with contextlib.suppress(StaleElementReferenceException):
+                if found := condition():
+                    return found
             assert time.monotonic() < deadline, self.driver.find_element("tag name", "body").text
             time.sleep(0.05)
 
@@ -104,8 +106,12 @@ class Page:
     def choose(self, name, option):
         """Choose from a dropdown."""
         self.find(f"#{name} input")[0].click()
-        options = self.wait(lambda: [one for one in self.find("[role=option]") if one.text.strip(" ✓\n") == option])
-        options[0].click()
+
+        def click():
+            options = [one for one in self.find("[role=option]") if one.text.strip(" ✓\n") == option]
+            return [one.click() for one in options]
+
+        self.wait(click)
 
     def keep_the_seed(self, seed):
         """Draw with this seed."""

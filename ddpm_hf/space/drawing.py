@@ -142,6 +142,7 @@ class Studio:
         self.guided = self.by_text or self.knows_no_class
         self.longest = self.scheduler.config.num_train_timesteps
         self.samplers = self._samplers()
+        self._alone = threading.Lock()  # a pipeline's sampler is in one chain at a time
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -183,10 +184,11 @@ class Studio:
             raise ValueError(f"{wish.count} images: ask for 1 to {MOST_IMAGES}")
         if self.by_text and not wish.prompt.strip():
             raise ValueError("this model draws what a text says; write one")
-        with self._swapped(wish.sampler):
+        with self._alone, self._swapped(wish.sampler):
             return self._drawn(wish, watch)
 
     def _drawn(self, wish: Wish, watch: Callable[[Step], None] | None) -> list:
+        """The images of a wish that was checked."""
         generators = keyed_generators(self.pipeline._execution_device, wish.seed, range(wish.count))
         options: dict[str, Any] = {"generator": generators, "num_inference_steps": wish.steps}
         if self.guided and wish.guidance_scale is not None:

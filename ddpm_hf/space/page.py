@@ -92,7 +92,8 @@ def how_controls(gr, studio: Studio) -> dict:
     asked["sampler"] = gr.Dropdown(titles, value=chosen, label="Sampler", elem_id="sampler")
     most_steps = max(2, studio.longest)
     asked["steps"] = gr.Slider(1, most_steps, studio.samplers[chosen], step=1, label="Steps", elem_id="steps")
-    asked["sampler"].input(studio.samplers.get, asked["sampler"], asked["steps"], api_visibility="private")
+    usual_steps = f"name => ({json.dumps(studio.samplers)})[name]"  # at once, or it would undo a later choice
+    asked["sampler"].input(None, asked["sampler"], asked["steps"], js=usual_steps, api_visibility="private")
     if studio.guided:
         scale, most = (7.5, 15) if studio.by_text else (2.0, 8)
         about = f"More insists on the {'text' if studio.by_text else 'class'}."

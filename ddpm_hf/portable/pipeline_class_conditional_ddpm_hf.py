@@ -33,7 +33,7 @@ class ClassConditionalDDPMPipeline(SamplingMixin, PortablePipelineMixin, Diffusi
         self,
         unet: UNet2DModel,
         scheduler: SchedulerMixin,
-        id2label: dict | None = None,  # {id: name}; JSON makes the ids strings
+        id2label: dict | None = None,
         vae: AutoencoderKL | None = None,
     ):
         super().__init__()

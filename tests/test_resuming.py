@@ -311,6 +311,14 @@ def test_later_checkpoints_do_not_count_once_an_older_one_is_resumed(world, tmp_
     assert scraps(part) == []
 
 
+def test_old_checkpoints_go_where_a_kill_kept_them(world, tmp_path):
+    """Else a run that is killed at its end keeps more checkpoints than it was allowed to."""
+    train(world, tmp_path)
+    assert len(list_checkpoints(tmp_path)) == 2
+    train(world, tmp_path, resume_from_checkpoint="latest", checkpoints_total_limit=1)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-7"]
+
+
 class Killed(BaseException):
     """What stands for SIGKILL within this process."""
 

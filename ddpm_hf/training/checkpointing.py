@@ -179,7 +179,7 @@ def rotate(output_dir: Path, limit: int | None) -> None:
     """Remove all but the newest `limit` checkpoints, and those set aside that the run has written anew."""
     kept = list_checkpoints(output_dir)
     for path in output_dir.glob("checkpoint-*.superseded"):
-        if checkpoint_step(path.with_suffix("")) <= checkpoint_step(kept[-1]):
+        if kept and checkpoint_step(path.with_suffix("")) <= checkpoint_step(kept[-1]):
             discard(path)
     for path in kept[:-limit] if limit is not None else ():
         discard(path)

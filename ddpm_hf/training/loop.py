@@ -256,9 +256,15 @@ def save_checkpoint(accelerator, state: TrainingState, output_dir: Path, limit: 
     fault = fault or attempt(accelerator, finish)
     if fault is not None and accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
-    if fault is None and (stuck := attempt(accelerator, lambda: rotate(output_dir, limit))):
-        warn(accelerator, f"an old checkpoint cannot be removed: {stuck}")
+    if fault is None:
+        let_old_go(accelerator, output_dir, limit)
     return fault
+
+
+def let_old_go(accelerator, output_dir: Path, limit: int | None) -> None:
+    """Remove the checkpoints that are too many. All ranks take part."""
+    if stuck := attempt(accelerator, lambda: rotate(output_dir, limit)):
+        warn(accelerator, f"an old checkpoint cannot be removed: {stuck}")
 
 
 def load_checkpoint(accelerator, state: TrainingState, checkpoint: Path) -> None:

@@ -28,7 +28,7 @@ from .checkpointing import (
 )
 from .config import SECRET_FLAGS, TrainingConfig, UsageError
 from .faults import end_together, track
-from .loop import LOGS, Meter, StepPlan, TrainingState, load_checkpoint, register_model_hooks
+from .loop import LOGS, Meter, StepPlan, TrainingState, let_old_go, load_checkpoint, register_model_hooks
 from .sessions import Sessions
 from .sharded import WholeModel
 
@@ -351,6 +351,8 @@ def begin_training(
         load_checkpoint(accelerator, state, found[0])
         log(accelerator, f"resuming from {found[0]}")
     forget_later(Path(config.output_dir), state.step, accelerator)
+    if found is not None:  # the run may have been killed before it could
+        let_old_go(accelerator, Path(config.output_dir), config.checkpoints_total_limit)
     return state
 
 

@@ -73,6 +73,10 @@ def fit_engine(accelerator, config: TrainingConfig) -> None:
     kind = accelerator.distributed_type
     if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise UsageError("FSDP 1 is not supported: put `fsdp_version: 2` into Accelerate's config")
+    if kind == DistributedType.FSDP and "non_ema" in config.save_variants:
+        raise UsageError(
+            "--save_variants non_ema is not supported with FSDP: the checkpoints' unet/ has those weights"
+        )
     if kind == DistributedType.DEEPSPEED:
         plugin = accelerator.state.deepspeed_plugin
         if plugin.zero_stage == 3:

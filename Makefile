@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+SPACE := .venv-space
 DEMO := demo
 
 .PHONY: help demo test test-slow quality style bench clean
@@ -28,7 +29,18 @@ demo $(DEMO)/model_index.json: $(VENV)/stamp
 test: $(VENV)/stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-test-slow: $(VENV)/stamp
+# A Space's environment, as the Hub makes it: Gradio wants an older Pillow than the package is tested with.
+$(SPACE)/stamp: ddpm_hf/space/requirements.txt constraints.txt
+	$(PYTHON) -m venv $(SPACE)
+	grep -v '^pillow==' constraints.txt > $(SPACE)/constraints.txt
+	$(SPACE)/bin/python -m pip install --quiet --disable-pip-version-check -c $(SPACE)/constraints.txt \
+		-r ddpm_hf/space/requirements.txt gradio
+	touch $@
+
+# The page of a Space is looked at in Chromium; without it, and no right to install it, those tests are skipped.
+test-slow: $(VENV)/stamp $(SPACE)/stamp
+	command -v chromedriver || { test "$$(id -u)" = 0 && apt-get update && \
+		apt-get install --yes --no-install-recommends chromium chromium-driver; } || true
 	$(BIN)/python -m pytest -m slow
 
 quality: $(VENV)/stamp
@@ -44,4 +56,4 @@ bench: $(VENV)/stamp $(DEMO)/model_index.json
 	$(BIN)/python benchmarks/digit_quality.py $(DEMO)
 
 clean:
-	rm -rf $(VENV) $(DEMO)
+	rm -rf $(VENV) $(SPACE) $(DEMO)

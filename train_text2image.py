@@ -13,6 +13,7 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -99,8 +100,8 @@ class Text2ImageConfig(AutoencoderFlags, ScheduleFlags, DataFlags, TrainingConfi
         default="sd-model-finetuned", help="Where the pipeline, its pictures, metrics.jsonl and the checkpoints go."
     )
     resolution: str = HfArg(default="512", help="512, or HEIGHTxWIDTH such as 512x768.")
-    image_interpolation_mode: str = HfArg(
-        default="lanczos", help="How images are resized: nearest, bilinear, bicubic, lanczos, box or hamming."
+    image_interpolation_mode: Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"] = HfArg(
+        default="lanczos", help="How images are resized."
     )
     lr_scheduler: str = HfArg(default="constant", help="linear, cosine, constant, constant_with_warmup, ...")
     adam_beta1: float = HfArg(default=0.9, help="AdamW's first decay rate.")
@@ -390,7 +391,8 @@ def train(config: Text2ImageConfig) -> None:
     config.check()
     deadline = deadline_of(config.max_train_hours)
     accelerator = start_accelerator(config)
-    diffusers_logging.set_verbosity_error()
+    diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)  # an error is one line, and main says it
+    diffusers_logging.disable_progress_bar()  # one for the parts of a checkpoint
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()  # one for each file that is saved
     found = None if config.dry_run else find_run(config, accelerator)

@@ -231,7 +231,7 @@ def train(config: UnconditionalConfig) -> None:
     config.check()
     deadline = deadline_of(config.max_train_hours)
     accelerator = start_accelerator(config)
-    diffusers_logging.set_verbosity_error()
+    diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)  # an error is one line, and main says it
     vae = load_autoencoder(config.vae_name_or_path) if config.vae_name_or_path else None
     scheduler = make_scheduler(config, config, latents=vae is not None)
     arguments = unet_arguments(config, config, vae)

@@ -38,7 +38,7 @@ BY_ITSELF = 30  # seconds that a rank has to notice that another has died, befor
 
 SHARED = {
     "seed": 3, "train_batch_size": 4, "gradient_accumulation_steps": 2, "eval_batch_size": 4, "learning_rate": 1e-3,
-    "lr_warmup_steps": 5, "max_train_steps": 30, "checkpointing_steps": 4, "checkpoints_total_limit": 2,
+    "lr_warmup_steps": 5, "max_train_steps": 22, "checkpointing_steps": 3, "checkpoints_total_limit": 2,
     "save_images_epochs": 1, "save_model_epochs": 1, "validation_steps": 7, "logging_steps": 3, "use_ema": True,
     "random_flip": True, "cpu_threads": 1, "logger": "none", "output_dir": "run",
 }  # fmt: skip
@@ -51,7 +51,7 @@ WORDS = {
     **SHARED, "train_data_dir": "{root}/digits", "validation_split": 0.1, "resolution": 16, "num_inference_steps": 2,
     "validation_prompts": "a handwritten seven", "caption_dropout": 0.2,
 }  # fmt: skip
-FROM_SCRATCH = {"model_config_name_or_path": "{root}/text-unet", "vae_widths": "8,16", "vae_train_steps": 12}
+FROM_SCRATCH = {"model_config_name_or_path": "{root}/text-unet", "vae_widths": "8,16", "vae_train_steps": 8}
 
 
 class Configuration(NamedTuple):
@@ -85,12 +85,12 @@ CONFIGURATIONS = {
     ),
     "streamed": Configuration(
         UNCONDITIONAL,
-        {**PIXELS, "validation_split": None, "validation_steps": None, "streaming": True, "dataloader_num_workers": 1,
-         "max_train_steps": 25},
+        {**PIXELS, "validation_split": None, "validation_steps": None, "streaming": True, "dataloader_num_workers": 1},
     ),
     "by class": Configuration(
         UNCONDITIONAL,
-        {**PIXELS, "label_column": "label", "class_dropout": 0.3, "class_balanced": True, "eval_batch_size": 10},
+        {**PIXELS, "train_data_dir": "{root}/folders", "cache_dir": "datasets", "label_column": "label",
+         "class_dropout": 0.3, "class_balanced": True, "eval_batch_size": 10},
     ),
     "text": Configuration(TEXT, {**WORDS, **FROM_SCRATCH, "cache_latents": True}),
     "text checkpoint": Configuration(
@@ -109,13 +109,17 @@ CONFIGURATIONS = {
 
 
 def prepare(root: Path) -> None:
-    """Write some of the digits as a dataset, and the configs of small models with dropout."""
+    """Write some of the digits as a dataset and in class folders, and the configs of small models with dropout."""
     import json
 
     from ddpm_hf.data import embedded_digits
 
     rows = embedded_digits("train").dataset.select(range(150))
     rows.save_to_disk(str(root / "digits"))
+    for number, row in enumerate(rows):
+        file = root / "folders" / f"digit-{row['label']}" / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(row["image"]["bytes"])
     unet = {
         "_class_name": "UNet2DModel", "sample_size": 8, "in_channels": 1, "out_channels": 1, "layers_per_block": 1,
         "block_out_channels": [8, 16], "down_block_types": ["DownBlock2D", "DownBlock2D"], "dropout": 0.2,
@@ -158,16 +162,13 @@ class FileOperations:
                 os.kill(os.getpid(), signal.SIGKILL)
 
 
-def fork(body: Callable[[], None], group: int, log: Path, folder: Path) -> int:
-    """The id of a new process that runs `body` in a folder and a process group (0: one of its own)."""
+def fork(body: Callable[[], None], log: Path, folder: Path) -> int:
+    """The id of a new process that runs `body` in a folder."""
     process = os.fork()
     if process:
-        with contextlib.suppress(OSError):  # it was faster, or has ended
-            os.setpgid(process, group or process)
         return process
     code = 1
     try:
-        os.setpgid(0, group)
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)
@@ -197,7 +198,7 @@ class Attempt:
     """A run of a script that has been started, with all its ranks."""
 
     def __init__(self, script: str, argv: list[str], folder: Path, ranks: int, real: bool, fatal: tuple[int, int]):
-        self.log, self.codes, self.group = folder / "log.txt", {}, 0
+        self.log, self.codes, self.family = folder / "log.txt", {}, set()
         self.log.unlink(missing_ok=True)
         self.counted = folder / "operations.txt"
         environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
@@ -224,9 +225,7 @@ class Attempt:
             os.execve(sys.executable, words, os.environ | environment)
 
         for body in [launched] if real else [forked(rank) for rank in range(ranks)]:
-            process = fork(body, self.group, self.log, folder)
-            self.group = self.group or process
-            self.codes[process] = None
+            self.codes[fork(body, self.log, folder)] = None
         self.real, self.ranks = real, ranks
 
     def running(self) -> bool:
@@ -243,21 +242,29 @@ class Attempt:
         if not (self.real and self.ranks > 1):
             return list(self.codes)
         with contextlib.suppress(psutil.NoSuchProcess):
-            return [child.pid for child in psutil.Process(self.group).children()]
+            return [child.pid for child in psutil.Process(next(iter(self.codes))).children()]
         return []
 
+    def note_family(self) -> None:
+        """Take in all processes that it has begun: a launcher's ranks, and the workers that load data."""
+        for process in self.codes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                own = psutil.Process(process)
+                self.family |= {own, *own.children(recursive=True)}
+
     def members(self) -> list[int]:
-        """All living processes of the group, also the workers that load data."""
+        """Those of them that live."""
         found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error, OSError):
-                if os.getpgid(process.pid) == self.group and process.status() != psutil.STATUS_ZOMBIE:
+        for process in self.family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(process.pid)
         return found
 
     def kill(self, whom: list[int]) -> None:
-        """SIGKILL some of the processes, or all of the group."""
-        for process in whom or [-self.group]:
+        """SIGKILL some of the processes, or all."""
+        self.note_family()
+        for process in whom or self.members():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
 
@@ -295,7 +302,9 @@ def complete_checkpoints(run: Path) -> list[int]:
     return steps
 
 
-UNCOMPARED = re.compile(r"timings\.jsonl|random_states_\d+\.pkl|manifest\.json")
+# They tell times, and how often the run was resumed; of a manifest the rest is compared. The random states are of
+# generators that nothing here draws from.
+UNCOMPARED = re.compile(r"timings\.jsonl|README\.md|run\.json|manifest\.json|random_states_\d+\.pkl")
 
 
 def contents(run: Path) -> dict[str, bytes]:
@@ -309,7 +318,7 @@ def contents(run: Path) -> dict[str, bytes]:
         if path.is_file() and not UNCOMPARED.fullmatch(path.name):
             found[str(path.relative_to(run))] = path.read_bytes()
     for path in run.rglob("manifest.json"):
-        state = {key: value for key, value in read_manifest(path.parent).items() if key != "files"}
+        state = {key: value for key, value in read_manifest(path.parent).items() if key not in ("files", "sessions")}
         found[str(path.relative_to(run))] = json.dumps(state).encode()
     return found
 
@@ -406,12 +415,15 @@ class Killer:
         lifetime = self.real_seconds if real else self.whole.seconds
         attempt, begin = self.start(folder, real, fatal), time.monotonic()
         due = begin + chance.uniform(0, lifetime)
-        count, delay = chance.randint(1, 6), chance.uniform(0, 0.06)  # the how manieth write, and how far into it
+        count, delay = chance.randint(1, 6), chance.uniform(0, 0.03)  # which write it will be, and how far into it
         known = {name for name, _ in before}
-        alive = attempt.running
-        while alive():
+        noted = begin
+        while attempt.running():
             now = time.monotonic()
-            if moment == "saving" and due - lifetime <= now:
+            if now - noted > 0.2:
+                attempt.note_family()
+                noted = now
+            if moment == "saving":
                 names = {name for name, _ in unfinished(run)}
                 if names - known:
                     count -= 1
@@ -432,8 +444,8 @@ class Killer:
         died = [process for process, code in attempt.codes.items() if code == -signal.SIGKILL]
         if attempt.running() and not died:
             processes = attempt.rank_processes()
-            whole_group = (self.ranks > 1 and self.chance.random() < 0.3) or not processes
-            whom = [] if whole_group else [processes[victim % len(processes)]]
+            everyone = (self.ranks > 1 and self.chance.random() < 0.3) or not processes
+            whom = [] if everyone else [processes[victim % len(processes)]]
             attempt.kill(whom)
             died = whom or ["all"]
         begin = time.monotonic()
@@ -471,7 +483,8 @@ class Killer:
         wanted = self.tally.kills + kills
         while self.tally.kills < wanted:
             folder = self.folder("killed")
-            shutil.rmtree(folder / "run", ignore_errors=True)
+            shutil.rmtree(folder)
+            folder.mkdir()
             try:
                 while not self.attempt(folder, real and self.tally.kills < wanted):
                     self.tally.resumes += 1
@@ -554,7 +567,7 @@ def main() -> None:
 
 def kill_all(arguments, root: Path) -> list[Killer]:
     """The killers of all configurations, when they have done their work."""
-    os.waitpid(fork(lambda: prepare(root), 0, root / "log.txt", root), 0)
+    os.waitpid(fork(lambda: prepare(root), root / "log.txt", root), 0)
     chance = random.Random(arguments.seed)
     names = list(arguments.configurations)
     killers = [Killer(name, root, arguments.ranks, chance) for name in names]

@@ -14,6 +14,7 @@ _HOMES = {
     "DDPMPipeline": ".portable.pipeline_ddpm_hf",
     "TextToImageDDPMPipeline": ".portable.pipeline_text2image_ddpm_hf",
     "bits_per_dim": ".evaluation.likelihood",
+    "record_result": ".model_card",
     "training_losses": ".objectives",
 }
 _SUBMODULES = ("data", "evaluation", "functional", "models", "objectives", "portable", "training")

@@ -12,6 +12,7 @@ from transformers.hf_argparser import HfArg
 from .data import to_model_range
 from .feeding import Images, make_batches, make_plan
 from .functional import mean_flat
+from .loading import why_not_loaded
 from .saving import save_image, save_model
 from .training.checkpointing import find_checkpoint, remove_unfinished
 from .training.config import TrainingConfig, UsageError
@@ -54,9 +55,12 @@ class AutoencoderFlags(LatentFlags):
     def widths(self) -> tuple[int, ...]:
         """The numbers of --vae_widths."""
         parts = self.vae_widths.split(",")
-        if not all(part.strip().isdecimal() and int(part) % 8 == 0 and int(part) for part in parts):
-            raise UsageError(f"--vae_widths {self.vae_widths}: give multiples of 8, such as 16,32,64")
-        return tuple(int(part) for part in parts)
+        widths = [int(part) if part.strip().isdecimal() and len(part) < 6 else 0 for part in parts]
+        if len(widths) > 8 or not all(0 < width <= 4096 and width % 8 == 0 for width in widths):
+            raise UsageError(
+                f"--vae_widths {self.vae_widths}: give up to 8 multiples of 8, each up to 4096, such as 16,32,64"
+            )
+        return tuple(widths)
 
     def check_autoencoder(self) -> None:
         """Raise UsageError for a value out of range."""
@@ -64,6 +68,8 @@ class AutoencoderFlags(LatentFlags):
         for name in ("vae_train_steps", "vae_latent_channels", "vae_learning_rate"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"--{name} {getattr(self, name)}: must be more than 0")
+        if self.vae_latent_channels > 1024:
+            raise UsageError(f"--vae_latent_channels {self.vae_latent_channels}: must be 1024 or less")
         if not self.vae_kl_weight >= 0:
             raise UsageError(f"--vae_kl_weight {self.vae_kl_weight}: must be 0 or more")
 
@@ -84,8 +90,8 @@ def load_autoencoder(name_or_path: str, revision: str | None = None, variant: st
         if config.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
             raise ValueError(f"it is a {config['_class_name']}")
         return AutoencoderKL.from_pretrained(name_or_path, use_safetensors=True, **options)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        reason = why_not_loaded(error)
         raise UsageError(f"--vae_name_or_path {name_or_path}: no AutoencoderKL there ({reason})") from error
 
 

@@ -43,7 +43,7 @@ def aspect_ratios(rows: Rows) -> list[tuple[int, int]]:
         try:
             image = ImageOps.exif_transpose(decode_row(row[rows.image_column], str(index)))
             found.append((image.height, image.width))
-        except ValueError:
+        except Exception:  # decoding and turning it upright may raise anything
             found.append((0, 0))
     return found
 

@@ -159,7 +159,7 @@ def train(config: ClassifierConfig) -> None:
     config.check()
     deadline = deadline_of(config.max_train_hours)
     accelerator = start_accelerator(config)
-    diffusers_logging.set_verbosity_error()
+    diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)  # an error is one line, and main says it
     arguments = unet_arguments(config, config)
     scheduler = DDPMScheduler(
         num_train_timesteps=config.ddpm_num_steps,

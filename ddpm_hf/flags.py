@@ -61,8 +61,8 @@ class ScheduleFlags:
         if self.ddpm_beta_schedule not in BETA_SCHEDULES:
             known = ", ".join(BETA_SCHEDULES)
             raise UsageError(f"--ddpm_beta_schedule {self.ddpm_beta_schedule!r} is none of {known}")
-        if self.ddpm_num_steps < 1:
-            raise UsageError(f"--ddpm_num_steps {self.ddpm_num_steps}: must be 1 or more")
+        if not 1 <= self.ddpm_num_steps <= 1_000_000:
+            raise UsageError(f"--ddpm_num_steps {self.ddpm_num_steps}: must be from 1 to 1,000,000")
 
 
 @dataclass

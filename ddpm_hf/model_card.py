@@ -94,6 +94,8 @@ def record_result(
 ) -> None:
     """Note a figure of a saved model in its `evaluation.json`; the card and its metadata then show it.
 
+    They do as long as these are the weights: after more training they wait for a new figure.
+
     Args:
         folder: the pipeline's.
         metric: what was measured, with its unit: "bits/dim", "FID".
@@ -102,14 +104,15 @@ def record_result(
         dataset: of the images that it was measured on or against.
         settings: how samples were drawn, for example "DDIM, 50 steps".
     """
-    own = {"metric": metric, "dataset": dataset, "split": split, "settings": settings}
+    step = (_read_json(Path(folder) / RUN_FILE) or {}).get("step")
+    own = {"metric": metric, "dataset": dataset, "split": split, "settings": settings, "step": step}
     others = [one for one in _read_json(Path(folder) / RESULTS_FILE) or [] if {**one, **own} != one]
     results = [*others, {**own, "value": float(value), "samples": int(samples)}]
     write_whole(Path(folder) / RESULTS_FILE, json.dumps(results, indent=1) + "\n")
 
 
 def all_results(facts: Facts) -> list[dict[str, Any]]:
-    """What was recorded, and the last held-out loss of the training itself."""
+    """What was recorded of these weights, and the last held-out loss of the training itself."""
     held_out = [line for line in facts.metrics if "validation_loss" in line]
     step, images = facts.run.get("step"), facts.run.get("held_out", 0)
     own = [
@@ -124,7 +127,7 @@ def all_results(facts: Facts) -> list[dict[str, Any]]:
         for line in held_out
         if line["step"] == step and images
     ]
-    return own + facts.results
+    return own + [one for one in facts.results if one.get("step") == step]
 
 
 # Pictures
@@ -443,7 +446,7 @@ def personal_text(card: str) -> str:
 
 
 def was_edited(card: str) -> bool:
-    """Whether a person changed the card since it was last written here."""
+    """Whether a person changed the card since it was last the same in the folder and on the Hub."""
     seal = _SEAL.search(_body(card))
     return _digest(personal_text(card)) != seal[2] if seal else bool(personal_text(card))
 
@@ -452,7 +455,7 @@ def newer_card(here: str, on_hub: str) -> str:
     """Of the card in the folder and that on the Hub, the one with what a person wrote last.
 
     Raises:
-        ValueError: both were edited since they were written.
+        ValueError: both were edited since they were the same.
     """
     if not here or not on_hub or not was_edited(here):
         return on_hub or here
@@ -463,11 +466,11 @@ def newer_card(here: str, on_hub: str) -> str:
     return here
 
 
-def merge_sections(own: dict[str, str], before: str) -> str:
+def merge_sections(own: dict[str, str], before: str, to_hub: bool = True) -> str:
     """Our sections in the places where a card has them, but for those that a person edited or took out.
 
     A section is marked with a digest of its text, so that an edited one is known by its own. What stands between or
-    around the sections is a person's, and stays.
+    around the sections is a person's, and stays; the last line has the digest of it as it went to the Hub.
     """
     seal = _SEAL.search(before)
     known = seal[1].split() if seal else []
@@ -481,14 +484,16 @@ def merge_sections(own: dict[str, str], before: str) -> str:
     new = [_marked(name, section) for name, section in own.items() if section and name not in there | set(known)]
     merged = "\n\n".join([*([text] if text else []), *new])
     names = " ".join(name for name in SECTIONS if own.get(name) or name in known)
-    return f"{merged}\n\n<!-- ddpm_hf wrote {names} beside {_digest(personal_text(merged))} -->\n"
+    beside = _digest(personal_text(merged)) if to_hub else seal[2] if seal else _digest("")
+    return f"{merged}\n\n<!-- ddpm_hf wrote {names} beside {beside} -->\n"
 
 
-def make_card(facts: Facts, before: str = "") -> str:
+def make_card(facts: Facts, before: str = "", to_hub: bool = True) -> str:
     """The card's text.
 
     Args:
         before: a card that is there, of which all that a person wrote stays.
+        to_hub: whether it goes there, so that the folder's card and the Hub's are the same.
 
     Raises:
         ValueError: one whose head is not YAML.
@@ -503,4 +508,4 @@ def make_card(facts: Facts, before: str = "") -> str:
         raise ValueError(f"the head of README.md is not YAML ({reason}); mend it") from error
     merged = yaml.safe_dump(merge_metadata(metadata(facts), said), sort_keys=False, allow_unicode=True)
     sections = {name: write(facts) for name, write in SECTIONS.items()}
-    return f"---\n{merged}---\n\n{merge_sections(sections, _body(before).strip())}"
+    return f"---\n{merged}---\n\n{merge_sections(sections, _body(before).strip(), to_hub)}"

@@ -159,7 +159,8 @@ def push_files(
     tags = {one.name: one.target_commit for one in api.list_repo_refs(repository).tags} if tag else {}
     if tags.get(tag, before.sha) != before.sha:
         raise ValueError(f"{repository} has a tag {tag} already; name another")
-    card = write_card(folder, repository, pipeline, license, read_remote(api, repository, "README.md", before.sha))
+    latest = newer_card(read_card(folder), read_remote(api, repository, "README.md", before.sha))
+    card = make_card(read_facts(folder, repository, pipeline, license), latest)
     git = attributes(read_remote(api, repository, ".gitattributes", before.sha))
     content = {**files, "README.md": card.encode(), ".gitattributes": git.encode()}
     operations = [CommitOperationAdd(name, str(it) if isinstance(it, Path) else it) for name, it in content.items()]
@@ -168,6 +169,7 @@ def push_files(
     ]
     # upload_folder may make several commits: who loads in between would get half a model
     commit = api.create_commit(repository, operations, commit_message=message, parent_commit=before.sha)
+    write_whole(folder / "README.md", card)
     if tag is not None and commit.oid != tags.get(tag):
         api.create_tag(repository, tag=tag, revision=commit.oid)
     sizes = {name: it.stat().st_size if isinstance(it, Path) else len(it) for name, it in content.items()}
@@ -181,13 +183,10 @@ def outdated(there: list[str], content: dict[str, Any]) -> list[str]:
     return [name for name in there if name not in content and any(fnmatch(name, kind) for kind in kinds)]
 
 
-def write_card(folder: Path, repository: str, pipeline, license: str | None = None, on_hub: str = "") -> str:
-    """Write `README.md` over what people wrote into it, here or on the Hub; its text."""
+def read_card(folder: Path) -> str:
+    """The folder's `README.md`; empty where there is none."""
     path = folder / "README.md"
-    here = path.read_text(encoding="utf-8") if path.is_file() else ""
-    card = make_card(read_facts(folder, repository, pipeline, license), newer_card(here, on_hub))
-    write_whole(path, card)
-    return card
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
 def draw_missing_pictures(studio, folder: Path) -> None:
@@ -345,7 +344,8 @@ class Publisher:
             self.save(model, step)
         pipeline = self.pipeline_of(model)
         write_pictures(self.folder)
-        write_card(self.folder, self.repository, pipeline, config.hub_license)
+        facts = read_facts(self.folder, self.repository, pipeline, config.hub_license)
+        write_whole(self.folder / "README.md", make_card(facts, read_card(self.folder), to_hub=False))
         how = "" if pipeline.stock_class_name() else ", trust_remote_code=True"
         log(
             self.accelerator,

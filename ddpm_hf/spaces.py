@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parent
 GRADIO_VERSION = "6.31.0"  # what the app was tested with
 PYTHON_VERSION = "3.11"
 CODE = "ddpm_hf_space"  # the folder, and package, of what is copied
-COPIED = ("portable/*.py", "space/*.py", "training/__init__.py", "training/randomness.py")
+COPIED = ("loading.py", "portable/*.py", "space/*.py", "training/__init__.py", "training/randomness.py")
 
 APP = f'''"""The Space's page; what it does lies in {CODE}/."""
 
@@ -148,7 +148,7 @@ def push_space(
         ValueError: the model is in a folder; the Space holds another app, or is public where it is to be private; the
             Hub cannot be reached, or says no.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     if model.address is None:
         raise ValueError(
@@ -160,14 +160,18 @@ def push_space(
         folder = Path(scratch) / "space"
         write_space(folder, model, examples)
         name = open_space(api, space, private or model.private, folder / "README.md")
-        api.upload_folder(
-            repo_id=name,
-            repo_type="space",
-            folder_path=folder,
-            commit_message="Upload the app",
-            delete_patterns=f"{CODE}/**",
-        )
+        files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+        there = api.list_repo_files(name, repo_type="space")
+        operations = [CommitOperationAdd(path, str(file)) for path, file in files.items()]
+        operations += [CommitOperationDelete(path) for path in there if is_outdated(path, files)]
+        # upload_folder may make several commits, and the Space would start with half of an app
+        api.create_commit(name, operations, repo_type="space", commit_message="Upload the app")
     return f"{api.endpoint}/spaces/{name}"
+
+
+def is_outdated(path: str, files) -> bool:
+    """Whether a file of the Space is code of an earlier version, which this one has no more."""
+    return path.startswith(f"{CODE}/") and path not in files
 
 
 def open_space(api, space: str, private: bool, readme: Path) -> str:

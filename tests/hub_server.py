@@ -20,10 +20,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, quote, unquote, urlencode, urlsplit
+
+import yaml
 
 LARGE = ("*.safetensors", "*.png", "*.bin", "*.pt")  # what goes up by LFS
+CARD_HEAD = re.compile(r"---\n(.*?)\n---(\n|$)", re.DOTALL)
+REPOSITORY_ID = r"[\w.-]+(/[\w.-]+)?"
+CARD_VALUES = {
+    "license": r"[a-z0-9.-]+", "datasets": REPOSITORY_ID, "base_model": REPOSITORY_ID, "library_name": ".+",
+    "pipeline_tag": r"[a-z0-9-]+", "tags": ".+", "metrics": ".+", "language": ".+",
+}  # fmt: skip
+PAGE = 1000  # entries of a listing
 ATTRIBUTES = "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in LARGE).encode()
 
 
@@ -45,6 +55,58 @@ class Blob(NamedTuple):
         return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
+def file_entry(path: str, blob: Blob) -> dict:
+    """How a listing tells of a file."""
+    entry = {"type": "file", "path": path, "oid": blob.oid, "size": len(blob.data)}
+    if blob.large:
+        entry["lfs"] = {"oid": blob.sha256, "size": len(blob.data), "pointerSize": 130}
+    return entry
+
+
+def metadata_of(card: str) -> dict:
+    """A README's head as YAML; empty where there is none, or none that can be read."""
+    head = CARD_HEAD.match(card)
+    try:
+        return (head and yaml.safe_load(head[1])) or {}
+    except yaml.YAMLError:
+        return {}
+
+
+def card_errors(card: str) -> list[str]:
+    """What the Hub refuses in a README's head: what is not YAML, and values of another kind than it knows."""
+    head = CARD_HEAD.match(card)
+    if head is None:
+        return []
+    try:
+        metadata = yaml.safe_load(head[1]) or {}
+    except yaml.YAMLError as error:
+        return [f"not YAML: {error}"]
+    if not isinstance(metadata, dict):
+        return ["YAML metadata must be a mapping"]
+    errors = []
+    for key, pattern in CARD_VALUES.items():
+        values = metadata.get(key, [])
+        for value in values if isinstance(values, list) else [values]:
+            if not (isinstance(value, str) and re.fullmatch(pattern, value)):
+                errors.append(f'"{key}" with value {json.dumps(value, default=str)} is not valid')
+    index = metadata.get("model-index", [])
+    for model in index if isinstance(index, list) else [None]:
+        results = model.get("results") if isinstance(model, dict) and isinstance(model.get("name"), str) else None
+        if not isinstance(results, list) or not all(map(is_result, results)):
+            errors.append('"model-index" must hold names, and results with task.type, dataset.name and .type, metrics')
+    return errors
+
+
+def is_result(result: Any) -> bool:
+    """Whether this is one of a model-index's results."""
+    try:
+        named = (result["task"]["type"], result["dataset"]["name"], result["dataset"]["type"])
+        metrics = [(metric["type"], metric["value"]) for metric in result["metrics"]]
+    except (KeyError, TypeError):
+        return False
+    return all(isinstance(name, str) for name in (*named, *(kind for kind, _ in metrics))) and bool(metrics)
+
+
 class Refusal(Exception):
     """An answer that says no: status, the code that the client's error classes go by, and a sentence."""
 
@@ -57,7 +119,7 @@ class Request(NamedTuple):
     """What a client asks."""
 
     user: str | None
-    query: dict[str, str]
+    query: dict[str, list[str]]
     headers: Any
     body: bytes
 
@@ -87,14 +149,16 @@ class Repository:
     private: bool = False
     sdk: str | None = None  # of a Space
     commits: dict[str, dict[str, Blob]] = field(default_factory=dict)
+    history: dict[str, tuple[str | None, str]] = field(default_factory=dict)  # a commit's parent and title
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
 
-    def commit(self, branch: str, files: dict[str, Blob]) -> str:
+    def commit(self, branch: str, files: dict[str, Blob], title: str = "initial commit") -> str:
         """Make these the files of a branch; the commit's name."""
         tree = "".join(f"{path} {files[path].oid}\n" for path in sorted(files))
         sha = hashlib.sha1(f"{len(self.commits)} {self.branches.get(branch)}\n{tree}".encode()).hexdigest()
         self.commits[sha] = files
+        self.history[sha] = self.branches.get(branch), title
         self.branches[branch] = sha
         return sha
 
@@ -164,6 +228,14 @@ class Hub:
                 return fault
         return None
 
+    def put(self, name: str, folder: Path) -> None:
+        """Make a folder's files those of a repository, without a client."""
+        blobs = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        large = {path for path in blobs if any(fnmatch(path, pattern) for pattern in LARGE)}
+        self.repositories.setdefault(name, Repository()).commit(
+            "main", {path: Blob(data, path in large) for path, data in blobs.items()}
+        )
+
     def files(self, name: str, revision: str = "main") -> dict[str, bytes]:
         """A repository's files, by path."""
         repository = self.repositories[name]
@@ -181,8 +253,7 @@ class Hub:
             if fault and fault.kind != "half":
                 return answer({"error": "a fault, as asked for"}, fault.kind), fault
             try:
-                query = {name: values[0] for name, values in parse_qs(parts.query).items()}
-                request = Request(self.user_of(headers), query, headers, body)
+                request = Request(self.user_of(headers), parse_qs(parts.query), headers, body)
                 reply = self.dispatch(method, parts.path, request)
             except Refusal as refusal:
                 code = {"X_Error_Code": refusal.code} if refusal.code else {}
@@ -241,34 +312,78 @@ class Hub:
         return answer(content)
 
     def validate_card(self, request: Request) -> Reply:
-        """Look at a README's head: lines of `key: value` or `- item` between two of `---`."""
-        head = re.match(r"---\n(.*?)\n---\n", request.json()["content"], re.DOTALL)
-        if head is None:
-            return answer({"errors": [], "warnings": [{"message": "empty or missing yaml metadata in repo card"}]})
-        broken = [line for line in head[1].splitlines() if not re.match(r"\s*(- |[\w-]+:( |$)|#)", line)]
-        errors = [{"message": f"not YAML: {line}"} for line in broken]
-        return answer({"errors": errors, "warnings": []}, 400 if errors else 200)
+        """Look at a README's head."""
+        content = request.json()["content"]
+        errors = [{"message": error} for error in card_errors(content)]
+        missing = [] if CARD_HEAD.match(content) else ["empty or missing yaml metadata in repo card"]
+        warnings = [{"message": warning} for warning in missing]
+        return answer({"errors": errors, "warnings": warnings}, 400 if errors else 200)
 
     def info(self, request: Request, name: str, revision: str = "main") -> Reply:
-        """What a repository is and which files it has."""
+        """What a repository is and which files it has: all of it, or the properties asked for."""
         repository = self.repository(name, request.user)
         sha = repository.resolve(revision)
-        siblings = [{"rfilename": path} for path in sorted(repository.commits[sha])]
+        files = repository.commits[sha]
+        card = metadata_of(files["README.md"].data.decode()) if "README.md" in files else {}
+        siblings = [{"rfilename": path} for path in sorted(files)]
+        if "blobs" in request.query:
+            for sibling in siblings:
+                entry = file_entry(sibling["rfilename"], files[sibling["rfilename"]])
+                sibling |= {"blobId": entry["oid"], "size": entry["size"]}
+                if "lfs" in entry:
+                    lfs = entry["lfs"]
+                    sibling["lfs"] = {**lfs, "sha256": lfs["oid"]}
         title = name.removeprefix("spaces/")
-        about = {"id": title, "author": title.split("/")[0], "private": repository.private}
+        about = {"id": title, "author": title.split("/")[0], "private": repository.private, "sha": sha}
         about |= {"sdk": repository.sdk} if repository.sdk else {"modelId": title}
-        return answer({**about, "sha": sha, "tags": [], "downloads": 0, "likes": 0, "siblings": siblings})
+        about |= {"cardData": card, "tags": card.get("tags", []), "downloads": 0, "likes": 0, "siblings": siblings}
+        about |= {key: card[key] for key in ("library_name", "pipeline_tag") if key in card}
+        if "expand" in request.query:
+            about = {key: about[key] for key in ("id", *request.query["expand"]) if key in about}
+        return answer(about)
 
-    def tree(self, request: Request, name: str, revision: str) -> Reply:
-        """All files of a commit."""
-        repository = self.repository(name, request.user)
-        entries = []
-        for path, blob in sorted(repository.commits[repository.resolve(revision)].items()):
-            entry = {"type": "file", "path": path, "oid": blob.oid, "size": len(blob.data)}
-            if blob.large:
-                entry["lfs"] = {"oid": blob.sha256, "size": len(blob.data), "pointerSize": 130}
-            entries.append(entry)
-        return answer(entries)
+    def tree(self, request: Request, name: str, revision: str, path: str = "") -> Reply:
+        """The files of a commit, a page at a time; what lies in folders only on request."""
+        repository, inside = self.repository(name, request.user), f"{path}/" if path else ""
+        files = repository.commits[repository.resolve(revision)]
+        files = {path: files[path] for path in sorted(files) if path.startswith(inside)}
+        if path and not files:
+            raise Refusal(404, "EntryNotFound", f"{path} does not exist")
+        folders = {folder for file in files for folder in map(str, PurePosixPath(file).parents) if folder != "."}
+        folders = {folder for folder in folders if folder.startswith(inside)}
+        entries = [{"type": "directory", "path": folder, "oid": "0" * 40, "size": 0} for folder in sorted(folders)]
+        entries += [file_entry(*item) for item in files.items()]
+        if request.query.get("recursive") != ["true"]:
+            entries = [entry for entry in entries if "/" not in entry["path"][len(inside) :]]
+        begin = int(request.query.get("cursor", ["0"])[0])
+        if begin + PAGE >= len(entries):
+            return answer(entries[begin:])
+        query = urlencode({**{key: values[0] for key, values in request.query.items()}, "cursor": begin + PAGE})
+        address = f"{self.url}/api/{name if repository.sdk else f'models/{name}'}/tree/{quote(revision, safe='')}"
+        address += f"/{quote(path, safe='')}" if path else ""
+        return answer(entries[begin : begin + PAGE], Link=f'<{address}?{query}>; rel="next"')
+
+    def log(self, request: Request, name: str, revision: str) -> Reply:
+        """The commits that led to a revision, the last first."""
+        repository, commits = self.repository(name, request.user), []
+        sha = repository.resolve(revision)
+        while sha:
+            parent, title = repository.history[sha]
+            about = {"id": sha, "title": title, "message": "", "date": "2026-01-01T00:00:00.000Z"}
+            commits.append({**about, "authors": [{"user": name.split("/")[0]}]})
+            sha = parent
+        return answer(commits)
+
+    def drop_ref(self, request: Request, name: str, branch: str | None = None, tag: str | None = None) -> Reply:
+        """Delete a branch or a tag."""
+        repository = self.repository(name, request.user, write=True)
+        if branch == "main":
+            raise Refusal(403, None, "the main branch cannot be deleted")
+        names, ref = (repository.branches, branch) if branch else (repository.tags, tag)
+        if ref not in names:
+            raise Refusal(404, "RevisionNotFound", f"Invalid rev id: {ref}")
+        del names[ref]
+        return answer({})
 
     def add_ref(self, request: Request, name: str, branch: str | None = None, revision: str = "main") -> Reply:
         """A new branch from a starting point, or a new tag on a revision."""
@@ -279,6 +394,16 @@ class Hub:
             raise Refusal(409, None, f"Reference already exists: {ref}")
         names[ref] = repository.resolve(revision)
         return answer({})
+
+    def refs(self, request: Request, name: str) -> Reply:
+        """The branches and tags, and their commits."""
+        repository = self.repository(name, request.user)
+
+        def listed(kind: str, names: dict[str, str]) -> list[dict[str, str]]:
+            return [{"name": ref, "ref": f"refs/{kind}/{ref}", "targetCommit": sha} for ref, sha in names.items()]
+
+        branches, tags = listed("heads", repository.branches), listed("tags", repository.tags)
+        return answer({"branches": branches, "converts": [], "tags": tags})
 
     # Uploads
 
@@ -310,7 +435,7 @@ class Hub:
 
     def lfs_put(self, request: Request, oid: str) -> Reply:
         """Take a large file, if it is the one announced."""
-        size = self.signatures.get(request.query.get("signature", ""))
+        size = self.signatures.get(request.query.get("signature", [""])[0])
         if size is None:
             raise Refusal(403, None, "no such upload was announced")
         if len(request.body) != size or hashlib.sha256(request.body).hexdigest() != oid:
@@ -331,10 +456,11 @@ class Hub:
         repository = self.repository(name, request.user, write=True)
         if revision not in repository.branches:
             raise Refusal(404, "RevisionNotFound", f"Invalid rev id: {revision}")
-        files = dict(repository.commits[repository.branches[revision]])
+        files, title = dict(repository.commits[repository.branches[revision]]), ""
         for operation in map(json.loads, request.body.splitlines()):
             kind, value = operation["key"], operation["value"]
             if kind == "header":
+                title = value.get("summary", "")
                 if value.get("parentCommit") not in (None, repository.branches[revision]):
                     raise Refusal(412, None, "A commit has happened since. Please refresh and try again.")
             elif kind == "file":
@@ -346,9 +472,18 @@ class Hub:
             elif kind == "deletedFile":
                 if files.pop(value["path"], None) is None:
                     raise Refusal(404, "EntryNotFound", "A file with this name doesn't exist")
+            elif kind == "deletedFolder":
+                inside = [path for path in files if path.startswith(value["path"].rstrip("/") + "/")]
+                if not inside:
+                    raise Refusal(404, "EntryNotFound", "A file with this name doesn't exist")
+                for path in inside:
+                    del files[path]
             else:
                 raise Refusal(400, None, f"unknown operation {kind}")
-        sha = repository.commit(revision, files)
+        errors = card_errors(files["README.md"].data.decode()) if "README.md" in files else []
+        if errors:
+            raise Refusal(400, None, f"Invalid metadata in README.md: {errors[0]}")
+        sha = repository.commit(revision, files, title)
         return answer({"success": True, "commitOid": sha, "commitUrl": f"{self.url}/{name}/commit/{sha}"})
 
     # Downloads
@@ -378,7 +513,11 @@ ROUTES = [
     ("POST", "/api/repos/create", Hub.create),
     ("POST", "/api/validate-yaml", Hub.validate_card),
     ("GET", f"{API}{NAME}(/revision/{REVISION})?", Hub.info),
-    ("GET", f"{API}{NAME}/tree/{REVISION}", Hub.tree),
+    ("GET", f"{API}{NAME}/tree/{REVISION}(/(?P<path>.+))?", Hub.tree),
+    ("GET", f"{API}{NAME}/refs", Hub.refs),
+    ("GET", f"{API}{NAME}/commits/{REVISION}", Hub.log),
+    ("DELETE", f"{API}{NAME}/branch/(?P<branch>[^/]+)", Hub.drop_ref),
+    ("DELETE", f"{API}{NAME}/tag/(?P<tag>[^/]+)", Hub.drop_ref),
     ("POST", f"{API}{NAME}/branch/(?P<branch>[^/]+)", Hub.add_ref),
     ("POST", f"{API}{NAME}/tag/{REVISION}", Hub.add_ref),
     ("POST", f"{API}{NAME}/preupload/{REVISION}", Hub.preupload),

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import queue
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,12 +21,12 @@ from tests.fixtures_pipeline import tiny_unet
 from tests.hub_server import Hub
 
 REPOSITORY = "user/model"
-SCENARIOS = ("to a new repository", "over another version")
+SCENARIOS = {"to a new repository": [], "over another version": [], "with a tag": ["--revision", "v1"]}
 
-# What pushes sys.argv[1], a folder, to sys.argv[2], a repository
+# What pushes sys.argv[1], a folder, to sys.argv[2], a repository; options follow
 COMMAND = """
-from ddpm_hf.publishing import open_repository, push_folder
-push_folder(Path(sys.argv[1]), open_repository(sys.argv[2], None, False), None)
+sys.argv = ["ddpm-hf", "push", *sys.argv[1:]]
+ddpm_hf.cli.main()
 """
 
 # Runs COMMAND in a process of its own for each line of input, once it is told to go on; the client's pauses between
@@ -50,10 +51,10 @@ for line in sys.stdin:
         os.close(go)
         if not os.read(may_go, 1):
             os._exit(1)
-        sys.stderr = io.StringIO()
+        sys.stdout = sys.stderr = io.StringIO()
         sys.argv, code = ["push", *json.loads(line)], 0
         try:
-            exec(command, {"Path": Path, "sys": sys})
+            exec(command, {"sys": sys, "ddpm_hf": ddpm_hf})
         except SystemExit as end:
             code = end.code or 0
         except BaseException:
@@ -87,9 +88,9 @@ class Pushes:
         )
         self.pids = queue.Queue()
 
-    def push(self, folder):
+    def push(self, folder, options):
         """One push to its end: its exit code or `killed`, and what it said."""
-        print(json.dumps([str(folder), REPOSITORY]), file=self.client.stdin, flush=True)
+        print(json.dumps([str(folder), REPOSITORY, *options]), file=self.client.stdin, flush=True)
         self.pids.put(int(self.client.stdout.readline()))
         outcome = json.loads(self.client.stdout.readline())
         if outcome["code"] != "killed":
@@ -116,25 +117,36 @@ class Pushes:
         found = self.hub.files(REPOSITORY) if REPOSITORY in self.hub.repositories else {}
         return {} if set(found) == {".gitattributes"} else found
 
+    def tags(self):
+        """The files that each tag of the repository names."""
+        tags = self.hub.repositories[REPOSITORY].tags if REPOSITORY in self.hub.repositories else {}
+        return {tag: self.hub.files(REPOSITORY, tag) for tag in tags}
+
+    def commits(self):
+        """How many the repository has."""
+        return len(self.hub.repositories[REPOSITORY].commits)
+
 
 class Scenario(NamedTuple):
-    """A push that goes well: what the Hub holds before it, what is asked, and the files afterwards."""
+    """A push that goes well: what the Hub holds before it, what is asked, and what is there afterwards."""
 
     folder: Path
     state: tuple
     before: dict
     requests: list
     after: dict
+    tags: dict
+    commits: int
 
 
 def make_model(folder, seed):
-    """A pipeline's folder with two pictures, one of which only this version has."""
+    """A pipeline's folder with pictures, of which the first version has one more."""
     scheduler = DDPMScheduler(num_train_timesteps=10 + seed, prediction_type="posterior_mean")
     DDPMPipeline(tiny_unet(seed=seed), scheduler).save_pretrained(folder)
     (folder / "README.md").write_text(f"---\nlibrary_name: diffusers\n---\n\n# Version {seed}\n")
     (folder / "samples").mkdir()
-    for name in ("grid", f"step-{seed}"):
-        Image.new("L", (8, 8), 100 + 50 * seed).save(folder / "samples" / f"{name}.png")
+    for name in ("step", "chain")[: max(1, 2 - seed)]:
+        Image.new("L", (8, 8), 100 + 50 * seed).save(folder / "samples" / f"{name}-1.png")
     return folder
 
 
@@ -148,16 +160,26 @@ def pushes(tmp_path_factory):
         pushes.client.wait(timeout=60)
 
 
+def copied(folder):
+    """A folder like this one, to push from: the card in it is written anew."""
+    copy = folder.with_name(f"{folder.name}-copy")
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(folder, copy)
+    return copy
+
+
 @pytest.fixture(scope="module")
 def scenarios(pushes, tmp_path_factory):
-    """To a new repository, and over another version of the model."""
+    """To a new repository, over another version of the model, and over that with a tag."""
     made, root = {}, tmp_path_factory.mktemp("models")
     for seed, name in enumerate(SCENARIOS):
         folder, state, before = make_model(root / str(seed), seed), pushes.state(), pushes.files()
-        pushes.restore(state)
-        outcome = pushes.push(folder)
-        assert outcome["code"] == 0, outcome["said"]
-        made[name] = Scenario(folder, state, before, list(pushes.hub.requests), pushes.files())
+        for _ in range(2):  # the first fills the client's cache, and so asks for more
+            pushes.restore(state)
+            outcome = pushes.push(copied(folder), SCENARIOS[name])
+            assert outcome["code"] == 0, outcome["said"]
+        found = list(pushes.hub.requests), pushes.files(), pushes.tags(), pushes.commits()
+        made[name] = Scenario(folder, state, before, *found)
     return made
 
 
@@ -167,10 +189,12 @@ def test_a_push_is_many_requests_and_changes_the_files_by_one(scenarios, name):
     scenario = scenarios[name]
     assert len(scenario.requests) >= 8
     assert sum("/commit/" in request for request in scenario.requests) == 1
-    assert sum(request.startswith("PUT") for request in scenario.requests) == 3
-    local = {str(path.relative_to(scenario.folder)) for path in scenario.folder.rglob("*") if path.is_file()}
-    assert set(scenario.after) == local | set(scenario.before) | {".gitattributes"}
-    assert scenario.after["samples/grid.png"] != scenario.before.get("samples/grid.png")
+    assert sum(request.startswith("PUT") for request in scenario.requests) >= 2
+    assert ("assets/chain.png" in scenario.after) == (name == "to a new repository")  # the other versions have none
+    assert scenario.commits == 2 + list(SCENARIOS).index(name)
+    assert scenario.tags == ({"v1": scenario.after} if name == "with a tag" else {})
+    for path in ("assets/samples.png", "unet/diffusion_pytorch_model.safetensors", "README.md"):
+        assert scenario.after[path] != scenario.before.get(path)
 
 
 ALWAYS = math.inf
@@ -184,11 +208,9 @@ FAULTS = {
     "killed before the answer arrives": {"kind": "half", "then": "kill"},
 }
 QUICK = {
-    ("to a new repository", "the line is cut for good"),
-    ("to a new repository", "killed before the answer arrives"),
-    ("over another version", "the Hub fails from then on"),
-    ("over another version", "an answer is lost"),
+    ("to a new repository", "the Hub fails from then on"),
     ("over another version", "killed before the request arrives"),
+    ("with a tag", "an answer is lost"),
 }
 
 
@@ -208,16 +230,17 @@ def test_a_push_that_breaks_off_leaves_the_old_or_the_new(pushes, scenarios, nam
         pushes.restore(scenario.state)
         killed = "then" in FAULTS[fault]
         pushes.hub.fail("", after=index, **FAULTS[fault] | ({"then": pushes.kill} if killed else {}))
-        outcome = pushes.push(scenario.folder)
+        folder = copied(scenario.folder)
+        outcome = pushes.push(folder, SCENARIOS[name])
         assert pushes.hub.faults[0].after == 0, where
         assert (outcome["code"] == "killed") == killed, where
         left = pushes.files()
         assert left in (scenario.before, scenario.after), where
+        assert pushes.tags() in ({}, scenario.tags), where
         if outcome["code"] == 0:
-            assert left == scenario.after, where
+            assert (left, pushes.tags()) == (scenario.after, scenario.tags), where
         pushes.hub.faults.clear()
-        again = pushes.push(scenario.folder)
+        again = pushes.push(folder, SCENARIOS[name])
         assert again["code"] == 0, (where, again["said"])
-        assert pushes.files() == scenario.after, where
-        commits = pushes.hub.repositories[REPOSITORY].commits
-        assert len(commits) == 2 + (name != "to a new repository"), where
+        assert (pushes.files(), pushes.tags()) == (scenario.after, scenario.tags), where
+        assert pushes.commits() == scenario.commits, where

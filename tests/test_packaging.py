@@ -82,6 +82,7 @@ def unit(module):
 
 GROUND = {
     "ddpm_hf.functional",
+    "ddpm_hf.loading",
     "ddpm_hf.portable",
     "ddpm_hf.models",
     "ddpm_hf.training",
@@ -246,7 +247,7 @@ def wheel(tmp_path_factory):
 
 def test_the_wheel_holds_the_package(wheel):
     """Else an installed package lacks a module, or the code that it is to copy into published folders."""
-    for path in PACKAGE.rglob("*.py"):
+    for path in [*PACKAGE.rglob("*.py"), PACKAGE / "space" / "requirements.txt"]:
         assert wheel[str(path.relative_to(ROOT))] == path.read_bytes()
     for path in SCRIPTS:
         assert path.name in wheel

@@ -231,6 +231,30 @@ def test_another_number_of_ranks_reads_the_same_stream(shape, world):
     assert read(*shape, 1)[0] == whole[1]
 
 
+def test_a_run_that_sees_more_or_less_at_a_step_says_how_to_keep_it(world, tmp_path):
+    """Else a run that goes on with other GPUs repeats images, and nobody knows why or how to mend it."""
+    train(world, tmp_path, max_train_steps=4)
+    path = tmp_path / "checkpoint-4" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({**manifest, "processes": 2, "global_batch": 8}))  # as two ranks would have written it
+    run = train(world, tmp_path, max_train_steps=4, resume_from_checkpoint="latest")
+    assert "each step saw 8 images and sees 4" in run.err
+    run = train(world, tmp_path, max_train_steps=4, resume_from_checkpoint="latest", gradient_accumulation_steps=2)
+    assert "processes was 2 and is 1" in run.err
+    assert "each step saw" not in run.err
+
+
+@pytest.mark.parametrize("flags", [{"cache_dataset": "never"}, {"streaming": True}], ids=str)
+def test_workers_may_change(flags, world, tmp_path):
+    """Else a run is tied to the machine whose cores it began with."""
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    train(world, whole, dataloader_num_workers=1, **flags)
+    shutil.copytree(whole / "checkpoint-4", resumed / "checkpoint-4")
+    shutil.copy(whole / "metrics.jsonl", resumed)
+    train(world, resumed, dataloader_num_workers=0, resume_from_checkpoint="latest", **flags)
+    assert contents(resumed) == contents(whole)
+
+
 # What a kill leaves
 
 
@@ -240,7 +264,13 @@ def leave_scraps(folder):
         (folder / name).mkdir(parents=True)
         (folder / name / "half").write_bytes(b"cut o")
     (folder / "samples").mkdir()
-    for name in (".metrics.jsonl.a1b2c3d4.partial", "samples/.step-000005.png.a1b2c3d4.partial"):
+    (folder / "assets").mkdir()
+    scraps = (
+        ".metrics.jsonl.a1b2c3d4.partial",
+        "samples/.step-000005.png.a1b2c3d4.partial",
+        "assets/.a.png.a1b2c3d4.partial",
+    )
+    for name in scraps:
         (folder / name).write_bytes(b"cut o")
     (folder / ".gitignore").write_text("samples\n")
     (folder / ".mine").mkdir()

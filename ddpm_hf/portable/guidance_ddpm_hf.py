@@ -3,13 +3,14 @@
 This file is copied into published repositories: it imports torch, and the scheduler beside it.
 """
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
 from .scheduling_ddpm_hf import DDPMScheduler
+
+MOST = 1e4  # of a scale: far beyond use, and far from where float32 overflows
 
 
 class FreeGuidance(NamedTuple):
@@ -24,8 +25,8 @@ class FreeGuidance(NamedTuple):
 
     def check(self) -> "FreeGuidance":
         """Itself, if its numbers can be used."""
-        if not math.isfinite(self.scale):
-            raise ValueError(f"guidance_scale={self.scale}: must be a number")
+        if not -MOST <= self.scale <= MOST:
+            raise ValueError(f"guidance_scale={self.scale}: must be a number from -{MOST:g} to {MOST:g}")
         if not 0 <= self.rescale <= 1:
             raise ValueError(f"guidance_rescale={self.rescale}: must be from 0 to 1")
         if self.interval is not None and not self.interval[0] <= self.interval[1]:

@@ -109,6 +109,7 @@ class PortablePipelineMixin:
     def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict:
         """`[file, class]` becomes the class's name: who names our class has it, and need not trust remote code."""
         index = super()._dict_from_json_file(json_file)
-        if isinstance(index.get("_class_name"), list):
+        named = index.get("_class_name")
+        if isinstance(named, list) and len(named) == 2:
             index["_class_name"] = index["_class_name"][1]
         return index

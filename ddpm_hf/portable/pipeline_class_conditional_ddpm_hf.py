@@ -33,7 +33,7 @@ class ClassConditionalDDPMPipeline(SamplingMixin, PortablePipelineMixin, Diffusi
         self,
         unet: UNet2DModel,
         scheduler: SchedulerMixin,
-        id2label: dict[int, str] | None = None,
+        id2label: dict | None = None,
         vae: AutoencoderKL | None = None,
     ):
         super().__init__()

@@ -62,6 +62,12 @@ def check_sampler(scheduler, timesteps) -> None:
             " (pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config))"
         )
     own = DDPMScheduler.from_config(scheduler.config)
+    theirs = getattr(scheduler, "alphas_cumprod", own.alphas_cumprod)
+    if not torch.allclose(theirs.to(own.alphas_cumprod), own.alphas_cumprod, rtol=0, atol=1e-4):
+        raise ValueError(
+            f"{name} does not know rescale_betas_zero_snr and would denoise at other noise levels than the model's;"
+            " sample with DDPMScheduler or DDIMScheduler"
+        )
     visited = [int(t) for t in timesteps]
     if name.startswith(("DPMSolver", "UniPC")) and len(set(visited)) < len(visited):
         raise ValueError(

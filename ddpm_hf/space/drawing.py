@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..loading import why_not_loaded
+
 # name -> class of Diffusers, its usual number of steps, what its config needs beside the model's
 SAMPLERS = {
     "ddpm": (None, None, {}),
@@ -60,13 +62,14 @@ def said_in_a_line(model: str) -> Iterator[None]:
     try:
         yield
     except HfHubHTTPError.__bases__ as error:  # OSError, and what the client's library for HTTP raises
+        if Path(model).is_dir():
+            raise ValueError(f"{model} cannot be loaded: {why_not_loaded(error)}") from error
         raise ValueError(
             f"{model} is neither a folder nor a model that can be reached on the Hub ({error.__class__.__name__});"
             " check the name, your network, and --token for a private one"
         ) from error
-    except (ValueError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{model} cannot be loaded: {reason}") from error
+    except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, NotImplementedError) as error:
+        raise ValueError(f"{model} cannot be loaded: {why_not_loaded(error)}") from error
 
 
 def swap_sampler(pipeline, sampler: str) -> int | None:
@@ -139,6 +142,7 @@ class Studio:
         self.guided = self.by_text or self.knows_no_class
         self.longest = self.scheduler.config.num_train_timesteps
         self.samplers = self._samplers()
+        self._alone = threading.Lock()  # a pipeline's sampler is in one chain at a time
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -152,16 +156,20 @@ class Studio:
         """The samplers that can run the model, with a number of steps for who waits."""
         able = {}
         for name in SAMPLERS:
-            steps = self._swap(name) or min(ANCESTRAL_STEPS, self.longest)
-            with contextlib.suppress(ValueError):  # `check_sampler` says which cannot
+            # `check_sampler` says which cannot
+            with contextlib.suppress(ValueError), self._swapped(name) as usual:
+                steps = usual or min(ANCESTRAL_STEPS, self.longest)
                 self.pipeline.prepare_timesteps(steps)
                 able[name] = steps
         return able
 
-    def _swap(self, sampler: str) -> int | None:
-        """Put a sampler in the place of the model's own: from another one it would take over settings."""
-        self.pipeline.scheduler = self.scheduler
-        return swap_sampler(self.pipeline, sampler)
+    @contextlib.contextmanager
+    def _swapped(self, sampler: str) -> Iterator[int | None]:
+        """A sampler, with its usual number of steps, in the place of the model's own; then that again."""
+        try:
+            yield swap_sampler(self.pipeline, sampler)
+        finally:
+            self.pipeline.scheduler = self.scheduler
 
     def draw(self, wish: Wish, watch: Callable[[Step], None] | None = None) -> list:
         """PIL images, one for each index.
@@ -176,7 +184,11 @@ class Studio:
             raise ValueError(f"{wish.count} images: ask for 1 to {MOST_IMAGES}")
         if self.by_text and not wish.prompt.strip():
             raise ValueError("this model draws what a text says; write one")
-        self._swap(wish.sampler)
+        with self._alone, self._swapped(wish.sampler):
+            return self._drawn(wish, watch)
+
+    def _drawn(self, wish: Wish, watch: Callable[[Step], None] | None) -> list:
+        """The images of a wish that was checked."""
         generators = keyed_generators(self.pipeline._execution_device, wish.seed, range(wish.count))
         options: dict[str, Any] = {"generator": generators, "num_inference_steps": wish.steps}
         if self.guided and wish.guidance_scale is not None:

@@ -8,6 +8,7 @@ import functools
 import io
 import json
 import random
+import time
 from pathlib import Path
 
 from .drawing import MOMENTS, MOST_IMAGES, Step, Studio, Wish, followed
@@ -18,14 +19,15 @@ DEFAULT_IMAGES = 8
 SMALL = 128  # pixels, below which they are shown as squares
 ROWS = 4  # images whose chain is shown
 THUMBNAIL = 96  # pixels of an image in a chain
-CHAIN_HEADING = "### How they formed\nWhat the model took the image for along the chain, from noise to the end."
+CHAIN_HEADING = "### How they formed\nWhat the model took the image for at timesteps from noise to the end."
 
 CSS = """
-.gradio-container {max-width: 1180px !important; margin: auto}
+.gradio-container {width: 100% !important; max-width: 1180px !important; margin: auto}
 .small-images img {image-rendering: pixelated}
 #images .caption-label {font-size: 11px; padding: 1px 6px}
 #images .grid-wrap {min-height: 0; max-height: none; overflow: hidden}
-#progress {min-height: 76px; overflow: hidden}
+@media (max-width: 640px) {#images .grid-container {grid-template-columns: repeat(2, minmax(0, 1fr)) !important}}
+#progress {min-height: 76px; overflow: hidden; font-size: 13px; opacity: .8}
 .chain {display: grid; gap: 3px; margin-top: 4px}
 .chain img {width: 100%; border-radius: 3px; display: block}
 .chain span {font-size: 11px; text-align: center; opacity: .65; white-space: nowrap}
@@ -43,7 +45,7 @@ def thumbnail(image) -> str:
 
 def chain_picture(moments: list[tuple[int, list[str]]], columns: int) -> str:
     """HTML of chains, a row for each image and a column for each moment: (timestep, thumbnails)."""
-    heads = [f"<span>t = {timestep}</span>" for timestep, _ in moments] + ["<span></span>"] * (columns - len(moments))
+    heads = [f"<span>{timestep}</span>" for timestep, _ in moments] + ["<span></span>"] * (columns - len(moments))
     cells = []
     for row in range(len(moments[0][1])):
         cells += [f'<img src="{images[row]}" alt="image {row} at t = {timestep}">' for timestep, images in moments]
@@ -90,7 +92,8 @@ def how_controls(gr, studio: Studio) -> dict:
     asked["sampler"] = gr.Dropdown(titles, value=chosen, label="Sampler", elem_id="sampler")
     most_steps = max(2, studio.longest)
     asked["steps"] = gr.Slider(1, most_steps, studio.samplers[chosen], step=1, label="Steps", elem_id="steps")
-    asked["sampler"].input(studio.samplers.get, asked["sampler"], asked["steps"], api_visibility="private")
+    usual_steps = f"name => ({json.dumps(studio.samplers)})[name]"  # at once, or it would undo a later choice
+    asked["sampler"].input(None, asked["sampler"], asked["steps"], js=usual_steps, api_visibility="private")
     if studio.guided:
         scale, most = (7.5, 15) if studio.by_text else (2.0, 8)
         about = f"More insists on the {'text' if studio.by_text else 'class'}."
@@ -134,7 +137,9 @@ def make_page(studio: Studio, settings: dict):
     import gradio as gr
 
     small = ["small-images"] if max(studio.image_size) < SMALL else []
-    with gr.Blocks(title=settings["title"], analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+    with gr.Blocks(
+        title=settings["title"], analytics_enabled=False, delete_cache=(3600, 3600), fill_width=True
+    ) as page:
         gr.Markdown(introduction(studio, settings))
         with gr.Row():
             with gr.Column(scale=3, min_width=300):
@@ -154,29 +159,29 @@ def make_page(studio: Studio, settings: dict):
 
         def draw(values: dict, progress=gr.Progress()):  # noqa: B008  (Gradio finds it by its default)
             wish = wish_of({name: values[component] for name, component in asked.items()}, studio)
-            captions, moments = captions_of(wish, studio), []
+            captions, moments, begun = captions_of(wish, studio), [], time.monotonic()
             try:
                 for word in followed(functools.partial(studio.draw, wish)):
                     if not isinstance(word, Step):
-                        yield {gallery: list(zip(word, captions))}
+                        took = f"Seed {wish.seed}, {wish.steps} steps, {time.monotonic() - begun:.1f} seconds."
+                        yield {gallery: list(zip(word, captions)), asked["seed"]: wish.seed, progress_bar: took}
                         break
-                    progress((word.done, word.total), desc="Drawing")
                     if word.predictions is not None:
                         moments.append((word.timestep, [thumbnail(image) for image in word.predictions[:ROWS]]))
-                        yield {
-                            gallery: list(zip(word.predictions, captions)),
-                            chain: chain_picture(moments, min(MOMENTS, word.total)),
-                            asked["seed"]: wish.seed,
-                        }
+                        seen = {chain: chain_picture(moments, min(MOMENTS, word.total)), progress_bar: ""}
+                        if word.done < word.total:  # the last are the images: one file must not be written twice
+                            seen |= {gallery: list(zip(word.predictions, captions)), asked["seed"]: wish.seed}
+                        yield seen
+                    progress((word.done, word.total), desc="Drawing")  # last: what is yielded hides the bar
             except ValueError as error:
-                raise gr.Error(str(error), title="Not drawn") from error
+                raise gr.Error(str(error), title="Not drawn", print_exception=False) from error
 
         triggers = [button.click] + ([asked["prompt"].submit] if studio.by_text else [])
         drawing = gr.on(
             triggers,
             draw,
             set(asked.values()),
-            [gallery, chain, asked["seed"]],
+            [gallery, chain, asked["seed"], progress_bar],
             show_progress_on=progress_bar,
             concurrency_limit=1,  # a pipeline's sampler is in one chain at a time
         )

@@ -75,7 +75,10 @@ def load_ema(ema: EMAModel, part: torch.nn.Module, folder: Path) -> None:
     """Take over what `save_ema` wrote."""
     before = ema.shadow_params
     if isinstance(part, ModelMixin):
-        loaded = type(ema).from_pretrained(str(folder), type(part))
+        _, scalars = type(part).from_config(type(part).load_config(folder), return_unused_kwargs=True)
+        averaged = type(part).from_pretrained(folder, use_safetensors=True)
+        loaded = type(ema)(averaged.parameters(), model_cls=type(part), model_config=averaged.config)
+        loaded.load_state_dict(scalars)
         ema.load_state_dict(loaded.state_dict())
     else:
         averaged = type(part).from_pretrained(folder, use_safetensors=True)

@@ -9,13 +9,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils.other import load
 from safetensors.torch import load_file, save_file
 
 from .config import UsageError
 
 MANIFEST = "manifest.json"
 # What a write that was killed leaves behind, in a run's folder: each write begins under such a name
-UNFINISHED = ("checkpoint-*.partial", ".*????????.partial", "samples/.*????????.partial", "cache/*/.*????????.partial")
+UNFINISHED = ("checkpoint-*.partial", ".*????????.partial", "*/.*????????.partial", "cache/*/.*????????.partial")
 
 
 def write_whole(path: Path, data: str | bytes) -> None:
@@ -135,7 +136,16 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
             raise UsageError(f"{checkpoint}: the manifest names {name!r}, outside the checkpoint")
         if not path.is_file() or _digest(path) != digest:
             raise UsageError(f"{checkpoint} is not a complete checkpoint: {name} is missing or damaged")
+    if not (type(manifest.get("step", 0)) is int and isinstance(manifest.get("settings", {}), dict)):
+        raise UsageError(f"{checkpoint} is not a complete checkpoint: its {MANIFEST} says no step, or no settings")
     return manifest
+
+
+def check_random_states(checkpoint: Path, rank: int) -> None:
+    """Raise what torch raises for random states that are not data alone; Accelerate passes over them in silence."""
+    path = checkpoint / f"random_states_{rank}.pkl"
+    if path.is_file():
+        load(path)  # with weights_only=True
 
 
 def find_checkpoint(output_dir: Path, wanted: str, warn) -> tuple[Path, dict[str, Any]] | None:

@@ -4,22 +4,49 @@ What decides, strongest first: the command line, the `--config` file, the preset
 the default. A flag is declared once, here or in the script's class that extends this one.
 """
 
+import collections
+import dataclasses
 import difflib
 import json
 import math
+import os
+import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
+SECRET_FLAGS = ("hub_token",)  # never written, shown or tracked
+
 
 class UsageError(ValueError):
     """Something that the user can mend: a script prints its one line and ends with exit code 2."""
 
 
+def one_line(message: Any) -> str:
+    """A message as one printable line of bearable length: what it quotes may be anything, also a token.
+
+    >>> one_line("no such\\ncolumn, and hf_aSecretToken")
+    'no such column, and hf_...'
+    """
+    line = re.sub(r"\bhf_\w{8,}", "hf_...", " ".join(str(message).split()))
+    line = re.sub(r"\S{400,}", lambda word: f"{word[0][:100]}...{word[0][-20:]}", line)
+    line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
+    return line if len(line) <= 1000 else f"{line[:600]} ... {line[-300:]}"
+
+
+def check_word(name: str, value: str) -> None:
+    """Raise UsageError for a text that can be neither a name nor a path."""
+    if not value.strip():
+        raise UsageError(f"--{name} {value!r} is empty; leave the flag out, or give a value")
+    if "\0" in value or len(value) > 4000 or any(len(os.fsencode(part)) > 255 for part in value.split("/")):
+        raise UsageError(f"--{name} {value!r} is too long for a name or a path, or holds a zero byte")
+
+
+# Whole numbers are less than 2^31, and these are smaller: more would take the machine down
+MOST = {"cpu_threads": 1024, "dataloader_num_workers": 1024, "eval_batch_size": 65536}
 VARIANTS = ("fp16", "non_ema")  # of the weights, beside the pipeline's own
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
@@ -148,6 +175,19 @@ class TrainingConfig:
 
     def check(self) -> None:
         """Raise UsageError for a value out of range."""
+        for each in dataclasses.fields(self):
+            value = getattr(self, each.name)
+            if each.name in SECRET_FLAGS:
+                if value is not None and not re.fullmatch("[!-~]+", value):
+                    raise UsageError(
+                        f"--{each.name}: a token has letters and digits alone, and this has others or none"
+                    )
+            elif isinstance(value, str):
+                check_word(each.name, value)
+            elif isinstance(value, float) and not math.isfinite(value):
+                raise UsageError(f"--{each.name} {value}: must be a finite number")
+            elif isinstance(value, int) and each.name != "seed" and value > MOST.get(each.name, 2**31 - 1):
+                raise UsageError(f"--{each.name} {value}: must be {MOST.get(each.name, 2**31 - 1)} or less")
         positive = [
             "train_batch_size", "eval_batch_size", "gradient_accumulation_steps", "num_epochs", "max_train_steps",
             "max_train_hours", "learning_rate", "adam_epsilon", "ema_inv_gamma", "ema_power", "checkpointing_steps",
@@ -157,7 +197,7 @@ class TrainingConfig:
         not_negative = ["dataloader_num_workers", "lr_warmup_steps", "adam_weight_decay", "max_grad_norm", "seed"]
         for name in positive + not_negative:
             value, least = getattr(self, name), "more than 0" if name in positive else "0 or more"
-            if value is not None and not (math.isfinite(value) and (value > 0 if name in positive else value >= 0)):
+            if value is not None and not (value > 0 if name in positive else value >= 0):
                 raise UsageError(f"--{name} {value}: must be {least}")
         if self.lr_scheduler not in LR_SCHEDULERS:
             raise UsageError(f"--lr_scheduler {self.lr_scheduler!r} is none of {', '.join(LR_SCHEDULERS)}")
@@ -193,7 +233,7 @@ class OneLineParser(HfArgumentParser):
         unknown = message.partition("unrecognized arguments: ")[2].split(" ")[0]
         near = difflib.get_close_matches(unknown, self._option_string_actions, n=1) if unknown else []
         hint = f"did you mean {near[0]}? " if near else ""
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} ({hint}see --help)\n")
+        self.exit(2, f"{self.prog}: error: {one_line(message)} ({hint}see --help)\n")
 
     def flags(self) -> set[str]:
         """The names that a config file may set: all flags, by any of their spellings."""
@@ -209,10 +249,12 @@ class OneLineParser(HfArgumentParser):
                     f"{source}: unknown setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
                 )
             if isinstance(value, list) and self._option_string_actions[f"--{name}"].nargs in ("+", "*"):
+                if any(isinstance(one, (dict, list)) or str(one).startswith("-") for one in value):
+                    raise UsageError(f"{source}: {name!r} takes a list of texts that do not begin with a dash")
                 words += [f"--{name}", *map(str, value)] if value else []
                 continue
             if isinstance(value, (dict, list)):
-                raise UsageError(f"{source}: {name!r} takes one value, not {value}")
+                raise UsageError(f"{source}: {name!r} takes one value, not a {type(value).__name__}")
             if value not in (None, "", "null", "~"):
                 words.append(f"--{name}={ {'on': 'true', 'off': 'false'}.get(value, value) }")  # YAML's booleans
         return words
@@ -222,20 +264,42 @@ class OneLineParser(HfArgumentParser):
         return self.dataclass_types[0](**vars(self.parse_args(argv)))
 
 
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A mapping of (key, value) pairs; raises ValueError where the second of two values would quietly win."""
+    twice = [name for name, count in collections.Counter(name for name, _ in pairs).items() if count > 1]
+    if twice:
+        raise ValueError(f"{twice[0]!r} is there twice")
+    return dict(pairs)
+
+
+def _read_yaml(text: str) -> Any:
+    """What YAML says, with the words of a mapping as they stand: no is "no", 1e-4 a number."""
+    values = yaml.safe_load(text)
+    if isinstance(values, dict):
+        node = yaml.compose(text, yaml.SafeLoader)
+        _each_key_once([(str(key.value), None) for key, _ in node.value])
+        values = yaml.load(text, yaml.BaseLoader)
+    return values
+
+
 def read_config_file(path: str) -> dict[str, Any]:
     """The mapping in a YAML or JSON file.
 
     Raises:
-        UsageError: no such file, not readable as either, or not a mapping.
+        UsageError: no such file, not readable as either, a key that is there twice, or not a mapping.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        values = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
-        if isinstance(values, dict) and not path.endswith(".json"):
-            values = yaml.load(text, yaml.BaseLoader)  # words as they stand: no is "no", 1e-4 a number
-    except (OSError, UnicodeDecodeError) as error:
+        with open(path, "rb") as file:
+            data = file.read(2**20 + 1)
+        text = data.decode("utf-8-sig")
+    except (OSError, ValueError) as error:
         raise UsageError(f"--config {path}: cannot be read ({error.__class__.__name__})") from error
-    except (yaml.YAMLError, json.JSONDecodeError) as error:
+    if len(data) > 2**20:
+        raise UsageError(f"--config {path}: more than a mebibyte, which no list of flags is")
+    try:
+        json_given = path.endswith(".json")
+        values = json.loads(text, object_pairs_hook=_each_key_once) if json_given else _read_yaml(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: also an impossible date, or number
         raise UsageError(f"--config {path}: not YAML or JSON ({' '.join(str(error).split())})") from error
     if values is None:
         return {}

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from .checkpointing import list_checkpoints
-from .config import UsageError
+from .config import UsageError, one_line
 
 OUT_OF_MEMORY = (
     "out of memory: make --train_batch_size smaller (--gradient_accumulation_steps makes up for it), add"
@@ -150,7 +150,7 @@ def ends_in_one_line(program: str, output_dir: str, *mendable: type):
         elif found[1] is not None:
             # another rank than the main one speaks into that one's progress bar
             before = "\n" if os.environ.get("LOCAL_RANK", "0") != "0" else ""
-            print(f"{before}{program}: error: {found[1]}", file=sys.stderr, flush=True)
+            print(f"{before}{program}: error: {one_line(found[1])}", file=sys.stderr, flush=True)
         if isinstance(error, EndedTogetherError):  # or a launcher would end the others before they have spoken
             with contextlib.suppress(RuntimeError):
                 torch.distributed.barrier()

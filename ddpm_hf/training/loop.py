@@ -17,7 +17,7 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from .averaging import ema_weights, load_ema, save_ema, update_ema
-from .checkpointing import flush, load_tensors, read_manifest, rotate, save_tensors, seal
+from .checkpointing import check_random_states, flush, load_tensors, read_manifest, rotate, save_tensors, seal
 from .config import TrainingConfig, UsageError
 from .faults import RunError, attempt, end_together, track, warn
 from .randomness import StepKeys, keyed_seed
@@ -262,15 +262,28 @@ def save_checkpoint(accelerator, state: TrainingState, output_dir: Path, limit: 
 
 
 def load_checkpoint(accelerator, state: TrainingState, checkpoint: Path) -> None:
-    """Take over a checkpoint. The manifest has been verified."""
+    """Take over a checkpoint. The manifest has been verified.
+
+    Raises:
+        UsageError: it holds what no checkpoint of this run does. What is pickled is read with weights_only=True.
+    """
     manifest = read_manifest(checkpoint)
-    accelerator.load_state(str(checkpoint))
-    load_tensors(checkpoint, state.extra)
-    state.lr_scheduler.load_state_dict(manifest["lr_scheduler"])
-    state.meter.restore(manifest["meter"], accelerator)
-    state.step, state.nonfinite_steps = manifest["step"], manifest["nonfinite_steps"]
-    state.sessions.resume(manifest.get("sessions", []), state.step)
-    state.grid_due = manifest.get("grid_due", False)
+    try:
+        check_random_states(checkpoint, accelerator.process_index)
+        accelerator.load_state(str(checkpoint))
+        load_tensors(checkpoint, state.extra)
+        state.lr_scheduler.load_state_dict(manifest["lr_scheduler"])
+        state.meter.restore(manifest["meter"], accelerator)
+        state.step, state.nonfinite_steps = manifest["step"], int(manifest["nonfinite_steps"])
+        state.sessions.resume(manifest.get("sessions", []), state.step)
+        state.grid_due = bool(manifest.get("grid_due", False))
+    except UsageError:
+        raise
+    except Exception as error:  # whatever a stranger's file makes the libraries raise
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"{checkpoint} cannot be resumed: it holds what no checkpoint does ({type(error).__name__}: {reason})"
+        ) from error
 
 
 @contextlib.contextmanager

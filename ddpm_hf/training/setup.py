@@ -26,13 +26,11 @@ from .checkpointing import (
     truncate_jsonl,
     write_whole,
 )
-from .config import TrainingConfig, UsageError
+from .config import SECRET_FLAGS, TrainingConfig, UsageError
 from .faults import end_together, track
 from .loop import LOGS, Meter, StepPlan, TrainingState, load_checkpoint, register_model_hooks
 from .sessions import Sessions
 from .sharded import WholeModel
-
-SECRET_FLAGS = ("hub_token",)  # never written, shown or tracked
 
 
 def start_accelerator(config: TrainingConfig) -> Accelerator:
@@ -74,9 +72,7 @@ def fit_engine(accelerator, config: TrainingConfig) -> None:
     if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise UsageError("FSDP 1 is not supported: put `fsdp_version: 2` into Accelerate's config")
     if kind == DistributedType.FSDP and "non_ema" in config.save_variants:
-        raise UsageError(
-            "--save_variants non_ema is not supported with FSDP: the checkpoints' unet/ has those weights"
-        )
+        raise UsageError("--save_variants non_ema: not with FSDP; the checkpoints' unet/ holds these weights")
     if kind == DistributedType.DEEPSPEED:
         plugin = accelerator.state.deepspeed_plugin
         if plugin.zero_stage == 3:
@@ -105,7 +101,10 @@ RUN_FILES = (
     "checkpoint-*", "metrics.jsonl", "timings.jsonl", "training_config.json", "model_index.json", "config.json",
     "samples",
 )  # fmt: skip
-PUBLISHED_FILES = ("README.md", "unet", "scheduler", "*_ddpm_hf.py", "diffusion_pytorch_model.safetensors")
+PUBLISHED_FILES = (
+    "README.md", "unet", "scheduler", "*_ddpm_hf.py", "diffusion_pytorch_model.safetensors", "run.json",
+    "evaluation.json", "assets",
+)  # fmt: skip
 
 
 def find_run(config: TrainingConfig, accelerator) -> tuple[Path, dict[str, Any]] | None:
@@ -181,7 +180,10 @@ def check_resumable(
     checkpoint, manifest = found
     if not (checkpoint / name / "config.json").is_file():
         raise UsageError(f"{checkpoint} is of another kind of run: it has no {name}/")
-    saved = json.loads((checkpoint / name / "config.json").read_text())
+    try:
+        saved = dict(json.loads((checkpoint / name / "config.json").read_text()))
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{checkpoint}: {name}/config.json is no model's config") from error
     own = json.loads(model.to_json_string())
     for key in own:
         if not key.startswith("_") and own[key] != saved.get(key):
@@ -193,6 +195,12 @@ def check_resumable(
     for name, value in flat.items():
         if name != "settings" and before.get(name) != value:
             log(accelerator, f"warning: {name} was {before.get(name)} and is {value}: not an exact continuation")
+    if facts["processes"] != before["processes"] and facts["global_batch"] != before["global_batch"]:
+        log(
+            accelerator,
+            f"each step saw {before['global_batch']} images and sees {facts['global_batch']}; the order goes on where"
+            " it was if processes × --train_batch_size × --gradient_accumulation_steps stays the same",
+        )
 
 
 def agree_on_seed(config: TrainingConfig, resumed: dict[str, Any] | None) -> int:
@@ -202,9 +210,12 @@ def agree_on_seed(config: TrainingConfig, resumed: dict[str, Any] | None) -> int
         UsageError: another seed than the run to resume had.
     """
     if resumed is not None:
-        if config.seed not in (None, resumed["seed"]):
-            raise UsageError(f"--seed {config.seed}: the run to resume has seed {resumed['seed']}; leave --seed out")
-        return resumed["seed"]
+        seed = resumed.get("seed")
+        if type(seed) is not int:
+            raise UsageError(f"--resume_from_checkpoint: the checkpoint's manifest has seed {seed!r}, which is none")
+        if config.seed not in (None, seed):
+            raise UsageError(f"--seed {config.seed}: the run to resume has seed {seed}; leave --seed out")
+        return seed
     drawn = [config.seed if config.seed is not None else secrets.randbits(31)]
     return broadcast_object_list(drawn)[0]
 

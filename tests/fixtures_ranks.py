@@ -80,7 +80,7 @@ HAPPENINGS = {
 
 def shard(script) -> None:
     """Have FSDP2, which Accelerate leaves out on CPUs."""
-    from accelerate import Accelerator
+    from accelerate import Accelerator, PartialState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
     from ddpm_hf.training import setup
@@ -88,6 +88,7 @@ def shard(script) -> None:
     def accelerator(**options):
         made = Accelerator(**options)
         made.state.distributed_type = DistributedType.FSDP
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # as Accelerate does with a GPU
         made.state.fsdp_plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2,
             auto_wrap_policy="transformer_based_wrap",

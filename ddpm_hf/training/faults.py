@@ -5,6 +5,7 @@ machine failed (a disk, a process) and the same command line goes on once that i
 """
 
 import contextlib
+import os
 import signal
 import sys
 import traceback
@@ -147,7 +148,9 @@ def ends_in_one_line(program: str, output_dir: str, *mendable: type):
         if found is None:
             traceback.print_exception(own)
         elif found[1] is not None:
-            print(f"{program}: error: {one_line(found[1])}", file=sys.stderr, flush=True)
+            # another rank than the main one speaks into that one's progress bar
+            before = "\n" if os.environ.get("LOCAL_RANK", "0") != "0" else ""
+            print(f"{before}{program}: error: {one_line(found[1])}", file=sys.stderr, flush=True)
         if isinstance(error, EndedTogetherError):  # or a launcher would end the others before they have spoken
             with contextlib.suppress(RuntimeError):
                 torch.distributed.barrier()

@@ -29,6 +29,8 @@ class FreeGuidance(NamedTuple):
             raise ValueError(f"guidance_scale={self.scale}: must be a number from -{MOST:g} to {MOST:g}")
         if not 0 <= self.rescale <= 1:
             raise ValueError(f"guidance_rescale={self.rescale}: must be from 0 to 1")
+        if self.interval is not None and len(self.interval) != 2:
+            raise ValueError(f"guidance_interval={self.interval!r}: (low, high), two timesteps")
         if self.interval is not None and not self.interval[0] <= self.interval[1]:
             raise ValueError(f"guidance_interval={tuple(self.interval)}: (low, high), the lower timestep first")
         return self
@@ -79,6 +81,10 @@ class ClassifierGuidance:
     """
 
     def __init__(self, classifier: Callable, class_labels: torch.Tensor, scale: float):
+        if not callable(classifier):
+            raise ValueError(f"classifier={classifier!r}: must be a function (x_t, t) -> logits")
+        if not -MOST <= scale <= MOST:
+            raise ValueError(f"classifier_scale={scale}: must be a number from -{MOST:g} to {MOST:g}")
         self.classifier, self.class_labels, self.scale = classifier, class_labels, scale
 
     def gradient(self, x_t: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 This file is copied into published repositories: it imports torch, diffusers, transformers and the files beside it.
 """
 
+import numbers
 from collections.abc import Callable
 
 import torch
@@ -99,9 +100,18 @@ class TextToImageDDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPip
         """
         if (prompt is None) == (prompt_embeds is None):
             raise ValueError("give one of prompt and prompt_embeds")
+        width_of_text = self.unet.config.cross_attention_dim
+        for name, value in (("prompt_embeds", prompt_embeds), ("negative_prompt_embeds", negative_prompt_embeds)):
+            if value is not None and not (
+                isinstance(value, torch.Tensor)
+                and value.ndim == 3
+                and value.shape[-1] == width_of_text
+                and value.isfinite().all()
+            ):
+                raise ValueError(f"{name}: give a tensor [N, L, {width_of_text}] of finite numbers")
         side = self.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
         for name, value in (("height", height), ("width", width)):
-            if value < 1 or value % self.vae_scale_factor:
+            if not isinstance(value, numbers.Integral) or value < 1 or value % self.vae_scale_factor:
                 raise ValueError(
                     f"{name}={value}: must be a multiple of {self.vae_scale_factor}, better of {side}, for this model"
                 )
@@ -117,8 +127,11 @@ class TextToImageDDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPip
                 f"negative_prompt_embeds of shape {tuple(negative_prompt_embeds.shape)} for"
                 f" {len(prompts or prompt_embeds)} prompts; give one for each"
             )
-        if num_images_per_prompt < 1:
-            raise ValueError(f"num_images_per_prompt={num_images_per_prompt}: must be 1 or more")
+        if not (isinstance(num_images_per_prompt, numbers.Integral) and num_images_per_prompt >= 1):
+            raise ValueError(f"num_images_per_prompt={num_images_per_prompt!r}: must be a whole number of 1 or more")
+        negatives = [negative_prompt or ""] if isinstance(negative_prompt, (str, type(None))) else negative_prompt
+        if not (isinstance(negatives, (list, tuple)) and all(isinstance(one, str) for one in negatives)):
+            raise ValueError(f"negative_prompt={negative_prompt!r}: a text, or a list of texts")
         if isinstance(negative_prompt, (list, tuple)) and len(negative_prompt) != len(prompts or prompt_embeds):
             raise ValueError(
                 f"{len(negative_prompt)} negative prompts for {len(prompts or prompt_embeds)} prompts; give one for"

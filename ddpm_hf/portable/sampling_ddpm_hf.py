@@ -4,6 +4,7 @@ This file is copied into published repositories: it imports torch and diffusers,
 """
 
 import inspect
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -138,8 +139,11 @@ class SamplingMixin:
         size: tuple[int, int] | None = None,
     ) -> torch.Tensor:
         """x_T [N, C, H, W] ~ N(0, I), or the given one, scaled as the sampler wants it; `size` is (H, W)."""
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: must be 1 or more")
+        if not (isinstance(batch_size, numbers.Integral) and batch_size >= 1):
+            raise ValueError(f"batch_size={batch_size!r}: must be a whole number of 1 or more")
+        several = generator if isinstance(generator, (list, tuple)) else [generator or None]
+        if not all(isinstance(one, torch.Generator) for one in several if several != [None]):
+            raise ValueError(f"generator={generator!r}: give a torch.Generator, or one for each image")
         shape = (batch_size, self.sample_shape[0], *(size or self.sample_shape[1:]))
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(
@@ -147,6 +151,8 @@ class SamplingMixin:
             )
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self.unet.dtype)
+        elif not isinstance(latents, torch.Tensor):
+            raise ValueError(f"latents of {type(latents).__name__}: give a tensor")
         elif tuple(latents.shape) != shape:
             raise ValueError(f"latents of shape {tuple(latents.shape)}; batch_size and model want {shape}")
         elif not torch.isfinite(latents).all():
@@ -206,8 +212,10 @@ class SamplingMixin:
 
         Returns: x_0 [N, C, H, W], and the frames or None.
         """
-        if num_frames < 0:
-            raise ValueError(f"num_frames={num_frames}: must be 0 or more")
+        if not (isinstance(num_frames, numbers.Integral) and num_frames >= 0):
+            raise ValueError(f"num_frames={num_frames!r}: must be a whole number of 0 or more")
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise ValueError(f"callback_on_step_end={callback_on_step_end!r}: must be a function")
         unknown = set(callback_on_step_end_tensor_inputs) - {"latents", "pred_original_sample"}
         if unknown:
             raise ValueError(

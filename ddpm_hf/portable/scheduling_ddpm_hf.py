@@ -10,6 +10,7 @@ This file is copied into published repositories: it imports torch, numpy and dif
 
 import inspect
 import math
+import numbers
 from typing import NamedTuple
 
 import numpy as np
@@ -236,6 +237,8 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         steps_offset: int = 0,
         rescale_betas_zero_snr: bool = False,
     ):
+        if not (isinstance(num_train_timesteps, numbers.Integral) and num_train_timesteps >= 1):
+            raise ValueError(f"num_train_timesteps={num_train_timesteps!r}: must be a whole number of 1 or more")
         if prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"prediction_type {prediction_type!r} is none of {', '.join(PREDICTION_TYPES)}")
         if variance_type is None:  # as a sampler keeps it that was told to leave a learned variance alone
@@ -278,9 +281,14 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
             if not named:
                 known = ", ".join(BETA_SCHEDULES)
                 raise NotImplementedError(f"beta_schedule {beta_schedule!r} is none of {known}; or give trained_betas")
-            betas = BETA_SCHEDULES[name](num_train_timesteps, beta_start, beta_end)
+            try:
+                betas = np.asarray(BETA_SCHEDULES[name](num_train_timesteps, beta_start, beta_end), dtype=np.float64)
+            except (TypeError, ValueError, ArithmeticError) as error:
+                raise ValueError(f"beta_start={beta_start!r}, beta_end={beta_end!r}: {error}") from error
         else:
             betas = np.asarray(trained_betas, dtype=np.float64)
+        if betas.ndim != 1 or len(betas) == 0:
+            raise ValueError(f"trained_betas of shape {betas.shape}: give one for each timestep")
         if not (betas > 0).all() or (trained_betas is not None and (betas > 1).any()):
             raise ValueError(f"every beta must lie in (0, 1]; they run from {betas.min():g} to {betas.max():g}")
         if (betas > 1).any():  # stock constructs it all the same
@@ -340,7 +348,9 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("Can only pass one of `num_inference_steps` or `custom_timesteps`.")
         if timesteps is not None:
-            timesteps = np.asarray(timesteps, dtype=np.int64)
+            given, timesteps = timesteps, np.asarray(timesteps)
+            if timesteps.ndim != 1 or (timesteps.size and timesteps.dtype.kind not in "iu"):
+                raise ValueError(f"`timesteps` {given!r}: give whole numbers, descending.")
             if len(timesteps) == 0:
                 raise ValueError("`timesteps` is empty; give at least one timestep.")
             if (np.diff(timesteps) >= 0).any():
@@ -350,7 +360,7 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
             if timesteps[-1] < 0:
                 raise ValueError(f"`timesteps` must not be negative; the last is {timesteps[-1]}.")
         else:
-            if not 1 <= num_inference_steps <= T:
+            if not 1 <= num_inference_steps <= T or num_inference_steps != int(num_inference_steps):
                 raise ValueError(
                     f"`num_inference_steps`: {num_inference_steps} cannot be smaller than 1 or larger than"
                     f" `self.config.train_timesteps`: {T}, the timesteps that the model was trained with."
@@ -453,7 +463,12 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
     def _checked(self, timesteps, device: torch.device, lowest: int = 0) -> torch.Tensor:
         """Timesteps as a LongTensor [N] or [1] on the device; checked where that costs no synchronisation."""
         if not isinstance(timesteps, torch.Tensor):
-            timesteps = torch.as_tensor(timesteps)
+            try:
+                timesteps = torch.as_tensor(timesteps)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise ValueError(f"timesteps={timesteps!r}: give whole numbers from {lowest}") from error
+        if timesteps.is_floating_point() or timesteps.dtype == torch.bool:
+            raise ValueError(f"timesteps of {timesteps.dtype}: give whole numbers, which say where in the chain")
         if timesteps.device.type == "cpu" and timesteps.numel():
             low, high = int(timesteps.min()), int(timesteps.max())
             if low < lowest or high >= len(self.betas):
@@ -551,6 +566,10 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
 
     def _split(self, model_output: torch.Tensor, x_t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The output proper, and the learned variance's half where there is one."""
+        if min(model_output.ndim, x_t.ndim) < 2:
+            raise ValueError(
+                f"a model output of shape {tuple(model_output.shape)} and a sample of {tuple(x_t.shape)}: [N, C, ...]"
+            )
         if self.variance_type not in LEARNED_VARIANCE_TYPES:
             if model_output.shape[1] != x_t.shape[1]:
                 raise ValueError(
@@ -666,6 +685,8 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         Returns: `prev_sample` and `pred_original_sample`, [N, C, ...] in the sample's dtype.
         """
         t = int(timestep)
+        if isinstance(timestep, float) and t != timestep:
+            raise ValueError(f"timestep {timestep} is no whole number; pass one of scheduler.timesteps")
         s, c = self._step_from(t)
         dtype = self._working_dtype(sample)
         output, variance_output = self._split(model_output.to(dtype), sample)

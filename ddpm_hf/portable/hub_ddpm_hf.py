@@ -8,6 +8,7 @@ This file is copied into published repositories: it imports diffusers alone.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -62,8 +63,30 @@ def without_origins(components: dict):
             components[name]._internal_dict = config
 
 
+_LOADED: dict[str, str] = {}  # digests of the files that this process runs, where Diffusers loaded them
+
+
 class PortablePipelineMixin:
     """Saving for a `DiffusionPipeline` whose folder is to load anywhere. Put it before `DiffusionPipeline`."""
+
+    def __init_subclass__(cls, **kwargs):
+        """Refuse a mixture of two versions of this code, which Diffusers makes of two repositories in one process.
+
+        It puts the files of both into one folder, and runs the second's pipeline file with what the first's imported.
+        """
+        super().__init_subclass__(**kwargs)
+        folder, _, own = cls.__module__.rpartition(".")
+        if not (folder.startswith("diffusers_modules") and own.endswith("_ddpm_hf")):
+            return
+        sources = portable_sources(Path(sys.modules[cls.__module__].__file__))
+        del sources[f"{own}.py"]  # is run anew each time
+        for name, text in sources.items():
+            digest = hashlib.sha256(text.encode()).hexdigest()
+            if _LOADED.setdefault(f"{folder}.{name}", digest) != digest:
+                raise ImportError(
+                    f"this process runs another version of {name}, from a repository loaded before; load this model in"
+                    " a new process, or with ddpm_hf installed, by its own class"
+                )
 
     def stock_class_name(self) -> str | None:
         """The pipeline class of Diffusers that samples the same images from this folder, or None."""

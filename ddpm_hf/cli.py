@@ -45,12 +45,16 @@ class Variant(str, enum.Enum):
 
 def quiet() -> None:
     """Leave it to this command to say what matters."""
+    import warnings
+
     from diffusers.utils import logging
     from transformers.utils import logging as transformers_logging
 
     for library in (logging, transformers_logging):
         library.set_verbosity(logging.CRITICAL)  # an error is one line, and main says it
         library.disable_progress_bar()
+    # Diffusers hands to the Hub's client an argument that it knows no more
+    warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks.*")
 
 
 def load_classifier(folder: Path, pipeline):

@@ -357,7 +357,7 @@ class Tally:
         self.kills, self.resumes, self.whole_runs = 0, 0, 0
         self.places, self.moments, self.lost = Counter(), Counter(), []
         self.lingered = []  # seconds that a rank lived on without the other
-        self.launcher_ended = 0
+        self.told = Counter()  # what the run had been doing where the other had to be told to end
 
 
 class Killer:
@@ -449,8 +449,8 @@ class Killer:
             attempt.kill(whom)
             died = whom or ["all"]
         begin = time.monotonic()
-        if not attempt.wait(BY_ITSELF):  # as a launcher does
-            self.tally.launcher_ended += 1
+        told = not attempt.wait(BY_ITSELF)
+        if told:  # as a launcher does at once
             for process in attempt.members():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process, signal.SIGTERM)
@@ -458,7 +458,7 @@ class Killer:
                 self.lose(attempt, "processes live on after another was killed, and after SIGTERM")
                 attempt.kill([])
                 attempt.wait(BY_ITSELF)
-        if self.ranks > 1 and died:
+        if self.ranks > 1 and died and not told:
             self.tally.lingered.append(time.monotonic() - begin)
         if not died:
             if any(attempt.codes.values()):
@@ -467,7 +467,9 @@ class Killer:
             return True
         self.tally.kills += 1
         self.tally.moments[moment + (", real" if attempt.real else "")] += 1
-        self.tally.places[where(scraps(run) - before, attempt.log.read_text(), run, self.steps)] += 1
+        place = where(scraps(run) - before, attempt.log.read_text(), run, self.steps)
+        self.tally.places[place] += 1
+        self.tally.told[place] += told
         for ours, theirs in zip(complete_checkpoints(run), steps_before):
             if ours < theirs:
                 self.lose(attempt, f"the newest complete checkpoint was of step {theirs}, and is of {ours}")
@@ -601,8 +603,13 @@ def report(arguments, killers: list[Killer]) -> str:
     lines += [f"what chose the moment: {', '.join(f'{kind} {count}' for kind, count in moments.most_common())}"]
     if arguments.ranks > 1:
         lingered = [seconds for killer in killers for seconds in killer.tally.lingered]
-        ended = sum(killer.tally.launcher_ended for killer in killers)
-        lines += [f"the other rank ended after {max(lingered, default=0):.1f} s at most; {ended} were told to"]
+        told = sum((killer.tally.told for killer in killers), Counter())
+        lines += [
+            f"the other rank ended by itself within {BY_ITSELF} s, {max(lingered):.1f} at most" if lingered else ""
+        ]
+        lines += [
+            f"or had to be told by SIGTERM: {', '.join(f'{p} {count}' for p, count in (+told).items()) or 'none'}"
+        ]
     for killer in killers:
         lines += [f"{killer.name}: LOST {reason}" for reason in killer.tally.lost]
     kills, resumed, lost = (

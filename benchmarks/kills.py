@@ -604,12 +604,8 @@ def report(arguments, killers: list[Killer]) -> str:
     if arguments.ranks > 1:
         lingered = [seconds for killer in killers for seconds in killer.tally.lingered]
         told = sum((killer.tally.told for killer in killers), Counter())
-        lines += [
-            f"the other rank ended by itself within {BY_ITSELF} s, {max(lingered):.1f} at most" if lingered else ""
-        ]
-        lines += [
-            f"or had to be told by SIGTERM: {', '.join(f'{p} {count}' for p, count in (+told).items()) or 'none'}"
-        ]
+        lines += [f"the other rank ended by itself after {max(lingered, default=0):.1f} s at most"]
+        lines += [f"or had to be told by SIGTERM: {', '.join(f'{p} {count}' for p, count in told.items() if count)}"]
     for killer in killers:
         lines += [f"{killer.name}: LOST {reason}" for reason in killer.tally.lost]
     kills, resumed, lost = (

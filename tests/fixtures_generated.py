@@ -86,5 +86,7 @@ class Tally(Counter):
 def report(request, tally: Tally, what: str) -> None:
     """Say how many cases a module went through, where there is a terminal of one's own."""
     terminal = request.config.pluginmanager.get_plugin("terminalreporter")
-    if terminal is not None:
-        terminal.write_line(f"\n{what}: {tally}")
+    capture = request.config.pluginmanager.get_plugin("capturemanager")
+    if terminal is not None and capture is not None:
+        with capture.global_and_fixture_disabled():
+            terminal.write_line(f"\n{what}: {tally}")

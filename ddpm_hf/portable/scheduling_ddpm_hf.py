@@ -270,8 +270,8 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
 
     def _resolve_betas(self, num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas) -> np.ndarray:
         """The float64 betas [T]; records in the config what a stock sampler needs in order to find the same."""
-        name = BETA_SCHEDULE_ALIASES.get(beta_schedule, beta_schedule)
-        named = name in BETA_SCHEDULES
+        named = isinstance(beta_schedule, str) and beta_schedule in BETA_SCHEDULES
+        name = BETA_SCHEDULE_ALIASES.get(beta_schedule, beta_schedule) if named else beta_schedule
         if trained_betas is not None and len(trained_betas) != num_train_timesteps:
             if named and name not in STOCK_BETA_SCHEDULES:
                 trained_betas = None  # our own record of this schedule, from a config whose T was changed since

@@ -22,6 +22,7 @@ from PIL import Image
 
 from ddpm_hf import ClassConditionalDDPMPipeline, DDPMPipeline, DDPMScheduler, cli
 from ddpm_hf.portable.scheduling_ddpm_hf import BETA_SCHEDULES, PREDICTION_TYPES, VARIANCE_TYPES
+from ddpm_hf.space import drawing
 from tests.fixtures_generated import HOSTILE, TIMES, Tally, ended, generated, report
 from tests.fixtures_pipeline import generators, randn, tiny_unet
 from tests.fixtures_text import tiny_text_pipeline
@@ -301,7 +302,7 @@ def loaded(pipelines, monkeypatch, tmp_path_factory):
     """Models by their kind instead of folders; the command runs in an empty folder."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    real = cli.load_pipeline
+    real = drawing.load_pipeline
 
     def load(model, revision, token):
         if model not in pipelines:
@@ -311,7 +312,7 @@ def loaded(pipelines, monkeypatch, tmp_path_factory):
             **{**found.components, **({"id2label": found.config.id2label} if model == "by class" else {})}
         )
 
-    monkeypatch.setattr(cli, "load_pipeline", load)
+    monkeypatch.setattr(drawing, "load_pipeline", load)
     verbosity = diffusers.utils.logging.get_verbosity()
     folder = tmp_path_factory.mktemp("command")
     monkeypatch.chdir(folder)

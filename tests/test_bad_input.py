@@ -8,17 +8,16 @@ import subprocess
 import sys
 import zlib
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 from unittest import mock
 
 import datasets
-import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import train_unconditional
+from ddpm_hf import publishing
 from ddpm_hf.data import embedded_digits
 from tests.fixtures_unconditional import (
     BASE,
@@ -598,19 +597,19 @@ def test_a_learning_rate_that_diverges(shop, tmp_path):
 
 def test_a_failed_upload_loses_nothing(shop, tmp_path, monkeypatch):
     # Breaks if hours of training end in a network's traceback, or before the model is on disk.
-    def upload_folder(**kwargs):
+    def upload(*args, **kwargs):
         raise OSError("the network\nis down")
 
-    monkeypatch.setattr(huggingface_hub, "create_repo", lambda name, **k: SimpleNamespace(repo_id=name))
-    monkeypatch.setattr(huggingface_hub, "upload_folder", upload_folder)
+    monkeypatch.setattr(publishing, "open_repository", lambda name, *args: name)
+    monkeypatch.setattr(publishing, "push_files", upload)
     run = try_out({"push_to_hub": True, "hub_model_id": "me/photos"}, shop, tmp_path / "run")
     assert run.code == 2
     assert "Traceback" not in run.err
-    for fragment in ("me/photos", "the network is down", "--resume_from_checkpoint latest"):
+    for fragment in ("me/photos", "the network is down", "ddpm-hf push"):
         assert fragment in run.error()
     assert (run.folder / "model_index.json").is_file()
-    done = SimpleNamespace(repo_url="https://hub/me/photos")
-    monkeypatch.setattr(huggingface_hub, "upload_folder", lambda **kwargs: done)
+    done = publishing.Upload("https://hub/me/photos", {})
+    monkeypatch.setattr(publishing, "push_files", lambda *args, **kwargs: done)
     flags = {"push_to_hub": True, "hub_model_id": "me/photos", "resume_from_checkpoint": "latest"}
     again = try_out(flags, shop, tmp_path / "run")
     assert again.code == 0

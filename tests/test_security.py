@@ -455,7 +455,7 @@ def test_nothing_that_is_read_can_execute(path):
 
 
 LOADERS = ("AutoencoderKL", "UNet2DConditionModel", "UNet2DModel", "CLIPTextModel", "NoisyClassifier",
-           "TextToImageDDPMPipeline", "known[name]", "type(part)")  # fmt: skip
+           "TextToImageDDPMPipeline", "cls", "type(part)")  # fmt: skip
 
 
 def test_every_model_is_loaded_from_safetensors():

@@ -447,7 +447,7 @@ def train(config: Text2ImageConfig) -> None:
     prompts = default_prompts(config, images)
     base = config.pretrained_model_name_or_path
     about = describe_run(config, images, plan, model, SHOWN, prompts[: config.eval_batch_size], base)
-    publisher = Publisher(config, state, pipeline_of, about, accelerator)
+    publisher = Publisher(config, state, pipeline_of, about, total_steps, accelerator)
     finished = training_loop(
         config,
         accelerator,
@@ -468,6 +468,8 @@ def train(config: Text2ImageConfig) -> None:
         with averaged_weights(state, unwrap(accelerator, state.model)) as trained:
             if accelerator.is_main_process:
                 publisher.finish(trained, state.step)
+    elif not finished:
+        publisher.stopped()
     end_training(accelerator)
 
 

@@ -275,7 +275,7 @@ def train(config: UnconditionalConfig) -> None:
     shared = {"config": config, "scheduler": scheduler, "accelerator": accelerator, "vae": vae}
     pipeline_of = functools.partial(make_pipeline, scheduler=scheduler, class_names=class_names, vae=vae)
     about = describe_run(config, images, plan, model, SHOWN, class_names[: config.eval_batch_size])
-    publisher = Publisher(config, state, pipeline_of, about, accelerator)
+    publisher = Publisher(config, state, pipeline_of, about, total_steps, accelerator)
     finished = training_loop(
         config,
         accelerator,
@@ -294,6 +294,8 @@ def train(config: UnconditionalConfig) -> None:
         with averaged_weights(state, unwrap(accelerator, state.model)) as trained:
             if accelerator.is_main_process:
                 publisher.finish(trained, state.step)
+    elif not finished:
+        publisher.stopped()
     end_training(accelerator)
 
 

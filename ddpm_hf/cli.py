@@ -57,6 +57,19 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks.*")
 
 
+def own_token(token: str | None) -> str | None:
+    """The token, without the line's end that a file or a variable may have added.
+
+    Raises:
+        ValueError: it cannot be one; it is not shown.
+    """
+    from .training.config import check_token
+
+    token = token and token.strip()
+    check_token("token", token or None)
+    return token or None
+
+
 def load_classifier(folder: Path, pipeline):
     """A classifier of noised images that fits the pipeline.
 
@@ -204,6 +217,7 @@ def sample(
             check_word(name, str(word))
 
     quiet()
+    token = own_token(token)
     if "OMP_NUM_THREADS" not in os.environ and hasattr(os, "sched_getaffinity"):
         torch.set_num_threads(len(os.sched_getaffinity(0)))
     accelerators = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()]
@@ -307,21 +321,28 @@ def push(
     from .publishing import draw_missing_pictures, open_repository, push_folder, reason_of
     from .saving import save_half_precision
     from .space.drawing import Studio
+    from .training.config import check_license
 
     quiet()
+    token = own_token(token)
+    check_license("license", license_)
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder; give the --output_dir of a training run")
     studio = Studio(str(folder))
     pipeline = studio.pipeline
     for pattern in include or ():
-        if Path(pattern).is_absolute() or ".." in Path(pattern).parts or not any(folder.glob(pattern)):
-            raise ValueError(f"--include {pattern}: no such file in {folder}")
-    if variant is not None:
-        save_half_precision(pipeline, folder)
-    draw_missing_pictures(studio, folder)
+        if (
+            Path(pattern).is_absolute()
+            or ".." in Path(pattern).parts
+            or not any(path.is_file() for path in folder.glob(pattern))
+        ):
+            raise ValueError(f"--include {pattern}: no such file in {folder}; of a folder, give folder/*")
     name = repository or folder.resolve().name
     try:
         name = open_repository(name, token, private)
+        if variant is not None:
+            save_half_precision(pipeline, folder)
+        draw_missing_pictures(studio, folder)
         options = {"license": license_, "tag": revision, "message": message, "include": tuple(include or ())}
         upload = push_folder(folder, name, token, pipeline, **options)
     except Exception as error:  # whatever the network does
@@ -367,6 +388,7 @@ def push_space(
 
     logging.set_verbosity_error()
     disable_progress_bars()
+    token = own_token(token)
     if out and (space or private):
         raise ValueError("--out uploads nothing; leave out --space and --private")
     found = spaces.look_up(model, token, example or [])

@@ -3,7 +3,9 @@
 import hashlib
 import io
 import json
+import math
 import re
+import shlex
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -125,7 +127,7 @@ def all_results(facts: Facts) -> list[dict[str, Any]]:
             "settings": None,
         }
         for line in held_out
-        if line["step"] == step and images
+        if line["step"] == step and images and math.isfinite(line["validation_loss"])
     ]
     return own + [one for one in facts.results if one.get("step") == step]
 
@@ -134,13 +136,19 @@ def all_results(facts: Facts) -> list[dict[str, Any]]:
 
 
 def write_pictures(folder: Path) -> None:
-    """The newest grid and chain of a run, and its loss curve, under names that do not change."""
-    metrics = read_metrics(folder)
+    """A run's newest grid and chain up to the saved step, and its loss curve, under names that do not change."""
+    metrics, run = read_metrics(folder), _read_json(folder / RUN_FILE)
     (folder / "assets").mkdir(exist_ok=True)
-    for pattern, target in (("step-*.png", SAMPLES), ("chain-*.png", CHAIN)):
-        newest = sorted((folder / "samples").glob(pattern))[-1:]
-        for path in newest:
-            write_whole(folder / target, path.read_bytes())
+    grids = {int(path.stem.partition("-")[2]): path for path in (folder / "samples").glob("step-*.png")}
+    drawn = max((step for step in grids if run is None or step <= run["step"]), default=None)
+    for kind, target in (("step", SAMPLES), ("chain", CHAIN)):
+        source = None if drawn is None else grids[drawn].with_name(grids[drawn].name.replace("step", kind))
+        if source is not None and source.is_file():
+            write_whole(folder / target, source.read_bytes())
+        elif grids:  # what lies there is of other weights
+            (folder / target).unlink(missing_ok=True)
+    if run is not None and run.get("pictures_step") != drawn:
+        write_whole(folder / RUN_FILE, json.dumps({**run, "pictures_step": drawn}, indent=1) + "\n")
     if any("loss" in line for line in metrics):
         write_whole(folder / LOSS_CURVE, loss_curve(metrics))
     if not any((folder / "assets").iterdir()):
@@ -203,16 +211,25 @@ def _after_comma(text: str | None) -> str:
     return f", {text}" if text else ""
 
 
-def merge_metadata(own: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
-    """Ours over what a card says already: lists are joined, and what is not ours stays; so does its license."""
-    merged = {**before}
-    for name, value in own.items():
+def merge_metadata(own: dict[str, Any], before: dict[str, Any], model: str = "") -> dict[str, Any]:
+    """Ours over what a card says already: lists are joined, and what is not ours stays, its license too.
+
+    What we said of other weights goes: the results of the same `model`, the task of another kind of it.
+    """
+    merged = {name: value for name, value in before.items() if name != "model-index"}
+    if merged.get("pipeline_tag") in PIPELINE_TAGS and "pipeline_tag" not in own:
+        del merged["pipeline_tag"]
+    other_kinds = set(KINDS.values()) - set(own.get("tags") or [])
+    for name, value in ((name, value) for name, value in own.items() if name != "model-index"):
         there = before.get(name)
-        if name != "model-index" and isinstance(value, list) and there is not None:
+        if isinstance(value, list) and there is not None:
             there = there if isinstance(there, list) else [there]
-            value = [*there, *(one for one in value if one not in there)]
+            value = [one for one in there if str(one) not in other_kinds] + [one for one in value if one not in there]
         merged[name] = value
-    return merged
+    listed = before.get("model-index") if isinstance(before.get("model-index"), list) else []
+    results = [entry for entry in listed if not (isinstance(entry, dict) and entry.get("name") == model)]
+    merged["model-index"] = results + own.get("model-index", [])
+    return {name: value for name, value in merged.items() if name != "model-index" or value}
 
 
 # Sections: each a function from Facts to Markdown, or to nothing
@@ -256,15 +273,27 @@ def pictures(facts: Facts) -> str:
     """What it draws."""
     shown = []
     if facts.has(SAMPLES):
-        rows = ", ".join(f"“{name}”" for name in facts.run.get("rows", []))
+        rows = ", ".join(f"“{_as_text(name)}”" for name in facts.run.get("rows", []))
         by_row = f" One row each for {rows}." if rows else ""
-        shown.append(f"![Samples]({SAMPLES})\n\nSamples, not chosen by hand.{by_row}")
+        drawn = facts.run.get("pictures_step")
+        when = f" at step {drawn:,}" if drawn not in (None, facts.run.get("step")) else ""
+        shown.append(f"![Samples]({SAMPLES})\n\nSamples{when}, not chosen by hand.{by_row}")
     if facts.has(CHAIN):
         shown.append(
             f"![The predicted image along the chain]({CHAIN})\n\nThe predicted x̂₀ along the chain, from pure noise"
             " (left) to the image (right)."
         )
     return "\n\n".join(shown)
+
+
+def _as_text(words: str) -> str:
+    """Words of a dataset as Markdown that means nothing but them."""
+    return re.sub(r"([\\`*_{}\[\]<>|#!&])", r"\\\1", " ".join(words.split()))
+
+
+def _as_string(words: str) -> str:
+    """A Python string that does not end a block of code."""
+    return json.dumps(words, ensure_ascii=False).replace("`", "\\u0060")
 
 
 def use(facts: Facts) -> str:
@@ -291,14 +320,14 @@ def use(facts: Facts) -> str:
         trusted = f"{custom}, trust_remote_code=True"
         lines += ["With the same code from this repository:", "", *_python(facts, trusted, call), ""]
     example = {
-        "class-conditional-image-generation": f' --class "{first_class(facts.pipeline)}"',
-        "text-to-image": f' --prompt "{first_prompt(facts)}"',
-    }.get(facts.kind, "")
+        "class-conditional-image-generation": ["--class", first_class(facts.pipeline)],
+        "text-to-image": ["--prompt", first_prompt(facts)],
+    }.get(facts.kind, [])
     lines += [
         "From the shell:",
         "",
         "```bash",
-        f"ddpm-hf sample {facts.repository}{example} --num-images 16 --out pictures",
+        shlex.join(["ddpm-hf", "sample", facts.repository, *example, "--num-images", "16", "--out", "pictures"]),
         "```",
     ]
     return "\n".join(lines)
@@ -315,16 +344,16 @@ def call_arguments(facts: Facts) -> str:
     T = facts.pipeline.scheduler.config.num_train_timesteps
     if facts.kind == "text-to-image":
         usual = [] if T >= 50 else [f"num_inference_steps={T - 1}"]
-        return ", ".join([json.dumps(first_prompt(facts), ensure_ascii=False), *usual])
+        return ", ".join([_as_string(first_prompt(facts)), *usual])
     by_class = facts.kind == "class-conditional-image-generation"
-    classes = [json.dumps([first_class(facts.pipeline)], ensure_ascii=False)] if by_class else []
+    classes = [f"[{_as_string(first_class(facts.pipeline))}]"] if by_class else []
     # stock's pipeline would take 1000 steps
     return ", ".join(classes + ([f"num_inference_steps={T}"] if T != 1000 else []))
 
 
 def first_prompt(facts: Facts) -> str:
     """A prompt like those it was trained on."""
-    return next(iter(facts.run.get("rows", [])), "") or "a picture"
+    return " ".join(next(iter(facts.run.get("rows", [])), "").split()) or "a picture"
 
 
 def first_class(pipeline) -> str:
@@ -421,9 +450,12 @@ SECTIONS = {
 
 # The whole card, over what is there already
 
-_HEAD = re.compile(r"\A---[ \t]*\n(.*?)\n---[ \t]*\n", re.DOTALL)
+_HEAD = re.compile(r"\A---[ \t]*\n(.*?\n|)---[ \t]*\n", re.DOTALL)
 _SECTION = re.compile(r"<!-- ddpm_hf:(\w+) (\w{8}) -->\n(.*?)\n<!-- /ddpm_hf -->", re.DOTALL)
 _SEAL = re.compile(r"\n*<!-- ddpm_hf wrote ([\w ]*) beside (\w{8}) -->\n*")
+
+
+NO_DIGEST = "0" * 8  # of a card with edits that have not been to the Hub
 
 
 def _digest(text: str) -> str:
@@ -434,21 +466,42 @@ def _marked(name: str, text: str) -> str:
     return f"<!-- ddpm_hf:{name} {_digest(text)} -->\n{text}\n<!-- /ddpm_hf -->"
 
 
-def _body(card: str) -> str:
-    card = card.replace("\r\n", "\n")
-    return _HEAD.sub("", card)
+def _split(card: str) -> tuple[dict[str, Any], str]:
+    """A card's metadata and its text.
+
+    Raises:
+        ValueError: metadata that are not YAML, or no mapping.
+    """
+    import yaml
+
+    card = card.removeprefix("\ufeff").replace("\r\n", "\n")
+    head = _HEAD.match(card)
+    try:
+        said = (yaml.safe_load(head[1]) if head else None) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"the head of README.md is not YAML ({' '.join(str(error).split())}); mend it") from error
+    if not isinstance(said, dict):
+        raise ValueError("the head of README.md is not YAML of names and values; mend it")
+    return said, card[head.end() :] if head else card
 
 
 def personal_text(card: str) -> str:
-    """What of a card is a person's: the sections that were edited, and what stands around the sections."""
-    body = _SEAL.sub("\n", _body(card))
-    return _SECTION.sub(lambda found: found[3] if _digest(found[3]) != found[2] else "", body).strip()
+    """What of a card's text is a person's: the sections that were edited, and what stands around the sections."""
+    text = _SEAL.sub("\n", _split(card)[1])
+    return _SECTION.sub(lambda found: found[3] if _digest(found[3]) != found[2] else "", text).strip()
+
+
+def _state(card: str) -> str:
+    """A digest of all that a person may change: metadata, text, and which sections there are."""
+    said, text = _split(card)
+    there = [found[1] for found in _SECTION.finditer(text)]
+    return _digest(json.dumps([said, there, personal_text(card)], sort_keys=True, default=str))
 
 
 def was_edited(card: str) -> bool:
     """Whether a person changed the card since it was last the same in the folder and on the Hub."""
-    seal = _SEAL.search(_body(card))
-    return _digest(personal_text(card)) != seal[2] if seal else bool(personal_text(card))
+    seal = _SEAL.search(_split(card)[1])
+    return _state(card) != seal[2] if seal else bool(card.strip())
 
 
 def newer_card(here: str, on_hub: str) -> str:
@@ -459,18 +512,21 @@ def newer_card(here: str, on_hub: str) -> str:
     """
     if not here or not on_hub or not was_edited(here):
         return on_hub or here
-    if was_edited(on_hub) and personal_text(on_hub) != personal_text(here):
+    if was_edited(on_hub) and _state(on_hub) != _state(here):
         raise ValueError(
             "README.md was edited here and on the Hub; copy what is to stay of it into the Hub's, and remove it here"
         )
     return here
 
 
-def merge_sections(own: dict[str, str], before: str, to_hub: bool = True) -> str:
+def merge_sections(own: dict[str, str | None], before: str) -> str:
     """Our sections in the places where a card has them, but for those that a person edited or took out.
 
     A section is marked with a digest of its text, so that an edited one is known by its own. What stands between or
-    around the sections is a person's, and stays; the last line has the digest of it as it went to the Hub.
+    around the sections is a person's, and stays. The last line names what was written, to know what was taken out.
+
+    Args:
+        own: the sections' texts; an empty one goes, and None stays as it is.
     """
     seal = _SEAL.search(before)
     known = seal[1].split() if seal else []
@@ -478,14 +534,16 @@ def merge_sections(own: dict[str, str], before: str, to_hub: bool = True) -> str
 
     def renewed(found: re.Match) -> str:
         name, edited = found[1], _digest(found[3]) != found[2]
-        return found[0] if edited or not own.get(name) else _marked(name, own[name])
+        if edited or own.get(name) is None:
+            return found[0]
+        return _marked(name, own[name]) + found[4] if own[name] else ""
 
-    text = _SECTION.sub(renewed, _SEAL.sub("\n", before)).strip("\n")
+    text = re.sub(_SECTION.pattern + r"(\n*)", renewed, _SEAL.sub("\n", before), flags=re.DOTALL).strip("\n")
     new = [_marked(name, section) for name, section in own.items() if section and name not in there | set(known)]
-    merged = "\n\n".join([*([text] if text else []), *new])
-    names = " ".join(name for name in SECTIONS if own.get(name) or name in known)
-    beside = _digest(personal_text(merged)) if to_hub else seal[2] if seal else _digest("")
-    return f"{merged}\n\n<!-- ddpm_hf wrote {names} beside {beside} -->\n"
+    left = {found[1] for found in _SECTION.finditer(text)}
+    taken_out = set(known) - there
+    names = " ".join(name for name in SECTIONS if name in left | taken_out or own.get(name))
+    return "\n\n".join([*([text] if text else []), *new, f"<!-- ddpm_hf wrote {names} beside {NO_DIGEST} -->"]) + "\n"
 
 
 def make_card(facts: Facts, before: str = "", to_hub: bool = True) -> str:
@@ -500,12 +558,12 @@ def make_card(facts: Facts, before: str = "", to_hub: bool = True) -> str:
     """
     import yaml
 
-    head = _HEAD.match(before.replace("\r\n", "\n"))
-    try:
-        said = (yaml.safe_load(head[1]) if head else None) or {}
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"the head of README.md is not YAML ({reason}); mend it") from error
-    merged = yaml.safe_dump(merge_metadata(metadata(facts), said), sort_keys=False, allow_unicode=True)
+    said, text = _split(before)
+    model = facts.repository.split("/")[-1]
+    head = yaml.safe_dump(merge_metadata(metadata(facts), said, model), sort_keys=False, allow_unicode=True)
     sections = {name: write(facts) for name, write in SECTIONS.items()}
-    return f"---\n{merged}---\n\n{merge_sections(sections, _body(before).strip(), to_hub)}"
+    if not facts.run:  # not known here, and so left as they are
+        sections |= {name: sections[name] or None for name in ("training", "evaluation")}
+    card = f"---\n{head}---\n\n{merge_sections(sections, text.strip())}"
+    sealed = to_hub or not before or not was_edited(before)
+    return card.replace(f"beside {NO_DIGEST} -->", f"beside {_state(card)} -->") if sealed else card

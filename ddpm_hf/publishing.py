@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import math
 import os
+import shlex
 import shutil
 import tempfile
 import threading
@@ -11,8 +13,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from . import portable
 from .model_card import (
     CHAIN,
+    LOSS_CURVE,
     METRICS_FILE,
     RESULTS_FILE,
     RUN_FILE,
@@ -32,7 +36,8 @@ ATTRIBUTES = ("*.safetensors", "*.png", "*.gif")  # what the repository keeps ou
 OWN_FILES = ("model_index.json", "*_ddpm_hf.py", METRICS_FILE, RESULTS_FILE, RUN_FILE, "LICENSE*", "assets/*.png")
 COMPONENT_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
 CHAIN_ROWS = 8  # of the card's strip of predictions, where the run has drawn none
-RENEWED = ("*_ddpm_hf.py", "assets/*.png")  # what of an earlier upload goes where this one has it no more
+CODE = tuple(path.name for path in Path(portable.__file__).parent.glob("*_ddpm_hf.py"))
+RENEWED = (*CODE, SAMPLES, CHAIN, LOSS_CURVE)  # what of an earlier upload goes where this one has it no more
 
 
 class Upload(NamedTuple):
@@ -74,14 +79,17 @@ def frozen_copy(files: dict[str, Path], folder: Path) -> Iterator[dict[str, Path
         for name, path in files.items():
             copies[name] = Path(beside) / name
             copies[name].parent.mkdir(parents=True, exist_ok=True)
-            try:
-                os.link(path, copies[name])
-            except OSError:
-                shutil.copyfile(path, copies[name])
-            if path.name == METRICS_FILE:  # is written to in place
-                copies[name].unlink()
-                shutil.copyfile(path, copies[name])
+            copy_or_link(path.resolve(), copies[name])
         yield copies
+
+
+def copy_or_link(path: Path, target: Path) -> None:
+    """The file's content at another place, whatever becomes of the first."""
+    if path.name != METRICS_FILE:  # which alone is written to in place
+        with contextlib.suppress(OSError):  # another disk, or one without links
+            os.link(path, target)
+            return
+    shutil.copyfile(path, target)
 
 
 def attributes(before: str) -> str:
@@ -107,14 +115,23 @@ def open_repository(repository: str, token: str | None, private: bool = False) -
     return name
 
 
-def read_remote(api, repository: str, name: str, revision: str) -> str:
-    """A text file of a repository; empty where there is none."""
-    from huggingface_hub.errors import EntryNotFoundError
-
-    try:
-        return Path(api.hf_hub_download(repository, name, revision=revision)).read_text(encoding="utf-8")
-    except EntryNotFoundError:
+def read_remote(api, info, name: str) -> str:
+    """A text file of a repository that `info` describes; empty where there is none."""
+    if name not in {one.rfilename for one in info.siblings}:
         return ""
+    return read_text(Path(api.hf_hub_download(info.id, name, revision=info.sha)))
+
+
+def read_text(path: Path) -> str:
+    """A text file.
+
+    Raises:
+        ValueError: it is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error.reason}); save it as such") from error
 
 
 def push_folder(folder: Path, repository: str, token: str | None, pipeline, **options) -> Upload:
@@ -159,9 +176,11 @@ def push_files(
     tags = {one.name: one.target_commit for one in api.list_repo_refs(repository).tags} if tag else {}
     if tags.get(tag, before.sha) != before.sha:
         raise ValueError(f"{repository} has a tag {tag} already; name another")
-    latest = newer_card(read_card(folder), read_remote(api, repository, "README.md", before.sha))
-    card = make_card(read_facts(folder, repository, pipeline, license), latest)
-    git = attributes(read_remote(api, repository, ".gitattributes", before.sha))
+    here = read_card(folder)
+    latest = newer_card(here, read_remote(api, before, "README.md"))
+    frozen = files["model_index.json"].parent  # the facts of these files, whatever a run does meanwhile
+    card = make_card(read_facts(frozen, repository, pipeline, license), latest)
+    git = attributes(read_remote(api, before, ".gitattributes"))
     content = {**files, "README.md": card.encode(), ".gitattributes": git.encode()}
     operations = [CommitOperationAdd(name, str(it) if isinstance(it, Path) else it) for name, it in content.items()]
     operations += [
@@ -169,8 +188,11 @@ def push_files(
     ]
     # upload_folder may make several commits: who loads in between would get half a model
     commit = api.create_commit(repository, operations, commit_message=message, parent_commit=before.sha)
-    write_whole(folder / "README.md", card)
-    if tag is not None and commit.oid != tags.get(tag):
+    if read_card(folder) == here:  # or someone is writing there
+        write_whole(folder / "README.md", card)
+    if tag in tags and commit.oid != tags[tag]:
+        raise ValueError(f"it is uploaded, but the tag {tag} is of the commit before, and stays there; name another")
+    if tag is not None and tag not in tags:
         api.create_tag(repository, tag=tag, revision=commit.oid)
     sizes = {name: it.stat().st_size if isinstance(it, Path) else len(it) for name, it in content.items()}
     return Upload(f"{api.endpoint}/{repository}", sizes)
@@ -178,15 +200,19 @@ def push_files(
 
 def outdated(there: list[str], content: dict[str, Any]) -> list[str]:
     """What of an earlier upload this one has no more: weights, variants of them, code, pictures."""
-    folders = {name.partition("/")[0] for name in content if name.endswith(".safetensors")}
-    kinds = [*RENEWED, *(f"{folder}/*.{kind}" for folder in folders for kind in ("safetensors", "index*.json"))]
-    return [name for name in there if name not in content and any(fnmatch(name, kind) for kind in kinds)]
+    folders = {name.rpartition("/")[0] for name in content if name.endswith(".safetensors")}
+
+    def is_weights(name: str) -> bool:
+        parent, _, file = name.rpartition("/")
+        return parent in folders and any(fnmatch(file, kind) for kind in ("*.safetensors", "*.index*.json"))
+
+    return [name for name in there if name not in content and (name in RENEWED or is_weights(name))]
 
 
 def read_card(folder: Path) -> str:
     """The folder's `README.md`; empty where there is none."""
     path = folder / "README.md"
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
+    return read_text(path) if path.is_file() else ""
 
 
 def draw_missing_pictures(studio, folder: Path) -> None:
@@ -228,7 +254,8 @@ def refuses(error: Exception) -> bool:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
     if isinstance(error, HfHubHTTPError):
-        return error.response is not None and 400 <= error.response.status_code < 500
+        status = 0 if error.response is None else error.response.status_code
+        return 400 <= status < 500 and status not in (408, 429)  # too slow, too often: not for ever
     return isinstance(error, (LocalTokenNotFoundError, HFValidationError)) or type(error) is ValueError
 
 
@@ -275,11 +302,20 @@ class Publisher:
         state: the run's `TrainingState`.
         pipeline_of: trained model -> pipeline.
         facts: what `describe_run` gave.
+        total_steps: of the whole training.
     """
 
-    def __init__(self, config: TrainingConfig, state, pipeline_of: Callable, facts: dict[str, Any], accelerator):
+    def __init__(
+        self,
+        config: TrainingConfig,
+        state,
+        pipeline_of: Callable,
+        facts: dict[str, Any],
+        total_steps: int,
+        accelerator,
+    ):
         self.config, self.state, self.pipeline_of, self.facts = config, state, pipeline_of, facts
-        self.accelerator = accelerator
+        self.total_steps, self.accelerator = total_steps, accelerator
         self.folder, self.repository = Path(config.output_dir), config.hub_model_id
         self.saved_at: int | None = None
         self.uploading: threading.Thread | None = None
@@ -287,7 +323,8 @@ class Publisher:
     def save(self, model, step: int) -> None:
         """Save the pipeline, if `--hub_strategy` wants this one, and upload it where it wants that too."""
         config, at_checkpoint = self.config, step % self.config.checkpointing_steps == 0
-        if config.hub_strategy == "best" and not self.is_best(step):
+        none_yet = not (self.folder / "model_index.json").is_file()
+        if config.hub_strategy == "best" and not self.is_best(step) and not (none_yet and step == self.total_steps):
             return
         pipeline = self.pipeline_of(model)
         save_pipeline(pipeline, self.folder)
@@ -296,11 +333,11 @@ class Publisher:
         if "non_ema" in config.save_variants:
             for name, part in self.state.parts.items():
                 with raw_weights(self.state.emas[name], part):
-                    save_model(part, self.folder / name, only="*.non_ema.*", variant="non_ema")
+                    save_model(part, self.folder / name, only="*.non_ema[.-]*", variant="non_ema")
         run = {**self.facts, "step": step, "sessions": self.state.sessions.until(step)}
         write_whole(self.folder / RUN_FILE, json.dumps(run, indent=1) + "\n")
         self.saved_at = step
-        if config.push_to_hub and config.hub_strategy != "end" and at_checkpoint:
+        if config.push_to_hub and config.hub_strategy != "end" and at_checkpoint and step < self.total_steps:
             self.upload_beside(pipeline, step)
 
     def is_best(self, step: int) -> bool:
@@ -310,7 +347,8 @@ class Publisher:
         losses = {
             line["step"]: line["validation_loss"]
             for line in lines
-            if "validation_loss" in line and (line["step"] % every == 0 or line["step"] == step)
+            if math.isfinite(line.get("validation_loss", math.nan))
+            and (line["step"] % every == 0 or line["step"] == step)
         }
         return step in losses and losses[step] <= min(losses.values())
 
@@ -343,9 +381,12 @@ class Publisher:
         if self.saved_at != step:
             self.save(model, step)
         pipeline = self.pipeline_of(model)
-        write_pictures(self.folder)
-        facts = read_facts(self.folder, self.repository, pipeline, config.hub_license)
-        write_whole(self.folder / "README.md", make_card(facts, read_card(self.folder), to_hub=False))
+        try:
+            write_pictures(self.folder)
+            facts = read_facts(self.folder, self.repository, pipeline, config.hub_license)
+            write_whole(self.folder / "README.md", make_card(facts, read_card(self.folder), to_hub=False))
+        except ValueError as error:
+            raise UsageError(f"the model is saved to {self.folder}, but not its card: {error}") from error
         how = "" if pipeline.stock_class_name() else ", trust_remote_code=True"
         log(
             self.accelerator,
@@ -362,9 +403,22 @@ class Publisher:
         except Exception as error:  # whatever the network does, the trained model is on disk
             raise UsageError(
                 f"the upload to {self.repository} failed ({reason_of(error)}); {self.folder} is complete:"
-                f" `ddpm-hf push {self.folder} {self.repository}` uploads it"
+                f" `{self.command()}` uploads it"
             ) from error
         log(self.accelerator, f"published at {upload.address}")
+
+    def stopped(self) -> None:
+        """Where training ends before its end: say what becomes of an upload beside it."""
+        if self.uploading is not None and self.uploading.is_alive():
+            log(self.accelerator, f"an upload was under way and is given up; `{self.command()}` repeats it")
+
+    def command(self) -> str:
+        """What uploads the folder as the flags say; the token is not shown."""
+        config = self.config
+        options = ["--private"] * config.hub_private_repo
+        for name, value in (("--license", config.hub_license), ("--revision", config.hub_revision)):
+            options += [name, value] if value else []
+        return shlex.join(["ddpm-hf", "push", str(self.folder), self.repository, *options])
 
     def push(self, pipeline, message: str, files: dict[str, Path], tag: str | None = None) -> Upload:
         """Upload the files to the run's repository."""

@@ -13,12 +13,14 @@ import torch
 from .training.checkpointing import flush, flush_tree, write_whole
 
 
-def save_model(model, folder: str | Path, only: str = "*", **options) -> None:
+def save_model(model, folder: str | Path, only: str = "*", **options) -> list[Path]:
     """Save what has a `save_pretrained` so that each of its files is whole: written beside, then moved into place.
 
     Args:
         only: of the files that it writes, those whose names match.
         options: for `save_pretrained`.
+
+    Returns: what was written, relative to the folder.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -37,6 +39,7 @@ def save_model(model, folder: str | Path, only: str = "*", **options) -> None:
                 os.replace(beside / place, folder / place)
             for parent in {(folder / place).parent for place in moved} | {folder}:
                 flush(parent)
+        return places
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
@@ -48,7 +51,14 @@ def forget_origin(config: Path) -> None:
         write_whole(config, json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
-save_pipeline = save_model  # a pipeline is a folder of models
+def save_pipeline(pipeline, folder: str | Path) -> None:
+    """Save a pipeline as `save_model` does; variants of its weights that were saved before go: they are of others."""
+    written = set(save_model(pipeline, folder))
+    for name in networks(pipeline):
+        for pattern in ("*.safetensors", "*.index*.json"):
+            for path in Path(folder, name).glob(pattern):
+                if path.relative_to(folder) not in written:
+                    path.unlink()
 
 
 def networks(pipeline) -> dict[str, torch.nn.Module]:
@@ -63,7 +73,7 @@ def save_half_precision(pipeline, folder: str | Path) -> None:
     """
     for name, part in networks(pipeline).items():
         half = copy.deepcopy(part).to("cpu", torch.float16)
-        save_model(half, Path(folder) / name, only="*.fp16.*", variant="fp16")
+        save_model(half, Path(folder) / name, only="*.fp16[.-]*", variant="fp16")
 
 
 def save_image(image, path: Path) -> None:

@@ -58,7 +58,7 @@ def look_up(name: str, token: str | None = None, examples: Sequence[str] = ()) -
         ValueError: none can be reached by the name, or it is not one of ours, or it does not read the examples.
     """
     from huggingface_hub import HfApi, ModelCard, constants
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import RemoteEntryNotFoundError
 
     reads_text = "prompt" in inspect.signature(pipeline_class(name, token=token).__call__).parameters
     if examples and not reads_text:
@@ -69,7 +69,7 @@ def look_up(name: str, token: str | None = None, examples: Sequence[str] = ()) -
         info = HfApi(token=token).model_info(name)
         try:
             license = ModelCard.load(name, token=token, ignore_metadata_errors=True).data.license
-        except EntryNotFoundError:
+        except RemoteEntryNotFoundError:
             license = None
     return Model(info.id, f"{constants.ENDPOINT}/{info.id}", bool(info.private), license)
 
@@ -193,10 +193,11 @@ def open_space(api, space: str, private: bool, readme: Path) -> str:
         raise ValueError(f"the Space {name} exists and is public; make it private on the Hub, or name another --space")
     paths = {file.rfilename for file in info.siblings}
     if f"{CODE}/__init__.py" in paths:
-        card, new = SpaceCard.load(name, token=api.token), SpaceCard.load(readme)
-        for key in NEEDED_IN_README:
-            setattr(card.data, key, new.data.get(key))
-        card.save(readme)
+        if "README.md" in paths:
+            card, new = SpaceCard.load(name, token=api.token), SpaceCard.load(readme)
+            for key in NEEDED_IN_README:
+                setattr(card.data, key, new.data.get(key))
+            card.save(readme)
     elif paths - {".gitattributes", "README.md"}:
         raise ValueError(f"the Space {name} exists and holds another app; name another --space")
     return name

@@ -1,8 +1,10 @@
 """The model card: what it says is so, and what people write into it stays."""
 
+import ast
 import dataclasses
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -25,9 +27,11 @@ from ddpm_hf.model_card import (
     read_facts,
     read_metrics,
     record_result,
+    use,
     was_edited,
 )
 from tests.fixtures_pipeline import tiny_unet
+from tests.fixtures_text import tiny_text_pipeline
 
 RUN = {
     "dataset": {"name": "user/photos", "on_hub": True, "images": 1234, "fingerprint": "0123456789abcdef"},
@@ -115,6 +119,18 @@ def test_a_model_of_unknown_training_has_a_card_without(facts):
 def test_no_picture_is_named_that_is_not_there(facts):
     """Else the model's page has holes."""
     assert "![" not in make_card(facts)
+
+
+@pytest.mark.parametrize("name", ["a`b```c", "<b> *x* [y](z) | #", 'q"$(id)"', "two\nlines"])
+def test_words_of_the_data_mean_nothing_but_themselves(folder, name):
+    """Else a caption breaks the card, or the line that a stranger pastes into a shell runs it."""
+    text = use(Facts("user/model", tiny_text_pipeline(), folder, {**RUN, "rows": [name]}))
+    words = " ".join(name.split())
+    (line,) = re.findall("ddpm-hf sample .*", text)
+    assert shlex.split(line)[3:5] == ["--prompt", words]
+    for call in re.findall(r"= pipeline\((.*)\)\.images", text):
+        assert "`" not in call
+        assert ast.literal_eval(call.partition(", num_inference_steps")[0]) == words
 
 
 @pytest.mark.parametrize(
@@ -280,10 +296,52 @@ def test_merging_keeps_all_that_is_a_persons(first, second, above, below):
     for line in (above + "\n" + below).splitlines():
         assert line.strip() in again
     assert merge_sections(second, again.strip()) == again
-    assert not was_edited(again)
+
+
+def test_what_was_said_of_other_weights_goes(facts, tmp_path):
+    """Else a model that was trained on keeps the figures and pictures of the earlier one."""
+    before = make_card(facts)
+    theirs = {"name": "someone's", "results": []}
+    said = yaml.safe_dump({**head(before), "model-index": [*head(before)["model-index"], theirs]})
+    before = re.sub(r"\A---\n.*?\n---\n", lambda _: f"---\n{said}---\n", before, flags=re.DOTALL)
+    after = make_card(dataclasses.replace(facts, run={**RUN, "step": 30}), before)
+    assert "## Evaluation" not in after
+    assert head(after)["model-index"] == [theirs]
+    unknown = make_card(dataclasses.replace(facts, run={}, metrics=[]), before)
+    assert "## Training" in unknown  # a folder that does not know how it was trained says nothing of that
+
+
+def test_another_kind_of_model_is_listed_as_that(facts, tmp_path):
+    """Else a model by class is found among the unconditional ones."""
+    pipeline = ClassConditionalDDPMPipeline(tiny_unet(num_class_embeds=3), DDPMScheduler())
+    data = head(make_card(Facts("user/model", pipeline, tmp_path), make_card(facts)))
+    assert "pipeline_tag" not in data
+    assert "class-conditional-image-generation" in data["tags"]
+    assert "unconditional-image-generation" not in data["tags"]
 
 
 # Between the folder and the Hub
+
+
+@pytest.mark.parametrize("change", ["license: mit", "tags:", "<!-- ddpm_hf:limits"])
+def test_an_edit_of_any_kind_counts(facts, change):
+    """Else a license or a tag that is changed, or a section taken out, in one place comes back from the other."""
+    published = make_card(facts)
+    edited = {
+        "license: mit": published.replace("license: mit", "license: cc0-1.0"),
+        "tags:": published.replace("tags:", "tags:\n- art"),
+        "<!-- ddpm_hf:limits": re.sub(r"<!-- ddpm_hf:limits .*?<!-- /ddpm_hf -->\n*", "", published, flags=re.DOTALL),
+    }[change]
+    assert edited != published
+    assert was_edited(edited)
+    assert newer_card(edited, published) == newer_card(published, edited) == edited
+    with pytest.raises(ValueError, match="edited here and on the Hub"):
+        newer_card(edited, published + f"\n{NOTE}\n")
+    plain = dataclasses.replace(facts, license=None)
+    again = make_card(plain, edited)
+    assert head(again)["license"] == ("cc0-1.0" if change == "license: mit" else "mit")
+    assert ("art" in head(again)["tags"]) == (change == "tags:")
+    assert ("## Limits" in again) == (change != "<!-- ddpm_hf:limits")
 
 
 def test_the_last_to_be_edited_is_taken(facts):

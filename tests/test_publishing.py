@@ -1,19 +1,25 @@
 """What goes up and when: strategies, tags, variants, cards that were edited meanwhile, and what the Hub refuses."""
 
 import json
+import math
 import re
+import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, UNet2DModel
+from huggingface_hub.errors import LocalEntryNotFoundError
+from PIL import Image
 
 from ddpm_hf import DDPMPipeline, DDPMScheduler
 from ddpm_hf.data import read_dataset
-from ddpm_hf.publishing import attributes, files_to_publish, frozen_copy, outdated
-from ddpm_hf.saving import save_half_precision, save_model
+from ddpm_hf.model_card import write_pictures
+from ddpm_hf.publishing import Publisher, attributes, files_to_publish, frozen_copy, outdated, read_remote
+from ddpm_hf.saving import save_half_precision, save_image, save_model, save_pipeline
 from tests.fixtures_hub import STRANGERS, TOKEN, WRONG, run
 from tests.fixtures_pipeline import tiny_unet
 from tests.fixtures_unconditional import random_pixels, write_images
@@ -93,6 +99,8 @@ class World:
             ("in both 2", ["edit", "user/saved", "---\nlicense: mit\n---\n# Anew\n", "README.md"]),
             ("in both", ["push", saved, "user/saved"]),
             ("card of best", ["validate", "user/best"]),
+            ("words", ["edit", "user/kept", "---\nlicense: mit\n---\nHer words.\n", "README.md"]),
+            ("over words", ["push", kept, "user/kept"]),
             ("card of kept", ["validate", "user/kept"]),
             ("tag of old", ["push", kept, "user/kept", "--revision", "v2"]),
             ("tag again", ["push", kept, "user/kept", "--revision", "v2", "--variant", "fp16"]),
@@ -103,6 +111,10 @@ class World:
             ("no pipeline", ["push", root / "classifier", "user/x"]),
             ("outside", ["push", saved, "user/x", "--include", "../*"]),
             ("no such", ["push", saved, "user/x", "--include", "*.md5"]),
+            ("a folder", ["push", saved, "user/x", "--include", "unet"]),
+            ("odd license", ["push", saved, "user/x", "--license", "Apache 2"]),
+            ("odd token", ["push", saved, "user/x", "--token", f"{TOKEN} and more"]),
+            ("odd license of a run", self.train("odd", "--hub_license", "Apache-2.0")),
             ("odd name", ["push", saved, "user//x"]),
         ]
         jobs = [(name, list(map(str, words))) for name, words in jobs]
@@ -169,6 +181,7 @@ def test_each_checkpoint_goes_up_as_a_whole_model(world):
     for files in commits:
         assert {"model_index.json", "README.md", WEIGHTS} <= set(files)
         step = json.loads(files["run.json"].data)["step"]
+        assert f"| steps | {step} |" in files["README.md"].data.decode()
         metrics = [json.loads(line) for line in files["metrics.jsonl"].data.splitlines()]
         assert metrics[-1]["step"] == step
         saved = (world.root / "each" / f"checkpoint-{step}" / "unet_ema" / Path(WEIGHTS).name).read_bytes()
@@ -235,7 +248,7 @@ def test_a_tag_stays_where_it_is(world):
     assert world.said["tag of old"]["code"] == 0
     repository = world.hub.repositories["user/kept"]
     assert world.said["tag again"]["code"] == 0 or "has a tag v2 already" in world.error("tag again")
-    assert repository.tags["v2"] in list(repository.commits)[1:2]
+    assert repository.tags["v2"] in list(repository.commits)[1:4]
 
 
 def test_variants_load_by_diffusers_own_name(world):
@@ -314,6 +327,26 @@ def test_what_people_write_into_the_card_stays(world):
     assert anew.endswith("# Anew\n")
 
 
+def test_a_card_without_our_sections_stays_whole(world):
+    """Else the first push over a hand-written card deletes it."""
+    assert world.said["over words"]["code"] == 0, world.said["over words"]["err"]
+    assert "Her words." in world.hub.files("user/kept")["README.md"].decode()
+
+
+@pytest.mark.parametrize("error", [LocalEntryNotFoundError("the Hub does not answer"), OSError("cut")])
+def test_a_card_that_cannot_be_read_is_not_taken_for_none(error):
+    """Else a moment's trouble of the Hub deletes what a person wrote there."""
+
+    def hf_hub_download(*args, **kwargs):
+        raise error
+
+    api = SimpleNamespace(hf_hub_download=hf_hub_download)
+    there = SimpleNamespace(id="user/kept", sha="1", siblings=[SimpleNamespace(rfilename="README.md")])
+    with pytest.raises(type(error)):
+        read_remote(api, there, "README.md")
+    assert read_remote(api, there, ".gitattributes") == ""
+
+
 def test_edits_in_both_places_stop_a_push(world):
     """Else one of two texts is deleted."""
     assert "edited here and on the Hub" in world.error("in both")
@@ -329,6 +362,10 @@ def test_edits_in_both_places_stop_a_push(world):
         ("no pipeline", "no model_index.json"),
         ("outside", "--include"),
         ("no such", "--include"),
+        ("a folder", "--include unet"),
+        ("odd license", "--license"),
+        ("odd license of a run", "--hub_license"),
+        ("odd token", "--token"),
         ("odd name", "user//x"),
     ],
 )
@@ -374,10 +411,86 @@ def test_what_an_earlier_upload_had_and_this_one_has_not_goes():
     there = [
         "unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.safetensors", "notes.txt",
         "unet/diffusion_pytorch_model.safetensors.index.json", "old_ddpm_hf.py", "assets/chain.png", "a/b.safetensors",
-        "unet/config.json",
+        "unet/config.json", "sampling_ddpm_hf.py", "assets/mine.png", "demo/sampling_ddpm_hf.py",
+        "unet/own/a.safetensors",
     ]  # fmt: skip
     content = {"unet/diffusion_pytorch_model.safetensors": b"", "unet/config.json": b""}
-    assert outdated(there, content) == [there[0], there[3], there[4], there[5]]
+    assert outdated(there, content) == [there[0], there[3], there[5], there[8]]  # and nothing of a person's
+
+
+def test_saving_again_removes_variants_of_other_weights(tmp_path):
+    """Else `variant="fp16"` loads the model of an earlier save."""
+    save_pipeline(DDPMPipeline(tiny_unet(), DDPMScheduler()), tmp_path)
+    save_half_precision(DDPMPipeline(tiny_unet(), DDPMScheduler()), tmp_path)
+    (tmp_path / "unet" / "notes.txt").write_text("mine")
+    save_pipeline(DDPMPipeline(tiny_unet(seed=1), DDPMScheduler()), tmp_path)
+    names = {path.name for path in (tmp_path / "unet").iterdir()}
+    assert names == {"config.json", "diffusion_pytorch_model.safetensors", "notes.txt"}
+
+
+def test_a_folder_of_links_is_published(tmp_path):
+    """Else a model from the Hub's cache, which is one, cannot be passed on."""
+    DDPMPipeline(tiny_unet(), DDPMScheduler()).save_pretrained(tmp_path / "blobs")
+    (tmp_path / "links" / "unet").mkdir(parents=True)
+    for name, path in files_to_publish(tmp_path / "blobs").items():
+        (tmp_path / "links" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "links" / name).symlink_to(path)
+    wanted = files_to_publish(tmp_path / "links")
+    with frozen_copy(wanted, tmp_path / "links") as files:
+        for name, path in files.items():
+            assert not path.is_symlink()
+            assert path.read_bytes() == wanted[name].read_bytes()
+
+
+def publisher(folder, losses, total_steps=6):
+    """One of a run with checkpoints every second step and these held-out losses by step."""
+    folder.mkdir(exist_ok=True)
+    lines = [json.dumps({"step": step, "validation_loss": loss}) + "\n" for step, loss in losses.items()]
+    (folder / "metrics.jsonl").write_text("".join(lines))
+    config = SimpleNamespace(
+        output_dir=str(folder), hub_model_id="user/my model", checkpointing_steps=2, hub_strategy="best",
+        hub_private_repo=True, hub_license="mit", hub_revision="v1", hub_token=TOKEN,
+    )  # fmt: skip
+    return Publisher(config, None, None, {}, total_steps, None)
+
+
+@pytest.mark.parametrize(
+    ("losses", "best"),
+    [
+        ({2: 0.5, 4: 0.4, 6: 0.6}, [2, 4]),
+        ({2: math.nan, 4: 0.4, 6: math.inf}, [4]),
+        ({1: 0.1, 2: 0.5, 3: 0.1, 4: 0.6}, [2]),  # between checkpoints nothing is kept
+    ],
+)
+def test_the_best_so_far_is_known_by_its_loss(tmp_path, losses, best):
+    """Else `--hub_strategy best` keeps another checkpoint, or after one NaN none at all."""
+    known, found = {}, []
+    for step, loss in losses.items():
+        known[step] = loss
+        if step % 2 == 0 and publisher(tmp_path / "run", known).is_best(step):
+            found.append(step)
+    assert found == best
+
+
+def test_the_command_that_repeats_an_upload_asks_for_the_same(tmp_path):
+    """Else a model that was to be private is public once its upload is repeated."""
+    words = shlex.split(publisher(tmp_path / "my run", {}).command())
+    assert words[:4] == ["ddpm-hf", "push", str(tmp_path / "my run"), "user/my model"]
+    assert words[4:] == ["--private", "--license", "mit", "--revision", "v1"]
+
+
+def test_the_pictures_are_of_the_saved_step(tmp_path):
+    """Else the card of the best checkpoint shows what a later one draws, and calls it its own."""
+    for step in (999_998, 1_000_000, 1_000_002):
+        save_image(Image.new("L", (8, 8), step % 256), tmp_path / "samples" / f"step-{step:06d}.png")
+    for step, shown in ((1_000_001, 1_000_000), (999_999, 999_998), (5, None)):
+        (tmp_path / "run.json").write_text(json.dumps({"step": step}))
+        write_pictures(tmp_path)
+        there = tmp_path / "assets" / "samples.png"
+        assert there.is_file() == (shown is not None)
+        if shown:
+            assert there.read_bytes() == (tmp_path / "samples" / f"step-{shown}.png").read_bytes()
+        assert json.loads((tmp_path / "run.json").read_text()).get("pictures_step") == shown
 
 
 def test_gitattributes_gain_our_kinds_once():

@@ -37,6 +37,20 @@ def one_line(message: Any) -> str:
     return line if len(line) <= 1000 else f"{line[:600]} ... {line[-300:]}"
 
 
+def check_token(name: str, value: str | None) -> None:
+    """Raise UsageError, which does not show it, for what cannot be a token."""
+    if value is not None and not re.fullmatch("[!-~]+", value):
+        raise UsageError(f"--{name}: a token has letters and digits alone, and this has others or none")
+
+
+def check_license(name: str, value: str | None) -> None:
+    """Raise UsageError for what the Hub does not take for a license's name."""
+    if value is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", value):
+        raise UsageError(
+            f"--{name} {value!r}: give the Hub's name for it, in small letters, such as apache-2.0 or mit"
+        )
+
+
 def check_word(name: str, value: str) -> None:
     """Raise UsageError for a text that can be neither a name nor a path."""
     if not value.strip():
@@ -178,10 +192,7 @@ class TrainingConfig:
         for each in dataclasses.fields(self):
             value = getattr(self, each.name)
             if each.name in SECRET_FLAGS:
-                if value is not None and not re.fullmatch("[!-~]+", value):
-                    raise UsageError(
-                        f"--{each.name}: a token has letters and digits alone, and this has others or none"
-                    )
+                check_token(each.name, value)
             elif isinstance(value, str):
                 check_word(each.name, value)
             elif isinstance(value, float) and not math.isfinite(value):
@@ -206,6 +217,7 @@ class TrainingConfig:
                 raise UsageError(f"--{name} {getattr(self, name)}: must be at least 0 and less than 1")
         if self.ema_min_decay > self.ema_max_decay:
             raise UsageError(f"--ema_min_decay {self.ema_min_decay} is above --ema_max_decay {self.ema_max_decay}")
+        check_license("hub_license", self.hub_license)
         unknown = [name for name in self.save_variants if name not in VARIANTS]
         if unknown:
             raise UsageError(f"--save_variants {unknown[0]!r} is none of {', '.join(VARIANTS)}")

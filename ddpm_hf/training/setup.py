@@ -102,8 +102,8 @@ RUN_FILES = (
     "samples",
 )  # fmt: skip
 PUBLISHED_FILES = (
-    "README.md", "unet", "scheduler", "*_ddpm_hf.py", "diffusion_pytorch_model.safetensors", "run.json",
-    "evaluation.json", "assets",
+    "README.md", "unet", "scheduler", "vae", "text_encoder", "tokenizer", "*_ddpm_hf.py",
+    "diffusion_pytorch_model.safetensors", "run.json", "evaluation.json", "assets",
 )  # fmt: skip
 
 

@@ -381,12 +381,11 @@ def push_space(
     token: Annotated[str | None, typer.Option(help="By default your login.", envvar="HF_TOKEN")] = None,
 ) -> None:
     """Publish an app that draws with a model, as a Space: classes or a prompt, samplers, the chain as it runs."""
-    from diffusers.utils import logging
     from huggingface_hub.utils import disable_progress_bars
 
     from . import spaces
 
-    logging.set_verbosity_error()
+    quiet()
     disable_progress_bars()
     token = own_token(token)
     if out and (space or private):

@@ -333,23 +333,33 @@ class Rows:
 
     def part(self, indices: np.ndarray) -> "Rows":
         """Some of the rows."""
-        numbers = np.array([self.number_of(index) for index in indices])
+        numbers = np.asarray(indices) if self.numbers is None else self.numbers[indices]
         return dataclasses.replace(self, dataset=self.dataset.select(indices), numbers=numbers)
 
     def fingerprint(self, looked_at: int = 256) -> str | None:
         """A digest of the number of images and of some, evenly spread, as they are encoded; None for a stream."""
         if not hasattr(self.dataset, "__len__"):
             return None
-        found = hashlib.sha256(str(len(self.dataset)).encode())
         count = len(self.dataset)
+        found = hashlib.sha256(str(count).encode())
         places = [place * count // looked_at for place in range(looked_at)] if count > looked_at else range(count)
         for row in self.dataset.select_columns([self.image_column]).select(places):
-            value = row[self.image_column]
-            if isinstance(value, dict):
-                found.update(value["bytes"] if value.get("bytes") is not None else Path(value["path"]).read_bytes())
-            else:
-                found.update(np.ascontiguousarray(value).tobytes())
+            found.update(self._encoded(row[self.image_column]))
         return found.hexdigest()[:16]
+
+    def _encoded(self, value: Any) -> bytes:
+        """An image's cell as bytes; none of one that is missing, which reading it for training will name."""
+        if value is None:
+            return b""
+        if not isinstance(value, dict):
+            return np.ascontiguousarray(value).tobytes()
+        if value.get("bytes") is not None or value.get("path") is None:
+            return value.get("bytes") or b""
+        try:
+            self.check_place(value["path"])
+            return Path(value["path"]).read_bytes()
+        except (OSError, ValueError):
+            return b""
 
 
 def load_rows(

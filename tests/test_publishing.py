@@ -16,7 +16,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 
 from ddpm_hf import DDPMPipeline, DDPMScheduler
-from ddpm_hf.data import read_dataset
+from ddpm_hf.data import Rows, read_dataset
 from ddpm_hf.model_card import write_pictures
 from ddpm_hf.publishing import Publisher, attributes, files_to_publish, frozen_copy, outdated, read_remote
 from ddpm_hf.saving import save_half_precision, save_image, save_model, save_pipeline
@@ -404,6 +404,16 @@ def test_a_fingerprint_tells_data_from_data(tmp_path):
     embedded = datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "one"), split="train")
     embedded.save_to_disk(tmp_path / "saved")  # with the files' bytes in it
     assert own == read_dataset(None, str(tmp_path / "saved")).fingerprint()
+
+
+def test_an_image_that_cannot_be_read_does_not_keep_data_from_its_fingerprint(tmp_path):
+    """Else a run with --skip_broken_images dies of an image that it would leave out."""
+    rows = read_dataset(None, str(write_images(tmp_path / "images", random_pixels(3, 8, 8, 0))))
+    whole = rows.fingerprint()
+    (tmp_path / "images" / "1.png").unlink()
+    assert rows.fingerprint() != whole
+    column = datasets.Dataset.from_dict({"image": [None, None]})
+    assert Rows(column, "none", "image").fingerprint() == Rows(column, "none", "image").fingerprint()
 
 
 def test_what_an_earlier_upload_had_and_this_one_has_not_goes():

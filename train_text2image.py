@@ -468,7 +468,7 @@ def train(config: Text2ImageConfig) -> None:
         with averaged_weights(state, unwrap(accelerator, state.model)) as trained:
             if accelerator.is_main_process:
                 publisher.finish(trained, state.step)
-    elif not finished:
+    else:
         publisher.stopped()
     end_training(accelerator)
 

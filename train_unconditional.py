@@ -294,7 +294,7 @@ def train(config: UnconditionalConfig) -> None:
         with averaged_weights(state, unwrap(accelerator, state.model)) as trained:
             if accelerator.is_main_process:
                 publisher.finish(trained, state.step)
-    elif not finished:
+    else:
         publisher.stopped()
     end_training(accelerator)
 

@@ -1,0 +1,28 @@
+"""A processor that rounds differently, emulated: `OTHER_ROUNDING=1 pytest` finds tests that compare too exactly.
+
+Kernels choose their way by the alignment of the weights (safetensors maps a file, so loaded weights lie elsewhere than
+freshly made ones) and by the batch size, and round differently then. Which processors do is luck; this makes every layer
+do it, by a few units in the last place. Equality to the bit must be asserted only where the same computation is repeated
+with the same alignment and batch size.
+"""
+
+import torch
+
+ROUNDING = 2.0**-22  # about 2 units in the last place of float32
+
+
+def install() -> None:
+    """Make the layers' outputs depend, in their last bits, on the alignment of the weights and on the batch size."""
+    for kind in (torch.nn.Linear, torch.nn.Conv2d, torch.nn.GroupNorm, torch.nn.LayerNorm):
+        kind.forward = _rounding_otherwise(kind.forward)
+
+
+def _rounding_otherwise(forward):
+    def other_forward(self, x, *args, **kwargs):
+        output = forward(self, x, *args, **kwargs)
+        if self.weight is None or torch.compiler.is_compiling() or output.dtype != torch.float32:
+            return output
+        units = self.weight.data_ptr() // 4 % 16 + 3 * x.shape[0] % 5
+        return output * (1 + units * ROUNDING) if units else output
+
+    return other_forward

@@ -15,6 +15,7 @@ from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 
 from ddpm_hf import DDPMPipeline, DDPMScheduler, TextToImageDDPMPipeline, cli
+from ddpm_hf.cli.sample import wanted_classes
 from ddpm_hf.training.randomness import keyed_seed
 from tests.fixtures_pipeline import tiny_unet
 from tests.fixtures_text import tiny_text_pipeline
@@ -283,7 +284,7 @@ def test_class_names_that_look_like_ids_are_names():
     names = sorted(str(number) for number in range(12))
     config = SimpleNamespace(id2label={str(number): name for number, name in enumerate(names)})
     model = SimpleNamespace(config=config, class_ids=None, null_class=12)
-    assert cli.wanted_classes(model, None, ["2", "11"], 1.0, 4) == [names.index("2"), names.index("11")] * 2
+    assert wanted_classes(model, None, ["2", "11"], 1.0, 4) == [names.index("2"), names.index("11")] * 2
 
 
 # By prompt

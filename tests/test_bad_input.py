@@ -236,7 +236,7 @@ def read_digits():
 @pytest.fixture
 def digits(read_digits, monkeypatch):
     """The embedded digits without the wait."""
-    monkeypatch.setattr("ddpm_hf.data.embedded_digits", lambda part, size: read_digits[part])
+    monkeypatch.setattr("ddpm_hf.data.reading.embedded_digits", lambda part, size: read_digits[part])
 
 
 TABLE = {**COMBINATIONS, **DATA, **MODELS}

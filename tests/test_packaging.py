@@ -110,7 +110,8 @@ def test_the_ground_imports_nothing_of_the_package(module):
 
 def test_data_imports_training_alone():
     """Else reading images depends on diffusion."""
-    assert {unit(name) for name in own_imports("ddpm_hf.data")} <= {"ddpm_hf.training"}
+    for module in [module for module in FILES if unit(module) == "ddpm_hf.data"]:
+        assert {unit(name) for name in own_imports(module)} <= {"ddpm_hf.data", "ddpm_hf.training"}
 
 
 def test_imports_run_downward_only():
@@ -130,7 +131,7 @@ def test_imports_run_downward_only():
 @pytest.mark.parametrize("module", [module for module in FILES if module != "ddpm_hf"])
 def test_nothing_imports_the_top(module):
     """Else the command or a script becomes a library."""
-    assert not {unit(name) for name in own_imports(module)} & TOP
+    assert not {unit(name) for name in own_imports(module)} & (TOP - {unit(module)})
 
 
 @pytest.mark.parametrize("module", [module for module in FILES if unit(module) == "ddpm_hf.training"])

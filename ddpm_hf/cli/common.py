@@ -1,0 +1,28 @@
+"""What several commands share."""
+
+
+def quiet() -> None:
+    """Leave it to this command to say what matters."""
+    import warnings
+
+    from diffusers.utils import logging
+    from transformers.utils import logging as transformers_logging
+
+    for library in (logging, transformers_logging):
+        library.set_verbosity(logging.CRITICAL)  # an error is one line, and main says it
+        library.disable_progress_bar()
+    # Diffusers hands to the Hub's client an argument that it knows no more
+    warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks.*")
+
+
+def own_token(token: str | None) -> str | None:
+    """The token, without the line's end that a file or a variable may have added.
+
+    Raises:
+        ValueError: it cannot be one; it is not shown.
+    """
+    from ..training.config import check_token
+
+    token = token and token.strip()
+    check_token("token", token or None)
+    return token or None

@@ -1,0 +1,235 @@
+"""Rows behind torch's DataLoader: batches of images, small datasets kept decoded, and batches of a stream."""
+
+import sys
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from .errors import DataError, broken_image, unreadable
+from .images import ImageTransform, augmentation_uniforms, choose_caption, decode_row, reason_of
+from .rows import Rows, label_ids
+
+
+def should_cache(rows: Rows, transform: ImageTransform, cache: str, budget: float = 0.25) -> bool:
+    """Whether to keep all images decoded: `always`, `never`, or `auto`, if they fit in a share of the free memory."""
+    if cache != "auto":
+        return cache == "always"
+    import psutil
+
+    one = transform.height * transform.width * transform.channels * (4 if transform.keep_precision else 1)
+    spare = 1 if transform.center_crop else 2  # what a random crop does not use is kept too
+    return len(rows.dataset) * one * spare < budget * psutil.virtual_memory().available
+
+
+class RowDecoder(NamedTuple):
+    """A dataset's rows as resized pixels."""
+
+    rows: Rows
+    transform: ImageTransform
+    skip_broken: bool = False
+
+    def __call__(self, row: dict, index: int) -> np.ndarray | None:
+        """[H', W', C], or None for a broken image that is to be skipped.
+
+        Raises:
+            DataError: a broken image, named.
+        """
+        value = row[self.rows.image_column]
+        name = self.rows.name_of(row, index)
+        try:
+            if isinstance(value, dict) and value.get("path") is not None and value.get("bytes") is None:
+                self.rows.check_place(value["path"])
+            return self.transform.resize(decode_row(value, name))
+        except Exception as error:  # also what damaged EXIF data or a palette without colours makes PIL raise
+            if self.skip_broken:
+                return None
+            reason = reason_of(error)
+            raise error if reason.startswith("broken image") else broken_image(name, reason) from error
+
+
+class ImageDataset(torch.utils.data.Dataset):
+    """Batches of images for keys (epoch, index): uint8 [N, C, H, W], or float32 in [0, 1] with `keep_precision`.
+
+    Cached images are decoded and resized once; cropping and flipping, which are functions of (seed, epoch, index),
+    happen each time. Use it with a batch sampler and `collate_fn=identity`.
+    """
+
+    def __init__(
+        self, rows: Rows, transform: ImageTransform, seed: int, cached: bool = False, skip_broken: bool = False
+    ):
+        self.rows, self.transform, self.seed = rows, transform, seed
+        self.decode = RowDecoder(rows, transform, skip_broken)
+        self.cache, self.broken_left_out = None, False
+        self.indices = np.arange(len(rows.dataset))  # of the rows that can be read, as far as is known
+        if len(self.indices) == 0:
+            raise DataError(f"{rows.name} has no images")
+        self.labels = None  # ids, one for each of `indices`
+        if rows.label_column is not None:
+            self.labels = label_ids(rows.dataset[rows.label_column], rows)
+        self.captions = None  # as they stand in the column, one for each of `indices`
+        if rows.caption_column is not None:
+            self.captions = list(rows.dataset[rows.caption_column])
+        if cached:
+            self._fill_cache()
+
+    def _fill_cache(self) -> None:
+        """Decode everything; with `skip_broken`, leave out what cannot be."""
+        quiet = len(self.indices) < 2000 or not sys.stderr.isatty()
+        rows = tqdm(self.rows.dataset, desc="decoding", disable=quiet)
+        pixels = [self.decode(row, index) for index, row in enumerate(rows)]
+        self._keep(np.array([one is not None for one in pixels]))
+        pixels = [one for one in pixels if one is not None]
+        self.cache = np.stack(pixels) if len({one.shape for one in pixels}) == 1 else pixels
+
+    def leave_out_broken(self) -> None:
+        """Decode everything once, to know what can be read, where broken images are skipped."""
+        if self.decode.skip_broken and self.cache is None and not self.broken_left_out:
+            self.broken_left_out = True
+            self._keep(np.array([self.decode(row, i) is not None for i, row in enumerate(self.rows.dataset)]))
+
+    def _keep(self, readable: np.ndarray) -> None:
+        if not readable.any():
+            raise DataError(f"{self.rows.name}: not one of {len(readable)} images can be read")
+        if not readable.all():
+            tqdm.write(f"skipped {(~readable).sum()} broken images of {len(readable)}", file=sys.stderr)
+        self.indices = self.indices[readable]
+        self.labels = None if self.labels is None else self.labels[readable]
+        if self.captions is not None:
+            self.captions = [caption for caption, good in zip(self.captions, readable) if good]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def name_of(self, row: int) -> str:
+        """What to call one of a batch's `index`."""
+        return self.rows.name_of(self.rows.dataset[row], row)
+
+    def _read(self, index: int) -> tuple[int, np.ndarray]:
+        """Image `index`, or the next one that can be read, and which it is."""
+        if self.cache is not None:
+            return index, self.cache[index]
+        for candidate in range(index, index + len(self)):
+            row = int(self.indices[candidate % len(self)])
+            pixels = self.decode(self.rows.read(row), row)
+            if pixels is not None:
+                return candidate % len(self), pixels
+        raise DataError(f"{self.rows.name}: not one of {len(self)} images can be read")
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> dict[str, torch.Tensor]:
+        """A batch: `images`, `index`, their rows [N], and `labels` [N] and `captions`, where there are any."""
+        found = [self._read(index) for _, index in keys]
+        uniforms = [augmentation_uniforms(self.seed, epoch, index) for epoch, index in keys]
+        images = [self.transform.crop_and_flip(pixels, drawn) for drawn, (_, pixels) in zip(uniforms, found)]
+        chosen = [index for index, _ in found]
+        batch = {"images": torch.from_numpy(np.stack(images)), "index": torch.from_numpy(self.indices[chosen])}
+        return {**batch, **self.described(chosen, uniforms)}
+
+    def described(self, chosen: list[int], uniforms: list[np.ndarray]) -> dict[str, Any]:
+        """The labels and captions of some of the images, as far as there are any."""
+        batch = {}
+        if self.labels is not None:
+            batch["labels"] = torch.from_numpy(self.labels[chosen])
+        if self.captions is not None:
+            named = [f"{self.indices[index]} of {self.rows.name}" for index in chosen]
+            batch["captions"] = [
+                choose_caption(self.captions[index], drawn[3], name)
+                for index, drawn, name in zip(chosen, uniforms, named)
+            ]
+        return batch
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, torch.Tensor]:
+        """One image for a key (epoch, index)."""
+        return {name: value[0] for name, value in self.__getitems__([key]).items()}
+
+
+def identity(batch):
+    """The collate function of a dataset that gives whole batches."""
+    return batch
+
+
+class StreamingBatches(torch.utils.data.IterableDataset):
+    """Batches of a stream without end: the stream is shuffled in a buffer, anew each time it starts over.
+
+    Each rank reads its own shards where there are as many as ranks, else each world-th row. A resumed run replays the
+    stream to its place.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        transform: ImageTransform,
+        seed: int,
+        batch_size: int,
+        rank: int = 0,
+        world: int = 1,
+        skip_batches: int = 0,
+        shuffle_buffer: int = 1000,
+        skip_broken: bool = False,
+    ):
+        from datasets.distributed import split_dataset_by_node
+
+        self.decode = RowDecoder(rows, transform, skip_broken)
+        self.stream = split_dataset_by_node(rows.dataset.shuffle(seed, buffer_size=shuffle_buffer), rank, world)
+        self.rank, self.world, self.seed = rank, world, seed
+        self.batch_size, self.skip_batches = batch_size, skip_batches
+        self.transform = transform
+
+    def _samples(self) -> Iterator[tuple[int, int, dict]]:
+        """(epoch, place in this rank's stream, row), for ever."""
+        epoch = 0
+        while True:
+            self.stream.set_epoch(epoch)
+            # one by one by `iter`: plain iteration shuffles otherwise where torch has a worker than where it has none
+            place, rows = -1, self.stream.iter(batch_size=1)
+            while (row := self._next(rows, epoch, place + 1)) is not None:
+                place += 1
+                yield epoch, place, row
+            if place < 0:
+                raise DataError(f"{self.decode.rows.name}: the stream gave rank {self.rank} no image")
+            epoch += 1
+
+    def _next(self, rows: Iterator[dict], epoch: int, place: int) -> dict | None:
+        """The next row; None at the stream's end."""
+        try:
+            batch = next(rows, None)
+            return None if batch is None else {name: values[0] for name, values in batch.items()}
+        except Exception as error:  # of whatever the stream comes by
+            name = f"row {place} that rank {self.rank} reads of {self.decode.rows.name}, in epoch {epoch + 1},"
+            raise unreadable(name, error) from error
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        batch, to_skip = [], self.skip_batches * self.batch_size
+        for epoch, place, row in self._samples():
+            if to_skip and not self.decode.skip_broken:
+                to_skip -= 1
+                continue
+            pixels = self.decode(row, place)
+            if pixels is None:
+                continue
+            if to_skip:  # replaying, and which rows are broken had to be found again
+                to_skip -= 1
+                continue
+            batch.append((epoch, place * self.world + self.rank, row, pixels))
+            if len(batch) == self.batch_size:
+                yield self._collate(batch)
+                batch = []
+
+    def _collate(self, samples: list[tuple[int, int, dict, np.ndarray]]) -> dict[str, torch.Tensor]:
+        rows = self.decode.rows
+        uniforms = [augmentation_uniforms(self.seed, epoch, sample) for epoch, sample, _, _ in samples]
+        images = [self.transform.crop_and_flip(pixels, u) for u, (_, _, _, pixels) in zip(uniforms, samples)]
+        batch = {
+            "images": torch.from_numpy(np.stack(images)),
+            "index": torch.tensor([sample for _, sample, _, _ in samples]),
+        }
+        if rows.label_column is not None:
+            batch["labels"] = torch.from_numpy(label_ids([row[rows.label_column] for _, _, row, _ in samples], rows))
+        if rows.caption_column is not None:
+            batch["captions"] = [
+                choose_caption(row[rows.caption_column], u[3], f"{sample} of {rows.name}")
+                for u, (_, sample, row, _) in zip(uniforms, samples)
+            ]
+        return batch

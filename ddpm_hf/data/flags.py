@@ -1,0 +1,88 @@
+"""Flags of the data."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from transformers.hf_argparser import HfArg
+
+from .errors import DataError
+from .images import ImageTransform
+
+
+@dataclass
+class DataFlags:
+    """Flags of the data, for every script that reads images."""
+
+    dataset_name: str | None = HfArg(
+        default=None, help="A dataset on the Hub, or a local path. Without any dataset: the embedded digits."
+    )
+    dataset_config_name: str | None = HfArg(default=None, help="The dataset's configuration.")
+    dataset_split: str = HfArg(default="train", help="The split to train on.")
+    train_data_dir: str | None = HfArg(
+        default=None, help="A folder of images (also in class folders), or of parquet, arrow or save_to_disk data."
+    )
+    cache_dir: str | None = HfArg(default=None, help="Where datasets are cached.")
+    streaming: bool = HfArg(default=False, help="Read the dataset as it comes; needs --max_train_steps.")
+    image_column: str | None = HfArg(
+        default=None, aliases=["--dataset_image_column_name"], help="By default the column that holds images."
+    )
+    label_column: str | None = HfArg(
+        default=None,
+        aliases=["--dataset_class_label_column_name"],
+        help="Train by class: the column of the labels (class names, integers or strings; class folders: label).",
+    )
+    resolution: str = HfArg(default="64", help="64, or HEIGHTxWIDTH such as 64x96.")
+    channels: int | None = HfArg(
+        default=None, help="1 for grayscale, 3 for colour; by default what the model has, else 3."
+    )
+    image_interpolation_mode: Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"] = HfArg(
+        default="bilinear", help="How images are resized."
+    )
+    center_crop: bool = HfArg(default=False, help="Crop the centre; by default a random part.")
+    random_flip: bool = HfArg(default=False, help="Flip half of the images left to right.")
+    preserve_input_precision: bool = HfArg(
+        default=False, help="Keep 16- and 32-bit images as they are instead of rounding them to 8 bits."
+    )
+    cache_dataset: Literal["auto", "never", "always"] = HfArg(
+        default="auto", help="Keep all images decoded in memory; auto does if they take a quarter of it at most."
+    )
+    skip_broken_images: bool = HfArg(default=False, help="Leave out images that cannot be read, instead of stopping.")
+    max_train_samples: int | None = HfArg(default=None, help="Train on so many of the images, drawn at random.")
+    validation_split: float = HfArg(
+        default=0.0, help="Share of the images to hold out for --validation_steps, such as 0.05."
+    )
+
+    @property
+    def embedded(self) -> bool:
+        """Whether no dataset is named, so that the embedded digits are meant."""
+        return self.dataset_name is None and self.train_data_dir is None
+
+    def size(self) -> tuple[int, int]:
+        """(height, width) of --resolution."""
+        parts = self.resolution.lower().split("x")
+        if len(parts) > 2 or not all(part.isdecimal() and len(part) < 6 and 0 < int(part) <= 16384 for part in parts):
+            raise DataError(
+                f"--resolution {self.resolution}: give a number up to 16384 such as 64, or HEIGHTxWIDTH such as 64x96"
+            )
+        return int(parts[0]), int(parts[-1])
+
+    def check_data(self) -> None:
+        """Raise DataError for a value out of range or a combination that cannot work."""
+        self.size()
+        if self.channels not in (None, 1, 3):
+            raise DataError(f"--channels {self.channels}: images have 1 or 3")
+        if not 0 <= self.validation_split < 1:
+            raise DataError(f"--validation_split {self.validation_split}: must be at least 0 and less than 1")
+        if self.dataset_name and self.train_data_dir:
+            raise DataError("--dataset_name and --train_data_dir name two datasets; give one of them")
+        if self.streaming and self.embedded:
+            raise DataError("--streaming needs --dataset_name or --train_data_dir; the embedded digits are in memory")
+        if self.max_train_samples is not None and (self.max_train_samples < 1 or self.streaming):
+            raise DataError(f"--max_train_samples {self.max_train_samples}: 1 or more, and not of a stream")
+        if self.streaming and (self.validation_split or self.cache_dataset == "always"):
+            raise DataError("--streaming knows no --validation_split and no --cache_dataset always")
+
+    def transform(self, channels: int) -> "ImageTransform":
+        """What makes the images the model's."""
+        flags = self.center_crop, self.random_flip, self.preserve_input_precision, self.image_interpolation_mode
+        return ImageTransform(*self.size(), channels, *flags)

@@ -1,0 +1,222 @@
+"""Any PIL image as an array in the model's channels, resized, cropped and flipped, and as a tensor in [-1, 1]."""
+
+import io
+import math
+import textwrap
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+
+from .errors import DataError, broken_image
+
+EXECUTED = ("EPS", "WMF")  # formats that PIL hands to an interpreter outside of it
+LONGEST = 32  # an image's side over that of what is cropped from it: of an endless strip, the middle
+
+
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    """Integer and float modes of 16 and 32 bits to L, over their own range rather than cut off at 255."""
+    return Image.fromarray(np.round(_unit_floats(image) * 255).astype(np.uint8))
+
+
+def _unit_floats(image: Image.Image) -> np.ndarray:
+    """A grayscale image of more than 8 bits in [0, 1]: integers over 65535, floats as they are, or over 255."""
+    pixels = np.asarray(image).astype(np.float64)
+    if image.mode == "F":
+        if not np.isfinite(pixels).all():
+            raise DataError("holds NaN or infinity")
+        return np.clip(pixels if pixels.max(initial=0) <= 1 else pixels / 255, 0, 1)
+    return np.clip(pixels / 65535, 0, 1)
+
+
+def prepare_image(image: Image.Image, channels: int, keep_precision: bool = False) -> Image.Image | np.ndarray:
+    """Any PIL image as mode L (1 channel) or RGB (3), upright and on white where it is transparent.
+
+    Args:
+        keep_precision: give 16- and 32-bit grayscale images as float32 [H, W] in [0, 1] instead of rounding to bytes.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        if keep_precision:
+            return _unit_floats(image).astype(np.float32)
+        image = _to_eight_bits(image)
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        straight = {"La": "LA", "RGBa": "RGBA"}.get(image.mode)  # without the alpha multiplied in
+        image = (image.convert(straight) if straight else image).convert("RGBA")
+        canvas = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(canvas, image)
+    if image.mode in ("LAB", "HSV"):  # whose way to gray leads over colour
+        image = image.convert("RGB")
+    return image.convert("L" if channels == 1 else "RGB")
+
+
+class ImageTransform(NamedTuple):
+    """Resize until the image covers height × width, crop to it, flip half of the images."""
+
+    height: int
+    width: int
+    channels: int
+    center_crop: bool = False
+    random_flip: bool = False
+    keep_precision: bool = False
+    interpolation: str = "bilinear"
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height), as PIL says it."""
+        return self.width, self.height
+
+    def resize(self, image: Image.Image) -> np.ndarray:
+        """The random-free part: [H', W', C], uint8, or float32 in [0, 1] with `keep_precision`."""
+        prepared = prepare_image(image, self.channels, self.keep_precision)
+        if isinstance(prepared, np.ndarray):
+            prepared = Image.fromarray(prepared)  # mode F
+        scale = max(self.height / prepared.height, self.width / prepared.width)
+        most = [min(own, math.ceil(LONGEST * side / scale)) for own, side in zip(prepared.size, self.size)]
+        if most != list(prepared.size):
+            left, top = ((own - kept) // 2 for own, kept in zip(prepared.size, most))
+            prepared = prepared.crop((left, top, left + most[0], top + most[1]))
+        size = (max(self.width, round(prepared.width * scale)), max(self.height, round(prepared.height * scale)))
+        if size != prepared.size:
+            prepared = prepared.resize(size, Image.Resampling[self.interpolation.upper()])
+        if self.center_crop:
+            left, top = (size[0] - self.width) // 2, (size[1] - self.height) // 2
+            prepared = prepared.crop((left, top, left + self.width, top + self.height))
+        pixels = np.asarray(prepared)
+        if self.keep_precision and pixels.dtype == np.uint8:
+            pixels = pixels.astype(np.float32) / 255
+        if pixels.ndim == 2:
+            pixels = np.repeat(pixels[:, :, None], self.channels, axis=2)
+        return pixels  # [H', W', C]
+
+    def crop_and_flip(self, pixels: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
+        """The random part, decided by the first three numbers in [0, 1): [H', W', C] -> [C, H, W]."""
+        top = int(uniforms[0] * (pixels.shape[0] - self.height + 1))
+        left = int(uniforms[1] * (pixels.shape[1] - self.width + 1))
+        pixels = pixels[top : top + self.height, left : left + self.width]
+        if self.random_flip and uniforms[2] < 0.5:
+            pixels = pixels[:, ::-1]
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1))  # [C, H, W]
+
+
+def augmentation_uniforms(seed: int, epoch: int, sample: int) -> np.ndarray:
+    """Four numbers in [0, 1) that are a function of (seed, epoch, sample): for crop, flip and caption."""
+    return np.random.Generator(np.random.Philox(key=[seed, 2], counter=[0, sample, epoch, 0])).random(4)
+
+
+def choose_caption(value: Any, uniform: float, name: str) -> str:
+    """One of an image's captions by a number in [0, 1); a missing one is the empty text.
+
+    Raises:
+        DataError: what is neither a text nor a list of texts.
+    """
+    if isinstance(value, (list, tuple, np.ndarray)):
+        value = value[int(uniform * len(value))] if len(value) else None
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise DataError(f"the caption of {name} is {value!r}; captions are texts, or lists of them")
+    return value
+
+
+def to_model_range(images: torch.Tensor) -> torch.Tensor:
+    """uint8 images in 0..255, or floats in [0, 1], to float32 in [-1, 1]; the shape stays.
+
+    >>> to_model_range(torch.tensor([0, 255], dtype=torch.uint8))
+    tensor([-1.,  1.])
+    """
+    return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images.float() * 2 - 1
+
+
+def decode_row(value: Any, name: str) -> Image.Image:
+    """A dataset's cell as a PIL image: encoded bytes, a path, an array or an image.
+
+    Raises:
+        DataError: named, if it is none of these or cannot be decoded.
+    """
+    try:
+        if isinstance(value, dict):
+            value = value["bytes"] if value.get("bytes") is not None else value["path"]
+        if isinstance(value, Image.Image):
+            return value
+        if isinstance(value, (list, np.ndarray)):
+            return _image_of(np.asarray(value))
+        image = Image.open(io.BytesIO(value) if isinstance(value, bytes) else value)
+        if image.format in EXECUTED:
+            raise ValueError(f"{image.format} is a program for another program, and not decoded here")
+        image.load()
+        return image
+    except Exception as error:  # PIL's decoders have no common base for what a damaged file makes them raise
+        raise broken_image(name, reason_of(error)) from error
+
+
+def reason_of(error: Exception) -> str:
+    """Why an image cannot be read, in the same words each time."""
+    if isinstance(error, UnidentifiedImageError):  # whose text shows an address in memory
+        return "it is no image, or its beginning is damaged"
+    return " ".join(str(error).split()) or error.__class__.__name__
+
+
+def _image_of(pixels: np.ndarray) -> Image.Image:
+    """An array [H, W] or [H, W, C] as an image: bytes, integers up to 65535, or floats."""
+    if pixels.dtype.kind == "f":
+        return Image.fromarray(pixels.astype(np.float32))
+    if pixels.min(initial=0) < 0 or pixels.max(initial=0) > 65535:
+        raise ValueError(f"pixels from {pixels.min()} to {pixels.max()}; integers run from 0 to 255 or 65535")
+    return Image.fromarray(pixels.astype(np.uint8 if pixels.max(initial=0) <= 255 else np.int32))
+
+
+LEGEND_LINE = 24  # characters, beyond which a label of a grid goes on in its next line
+LEGEND_FONT = 12  # pixels
+
+
+def image_grid(
+    images: list[Image.Image],
+    columns: int | None = None,
+    scale: int = 1,
+    gap: int = 2,
+    legend: Sequence[str] | None = None,
+) -> Image.Image:
+    """PIL images of one size as one picture, row by row; small ones enlarged `scale` times without smoothing.
+
+    Args:
+        legend: one label for each row, written at its left; long ones are wrapped, and cut off where the row ends.
+
+    >>> image_grid([Image.new("L", (8, 8))] * 6, columns=3, gap=1).size
+    (28, 19)
+    """
+    columns = columns or int(np.ceil(np.sqrt(len(images))))
+    rows = -(-len(images) // columns)
+    width, height = images[0].width * scale, images[0].height * scale
+    labels = [_label(text, height) for text in legend or []]
+    left = max((label.width + 2 * gap for label in labels), default=0)
+    size = (left + gap + columns * (width + gap), gap + rows * (height + gap))
+    canvas = Image.new(images[0].mode, size, "white")
+    for place, image in enumerate(images):
+        row, column = divmod(place, columns)
+        enlarged = image.resize((width, height), Image.Resampling.NEAREST)
+        canvas.paste(enlarged, (left + gap + column * (width + gap), gap + row * (height + gap)))
+    for row, label in enumerate(labels[:rows]):
+        top = gap + row * (height + gap) + max(0, height - label.height) // 2
+        canvas.paste(label.convert(canvas.mode), (left - gap - label.width, top))
+    return canvas
+
+
+def _label(text: str, most_height: int) -> Image.Image:
+    """A text in black on white, wrapped, and no higher than a row of a grid if one line fits into it.
+
+    Characters that the font lacks become boxes.
+    """
+    import matplotlib
+
+    # knows more scripts than Pillow's default font, and is there where matplotlib is
+    font = ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", LEGEND_FONT)
+    text = text.encode("utf-8", "replace").decode("utf-8")
+    lines = textwrap.wrap(text, LEGEND_LINE, max_lines=max(1, most_height // (LEGEND_FONT + 4)), placeholder="…")
+    text = "\n".join(lines)
+    _, _, right, bottom = ImageDraw.Draw(Image.new("L", (1, 1))).multiline_textbbox((0, 0), text, font)
+    label = Image.new("L", (max(1, math.ceil(right)), max(1, math.ceil(bottom))), "white")
+    ImageDraw.Draw(label).multiline_text((0, 0), text, "black", font)
+    return label

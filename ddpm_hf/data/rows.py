@@ -1,0 +1,136 @@
+"""A dataset's rows, whose images are still encoded, so that a broken one can be named; and what its columns mean."""
+
+import dataclasses
+import hashlib
+import numbers
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import DataError, unreadable
+
+
+@dataclass
+class Rows:
+    """A dataset whose images are still encoded, and what its columns mean."""
+
+    dataset: Any  # datasets.Dataset or IterableDataset
+    name: str
+    image_column: str
+    label_column: str | None = None
+    label_names: list[str] = field(default_factory=list)
+    caption_column: str | None = None
+    numbers: np.ndarray | None = None  # of the rows in the dataset that these are a part of
+    folders: tuple[str, ...] = ()  # in which its files lie; where none is named, anywhere
+
+    def name_of(self, row: dict, index: int) -> str:
+        """What to call a row: its file, or its number in the dataset."""
+        value = row[self.image_column]
+        path = value.get("path") if isinstance(value, dict) else None
+        return str(path or f"{self.number_of(index)} of {self.name}")
+
+    def number_of(self, index: int) -> int:
+        """A row's number in the dataset."""
+        return index if self.numbers is None else int(self.numbers[index])
+
+    def read(self, index: int) -> dict:
+        """A row.
+
+        Raises:
+            DataError: the dataset's files can no longer be read.
+        """
+        try:
+            return self.dataset[index]
+        except Exception as error:  # of whatever the dataset's files are read with
+            raise unreadable(f"row {self.number_of(index)} of {self.name}", error) from error
+
+    def check_place(self, path: str) -> None:
+        """Raise ValueError for a file that lies elsewhere: a dataset may be a stranger's, and other files are not."""
+        place = os.path.abspath(path)
+        if self.folders and not any(place.startswith(os.path.join(folder, "")) for folder in self.folders):
+            raise ValueError(f"it lies outside of {self.name}; put the images into it (save_to_disk does)")
+
+    def part(self, indices: np.ndarray) -> "Rows":
+        """Some of the rows."""
+        numbers = np.asarray(indices) if self.numbers is None else self.numbers[indices]
+        return dataclasses.replace(self, dataset=self.dataset.select(indices), numbers=numbers)
+
+    def fingerprint(self, looked_at: int = 256) -> str | None:
+        """A digest of the number of images and of some, evenly spread, as they are encoded; None for a stream."""
+        if not hasattr(self.dataset, "__len__"):
+            return None
+        count = len(self.dataset)
+        found = hashlib.sha256(str(count).encode())
+        places = [place * count // looked_at for place in range(looked_at)] if count > looked_at else range(count)
+        for row in self.dataset.select_columns([self.image_column]).select(places):
+            found.update(self._encoded(row[self.image_column]))
+        return found.hexdigest()[:16]
+
+    def _encoded(self, value: Any) -> bytes:
+        """An image's cell as bytes; none of one that is missing, which reading it for training will name."""
+        if value is None:
+            return b""
+        if not isinstance(value, dict):
+            return np.ascontiguousarray(value).tobytes()
+        if value.get("bytes") is not None or value.get("path") is None:
+            return value.get("bytes") or b""
+        try:
+            self.check_place(value["path"])
+            return Path(value["path"]).read_bytes()
+        except (OSError, ValueError):
+            return b""
+
+
+def name_classes(values, column: str, source: str) -> list[str]:
+    """The classes' names of a column of integers from 0 or of strings, in the order of their ids."""
+    kinds = {type(value) for value in values}
+    if kinds <= {int, bool} and kinds:
+        lowest, highest = min(values), max(values)
+        if lowest < 0:
+            raise DataError(f"label {lowest} in column {column!r} of {source}: labels run from 0")
+        if highest >= max(1000, 10 * len(set(values))):
+            raise DataError(
+                f"label {highest} in column {column!r} of {source}, which holds {len(set(values))} different ones:"
+                " integers are class ids that run from 0; give the classes as strings"
+            )
+        return [str(number) for number in range(int(highest) + 1)]
+    if kinds == {str}:
+        return sorted(set(values))
+    kinds = ", ".join(sorted(kind.__name__ for kind in kinds))
+    raise DataError(f"column {column!r} of {source} holds {kinds}; labels are integers from 0 or strings")
+
+
+def label_ids(values, rows: Rows) -> np.ndarray:
+    """Labels as they stand in the column, as ids int64 [N].
+
+    Raises:
+        DataError: a label outside the classes.
+    """
+    known = {name: number for number, name in enumerate(rows.label_names)}
+    ids = [
+        known.get(value, -1) if isinstance(value, str) else int(value) if isinstance(value, numbers.Integral) else -1
+        for value in values
+    ]
+    for value, number in zip(values, ids):
+        if not 0 <= number < len(known):
+            raise DataError(
+                f"label {value!r} in column {rows.label_column!r} of {rows.name} is none of its {len(known)} classes"
+            )
+    return np.array(ids, dtype=np.int64)
+
+
+def split_rows(rows: Rows, held_out: float, seed: int) -> tuple[Rows, Rows]:
+    """Rows to train on, and a random share of them held out.
+
+    Raises:
+        DataError: a share that leaves either part empty.
+    """
+    count = len(rows.dataset)
+    test = round(count * held_out)
+    if not 0 < test < count:
+        raise DataError(f"--validation_split {held_out} of {count} images leaves nothing to train on or to hold out")
+    order = np.random.Generator(np.random.Philox(key=[seed, 3])).permutation(count)
+    return rows.part(np.sort(order[test:])), rows.part(np.sort(order[:test]))

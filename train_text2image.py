@@ -33,7 +33,7 @@ from ddpm_hf.data import CAPTION_COLUMN, DIGIT_NAMES, DataError, DataFlags, shou
 from ddpm_hf.feeding import Images, make_batches, make_plan, open_images
 from ddpm_hf.flags import ScheduleFlags, use_xformers
 from ddpm_hf.latents import cache_embeddings, cached_latents, x_start_of
-from ddpm_hf.models import use_matmul_attention
+from ddpm_hf.models import choose_attention
 from ddpm_hf.objectives import LOSS_TYPES, UniformTimestepSampler, check_objective, training_losses
 from ddpm_hf.portable.pipeline_text2image_ddpm_hf import TextToImageDDPMPipeline, tokenize
 from ddpm_hf.portable.scheduling_ddpm_hf import PREDICTION_TYPES, DDPMScheduler
@@ -518,7 +518,7 @@ def trained_model(config: Text2ImageConfig, components: Components, accelerator)
     if config.enable_xformers_memory_efficient_attention:
         use_xformers(model.unet)
     if accelerator.device.type == "cpu":
-        use_matmul_attention(model.unet)
+        choose_attention(model.unet)
     return model
 
 

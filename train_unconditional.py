@@ -28,7 +28,7 @@ from ddpm_hf.flags import (
     weaker_layers,
 )
 from ddpm_hf.latents import cached_latents, x_start_of
-from ddpm_hf.models import compiled, use_matmul_attention
+from ddpm_hf.models import choose_attention, compiled
 from ddpm_hf.objectives import TIMESTEP_SAMPLERS, UniformTimestepSampler, simple_losses, training_losses
 from ddpm_hf.portable.pipeline_class_conditional_ddpm_hf import ClassConditionalDDPMPipeline
 from ddpm_hf.portable.pipeline_ddpm_hf import DDPMPipeline
@@ -244,7 +244,7 @@ def train(config: UnconditionalConfig) -> None:
     classes = len(class_names) + (config.class_dropout > 0) if class_names else None
     model = make_unet(arguments, config.variance_type, classes, config)
     if accelerator.device.type == "cpu":
-        use_matmul_attention(model)
+        choose_attention(model)
     if config.cache_latents:
         images.dataset.leave_out_broken()  # before the batches are planned
     plan, total_steps = make_plan(images, config, accelerator.num_processes)

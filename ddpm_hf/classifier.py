@@ -13,7 +13,7 @@ from diffusers.utils import logging as diffusers_logging
 from .data import DataError, DataFlags, ImageDataset, to_model_range
 from .feeding import make_batches, make_plan, open_images
 from .flags import ScheduleFlags, UNetFlags, unet_arguments, weaker_layers
-from .models import build_unet, compiled, use_matmul_attention
+from .models import build_unet, choose_attention, compiled
 from .objectives import UniformTimestepSampler
 from .portable.scheduling_ddpm_hf import DDPMScheduler
 from .saving import save_model
@@ -186,7 +186,7 @@ def train(config: ClassifierConfig) -> None:
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if accelerator.device.type == "cpu":
-        use_matmul_attention(model)
+        choose_attention(model)
     plan, total_steps = make_plan(images, config, accelerator.num_processes)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     summary = f"{images.rows.name}: {len(names)} classes; {parameters:,} parameters, {total_steps} steps"

@@ -1,9 +1,9 @@
-"""A processor that rounds differently, emulated: `OTHER_ROUNDING=1 pytest` finds tests that compare too exactly.
+"""A processor that rounds differently, emulated: `OTHER_ROUNDING=1 pytest` detects tests that compare too exactly.
 
-Kernels choose their way by the alignment of the weights (safetensors maps a file, so loaded weights lie elsewhere than
-freshly made ones) and by the batch size, and round differently then. Which processors do is luck; this makes every layer
-do it, by a few units in the last place. Equality to the bit must be asserted only where the same computation is repeated
-with the same alignment and batch size.
+Kernels choose their code path by the alignment of the weights (safetensors maps a file, so loaded weights lie at other
+addresses than new ones) and by the batch size, and then round differently. Whether they do depends on the processor;
+this makes every layer do it, by a few units in the last place. Equality to the bit must be asserted only where the same
+computation is repeated with the same alignment and batch size.
 """
 
 import torch

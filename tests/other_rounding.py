@@ -2,8 +2,8 @@
 
 Kernels choose their code path by the alignment of the weights (safetensors maps a file, so loaded weights lie at other
 addresses than new ones) and by the batch size, and then round differently. Whether they do depends on the processor;
-this makes every layer do it, by a few units in the last place. Equality to the bit must be asserted only where the same
-computation is repeated with the same alignment and batch size.
+this makes every layer do it, by a few units in the last place. Equality to the bit must be asserted only where the
+same computation is repeated with the same alignment and batch size.
 """
 
 import torch

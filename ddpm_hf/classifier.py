@@ -20,12 +20,15 @@ from .saving import save_model
 from .training.config import TrainingConfig, UsageError, parse_layers
 from .training.faults import ends_in_one_line
 from .training.loop import Losses, averaged_weights, training_loop, unwrap
+from .training.ownership import layout
 from .training.randomness import StepKeys
+from .training.rehearsal import rehearse
 from .training.setup import (
     agree_on_seed,
     begin_training,
     check_resumable,
     claim_output_dir,
+    describe_start,
     end_training,
     find_run,
     log,
@@ -166,7 +169,8 @@ def train(config: ClassifierConfig) -> None:
         beta_schedule=config.ddpm_beta_schedule,
         rescale_betas_zero_snr=config.rescale_betas_zero_snr,
     )
-    found = None if config.dry_run else find_run(config, accelerator)
+    written = layout(model=True)
+    found = find_run(config, accelerator, written, (config.train_data_dir, config.dataset_name))
     config.seed = agree_on_seed(config, found and found[1])
     images = open_images(config, config, arguments["in_channels"], accelerator)
 
@@ -190,31 +194,33 @@ def train(config: ClassifierConfig) -> None:
     plan, total_steps = make_plan(images, config, accelerator.num_processes)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     summary = f"{images.rows.name}: {len(names)} classes; {parameters:,} parameters, {total_steps} steps"
-    if config.dry_run:
-        print(f"{summary}, output {Path(config.output_dir).resolve()}")
-        return
     facts = run_facts(config, images.count, plan, total_steps, classes=names)
     check_resumable(found, model, facts, accelerator, "classifier")
-    claim_output_dir(config, accelerator)
-    log(accelerator, f"seed {config.seed}, {summary}")
-
     parts = {"classifier": model}
     state = begin_training(config, accelerator, model, total_steps, QUARTILES, facts, found, parts=parts)
     if config.compile:
         state.model = compiled(state.model)
+    shared = {"scheduler": scheduler, "accelerator": accelerator}
+    loss_of = functools.partial(compute_loss, **shared)
+    batches = make_batches(images, config, config, plan, state.step, accelerator)
+    batches = rehearse(config, accelerator, state, plan, batches, loss_of)
+    if config.dry_run:
+        print(f"{summary}, output {Path(config.output_dir).resolve()}", describe_start(config, found), sep="\n")
+        return
+    claim_output_dir(config, accelerator, written, state.step)
+    start_trackers(config, accelerator, "train_classifier")
     if accelerator.is_main_process:
         save_settings(config)
-    start_trackers(config, accelerator, "train_classifier")
+    log(accelerator, f"seed {config.seed}, {summary}")
 
-    shared = {"scheduler": scheduler, "accelerator": accelerator}
     finished = training_loop(
         config,
         accelerator,
         state,
         plan,
-        make_batches(images, config, config, plan, state.step, accelerator),
+        batches,
         total_steps,
-        compute_loss=functools.partial(compute_loss, **shared),
+        compute_loss=loss_of,
         validate=images.held_out
         and functools.partial(validation_accuracy, held_out=images.held_out, config=config, **shared),
         save=lambda trained, step: save_model(trained, config.output_dir),

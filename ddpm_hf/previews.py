@@ -70,6 +70,7 @@ def draw_grid(
         chains = [chain for place, _, chain in drawn if place in shown]
         strip = image_grid([image for chain in chains for image in chain], len(chains[0]), scale=scale)
         try:
+            claim_files(config.output_dir, [f"samples/{kind}-{step:06d}.png" for kind in ("step", "chain")])
             save_image(grid, folder / f"step-{step:06d}.png")
             save_image(strip, folder / f"chain-{step:06d}.png")
         except OSError as error:

@@ -435,7 +435,7 @@ def train(config: Text2ImageConfig) -> None:
     if config.dry_run:
         if new_autoencoder:
             own = start_accelerator(config)
-            train_autoencoder(config, config, images, channels, config.size(), own)
+            train_autoencoder(config, config, images, channels, config.size(), own, rehearse_only=True)
         steps = describe(config, images, total_steps, plan.steps_per_epoch)
         print(steps, describe_start(config, found), sep="\n")
         return

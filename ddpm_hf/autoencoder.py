@@ -192,17 +192,18 @@ def train_autoencoder(
     size: tuple[int, int],
     accelerator,
     deadline: float | None = None,
+    rehearse_only: bool = False,
 ) -> AutoencoderKL | None:
     """Train an autoencoder in a folder within the run's, or take the one that was finished there; None if stopped.
 
-    With --dry_run it is not trained: only its first batch is computed.
+    With `rehearse_only` it is not trained: only its first batch is computed.
 
     Raises:
         UsageError: a stream, whose steps nobody can repeat here, or a size that the autoencoder cannot halve.
     """
     folder = Path(config.output_dir) / AUTOENCODER
     if (folder / "config.json").is_file() and config.resume_from_checkpoint:
-        if accelerator.is_main_process and not config.dry_run:
+        if accelerator.is_main_process and not rehearse_only:
             remove_unfinished(folder)
         return load_autoencoder(str(folder)).to(accelerator.device)
     factor = 2 ** (len(flags.widths()) - 1)
@@ -237,7 +238,7 @@ def train_autoencoder(
     loss_of = functools.partial(compute_loss, kl_weight=flags.vae_kl_weight, accelerator=accelerator)
     batches = make_batches(images, training, training, plan, state.step, accelerator)
     batches = rehearse(training, accelerator, state, plan, batches, loss_of)
-    if config.dry_run:
+    if rehearse_only:
         return vae.requires_grad_(False)
     claim_output_dir(training, accelerator, written, state.step)
     finished = training_loop(
@@ -261,7 +262,7 @@ def train_autoencoder(
     scale = measure_scaling_factor(trained, images, config.eval_batch_size, config.seed)
     trained.register_to_config(scaling_factor=scale)
     if accelerator.is_main_process:
-        save_model(trained, folder)
+        save_model(trained, folder, within=folder)
     accelerator.wait_for_everyone()
     log(accelerator, f"autoencoder saved to {folder}, scaling factor {scale}")
     return trained

@@ -223,14 +223,14 @@ def train(config: ClassifierConfig) -> None:
         compute_loss=loss_of,
         validate=images.held_out
         and functools.partial(validation_accuracy, held_out=images.held_out, config=config, **shared),
-        save=lambda trained, step: save_model(trained, config.output_dir),
+        save=lambda trained, step: save_model(trained, config.output_dir, within=config.output_dir),
         name_of=images.name_of,
         deadline=deadline,
     )
     if finished:
         with averaged_weights(state, unwrap(accelerator, state.model)) as trained:
             if accelerator.is_main_process:
-                save_model(trained, config.output_dir)
+                save_model(trained, config.output_dir, within=config.output_dir)
         log(accelerator, f"saved to {config.output_dir}: NoisyClassifier.from_pretrained({config.output_dir!r})")
     end_training(accelerator)
 

@@ -108,7 +108,7 @@ class TensorTable:
 
     def remove_unfinished(self) -> None:
         """Remove what killed writes left behind; another run may be writing too, but not for an hour at one part."""
-        for path in self.folder.glob(f".writing-*{SCRAP}"):
+        for path in self.folder.glob(".writing-*"):
             with contextlib.suppress(FileNotFoundError):  # another run does the same
                 if time.time() - path.stat().st_mtime > 3600:
                     shutil.rmtree(path)
@@ -218,7 +218,7 @@ def check_cacheable(images: ImageDataset, every: bool = False) -> None:
     size = (images.transform.height, images.transform.width)
     if images.transform.center_crop:
         return
-    shapes = (pixels.shape[:2] for pixels in images.cache or ())
+    shapes = (pixels.shape[:2] for pixels in (() if images.cache is None else images.cache))
     if images.cache is None and every:
         shapes = (images._read(index)[1].shape[:2] for index in range(len(images)))
     if any(tuple(shape) != size for shape in shapes):

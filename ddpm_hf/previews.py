@@ -11,6 +11,7 @@ from .data import image_grid
 from .saving import save_image
 from .training.config import TrainingConfig
 from .training.faults import out_of_memory, storage_fault, warn
+from .training.ownership import claim_files
 from .training.randomness import keyed_seed
 from .training.setup import track_image
 from .training.stopping import InterruptedLookError

@@ -21,7 +21,7 @@ def save_model(model, folder: str | Path, only: str = "*", within: str | Path | 
 
     Args:
         only: of the files that it writes, those whose names match.
-        within: the output folder whose manifest lists them, by default `folder`.
+        within: the output folder whose manifest lists them, if there is one.
         options: for `save_pretrained`.
 
     Returns: what was written, relative to the folder.
@@ -38,12 +38,8 @@ def save_model(model, folder: str | Path, only: str = "*", within: str | Path | 
             forget_origin(path)
         flush_tree(beside)
         places = [path.relative_to(beside) for path in beside.rglob(only) if path.is_file()]
-        root = folder if within is None else Path(within)
-        names = [(folder / place).relative_to(root).as_posix() for place in places]
-        for name in names:
-            if not may_write(root, name):
-                raise UsageError(f"{root / name} is not of a run and would be replaced; move it, or remove it")
-        claim_files(root, names)
+        if within is not None:
+            claim_places(Path(within), [(folder / place).relative_to(within).as_posix() for place in places])
         for last in (False, True):  # a config says that the model beside it is there: it goes last
             moved = [place for place in places if (place.suffix == ".json") == last]
             for place in moved:
@@ -57,6 +53,14 @@ def save_model(model, folder: str | Path, only: str = "*", within: str | Path | 
         shutil.rmtree(beside, ignore_errors=True)
 
 
+def claim_places(folder: Path, names: list[str]) -> None:
+    """List files in the manifest of an output folder, but refuse to replace what is not of a run there."""
+    for name in names:
+        if not may_write(folder, name):
+            raise UsageError(f"{folder / name} is not of a run and would be replaced; move it, or remove it")
+    claim_files(folder, names)
+
+
 def forget_origin(config: Path) -> None:
     """Drop where a model was loaded from: a path of this machine, or another one where its training was resumed."""
     settings = json.loads(config.read_text(encoding="utf-8"))
@@ -66,7 +70,7 @@ def forget_origin(config: Path) -> None:
 
 def save_pipeline(pipeline, folder: str | Path) -> None:
     """Save a pipeline as `save_model` does; variants of its weights that were saved before go: they are of others."""
-    written = {place.as_posix() for place in save_model(pipeline, folder)}
+    written = {place.as_posix() for place in save_model(pipeline, folder, within=folder)}
     outdated = [
         name
         for name in listed(folder)

@@ -268,7 +268,7 @@ def leave_scraps(folder):
     scraps = (
         ".metrics.jsonl.a1b2c3d4.partial",
         "samples/.step-000005.png.a1b2c3d4.partial",
-        "assets/.a.png.a1b2c3d4.partial",
+        "assets/.loss.png.a1b2c3d4.partial",
     )
     for name in scraps:
         (folder / name).write_bytes(b"cut o")
@@ -489,7 +489,7 @@ def test_a_saved_model_does_not_tell_where_it_was_loaded_from(tmp_path):
 
 def test_scraps_beside_a_finished_autoencoder_go(tmp_path):
     """Else a run killed while its autoencoder was saved keeps a second copy of it."""
-    folder = tmp_path / autoencoder.FOLDER
+    folder = tmp_path / autoencoder.AUTOENCODER
     folder.mkdir()
     leave_scraps(folder)
     flags = SimpleNamespace(output_dir=str(tmp_path), resume_from_checkpoint="latest")

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from .config import UsageError
 
 MANIFEST = "manifest.json"
-SCRAP = ".ddpm_hf.partial"  # how the name of a file or folder ends until it is complete
+SCRAP = ".partial"  # how the name of a file or folder ends until it is complete
 
 
 def write_whole(path: Path, data: str | bytes) -> None:

@@ -15,13 +15,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from .checkpointing import SCRAP, checkpoint_step, discard, flush, is_sealed, strangers, write_whole
+from .checkpointing import checkpoint_step, discard, flush, is_sealed, strangers, write_whole
 from .config import UsageError
 
-MANIFEST = ".ddpm_hf_files.json"
-EARLIER = ".earlier-run"  # where a run that is being replaced waits
-# What a write that was killed leaves behind: each write begins under such a name
-UNFINISHED = (f"{EARLIER}.partial", f".*{SCRAP}", f"*/.*{SCRAP}", f"cache/*/.*{SCRAP}")
+MANIFEST = "ddpm_hf_files.json"
+EARLIER = "earlier-run"  # where a run that is being replaced waits
 AUTOENCODER = "autoencoder"  # the folder of a run of its own, within that of the model that it is for
 ABOUT = "Files that ddpm_hf wrote here. It replaces and removes no others."
 RUN = "run"  # the manifest's part for a model and its training; other programs have parts of their own
@@ -49,14 +47,18 @@ def _has(*keys: str) -> Callable[[Path], bool]:
     return test
 
 
-def _logs_steps(path: Path) -> bool:
-    """Whether the first line is a JSON object with a step, as in `metrics.jsonl`."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            line = file.readline()
-        return not line or type(json.loads(line)["step"]) is int
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+def _logs(*keys: str) -> Callable[[Path], bool]:
+    """A test whether the first line of a file is a JSON object with these keys."""
+
+    def test(path: Path) -> bool:
+        try:
+            with open(path, encoding="utf-8") as file:
+                line = json.loads(file.readline())
+        except (OSError, ValueError):
+            return False
+        return isinstance(line, dict) and set(keys) <= set(line)
+
+    return test
 
 
 def _is_results(path: Path) -> bool:
@@ -97,8 +99,8 @@ class Entry(NamedTuple):
 
 CHECKPOINT = Entry("checkpoint-#/", recognised=is_sealed)
 SETTINGS = Entry("training_config.json", recognised=_has("output_dir", "checkpointing_steps"))
-STEPS = Entry("metrics.jsonl", published=True, recognised=_logs_steps)
-TIMINGS = Entry("timings.jsonl", recognised=_logs_steps)
+STEPS = Entry("metrics.jsonl", published=True, recognised=_logs("step", "epoch"))
+TIMINGS = Entry("timings.jsonl", recognised=_logs("step", "seconds"))
 TRAINING = (
     CHECKPOINT,
     Entry("checkpoint-#.superseded/", recognised=is_sealed),
@@ -259,14 +261,16 @@ def has_manifest(folder: Path) -> bool:
 def _listed_or_recognised(folder: Path) -> list[str]:
     if not has_manifest(folder):
         return recognise(folder)
-    names = listed(folder)
+    copied = {n for one in TRAINING[:3] for n in matching(folder, one.pattern) if is_sealed(folder / n)}
+    names = {**listed(folder), **dict.fromkeys(sorted(copied))}
     kinds = (".partial/", ".superseded/", ".superseded.partial/")  # of a checkpoint under way, or that went
-    return [*names, *(name[:-1] + kind for name in names if name.endswith("/") for kind in kinds)]
+    return list(dict.fromkeys([*names, *(name[:-1] + kind for name in names if name.endswith("/") for kind in kinds)]))
 
 
 def recognise(folder: Path) -> list[str]:
     """The files of a run of a version without manifests; empty where nothing proves that there was one."""
-    if not any(one.recognised(folder / n) for one in (CHECKPOINT, SETTINGS) for n in matching(folder, one.pattern)):
+    proofs = (CHECKPOINT, SETTINGS, TIMINGS)
+    if not any(one.recognised(folder / name) for one in proofs for name in matching(folder, one.pattern)):
         return []
     index = _read_json(folder / "model_index.json")
     components = [name for name in COMPONENTS if isinstance(index, dict) and name in index]
@@ -283,6 +287,8 @@ def in_the_way(folder: Path, entries: Sequence[Entry], ours: Iterable[str]) -> l
     """What exists under the names that a run is to write, and is not of `ours`."""
     ours = set(ours)
     found = [name for one in entries for name in matching(folder, one.pattern) if name not in ours]
+    if os.path.lexists(folder / EARLIER) and _record(folder) is None:
+        found.append(EARLIER)
     parents = {parent.as_posix() for one in entries for parent in PurePosixPath(one.pattern).parents}
     return [*found, *sorted(name for name in parents if os.path.isfile(folder / name))]
 
@@ -444,8 +450,8 @@ def settle(folder: str | Path, *, training: bool = False) -> None:
     folder, record = Path(folder), _record(Path(folder))
     if record is None:
         aside = folder / EARLIER
-        if aside.is_dir() and not any(aside.iterdir()):
-            aside.rmdir()
+        if aside.is_dir() and not any(one.name != MANIFEST for one in aside.iterdir()):  # nothing was moved yet
+            discard(aside)
         return
     by = record["by"]
     elsewhere = by.get("host") != platform.node()
@@ -462,10 +468,22 @@ def forget_removed_checkpoints(folder: Path) -> None:
     release_files(folder, [f"{name}/" for name in names if name not in there])
 
 
+# How the names of files and folders look while they are written
+_UNFINISHED = re.compile(r"\.(saving-|writing-|publishing-|.+\.)[a-z0-9_]{8}\.partial")
+
+
 def remove_unfinished(folder: Path) -> None:
     """Remove what killed writes left in a run's folder; no other process may be writing there."""
-    names = [path.relative_to(folder).as_posix() for pattern in UNFINISHED for path in folder.glob(pattern)]
-    names += [name for name in run_files(folder) if name.endswith(".partial/") and "/" not in name[:-1]]
+    places = {PurePosixPath(entry.pattern).parent.as_posix() for entry in LAYOUT}
+    names = [
+        path.relative_to(folder).as_posix()
+        for pattern in (*places, "cache/*")
+        for path in folder.glob(f"{pattern}/.*.partial")
+        if _UNFINISHED.fullmatch(path.name)
+    ]
+    names += [name for name in run_files(folder) if re.fullmatch(r"checkpoint-\d+(\.superseded)?\.partial/", name)]
+    if os.path.isdir(folder / f"{EARLIER}.partial"):
+        names.append(f"{EARLIER}.partial")
     for name in names:
         path = folder / name
         if is_within(folder, name) and not path.is_symlink():

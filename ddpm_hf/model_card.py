@@ -155,7 +155,7 @@ def write_pictures(folder: Path) -> None:
         elif grids and may_write(folder, target):  # what lies there is of other weights
             remove(folder, target)
             release_files(folder, [target])
-    if run is not None and run.get("pictures_step") != drawn and may_write(folder, RUN_FILE):
+    if run is not None and run.get("pictures_step") != drawn and (grids or may_write(folder, RUN_FILE)):
         write_whole(folder / RUN_FILE, json.dumps({**run, "pictures_step": drawn}, indent=1) + "\n")
     if any("loss" in line for line in metrics):
         write_picture(folder, LOSS_CURVE, loss_curve(metrics))

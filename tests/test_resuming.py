@@ -24,6 +24,7 @@ from ddpm_hf.publishing import save_model
 from ddpm_hf.training import checkpointing
 from ddpm_hf.training.checkpointing import find_checkpoint, list_checkpoints, read_manifest, rotate, seal
 from ddpm_hf.training.loop import KeyedBatchSampler, StepPlan
+from ddpm_hf.training.ownership import claim_files
 from ddpm_hf.training.randomness import keyed_permutation
 from tests.fixtures_pipeline import tiny_unet
 from tests.fixtures_unconditional import encoded, random_pixels, run_script, words, write_rows, write_unet
@@ -492,6 +493,7 @@ def test_scraps_beside_a_finished_autoencoder_go(tmp_path):
     folder = tmp_path / autoencoder.AUTOENCODER
     folder.mkdir()
     leave_scraps(folder)
+    claim_files(folder, ["checkpoint-4/"])
     flags = SimpleNamespace(output_dir=str(tmp_path), resume_from_checkpoint="latest")
     save_model(autoencoder.make_autoencoder(autoencoder.AutoencoderFlags(vae_widths="8,16"), 1, (8, 8), 0), folder)
     accelerator = SimpleNamespace(is_main_process=True, device=torch.device("cpu"))

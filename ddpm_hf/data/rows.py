@@ -25,6 +25,7 @@ class Rows:
     caption_column: str | None = None
     numbers: np.ndarray | None = None  # of the rows in the dataset that these are a part of
     folders: tuple[str, ...] = ()  # in which its files lie; where none is named, anywhere
+    left_out: str = ""  # what of the dataset's files is not read, and why
 
     def name_of(self, row: dict, index: int) -> str:
         """What to call a row: its file, or its number in the dataset."""

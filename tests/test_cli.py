@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import diffusers
 import numpy as np
@@ -15,7 +14,7 @@ from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 
 from ddpm_hf import DDPMPipeline, DDPMScheduler, TextToImageDDPMPipeline, cli
-from ddpm_hf.cli.sample import wanted_classes
+from ddpm_hf.cli.conditions import class_ids
 from ddpm_hf.training.randomness import keyed_seed
 from tests.fixtures_pipeline import tiny_unet
 from tests.fixtures_text import tiny_text_pipeline
@@ -282,9 +281,9 @@ def test_threads_are_not_left_changed(run, model, tmp_path):
 def test_class_names_that_look_like_ids_are_names():
     """Else `--class 2` draws the class that sorts third among "0", "1", "10", "11", "2"."""
     names = sorted(str(number) for number in range(12))
-    config = SimpleNamespace(id2label={str(number): name for number, name in enumerate(names)})
-    model = SimpleNamespace(config=config, class_ids=None, null_class=12)
-    assert wanted_classes(model, None, ["2", "11"], 1.0, 4) == [names.index("2"), names.index("11")] * 2
+    id2label = {str(number): name for number, name in enumerate(names)}
+    assert class_ids(["2", "11"], id2label) == [names.index("2"), names.index("11")]
+    assert class_ids(None, id2label) == list(range(12))
 
 
 # By prompt

@@ -1,0 +1,142 @@
+"""What `ddpm-hf sample` samples from: classes, prompts or nothing; and what guides it there."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What each image is sampled from: one of `given`, in turn.
+
+    Args:
+        given: class ids, or prompts; empty for a model that is sampled without either.
+        options: further arguments of the pipeline's call.
+        by_keyword: whether the pipeline takes `given` as `class_labels`, for the classifier that guides it.
+    """
+
+    given: Sequence[Any] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+    by_keyword: bool = False
+
+    def sample(self, pipeline, indices: range, **options):
+        """The pipeline's output for the images of these indices."""
+        chosen = [self.given[index % len(self.given)] for index in indices if self.given]
+        if self.by_keyword:
+            options["class_labels"] = chosen
+        return pipeline(len(indices) if self.by_keyword or not chosen else chosen, **self.options, **options)
+
+
+def read_conditions(
+    pipeline,
+    classifier: str | Path | None,
+    classes: Sequence[str] | None,
+    prompts: Sequence[str] | None,
+    negative_prompt: str | None,
+    guidance: tuple[float | None, float, tuple[int, int] | None],
+    classifier_scale: float,
+) -> Conditions:
+    """What the options ask of a pipeline.
+
+    Args:
+        classifier: the folder of one that guides the pipeline.
+        guidance: scale (None: the default of the model's kind), rescale and interval.
+
+    Raises:
+        ValueError: options that the model cannot fulfil.
+    """
+    if hasattr(pipeline, "tokenizer"):
+        return _by_prompt(prompts, negative_prompt, classes, classifier, guidance, classifier_scale)
+    if prompts or negative_prompt:
+        raise ValueError("this model reads no text; leave out --prompt and --negative-prompt")
+    guide = None if classifier is None else load_classifier(Path(classifier), pipeline).to(pipeline.device)
+    if guide is None:
+        _check_no_classifier_scale(classifier_scale)
+    options = {} if guide is None else {"classifier": guide, "classifier_scale": classifier_scale}
+    scale, rescale, interval = guidance
+    scale = 1.0 if scale is None else scale
+    if hasattr(pipeline, "class_ids"):
+        if scale != 1.0 and pipeline.null_class is None:
+            raise ValueError(
+                "--guidance-scale requires a model that also learned no class (trained with --class_dropout 0.1)"
+            )
+        options |= _free_guidance(scale, rescale, interval)
+        return Conditions(class_ids(classes, class_names(pipeline)), options)
+    _check_no_free_guidance(classes, scale, rescale, interval, guide)
+    if guide is None:
+        return Conditions()
+    return Conditions(class_ids(classes, class_names(guide)), options, by_keyword=True)
+
+
+def _by_prompt(prompts, negative_prompt, classes, classifier, guidance, classifier_scale) -> Conditions:
+    if not prompts:
+        raise ValueError("this model samples from a text; give it with --prompt")
+    if classes or classifier:
+        raise ValueError("this model samples from a text (--prompt); leave out --class and --classifier")
+    _check_no_classifier_scale(classifier_scale)
+    scale, rescale, interval = guidance
+    options = _free_guidance(7.5 if scale is None else scale, rescale, interval)
+    return Conditions(prompts, {**options, "negative_prompt": negative_prompt})
+
+
+def _free_guidance(scale: float, rescale: float, interval: tuple[int, int] | None) -> dict[str, Any]:
+    from ..portable.guidance_ddpm_hf import FreeGuidance
+
+    FreeGuidance(scale, rescale, interval).check()
+    return {"guidance_scale": scale, "guidance_rescale": rescale, "guidance_interval": interval}
+
+
+def _check_no_classifier_scale(classifier_scale: float) -> None:
+    if classifier_scale != 1.0:
+        raise ValueError(f"--classifier-scale {classifier_scale} without --classifier")
+
+
+def _check_no_free_guidance(classes, scale, rescale, interval, guide) -> None:
+    """Raise ValueError for classes where there are no classes, and for guidance that needs a model by class."""
+    if guide is None and (classes or scale != 1.0):
+        raise ValueError("this model has no classes; leave out --class and --guidance-scale, or add --classifier")
+    if scale != 1.0:
+        raise ValueError("this model has no classes; leave out --guidance-scale (--classifier-scale guides it)")
+    if rescale or interval:
+        raise ValueError("this model has no classes; leave out --guidance-rescale and --guidance-interval")
+
+
+def class_names(model) -> dict[str, str]:
+    """The names of the classes of a pipeline or a classifier, by their ids as strings."""
+    return dict(model.config.id2label or {str(number): str(number) for number in range(model.config.num_classes)})
+
+
+def class_ids(classes: Sequence[str] | None, id2label: dict[str, str]) -> list[int]:
+    """The ids of classes given by name or id; of all classes where none are given.
+
+    Raises:
+        ValueError: an unknown class.
+    """
+    ids = {number: int(number) for number in id2label}  # a name that looks like a number is the name
+    ids |= {name: int(number) for number, name in id2label.items()}
+    unknown = [name for name in classes or [] if name not in ids]
+    if unknown:
+        raise ValueError(f"--class {unknown[0]}: must be one of {', '.join(id2label.values())}")
+    return [ids[name] for name in classes] if classes else [int(number) for number in id2label]
+
+
+def load_classifier(folder: Path, pipeline):
+    """A classifier of noised images that fits the pipeline.
+
+    Raises:
+        ValueError: no classifier there, or one of other images.
+    """
+    from ..classifier import NoisyClassifier
+    from ..loading import why_not_loaded
+
+    try:
+        classifier = NoisyClassifier.from_pretrained(folder, use_safetensors=True).eval()
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"--classifier {folder}: no classifier there ({why_not_loaded(error)})") from error
+    shape, expected = (classifier.config.unet[key] for key in ("in_channels", "sample_size")), pipeline.unet.config
+    if list(shape) != [expected.in_channels, expected.sample_size]:
+        raise ValueError(f"--classifier {folder} reads images of another size or number of channels than the model's")
+    if hasattr(pipeline, "class_ids") and class_names(classifier) != class_names(pipeline):
+        raise ValueError(f"--classifier {folder} has other classes than the model, or in another order")
+    return classifier

@@ -18,8 +18,9 @@ from .images import (
     prepare_image,
     to_model_range,
 )
+from .labels import classes_of_resumed, label_ids, label_warnings, trained_classes
 from .reading import load_rows, read_dataset
-from .rows import Rows, label_ids, split_rows
+from .rows import Rows, split_rows
 
 __all__ = [
     "CAPTION_COLUMN",
@@ -37,16 +38,19 @@ __all__ = [
     "augmentation_uniforms",
     "broken_image",
     "choose_caption",
+    "classes_of_resumed",
     "decode_row",
     "embedded_digits",
     "identity",
     "image_grid",
     "label_ids",
+    "label_warnings",
     "load_rows",
     "prepare_image",
     "read_dataset",
     "should_cache",
     "split_rows",
     "to_model_range",
+    "trained_classes",
     "unreadable",
 ]

@@ -12,7 +12,8 @@ import numpy as np
 from .digits import EMBEDDED_DATASET, embedded_digits
 from .errors import DataError
 from .flags import DataFlags
-from .rows import Rows, name_classes, split_rows
+from .labels import name_classes
+from .rows import Rows, split_rows
 
 VALIDATION_SPLITS = ("validation", "valid", "val", "dev")
 
@@ -87,7 +88,7 @@ def _validation_rows(dataset: "OpenDataset", flags: DataFlags, rows: Rows) -> Ro
             f" validate on; {way_out}"
         )
     columns = Columns(rows.image_column, rows.label_column, rows.caption_column)
-    held_out = read_rows(dataset, validation, columns, flags.streaming and not dataset.is_local, rows.label_names)
+    held_out = read_rows(dataset, validation, columns, flags.streaming and not dataset.is_local, rows)
     if flags.streaming and not dataset.is_local:  # held-out images are kept decoded, so these fit too
         import datasets
 
@@ -199,12 +200,12 @@ def read_dataset(
 
 
 def read_rows(
-    opened: OpenDataset, split: str, columns: Columns, streaming: bool = False, label_names: list[str] | None = None
+    opened: OpenDataset, split: str, columns: Columns, streaming: bool = False, like: Rows | None = None
 ) -> Rows:
     """The rows of a split.
 
     Args:
-        label_names: the classes, where they are known from another split.
+        like: rows of another split, whose classes these have.
 
     Raises:
         DataError: no such split or column.
@@ -224,21 +225,18 @@ def read_rows(
             by_class = opened.is_local and flag == "--label_column"
             hint = "; class folders become labels where every image lies in one of two or more" if by_class else ""
             raise DataError(f"no column {wanted!r} in {source}; it has {', '.join(there)} ({flag}){hint}")
-    names = label_names or getattr(features.get(columns.label), "names", None) or []
-    if columns.label is not None and not names:
-        if streaming:
+    rows = Rows(dataset, source, image_column, columns.label, caption_column=columns.caption)
+    rows.folders, rows.left_out = opened.folders, opened.source.note
+    if like is not None:
+        rows.label_names, rows.labels_are_names = like.label_names, like.labels_are_names
+    elif columns.label is not None:
+        rows.label_names = list(getattr(features.get(columns.label), "names", None) or [])
+        rows.labels_are_names = not rows.label_names
+        if rows.labels_are_names and streaming:
             raise DataError(f"column {columns.label!r} of {source} has no class names, which a stream cannot count")
-        names = name_classes(dataset[columns.label], columns.label, source)
-    return Rows(
-        dataset,
-        source,
-        image_column,
-        columns.label,
-        list(names),
-        columns.caption,
-        folders=opened.folders,
-        left_out=opened.source.note,
-    )
+        if rows.labels_are_names:
+            rows.label_names = name_classes(dataset[columns.label], columns.label, source)
+    return rows
 
 
 def _folders(local: Path | None, cache_dir: str | None) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
+from ddpm_hf.autoencoder import FOLDER as AUTOENCODER
 from ddpm_hf.autoencoder import (
     AutoencoderFlags,
     downscaling,
@@ -28,10 +29,10 @@ from ddpm_hf.autoencoder import (
 )
 from ddpm_hf.buckets import BucketedDataset, bucket_sizes, bucketed
 from ddpm_hf.captions import all_captions, encode_captions
-from ddpm_hf.components import Components, build, draw_blueprint, load_checkpoint_components
+from ddpm_hf.components import Components, build, draw_blueprint, fit_to_size, load_checkpoint_components
 from ddpm_hf.data import CAPTION_COLUMN, DIGIT_NAMES, DataError, DataFlags, should_cache
 from ddpm_hf.feeding import Images, make_batches, make_plan, open_images
-from ddpm_hf.flags import ScheduleFlags, use_xformers
+from ddpm_hf.flags import ScheduleFlags, settle_resolution, use_xformers
 from ddpm_hf.latents import cache_embeddings, cached_latents, x_start_of
 from ddpm_hf.models import use_matmul_attention
 from ddpm_hf.objectives import LOSS_TYPES, UniformTimestepSampler, check_objective, training_losses
@@ -39,7 +40,7 @@ from ddpm_hf.portable.pipeline_text2image_ddpm_hf import TextToImageDDPMPipeline
 from ddpm_hf.portable.scheduling_ddpm_hf import PREDICTION_TYPES, DDPMScheduler
 from ddpm_hf.previews import draw_grid
 from ddpm_hf.publishing import Publisher, describe_run, reserve_repository
-from ddpm_hf.training.config import HfArg, TrainingConfig, UsageError, parse_layers
+from ddpm_hf.training.config import FIXED, FREE, START, HfArg, TrainingConfig, UsageError, parse_layers
 from ddpm_hf.training.faults import ends_in_one_line
 from ddpm_hf.training.loop import Losses, averaged_weights, training_loop, unwrap
 from ddpm_hf.training.randomness import StepKeys
@@ -47,6 +48,7 @@ from ddpm_hf.training.setup import (
     agree_on_seed,
     begin_training,
     check_resumable,
+    check_unchanged,
     claim_output_dir,
     cpu_has_bf16,
     end_training,
@@ -69,7 +71,6 @@ SHOWN = (
 # Where no checkpoint is named: a small model from scratch
 SCRATCH_RECIPE = {
     "output_dir": "text2image",
-    "resolution": "32",
     "center_crop": True,
     "cache_latents": True,
     "caption_dropout": 0.1,
@@ -97,9 +98,14 @@ class Text2ImageConfig(AutoencoderFlags, ScheduleFlags, DataFlags, TrainingConfi
 
     # where Diffusers' script has other defaults than its unconditional one
     output_dir: str = HfArg(
-        default="sd-model-finetuned", help="Where the pipeline, its pictures, metrics.jsonl and the checkpoints go."
+        resume=START,
+        default="sd-model-finetuned",
+        help="Where the pipeline, its pictures, metrics.jsonl and the checkpoints go.",
     )
-    resolution: str = HfArg(default="512", help="512, or HEIGHTxWIDTH such as 512x768.")
+    resolution: str | None = HfArg(
+        default=None,
+        help="512, or HEIGHTxWIDTH such as 512x768; by default the size of the checkpoint, else 512; from scratch 32.",
+    )
     image_interpolation_mode: Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"] = HfArg(
         default="lanczos", help="How images are resized."
     )
@@ -107,23 +113,34 @@ class Text2ImageConfig(AutoencoderFlags, ScheduleFlags, DataFlags, TrainingConfi
     adam_beta1: float = HfArg(default=0.9, help="AdamW's first decay rate.")
     adam_weight_decay: float = HfArg(default=1e-2, help="AdamW's weight decay.")
     save_images_epochs: int = HfArg(
-        default=5, aliases=["--validation_epochs"], help="Epochs between grids of the validation prompts."
+        resume=FREE, default=5, aliases=["--validation_epochs"], help="Epochs between grids of the validation prompts."
     )
-    tracker_project_name: str | None = HfArg(default="text2image-fine-tune", help="The tracker's project.")
+    tracker_project_name: str | None = HfArg(
+        resume=FREE, default="text2image-fine-tune", help="The tracker's project."
+    )
 
     pretrained_model_name_or_path: str | None = HfArg(
-        default=None, help="A Stable Diffusion checkpoint (1.x, 2.x) on the Hub or on disk; without, from scratch."
+        resume=FIXED,
+        default=None,
+        help="A Stable Diffusion checkpoint (1.x, 2.x) on the Hub or on disk; without, from scratch.",
     )
-    revision: str | None = HfArg(default=None, help="Branch, tag or commit of the checkpoint.")
-    variant: str | None = HfArg(default=None, help="Variant of the checkpoint's files, such as fp16.")
-    non_ema_revision: str | None = HfArg(default=None, help="Revision that holds the UNet's raw weights to train on.")
+    revision: str | None = HfArg(resume=FIXED, default=None, help="Branch, tag or commit of the checkpoint.")
+    variant: str | None = HfArg(resume=FIXED, default=None, help="Variant of the checkpoint's files, such as fp16.")
+    non_ema_revision: str | None = HfArg(
+        resume=FIXED, default=None, help="Revision that holds the UNet's raw weights to train on."
+    )
     model_config_name_or_path: str | None = HfArg(
-        default=None, help="From scratch: a UNet2DConditionModel's config, on the Hub or on disk."
+        instead_of="model_preset",
+        resume=FREE,
+        default=None,
+        help="From scratch: a UNet2DConditionModel's config, on the Hub or on disk.",
     )
     text_encoder_name_or_path: str | None = HfArg(
-        default=None, help="From scratch: a CLIPTextModel with its tokenizer to use, frozen, instead of a new one."
+        resume=FIXED,
+        default=None,
+        help="From scratch: a CLIPTextModel with its tokenizer to use, frozen, instead of a new one.",
     )
-    train_text_encoder: bool = HfArg(default=False, help="Train the text encoder along with the UNet.")
+    train_text_encoder: bool = HfArg(resume=FIXED, default=False, help="Train the text encoder along with the UNet.")
 
     caption_column: str = HfArg(default=CAPTION_COLUMN, help="The column of the captions: texts, or lists of them.")
     caption_dropout: float = HfArg(
@@ -136,10 +153,12 @@ class Text2ImageConfig(AutoencoderFlags, ScheduleFlags, DataFlags, TrainingConfi
         " high or the reverse; a batch holds one size. Needs an autoencoder that is trained already.",
     )
     validation_prompts: list[str] = HfArg(  # noqa: RUF009
-        default_factory=list, help="Prompts of the grids that are drawn while training; by default some captions."
+        resume=FREE,
+        default_factory=list,
+        help="Prompts of the grids that are drawn while training; by default some captions.",
     )
-    guidance_scale: float = HfArg(default=3.0, help="Of the grids.")
-    num_inference_steps: int = HfArg(default=50, help="Steps to sample the grids with.")
+    guidance_scale: float = HfArg(resume=FREE, default=3.0, help="Of the grids.")
+    num_inference_steps: int = HfArg(resume=FREE, default=50, help="Steps to sample the grids with.")
 
     prediction_type: str | None = HfArg(
         default=None, help=f"{', '.join(PREDICTION_TYPES)}; by default the checkpoint's, or epsilon."
@@ -398,10 +417,16 @@ def train(config: Text2ImageConfig) -> None:
     found = None if config.dry_run else find_run(config, accelerator)
     begun = found or (config.resume_from_checkpoint and find_autoencoder_run(config))
     config.seed = agree_on_seed(config, begun and begun[1])
+    check_unchanged(config, found and found[1])
     checkpoint = load_checkpoint_components(config) if config.pretrained_model_name_or_path else None
-    start = checkpoint or draw_blueprint(config)
+    if checkpoint is not None:
+        size = checkpoint.unet.config.sample_size, downscaling(checkpoint.vae)
+        log(accelerator, settle_resolution(config, *size, usual="512", trained=True))
+    start = checkpoint or draw_blueprint(config, accelerator)
     check_schedule(config, start.scheduler)
     channels = image_channels(config, start.vae)
+    if checkpoint is not None:
+        fit_to_size(checkpoint, config.size())
     data = dataclasses.replace(config, cache_dataset="never") if config.aspect_ratio_buckets else config
     images = open_images(data, config, channels, accelerator, config.caption_column)
     if config.aspect_ratio_buckets:
@@ -435,7 +460,7 @@ def train(config: Text2ImageConfig) -> None:
     model = trained_model(config, components, accelerator)
     parts = {"unet": model.unet} | ({"text_encoder": model.text_encoder} if model.text_encoder is not None else {})
     facts = run_facts(config, images.count, plan, total_steps)
-    check_resumable(found, model.unet, facts, accelerator)
+    check_resumable(found, config, model.unet, facts, accelerator)
     check_parts(found, parts)
     state = begin_training(config, accelerator, model, total_steps, QUARTILES, facts, found, parts=parts)
     if accelerator.is_main_process:
@@ -524,7 +549,8 @@ def trained_model(config: Text2ImageConfig, components: Components, accelerator)
 
 def main(argv: list[str] | None = None) -> None:
     """Parse the flags and train; a mistake that the user can mend is one line and exit code 2."""
-    config = parse_layers(Text2ImageConfig, sys.argv[1:] if argv is None else argv, weaker_layers, description=__doc__)
+    argv = sys.argv[1:] if argv is None else argv
+    config = parse_layers(Text2ImageConfig, argv, weaker_layers, description=__doc__, stages=("", AUTOENCODER))
     with ends_in_one_line(Path(__file__).name, config.output_dir, DataError):
         train(config)
 

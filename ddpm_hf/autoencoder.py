@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from transformers.hf_argparser import HfArg
 
 from .data import to_model_range
 from .feeding import Images, make_batches, make_plan
@@ -15,10 +14,19 @@ from .functional import mean_flat
 from .loading import why_not_loaded
 from .saving import save_image, save_model
 from .training.checkpointing import find_checkpoint, remove_unfinished
-from .training.config import TrainingConfig, UsageError
+from .training.config import FIXED, FREE, HfArg, TrainingConfig, UsageError
 from .training.loop import Losses, averaged_weights, training_loop, unwrap
 from .training.randomness import StepKeys
-from .training.setup import begin_training, check_resumable, claim_output_dir, find_run, log, run_facts, track_image
+from .training.setup import (
+    begin_training,
+    check_resumable,
+    check_unchanged,
+    claim_output_dir,
+    find_run,
+    log,
+    run_facts,
+    track_image,
+)
 
 FOLDER = "autoencoder"  # of its run, within that of the model that it is for
 
@@ -28,11 +36,14 @@ class LatentFlags:
     """Flags of the latents."""
 
     vae_name_or_path: str | None = HfArg(
+        resume=FIXED,
         default=None,
         help="An AutoencoderKL, or a pipeline with one, on the Hub or on disk: diffuse in its latents.",
     )
     cache_latents: bool = HfArg(
-        default=False, help="Encode images, and captions where the text encoder is frozen, once and for all."
+        resume=FREE,
+        default=False,
+        help="Encode images, and captions where the text encoder is frozen, once and for all.",
     )
 
     def cache_folder(self) -> Path:
@@ -44,13 +55,17 @@ class LatentFlags:
 class AutoencoderFlags(LatentFlags):
     """Flags of the autoencoder, where a script trains one."""
 
-    vae_train_steps: int = HfArg(default=1500, help="Steps to train a new autoencoder for, where there is none.")
-    vae_learning_rate: float = HfArg(default=1e-3, help="Its learning rate, decaying as a cosine.")
-    vae_kl_weight: float = HfArg(
-        default=1e-4, help="Weight of the latents' KL to a unit Gaussian, beside the L1 loss."
+    vae_train_steps: int = HfArg(
+        resume=FIXED, default=1500, help="Steps to train a new autoencoder for, where there is none."
     )
-    vae_latent_channels: int = HfArg(default=4, help="Channels of its latents.")
-    vae_widths: str = HfArg(default="16,32,64", help="Channels at each of its levels; each but the first halves.")
+    vae_learning_rate: float = HfArg(resume=FIXED, default=1e-3, help="Its learning rate, decaying as a cosine.")
+    vae_kl_weight: float = HfArg(
+        resume=FIXED, default=1e-4, help="Weight of the latents' KL to a unit Gaussian, beside the L1 loss."
+    )
+    vae_latent_channels: int = HfArg(resume=FIXED, default=4, help="Channels of its latents.")
+    vae_widths: str = HfArg(
+        resume=FIXED, default="16,32,64", help="Channels at each of its levels; each but the first halves."
+    )
 
     def widths(self) -> tuple[int, ...]:
         """The numbers of --vae_widths."""
@@ -199,6 +214,8 @@ def train_autoencoder(
     """
     folder = Path(config.output_dir) / FOLDER
     if (folder / "config.json").is_file() and config.resume_from_checkpoint:
+        before = find_autoencoder_run(config)
+        check_unchanged(config, before and before[1])
         if accelerator.is_main_process:
             remove_unfinished(folder)
         return load_autoencoder(str(folder)).to(accelerator.device)
@@ -223,8 +240,8 @@ def train_autoencoder(
     found = find_run(own, accelerator)
     vae = make_autoencoder(flags, channels, size, config.seed)
     plan, total_steps = make_plan(images, own, accelerator.num_processes)
-    facts = run_facts(own, images.count, plan, total_steps)
-    check_resumable(found, vae, facts, accelerator, "vae")
+    facts = run_facts(config, images.count, plan, total_steps)
+    check_resumable(found, config, vae, facts, accelerator, "vae")
     claim_output_dir(own, accelerator)
     parameters = sum(parameter.numel() for parameter in vae.parameters())
     log(accelerator, f"training an autoencoder first: {parameters:,} parameters, {total_steps} steps")

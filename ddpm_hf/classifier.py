@@ -12,7 +12,7 @@ from diffusers.utils import logging as diffusers_logging
 
 from .data import DataError, DataFlags, ImageDataset, to_model_range
 from .feeding import make_batches, make_plan, open_images
-from .flags import ScheduleFlags, UNetFlags, unet_arguments, weaker_layers
+from .flags import ScheduleFlags, UNetFlags, model_size, settle_resolution, unet_arguments, weaker_layers
 from .models import build_unet, compiled, use_matmul_attention
 from .objectives import UniformTimestepSampler
 from .portable.scheduling_ddpm_hf import DDPMScheduler
@@ -25,6 +25,7 @@ from .training.setup import (
     agree_on_seed,
     begin_training,
     check_resumable,
+    check_unchanged,
     claim_output_dir,
     end_training,
     find_run,
@@ -160,6 +161,7 @@ def train(config: ClassifierConfig) -> None:
     deadline = deadline_of(config.max_train_hours)
     accelerator = start_accelerator(config)
     diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)  # an error is one line, and main says it
+    log(accelerator, settle_resolution(config, *model_size(config), usual="64"))
     arguments = unet_arguments(config, config)
     scheduler = DDPMScheduler(
         num_train_timesteps=config.ddpm_num_steps,
@@ -168,6 +170,7 @@ def train(config: ClassifierConfig) -> None:
     )
     found = None if config.dry_run else find_run(config, accelerator)
     config.seed = agree_on_seed(config, found and found[1])
+    check_unchanged(config, found and found[1])
     images = open_images(config, config, arguments["in_channels"], accelerator)
 
     names = images.rows.label_names
@@ -194,7 +197,7 @@ def train(config: ClassifierConfig) -> None:
         print(f"{summary}, output {Path(config.output_dir).resolve()}")
         return
     facts = run_facts(config, images.count, plan, total_steps, classes=names)
-    check_resumable(found, model, facts, accelerator, "classifier")
+    check_resumable(found, config, model, facts, accelerator, "classifier")
     claim_output_dir(config, accelerator)
     log(accelerator, f"seed {config.seed}, {summary}")
 

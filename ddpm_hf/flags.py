@@ -1,11 +1,11 @@
 """The flags of model and diffusion, and what they build: a UNet, and a scheduler whose objective can train."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.hf_argparser import HfArg
 
 from .data import DataFlags
 from .models import MODEL_PRESETS, build_unet, preset_unet_config, smallest_sample_side
@@ -17,7 +17,7 @@ from .portable.scheduling_ddpm_hf import (
     VARIANCE_TYPES,
     DDPMScheduler,
 )
-from .training.config import UsageError
+from .training.config import FIXED, FREE, HfArg, UsageError
 from .training.setup import cpu_has_bf16
 
 # The peer's model where neither preset nor config is named, so that its command lines train the same here
@@ -34,10 +34,16 @@ class UNetFlags:
     """Which UNet."""
 
     model_preset: str | None = HfArg(
-        default=None, help=f"A UNet by name, with its paper's recipe: {', '.join(MODEL_PRESETS)}."
+        instead_of="model_config_name_or_path",
+        resume=FREE,
+        default=None,
+        help=f"A UNet by name, with its paper's recipe: {', '.join(MODEL_PRESETS)}.",
     )
     model_config_name_or_path: str | None = HfArg(
-        default=None, help="A UNet2DModel's config on the Hub or on disk; trained from scratch."
+        instead_of="model_preset",
+        resume=FREE,
+        default=None,
+        help="A UNet2DModel's config on the Hub or on disk; trained from scratch.",
     )
 
     def check_unet(self) -> None:
@@ -69,7 +75,7 @@ class ScheduleFlags:
 class ObjectiveFlags:
     """What the model predicts, and by which loss it learns to."""
 
-    ddpm_num_inference_steps: int = HfArg(default=1000, help="Steps to sample the grids with.")
+    ddpm_num_inference_steps: int = HfArg(resume=FREE, default=1000, help="Steps to sample the grids with.")
     prediction_type: str = HfArg(default="epsilon", help=f"What the model outputs: {', '.join(PREDICTION_TYPES)}.")
     variance_type: str = HfArg(default="fixed_small", help=f"Of the reverse step: {', '.join(VARIANCE_TYPES)}.")
     objective: str = HfArg(default="simple", help=f"{', '.join(OBJECTIVES)}; hybrid trains a learned variance too.")
@@ -77,7 +83,7 @@ class ObjectiveFlags:
     snr_gamma: float | None = HfArg(default=None, help="Min-SNR weighting of the simple objective; 5 is usual.")
     vlb_weight: float = HfArg(default=0.001, help="The bound's weight in the hybrid objective.")
     timestep_sampler: str = HfArg(
-        default="uniform", help=f"{', '.join(TIMESTEP_SAMPLERS)}; the second is for --objective vlb."
+        resume=FIXED, default="uniform", help=f"{', '.join(TIMESTEP_SAMPLERS)}; the second is for --objective vlb."
     )
 
     def check_objective_flags(self) -> None:
@@ -99,7 +105,6 @@ class ObjectiveFlags:
 # The recipe for the embedded digits: a grid worth looking at after four minutes on two cores
 EMBEDDED_RECIPE = {
     "model_preset": "small-16",
-    "resolution": "16",
     "train_batch_size": 64,
     "num_epochs": 28,
     "learning_rate": 2e-3,
@@ -132,6 +137,52 @@ def weaker_layers(config) -> list[tuple[str, dict[str, Any]]]:
         raise UsageError(f"--model_preset {preset!r} is none of {', '.join(MODEL_PRESETS)}")
     recipe = MODEL_PRESETS[preset].recipe if preset else {}
     return [("the embedded recipe", embedded), (f"the preset {preset}", recipe)]
+
+
+def settle_resolution(
+    data: DataFlags, sample_size: int | Sequence[int] | None, factor: int, usual: str, trained: bool = False
+) -> str | None:
+    """Set a --resolution that was not given to the size of the model, or to the usual one.
+
+    Args:
+        sample_size: of the UNet, as its config has it: a side, (height, width), or None where nothing is known.
+        factor: pixels for each of these in each direction: the autoencoder's, or 1.
+        usual: where the model has no size yet.
+        trained: whether the model has weights, which learned images of that size.
+
+    Returns:
+        A line to log where the size is another than the user expects.
+
+    Raises:
+        UsageError: a sample size that is not one.
+    """
+    own = None
+    if sample_size is not None:
+        sides = [sample_size] * 2 if isinstance(sample_size, int) else sample_size
+        if not (isinstance(sides, (list, tuple)) and len(sides) == 2 and all(type(side) is int for side in sides)):
+            raise UsageError(f"the model's config has sample_size {sample_size!r}, which is not a size")
+        height, width = (side * factor for side in sides)
+        own = str(height) if height == width else f"{height}x{width}"
+    if data.resolution is None:
+        data.resolution = own or usual
+        return None if data.resolution == usual else f"resolution {own}, the size of the model"
+    if trained and own and data.size() != (height, width):
+        return f"warning: --resolution {data.resolution}: the model was trained at {own} (--resolution {own})"
+    return None
+
+
+def model_size(flags: UNetFlags, vae=None) -> tuple[int | Sequence[int] | None, int]:
+    """The sample size that the flags name a model of, None where they name none; and the pixels for each of these.
+
+    Raises:
+        UsageError: no config there.
+    """
+    factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+    if flags.model_config_name_or_path:
+        return _read_unet_config(flags.model_config_name_or_path).get("sample_size"), factor
+    if flags.model_preset:
+        return MODEL_PRESETS[flags.model_preset].unet["sample_size"], factor
+    return (None if vae is None else vae.config.sample_size), 1
 
 
 def unet_arguments(flags: UNetFlags, data: DataFlags, vae=None) -> dict[str, Any]:

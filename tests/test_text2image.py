@@ -790,8 +790,11 @@ PEER_DEFAULTS = {
     "foreach_ema": False, "push_to_hub": False, "enable_xformers_memory_efficient_attention": False,
 }  # fmt: skip
 OURS = {"num_train_epochs": "num_epochs", "report_to": "logger", "validation_epochs": "save_images_epochs"}
-# said otherwise there, and meant alike: none is "no", no prompts are an empty list, the one image column is found
-SAID_OTHERWISE = {"mixed_precision": "no", "validation_prompts": [], "image_column": None, "foreach_ema": True}
+# said otherwise there, and meant alike: none is "no", no prompts are an empty list, the one image column is found, the
+# size is the checkpoint's (512 for Stable Diffusion 1, which test_sizes shows)
+SAID_OTHERWISE = {
+    "mixed_precision": "no", "validation_prompts": [], "image_column": None, "foreach_ema": True, "resolution": None,
+}  # fmt: skip
 
 
 def test_the_peers_flags_are_all_here():
@@ -834,7 +837,6 @@ def test_several_prompts_on_one_line():
 def test_without_a_checkpoint_the_recipe_is_from_scratch_and_yields_to_the_user():
     """Else a small model is trained with a large one's settings, or what the user said is overruled."""
     data = ["--train_data_dir", "x"]
-    assert parse_text(data).resolution == "32"
     assert parse_text(data).caption_dropout == 0.1
     assert parse_text(data).trains_text_encoder
     assert parse_text([*data, "--resolution", "64", "--use_ema", "False"]).resolution == "64"

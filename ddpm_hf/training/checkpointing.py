@@ -175,6 +175,21 @@ def find_checkpoint(output_dir: Path, wanted: str, warn) -> tuple[Path, dict[str
     raise UsageError(f"--resume_from_checkpoint {wanted}: no such checkpoint in {output_dir} (there: {there})")
 
 
+def settings_of(output_dir: Path, wanted: str) -> dict[str, Any]:
+    """What the checkpoint that `find_checkpoint` would find says it was trained with; nothing where there is none.
+
+    The files are not compared with their checksums yet, which takes as long as reading them.
+    """
+    named = [output_dir / wanted, Path(wanted)]
+    for path in reversed(list_checkpoints(output_dir)) if wanted == "latest" else named:
+        try:
+            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+            return dict(manifest["settings"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return {}
+
+
 def rotate(output_dir: Path, limit: int | None) -> None:
     """Remove all but the newest `limit` checkpoints, and those set aside that the run has written anew."""
     kept = list_checkpoints(output_dir)

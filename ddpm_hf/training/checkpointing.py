@@ -1,5 +1,6 @@
 """Checkpoints that are complete or absent: written beside, flushed, renamed; old ones go once the new one is safe."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from .config import UsageError
 
 MANIFEST = "manifest.json"
+SETTINGS = "training_config.json"  # beside the checkpoints
 # What a write that was killed leaves behind, in a run's folder: each write begins under such a name
 UNFINISHED = ("checkpoint-*.partial", ".*????????.partial", "*/.*????????.partial", "cache/*/.*????????.partial")
 
@@ -176,17 +178,16 @@ def find_checkpoint(output_dir: Path, wanted: str, warn) -> tuple[Path, dict[str
 
 
 def settings_of(output_dir: Path, wanted: str) -> dict[str, Any]:
-    """What the checkpoint that `find_checkpoint` would find says it was trained with; nothing where there is none.
+    """The settings that the run of a checkpoint was last started with; nothing where there is no such checkpoint.
 
-    The files are not compared with their checksums yet, which takes as long as reading them.
+    They lie beside the checkpoint, and within it for one that was copied without its run. `wanted` is as for
+    `find_checkpoint`, which compares the files with their checksums, as takes as long as reading them; this does not.
     """
-    named = [output_dir / wanted, Path(wanted)]
+    named = [path for path in (output_dir / wanted, Path(wanted)) if (path / MANIFEST).is_file()]
     for path in reversed(list_checkpoints(output_dir)) if wanted == "latest" else named:
-        try:
-            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-            return dict(manifest["settings"])
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
+        for file, read in ((path.parent / SETTINGS, dict), (path / MANIFEST, lambda found: dict(found["settings"]))):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                return read(json.loads(file.read_text(encoding="utf-8")))
     return {}
 
 

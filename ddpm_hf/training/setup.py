@@ -18,6 +18,7 @@ from diffusers.optimization import get_scheduler
 
 from .averaging import make_ema
 from .checkpointing import (
+    SETTINGS,
     checkpoint_step,
     discard,
     find_checkpoint,
@@ -272,7 +273,7 @@ def settings_that_go_on(config: TrainingConfig) -> dict[str, Any]:
 def save_settings(config: TrainingConfig) -> None:
     """Write `training_config.json`, which `--config` reads back."""
     settings = {"output_dir": config.output_dir, **settings_that_go_on(config)}
-    write_whole(Path(config.output_dir) / "training_config.json", json.dumps(settings, indent=2) + "\n")
+    write_whole(Path(config.output_dir) / SETTINGS, json.dumps(settings, indent=2) + "\n")
 
 
 def make_optimizer(config: TrainingConfig, model: torch.nn.Module, world: int) -> torch.optim.Optimizer:

@@ -1,24 +1,23 @@
 #!/usr/bin/env python
-"""Train a DDPM on your images: `accelerate launch train_unconditional.py --train_data_dir photos`.
+"""Train a DDPM on your images.
 
-Without a dataset it trains on the embedded MNIST digits, on a CPU in minutes; with `--label_column` it learns to draw
-by class. The output folder holds a pipeline that `DiffusionPipeline.from_pretrained` loads anywhere, sample grids,
-metrics and checkpoints.
+    accelerate launch train_unconditional.py --train_data_dir photos --resolution 64 --model_preset small-64
+    accelerate launch train_unconditional.py                           # the embedded digits, minutes on a CPU
+    accelerate launch train_unconditional.py --train_data_dir photos --label_column label          # by class
+
+The output folder holds a pipeline that `DiffusionPipeline.from_pretrained` loads anywhere, sample grids, metrics and
+checkpoints; `ddpm-hf sample ddpm-model-64` samples from it. `--dry_run` shows what would run, and how long it takes.
 """
 
 import functools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
-import torch
-from diffusers import AutoencoderKL, UNet2DModel
-from diffusers.utils import logging as diffusers_logging
-
-from ddpm_hf.autoencoder import LatentFlags, load_autoencoder
-from ddpm_hf.data import DataError, DataFlags, ImageDataset
-from ddpm_hf.feeding import Images, make_batches, make_plan, open_images
+from ddpm_hf.data.flags import DataFlags
 from ddpm_hf.flags import (
+    LatentFlags,
     ObjectiveFlags,
     ScheduleFlags,
     UNetFlags,
@@ -29,6 +28,74 @@ from ddpm_hf.flags import (
     unet_arguments,
     weaker_layers,
 )
+from ddpm_hf.training.config import HfArg, TrainingConfig, UsageError, parse_layers
+from ddpm_hf.training.meanings import names_elsewhere
+
+QUARTILES = ("loss_q1", "loss_q2", "loss_q3", "loss_q4")  # of the timesteps, from little noise to much
+# The settings that the model card shows
+SHOWN = (
+    "resolution", "label_column", "model_preset", "ddpm_beta_schedule", "ddpm_num_steps", "prediction_type",
+    "variance_type", "objective", "loss_type", "train_batch_size", "learning_rate", "use_ema",
+)  # fmt: skip
+# What other programs call the flags of classes
+CLASSES = names_elsewhere("""
+--class_dropout: p_uncond uncond_prob cond_drop_prob class_drop_prob label_dropout cfg_dropout unconditional_prob
+--class_balanced: balanced class_balance balance_classes
+""")
+
+
+@dataclass
+class ClassFlags:
+    """Flags of training by class."""
+
+    title: ClassVar[str] = "Classes"
+    meanings: ClassVar[dict[str, str]] = CLASSES
+
+    class_dropout: float = HfArg(
+        default=0.1,
+        help="Share of the images to train without their label, for classifier-free guidance; 0 to disable.",
+    )
+    class_balanced: bool = HfArg(default=False, help="Sample every class equally often, however many images it has.")
+
+
+@dataclass
+class UnconditionalConfig(
+    DataFlags, UNetFlags, ScheduleFlags, ObjectiveFlags, ClassFlags, LatentFlags, TrainingConfig
+):
+    """All flags; `--help` groups them in the order of the bases."""
+
+    def check(self) -> None:
+        """Raise UsageError or DataError for a value out of range or a combination that cannot work."""
+        super().check()
+        self.check_data()
+        self.check_unet()
+        self.check_schedule()
+        self.check_objective_flags()
+        if self.streaming and self.max_train_steps is None:
+            raise UsageError("--streaming has no epochs to count: give --max_train_steps")
+        if not 0 <= self.class_dropout < 1:
+            raise UsageError(f"--class_dropout {self.class_dropout}: must be at least 0 and less than 1")
+        if self.cache_latents and (self.streaming or not self.vae_name_or_path):
+            raise UsageError("--cache_latents needs --vae_name_or_path, and a dataset that is not a stream")
+        if self.class_balanced and (self.label_column is None or self.streaming):
+            raise UsageError("--class_balanced needs --label_column, and a dataset that is not a stream")
+
+
+def parse(argv: list[str]) -> UnconditionalConfig:
+    """The settings for a command line; a mistake is one line and exit code 2."""
+    return parse_layers(UnconditionalConfig, argv, weaker_layers, description=__doc__)
+
+
+if __name__ == "__main__":  # before torch is imported, so that --help and an unknown flag are answered at once
+    CONFIG = parse(sys.argv[1:])
+
+import torch
+from diffusers import AutoencoderKL, UNet2DModel
+from diffusers.utils import logging as diffusers_logging
+
+from ddpm_hf.autoencoder import load_autoencoder
+from ddpm_hf.data import DataError, ImageDataset
+from ddpm_hf.feeding import Images, make_batches, make_plan, open_images
 from ddpm_hf.latents import cached_latents, x_start_of
 from ddpm_hf.models import compiled, use_matmul_attention
 from ddpm_hf.objectives import TIMESTEP_SAMPLERS, UniformTimestepSampler, simple_losses, training_losses
@@ -37,7 +104,6 @@ from ddpm_hf.portable.pipeline_ddpm_hf import DDPMPipeline
 from ddpm_hf.portable.scheduling_ddpm_hf import DDPMScheduler
 from ddpm_hf.previews import draw_grid
 from ddpm_hf.publishing import Publisher, describe_run, reserve_repository
-from ddpm_hf.training.config import HfArg, TrainingConfig, UsageError, parse_layers
 from ddpm_hf.training.faults import ends_in_one_line
 from ddpm_hf.training.loop import Losses, StepPlan, averaged_weights, training_loop, unwrap
 from ddpm_hf.training.randomness import StepKeys
@@ -56,39 +122,6 @@ from ddpm_hf.training.setup import (
     start_trackers,
 )
 from ddpm_hf.training.stopping import deadline_of
-
-QUARTILES = ("loss_q1", "loss_q2", "loss_q3", "loss_q4")  # of the timesteps, from little noise to much
-# The settings that the model card shows
-SHOWN = (
-    "resolution", "label_column", "model_preset", "ddpm_beta_schedule", "ddpm_num_steps", "prediction_type",
-    "variance_type", "objective", "loss_type", "train_batch_size", "learning_rate", "use_ema",
-)  # fmt: skip
-
-
-@dataclass
-class UnconditionalConfig(ObjectiveFlags, ScheduleFlags, UNetFlags, LatentFlags, DataFlags, TrainingConfig):
-    """All flags: those of training, data, latents, model and diffusion, and of classes."""
-
-    class_dropout: float = HfArg(
-        default=0.1, help="Share of the labels to train without, so that classifier-free guidance works; 0 for none."
-    )
-    class_balanced: bool = HfArg(default=False, help="Draw every class equally often, however many images it has.")
-
-    def check(self) -> None:
-        """Raise UsageError or DataError for a value out of range or a combination that cannot work."""
-        super().check()
-        self.check_data()
-        self.check_unet()
-        self.check_schedule()
-        self.check_objective_flags()
-        if self.streaming and self.max_train_steps is None:
-            raise UsageError("--streaming has no epochs to count: give --max_train_steps")
-        if not 0 <= self.class_dropout < 1:
-            raise UsageError(f"--class_dropout {self.class_dropout}: must be at least 0 and less than 1")
-        if self.cache_latents and (self.streaming or not self.vae_name_or_path):
-            raise UsageError("--cache_latents needs --vae_name_or_path, and a dataset that is not a stream")
-        if self.class_balanced and (self.label_column is None or self.streaming):
-            raise UsageError("--class_balanced needs --label_column, and a dataset that is not a stream")
 
 
 def warn_of_terminal_snr(config: UnconditionalConfig, scheduler: DDPMScheduler, accelerator) -> None:
@@ -304,14 +337,16 @@ def train(config: UnconditionalConfig) -> None:
     end_training(accelerator)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Parse the flags and train; a mistake that the user can mend is one line and exit code 2."""
-    config = parse_layers(
-        UnconditionalConfig, sys.argv[1:] if argv is None else argv, weaker_layers, description=__doc__
-    )
+def run(config: UnconditionalConfig) -> None:
+    """Train; a mistake that the user can mend is one line and exit code 2."""
     with ends_in_one_line(Path(__file__).name, config.output_dir, DataError):
         train(config)
 
 
+def main(argv: list[str] | None = None) -> None:
+    """Parse the flags and train."""
+    run(parse(sys.argv[1:] if argv is None else argv))
+
+
 if __name__ == "__main__":
-    main()
+    run(CONFIG)

@@ -1,7 +1,6 @@
 """A classifier of noised images, whose gradient guides sampling (Dhariwal & Nichol 2021, sec. 4), and its training."""
 
 import functools
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,14 +9,21 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import logging as diffusers_logging
 
-from .data import DataError, DataFlags, ImageDataset, to_model_range
+from .data import DataError, ImageDataset, to_model_range
 from .feeding import make_batches, make_plan, open_images
-from .flags import ScheduleFlags, UNetFlags, model_size, settle_resolution, unet_arguments, weaker_layers
+from .flags import (
+    CLASSIFIER_PROGRAM,
+    ClassifierConfig,
+    model_size,
+    parse_classifier_flags,
+    settle_resolution,
+    unet_arguments,
+)
 from .models import build_unet, compiled, use_matmul_attention
 from .objectives import UniformTimestepSampler
 from .portable.scheduling_ddpm_hf import DDPMScheduler
 from .saving import save_model
-from .training.config import TrainingConfig, UsageError, parse_layers
+from .training.config import UsageError
 from .training.faults import ends_in_one_line
 from .training.loop import Losses, averaged_weights, training_loop, unwrap
 from .training.randomness import StepKeys
@@ -100,24 +106,6 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         if self.mid_block is not None:
             features = self.mid_block(features, embedding)
         return self.head(self.pool(F.silu(self.norm(features))))
-
-
-@dataclass
-class ClassifierConfig(ScheduleFlags, UNetFlags, DataFlags, TrainingConfig):
-    """Flags of `ddpm-hf train-classifier`: those of data, schedule and training that the scripts have too."""
-
-    def check(self) -> None:
-        """Raise UsageError or DataError for a value out of range or a combination that cannot work."""
-        super().check()
-        self.check_data()
-        self.check_unet()
-        self.check_schedule()
-        if self.label_column is None:
-            self.label_column = "label"
-        if self.streaming and self.max_train_steps is None:
-            raise UsageError("--streaming has no epochs to count: give --max_train_steps")
-        if self.push_to_hub:
-            raise UsageError("--push_to_hub: a classifier is no pipeline; upload its folder with `hf upload`")
 
 
 def compute_loss(model, batch: dict, keys: StepKeys, *, scheduler: DDPMScheduler, accelerator) -> Losses:
@@ -232,14 +220,12 @@ def train(config: ClassifierConfig) -> None:
     end_training(accelerator)
 
 
-def main(argv: list[str]) -> None:
-    """Parse the flags and train; a mistake that the user can mend is one line and exit code 2."""
-    config = parse_layers(
-        ClassifierConfig,
-        argv,
-        weaker_layers,
-        prog="ddpm-hf train-classifier",
-        description="Train a classifier of noised images, whose gradient guides sampling towards a class.",
-    )
-    with ends_in_one_line("ddpm-hf train-classifier", config.output_dir, DataError):
+def run(config: ClassifierConfig) -> None:
+    """Train; a mistake that the user can mend is one line and exit code 2."""
+    with ends_in_one_line(CLASSIFIER_PROGRAM, config.output_dir, DataError):
         train(config)
+
+
+def main(argv: list[str]) -> None:
+    """Parse the flags and train."""
+    run(parse_classifier_flags(argv))

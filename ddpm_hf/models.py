@@ -4,11 +4,11 @@ A preset is one row: the arguments of `UNet2DModel`, and the flags that its pape
 command line or in a `--config` file wins over the preset's. Parameters are counted in `docs/presets.md`.
 """
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from diffusers import UNet2DModel
-from diffusers.models.attention_processor import Attention, AttnProcessor
+if TYPE_CHECKING:  # else imported where it is used, so that --help is quick
+    import torch
+    from diffusers import UNet2DModel
 
 
 class Preset(NamedTuple):
@@ -173,13 +173,15 @@ MODEL_PRESETS: dict[str, Preset] = {
 }
 
 
-def build_unet(config: dict[str, Any]) -> UNet2DModel:
+def build_unet(config: dict[str, Any]) -> "UNet2DModel":
     """A `UNet2DModel` from its arguments.
 
     Raises:
         ValueError: as many norm groups as channels at some width (each group then holds one channel, and the time
             embedding, added before the norm, cancels), or groups that do not divide the widths.
     """
+    from diffusers import UNet2DModel
+
     if "block_out_channels" not in config:
         raise ValueError("the UNet's config names no block_out_channels, the width of each level")
     groups = config.get("norm_num_groups", 32)
@@ -231,13 +233,16 @@ def text_unet_config(channels: int, size: tuple[int, int], text_width: int) -> d
 
 def use_matmul_attention(model) -> None:
     """Attention by plain matrix products: on CPUs, faster to train than the fused kernel and as exact."""
+    from diffusers.models.attention_processor import Attention, AttnProcessor
+
     for module in model.modules():
         if isinstance(module, Attention):
             module.set_processor(AttnProcessor())
 
 
-def compiled(model: torch.nn.Module) -> torch.nn.Module:
+def compiled(model: "torch.nn.Module") -> "torch.nn.Module":
     """The model behind torch.compile."""
+    import torch
     import torch._inductor.config
 
     torch._inductor.config.layout_optimization = False  # it gave wrong gradients for this model on CPUs

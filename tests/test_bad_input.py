@@ -87,11 +87,12 @@ OUT_OF_RANGE = [
     *[(name, value) for value in (0, -1) for name in (
         "train_batch_size", "eval_batch_size", "gradient_accumulation_steps", "num_epochs", "max_train_steps",
         "learning_rate", "adam_epsilon", "ema_inv_gamma", "ema_power", "checkpointing_steps",
-        "checkpoints_total_limit", "save_images_epochs", "save_model_epochs", "validation_steps", "logging_steps",
+        "checkpoints_total_limit", "save_images_steps", "save_model_epochs", "validation_steps", "logging_steps",
         "cpu_threads", "max_nonfinite_steps", "ddpm_num_steps", "ddpm_num_inference_steps", "snr_gamma",
     )],
     *[(name, -1) for name in (
         "dataloader_num_workers", "lr_warmup_steps", "adam_weight_decay", "max_grad_norm", "seed", "vlb_weight",
+        "save_images_epochs",
     )],
     *[(name, value) for value in (1, -0.5, "nan") for name in (
         "adam_beta1", "adam_beta2", "ema_max_decay", "ema_min_decay", "validation_split", "class_dropout",

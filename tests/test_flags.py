@@ -357,6 +357,8 @@ ROWS = [
         ["checkpoint-3", "checkpoint-4"], {"checkpointing_steps": 1}),
     Row("save_images_epochs", 1, grids, ["step-000002.png", "step-000006.png"],
         ["step-000002.png", "step-000004.png", "step-000006.png"], {"num_epochs": 3}),
+    Row("save_images_epochs", 0, grids, ["step-000002.png", "step-000004.png"], []),
+    Row("save_images_steps", 3, grids, ["step-000002.png", "step-000004.png"], ["step-000003.png", "step-000004.png"]),
     Row("save_model_epochs", 1, lambda s: len(s.spied("save")), more={"num_epochs": 4}),
     Row("logging_steps", 3, lambda s: [record["step"] for record in s.run.records()], [1, 2, 3, 4], [3, 4]),
     Row("logger", "tensorboard", logs, [], lambda places: places and all(p.startswith("logs") for p in places)),

@@ -11,9 +11,8 @@ import torch
 
 import train_text2image
 import train_unconditional
-from ddpm_hf.classifier import ClassifierConfig
-from ddpm_hf.flags import weaker_layers
-from ddpm_hf.training.config import APPLIED, FIXED, FREE, SECRET_FLAGS, START, UsageError, flags_that, parse_layers
+from ddpm_hf.flags import ClassifierConfig, parse_classifier_flags
+from ddpm_hf.training.config import APPLIED, FIXED, FREE, SECRET_FLAGS, START, UsageError, flags_that
 from ddpm_hf.training.setup import (
     check_resumable,
     check_unchanged,
@@ -283,7 +282,7 @@ def test_settings_that_are_none_end_in_one_line_at_most(bad, tmp_path, capsys):
         manifest = json.dumps({"settings": settings, "files": {}})
         (tmp_path / "checkpoint-1" / "manifest.json").write_text(manifest)
         with pytest.raises(SystemExit) if bad else contextlib.nullcontext():
-            parse_layers(ClassifierConfig, argv, weaker_layers)
+            parse_classifier_flags(argv)
         assert len(capsys.readouterr().err.splitlines()) == bad
 
 

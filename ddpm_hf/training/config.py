@@ -9,7 +9,6 @@ import argparse
 import collections
 import copy
 import dataclasses
-import difflib
 import json
 import math
 import os
@@ -17,10 +16,13 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
 from transformers import HfArgumentParser, hf_argparser
+
+from .help import EPILOG, FlagFormatter, grouped, meanings_of, meant
+from .meanings import TRAINING
 
 SECRET_FLAGS = ("hub_token",)  # never written, shown or tracked
 
@@ -93,8 +95,10 @@ LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "cons
 
 
 @dataclass
-class TrainingConfig:
-    """Flags of the loop, the optimizer, checkpoints and tracking."""
+class RunFlags:
+    """Flags of the run: its settings' file, its folder, its seed."""
+
+    title: ClassVar[str] = "Run"
 
     config: str | None = HfArg(
         resume=START,
@@ -118,9 +122,13 @@ class TrainingConfig:
         default=None,
         help="Of everything random. Without it one is drawn, logged and saved with the run.",
     )
-    cpu_threads: int | None = HfArg(
-        default=None, help="torch's threads; by default the machine's cores divided by the processes on it."
-    )
+
+
+@dataclass
+class StepFlags:
+    """Flags of the training's length and batches."""
+
+    title: ClassVar[str] = "Training"
 
     train_batch_size: int = HfArg(default=16, help="Samples a step and process, before accumulation.")
     eval_batch_size: int = HfArg(
@@ -150,6 +158,13 @@ class TrainingConfig:
         " (exit code 0). Leave time for the step and the saving that come last.",
     )
 
+
+@dataclass
+class OptimizerFlags:
+    """Flags of the optimizer and its learning rate."""
+
+    title: ClassVar[str] = "Optimizer"
+
     learning_rate: float = HfArg(default=1e-4, help="Peak learning rate.")
     scale_lr: bool = HfArg(
         default=False, help="Multiply the learning rate by the processes, the batch size and the accumulation steps."
@@ -173,6 +188,13 @@ class TrainingConfig:
         help="Stop after this many steps in a row whose loss or gradient is NaN or infinite (each is skipped).",
     )
 
+
+@dataclass
+class EMAFlags:
+    """Flags of the exponential moving average of the weights."""
+
+    title: ClassVar[str] = "EMA"
+
     use_ema: bool = HfArg(
         resume=FIXED,
         default=False,
@@ -188,6 +210,13 @@ class TrainingConfig:
         resume=FREE, default=False, help="Keep the EMA in the CPU's pinned memory: less memory on a GPU."
     )
 
+
+@dataclass
+class HardwareFlags:
+    """Flags of speed, memory and hardware."""
+
+    title: ClassVar[str] = "Speed and memory"
+
     mixed_precision: Literal["no", "fp16", "bf16"] = HfArg(
         default="no", help="Autocast the model to half precision; bf16 works on recent CPUs too."
     )
@@ -199,7 +228,17 @@ class TrainingConfig:
     enable_xformers_memory_efficient_attention: bool = HfArg(
         default=False, help="xFormers' attention; torch's own is memory-efficient too."
     )
+    cpu_threads: int | None = HfArg(
+        default=None, help="torch's threads; by default the machine's cores divided by the processes on it."
+    )
     local_rank: int = HfArg(resume=START, default=-1, help="Set by old launchers; LOCAL_RANK in the environment wins.")
+
+
+@dataclass
+class CheckpointFlags:
+    """Flags of the checkpoints."""
+
+    title: ClassVar[str] = "Checkpoints"
 
     checkpointing_steps: int = HfArg(
         resume=FREE, default=500, help="Optimizer steps between checkpoints (checkpoint-N/)."
@@ -212,8 +251,19 @@ class TrainingConfig:
         default=None,
         help="checkpoint-N, a path, or latest: go on from there, exactly as if never stopped.",
     )
+
+
+@dataclass
+class LoggingFlags:
+    """Flags of pictures, figures and trackers."""
+
+    title: ClassVar[str] = "Samples and logging"
+
     save_images_epochs: int = HfArg(
-        resume=FREE, default=10, help="Epochs between sample grids (samples/*.png and the tracker)."
+        resume=FREE, default=10, help="Epochs between sample grids (samples/*.png and the tracker); 0 turns them off."
+    )
+    save_images_steps: int | None = HfArg(
+        resume=FREE, default=None, help="Optimizer steps between sample grids, instead of --save_images_epochs."
     )
     save_model_epochs: int = HfArg(resume=FREE, default=10, help="Epochs between saves of the whole pipeline.")
     validation_steps: int | None = HfArg(
@@ -234,6 +284,13 @@ class TrainingConfig:
     tracker_project_name: str | None = HfArg(
         resume=FREE, default=None, help="The tracker's project; by default the script's name."
     )
+
+
+@dataclass
+class HubFlags:
+    """Flags of what is saved and published."""
+
+    title: ClassVar[str] = "Hugging Face Hub"
 
     push_to_hub: bool = HfArg(resume=FREE, default=False, help="Upload the pipeline and its card when training ends.")
     hub_model_id: str | None = HfArg(
@@ -266,6 +323,15 @@ class TrainingConfig:
         " non_ema, those that are not averaged.",
     )
 
+
+@dataclass
+class TrainingConfig(
+    RunFlags, StepFlags, OptimizerFlags, EMAFlags, HardwareFlags, LoggingFlags, CheckpointFlags, HubFlags
+):
+    """Flags of the loop, the optimizer, checkpoints and tracking; `--help` groups them in the order of the bases."""
+
+    meanings: ClassVar[dict[str, str]] = TRAINING
+
     def check(self) -> None:
         """Raise UsageError for a value out of range."""
         for each in dataclasses.fields(self):
@@ -281,10 +347,13 @@ class TrainingConfig:
         positive = [
             "train_batch_size", "eval_batch_size", "gradient_accumulation_steps", "num_epochs", "max_train_steps",
             "max_train_hours", "learning_rate", "adam_epsilon", "ema_inv_gamma", "ema_power", "checkpointing_steps",
-            "checkpoints_total_limit", "save_images_epochs", "save_model_epochs", "validation_steps", "logging_steps",
+            "checkpoints_total_limit", "save_images_steps", "save_model_epochs", "validation_steps", "logging_steps",
             "cpu_threads", "max_nonfinite_steps",
         ]  # fmt: skip
-        not_negative = ["dataloader_num_workers", "lr_warmup_steps", "adam_weight_decay", "max_grad_norm", "seed"]
+        not_negative = [
+            "dataloader_num_workers", "lr_warmup_steps", "adam_weight_decay", "max_grad_norm", "seed",
+            "save_images_epochs",
+        ]  # fmt: skip
         for name in positive + not_negative:
             value, least = getattr(self, name), "more than 0" if name in positive else "0 or more"
             if value is not None and not (value > 0 if name in positive else value >= 0):
@@ -314,10 +383,28 @@ class TrainingConfig:
 
 
 class OneLineParser(HfArgumentParser):
-    """Declares a dataclass's fields as flags; a mistake is one line and exit code 2."""
+    """Declares a dataclass's fields as flags; a mistake is one line and exit code 2.
+
+    A dataclass, or a base of it, has a `title` for the group of its fields in `--help`, and `meanings`: what to
+    write here for names that its fields have elsewhere.
+    """
 
     def __init__(self, dataclass_type, **kwargs):
-        super().__init__(dataclass_type, allow_abbrev=False, usage="%(prog)s [--flag value ...]", **kwargs)
+        options = {"formatter_class": FlagFormatter, "epilog": EPILOG, **kwargs}
+        super().__init__(dataclass_type, allow_abbrev=False, usage="%(prog)s [--flag value ...]", **options)
+        self.meanings = meanings_of(dataclass_type)
+
+    def format_help(self) -> str:
+        """The flags in groups."""
+        formatter = self.formatter_class(prog=self.prog)
+        formatter.add_usage(self.usage, self._actions, [])
+        formatter.add_text(self.description)
+        for title, actions in grouped(self._actions, self.dataclass_types[0]).items():
+            formatter.start_section(title)
+            formatter.add_arguments(actions)
+            formatter.end_section()
+        formatter.add_text(self.epilog)
+        return formatter.format_help()
 
     @staticmethod
     def _parse_dataclass_field(parser, field):
@@ -329,32 +416,47 @@ class OneLineParser(HfArgumentParser):
     def error(self, message: str):
         """End with exit code 2 and one line."""
         unknown = message.partition("unrecognized arguments: ")[2].split(" ")[0]
-        near = difflib.get_close_matches(unknown, self._option_string_actions, n=1) if unknown else []
-        hint = f"did you mean {near[0]}? " if near else ""
+        instead = self.meant(unknown) if unknown else None
+        hint = f"did you mean {instead}? " if instead else ""
         self.exit(2, f"{self.prog}: error: {one_line(message)} ({hint}see --help)\n")
+
+    def meant(self, word: str) -> str | None:
+        """What to write instead of a word that is no flag; None if nothing comes near."""
+        return meant(word, self.flags(), self.meanings)
 
     def flags(self) -> set[str]:
         """The names that a config file may set: all flags, by any of their spellings."""
         return {option[2:] for option in self._option_string_actions if option.startswith("--")} - {"help", "config"}
 
+    def spelled(self, word: str) -> str:
+        """A word of the command line, with a flag's hyphens as underscores where it has no spelling with hyphens."""
+        flag, equals, value = word.partition("=")
+        underscored = f"--{flag[2:].replace('-', '_')}"
+        known = self._option_string_actions
+        return underscored + equals + value if flag not in known and underscored in known else word
+
+    def parse_known_args(self, args=None, namespace=None):
+        """As argparse, with hyphens for underscores in any flag."""
+        return super().parse_known_args([self.spelled(word) for word in args or []], namespace)
+
     def tokens(self, values: dict[str, Any], source: str) -> list[str]:
         """Values as command-line words, so that argparse checks them like the user's own."""
         words = []
         for name, value in values.items():
-            if name not in self.flags():
-                near = difflib.get_close_matches(str(name), self.flags(), n=1)
-                raise UsageError(
-                    f"{source}: unknown setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
-                )
-            if isinstance(value, list) and self._option_string_actions[f"--{name}"].nargs in ("+", "*"):
+            flag = self.spelled(f"--{name}")
+            if flag[2:] not in self.flags():
+                instead = self.meant(f"--{name}")
+                hint = f"; did you mean {instead if ' ' in instead else repr(instead[2:])}?" if instead else ""
+                raise UsageError(f"{source}: unknown setting {name!r}{hint}")
+            if isinstance(value, list) and self._option_string_actions[flag].nargs in ("+", "*"):
                 if any(isinstance(one, (dict, list)) or str(one).startswith("-") for one in value):
                     raise UsageError(f"{source}: {name!r} takes a list of texts that do not begin with a dash")
-                words += [f"--{name}", *map(str, value)] if value else []
+                words += [flag, *map(str, value)] if value else []
                 continue
             if isinstance(value, (dict, list)):
                 raise UsageError(f"{source}: {name!r} takes one value, not a {type(value).__name__}")
             if value not in (None, "", "null", "~"):
-                words.append(f"--{name}={ {'on': 'true', 'off': 'false'}.get(value, value) }")  # YAML's booleans
+                words.append(f"{flag}={ {'on': 'true', 'off': 'false'}.get(value, value) }")  # YAML's booleans
         return words
 
     def parse(self, argv: list[str]):
@@ -375,7 +477,7 @@ class OneLineParser(HfArgumentParser):
         weaker = {
             name: value
             for name, value in values.items()
-            if name not in self.flags() or (actions[f"--{name}"].dest not in decided)
+            if (action := actions.get(self.spelled(f"--{name}"))) is None or action.dest not in decided
         }
         return self.tokens(weaker, source) + words
 

@@ -501,7 +501,7 @@ def training_loop(
             bar.update(1)
 
             paused = time.perf_counter()
-            if draw is not None and epoch_ends and (epoch % config.save_images_epochs == 0 or done):
+            if draw is not None and images_due(config, state.step, epoch, epoch_ends, done):
                 look(draw, state, model, stop)
             checkpoint_due = done or (state.step % config.checkpointing_steps == 0 and not state.nonfinite_steps)
             save_due = epoch_ends and (epoch % config.save_model_epochs == 0 or done)
@@ -517,6 +517,13 @@ def training_loop(
             since += time.perf_counter() - paused
             stop.armed = True
     return True
+
+
+def images_due(config: TrainingConfig, step: int, epoch: int, epoch_ends: bool, done: bool) -> bool:
+    """Whether pictures follow this step: at the end of training in any case, unless they are turned off."""
+    if config.save_images_steps:
+        return done or step % config.save_images_steps == 0
+    return bool(config.save_images_epochs) and epoch_ends and (done or epoch % config.save_images_epochs == 0)
 
 
 def look(draw: Callable, state: TrainingState, model: torch.nn.Module, stop: Stop) -> None:

@@ -393,6 +393,7 @@ class OneLineParser(HfArgumentParser):
         options = {"formatter_class": FlagFormatter, "epilog": EPILOG, **kwargs}
         super().__init__(dataclass_type, allow_abbrev=False, usage="%(prog)s [--flag value ...]", **options)
         self.meanings = meanings_of(dataclass_type)
+        self.source = ""  # of the words that are parsed, where that is not the command line
 
     def format_help(self) -> str:
         """The flags in groups."""
@@ -418,7 +419,8 @@ class OneLineParser(HfArgumentParser):
         unknown = message.partition("unrecognized arguments: ")[2].split(" ")[0]
         instead = self.meant(unknown) if unknown else None
         hint = f"did you mean {instead}? " if instead else ""
-        self.exit(2, f"{self.prog}: error: {one_line(message)} ({hint}see --help)\n")
+        source = f"{self.source}: " if self.source else ""
+        self.exit(2, f"{self.prog}: error: {source}{one_line(message)} ({hint}see --help)\n")
 
     def meant(self, word: str) -> str | None:
         """What to write instead of a word that is no flag; None if nothing comes near."""
@@ -440,7 +442,7 @@ class OneLineParser(HfArgumentParser):
         return super().parse_known_args([self.spelled(word) for word in args or []], namespace)
 
     def tokens(self, values: dict[str, Any], source: str) -> list[str]:
-        """Values as command-line words, so that argparse checks them like the user's own."""
+        """Values as command-line words, which argparse has checked like the user's own."""
         words = []
         for name, value in values.items():
             flag = self.spelled(f"--{name}")
@@ -457,6 +459,9 @@ class OneLineParser(HfArgumentParser):
                 raise UsageError(f"{source}: {name!r} takes one value, not a {type(value).__name__}")
             if value not in (None, "", "null", "~"):
                 words.append(f"{flag}={ {'on': 'true', 'off': 'false'}.get(value, value) }")  # YAML's booleans
+        self.source = source
+        self.parse_args(words)
+        self.source = ""
         return words
 
     def parse(self, argv: list[str]):
@@ -473,12 +478,9 @@ class OneLineParser(HfArgumentParser):
 
     def below(self, values: dict[str, Any], source: str, words: list[str]) -> list[str]:
         """The words over weaker values: of these, those that the words do not decide."""
+        self.tokens(values, source)  # what is wrong is said of all of them
         decided, actions = self.decided(words), self._option_string_actions
-        weaker = {
-            name: value
-            for name, value in values.items()
-            if (action := actions.get(self.spelled(f"--{name}"))) is None or action.dest not in decided
-        }
+        weaker = {name: values[name] for name in values if actions[self.spelled(f"--{name}")].dest not in decided}
         return self.tokens(weaker, source) + words
 
     def over(self, weaker_layers, words: list[str], decided: Iterable[str] = ()) -> list[str]:

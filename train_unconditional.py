@@ -23,6 +23,8 @@ from ddpm_hf.flags import (
     UNetFlags,
     make_scheduler,
     make_unet,
+    model_size,
+    settle_resolution,
     unet_arguments,
     weaker_layers,
 )
@@ -95,7 +97,7 @@ from ddpm_hf.autoencoder import load_autoencoder
 from ddpm_hf.data import DataError, ImageDataset
 from ddpm_hf.feeding import Images, make_batches, make_plan, open_images
 from ddpm_hf.latents import cached_latents, x_start_of
-from ddpm_hf.models import compiled, use_matmul_attention
+from ddpm_hf.models import compiled, time_blindness, use_matmul_attention
 from ddpm_hf.objectives import TIMESTEP_SAMPLERS, UniformTimestepSampler, simple_losses, training_losses
 from ddpm_hf.portable.pipeline_class_conditional_ddpm_hf import ClassConditionalDDPMPipeline
 from ddpm_hf.portable.pipeline_ddpm_hf import DDPMPipeline
@@ -109,6 +111,7 @@ from ddpm_hf.training.setup import (
     agree_on_seed,
     begin_training,
     check_resumable,
+    check_unchanged,
     claim_output_dir,
     end_training,
     find_run,
@@ -273,9 +276,11 @@ def train(config: UnconditionalConfig) -> None:
     diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)  # an error is one line, and main says it
     vae = load_autoencoder(config.vae_name_or_path) if config.vae_name_or_path else None
     scheduler = make_scheduler(config, config, latents=vae is not None)
+    log(accelerator, settle_resolution(config, *model_size(config, vae), usual="64"))
     arguments = unet_arguments(config, config, vae)
     found = None if config.dry_run else find_run(config, accelerator)
     config.seed = agree_on_seed(config, found and found[1])
+    check_unchanged(config, found and found[1])
 
     channels = arguments["in_channels"] if vae is None else vae.config.in_channels
     images = open_images(config, config, channels, accelerator, classes=found and found[1].get("classes"))
@@ -284,6 +289,7 @@ def train(config: UnconditionalConfig) -> None:
     model = make_unet(arguments, config.variance_type, classes, config)
     if accelerator.device.type == "cpu":
         use_matmul_attention(model)
+    log(accelerator, time_blindness(model.config))
     if config.cache_latents:
         images.dataset.leave_out_broken()  # before the batches are planned
     plan, total_steps = make_plan(images, config, accelerator.num_processes)
@@ -291,7 +297,7 @@ def train(config: UnconditionalConfig) -> None:
         print(describe(config, images, plan, total_steps, model))
         return
     facts = run_facts(config, images.count, plan, total_steps, classes=class_names)
-    check_resumable(found, model, facts, accelerator)
+    check_resumable(found, config, model, facts, accelerator)
     reserve_repository(config, bool(images.held_out), accelerator)
     claim_output_dir(config, accelerator)
     log(accelerator, f"seed {config.seed}, {total_steps} steps, {images.rows.name}")

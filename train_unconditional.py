@@ -23,6 +23,8 @@ from ddpm_hf.flags import (
     UNetFlags,
     make_scheduler,
     make_unet,
+    model_size,
+    settle_resolution,
     unet_arguments,
     weaker_layers,
 )
@@ -95,7 +97,7 @@ from ddpm_hf.autoencoder import load_autoencoder
 from ddpm_hf.data import DataError, ImageDataset
 from ddpm_hf.feeding import Images, make_batches, make_plan, open_images
 from ddpm_hf.latents import cached_latents, check_cacheable, x_start_of
-from ddpm_hf.models import compiled, use_matmul_attention
+from ddpm_hf.models import compiled, time_blindness, use_matmul_attention
 from ddpm_hf.objectives import TIMESTEP_SAMPLERS, UniformTimestepSampler, simple_losses, training_losses
 from ddpm_hf.portable.pipeline_class_conditional_ddpm_hf import ClassConditionalDDPMPipeline
 from ddpm_hf.portable.pipeline_ddpm_hf import DDPMPipeline
@@ -111,6 +113,7 @@ from ddpm_hf.training.setup import (
     agree_on_seed,
     begin_training,
     check_resumable,
+    check_unchanged,
     claim_output_dir,
     describe_start,
     end_training,
@@ -215,9 +218,9 @@ def draw_samples(model, step: int, *, pipeline_of, config: UnconditionalConfig, 
     pipeline.set_progress_bar_config(desc="sampling", leave=False, disable=not accelerator.is_main_process)
     count, columns, labels = config.eval_batch_size, None, None
     if isinstance(pipeline, ClassConditionalDDPMPipeline):
-        classes = min(count, len(pipeline.config.id2label))
-        columns = count // classes
-        labels = [label for label in range(classes) for _ in range(columns)]
+        shown = pipeline.default_classes[:count]
+        columns = count // len(shown)
+        labels = [label for label in shown for _ in range(columns)]
         count = len(labels)
     steps = min(config.ddpm_num_inference_steps, config.ddpm_num_steps)
 
@@ -255,10 +258,16 @@ def describe(config: UnconditionalConfig, images: Images, plan: StepPlan, total_
     return "\n".join(f"{name:>10}  {value}" for name, value in lines.items())
 
 
-def make_pipeline(model: UNet2DModel, scheduler: DDPMScheduler, class_names: list[str], vae: AutoencoderKL | None):
+def make_pipeline(
+    model: UNet2DModel,
+    scheduler: DDPMScheduler,
+    class_names: list[str],
+    vae: AutoencoderKL | None,
+    trained_classes: list[int] | None = None,
+):
     """The pipeline that samples from the model, by class where it knows classes."""
     if class_names:
-        return ClassConditionalDDPMPipeline(model, scheduler, dict(enumerate(class_names)), vae)
+        return ClassConditionalDDPMPipeline(model, scheduler, dict(enumerate(class_names)), vae, trained_classes)
     return DDPMPipeline(model, scheduler, vae)
 
 
@@ -270,24 +279,27 @@ def train(config: UnconditionalConfig) -> None:
     diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)  # an error is one line, and main says it
     vae = load_autoencoder(config.vae_name_or_path) if config.vae_name_or_path else None
     scheduler = make_scheduler(config, config, latents=vae is not None)
+    log(accelerator, settle_resolution(config, *model_size(config, vae), usual="64"))
     arguments = unet_arguments(config, config, vae)
     written = layout("unet", "scheduler", *(["vae"] if vae is not None else []))
     found = find_run(config, accelerator, written, (config.train_data_dir, config.dataset_name))
     config.seed = agree_on_seed(config, found and found[1])
+    check_unchanged(config, found and found[1])
 
     channels = arguments["in_channels"] if vae is None else vae.config.in_channels
-    images = open_images(config, config, channels, accelerator)
+    images = open_images(config, config, channels, accelerator, classes=found and found[1].get("classes"))
     class_names = images.rows.label_names if config.label_column else []
     classes = len(class_names) + (config.class_dropout > 0) if class_names else None
     model = make_unet(arguments, config.variance_type, classes, config)
     if accelerator.device.type == "cpu":
         use_matmul_attention(model)
+    log(accelerator, time_blindness(model.config))
     if config.cache_latents:
         images.dataset.leave_out_broken()  # before the batches are planned
         check_cacheable(images.dataset)
     plan, total_steps = make_plan(images, config, accelerator.num_processes)
     facts = run_facts(config, images.count, plan, total_steps, classes=class_names)
-    check_resumable(found, model, facts, accelerator)
+    check_resumable(found, config, model, facts, accelerator)
     reserve_repository(config, bool(images.held_out), accelerator)
     warn_of_terminal_snr(config, scheduler, accelerator)
     if vae is not None:
@@ -315,8 +327,12 @@ def train(config: UnconditionalConfig) -> None:
         images = images._replace(dataset=latents)
         batches = make_batches(images, config, config, plan, state.step, accelerator, config.class_balanced)
 
-    pipeline_of = functools.partial(make_pipeline, scheduler=scheduler, class_names=class_names, vae=vae)
-    about = describe_run(config, images, plan, model, SHOWN, class_names[: config.eval_batch_size])
+    trained = images.trained_classes
+    pipeline_of = functools.partial(
+        make_pipeline, scheduler=scheduler, class_names=class_names, vae=vae, trained_classes=trained
+    )
+    names = class_names if trained is None else [class_names[label] for label in trained]
+    about = describe_run(config, images, plan, model, SHOWN, names[: config.eval_batch_size])
     publisher = Publisher(config, state, pipeline_of, about, total_steps, accelerator)
     finished = training_loop(
         config,

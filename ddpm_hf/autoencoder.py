@@ -19,7 +19,16 @@ from .training.loop import Losses, averaged_weights, training_loop, unwrap
 from .training.ownership import AUTOENCODER, claim_files, layout, remove_unfinished
 from .training.randomness import StepKeys
 from .training.rehearsal import rehearse
-from .training.setup import begin_training, check_resumable, claim_output_dir, find_run, log, run_facts, track_image
+from .training.setup import (
+    begin_training,
+    check_resumable,
+    check_unchanged,
+    claim_output_dir,
+    find_run,
+    log,
+    run_facts,
+    track_image,
+)
 
 
 def load_autoencoder(name_or_path: str, revision: str | None = None, variant: str | None = None) -> AutoencoderKL:
@@ -151,6 +160,8 @@ def train_autoencoder(
     """
     folder = Path(config.output_dir) / AUTOENCODER
     if (folder / "config.json").is_file() and config.resume_from_checkpoint:
+        before = find_autoencoder_run(config)
+        check_unchanged(config, before and before[1])
         if accelerator.is_main_process and not rehearse_only:
             remove_unfinished(folder)
         return load_autoencoder(str(folder)).to(accelerator.device)
@@ -180,8 +191,8 @@ def train_autoencoder(
     found = find_run(training, accelerator, written)
     vae = make_autoencoder(flags, channels, size, config.seed)
     plan, total_steps = make_plan(images, training, accelerator.num_processes)
-    facts = run_facts(training, images.count, plan, total_steps)
-    check_resumable(found, vae, facts, accelerator, "vae")
+    facts = run_facts(config, images.count, plan, total_steps)
+    check_resumable(found, config, vae, facts, accelerator, "vae")
     parameters = sum(parameter.numel() for parameter in vae.parameters())
     log(accelerator, f"training an autoencoder first: {parameters:,} parameters, {total_steps} steps")
     model = Reconstruction(vae)

@@ -11,8 +11,15 @@ from diffusers.utils import logging as diffusers_logging
 
 from .data import DataError, ImageDataset, to_model_range
 from .feeding import make_batches, make_plan, open_images
-from .flags import CLASSIFIER_PROGRAM, ClassifierConfig, parse_classifier_flags, unet_arguments
-from .models import build_unet, compiled, use_matmul_attention
+from .flags import (
+    CLASSIFIER_PROGRAM,
+    ClassifierConfig,
+    model_size,
+    parse_classifier_flags,
+    settle_resolution,
+    unet_arguments,
+)
+from .models import build_unet, compiled, time_blindness, use_matmul_attention
 from .objectives import UniformTimestepSampler
 from .portable.scheduling_ddpm_hf import DDPMScheduler
 from .saving import save_model
@@ -26,6 +33,7 @@ from .training.setup import (
     agree_on_seed,
     begin_training,
     check_resumable,
+    check_unchanged,
     claim_output_dir,
     describe_start,
     end_training,
@@ -63,6 +71,7 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         unet: the arguments of the `UNet2DModel` whose encoder this is.
         num_classes: K.
         num_train_timesteps, trained_betas: the diffusion it was trained on, T and β; for whoever loads it.
+        trained_classes: the ids of the classes that training images had, where not all K had some.
     """
 
     _supports_gradient_checkpointing = True
@@ -75,6 +84,7 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         num_train_timesteps: int = 1000,
         trained_betas: list[float] | None = None,
         id2label: dict[str, str] | None = None,
+        trained_classes: list[int] | None = None,
     ):
         super().__init__()
         if any("Skip" in kind for kind in unet.get("down_block_types", ())):
@@ -144,6 +154,7 @@ def train(config: ClassifierConfig) -> None:
     deadline = deadline_of(config.max_train_hours)
     accelerator = start_accelerator(config)
     diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)  # an error is one line, and main says it
+    log(accelerator, settle_resolution(config, *model_size(config), usual="64"))
     arguments = unet_arguments(config, config)
     scheduler = DDPMScheduler(
         num_train_timesteps=config.ddpm_num_steps,
@@ -153,7 +164,9 @@ def train(config: ClassifierConfig) -> None:
     written = layout(model=True)
     found = find_run(config, accelerator, written, (config.train_data_dir, config.dataset_name))
     config.seed = agree_on_seed(config, found and found[1])
-    images = open_images(config, config, arguments["in_channels"], accelerator)
+    check_unchanged(config, found and found[1])
+    resumed_classes = found and found[1].get("classes")
+    images = open_images(config, config, arguments["in_channels"], accelerator, classes=resumed_classes)
 
     names = images.rows.label_names
     torch.manual_seed(config.seed)
@@ -168,6 +181,7 @@ def train(config: ClassifierConfig) -> None:
         )
     except (ValueError, TypeError) as error:
         raise UsageError(" ".join(str(error).split())) from error
+    log(accelerator, time_blindness(arguments))
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if accelerator.device.type == "cpu":
@@ -176,7 +190,8 @@ def train(config: ClassifierConfig) -> None:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     summary = f"{images.rows.name}: {len(names)} classes; {parameters:,} parameters, {total_steps} steps"
     facts = run_facts(config, images.count, plan, total_steps, classes=names)
-    check_resumable(found, model, facts, accelerator, "classifier")
+    check_resumable(found, config, model, facts, accelerator, "classifier")
+    model.register_to_config(trained_classes=images.trained_classes)
     parts = {"classifier": model}
     state = begin_training(config, accelerator, model, total_steps, QUARTILES, facts, found, parts=parts)
     if config.compile:

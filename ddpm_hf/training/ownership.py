@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from .checkpointing import checkpoint_step, discard, flush, is_sealed, strangers, write_whole
+from .checkpointing import SETTINGS, checkpoint_step, discard, flush, is_sealed, strangers, write_whole
 from .config import UsageError
 
 MANIFEST = "ddpm_hf_files.json"
@@ -98,14 +98,14 @@ class Entry(NamedTuple):
 
 
 CHECKPOINT = Entry("checkpoint-#/", recognised=is_sealed)
-SETTINGS = Entry("training_config.json", recognised=_has("output_dir", "checkpointing_steps"))
+TRAINING_CONFIG = Entry(SETTINGS, recognised=_has("output_dir", "checkpointing_steps"))
 STEPS = Entry("metrics.jsonl", published=True, recognised=_logs("step", "epoch"))
 TIMINGS = Entry("timings.jsonl", recognised=_logs("step", "seconds"))
 TRAINING = (
     CHECKPOINT,
     Entry("checkpoint-#.superseded/", recognised=is_sealed),
     Entry("checkpoint-#.partial/", recognised=Path.is_dir),
-    SETTINGS,
+    TRAINING_CONFIG,
     STEPS,
     TIMINGS,
     Entry("samples/step-#.png"),
@@ -269,7 +269,7 @@ def _listed_or_recognised(folder: Path) -> list[str]:
 
 def recognise(folder: Path) -> list[str]:
     """The files of a run of a version without manifests; empty where nothing proves that there was one."""
-    proofs = (CHECKPOINT, SETTINGS, TIMINGS)
+    proofs = (CHECKPOINT, TRAINING_CONFIG, TIMINGS)
     if not any(one.recognised(folder / name) for one in proofs for name in matching(folder, one.pattern)):
         return []
     index = _read_json(folder / "model_index.json")
@@ -427,15 +427,19 @@ def bring_back(folder: str | Path) -> None:
     aside.rmdir()
 
 
-def end_replacing(folder: str | Path) -> bool:
-    """Let the earlier run go if the new one has a complete checkpoint, else bring it back; whether it is back."""
+def comes_back(folder: str | Path) -> bool:
+    """Whether the run that was set aside is to come back: the one that replaces it has no complete checkpoint."""
     folder = Path(folder)
-    steps = [part / name for part in (folder, folder / AUTOENCODER) for name in listed(part)]
-    if _load(folder).get("replaces") and any(checkpoint_step(one) >= 0 and is_sealed(one) for one in steps):
-        let_go(folder)
+    if _record(folder) is None:
         return False
-    bring_back(folder)
-    return True
+    steps = [part / name for part in (folder, folder / AUTOENCODER) for name in listed(part)]
+    has_checkpoint = any(checkpoint_step(one) >= 0 and is_sealed(one) for one in steps)
+    return not (_load(folder).get("replaces") and has_checkpoint)
+
+
+def end_replacing(folder: str | Path) -> None:
+    """Let the earlier run go if the new one has a complete checkpoint, else bring it back."""
+    bring_back(folder) if comes_back(folder) else let_go(folder)
 
 
 def settle(folder: str | Path, *, training: bool = False) -> None:

@@ -23,6 +23,7 @@ from ddpm_hf.latents import TensorTable
 from ddpm_hf.publishing import save_model
 from ddpm_hf.training import checkpointing
 from ddpm_hf.training.checkpointing import find_checkpoint, list_checkpoints, read_manifest, rotate, seal
+from ddpm_hf.training.config import TrainingConfig
 from ddpm_hf.training.loop import KeyedBatchSampler, StepPlan
 from ddpm_hf.training.ownership import claim_files
 from ddpm_hf.training.randomness import keyed_permutation
@@ -494,7 +495,7 @@ def test_scraps_beside_a_finished_autoencoder_go(tmp_path):
     folder.mkdir()
     leave_scraps(folder)
     claim_files(folder, ["checkpoint-4/"])
-    flags = SimpleNamespace(output_dir=str(tmp_path), resume_from_checkpoint="latest")
+    flags = TrainingConfig(output_dir=str(tmp_path), resume_from_checkpoint="latest")
     save_model(autoencoder.make_autoencoder(autoencoder.AutoencoderFlags(vae_widths="8,16"), 1, (8, 8), 0), folder)
     accelerator = SimpleNamespace(is_main_process=True, device=torch.device("cpu"))
     autoencoder.train_autoencoder(flags, flags, None, 1, (8, 8), accelerator)

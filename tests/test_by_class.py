@@ -571,7 +571,8 @@ def test_learned_variances_train_save_and_sample(case, by_class, world, tmp_path
     assert pipeline.scheduler.config.variance_type == "learned_range"
     what = [0, 1, 2] if by_class else 3
     generators = [torch.Generator().manual_seed(keyed_seed(3, "sample", 0, index)) for index in range(3)]
-    drawn = image_grid(pipeline(what, generator=generators, num_inference_steps=5).images, 1 if by_class else None, 8)
+    rows = {"columns": 1, "legend": list(pipeline.config.id2label.values())} if by_class else {}
+    drawn = image_grid(pipeline(what, generator=generators, num_inference_steps=5).images, scale=8, **rows)
     shown = Image.open(max((folder / "samples").glob("step-*")))
     assert shown.size == drawn.size
     assert np.abs(pixels_of(shown) - pixels_of(drawn)).max() <= 1

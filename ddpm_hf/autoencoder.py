@@ -2,76 +2,33 @@
 
 import dataclasses
 import functools
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from transformers.hf_argparser import HfArg
 
 from .data import to_model_range
 from .feeding import Images, make_batches, make_plan
+from .flags import AutoencoderFlags
 from .functional import mean_flat
 from .loading import why_not_loaded
 from .saving import save_image, save_model
-from .training.checkpointing import find_checkpoint, remove_unfinished
+from .training.checkpointing import find_checkpoint
 from .training.config import TrainingConfig, UsageError
 from .training.loop import Losses, averaged_weights, training_loop, unwrap
+from .training.ownership import AUTOENCODER, claim_files, layout, remove_unfinished
 from .training.randomness import StepKeys
-from .training.setup import begin_training, check_resumable, claim_output_dir, find_run, log, run_facts, track_image
-
-FOLDER = "autoencoder"  # of its run, within that of the model that it is for
-
-
-@dataclass
-class LatentFlags:
-    """Flags of the latents."""
-
-    vae_name_or_path: str | None = HfArg(
-        default=None,
-        help="An AutoencoderKL, or a pipeline with one, on the Hub or on disk: diffuse in its latents.",
-    )
-    cache_latents: bool = HfArg(
-        default=False, help="Encode images, and captions where the text encoder is frozen, once and for all."
-    )
-
-    def cache_folder(self) -> Path:
-        """Where that is kept: below --cache_dir, for all runs, or in the run's folder."""
-        return Path(self.cache_dir) / "ddpm_hf" if self.cache_dir else Path(self.output_dir) / "cache"
-
-
-@dataclass
-class AutoencoderFlags(LatentFlags):
-    """Flags of the autoencoder, where a script trains one."""
-
-    vae_train_steps: int = HfArg(default=1500, help="Steps to train a new autoencoder for, where there is none.")
-    vae_learning_rate: float = HfArg(default=1e-3, help="Its learning rate, decaying as a cosine.")
-    vae_kl_weight: float = HfArg(
-        default=1e-4, help="Weight of the latents' KL to a unit Gaussian, beside the L1 loss."
-    )
-    vae_latent_channels: int = HfArg(default=4, help="Channels of its latents.")
-    vae_widths: str = HfArg(default="16,32,64", help="Channels at each of its levels; each but the first halves.")
-
-    def widths(self) -> tuple[int, ...]:
-        """The numbers of --vae_widths."""
-        parts = self.vae_widths.split(",")
-        widths = [int(part) if part.strip().isdecimal() and len(part) < 6 else 0 for part in parts]
-        if len(widths) > 8 or not all(0 < width <= 4096 and width % 8 == 0 for width in widths):
-            raise UsageError(
-                f"--vae_widths {self.vae_widths}: give up to 8 multiples of 8, each up to 4096, such as 16,32,64"
-            )
-        return tuple(widths)
-
-    def check_autoencoder(self) -> None:
-        """Raise UsageError for a value out of range."""
-        self.widths()
-        for name in ("vae_train_steps", "vae_latent_channels", "vae_learning_rate"):
-            if not getattr(self, name) > 0:
-                raise UsageError(f"--{name} {getattr(self, name)}: must be more than 0")
-        if self.vae_latent_channels > 1024:
-            raise UsageError(f"--vae_latent_channels {self.vae_latent_channels}: must be 1024 or less")
-        if not self.vae_kl_weight >= 0:
-            raise UsageError(f"--vae_kl_weight {self.vae_kl_weight}: must be 0 or more")
+from .training.rehearsal import rehearse
+from .training.setup import (
+    begin_training,
+    check_resumable,
+    check_unchanged,
+    claim_output_dir,
+    find_run,
+    log,
+    run_facts,
+    track_image,
+)
 
 
 def load_autoencoder(name_or_path: str, revision: str | None = None, variant: str | None = None) -> AutoencoderKL:
@@ -141,14 +98,14 @@ def compute_loss(model, batch: dict, keys: StepKeys, *, kl_weight: float, accele
 
 
 @torch.no_grad()
-def draw_reconstructions(model, step: int, *, images: Images, folder: Path, accelerator) -> None:
+def draw_reconstructions(model, step: int, *, images: Images, folder: Path, accelerator) -> Path | None:
     """A picture of eight images, and what the autoencoder makes of them."""
     from diffusers.image_processor import VaeImageProcessor
 
     from .data import image_grid
 
     if not accelerator.is_main_process:
-        return
+        return None
     shown = images.held_out or images.dataset
     batch = shown.__getitems__([(0, index) for index in range(min(8, len(shown)))])
     originals = to_model_range(batch["images"].to(accelerator.device))
@@ -158,8 +115,11 @@ def draw_reconstructions(model, step: int, *, images: Images, folder: Path, acce
     processor = VaeImageProcessor(vae_scale_factor=1, do_convert_grayscale=gray, do_convert_rgb=not gray)
     both = processor.postprocess(torch.cat([originals, rebuilt]), output_type="pil")
     picture = image_grid(both, len(originals), scale=max(1, 64 // both[0].width))
-    save_image(picture, folder / "samples" / f"step-{step:06d}.png")
+    path = folder / "samples" / f"step-{step:06d}.png"
+    claim_files(folder, [f"samples/{path.name}"])
+    save_image(picture, path)
     track_image(accelerator, "reconstructions", picture, step)
+    return path
 
 
 @torch.no_grad()
@@ -180,7 +140,7 @@ def measure_scaling_factor(vae: AutoencoderKL, images: Images, batch_size: int, 
 
 def find_autoencoder_run(config: TrainingConfig) -> tuple[Path, dict] | None:
     """The newest checkpoint of the autoencoder's training, where a run got no further; for its seed."""
-    return find_checkpoint(Path(config.output_dir) / FOLDER, "latest", lambda line: None)
+    return find_checkpoint(Path(config.output_dir) / AUTOENCODER, "latest", lambda line: None)
 
 
 def train_autoencoder(
@@ -191,21 +151,26 @@ def train_autoencoder(
     size: tuple[int, int],
     accelerator,
     deadline: float | None = None,
+    rehearse_only: bool = False,
 ) -> AutoencoderKL | None:
     """Train an autoencoder in a folder within the run's, or take the one that was finished there; None if stopped.
+
+    With `rehearse_only` it is not trained: only its first batch is computed.
 
     Raises:
         UsageError: a stream, whose steps nobody can repeat here, or a size that the autoencoder cannot halve.
     """
-    folder = Path(config.output_dir) / FOLDER
+    folder = Path(config.output_dir) / AUTOENCODER
     if (folder / "config.json").is_file() and config.resume_from_checkpoint:
-        if accelerator.is_main_process:
+        before = find_autoencoder_run(config)
+        check_unchanged(config, before and before[1])
+        if accelerator.is_main_process and not rehearse_only:
             remove_unfinished(folder)
         return load_autoencoder(str(folder)).to(accelerator.device)
     factor = 2 ** (len(flags.widths()) - 1)
     if size[0] % factor or size[1] % factor:
         raise UsageError(f"--resolution {size[0]}x{size[1]}: the autoencoder wants multiples of {factor}")
-    own = dataclasses.replace(
+    training = dataclasses.replace(
         config,
         output_dir=str(folder),
         max_train_steps=flags.vae_train_steps,
@@ -213,31 +178,41 @@ def train_autoencoder(
         lr_scheduler="cosine",
         lr_warmup_steps=min(100, flags.vae_train_steps // 10),
         gradient_accumulation_steps=1,
+        overwrite_output_dir=False,  # the model's own run, with all in this folder, has been set aside
         resume_from_checkpoint=config.resume_from_checkpoint and "latest",
-        save_images_epochs=max(1, flags.vae_train_steps // 4 * config.train_batch_size // max(1, images.count or 1)),
+        save_images_epochs=0,
+        save_images_steps=max(1, flags.vae_train_steps // 4)
+        if config.save_images_epochs or config.save_images_steps
+        else None,
         validation_steps=None,
         use_ema=True,
         ema_max_decay=0.995,
         ema_min_decay=0.0,
     )
-    found = find_run(own, accelerator)
+    written = layout(model=True)
+    found = find_run(training, accelerator, written)
     vae = make_autoencoder(flags, channels, size, config.seed)
-    plan, total_steps = make_plan(images, own, accelerator.num_processes)
-    facts = run_facts(own, images.count, plan, total_steps)
-    check_resumable(found, vae, facts, accelerator, "vae")
-    claim_output_dir(own, accelerator)
+    plan, total_steps = make_plan(images, training, accelerator.num_processes)
+    facts = run_facts(config, images.count, plan, total_steps)
+    check_resumable(found, config, vae, facts, accelerator, "vae")
     parameters = sum(parameter.numel() for parameter in vae.parameters())
     log(accelerator, f"training an autoencoder first: {parameters:,} parameters, {total_steps} steps")
     model = Reconstruction(vae)
-    state = begin_training(own, accelerator, model, total_steps, (), facts, found, parts={"vae": vae})
+    state = begin_training(training, accelerator, model, total_steps, (), facts, found, parts={"vae": vae})
+    loss_of = functools.partial(compute_loss, kl_weight=flags.vae_kl_weight, accelerator=accelerator)
+    batches = make_batches(images, training, training, plan, state.step, accelerator)
+    batches = rehearse(training, accelerator, state, plan, batches, loss_of)
+    if rehearse_only:
+        return vae.requires_grad_(False)
+    claim_output_dir(training, accelerator, written, state.step)
     finished = training_loop(
-        own,
+        training,
         accelerator,
         state,
         plan,
-        make_batches(images, own, own, plan, state.step, accelerator),
+        batches,
         total_steps,
-        compute_loss=functools.partial(compute_loss, kl_weight=flags.vae_kl_weight, accelerator=accelerator),
+        compute_loss=loss_of,
         draw=functools.partial(draw_reconstructions, images=images, folder=folder, accelerator=accelerator),
         name_of=images.name_of,
         deadline=deadline,
@@ -251,7 +226,7 @@ def train_autoencoder(
     scale = measure_scaling_factor(trained, images, config.eval_batch_size, config.seed)
     trained.register_to_config(scaling_factor=scale)
     if accelerator.is_main_process:
-        save_model(trained, folder)
+        save_model(trained, folder, within=folder)
     accelerator.wait_for_everyone()
     log(accelerator, f"autoencoder saved to {folder}, scaling factor {scale}")
     return trained

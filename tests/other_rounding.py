@@ -2,13 +2,13 @@
 
 Kernels choose their code path by the alignment of the weights (safetensors maps a file, so loaded weights lie at other
 addresses than new ones) and by the batch size, and then round differently. Whether they do depends on the processor;
-this makes every layer do it, by a few units in the last place. Equality to the bit must be asserted only where the
+this makes every layer do it, by some units in the last place. Equality to the bit must be asserted only where the
 same computation is repeated with the same alignment and batch size.
 """
 
 import torch
 
-ROUNDING = 2.0**-22  # about 2 units in the last place of float32
+ROUNDING = 2.0**-24  # half a unit in the last place of float32
 
 
 def install() -> None:

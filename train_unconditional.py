@@ -25,6 +25,8 @@ from ddpm_hf.flags import (
     UNetFlags,
     make_scheduler,
     make_unet,
+    model_size,
+    settle_resolution,
     unet_arguments,
     weaker_layers,
 )
@@ -113,6 +115,7 @@ from ddpm_hf.training.setup import (
     agree_on_seed,
     begin_training,
     check_resumable,
+    check_unchanged,
     claim_output_dir,
     end_training,
     find_run,
@@ -280,8 +283,11 @@ def train(config: UnconditionalConfig) -> None:
     source = source_of(config, found)
     vae = load_autoencoder(config.vae_name_or_path, revision_of_vae(config)) if config.vae_name_or_path else None
     scheduler = make_scheduler(config, config, vae is not None, source)
+    size, fresh = model_size(config, vae, source), source is not None and found is None
+    log(accelerator, settle_resolution(config, *size, usual="64", trained=fresh))
     arguments = unet_arguments(config, config, vae, source)
     config.seed = agree_on_seed(config, found and found[1])
+    check_unchanged(config, found and found[1])
 
     channels = arguments["in_channels"] if vae is None else vae.config.in_channels
     images = open_images(config, config, channels, accelerator, classes=found and found[1].get("classes"))
@@ -292,7 +298,7 @@ def train(config: UnconditionalConfig) -> None:
         use_matmul_attention(model)
     if source is None:
         log(accelerator, time_blindness(model.config))
-    elif found is None:
+    elif fresh:
         for line in [*start_from(model, source, class_names, scheduler, config), *differences(config, source)]:
             log(accelerator, line)
     if config.cache_latents:
@@ -302,7 +308,7 @@ def train(config: UnconditionalConfig) -> None:
         print(describe(config, images, plan, total_steps, model))
         return
     facts = run_facts(config, images.count, plan, total_steps, classes=class_names)
-    check_resumable(found, model, facts, accelerator)
+    check_resumable(found, config, model, facts, accelerator)
     facts["scheduler"] = json.loads(scheduler.to_json_string())  # so that a checkpoint can be sampled by itself
     reserve_repository(config, bool(images.held_out), accelerator)
     claim_output_dir(config, accelerator)

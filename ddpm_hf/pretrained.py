@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # else imported where it is used, so that --help is quick
 
 FLAG = "--pretrained_model_name_or_path"
 TRAINED_BETAS = "trained_betas"  # of --ddpm_beta_schedule: a list in the model's scheduler, which no name stands for
+SAID_ELSEWHERE = ("objective", "variance_type", "resolution")  # where they differ from the trained model's
 SHOWN = 6  # class names in a line
 
 
@@ -82,7 +83,7 @@ def trained_scheduler(source: Source) -> "DDPMScheduler | None":
         raise UsageError(f"{FLAG}: the scheduler of {source.title}: {' '.join(str(error).split())}") from error
 
 
-def settings_of(source: Source) -> dict[str, Any]:
+def trained_settings(source: Source) -> dict[str, Any]:
     """What a trained model decides where the flags say nothing, by flag."""
     from .portable.scheduling_ddpm_hf import LEARNED_VARIANCE_TYPES
 
@@ -115,7 +116,7 @@ def changed_scheduler(trained: "DDPMScheduler", before: Mapping[str, Any], now: 
     """The trained model's diffusion with what the flags change of it.
 
     Args:
-        before: what `settings_of` says of it.
+        before: what `trained_settings` says of it.
         now: the flags.
 
     Raises:
@@ -158,15 +159,17 @@ def differences(config, source: Source) -> list[str]:
     Args:
         config: the run's, with `StartFlags`, `ScheduleFlags`, `ObjectiveFlags` and `LatentFlags`.
     """
-    trained = settings_of(source)
+    trained = trained_settings(source)
     lines = []
     if config.model_preset:
-        lines.append(f"warning: --model_preset {config.model_preset}: only its recipe counts, the UNet is that of {FLAG}")
+        lines.append(
+            f"warning: --model_preset {config.model_preset}: only its recipe counts, the UNet is that of {FLAG}"
+        )
     if source.scheduler is None:
-        lines.append(f"warning: nothing says which diffusion {source.title} was trained with; taken from the flags")
+        lines.append(f"warning: nothing says which diffusion {source.title} was trained with: the flags decide")
     for name, value in trained.items():
         now = getattr(config, name)
-        if name in ("objective", "variance_type") or now == value:  # the second says what is fitted
+        if name in SAID_ELSEWHERE or now == value:
             continue
         lines.append(f"warning: --{name} {now}: {source.title} was trained with {value}")
     if source.vae is None and config.vae_name_or_path:

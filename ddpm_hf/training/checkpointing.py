@@ -1,5 +1,6 @@
 """Checkpoints that are complete or absent: written beside, flushed, renamed; old ones go once the new one is safe."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from .config import UsageError
 
 MANIFEST = "manifest.json"
+SETTINGS = "training_config.json"  # beside the checkpoints
 # What a write that was killed leaves behind, in a run's folder: each write begins under such a name
 UNFINISHED = ("checkpoint-*.partial", ".*????????.partial", "*/.*????????.partial", "cache/*/.*????????.partial")
 
@@ -119,14 +121,38 @@ def seal(partial: Path, final: Path, state: dict[str, Any]) -> None:
     flush(final.parent)
 
 
+def made_by_diffusers(checkpoint: Path) -> str | None:
+    """What to do with a checkpoint of Diffusers' training scripts, whose optimizer is not ours; None for others."""
+    ours = (checkpoint / MANIFEST).exists() or (checkpoint.parent / SETTINGS).exists()
+    if ours or not (checkpoint / "unet" / "config.json").is_file():
+        return None
+    line = (
+        f"{checkpoint} is a checkpoint of Diffusers' script, which cannot be resumed here; start from its weights with"
+    )
+    try:
+        config = json.loads((checkpoint / "unet" / "config.json").read_text(encoding="utf-8"))
+        by_text = config.get("_class_name") == "UNet2DConditionModel"
+    except (ValueError, AttributeError, RecursionError):
+        return None
+    if by_text:
+        return (
+            f"{line} StableDiffusionPipeline.from_pretrained(BASE, unet=UNet2DConditionModel.from_pretrained("
+            f"{str(checkpoint / 'unet')!r})).save_pretrained(START) and --pretrained_model_name_or_path START"
+        )
+    return f"{line} --pretrained_model_name_or_path {checkpoint} and another --output_dir"
+
+
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """The state that `seal` wrote.
 
     Raises:
         UsageError: no manifest, or a file that is missing or differs from its checksum.
     """
+    foreign = made_by_diffusers(checkpoint)
+    if foreign:
+        raise UsageError(foreign)
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text())
+        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         files = manifest["files"].items()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{checkpoint} is not a complete checkpoint: its {MANIFEST} cannot be read") from error
@@ -164,15 +190,33 @@ def find_checkpoint(output_dir: Path, wanted: str, warn) -> tuple[Path, dict[str
             try:
                 return path, read_manifest(path)
             except UsageError as error:
-                warn(f"passing over {error}")
+                if made_by_diffusers(path) is None:
+                    warn(f"passing over {error}")
+        foreign = next(filter(None, map(made_by_diffusers, reversed(found))), None)
         if found:
-            raise UsageError(f"no complete checkpoint in {output_dir}; train anew with --overwrite_output_dir")
+            raise UsageError(
+                foreign or f"no complete checkpoint in {output_dir}; train anew with --overwrite_output_dir"
+            )
         return None
     for path in (output_dir / wanted, Path(wanted)):
         if path.is_dir():
             return path, read_manifest(path)
     there = ", ".join(path.name for path in list_checkpoints(output_dir)) or "none"
     raise UsageError(f"--resume_from_checkpoint {wanted}: no such checkpoint in {output_dir} (there: {there})")
+
+
+def settings_of(output_dir: Path, wanted: str) -> dict[str, Any]:
+    """The settings that the run of a checkpoint was last started with; nothing where there is no such checkpoint.
+
+    They lie beside the checkpoint, and within it for one that was copied without its run. `wanted` is as for
+    `find_checkpoint`, which compares the files with their checksums, as takes as long as reading them; this does not.
+    """
+    named = [path for path in (output_dir / wanted, Path(wanted)) if (path / MANIFEST).is_file()]
+    for path in reversed(list_checkpoints(output_dir)) if wanted == "latest" else named:
+        for file, read in ((path.parent / SETTINGS, dict), (path / MANIFEST, lambda found: dict(found["settings"]))):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                return read(json.loads(file.read_text(encoding="utf-8")))
+    return {}
 
 
 def rotate(output_dir: Path, limit: int | None) -> None:

@@ -13,7 +13,7 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 
 from ddpm_hf import ClassConditionalDDPMPipeline, DDPMPipeline, DDPMScheduler
-from ddpm_hf.pretrained import fit_classes, fit_variance, trained_settings
+from ddpm_hf.pretrained import fit_classes, fit_variance, load_weights, read_source, trained_settings
 from ddpm_hf.sources import Source, find_place, find_source
 from tests.fixtures_pipeline import randn, tiny_unet, tiny_vae
 from tests.fixtures_unconditional import (
@@ -116,24 +116,53 @@ def test_a_model_is_known_by_its_folder(shop, name, weights, schedule, steps):
     assert settings["resolution"] == "8"
 
 
-def test_a_model_is_known_by_its_name_on_the_hub(shop, tmp_path, monkeypatch):
-    # Breaks if a repository is read another way than a folder; here from the cache, as where there is no network.
-    snapshot = tmp_path / "models--user--digits/snapshots" / ("0" * 40)
-    shutil.copytree(shop / "by-class", snapshot / "best")
-    shutil.copytree(shop / "root", snapshot, dirs_exist_ok=True)
-    (snapshot.parents[1] / "refs").mkdir()
-    (snapshot.parents[1] / "refs/main").write_text("0" * 40)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+@pytest.fixture
+def hub(shop, tmp_path, monkeypatch):
+    """user/digits on the Hub, with a branch `trial`: in the cache, as where there is no network."""
+    cached = tmp_path / "hub/models--user--digits"
+    for number, (branch, names) in enumerate({"main": ("root", "by-class"), "trial": ("ours",)}.items()):
+        snapshot = cached / "snapshots" / (str(number) * 40)
+        shutil.copytree(shop / names[0], snapshot)
+        for name in names[1:]:
+            shutil.copytree(shop / name, snapshot / "best")
+        (cached / "refs").mkdir(exist_ok=True)
+        (cached / "refs" / branch).write_text(snapshot.name)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    source = find_source(find_place("user/digits"))
+
+
+def test_a_model_is_known_by_its_name_on_the_hub(hub, shop):
+    # Breaks if a repository is read another way than a folder, or another branch or folder of it than was named.
+    flags = ["--train_data_dir", "x", "--pretrained_model_name_or_path", "user/digits"]
+
+    def weights(*more):
+        config = parse([*flags, *more])
+        source = read_source(config)
+        return source, load_weights(source, config.variant)["conv_in.weight"]
+
+    source, of_main = weights()
     assert (source.place.root, source.place.subfolder, source.classes) == ("user/digits", "", None)
     assert source.scheduler["beta_schedule"] == "squaredcos_cap_v2"
-    inner = find_source(find_place("user/digits", subfolder="best"))
-    assert (inner.place.subfolder, inner.classes) == ("best/unet", ["c", "x", "a"])
-    below = find_source(find_place("user/digits", subfolder="best/unet"))
-    assert (below.place.subfolder, below.classes) == ("best/unet", ["c", "x", "a"])
+    assert torch.equal(of_main, tiny_unet(3).conv_in.weight)
+    for folder in ("best", "best/unet"):
+        source, of_folder = weights("--subfolder", folder)
+        assert (source.place.subfolder, source.classes) == ("best/unet", ["c", "x", "a"])
+        assert torch.equal(of_folder, tiny_unet(3, seed=1).conv_in.weight)
+    source, of_branch = weights("--revision", "trial")
+    assert (source.place.subfolder, torch.equal(of_branch, of_main)) == ("unet", True)
     with pytest.raises(ValueError, match="neither a folder nor a model that can be reached"):
         find_source(find_place("user/unknown"))
+
+
+def test_a_variant_of_the_weights_can_be_named(shop, tmp_path):
+    # Breaks if --variant is ignored: an fp16 copy differs in its last bits, and trains in float32.
+    tiny_unet(3).half().save_pretrained(tmp_path, variant="fp16")
+    tiny_unet(3, seed=5).save_pretrained(tmp_path)
+    source = find_source(find_place(str(tmp_path)))
+    half, whole = (load_weights(source, variant)["conv_in.weight"] for variant in ("fp16", None))
+    assert half.dtype == whole.dtype == torch.float32
+    assert torch.equal(half, tiny_unet(3).half().conv_in.weight.float())
+    assert torch.equal(whole, tiny_unet(3, seed=5).conv_in.weight)
 
 
 def test_a_model_of_latents_brings_its_autoencoder(shop, tmp_path):

@@ -220,7 +220,8 @@ def draw_samples(model, step: int, *, pipeline_of, config: UnconditionalConfig, 
 
     def sample(places: list[int], generators: list[torch.Generator], num_frames: int):
         what = len(places) if labels is None else [labels[place] for place in places]
-        return pipeline(what, generator=generators, num_inference_steps=steps, num_frames=num_frames)
+        options = {"num_inference_steps": steps, "num_frames": num_frames, "output_type": "preview"}
+        return pipeline(what, generator=generators, **options)
 
     draw_grid(sample, count, columns, step, config, accelerator)
 

@@ -255,7 +255,7 @@ from ddpm_hf.components import Components, build, draw_blueprint, load_checkpoin
 from ddpm_hf.data import DIGIT_NAMES, DataError, should_cache
 from ddpm_hf.feeding import Images, make_batches, make_plan, open_images
 from ddpm_hf.latents import cache_embeddings, cached_latents, x_start_of
-from ddpm_hf.models import use_matmul_attention
+from ddpm_hf.models import time_blindness, use_matmul_attention
 from ddpm_hf.objectives import UniformTimestepSampler, check_objective, training_losses
 from ddpm_hf.portable.pipeline_text2image_ddpm_hf import TextToImageDDPMPipeline, cut_off, tokenize
 from ddpm_hf.portable.scheduling_ddpm_hf import DDPMScheduler
@@ -518,6 +518,9 @@ def train(config: Text2ImageConfig) -> None:
     null_embedding = None
     if config.cache_latents:
         images, null_embedding = cached(images, config, components, accelerator)
+
+    if checkpoint is None:
+        log(accelerator, time_blindness(components.unet.config))
     model = trained_model(config, components, accelerator)
     parts = {"unet": model.unet} | ({"text_encoder": model.text_encoder} if model.text_encoder is not None else {})
     facts = run_facts(config, images.count, plan, total_steps)

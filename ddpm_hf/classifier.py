@@ -12,7 +12,7 @@ from diffusers.utils import logging as diffusers_logging
 from .data import DataError, ImageDataset, to_model_range
 from .feeding import make_batches, make_plan, open_images
 from .flags import CLASSIFIER_PROGRAM, ClassifierConfig, parse_classifier_flags, unet_arguments
-from .models import build_unet, compiled, use_matmul_attention
+from .models import build_unet, compiled, time_blindness, use_matmul_attention
 from .objectives import UniformTimestepSampler
 from .portable.scheduling_ddpm_hf import DDPMScheduler
 from .saving import save_model
@@ -167,6 +167,7 @@ def train(config: ClassifierConfig) -> None:
         )
     except (ValueError, TypeError) as error:
         raise UsageError(" ".join(str(error).split())) from error
+    log(accelerator, time_blindness(arguments))
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if accelerator.device.type == "cpu":

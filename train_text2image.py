@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from ddpm_hf.data.flags import CAPTION_COLUMN, DataFlags
-from ddpm_hf.flags import AutoencoderFlags, ScheduleFlags, use_xformers
+from ddpm_hf.flags import AUTOENCODER_FOLDER, AutoencoderFlags, ScheduleFlags, settle_resolution, use_xformers
 from ddpm_hf.names import LOSS_TYPES, PREDICTION_TYPES
-from ddpm_hf.training.config import HfArg, TrainingConfig, UsageError, parse_layers
+from ddpm_hf.training.config import FIXED, FREE, START, HfArg, TrainingConfig, UsageError, parse_layers
 from ddpm_hf.training.meanings import names_elsewhere
 
 QUARTILES = ("loss_q1", "loss_q2", "loss_q3", "loss_q4")  # of the timesteps, from little noise to much
@@ -34,7 +34,6 @@ SHOWN = (
 # Where no checkpoint is named: a small model from scratch
 SCRATCH_RECIPE = {
     "output_dir": "text2image",
-    "resolution": "32",
     "center_crop": True,
     "cache_latents": True,
     "caption_dropout": 0.1,
@@ -90,18 +89,24 @@ class TextModelFlags:
     meanings: ClassVar[dict[str, str]] = MODEL
 
     pretrained_model_name_or_path: str | None = HfArg(
-        default=None, help="A Stable Diffusion checkpoint (1.x, 2.x) on the Hub or on disk; without, from scratch."
+        resume=FIXED,
+        default=None,
+        help="A Stable Diffusion checkpoint (1.x, 2.x) on the Hub or on disk; without, from scratch.",
     )
-    revision: str | None = HfArg(default=None, help="Branch, tag or commit of the checkpoint.")
-    variant: str | None = HfArg(default=None, help="Variant of the checkpoint's files, such as fp16.")
-    non_ema_revision: str | None = HfArg(default=None, help="Revision that holds the UNet's raw weights to train on.")
+    revision: str | None = HfArg(resume=FIXED, default=None, help="Branch, tag or commit of the checkpoint.")
+    variant: str | None = HfArg(resume=FIXED, default=None, help="Variant of the checkpoint's files, such as fp16.")
+    non_ema_revision: str | None = HfArg(
+        resume=FIXED, default=None, help="Revision that holds the UNet's raw weights to train on."
+    )
     model_config_name_or_path: str | None = HfArg(
-        default=None, help="From scratch: a UNet2DConditionModel's config, on the Hub or on disk."
+        resume=FREE, default=None, help="From scratch: a UNet2DConditionModel's config, on the Hub or on disk."
     )
     text_encoder_name_or_path: str | None = HfArg(
-        default=None, help="From scratch: a CLIPTextModel with its tokenizer to use, frozen, instead of a new one."
+        resume=FIXED,
+        default=None,
+        help="From scratch: a CLIPTextModel with its tokenizer to use, frozen, instead of a new one.",
     )
-    train_text_encoder: bool = HfArg(default=False, help="Train the text encoder along with the UNet.")
+    train_text_encoder: bool = HfArg(resume=FIXED, default=False, help="Train the text encoder along with the UNet.")
 
 
 @dataclass
@@ -149,10 +154,12 @@ class PromptFlags:
     meanings: ClassVar[dict[str, str]] = PROMPTS
 
     validation_prompts: list[str] = HfArg(  # noqa: RUF009
-        default_factory=list, help="Prompts of the grids that are drawn while training; by default some captions."
+        resume=FREE,
+        default_factory=list,
+        help="Prompts of the grids that are drawn while training; by default some captions.",
     )
-    guidance_scale: float = HfArg(default=3.0, help="Of the grids.")
-    num_inference_steps: int = HfArg(default=50, help="Steps to sample the grids with.")
+    guidance_scale: float = HfArg(resume=FREE, default=3.0, help="Of the grids.")
+    num_inference_steps: int = HfArg(resume=FREE, default=50, help="Steps to sample the grids with.")
 
 
 @dataclass
@@ -164,9 +171,14 @@ class Text2ImageConfig(
 
     # where Diffusers' script has other defaults than its unconditional one
     output_dir: str = HfArg(
-        default="sd-model-finetuned", help="Where the pipeline, its pictures, metrics.jsonl and the checkpoints go."
+        resume=START,
+        default="sd-model-finetuned",
+        help="Where the pipeline, its pictures, metrics.jsonl and the checkpoints go.",
     )
-    resolution: str = HfArg(default="512", help="512, or HEIGHTxWIDTH such as 512x768.")
+    resolution: str | None = HfArg(
+        default=None,
+        help="512, or HEIGHTxWIDTH such as 512x768; by default the size of the checkpoint, else 512; from scratch 32.",
+    )
     image_interpolation_mode: Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"] = HfArg(
         default="lanczos", help="How images are resized."
     )
@@ -174,11 +186,14 @@ class Text2ImageConfig(
     adam_beta1: float = HfArg(default=0.9, help="AdamW's first decay rate.")
     adam_weight_decay: float = HfArg(default=1e-2, help="AdamW's weight decay.")
     save_images_epochs: int = HfArg(
+        resume=FREE,
         default=5,
         aliases=["--validation_epochs"],
         help="Epochs between grids of the validation prompts; 0 turns them off.",
     )
-    tracker_project_name: str | None = HfArg(default="text2image-fine-tune", help="The tracker's project.")
+    tracker_project_name: str | None = HfArg(
+        resume=FREE, default="text2image-fine-tune", help="The tracker's project."
+    )
 
     def check(self) -> None:
         """Raise UsageError or DataError for a value out of range or a combination that cannot work."""
@@ -237,7 +252,8 @@ def weaker_layers(config: Text2ImageConfig) -> list:
 
 def parse(argv: list[str]) -> Text2ImageConfig:
     """The settings for a command line; a mistake is one line and exit code 2."""
-    return parse_layers(Text2ImageConfig, argv, weaker_layers, description=__doc__)
+    stages = ("", AUTOENCODER_FOLDER)
+    return parse_layers(Text2ImageConfig, argv, weaker_layers, description=__doc__, stages=stages)
 
 
 if __name__ == "__main__":  # before torch is imported, so that --help and an unknown flag are answered at once
@@ -251,7 +267,7 @@ from transformers.utils import logging as transformers_logging
 from ddpm_hf.autoencoder import downscaling, find_autoencoder_run, train_autoencoder
 from ddpm_hf.buckets import BucketedDataset, bucket_sizes, bucketed
 from ddpm_hf.captions import all_captions, encode_captions, warn_of_cut_captions
-from ddpm_hf.components import Components, build, draw_blueprint, load_checkpoint_components
+from ddpm_hf.components import Components, build, draw_blueprint, fit_to_size, load_checkpoint_components
 from ddpm_hf.data import DIGIT_NAMES, DataError, should_cache
 from ddpm_hf.feeding import Images, make_batches, make_plan, open_images
 from ddpm_hf.latents import cache_embeddings, cached_latents, x_start_of
@@ -268,6 +284,7 @@ from ddpm_hf.training.setup import (
     agree_on_seed,
     begin_training,
     check_resumable,
+    check_unchanged,
     claim_output_dir,
     end_training,
     find_run,
@@ -485,10 +502,16 @@ def train(config: Text2ImageConfig) -> None:
     found = None if config.dry_run else find_run(config, accelerator)
     begun = found or (config.resume_from_checkpoint and find_autoencoder_run(config))
     config.seed = agree_on_seed(config, begun and begun[1])
+    check_unchanged(config, found and found[1])
     checkpoint = load_checkpoint_components(config) if config.pretrained_model_name_or_path else None
-    start = checkpoint or draw_blueprint(config)
+    if checkpoint is not None:
+        size = checkpoint.unet.config.sample_size, downscaling(checkpoint.vae)
+        log(accelerator, settle_resolution(config, *size, usual="512", trained=True))
+    start = checkpoint or draw_blueprint(config, accelerator)
     check_schedule(config, start.scheduler)
     channels = image_channels(config, start.vae)
+    if checkpoint is not None:
+        fit_to_size(checkpoint, config.size())
     data = dataclasses.replace(config, cache_dataset="never") if config.aspect_ratio_buckets else config
     images = open_images(data, config, channels, accelerator, config.caption_column)
     if config.aspect_ratio_buckets:
@@ -524,7 +547,7 @@ def train(config: Text2ImageConfig) -> None:
     model = trained_model(config, components, accelerator)
     parts = {"unet": model.unet} | ({"text_encoder": model.text_encoder} if model.text_encoder is not None else {})
     facts = run_facts(config, images.count, plan, total_steps)
-    check_resumable(found, model.unet, facts, accelerator)
+    check_resumable(found, config, model.unet, facts, accelerator)
     check_parts(found, parts)
     state = begin_training(config, accelerator, model, total_steps, QUARTILES, facts, found, parts=parts)
     if accelerator.is_main_process:

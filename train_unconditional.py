@@ -23,6 +23,8 @@ from ddpm_hf.flags import (
     UNetFlags,
     make_scheduler,
     make_unet,
+    model_size,
+    settle_resolution,
     unet_arguments,
     weaker_layers,
 )
@@ -109,6 +111,7 @@ from ddpm_hf.training.setup import (
     agree_on_seed,
     begin_training,
     check_resumable,
+    check_unchanged,
     claim_output_dir,
     end_training,
     find_run,
@@ -274,9 +277,11 @@ def train(config: UnconditionalConfig) -> None:
     diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)  # an error is one line, and main says it
     vae = load_autoencoder(config.vae_name_or_path) if config.vae_name_or_path else None
     scheduler = make_scheduler(config, config, latents=vae is not None)
+    log(accelerator, settle_resolution(config, *model_size(config, vae), usual="64"))
     arguments = unet_arguments(config, config, vae)
     found = None if config.dry_run else find_run(config, accelerator)
     config.seed = agree_on_seed(config, found and found[1])
+    check_unchanged(config, found and found[1])
 
     channels = arguments["in_channels"] if vae is None else vae.config.in_channels
     images = open_images(config, config, channels, accelerator, classes=found and found[1].get("classes"))
@@ -293,7 +298,7 @@ def train(config: UnconditionalConfig) -> None:
         print(describe(config, images, plan, total_steps, model))
         return
     facts = run_facts(config, images.count, plan, total_steps, classes=class_names)
-    check_resumable(found, model, facts, accelerator)
+    check_resumable(found, config, model, facts, accelerator)
     reserve_repository(config, bool(images.held_out), accelerator)
     claim_output_dir(config, accelerator)
     log(accelerator, f"seed {config.seed}, {total_steps} steps, {images.rows.name}")

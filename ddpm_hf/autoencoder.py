@@ -9,6 +9,7 @@ from diffusers import AutoencoderKL
 
 from .data import to_model_range
 from .feeding import Images, make_batches, make_plan
+from .flags import AUTOENCODER_FOLDER as FOLDER
 from .flags import AutoencoderFlags
 from .functional import mean_flat
 from .loading import why_not_loaded
@@ -17,9 +18,16 @@ from .training.checkpointing import find_checkpoint, remove_unfinished
 from .training.config import TrainingConfig, UsageError
 from .training.loop import Losses, averaged_weights, training_loop, unwrap
 from .training.randomness import StepKeys
-from .training.setup import begin_training, check_resumable, claim_output_dir, find_run, log, run_facts, track_image
-
-FOLDER = "autoencoder"  # of its run, within that of the model that it is for
+from .training.setup import (
+    begin_training,
+    check_resumable,
+    check_unchanged,
+    claim_output_dir,
+    find_run,
+    log,
+    run_facts,
+    track_image,
+)
 
 
 def load_autoencoder(name_or_path: str, revision: str | None = None, variant: str | None = None) -> AutoencoderKL:
@@ -148,6 +156,8 @@ def train_autoencoder(
     """
     folder = Path(config.output_dir) / FOLDER
     if (folder / "config.json").is_file() and config.resume_from_checkpoint:
+        before = find_autoencoder_run(config)
+        check_unchanged(config, before and before[1])
         if accelerator.is_main_process:
             remove_unfinished(folder)
         return load_autoencoder(str(folder)).to(accelerator.device)
@@ -175,8 +185,8 @@ def train_autoencoder(
     found = find_run(own, accelerator)
     vae = make_autoencoder(flags, channels, size, config.seed)
     plan, total_steps = make_plan(images, own, accelerator.num_processes)
-    facts = run_facts(own, images.count, plan, total_steps)
-    check_resumable(found, vae, facts, accelerator, "vae")
+    facts = run_facts(config, images.count, plan, total_steps)
+    check_resumable(found, config, vae, facts, accelerator, "vae")
     claim_output_dir(own, accelerator)
     parameters = sum(parameter.numel() for parameter in vae.parameters())
     log(accelerator, f"training an autoencoder first: {parameters:,} parameters, {total_steps} steps")

@@ -11,7 +11,14 @@ from diffusers.utils import logging as diffusers_logging
 
 from .data import DataError, ImageDataset, to_model_range
 from .feeding import make_batches, make_plan, open_images
-from .flags import CLASSIFIER_PROGRAM, ClassifierConfig, parse_classifier_flags, unet_arguments
+from .flags import (
+    CLASSIFIER_PROGRAM,
+    ClassifierConfig,
+    model_size,
+    parse_classifier_flags,
+    settle_resolution,
+    unet_arguments,
+)
 from .models import build_unet, compiled, time_blindness, use_matmul_attention
 from .objectives import UniformTimestepSampler
 from .portable.scheduling_ddpm_hf import DDPMScheduler
@@ -24,6 +31,7 @@ from .training.setup import (
     agree_on_seed,
     begin_training,
     check_resumable,
+    check_unchanged,
     claim_output_dir,
     end_training,
     find_run,
@@ -143,6 +151,7 @@ def train(config: ClassifierConfig) -> None:
     deadline = deadline_of(config.max_train_hours)
     accelerator = start_accelerator(config)
     diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)  # an error is one line, and main says it
+    log(accelerator, settle_resolution(config, *model_size(config), usual="64"))
     arguments = unet_arguments(config, config)
     scheduler = DDPMScheduler(
         num_train_timesteps=config.ddpm_num_steps,
@@ -151,6 +160,7 @@ def train(config: ClassifierConfig) -> None:
     )
     found = None if config.dry_run else find_run(config, accelerator)
     config.seed = agree_on_seed(config, found and found[1])
+    check_unchanged(config, found and found[1])
     resumed_classes = found and found[1].get("classes")
     images = open_images(config, config, arguments["in_channels"], accelerator, classes=resumed_classes)
 
@@ -179,7 +189,7 @@ def train(config: ClassifierConfig) -> None:
         print(f"{summary}, output {Path(config.output_dir).resolve()}")
         return
     facts = run_facts(config, images.count, plan, total_steps, classes=names)
-    check_resumable(found, model, facts, accelerator, "classifier")
+    check_resumable(found, config, model, facts, accelerator, "classifier")
     model.register_to_config(trained_classes=images.trained_classes)
     claim_output_dir(config, accelerator)
     log(accelerator, f"seed {config.seed}, {summary}")

@@ -522,7 +522,7 @@ def test_resuming_by_class_is_never_having_stopped(case, world, tmp_path):
         assert all(torch.equal(value, theirs[number][name]) for name, value in moments.items())
 
 
-@pytest.mark.parametrize("change", [{"label_column": None}, {"class_dropout": 0}, {"data": "all-different"}])
+@pytest.mark.parametrize("change", [{"class_dropout": 0}, {"data": "all-different"}])
 def test_a_run_does_not_go_on_with_other_classes(change, world, tmp_path):
     """Else embeddings are cut off or made up, and names are given to what others learnt."""
     out = train(world, tmp_path / "run")

@@ -8,7 +8,7 @@ import torch
 from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention, AttnProcessor
 
-from ddpm_hf.flags import DEFAULT_UNET
+from ddpm_hf.flags import DEFAULT_UNET, model_size, settle_resolution
 from ddpm_hf.models import (
     MODEL_PRESETS,
     build_unet,
@@ -75,6 +75,7 @@ def test_a_published_preset_is_its_paper(name):
     assert parameters(on_meta(preset_unet_config(name, **classes))) == count
 
     config = parse(["--model_preset", name, "--train_data_dir", "data"])
+    settle_resolution(config, *model_size(config), usual="64")
     assert config.size() == (unet["sample_size"], unet["sample_size"])
     assert config.learning_rate == rate
     assert config.lr_warmup_steps == warmup

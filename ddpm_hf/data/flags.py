@@ -4,8 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from transformers.hf_argparser import HfArg
-
+from ..training.config import FREE, HfArg
 from ..training.meanings import names_elsewhere
 from .errors import DataError
 
@@ -51,7 +50,9 @@ class ImageFlags:
     title: ClassVar[str] = "Images"
     meanings: ClassVar[dict[str, str]] = IMAGES
 
-    resolution: str = HfArg(default="64", help="64, or HEIGHTxWIDTH such as 64x96.")
+    resolution: str | None = HfArg(
+        default=None, help="64, or HEIGHTxWIDTH such as 64x96; by default the size of the model, else 64."
+    )
     channels: int | None = HfArg(
         default=None,
         help="1 for grayscale, 3 for colour, 2 and 4 for these with alpha, n for arrays of n channels; by default what"
@@ -72,7 +73,7 @@ class ImageFlags:
     )
 
     def size(self) -> tuple[int, int]:
-        """(height, width) of --resolution."""
+        """(height, width) of --resolution, which `settle_resolution` has set."""
         parts = self.resolution.lower().split("x")
         if len(parts) > 2 or not all(part.isdecimal() and len(part) < 6 and 0 < int(part) <= 16384 for part in parts):
             raise DataError(
@@ -90,7 +91,8 @@ class ImageFlags:
 
     def check_images(self) -> None:
         """Raise DataError for a size, a number of channels or a range that cannot be."""
-        self.size()
+        if self.resolution is not None:
+            self.size()
         if self.channels is not None and not 1 <= self.channels <= MOST_CHANNELS:
             raise DataError(f"--channels {self.channels}: must be from 1 to {MOST_CHANNELS}")
         given = self.pixel_range
@@ -107,14 +109,18 @@ class DataFlags(ImageFlags):
     meanings: ClassVar[dict[str, str]] = DATA
 
     dataset_name: str | None = HfArg(
-        default=None, help="A dataset on the Hub, or a local path. Without any dataset: the embedded digits."
+        instead_of="train_data_dir",
+        default=None,
+        help="A dataset on the Hub, or a local path. Without any dataset: the embedded digits.",
     )
     dataset_config_name: str | None = HfArg(default=None, help="The dataset's configuration.")
     dataset_split: str = HfArg(default="train", help="The split to train on.")
     train_data_dir: str | None = HfArg(
-        default=None, help="A folder of images (also in class folders), or of parquet, arrow or save_to_disk data."
+        instead_of="dataset_name",
+        default=None,
+        help="A folder of images (also in class folders), or of parquet, arrow or save_to_disk data.",
     )
-    cache_dir: str | None = HfArg(default=None, help="Where datasets are cached.")
+    cache_dir: str | None = HfArg(resume=FREE, default=None, help="Where datasets are cached.")
     streaming: bool = HfArg(default=False, help="Read the dataset as it comes; needs --max_train_steps.")
     image_column: str | None = HfArg(
         default=None, aliases=["--dataset_image_column_name"], help="By default the column that holds images."
@@ -125,7 +131,9 @@ class DataFlags(ImageFlags):
         help="Train by class: the column of the labels (class names, integers or strings; class folders: label).",
     )
     cache_dataset: Literal["auto", "never", "always"] = HfArg(
-        default="auto", help="Keep all images decoded in memory; auto does if they take a quarter of it at most."
+        resume=FREE,
+        default="auto",
+        help="Keep all images decoded in memory; auto does if they take a quarter of it at most.",
     )
     skip_broken_images: bool = HfArg(default=False, help="Leave out images that cannot be read, instead of stopping.")
     max_train_samples: int | None = HfArg(default=None, help="Train on so many of the images, drawn at random.")

@@ -2,6 +2,7 @@
 
 import io
 import math
+import os
 import textwrap
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -121,6 +122,8 @@ def decode_row(value: Any, name: str, dtype: str | None = None) -> Image.Image |
             return value
         if isinstance(value, (list, np.ndarray)):
             return check_array(np.asarray(value, dtype=dtype))
+        if not isinstance(value, (bytes, str, os.PathLike)):
+            raise ValueError(f"{type(value).__name__} is no image; name the column of the images with --image_column")
         image = Image.open(io.BytesIO(value) if isinstance(value, bytes) else value)
         if image.format in EXECUTED:
             raise ValueError(f"{image.format} is a program for another program, and not decoded here")

@@ -193,9 +193,11 @@ def array_type(feature: Any) -> tuple[str, tuple[int | None, ...] | None] | None
 
     The shape is None where each row may have another.
     """
-    shape = getattr(feature, "shape", None)
-    while hasattr(feature, "feature") or isinstance(feature, list):
-        feature = feature[0] if isinstance(feature, list) else feature.feature
+    shape, depth = getattr(feature, "shape", None), 0
+    while hasattr(feature, "feature"):
+        feature, depth = feature.feature, depth + 1
+    if shape is None and depth < 2:  # no rows and columns
+        return None
     name = getattr(feature, "dtype", None)
     try:
         kind = np.dtype(name).kind if isinstance(name, str) else ""

@@ -12,9 +12,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 from .errors import DataError, broken_image
+from .formats import EXECUTED, register_plugins
 from .pixels import PixelRange, channel_axis, check_array, is_deep, prepare_image
 
-EXECUTED = ("EPS", "WMF")  # formats that PIL hands to an interpreter outside of it
 LONGEST = 32  # an image's side over that of what is cropped from it: of an endless strip, the middle
 
 
@@ -124,6 +124,7 @@ def decode_row(value: Any, name: str, dtype: str | None = None) -> Image.Image |
             return check_array(np.asarray(value, dtype=dtype))
         if not isinstance(value, (bytes, str, os.PathLike)):
             raise ValueError(f"{type(value).__name__} is no image; name the column of the images with --image_column")
+        register_plugins()
         image = Image.open(io.BytesIO(value) if isinstance(value, bytes) else value)
         if image.format in EXECUTED:
             raise ValueError(f"{image.format} is a program for another program, and not decoded here")
@@ -138,6 +139,7 @@ def peek(value: Any, dtype: str | None = None) -> Image.Image | np.ndarray:
     if isinstance(value, dict):
         value = value["bytes"] if value.get("bytes") is not None else value["path"]
     if isinstance(value, (bytes, str)):
+        register_plugins()
         image = Image.open(io.BytesIO(value) if isinstance(value, bytes) else value)
         if not is_deep(image):
             return image

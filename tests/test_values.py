@@ -28,6 +28,7 @@ from ddpm_hf.data import (
 )
 from ddpm_hf.data.errors import ImageMismatchError
 from ddpm_hf.data.labels import classes_of_resumed, name_classes
+from ddpm_hf.data.reading import _as_named
 from ddpm_hf.latents import SMALL_FILE, file_key
 from ddpm_hf.model_card import first_class, limits, read_facts, use
 from ddpm_hf.portable.pipeline_text2image_ddpm_hf import cut_off, tokenize
@@ -563,3 +564,16 @@ def test_an_edited_image_is_another_one_though_its_date_is_kept(tmp_path):
     key = key_of(b"pixels")
     path.rename(moved)
     assert file_key(moved) == key
+
+
+def test_a_split_of_other_declared_classes_is_matched_by_name():
+    """Else held-out images are validated as the class that has their number in the training split."""
+    declared = {"label": datasets.ClassLabel(names=["cat", "ant"]), "image": datasets.Value("int64")}
+    columns = {"label": [0, 1, -1], "image": [0, 1, 2]}
+    split = datasets.Dataset.from_dict(columns, features=datasets.Features(declared))
+    named = _as_named(split, "label", ["ant", "bee", "cat"])
+    assert named["label"] == ["cat", "ant", None]
+    assert label_ids(named["label"][:2], labelled(["ant", "bee", "cat"])).tolist() == [2, 0]
+    assert _as_named(split, "label", ["cat", "ant"]) is split
+    with pytest.raises(DataError, match="other classes"):
+        _as_named(split.to_iterable_dataset(), "label", ["ant"])

@@ -76,8 +76,8 @@ class ImageFlags:
     )
 
     def size(self) -> tuple[int, int]:
-        """(height, width) of --resolution, which `settle_resolution` has set."""
-        parts = self.resolution.lower().split("x")
+        """(height, width) of --resolution, which a script settles from the model; else 64."""
+        parts = (self.resolution or "64").lower().split("x")
         if len(parts) > 2 or not all(part.isdecimal() and len(part) < 6 and 0 < int(part) <= 16384 for part in parts):
             raise DataError(
                 f"--resolution {self.resolution}: give a number up to 16384 such as 64, or HEIGHTxWIDTH such as 64x96"

@@ -241,10 +241,19 @@ def read_rows(
 
 
 def _as_named(dataset: Any, label_column: str | None, names: list[str]) -> Any:
-    """The dataset with its labels as strings, if it declares other classes, or in another order, than these."""
+    """The dataset with its labels as strings, if it declares other classes, or in another order, than these.
+
+    Raises:
+        DataError: a stream of other classes.
+    """
     declared = getattr((dataset.features or {}).get(label_column), "names", None)
     if declared is None or list(declared) == names:
         return dataset
+    if not hasattr(dataset, "__len__"):
+        raise DataError(
+            f"the validation split declares other classes in {label_column!r} than the training split, which a stream"
+            " cannot match; leave --streaming or --validation_steps out"
+        )
     labels = [None if label is None or label < 0 else declared[label] for label in dataset[label_column]]
     return dataset.remove_columns(label_column).add_column(label_column, labels)
 

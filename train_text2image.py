@@ -348,8 +348,8 @@ def dream_noise(model, scheduler, x_start, noise, timesteps, text, power: float)
     x_t = scheduler.add_noise(x_start, noise, timesteps)
     predicted = scheduler.predict_original_sample(model(x_t, timesteps, text).float(), timesteps, x_t)
     epsilon = scheduler.predict_epsilon(predicted, timesteps, x_t)
-    deviation = (1 - scheduler.alphas_cumprod.to(timesteps.device)[timesteps].float()) ** 0.5
-    return noise + (deviation**power).view(-1, 1, 1, 1) * (noise - epsilon)
+    variance = scheduler.q_mean_variance(x_start, timesteps).variance  # 1 - ᾱ, [N, 1, 1, 1]
+    return noise + variance ** (0.5 * power) * (noise - epsilon)
 
 
 @torch.no_grad()

@@ -123,7 +123,7 @@ from ddpm_hf.training.stopping import deadline_of
 
 def warn_of_terminal_snr(config: UnconditionalConfig, scheduler: DDPMScheduler, accelerator) -> None:
     """Say so where x_T still shows the image: sampling starts from pure noise, which is then the wrong place."""
-    left = float(scheduler.alphas_cumprod[-1])
+    left = float(scheduler.exact_tables.alphas_cumprod[-1])
     if left > 0.01:
         log(
             accelerator,

@@ -29,15 +29,15 @@ def stock_tables(name: str, T: int, timesteps: list[int]) -> dict[str, list[floa
     if name in STOCK_SCHEDULES:
         config["beta_schedule"] = name
     else:
-        config["trained_betas"] = DDPMScheduler(num_train_timesteps=T, beta_schedule=name).betas.tolist()
+        config["trained_betas"] = DDPMScheduler(num_train_timesteps=T, beta_schedule=name).exact_tables.betas.tolist()
     scheduler = diffusers.DDPMScheduler(**config)
     t = torch.tensor(timesteps)
     one, zero = torch.ones(len(timesteps), 1), torch.zeros(len(timesteps), 1)
     tables = {
-        "beta": scheduler.betas[t],
-        "alpha": scheduler.alphas[t],
-        "alpha_bar": scheduler.alphas_cumprod[t],
-        "one_minus_alpha_bar": 1 - scheduler.alphas_cumprod[t],
+        "beta": scheduler.exact_tables.betas[t],
+        "alpha": scheduler.exact_tables.alphas[t],
+        "alpha_bar": scheduler.exact_tables.alphas_cumprod[t],
+        "one_minus_alpha_bar": 1 - scheduler.exact_tables.alphas_cumprod[t],
         "sqrt_alpha_bar": scheduler.add_noise(one, zero, t),
         "sqrt_one_minus_alpha_bar": scheduler.add_noise(zero, one, t),
     }

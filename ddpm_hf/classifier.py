@@ -159,7 +159,7 @@ def train(config: ClassifierConfig) -> None:
             unet=arguments,
             num_classes=len(names),
             num_train_timesteps=len(scheduler),
-            trained_betas=scheduler.betas.tolist(),
+            trained_betas=scheduler.exact_tables.betas.tolist(),
             id2label=id2label,
         )
     except (ValueError, TypeError) as error:

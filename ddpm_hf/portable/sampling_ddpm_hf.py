@@ -76,7 +76,7 @@ def check_sampler(scheduler, timesteps) -> None:
             f" model's {len(own)}, or timestep_spacing='trailing'"
         )
     own.check_invertible(visited)
-    if name != "DDIMScheduler" and own.alphas_cumprod[max(visited)] == 0:
+    if name != "DDIMScheduler" and own.exact_tables.alphas_cumprod[max(visited)] == 0:
         raise ValueError(
             f"{name} works with log-SNR, which is -inf at timestep {max(visited)} of this zero-terminal-SNR schedule;"
             " sample with DDPMScheduler or DDIMScheduler"

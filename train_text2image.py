@@ -255,7 +255,7 @@ from ddpm_hf.components import Components, build, draw_blueprint, load_checkpoin
 from ddpm_hf.data import DIGIT_NAMES, DataError, should_cache
 from ddpm_hf.feeding import Images, make_batches, make_plan, open_images
 from ddpm_hf.latents import cache_embeddings, cached_latents, x_start_of
-from ddpm_hf.models import use_matmul_attention
+from ddpm_hf.models import time_blindness, use_matmul_attention
 from ddpm_hf.objectives import UniformTimestepSampler, check_objective, training_losses
 from ddpm_hf.portable.pipeline_text2image_ddpm_hf import TextToImageDDPMPipeline, tokenize
 from ddpm_hf.portable.scheduling_ddpm_hf import DDPMScheduler
@@ -508,6 +508,8 @@ def train(config: Text2ImageConfig) -> None:
         images, null_embedding = cached(images, config, components, accelerator)
     tokenize(components.tokenizer, [""])  # it is saved as it was last used, which a run that only saves it did not
 
+    if checkpoint is None:
+        log(accelerator, time_blindness(components.unet.config))
     model = trained_model(config, components, accelerator)
     parts = {"unet": model.unet} | ({"text_encoder": model.text_encoder} if model.text_encoder is not None else {})
     facts = run_facts(config, images.count, plan, total_steps)

@@ -95,7 +95,7 @@ from ddpm_hf.autoencoder import load_autoencoder
 from ddpm_hf.data import DataError, ImageDataset
 from ddpm_hf.feeding import Images, make_batches, make_plan, open_images
 from ddpm_hf.latents import cached_latents, x_start_of
-from ddpm_hf.models import compiled, use_matmul_attention
+from ddpm_hf.models import compiled, time_blindness, use_matmul_attention
 from ddpm_hf.objectives import TIMESTEP_SAMPLERS, UniformTimestepSampler, simple_losses, training_losses
 from ddpm_hf.portable.pipeline_class_conditional_ddpm_hf import ClassConditionalDDPMPipeline
 from ddpm_hf.portable.pipeline_ddpm_hf import DDPMPipeline
@@ -212,9 +212,9 @@ def draw_samples(model, step: int, *, pipeline_of, config: UnconditionalConfig, 
     pipeline.set_progress_bar_config(desc="sampling", leave=False, disable=not accelerator.is_main_process)
     count, columns, labels = config.eval_batch_size, None, None
     if isinstance(pipeline, ClassConditionalDDPMPipeline):
-        classes = min(count, len(pipeline.config.id2label))
-        columns = count // classes
-        labels = [label for label in range(classes) for _ in range(columns)]
+        shown = pipeline.default_classes[:count]
+        columns = count // len(shown)
+        labels = [label for label in shown for _ in range(columns)]
         count = len(labels)
     steps = min(config.ddpm_num_inference_steps, config.ddpm_num_steps)
 
@@ -252,10 +252,16 @@ def describe(config: UnconditionalConfig, images: Images, plan: StepPlan, total_
     return "\n".join(f"{name:>10}  {value}" for name, value in lines.items())
 
 
-def make_pipeline(model: UNet2DModel, scheduler: DDPMScheduler, class_names: list[str], vae: AutoencoderKL | None):
+def make_pipeline(
+    model: UNet2DModel,
+    scheduler: DDPMScheduler,
+    class_names: list[str],
+    vae: AutoencoderKL | None,
+    trained_classes: list[int] | None = None,
+):
     """The pipeline that samples from the model, by class where it knows classes."""
     if class_names:
-        return ClassConditionalDDPMPipeline(model, scheduler, dict(enumerate(class_names)), vae)
+        return ClassConditionalDDPMPipeline(model, scheduler, dict(enumerate(class_names)), vae, trained_classes)
     return DDPMPipeline(model, scheduler, vae)
 
 
@@ -272,12 +278,13 @@ def train(config: UnconditionalConfig) -> None:
     config.seed = agree_on_seed(config, found and found[1])
 
     channels = arguments["in_channels"] if vae is None else vae.config.in_channels
-    images = open_images(config, config, channels, accelerator)
+    images = open_images(config, config, channels, accelerator, classes=found and found[1].get("classes"))
     class_names = images.rows.label_names if config.label_column else []
     classes = len(class_names) + (config.class_dropout > 0) if class_names else None
     model = make_unet(arguments, config.variance_type, classes, config)
     if accelerator.device.type == "cpu":
         use_matmul_attention(model)
+    log(accelerator, time_blindness(model.config))
     if config.cache_latents:
         images.dataset.leave_out_broken()  # before the batches are planned
     plan, total_steps = make_plan(images, config, accelerator.num_processes)
@@ -306,8 +313,12 @@ def train(config: UnconditionalConfig) -> None:
     start_trackers(config, accelerator, Path(__file__).stem)
 
     shared = {"config": config, "scheduler": scheduler, "accelerator": accelerator, "vae": vae}
-    pipeline_of = functools.partial(make_pipeline, scheduler=scheduler, class_names=class_names, vae=vae)
-    about = describe_run(config, images, plan, model, SHOWN, class_names[: config.eval_batch_size])
+    trained = images.trained_classes
+    pipeline_of = functools.partial(
+        make_pipeline, scheduler=scheduler, class_names=class_names, vae=vae, trained_classes=trained
+    )
+    names = class_names if trained is None else [class_names[label] for label in trained]
+    about = describe_run(config, images, plan, model, SHOWN, names[: config.eval_batch_size])
     publisher = Publisher(config, state, pipeline_of, about, total_steps, accelerator)
     finished = training_loop(
         config,

@@ -12,7 +12,7 @@ from diffusers.utils import logging as diffusers_logging
 from .data import DataError, ImageDataset, to_model_range
 from .feeding import make_batches, make_plan, open_images
 from .flags import CLASSIFIER_PROGRAM, ClassifierConfig, parse_classifier_flags, unet_arguments
-from .models import build_unet, compiled, use_matmul_attention
+from .models import build_unet, compiled, time_blindness, use_matmul_attention
 from .objectives import UniformTimestepSampler
 from .portable.scheduling_ddpm_hf import DDPMScheduler
 from .saving import save_model
@@ -60,6 +60,7 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         unet: the arguments of the `UNet2DModel` whose encoder this is.
         num_classes: K.
         num_train_timesteps, trained_betas: the diffusion it was trained on, T and β; for whoever loads it.
+        trained_classes: the ids of the classes that training images had, where not all K had some.
     """
 
     _supports_gradient_checkpointing = True
@@ -72,6 +73,7 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         num_train_timesteps: int = 1000,
         trained_betas: list[float] | None = None,
         id2label: dict[str, str] | None = None,
+        trained_classes: list[int] | None = None,
     ):
         super().__init__()
         if any("Skip" in kind for kind in unet.get("down_block_types", ())):
@@ -149,7 +151,8 @@ def train(config: ClassifierConfig) -> None:
     )
     found = None if config.dry_run else find_run(config, accelerator)
     config.seed = agree_on_seed(config, found and found[1])
-    images = open_images(config, config, arguments["in_channels"], accelerator)
+    resumed_classes = found and found[1].get("classes")
+    images = open_images(config, config, arguments["in_channels"], accelerator, classes=resumed_classes)
 
     names = images.rows.label_names
     torch.manual_seed(config.seed)
@@ -164,6 +167,7 @@ def train(config: ClassifierConfig) -> None:
         )
     except (ValueError, TypeError) as error:
         raise UsageError(" ".join(str(error).split())) from error
+    log(accelerator, time_blindness(arguments))
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if accelerator.device.type == "cpu":
@@ -176,6 +180,7 @@ def train(config: ClassifierConfig) -> None:
         return
     facts = run_facts(config, images.count, plan, total_steps, classes=names)
     check_resumable(found, model, facts, accelerator, "classifier")
+    model.register_to_config(trained_classes=images.trained_classes)
     claim_output_dir(config, accelerator)
     log(accelerator, f"seed {config.seed}, {summary}")
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from transformers.hf_argparser import HfArg
 
 from .data.flags import DataFlags
-from .models import MODEL_PRESETS, build_unet, preset_unet_config, smallest_sample_side
+from .models import MODEL_PRESETS, build_unet, preset_unet_config, smallest_sample_side, stock_unet_defaults
 from .names import BETA_SCHEDULES, LOSS_TYPES, OBJECTIVES, PREDICTION_TYPES, TIMESTEP_SAMPLERS, VARIANCE_TYPES
 from .training.config import TrainingConfig, UsageError, parse_layers
 from .training.meanings import names_elsewhere
@@ -326,9 +326,7 @@ def _read_unet_config(name_or_path: str) -> dict[str, Any]:
         ) from error
     if loaded.get("_class_name", "UNet2DModel") != "UNet2DModel":
         raise UsageError(f"--model_config_name_or_path {name_or_path}: a {loaded['_class_name']}, not a UNet2DModel")
-    if "block_out_channels" not in loaded:
-        raise UsageError(f"--model_config_name_or_path {name_or_path}: the config names no block_out_channels")
-    return {name: value for name, value in loaded.items() if not name.startswith("_")}
+    return {**stock_unet_defaults(), **{name: value for name, value in loaded.items() if not name.startswith("_")}}
 
 
 def make_unet(arguments: dict[str, Any], variance_type: str, classes: int | None, config):

@@ -4,6 +4,8 @@ A preset is one row: the arguments of `UNet2DModel`, and the flags that its pape
 command line or in a `--config` file wins over the preset's. Parameters are counted in `docs/presets.md`.
 """
 
+import inspect
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:  # else imported where it is used, so that --help is quick
@@ -180,25 +182,46 @@ MODEL_PRESETS: dict[str, Preset] = {
 }
 
 
+def stock_unet_defaults() -> dict[str, Any]:
+    """The arguments of a `UNet2DModel` whose config does not name them."""
+    from diffusers import UNet2DModel
+
+    parameters = inspect.signature(UNet2DModel.__init__).parameters.values()
+    return {one.name: one.default for one in parameters if one.default is not inspect.Parameter.empty}
+
+
 def build_unet(config: dict[str, Any]) -> "UNet2DModel":
-    """A `UNet2DModel` from its arguments.
+    """A `UNet2DModel` from its arguments; those left out are Diffusers' defaults.
 
     Raises:
-        ValueError: as many norm groups as channels at some width (each group then holds one channel, and the time
-            embedding, added before the norm, cancels), or groups that do not divide the widths.
+        ValueError: norm groups that do not divide the channels at some width.
     """
     from diffusers import UNet2DModel
 
-    if "block_out_channels" not in config:
-        raise ValueError("the UNet's config names no block_out_channels, the width of each level")
-    groups = config.get("norm_num_groups", 32)
+    config = {**stock_unet_defaults(), **config}
+    groups = config["norm_num_groups"]
     for width in config["block_out_channels"]:
-        if groups is not None and (width % groups or groups >= width):
+        if not isinstance(groups, int) or groups < 1 or width % groups:
             raise ValueError(
-                f"norm_num_groups={groups} with {width} channels: the groups must divide the channels and hold two or"
-                f" more each, or the time embedding cancels; for {width} channels take {max(1, width // 4)}"
+                f"norm_num_groups={groups} with {width} channels: the groups must divide the channels of each level;"
+                f" for {width} channels, {max(1, width // 4)} is usual"
             )
     return UNet2DModel(**config)
+
+
+def time_blindness(config: Mapping[str, Any]) -> str | None:
+    """A warning where a UNet's norm groups hold one channel each, or None.
+
+    The time embedding is added before the norm, which subtracts each group's mean, and so all of the embedding.
+    """
+    groups = config.get("norm_num_groups", 32)
+    widths = [width for width in config["block_out_channels"] if width == groups]
+    if not widths or config.get("resnet_time_scale_shift", "default") != "default":
+        return None
+    return (
+        f"warning: norm_num_groups={groups} with {groups} channels: each group holds one channel, so the levels of"
+        f" that width do not see the timestep; norm_num_groups={max(1, groups // 4)} trains better"
+    )
 
 
 def preset_unet_config(name: str, **overrides: Any) -> dict[str, Any]:
@@ -208,7 +231,7 @@ def preset_unet_config(name: str, **overrides: Any) -> dict[str, Any]:
         ValueError: no such preset.
     """
     if name not in MODEL_PRESETS:
-        raise ValueError(f"model_preset {name!r} is none of {', '.join(MODEL_PRESETS)}")
+        raise ValueError(f"model_preset {name!r}: must be one of {', '.join(MODEL_PRESETS)}")
     return {**MODEL_PRESETS[name].unet, **overrides}
 
 

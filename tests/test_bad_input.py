@@ -51,7 +51,6 @@ def shop(tmp_path_factory):
     (root / "texts").mkdir()
     (root / "texts" / "read.me").write_text("no pictures")
     write_unet(root / "tiny")
-    write_unet(root / "grouped", norm_num_groups=8)
     write_unet(root / "odd", norm_num_groups=3)
     write_unet(root / "unknown", sharpness=7)
     write_unet(root / "silent", without=("in_channels",))
@@ -219,7 +218,6 @@ MODELS = {
     "no config there": Bad({"model_config_name_or_path": "{shop}/empty"}, ("--model_config_name_or_path", "empty")),
     "torn config": Bad({"model_config_name_or_path": "{shop}/torn"}, ("--model_config_name_or_path", "torn")),
     "another class": Bad({"model_config_name_or_path": "{shop}/text"}, ("UNet2DConditionModel", "UNet2DModel")),
-    "groups of one channel": Bad({"model_config_name_or_path": "{shop}/grouped"}, ("norm_num_groups=8", "take 2")),
     "groups that do not divide": Bad({"model_config_name_or_path": "{shop}/odd"}, ("norm_num_groups=3", "8 channels")),
     "unknown argument": Bad({"model_config_name_or_path": "{shop}/unknown"}, ("sharpness",)),
     "no widths": Bad({"model_config_name_or_path": "{shop}/short"}, ("block_out_channels",)),

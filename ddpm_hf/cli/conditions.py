@@ -1,5 +1,6 @@
 """What `ddpm-hf sample` samples from: classes, prompts or nothing; and what guides it there."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,11 +63,12 @@ def read_conditions(
                 "--guidance-scale requires a model that also learned no class (trained with --class_dropout 0.1)"
             )
         options |= _free_guidance(scale, rescale, interval)
-        return Conditions(class_ids(classes, class_names(pipeline)), options)
+        return Conditions(class_ids(classes, class_names(pipeline), pipeline.default_classes), options)
     _check_no_free_guidance(classes, scale, rescale, interval, guide)
     if guide is None:
         return Conditions()
-    return Conditions(class_ids(classes, class_names(guide)), options, by_keyword=True)
+    ids = class_ids(classes, class_names(guide), guide.config.get("trained_classes"))
+    return Conditions(ids, options, by_keyword=True)
 
 
 def _by_prompt(prompts, negative_prompt, classes, classifier, guidance, classifier_scale) -> Conditions:
@@ -107,8 +109,13 @@ def class_names(model) -> dict[str, str]:
     return dict(model.config.id2label or {str(number): str(number) for number in range(model.config.num_classes)})
 
 
-def class_ids(classes: Sequence[str] | None, id2label: dict[str, str]) -> list[int]:
-    """The ids of classes given by name or id; of all classes where none are given.
+def class_ids(
+    classes: Sequence[str] | None, id2label: dict[str, str], trained: Sequence[int] | None = None
+) -> list[int]:
+    """The ids of classes given by name or id; of all classes that training images had where none are given.
+
+    Args:
+        trained: the ids of those classes; None for all. Another one that is given is sampled, with a warning.
 
     Raises:
         ValueError: an unknown class.
@@ -118,7 +125,12 @@ def class_ids(classes: Sequence[str] | None, id2label: dict[str, str]) -> list[i
     unknown = [name for name in classes or [] if name not in ids]
     if unknown:
         raise ValueError(f"--class {unknown[0]}: must be one of {', '.join(id2label.values())}")
-    return [ids[name] for name in classes] if classes else [int(number) for number in id2label]
+    trained = list(trained or map(int, id2label))
+    chosen = [ids[name] for name in classes or ()]
+    for number in sorted(set(chosen) - set(trained)):
+        warning = f"warning: no training image had the class {id2label[str(number)]!r}; its embedding is untrained"
+        print(warning, file=sys.stderr)
+    return chosen or trained
 
 
 def load_classifier(folder: Path, pipeline):

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
         prepare_image,
         to_model_range,
     )
+    from .labels import classes_of_resumed, label_ids, label_warnings, trained_classes
     from .reading import load_rows, read_dataset
-    from .rows import Rows, label_ids, split_rows
+    from .rows import Rows, split_rows
 
 _HOMES = {
     "dataset": ("ImageDataset", "RowDecoder", "StreamingBatches", "identity", "should_cache"),
@@ -48,8 +49,9 @@ _HOMES = {
         "prepare_image",
         "to_model_range",
     ),
+    "labels": ("classes_of_resumed", "label_ids", "label_warnings", "trained_classes"),
     "reading": ("load_rows", "read_dataset"),
-    "rows": ("Rows", "label_ids", "split_rows"),
+    "rows": ("Rows", "split_rows"),
 }
 
 __all__ = [
@@ -68,17 +70,20 @@ __all__ = [
     "augmentation_uniforms",
     "broken_image",
     "choose_caption",
+    "classes_of_resumed",
     "decode_row",
     "embedded_digits",
     "identity",
     "image_grid",
     "label_ids",
+    "label_warnings",
     "load_rows",
     "prepare_image",
     "read_dataset",
     "should_cache",
     "split_rows",
     "to_model_range",
+    "trained_classes",
     "unreadable",
 ]
 

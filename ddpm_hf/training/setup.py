@@ -220,9 +220,9 @@ def agree_on_seed(config: TrainingConfig, resumed: dict[str, Any] | None) -> int
     return broadcast_object_list(drawn)[0]
 
 
-def log(accelerator, line: str) -> None:
-    """A line on stderr, from the main process."""
-    if accelerator.is_main_process:
+def log(accelerator, line: str | None) -> None:
+    """A line on stderr, from the main process; None is nothing to say."""
+    if accelerator.is_main_process and line is not None:
         print(line, file=sys.stderr, flush=True)
 
 

@@ -262,7 +262,7 @@ from ddpm_hf.portable.scheduling_ddpm_hf import DDPMScheduler
 from ddpm_hf.previews import draw_grid
 from ddpm_hf.publishing import Publisher, describe_run, reserve_repository
 from ddpm_hf.training.faults import ends_in_one_line
-from ddpm_hf.training.loop import Losses, averaged_weights, training_loop, unwrap
+from ddpm_hf.training.loop import Losses, averaged_weights, sum_over_ranks, training_loop, unwrap
 from ddpm_hf.training.randomness import StepKeys
 from ddpm_hf.training.setup import (
     agree_on_seed,
@@ -355,7 +355,7 @@ def dream_noise(model, scheduler, x_start, noise, timesteps, text, power: float)
 @torch.no_grad()
 def validation_loss(model, *, held_out, config: Text2ImageConfig, accelerator, **options) -> dict:
     """The mean loss over the held-out images, at the same timesteps and noise each time, no caption left out."""
-    total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+    total = torch.zeros(2, dtype=torch.float64)
     starts = range(0, len(held_out), config.eval_batch_size)
     for first in list(starts)[accelerator.process_index :: accelerator.num_processes]:
         places = range(first, min(first + config.eval_batch_size, len(held_out)))
@@ -363,8 +363,8 @@ def validation_loss(model, *, held_out, config: Text2ImageConfig, accelerator, *
         keys = StepKeys(config.seed, 0, first, len(places), validation=True)
         with accelerator.autocast():
             losses = compute_loss(model, batch, keys, config=config, accelerator=accelerator, **options).losses
-        total += torch.stack([losses.double().sum(), torch.tensor(len(places), device=total.device).double()])
-    total = accelerator.reduce(total, reduction="sum")
+        total += torch.stack([losses.cpu().double().sum(), torch.tensor(float(len(places)))])
+    total = sum_over_ranks(total)
     return {"validation_loss": float(total[0] / total[1])}
 
 

@@ -82,7 +82,7 @@ def load_ema(ema: EMAModel, part: torch.nn.Module, folder: Path) -> None:
         ema.load_state_dict(loaded.state_dict())
     else:
         averaged = type(part).from_pretrained(folder, use_safetensors=True)
-        scalars = json.loads((folder / SCALARS).read_text())
+        scalars = json.loads((folder / SCALARS).read_text(encoding="utf-8"))
         ema.load_state_dict({**scalars, "shadow_params": [parameter.data for parameter in averaged.parameters()]})
     ema.shadow_params = cut_like(ema.shadow_params, before)
     ema.to(before[0].device)

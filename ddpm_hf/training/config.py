@@ -18,6 +18,7 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
 from .help import EPILOG, FlagFormatter, grouped, meanings_of, meant
+from .machine import accept_any_text
 from .meanings import TRAINING
 
 SECRET_FLAGS = ("hub_token",)  # never written, shown or tracked
@@ -433,6 +434,7 @@ def parse_layers(
         weaker_layers: called with the instance that config file and command line alone make; returns a list of
             (source, values), weakest first, such as a recipe and a preset.
     """
+    accept_any_text()
     parser = OneLineParser(dataclass_type, prog=prog, description=description)
     try:
         from_file, _ = parser.parse_known_args(argv)

@@ -119,9 +119,7 @@ class Meter:
 
     groups: tuple[str, ...]
     device: torch.device
-    sums: torch.Tensor = field(
-        init=False
-    )  # of losses and of their count, [2, 1 + groups, 2]: the sum, the compensation
+    sums: torch.Tensor = field(init=False)  # [2, 1 + groups, 2]: sum and compensation, of losses and of their count
 
     def __post_init__(self):
         self.reset()

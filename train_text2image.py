@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from ddpm_hf.data.flags import CAPTION_COLUMN, DataFlags
-from ddpm_hf.flags import AutoencoderFlags, ScheduleFlags, use_xformers
+from ddpm_hf.flags import AUTOENCODER_FOLDER, AutoencoderFlags, ScheduleFlags, settle_resolution, use_xformers
 from ddpm_hf.names import LOSS_TYPES, PREDICTION_TYPES
-from ddpm_hf.training.config import HfArg, TrainingConfig, UsageError, parse_layers
+from ddpm_hf.training.config import FIXED, FREE, START, HfArg, TrainingConfig, UsageError, parse_layers
 from ddpm_hf.training.meanings import names_elsewhere
 
 QUARTILES = ("loss_q1", "loss_q2", "loss_q3", "loss_q4")  # of the timesteps, from little noise to much
@@ -34,7 +34,6 @@ SHOWN = (
 # Where no checkpoint is named: a small model from scratch
 SCRATCH_RECIPE = {
     "output_dir": "text2image",
-    "resolution": "32",
     "center_crop": True,
     "cache_latents": True,
     "caption_dropout": 0.1,
@@ -90,18 +89,24 @@ class TextModelFlags:
     meanings: ClassVar[dict[str, str]] = MODEL
 
     pretrained_model_name_or_path: str | None = HfArg(
-        default=None, help="A Stable Diffusion checkpoint (1.x, 2.x) on the Hub or on disk; without, from scratch."
+        resume=FIXED,
+        default=None,
+        help="A Stable Diffusion checkpoint (1.x, 2.x) on the Hub or on disk; without, from scratch.",
     )
-    revision: str | None = HfArg(default=None, help="Branch, tag or commit of the checkpoint.")
-    variant: str | None = HfArg(default=None, help="Variant of the checkpoint's files, such as fp16.")
-    non_ema_revision: str | None = HfArg(default=None, help="Revision that holds the UNet's raw weights to train on.")
+    revision: str | None = HfArg(resume=FIXED, default=None, help="Branch, tag or commit of the checkpoint.")
+    variant: str | None = HfArg(resume=FIXED, default=None, help="Variant of the checkpoint's files, such as fp16.")
+    non_ema_revision: str | None = HfArg(
+        resume=FIXED, default=None, help="Revision that holds the UNet's raw weights to train on."
+    )
     model_config_name_or_path: str | None = HfArg(
-        default=None, help="From scratch: a UNet2DConditionModel's config, on the Hub or on disk."
+        resume=FREE, default=None, help="From scratch: a UNet2DConditionModel's config, on the Hub or on disk."
     )
     text_encoder_name_or_path: str | None = HfArg(
-        default=None, help="From scratch: a CLIPTextModel with its tokenizer to use, frozen, instead of a new one."
+        resume=FIXED,
+        default=None,
+        help="From scratch: a CLIPTextModel with its tokenizer to use, frozen, instead of a new one.",
     )
-    train_text_encoder: bool = HfArg(default=False, help="Train the text encoder along with the UNet.")
+    train_text_encoder: bool = HfArg(resume=FIXED, default=False, help="Train the text encoder along with the UNet.")
 
 
 @dataclass
@@ -149,10 +154,12 @@ class PromptFlags:
     meanings: ClassVar[dict[str, str]] = PROMPTS
 
     validation_prompts: list[str] = HfArg(  # noqa: RUF009
-        default_factory=list, help="Prompts of the grids that are drawn while training; by default some captions."
+        resume=FREE,
+        default_factory=list,
+        help="Prompts of the grids that are drawn while training; by default some captions.",
     )
-    guidance_scale: float = HfArg(default=3.0, help="Of the grids.")
-    num_inference_steps: int = HfArg(default=50, help="Steps to sample the grids with.")
+    guidance_scale: float = HfArg(resume=FREE, default=3.0, help="Of the grids.")
+    num_inference_steps: int = HfArg(resume=FREE, default=50, help="Steps to sample the grids with.")
 
 
 @dataclass
@@ -164,9 +171,14 @@ class Text2ImageConfig(
 
     # where Diffusers' script has other defaults than its unconditional one
     output_dir: str = HfArg(
-        default="sd-model-finetuned", help="Where the pipeline, its pictures, metrics.jsonl and the checkpoints go."
+        resume=START,
+        default="sd-model-finetuned",
+        help="Where the pipeline, its pictures, metrics.jsonl and the checkpoints go.",
     )
-    resolution: str = HfArg(default="512", help="512, or HEIGHTxWIDTH such as 512x768.")
+    resolution: str | None = HfArg(
+        default=None,
+        help="512, or HEIGHTxWIDTH such as 512x768; by default the size of the checkpoint, else 512; from scratch 32.",
+    )
     image_interpolation_mode: Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"] = HfArg(
         default="lanczos", help="How images are resized."
     )
@@ -174,11 +186,14 @@ class Text2ImageConfig(
     adam_beta1: float = HfArg(default=0.9, help="AdamW's first decay rate.")
     adam_weight_decay: float = HfArg(default=1e-2, help="AdamW's weight decay.")
     save_images_epochs: int = HfArg(
+        resume=FREE,
         default=5,
         aliases=["--validation_epochs"],
         help="Epochs between grids of the validation prompts; 0 turns them off.",
     )
-    tracker_project_name: str | None = HfArg(default="text2image-fine-tune", help="The tracker's project.")
+    tracker_project_name: str | None = HfArg(
+        resume=FREE, default="text2image-fine-tune", help="The tracker's project."
+    )
 
     def check(self) -> None:
         """Raise UsageError or DataError for a value out of range or a combination that cannot work."""
@@ -237,7 +252,8 @@ def weaker_layers(config: Text2ImageConfig) -> list:
 
 def parse(argv: list[str]) -> Text2ImageConfig:
     """The settings for a command line; a mistake is one line and exit code 2."""
-    return parse_layers(Text2ImageConfig, argv, weaker_layers, description=__doc__)
+    stages = ("", AUTOENCODER_FOLDER)
+    return parse_layers(Text2ImageConfig, argv, weaker_layers, description=__doc__, stages=stages)
 
 
 if __name__ == "__main__":  # before torch is imported, so that --help and an unknown flag are answered at once
@@ -248,14 +264,15 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
-from ddpm_hf.autoencoder import downscaling, find_autoencoder_run, train_autoencoder
+from ddpm_hf.attention import choose_attention
+from ddpm_hf.autoencoder import downscaling, find_autoencoder_run, make_autoencoder, train_autoencoder
 from ddpm_hf.buckets import BucketedDataset, bucket_sizes, bucketed
 from ddpm_hf.captions import all_captions, encode_captions
-from ddpm_hf.components import Components, build, draw_blueprint, load_checkpoint_components
+from ddpm_hf.components import Components, build, draw_blueprint, fit_to_size, load_checkpoint_components
 from ddpm_hf.data import DIGIT_NAMES, DataError, should_cache
 from ddpm_hf.feeding import Images, make_batches, make_plan, open_images
-from ddpm_hf.latents import cache_embeddings, cached_latents, x_start_of
-from ddpm_hf.models import time_blindness, use_matmul_attention
+from ddpm_hf.latents import cache_embeddings, cached_latents, check_cacheable, x_start_of
+from ddpm_hf.models import time_blindness
 from ddpm_hf.objectives import UniformTimestepSampler, check_objective, training_losses
 from ddpm_hf.portable.pipeline_text2image_ddpm_hf import TextToImageDDPMPipeline, tokenize
 from ddpm_hf.portable.scheduling_ddpm_hf import DDPMScheduler
@@ -263,12 +280,17 @@ from ddpm_hf.previews import draw_grid
 from ddpm_hf.publishing import Publisher, describe_run, reserve_repository
 from ddpm_hf.training.faults import ends_in_one_line
 from ddpm_hf.training.loop import Losses, averaged_weights, sum_over_ranks, training_loop, unwrap
+from ddpm_hf.training.ownership import COMPONENTS, layout
 from ddpm_hf.training.randomness import StepKeys
+from ddpm_hf.training.rehearsal import rehearse
+from ddpm_hf.training.reporting import shows_bars
 from ddpm_hf.training.setup import (
     agree_on_seed,
     begin_training,
     check_resumable,
+    check_unchanged,
     claim_output_dir,
+    describe_start,
     end_training,
     find_run,
     log,
@@ -386,21 +408,24 @@ def make_pipeline(model: TextConditioned, components: Components) -> TextToImage
     )
 
 
-def draw_prompts(model, step: int, *, pipeline_of, prompts: list[str], config: Text2ImageConfig, accelerator) -> None:
+def draw_prompts(
+    model, step: int, *, pipeline_of, prompts: list[str], config: Text2ImageConfig, accelerator
+) -> Path | None:
     """A grid with a row for each prompt."""
     pipeline = pipeline_of(model)
-    pipeline.set_progress_bar_config(desc="sampling", leave=False, disable=not accelerator.is_main_process)
-    shown = prompts[: config.eval_batch_size]
-    columns = config.eval_batch_size // len(shown)
+    shown = accelerator.is_main_process and shows_bars()
+    pipeline.set_progress_bar_config(desc="sampling", leave=False, disable=not shown)
+    prompts = prompts[: config.eval_batch_size]
+    columns = config.eval_batch_size // len(prompts)
 
     steps = min(config.num_inference_steps, len(pipeline.scheduler))
 
     def sample(places: list[int], generators: list[torch.Generator], num_frames: int):
-        asked = [shown[place // columns] for place in places]
+        asked = [prompts[place // columns] for place in places]
         options = {"num_inference_steps": steps, "guidance_scale": config.guidance_scale, "num_frames": num_frames}
         return pipeline(asked, generator=generators, **options)
 
-    draw_grid(sample, columns * len(shown), columns, step, config, accelerator)
+    return draw_grid(sample, columns * len(prompts), columns, step, config, accelerator, prompts)
 
 
 def default_prompts(config: Text2ImageConfig, images: Images) -> list[str]:
@@ -471,54 +496,71 @@ def train(config: Text2ImageConfig) -> None:
     diffusers_logging.disable_progress_bar()  # one for the parts of a checkpoint
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()  # one for each file that is saved
-    found = None if config.dry_run else find_run(config, accelerator)
+    new_autoencoder = not config.pretrained_model_name_or_path and not config.vae_name_or_path
+    written = layout(*COMPONENTS, autoencoder=new_autoencoder)
+    found = find_run(config, accelerator, written, (config.train_data_dir, config.dataset_name))
     begun = found or (config.resume_from_checkpoint and find_autoencoder_run(config))
     config.seed = agree_on_seed(config, begun and begun[1])
+    check_unchanged(config, found and found[1])
     checkpoint = load_checkpoint_components(config) if config.pretrained_model_name_or_path else None
-    start = checkpoint or draw_blueprint(config)
+    if checkpoint is not None:
+        size = checkpoint.unet.config.sample_size, downscaling(checkpoint.vae)
+        log(accelerator, settle_resolution(config, *size, usual="512", trained=True))
+    start = checkpoint or draw_blueprint(config, accelerator)
     check_schedule(config, start.scheduler)
     channels = image_channels(config, start.vae)
+    if checkpoint is not None:
+        fit_to_size(checkpoint, config.size())
     data = dataclasses.replace(config, cache_dataset="never") if config.aspect_ratio_buckets else config
     images = open_images(data, config, channels, accelerator, config.caption_column)
     if config.aspect_ratio_buckets:
         images = in_buckets(images, config, start.vae, start.unet, accelerator)
-    if config.cache_latents and not config.aspect_ratio_buckets:
-        images.dataset.leave_out_broken()  # before the batches are planned
+    check_images(config, images, new_autoencoder)
     plan, total_steps = make_plan(images, config, accelerator.num_processes)
-    if config.dry_run:
-        print(describe(config, images, total_steps, plan.steps_per_epoch))
-        return
 
-    reserve_repository(config, bool(images.held_out), accelerator)
-    claim_output_dir(config, accelerator)
-    log(accelerator, f"seed {config.seed}, {total_steps} steps, {images.rows.name}")
-    components = checkpoint
-    if components is None:
-        vae = start.vae
-        if vae is None:
-            own = start_accelerator(config)
-            vae = train_autoencoder(config, config, images, channels, config.size(), own, deadline)
-        if vae is None:  # stopped, and said so
-            return
-        components = build(start, vae, images, config.seed)
+    # all of the model, so that its first batch is computed before an autoencoder is trained: with a stand-in for that
+    vae = start.vae or make_autoencoder(config, channels, config.size(), config.seed)
+    components = checkpoint or build(start, vae, images, config.seed)
     for frozen in (components.vae, components.text_encoder):
         frozen.eval().requires_grad_(False).to(accelerator.device)
-    null_embedding = None
-    if config.cache_latents:
-        images, null_embedding = cached(images, config, components, accelerator)
-    tokenize(components.tokenizer, [""])  # it is saved as it was last used, which a run that only saves it did not
-
     if checkpoint is None:
         log(accelerator, time_blindness(components.unet.config))
     model = trained_model(config, components, accelerator)
     parts = {"unet": model.unet} | ({"text_encoder": model.text_encoder} if model.text_encoder is not None else {})
     facts = run_facts(config, images.count, plan, total_steps)
-    check_resumable(found, model.unet, facts, accelerator)
+    check_resumable(found, config, model.unet, facts, accelerator)
     check_parts(found, parts)
+    reserve_repository(config, bool(images.held_out), accelerator)
     state = begin_training(config, accelerator, model, total_steps, QUARTILES, facts, found, parts=parts)
+    loss_of = functools.partial(
+        compute_loss, config=config, accelerator=accelerator, components=components, null_embedding=None
+    )
+    batches = make_batches(images, config, config, plan, state.step, accelerator)
+    batches = rehearse(config, accelerator, state, plan, batches, loss_of)
+    if config.dry_run:
+        if new_autoencoder:
+            own = start_accelerator(config)
+            train_autoencoder(config, config, images, channels, config.size(), own, rehearse_only=True)
+        steps = describe(config, images, total_steps, plan.steps_per_epoch)
+        print(steps, describe_start(config, found), sep="\n")
+        return
+
+    claim_output_dir(config, accelerator, written, state.step)
+    start_trackers(config, accelerator, Path(__file__).stem)
     if accelerator.is_main_process:
         save_settings(config)
-    start_trackers(config, accelerator, Path(__file__).stem)
+    log(accelerator, f"seed {config.seed}, {total_steps} steps, {images.rows.name}")
+    if new_autoencoder:
+        own = start_accelerator(config)
+        vae = train_autoencoder(config, config, images, channels, config.size(), own, deadline)
+        if vae is None:  # stopped, and said so
+            return
+        components = components._replace(vae=vae.eval().requires_grad_(False).to(accelerator.device))
+    null_embedding = None
+    if config.cache_latents:
+        images, null_embedding = cached(images, config, components, accelerator)
+        batches = make_batches(images, config, config, plan, state.step, accelerator)
+    tokenize(components.tokenizer, [""])  # it is saved as it was last used, which a run that only saves it did not
 
     shared = {"config": config, "accelerator": accelerator, "components": components, "null_embedding": null_embedding}
     pipeline_of = functools.partial(make_pipeline, components=components)
@@ -531,7 +573,7 @@ def train(config: Text2ImageConfig) -> None:
         accelerator,
         state,
         plan,
-        make_batches(images, config, config, plan, state.step, accelerator),
+        batches,
         total_steps,
         compute_loss=functools.partial(compute_loss, **shared),
         validate=images.held_out and functools.partial(validation_loss, held_out=images.held_out, **shared),
@@ -549,6 +591,19 @@ def train(config: Text2ImageConfig) -> None:
     else:
         publisher.stopped()
     end_training(accelerator)
+
+
+def check_images(config: Text2ImageConfig, images: Images, new_autoencoder: bool) -> None:
+    """Raise DataError or UsageError for captions that are no texts, and latents that cannot be cached.
+
+    Where they are cached, images that cannot be read are left out, if they may be, before the batches are planned.
+    """
+    if images.dataset is None:
+        return
+    all_captions(images.dataset.captions, images.rows.name)
+    if config.cache_latents and not config.aspect_ratio_buckets:
+        images.dataset.leave_out_broken()
+        check_cacheable(images.dataset, every=new_autoencoder)
 
 
 def check_parts(found: tuple[Path, dict] | None, parts: dict) -> None:
@@ -596,7 +651,7 @@ def trained_model(config: Text2ImageConfig, components: Components, accelerator)
     if config.enable_xformers_memory_efficient_attention:
         use_xformers(model.unet)
     if accelerator.device.type == "cpu":
-        use_matmul_attention(model.unet)
+        choose_attention(model.unet)
     return model
 
 

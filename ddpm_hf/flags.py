@@ -1,16 +1,15 @@
 """The flags of model and diffusion, and what they build: a UNet, and a scheduler whose objective can train."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from transformers.hf_argparser import HfArg
-
 from .data.flags import DataFlags
 from .models import MODEL_PRESETS, build_unet, preset_unet_config, smallest_sample_side, stock_unet_defaults
 from .names import BETA_SCHEDULES, LOSS_TYPES, OBJECTIVES, PREDICTION_TYPES, TIMESTEP_SAMPLERS, VARIANCE_TYPES
-from .training.config import TrainingConfig, UsageError, parse_layers
+from .training.config import FIXED, FREE, HfArg, TrainingConfig, UsageError, parse_layers
 from .training.meanings import names_elsewhere
 
 if TYPE_CHECKING:  # else imported where it is used, so that --help is quick
@@ -71,10 +70,16 @@ class UNetFlags:
     meanings: ClassVar[dict[str, str]] = UNET
 
     model_preset: str | None = HfArg(
-        default=None, help=f"A UNet by name, with its paper's recipe: {', '.join(MODEL_PRESETS)}."
+        instead_of="model_config_name_or_path",
+        resume=FREE,
+        default=None,
+        help=f"A UNet by name, with its paper's recipe: {', '.join(MODEL_PRESETS)}.",
     )
     model_config_name_or_path: str | None = HfArg(
-        default=None, help="A UNet2DModel's config on the Hub or on disk; trained from scratch."
+        instead_of="model_preset",
+        resume=FREE,
+        default=None,
+        help="A UNet2DModel's config on the Hub or on disk; trained from scratch.",
     )
 
     def check_unet(self) -> None:
@@ -112,7 +117,7 @@ class ObjectiveFlags:
     title: ClassVar[str] = "Prediction and loss"
     meanings: ClassVar[dict[str, str]] = OBJECTIVE
 
-    ddpm_num_inference_steps: int = HfArg(default=1000, help="Steps to sample the grids with.")
+    ddpm_num_inference_steps: int = HfArg(resume=FREE, default=1000, help="Steps to sample the grids with.")
     prediction_type: str = HfArg(default="epsilon", help=f"What the model outputs: {', '.join(PREDICTION_TYPES)}.")
     variance_type: str = HfArg(default="fixed_small", help=f"Of the reverse step: {', '.join(VARIANCE_TYPES)}.")
     objective: str = HfArg(default="simple", help=f"{', '.join(OBJECTIVES)}; hybrid trains a learned variance too.")
@@ -120,7 +125,7 @@ class ObjectiveFlags:
     snr_gamma: float | None = HfArg(default=None, help="Min-SNR weighting of the simple objective; 5 is usual.")
     vlb_weight: float = HfArg(default=0.001, help="The bound's weight in the hybrid objective.")
     timestep_sampler: str = HfArg(
-        default="uniform", help=f"{', '.join(TIMESTEP_SAMPLERS)}; the second is for --objective vlb."
+        resume=FIXED, default="uniform", help=f"{', '.join(TIMESTEP_SAMPLERS)}; the second is for --objective vlb."
     )
 
     def check_objective_flags(self) -> None:
@@ -147,16 +152,22 @@ class LatentFlags:
     meanings: ClassVar[dict[str, str]] = LATENTS
 
     vae_name_or_path: str | None = HfArg(
+        resume=FIXED,
         default=None,
         help="An AutoencoderKL, or a pipeline with one, on the Hub or on disk: diffuse in its latents.",
     )
     cache_latents: bool = HfArg(
-        default=False, help="Encode images, and captions where the text encoder is frozen, once and for all."
+        resume=FREE,
+        default=False,
+        help="Encode images, and captions where the text encoder is frozen, once and for all.",
     )
 
     def cache_folder(self) -> Path:
         """Where that is kept: below --cache_dir, for all runs, or in the run's folder."""
         return Path(self.cache_dir) / "ddpm_hf" if self.cache_dir else Path(self.output_dir) / "cache"
+
+
+AUTOENCODER_FOLDER = "autoencoder"  # of its run, within that of the model that it is for
 
 
 @dataclass
@@ -165,13 +176,17 @@ class AutoencoderFlags(LatentFlags):
 
     title: ClassVar[str] = "Autoencoder"
 
-    vae_train_steps: int = HfArg(default=1500, help="Steps to train a new autoencoder for, where there is none.")
-    vae_learning_rate: float = HfArg(default=1e-3, help="Its learning rate, decaying as a cosine.")
-    vae_kl_weight: float = HfArg(
-        default=1e-4, help="Weight of the latents' KL to a unit Gaussian, beside the L1 loss."
+    vae_train_steps: int = HfArg(
+        resume=FIXED, default=1500, help="Steps to train a new autoencoder for, where there is none."
     )
-    vae_latent_channels: int = HfArg(default=4, help="Channels of its latents.")
-    vae_widths: str = HfArg(default="16,32,64", help="Channels at each of its levels; each but the first halves.")
+    vae_learning_rate: float = HfArg(resume=FIXED, default=1e-3, help="Its learning rate, decaying as a cosine.")
+    vae_kl_weight: float = HfArg(
+        resume=FIXED, default=1e-4, help="Weight of the latents' KL to a unit Gaussian, beside the L1 loss."
+    )
+    vae_latent_channels: int = HfArg(resume=FIXED, default=4, help="Channels of its latents.")
+    vae_widths: str = HfArg(
+        resume=FIXED, default="16,32,64", help="Channels at each of its levels; each but the first halves."
+    )
 
     def widths(self) -> tuple[int, ...]:
         """The numbers of --vae_widths."""
@@ -198,7 +213,6 @@ class AutoencoderFlags(LatentFlags):
 # The recipe for the embedded digits: a grid worth looking at after four minutes on two cores
 EMBEDDED_RECIPE = {
     "model_preset": "small-16",
-    "resolution": "16",
     "train_batch_size": 64,
     "num_epochs": 28,
     "learning_rate": 2e-3,
@@ -233,6 +247,52 @@ def weaker_layers(config) -> list[tuple[str, dict[str, Any]]]:
         raise UsageError(f"--model_preset {preset!r} is none of {', '.join(MODEL_PRESETS)}")
     recipe = MODEL_PRESETS[preset].recipe if preset else {}
     return [("the embedded recipe", embedded), (f"the preset {preset}", recipe)]
+
+
+def settle_resolution(
+    data: DataFlags, sample_size: int | Sequence[int] | None, factor: int, usual: str, trained: bool = False
+) -> str | None:
+    """Set a --resolution that was not given to the size of the model, or to the usual one.
+
+    Args:
+        sample_size: of the UNet, as its config has it: a side, (height, width), or None where nothing is known.
+        factor: pixels for each of these in each direction: the autoencoder's, or 1.
+        usual: where the model has no size yet.
+        trained: whether the model has weights, which learned images of that size.
+
+    Returns:
+        A line to log where the size is another than the user expects.
+
+    Raises:
+        UsageError: a sample size that is not one.
+    """
+    own = None
+    if sample_size is not None:
+        sides = [sample_size] * 2 if isinstance(sample_size, int) else sample_size
+        if not (isinstance(sides, (list, tuple)) and len(sides) == 2 and all(type(side) is int for side in sides)):
+            raise UsageError(f"the model's config has sample_size {sample_size!r}, which is not a size")
+        height, width = (side * factor for side in sides)
+        own = str(height) if height == width else f"{height}x{width}"
+    if data.resolution is None:
+        data.resolution = own or usual
+        return None if data.resolution == usual else f"resolution {own}, the size of the model"
+    if trained and own and data.size() != (height, width):
+        return f"warning: --resolution {data.resolution}: the model was trained at {own} (--resolution {own})"
+    return None
+
+
+def model_size(flags: UNetFlags, vae=None) -> tuple[int | Sequence[int] | None, int]:
+    """The sample size that the flags name a model of, None where they name none; and the pixels for each of these.
+
+    Raises:
+        UsageError: no config there.
+    """
+    factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+    if flags.model_config_name_or_path:
+        return _read_unet_config(flags.model_config_name_or_path).get("sample_size"), factor
+    if flags.model_preset:
+        return MODEL_PRESETS[flags.model_preset].unet["sample_size"], factor
+    return (None if vae is None else vae.config.sample_size), 1
 
 
 CLASSIFIER_PROGRAM = "ddpm-hf train-classifier"

@@ -100,7 +100,6 @@ MODEL_PRESETS: dict[str, Preset] = {
         _unet(32, (128, 256, 256, 256), 2, (16,), dropout=0.1, **_HO),
         {
             **_HO_RECIPE,
-            "resolution": "32",
             "learning_rate": 2e-4,
             "train_batch_size": 128,
             "max_train_steps": 800_000,
@@ -112,7 +111,6 @@ MODEL_PRESETS: dict[str, Preset] = {
         _unet(256, (128, 128, 256, 256, 512, 512), 2, (16,), **_HO),
         {
             **_HO_RECIPE,
-            "resolution": "256",
             "learning_rate": 2e-5,
             "train_batch_size": 64,
             "max_train_steps": 500_000,
@@ -124,7 +122,6 @@ MODEL_PRESETS: dict[str, Preset] = {
         _unet(32, (128, 256, 256, 256), 3, (16, 8), dropout=0.3, attention_head_dim=64, **_OPENAI),
         {
             **_OPENAI_RECIPE,
-            "resolution": "32",
             "learning_rate": 1e-4,
             "train_batch_size": 128,
             "max_train_steps": 500_000,
@@ -137,7 +134,6 @@ MODEL_PRESETS: dict[str, Preset] = {
         _unet(64, (128, 256, 384, 512), 3, (16, 8), attention_head_dim=64, **_OPENAI),
         {
             **_OPENAI_RECIPE,
-            "resolution": "64",
             "learning_rate": 1e-4,
             "train_batch_size": 128,
             "max_train_steps": 1_500_000,
@@ -150,7 +146,6 @@ MODEL_PRESETS: dict[str, Preset] = {
         _adm(64, (192, 384, 576, 768), 3, dropout=0.1, attention_head_dim=64),
         {
             **_OPENAI_RECIPE,
-            "resolution": "64",
             "learning_rate": 3e-4,
             "train_batch_size": 2048,
             "max_train_steps": 540_000,
@@ -162,7 +157,6 @@ MODEL_PRESETS: dict[str, Preset] = {
         _adm(128, (256, 256, 512, 768, 1024), 2, attention_head_dim=64),
         {
             **_OPENAI_RECIPE,
-            "resolution": "128",
             "learning_rate": 1e-4,
             "train_batch_size": 256,
             "max_train_steps": 4_360_000,
@@ -173,7 +167,6 @@ MODEL_PRESETS: dict[str, Preset] = {
         _adm(256, (256, 256, 512, 512, 1024, 1024), 2, attention_head_dim=64),
         {
             **_OPENAI_RECIPE,
-            "resolution": "256",
             "learning_rate": 1e-4,
             "train_batch_size": 256,
             "max_train_steps": 1_980_000,
@@ -259,15 +252,6 @@ def text_unet_config(channels: int, size: tuple[int, int], text_width: int) -> d
         "attention_head_dim": tuple(max(1, each // 64) for each in widths),  # the number of heads, whatever it says
         "norm_num_groups": 8,
     }
-
-
-def use_matmul_attention(model) -> None:
-    """Attention by plain matrix products: on CPUs, faster to train than the fused kernel and as exact."""
-    from diffusers.models.attention_processor import Attention, AttnProcessor
-
-    for module in model.modules():
-        if isinstance(module, Attention):
-            module.set_processor(AttnProcessor())
 
 
 def compiled(model: "torch.nn.Module") -> "torch.nn.Module":

@@ -46,7 +46,7 @@ from tests.fixtures_unconditional import (
 PEER_DEFAULTS = {
     "dataset_name": None, "dataset_config_name": None, "model_config_name_or_path": None, "train_data_dir": None,
     "cache_dir": None, "hub_token": None, "hub_model_id": None, "checkpoints_total_limit": None,
-    "resume_from_checkpoint": None, "output_dir": "ddpm-model-64", "resolution": "64", "train_batch_size": 16,
+    "resume_from_checkpoint": None, "output_dir": "ddpm-model-64", "resolution": None, "train_batch_size": 16,
     "eval_batch_size": 16, "dataloader_num_workers": 0, "num_epochs": 100, "save_images_epochs": 10,
     "save_model_epochs": 10,
     "gradient_accumulation_steps": 1, "learning_rate": 1e-4, "lr_scheduler": "cosine", "lr_warmup_steps": 500,
@@ -59,7 +59,7 @@ PEER_DEFAULTS = {
 }  # fmt: skip
 
 
-# The peer's command lines
+# The peer's command lines; its resolution of 64 is that of its own model, which test_sizes shows
 
 
 def test_the_peers_flags_are_all_here():
@@ -181,7 +181,18 @@ def observe(flags: dict, folder: Path) -> Seen:
         "xformers": (UNet2DModel, "enable_xformers_memory_efficient_attention", lambda *a, **k: 0),
     }
     tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    with mock.patch.object(train_unconditional, "compute_loss", watched_loss):
+
+    def unwatched_rehearsal(*args):
+        seen = len(batches), len(calls)
+        rehearsed = rehearse(*args)
+        del batches[seen[0] :], calls[seen[1] :]
+        return rehearsed
+
+    rehearse = train_unconditional.rehearse
+    with (
+        mock.patch.object(train_unconditional, "compute_loss", watched_loss),
+        mock.patch.object(train_unconditional, "rehearse", unwatched_rehearsal),
+    ):
         patches = [
             mock.patch.object(place, name, spying(key, getattr(place, name), result))
             for key, (place, name, result) in spies.items()

@@ -1,10 +1,10 @@
 """Flags of the data."""
 
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from transformers.hf_argparser import HfArg
-
+from ..training.config import FREE, HfArg
 from ..training.meanings import names_elsewhere
 from .errors import DataError
 
@@ -38,6 +38,8 @@ IMAGES = names_elsewhere("""
 --image_interpolation_mode: interpolation resize_mode
 """)
 
+KINDS = ("imagefolder", "parquet", "arrow", "csv", "json", "webdataset")  # of files, as `datasets` names them
+
 
 @dataclass
 class ImageFlags:
@@ -46,7 +48,9 @@ class ImageFlags:
     title: ClassVar[str] = "Images"
     meanings: ClassVar[dict[str, str]] = IMAGES
 
-    resolution: str = HfArg(default="64", help="64, or HEIGHTxWIDTH such as 64x96.")
+    resolution: str | None = HfArg(
+        default=None, help="64, or HEIGHTxWIDTH such as 64x96; by default the size of the model, else 64."
+    )
     channels: int | None = HfArg(
         default=None, help="1 for grayscale, 3 for colour; by default what the model has, else 3."
     )
@@ -60,7 +64,7 @@ class ImageFlags:
     )
 
     def size(self) -> tuple[int, int]:
-        """(height, width) of --resolution."""
+        """(height, width) of --resolution, which `settle_resolution` has set."""
         parts = self.resolution.lower().split("x")
         if len(parts) > 2 or not all(part.isdecimal() and len(part) < 6 and 0 < int(part) <= 16384 for part in parts):
             raise DataError(
@@ -84,14 +88,18 @@ class DataFlags(ImageFlags):
     meanings: ClassVar[dict[str, str]] = DATA
 
     dataset_name: str | None = HfArg(
-        default=None, help="A dataset on the Hub, or a local path. Without any dataset: the embedded digits."
+        instead_of="train_data_dir",
+        default=None,
+        help="A dataset on the Hub, or a local path. Without any dataset: the embedded digits.",
     )
     dataset_config_name: str | None = HfArg(default=None, help="The dataset's configuration.")
     dataset_split: str = HfArg(default="train", help="The split to train on.")
     train_data_dir: str | None = HfArg(
-        default=None, help="A folder of images (also in class folders), or of parquet, arrow or save_to_disk data."
+        instead_of="dataset_name",
+        default=None,
+        help="A folder of images (also in class folders), or of parquet, arrow or save_to_disk data.",
     )
-    cache_dir: str | None = HfArg(default=None, help="Where datasets are cached.")
+    cache_dir: str | None = HfArg(resume=FREE, default=None, help="Where datasets are cached.")
     streaming: bool = HfArg(default=False, help="Read the dataset as it comes; needs --max_train_steps.")
     image_column: str | None = HfArg(
         default=None, aliases=["--dataset_image_column_name"], help="By default the column that holds images."
@@ -102,7 +110,9 @@ class DataFlags(ImageFlags):
         help="Train by class: the column of the labels (class names, integers or strings; class folders: label).",
     )
     cache_dataset: Literal["auto", "never", "always"] = HfArg(
-        default="auto", help="Keep all images decoded in memory; auto does if they take a quarter of it at most."
+        resume=FREE,
+        default="auto",
+        help="Keep all images decoded in memory; auto does if they take a quarter of it at most.",
     )
     skip_broken_images: bool = HfArg(default=False, help="Leave out images that cannot be read, instead of stopping.")
     max_train_samples: int | None = HfArg(default=None, help="Train on so many of the images, drawn at random.")
@@ -117,13 +127,19 @@ class DataFlags(ImageFlags):
 
     def check_data(self) -> None:
         """Raise DataError for a value out of range or a combination that cannot work."""
-        self.size()
+        if self.resolution is not None:
+            self.size()
         if self.channels not in (None, 1, 3):
             raise DataError(f"--channels {self.channels}: images have 1 or 3")
         if not 0 <= self.validation_split < 1:
             raise DataError(f"--validation_split {self.validation_split}: must be at least 0 and less than 1")
-        if self.dataset_name and self.train_data_dir:
-            raise DataError("--dataset_name and --train_data_dir name two datasets; give one of them")
+        if self.dataset_name and self.train_data_dir and self.dataset_name not in KINDS:
+            raise DataError(
+                "--dataset_name and --train_data_dir name two datasets; give one of them, or with --train_data_dir the"
+                f" kind of its files ({', '.join(KINDS)})"
+            )
+        if self.dataset_name in KINDS and not self.train_data_dir and not os.path.exists(self.dataset_name):
+            raise DataError(f"--dataset_name {self.dataset_name} requires --train_data_dir, the folder of its files")
         if self.streaming and self.embedded:
             raise DataError("--streaming needs --dataset_name or --train_data_dir; the embedded digits are in memory")
         if self.max_train_samples is not None and (self.max_train_samples < 1 or self.streaming):

@@ -34,10 +34,10 @@ def stock_tables(name: str, T: int, timesteps: list[int]) -> dict[str, list[floa
     t = torch.tensor(timesteps)
     one, zero = torch.ones(len(timesteps), 1), torch.zeros(len(timesteps), 1)
     tables = {
-        "beta": scheduler.exact_tables.betas[t],
-        "alpha": scheduler.exact_tables.alphas[t],
-        "alpha_bar": scheduler.exact_tables.alphas_cumprod[t],
-        "one_minus_alpha_bar": 1 - scheduler.exact_tables.alphas_cumprod[t],
+        "beta": scheduler.betas[t],
+        "alpha": scheduler.alphas[t],
+        "alpha_bar": scheduler.alphas_cumprod[t],
+        "one_minus_alpha_bar": 1 - scheduler.alphas_cumprod[t],
         "sqrt_alpha_bar": scheduler.add_noise(one, zero, t),
         "sqrt_one_minus_alpha_bar": scheduler.add_noise(zero, one, t),
     }

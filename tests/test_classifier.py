@@ -109,7 +109,8 @@ def test_a_saved_classifier_is_the_same_classifier(size, tmp_path):
     loaded = NoisyClassifier.from_pretrained(tmp_path, use_safetensors=True)
     x_t = randn(2, 3, *((size, size) if isinstance(size, int) else size))
     with torch.no_grad():
-        assert torch.equal(loaded.eval()(x_t, 4), model(x_t, 4))
+        torch.testing.assert_close(loaded.eval()(x_t, 4), model(x_t, 4))
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
     for config in (json.loads((tmp_path / "config.json").read_text()), loaded.config):
         assert config["id2label"] == {"0": "cat", "1": "dog", "2": "owl"}
         assert config["num_classes"] == 3
@@ -413,12 +414,16 @@ def test_mistakes_in_training_are_one_line_and_leave_nothing(flags, named, world
 
 def test_an_earlier_run_is_not_overwritten(world, tmp_path):
     """Else a forgotten flag costs hours of training, or a checkpoint of another kind of run is half loaded."""
-    (tmp_path / "run").mkdir()
-    for name in ("config.json", WEIGHTS):
-        (tmp_path / "run" / name).write_text("mine")
-    refused = run_training(command(world, tmp_path / "run"), tmp_path / "run")
-    assert_refused(refused, tmp_path / "run", "--overwrite_output_dir")
-    assert refused.files() == ["config.json", WEIGHTS]
+    (tmp_path / "model").mkdir()
+    for name in ("config.json", WEIGHTS):  # of a model that no training of ours saved
+        (tmp_path / "model" / name).write_text("mine")
+    for flags in ({}, {"overwrite_output_dir": True}):
+        refused = run_training(command(world, tmp_path / "model", **flags), tmp_path / "model")
+        assert_refused(refused, tmp_path / "model", "config.json", WEIGHTS, "move them")
+        assert [(refused.folder / name).read_text() for name in refused.files()] == ["mine", "mine"]
+    train(world, tmp_path / "run", max_train_steps=1)
+    again = run_training(command(world, tmp_path / "run"), tmp_path / "run")
+    assert_refused(again, tmp_path / "run", "--overwrite_output_dir")
     run = train(world, tmp_path / "run", overwrite_output_dir=True, max_train_steps=2)
     before = run.files()
     longer = run_training(command(world, run.folder, resume_from_checkpoint="latest", ddpm_num_steps=30), run.folder)
@@ -503,7 +508,7 @@ def test_a_classifier_guides_the_command(sampler, model, sample, asked, shop, tm
     assert labels == [2, 2, 2]
     with torch.no_grad():
         expected = tiny_classifier()(torch.zeros(1, 1, 8, 8), 3)
-        assert torch.equal(options["classifier"](torch.zeros(1, 1, 8, 8), 3), expected)
+        torch.testing.assert_close(options["classifier"](torch.zeros(1, 1, 8, 8), 3), expected)
     harder = sample(model, tmp_path / "harder", *chosen, *guide, "--classifier-scale", 40)[2]
     assert np.abs(harder - guided).max() > 5
 

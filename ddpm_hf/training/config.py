@@ -540,9 +540,11 @@ def read_config_file(path: str) -> dict[str, Any]:
 def _trained_with(config, stages: tuple[str, ...]) -> dict[str, Any]:
     """The settings in the checkpoint that --resume_from_checkpoint names: of this config's flags, those that go on."""
     from .checkpointing import settings_of  # which needs this module's UsageError
+    from .ownership import EARLIER, comes_back
 
     names = {name for kind in (FREE, APPLIED, FIXED) for name in flags_that(config, kind)} - set(SECRET_FLAGS)
     folder = Path(config.output_dir)
+    stages = (EARLIER, *stages) if comes_back(folder) else stages
     found = (settings_of(folder / stage, config.resume_from_checkpoint) for stage in stages)
     return {name: value for name, value in next(filter(None, found), {}).items() if name in names}
 

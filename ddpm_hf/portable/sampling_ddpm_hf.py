@@ -18,7 +18,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from .guidance_ddpm_hf import ClassifierGuidance
 from .scheduling_ddpm_hf import LEARNED_VARIANCE_TYPES, DDPMScheduler
 
-OUTPUT_TYPES = ("pil", "np", "pt", "latent", "preview")
+OUTPUT_TYPES = ("pil", "np", "numpy", "pt", "latent", "preview")  # "numpy" is stock DDPMPipeline's word for "np"
 PIL_CHANNELS = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # that images of these modes have
 
 
@@ -77,7 +77,7 @@ def check_sampler(scheduler, timesteps) -> None:
             f" model's {len(own)}, or timestep_spacing='trailing'"
         )
     own.check_invertible(visited)
-    if name != "DDIMScheduler" and own.alphas_cumprod[max(visited)] == 0:
+    if name != "DDIMScheduler" and own.exact_tables.alphas_cumprod[max(visited)] == 0:
         raise ValueError(
             f"{name} works with log-SNR, which is -inf at timestep {max(visited)} of this zero-terminal-SNR schedule;"
             " sample with DDPMScheduler or DDIMScheduler"
@@ -298,8 +298,9 @@ class SamplingMixin:
         if self.vae is not None:
             latents = latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
             latents = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
-        if output_type == "preview":
-            latents, output_type = latents if self.image_channels in PIL_CHANNELS else latents[:, :3], "pil"
+        if output_type == "preview" and self.image_channels not in PIL_CHANNELS:
+            latents = latents[:, :3]
+        output_type = {"preview": "pil", "numpy": "np"}.get(output_type, output_type)
         return self.image_processor.postprocess(latents.float(), output_type=output_type)
 
     def check_output_type(self, output_type: str) -> None:

@@ -41,12 +41,22 @@ def write_chains(frames: list, images: list, out: Path) -> None:
     write_animation([frame.sample[:16] for frame in frames], out / "chain.gif", scale)
 
 
+def on_white(image):
+    """A PIL image without its alpha, for GIF."""
+    from PIL import Image
+
+    if image.mode not in ("LA", "RGBA"):
+        return image
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
 def write_animation(frames: list[list], path: Path, scale: int) -> None:
     """An animated GIF of a grid along the chain; the last frame stays a while."""
     from ..data import image_grid
     from ..training.checkpointing import write_whole
 
-    grids = [image_grid(images, scale=scale).convert("P") for images in frames]
+    grids = [on_white(image_grid(images, scale=scale)).convert("P") for images in frames]
     buffer = io.BytesIO()
     durations = [100] * (len(grids) - 1) + [2000]
     grids[0].save(buffer, "GIF", save_all=True, append_images=grids[1:], duration=durations, loop=0)

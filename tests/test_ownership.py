@@ -399,7 +399,7 @@ def test_a_run_is_not_taken_from_a_process_that_trains(tmp_path):
         import psutil
 
         process = {**ownership.this_process(), "pid": other.pid, "started": psutil.Process(other.pid).create_time()}
-        with mock.patch.object(ownership, "this_process", lambda: process):
+        with mock.patch.object(ownership, "this_process", return_value=process):
             begin_new(tmp_path / "run")
         before = content(tmp_path / "run")
         settle(tmp_path / "run")
@@ -628,7 +628,8 @@ def test_the_rehearsal_changes_nothing(shop, tmp_path):
     """Else a run is another one for having been checked, or learns twice from its first batch."""
     flags = {
         "objective": "vlb", "variance_type": "learned_range", "timestep_sampler": "loss_second_moment",
-        "use_ema": True, "ddpm_num_steps": 5, "ddpm_num_inference_steps": 1, "ddpm_beta_schedule": "cosine", "checkpointing_steps": 1,
+        "use_ema": True, "ddpm_num_steps": 5, "ddpm_num_inference_steps": 1, "ddpm_beta_schedule": "cosine",
+        "checkpointing_steps": 1,
     }  # fmt: skip
     write_unet(tmp_path / "dropout", dropout=0.2)
     flags["model_config_name_or_path"] = str(tmp_path / "dropout")

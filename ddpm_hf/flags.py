@@ -353,12 +353,18 @@ def unet_arguments(flags: UNetFlags, data: DataFlags, vae=None) -> dict[str, Any
             raise UsageError(
                 f"--model_config_name_or_path has {own} input channels and the"
                 f" {'images' if vae is None else 'latents'} {channels}"
-                + (f"; pass --channels {own}" if vae is None else "; use a config of as many")
+                + (
+                    f"; pass --channels {own}, or use a config of {channels}"
+                    if vae is None
+                    else "; use a config of as many"
+                )
             )
     else:
         chosen = preset_unet_config(flags.model_preset) if flags.model_preset else dict(DEFAULT_UNET)
         channels = data.channels or (1 if data.embedded else 3)
         channels = channels if vae is None else vae.config.latent_channels
+    if vae is None and data.embedded and channels > 4:
+        raise UsageError(f"the UNet has {channels} channels, and the embedded digits become up to 4; name your data")
     chosen |= {
         "sample_size": height if height == width else (height, width),
         "in_channels": channels,

@@ -60,11 +60,21 @@ def strip_of(frames: list, images: list):
     return image_grid(strip, columns=len(moments), scale=scale_of(images))
 
 
+def on_white(image):
+    """A PIL image without its alpha, for GIF."""
+    from PIL import Image
+
+    if image.mode not in ("LA", "RGBA"):
+        return image
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
 def animation(frames: list[list], scale: int) -> bytes:
     """An animated GIF of a grid along the chain; the last frame stays a while."""
     from ..data import image_grid
 
-    grids = [image_grid(images, scale=scale).convert("P") for images in frames]
+    grids = [on_white(image_grid(images, scale=scale)).convert("P") for images in frames]
     buffer = io.BytesIO()
     durations = [100] * (len(grids) - 1) + [2000]
     grids[0].save(buffer, "GIF", save_all=True, append_images=grids[1:], duration=durations, loop=0)

@@ -91,6 +91,9 @@ def sample(
     settle(model)
     pipeline = load_pipeline(model, revision, own_token(token)).to(device)
     guidance = (guidance_scale, guidance_rescale, guidance_interval)
+    if pipeline.image_channels > 4:
+        shown = f"the first three of {pipeline.image_channels} channels"
+        typer.echo(f"warning: the pictures show {shown}; output_type='np' of the pipeline gives all", err=True)
     conditions = read_conditions(pipeline, classifier, class_, prompt, negative_prompt, guidance, classifier_scale)
     check_out(out)
     steps = set_sampler(pipeline, sampler.value, steps)
@@ -106,8 +109,10 @@ def use_all_cores() -> None:
 
     import torch
 
-    if "OMP_NUM_THREADS" not in os.environ and hasattr(os, "sched_getaffinity"):
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
+    from ..training.machine import usable_cores
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(usable_cores())
 
 
 def checked_device(device: str | None) -> str:
@@ -174,6 +179,7 @@ def sample_images(
             generator=keyed_generators(pipeline.device, seed, indices),
             num_inference_steps=steps,
             num_frames=num_frames,
+            output_type="preview",
         )
         images += output.images
         frames = output.frames or frames

@@ -18,7 +18,6 @@ from .errors import DataError, unreadable
 from .folders import Listing, image_splits, list_folder
 from .formats import image_suffixes, suffix_of
 
-SHARDS = 256  # of a folder that is streamed: shuffling begins with their order
 KIND_OF = {
     ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json",
     ".ndjson": "json", ".tar": "webdataset",
@@ -57,12 +56,18 @@ def open_local(path: Path, options: Options) -> Source:
 # Splits
 
 
-def of_parts(parts: dict[str, datasets.Dataset], name: str, note: str = "") -> Source:
-    """The source whose splits are in memory or mapped: any part of them can be read."""
+def of_parts(parts: dict[str, datasets.Dataset], name: str, note: str = "", mixed: bool = False) -> Source:
+    """The source whose splits are in memory or mapped: any part of them can be read.
+
+    Args:
+        mixed: whether a stream comes in another order, always the same, for rows that are sorted by class.
+    """
 
     def read(split: str, streaming: bool) -> Any:
         dataset = take(parts, split, name)
-        return dataset.to_iterable_dataset(min(SHARDS, len(dataset))) if streaming else dataset
+        if streaming and mixed:
+            dataset = dataset.shuffle(seed=0, keep_in_memory=True)
+        return dataset.to_iterable_dataset() if streaming else dataset
 
     return Source(lambda: list(parts), read, note)
 
@@ -208,7 +213,8 @@ def _folder(path: Path, options: Options) -> Source:
         parts = image_splits(listing)
         if not parts:
             raise DataError(f"{path} holds no images to read; left out: {listing.note()}")
-        return of_parts(parts, str(path), listing.note())
+        source = of_parts(parts, str(path), listing.note(), mixed=True)
+        return _refusing(source, path, listing.unclear) if listing.unclear else source
     if listing.tables and not options.kind:
         if listing.images:
             listing.left_out["image beside the tables"] += len(listing.images)
@@ -217,6 +223,21 @@ def _folder(path: Path, options: Options) -> Source:
     tables = "" if options.kind else ", nor tables (parquet, arrow, csv, json, webdataset) or save_to_disk data"
     left_out = f"; left out: {listing.note()}" if listing.note() else ""
     raise DataError(f"{path} holds no images ({known}){tables}{left_out}")
+
+
+def _refusing(source: Source, path: Path, unclear: list[str]) -> Source:
+    """A source that is read only as a whole: its folders may hold classes, or parts that must not be trained on."""
+
+    def read(split: str, streaming: bool) -> Any:
+        if split != "all":
+            named = ", ".join(f"{name}/" for name in unclear[:6])
+            raise DataError(
+                f"{path} holds {named}, which may be splits or classes: rename splits to train/, validation/ or test/,"
+                " name one of the folders, or give --dataset_split all to train on all of them"
+            )
+        return source.read(split, streaming)
+
+    return source._replace(read=read)
 
 
 def _tables(path: Path, listing: Listing, options: Options) -> Source:

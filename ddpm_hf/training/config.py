@@ -22,6 +22,7 @@ import yaml
 from transformers import HfArgumentParser, hf_argparser
 
 from .help import EPILOG, FlagFormatter, grouped, meanings_of, meant
+from .machine import accept_any_text
 from .meanings import TRAINING
 from .paths import expand_home
 
@@ -107,7 +108,9 @@ class RunFlags:
         help="A YAML or JSON file that sets any of these flags; the command line wins over it.",
     )
     dry_run: bool = HfArg(
-        resume=START, default=False, help="Print what would run (data, model, steps, memory, output), and stop."
+        resume=START,
+        default=False,
+        help="Check all that a run checks before it starts, the first batch included; print what would run, and stop.",
     )
 
     output_dir: str = HfArg(
@@ -116,7 +119,9 @@ class RunFlags:
         help="Where the pipeline, its pictures, metrics.jsonl and the checkpoints go. All paths below are within it.",
     )
     overwrite_output_dir: bool = HfArg(
-        resume=START, default=False, help="Remove an earlier run's files from --output_dir and train anew."
+        resume=START,
+        default=False,
+        help="Train anew in the folder of an earlier run, which is removed once this one has its first checkpoint.",
     )
     seed: int | None = HfArg(
         resume=FIXED,
@@ -565,6 +570,7 @@ def parse_layers(
         stages: the folders within the output folder whose checkpoints tell what a run was trained with; of the first
             that has one.
     """
+    accept_any_text()
     parser = OneLineParser(dataclass_type, prog=prog, description=description)
     try:
         from_file, _ = parser.parse_known_args(argv)

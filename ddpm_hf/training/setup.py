@@ -18,10 +18,19 @@ from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_ob
 from diffusers.optimization import get_scheduler
 
 from .averaging import make_ema
-from .checkpointing import SETTINGS, find_checkpoint, set_aside_later, truncate_jsonl, write_whole
+from .checkpointing import (
+    SETTINGS,
+    find_checkpoint,
+    list_checkpoints,
+    made_by_diffusers,
+    set_aside_later,
+    truncate_jsonl,
+    write_whole,
+)
 from .config import APPLIED, FIXED, SECRET_FLAGS, START, TrainingConfig, UsageError, flags_that
 from .faults import end_together, track
 from .loop import LOGS, Meter, StepPlan, TrainingState, let_old_go, load_checkpoint, register_model_hooks
+from .machine import usable_cores
 from .ownership import (
     AUTOENCODER,
     KEPT_IN_PLACE,
@@ -38,6 +47,7 @@ from .ownership import (
     run_files,
     set_aside,
     settle,
+    some,
     waiting,
 )
 from .sessions import Sessions
@@ -67,7 +77,7 @@ def start_accelerator(config: TrainingConfig) -> Accelerator:
     local = int(
         os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes if accelerator.device.type == "cpu" else 1)
     )
-    torch.set_num_threads(config.cpu_threads or max(1, len(os.sched_getaffinity(0)) // local))
+    torch.set_num_threads(config.cpu_threads or max(1, usable_cores() // local))
     if config.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     return accelerator
@@ -96,6 +106,8 @@ def cpu_has_bf16() -> bool:
     """Whether bf16 is fast here: on the GPU if there is one, else on the CPU."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
+    if not torch.backends.mkldnn.is_available():  # as on macOS
+        return False
     return torch.ops.mkldnn._is_mkldnn_bf16_supported() and any(
         flag in _cpu_flags() for flag in ("amx_bf16", "avx512_bf16")
     )
@@ -103,7 +115,7 @@ def cpu_has_bf16() -> bool:
 
 def _cpu_flags() -> str:
     info = Path("/proc/cpuinfo")
-    return info.read_text() if info.is_file() else ""
+    return info.read_text(encoding="utf-8") if info.is_file() else ""
 
 
 def find_run(
@@ -129,6 +141,8 @@ def find_run(
     if not config.dry_run:
         settle_earlier_run(folder, accelerator)
     ours = [*run_files(folder), *waiting(folder)]
+    if not ours:
+        refuse_other_runs(folder)
     refuse_foreign_files(config, entries, ours)
     if config.resume_from_checkpoint:
         found = find_checkpoint(folder, config.resume_from_checkpoint, lambda line: log(accelerator, line))
@@ -154,6 +168,14 @@ def settle_earlier_run(folder: Path, accelerator) -> None:
             error = problem
     if any(gather_object([error is not None])):
         end_together(accelerator, error)
+
+
+def refuse_other_runs(folder: Path) -> None:
+    """Raise UsageError for a folder with a run of Diffusers' scripts."""
+    for checkpoint in reversed(list_checkpoints(folder)):
+        line = made_by_diffusers(checkpoint)
+        if line is not None:
+            raise UsageError(line)
 
 
 def refuse_foreign_files(config: TrainingConfig, entries: Sequence[Entry], ours: Sequence[str]) -> None:
@@ -200,11 +222,6 @@ def describe_start(config: TrainingConfig, found: tuple[Path, dict[str, Any]] | 
     else:
         line = "from the beginning"
     return f"     start  {line}; the first batch has been through the model and back"
-
-
-def some(names: Sequence[str]) -> str:
-    """Some of many names, for a message."""
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if names[4:] else "")
 
 
 def claim_output_dir(config: TrainingConfig, accelerator, entries: Sequence[Entry], step: int = 0) -> None:
@@ -291,7 +308,7 @@ def check_resumable(
     if not (checkpoint / name / "config.json").is_file():
         raise UsageError(f"{checkpoint} is of another kind of run: it has no {name}/")
     try:
-        saved = dict(json.loads((checkpoint / name / "config.json").read_text()))
+        saved = dict(json.loads((checkpoint / name / "config.json").read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise UsageError(f"{checkpoint}: {name}/config.json is no model's config") from error
     own = json.loads(model.to_json_string())

@@ -73,6 +73,7 @@ SCRATCH_RECIPE = {
     "center_crop": True,
     "cache_latents": True,
     "caption_dropout": 0.1,
+    "guidance_scale": 3.0,
     "learning_rate": 1e-3,
     "lr_scheduler": "cosine",
     "lr_warmup_steps": 200,
@@ -138,7 +139,11 @@ class Text2ImageConfig(AutoencoderFlags, ScheduleFlags, DataFlags, TrainingConfi
     validation_prompts: list[str] = HfArg(  # noqa: RUF009
         default_factory=list, help="Prompts of the grids that are drawn while training; by default some captions."
     )
-    guidance_scale: float = HfArg(default=3.0, help="Of the grids.")
+    guidance_scale: float | None = HfArg(
+        default=None,
+        help="Classifier-free guidance scale of the grids, saved with the pipeline as its default; if omitted, the"
+        " checkpoint's (7.5 for Stable Diffusion), or 3 from scratch.",
+    )
     num_inference_steps: int = HfArg(default=50, help="Steps to sample the grids with.")
 
     prediction_type: str | None = HfArg(
@@ -162,7 +167,7 @@ class Text2ImageConfig(AutoencoderFlags, ScheduleFlags, DataFlags, TrainingConfi
         if not 0 <= self.caption_dropout < 1:
             raise UsageError(f"--caption_dropout {self.caption_dropout}: must be at least 0 and less than 1")
         for name in ("noise_offset", "input_perturbation", "dream_detail_preservation", "guidance_scale"):
-            if not 0 <= getattr(self, name) < math.inf:
+            if not 0 <= (getattr(self, name) or 0) < math.inf:
                 raise UsageError(f"--{name} {getattr(self, name)}: must be a number of 0 or more")
         if self.num_inference_steps < 1:
             raise UsageError(f"--num_inference_steps {self.num_inference_steps}: must be 1 or more")
@@ -321,8 +326,7 @@ def draw_prompts(model, step: int, *, pipeline_of, prompts: list[str], config: T
 
     def sample(places: list[int], generators: list[torch.Generator], num_frames: int):
         asked = [shown[place // columns] for place in places]
-        options = {"num_inference_steps": steps, "guidance_scale": config.guidance_scale, "num_frames": num_frames}
-        return pipeline(asked, generator=generators, **options)
+        return pipeline(asked, generator=generators, num_inference_steps=steps, num_frames=num_frames)
 
     draw_grid(sample, columns * len(shown), columns, step, config, accelerator)
 
@@ -425,6 +429,8 @@ def train(config: Text2ImageConfig) -> None:
         if vae is None:  # stopped, and said so
             return
         components = build(start, vae, images, config.seed)
+    if config.guidance_scale is not None:
+        components.others["guidance_scale"] = config.guidance_scale
     for frozen in (components.vae, components.text_encoder):
         frozen.eval().requires_grad_(False).to(accelerator.device)
     null_embedding = None

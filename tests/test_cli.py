@@ -176,7 +176,7 @@ def assert_one_line(result, *named):
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (("sample", "MODEL", "--sampler", "euler"), ("euler", "dpm++")),
+        (("sample", "MODEL", "--sampler", "dpm"), ("dpm", "dpm++")),
         (("sample", "MODEL", "--num-images", "many"), ("--num-images", "integer")),
         (("sample", "MODEL", "--num-images", "0"), ("--num-images", "1")),
         (("sample", "MODEL", "--steps", "-3"), ("--steps", "1")),

@@ -3,11 +3,10 @@
 Heavy libraries are imported when a command runs, so that `--help` is quick.
 """
 
-import sys
-
 import typer
 
 from . import push, push_space, sample, train_classifier
+from .endings import run
 
 app = typer.Typer(
     help="Denoising diffusion in the Hugging Face ecosystem: look at what a trained model draws.",
@@ -25,7 +24,7 @@ def _commands() -> None:
 UNDERSCORES_TOO = {"token_normalize_func": lambda token: token.replace("_", "-")}  # --num_images is --num-images
 EVERYTHING_AFTER = {"allow_extra_args": True, "ignore_unknown_options": True}
 
-app.command(context_settings=UNDERSCORES_TOO)(sample.sample)
+app.command(context_settings=UNDERSCORES_TOO, epilog=sample.EPILOG)(sample.sample)
 app.command(context_settings=UNDERSCORES_TOO)(push.push)
 app.command("push-space")(push_space.push_space)
 app.command("train-classifier", context_settings=EVERYTHING_AFTER, add_help_option=False)(
@@ -34,15 +33,5 @@ app.command("train-classifier", context_settings=EVERYTHING_AFTER, add_help_opti
 
 
 def main() -> None:
-    """The entry point: what the user can mend is one line and exit code 2."""
-    try:
-        app(standalone_mode=False)
-    except typer.Abort:
-        raise SystemExit(130) from None
-    except (typer.BadParameter.__mro__[2], ValueError, OSError) as error:  # typer's own ClickException
-        message = error.format_message() if hasattr(error, "format_message") else str(error)
-        if message.strip():  # without a command, the help is the message
-            from ..training.config import one_line
-
-            print(f"ddpm-hf: error: {one_line(message)} (see --help)", file=sys.stderr)
-        raise SystemExit(2) from None
+    """The entry point."""
+    raise SystemExit(run(app))

@@ -1,10 +1,13 @@
 #!/usr/bin/env python
-"""Train text to image in latents: `accelerate launch train_text2image.py --train_data_dir pictures`.
+"""Train text to image in latents.
 
-With `--pretrained_model_name_or_path` a Stable Diffusion checkpoint (1.x, 2.x) is trained on; without, all of it is
-made for your images: first an autoencoder, then a text encoder and a UNet together. Without a dataset it does that on
-the embedded MNIST digits, on a CPU in minutes. The output folder is one that `DiffusionPipeline.from_pretrained` loads
-anywhere, as Stable Diffusion's.
+    accelerate launch train_text2image.py --train_data_dir pictures        # pictures/metadata.jsonl has the captions
+    accelerate launch train_text2image.py                                  # the embedded digits, minutes on a CPU
+    accelerate launch train_text2image.py --pretrained_model_name_or_path MODEL --dataset_name DATASET --use_ema
+
+With `--pretrained_model_name_or_path` a Stable Diffusion checkpoint (1.x, 2.x) is trained further; without it, all
+networks are trained from scratch: first an autoencoder, then a text encoder and a UNet together. The output folder is
+one that `DiffusionPipeline.from_pretrained` loads anywhere, as Stable Diffusion's; `ddpm-hf sample` samples from it.
 """
 
 import dataclasses
@@ -13,51 +16,13 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
-import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from diffusers.utils import logging as diffusers_logging
-from transformers.utils import logging as transformers_logging
-
-from ddpm_hf.autoencoder import (
-    AutoencoderFlags,
-    downscaling,
-    find_autoencoder_run,
-    train_autoencoder,
-)
-from ddpm_hf.buckets import BucketedDataset, bucket_sizes, bucketed
-from ddpm_hf.captions import all_captions, encode_captions
-from ddpm_hf.components import Components, build, draw_blueprint, load_checkpoint_components
-from ddpm_hf.data import CAPTION_COLUMN, DIGIT_NAMES, DataError, DataFlags, should_cache
-from ddpm_hf.feeding import Images, make_batches, make_plan, open_images
-from ddpm_hf.flags import ScheduleFlags, use_xformers
-from ddpm_hf.latents import cache_embeddings, cached_latents, x_start_of
-from ddpm_hf.models import use_matmul_attention
-from ddpm_hf.objectives import LOSS_TYPES, UniformTimestepSampler, check_objective, training_losses
-from ddpm_hf.portable.pipeline_text2image_ddpm_hf import TextToImageDDPMPipeline, tokenize
-from ddpm_hf.portable.scheduling_ddpm_hf import PREDICTION_TYPES, DDPMScheduler
-from ddpm_hf.previews import draw_grid
-from ddpm_hf.publishing import Publisher, describe_run, reserve_repository
-from ddpm_hf.training.config import HfArg, TrainingConfig, UsageError, parse_layers
-from ddpm_hf.training.faults import ends_in_one_line
-from ddpm_hf.training.loop import Losses, averaged_weights, training_loop, unwrap
-from ddpm_hf.training.randomness import StepKeys
-from ddpm_hf.training.setup import (
-    agree_on_seed,
-    begin_training,
-    check_resumable,
-    claim_output_dir,
-    cpu_has_bf16,
-    end_training,
-    find_run,
-    log,
-    run_facts,
-    save_settings,
-    start_accelerator,
-    start_trackers,
-)
-from ddpm_hf.training.stopping import deadline_of
+from ddpm_hf.data.flags import CAPTION_COLUMN, DataFlags
+from ddpm_hf.flags import AUTOENCODER_FOLDER, AutoencoderFlags, ScheduleFlags, settle_resolution, use_xformers
+from ddpm_hf.names import LOSS_TYPES, PREDICTION_TYPES
+from ddpm_hf.training.config import FIXED, FREE, START, HfArg, TrainingConfig, UsageError, parse_layers
+from ddpm_hf.training.meanings import names_elsewhere
 
 QUARTILES = ("loss_q1", "loss_q2", "loss_q3", "loss_q4")  # of the timesteps, from little noise to much
 # The settings that the model card shows
@@ -69,7 +34,6 @@ SHOWN = (
 # Where no checkpoint is named: a small model from scratch
 SCRATCH_RECIPE = {
     "output_dir": "text2image",
-    "resolution": "32",
     "center_crop": True,
     "cache_latents": True,
     "caption_dropout": 0.1,
@@ -90,41 +54,68 @@ DIGITS_RECIPE = {
     "save_images_epochs": 16,
     "checkpoints_total_limit": 2,
 }
+# What other programs call these flags
+MODEL = names_elsewhere("""
+--pretrained_model_name_or_path: model model_id model_name pretrained pretrained_model base_model checkpoint_path sd
+--pretrained_model_name_or_path: pretrained_model_name model_name_or_path model_path pretrained_path
+--text_encoder_name_or_path: text_encoder clip clip_model
+--train_text_encoder: finetune_text_encoder train_clip
+""")
+CAPTIONS = names_elsewhere("""
+--caption_column: caption text_column prompt_column caption_key txt_column captions
+--caption_dropout: p_uncond uncond_prob cond_drop_prob proportion_empty_prompts text_dropout cfg_dropout
+--aspect_ratio_buckets: buckets bucketing enable_bucket aspect_ratio_bucketing
+""")
+OBJECTIVE = names_elsewhere("""
+--prediction_type: parameterization pred_type
+--prediction_type v_prediction: v_prediction v_pred v_parameterization
+--loss_type: loss loss_fn
+--snr_gamma 5: min_snr
+--snr_gamma: min_snr_gamma
+--noise_offset: offset_noise
+--dream_training: dream
+""")
+PROMPTS = names_elsewhere("""
+--validation_prompts: prompt prompts validation_prompt sample_prompts
+--guidance_scale: cfg_scale guidance cfg
+--num_inference_steps: inference_steps sampling_steps num_sampling_steps sampling_timesteps ddpm_num_inference_steps
+""")
 
 
 @dataclass
-class Text2ImageConfig(AutoencoderFlags, ScheduleFlags, DataFlags, TrainingConfig):
-    """All flags: those of training, data, autoencoder and diffusion, and of text."""
+class TextModelFlags:
+    """Flags of the networks."""
 
-    # where Diffusers' script has other defaults than its unconditional one
-    output_dir: str = HfArg(
-        default="sd-model-finetuned", help="Where the pipeline, its pictures, metrics.jsonl and the checkpoints go."
-    )
-    resolution: str = HfArg(default="512", help="512, or HEIGHTxWIDTH such as 512x768.")
-    image_interpolation_mode: Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"] = HfArg(
-        default="lanczos", help="How images are resized."
-    )
-    lr_scheduler: str = HfArg(default="constant", help="linear, cosine, constant, constant_with_warmup, ...")
-    adam_beta1: float = HfArg(default=0.9, help="AdamW's first decay rate.")
-    adam_weight_decay: float = HfArg(default=1e-2, help="AdamW's weight decay.")
-    save_images_epochs: int = HfArg(
-        default=5, aliases=["--validation_epochs"], help="Epochs between grids of the validation prompts."
-    )
-    tracker_project_name: str | None = HfArg(default="text2image-fine-tune", help="The tracker's project.")
+    title: ClassVar[str] = "Model"
+    meanings: ClassVar[dict[str, str]] = MODEL
 
     pretrained_model_name_or_path: str | None = HfArg(
-        default=None, help="A Stable Diffusion checkpoint (1.x, 2.x) on the Hub or on disk; without, from scratch."
+        resume=FIXED,
+        default=None,
+        help="A Stable Diffusion checkpoint (1.x, 2.x) on the Hub or on disk; without, from scratch.",
     )
-    revision: str | None = HfArg(default=None, help="Branch, tag or commit of the checkpoint.")
-    variant: str | None = HfArg(default=None, help="Variant of the checkpoint's files, such as fp16.")
-    non_ema_revision: str | None = HfArg(default=None, help="Revision that holds the UNet's raw weights to train on.")
+    revision: str | None = HfArg(resume=FIXED, default=None, help="Branch, tag or commit of the checkpoint.")
+    variant: str | None = HfArg(resume=FIXED, default=None, help="Variant of the checkpoint's files, such as fp16.")
+    non_ema_revision: str | None = HfArg(
+        resume=FIXED, default=None, help="Revision that holds the UNet's raw weights to train on."
+    )
     model_config_name_or_path: str | None = HfArg(
-        default=None, help="From scratch: a UNet2DConditionModel's config, on the Hub or on disk."
+        resume=FREE, default=None, help="From scratch: a UNet2DConditionModel's config, on the Hub or on disk."
     )
     text_encoder_name_or_path: str | None = HfArg(
-        default=None, help="From scratch: a CLIPTextModel with its tokenizer to use, frozen, instead of a new one."
+        resume=FIXED,
+        default=None,
+        help="From scratch: a CLIPTextModel with its tokenizer to use, frozen, instead of a new one.",
     )
-    train_text_encoder: bool = HfArg(default=False, help="Train the text encoder along with the UNet.")
+    train_text_encoder: bool = HfArg(resume=FIXED, default=False, help="Train the text encoder along with the UNet.")
+
+
+@dataclass
+class CaptionFlags:
+    """Flags of the captions."""
+
+    title: ClassVar[str] = "Captions"
+    meanings: ClassVar[dict[str, str]] = CAPTIONS
 
     caption_column: str = HfArg(default=CAPTION_COLUMN, help="The column of the captions: texts, or lists of them.")
     caption_dropout: float = HfArg(
@@ -136,15 +127,14 @@ class Text2ImageConfig(AutoencoderFlags, ScheduleFlags, DataFlags, TrainingConfi
         help="Crop each image to the nearest of several sizes of up to the resolution's area, at most twice as wide as"
         " high or the reverse; a batch holds one size. Needs an autoencoder that is trained already.",
     )
-    validation_prompts: list[str] = HfArg(  # noqa: RUF009
-        default_factory=list, help="Prompts of the grids that are drawn while training; by default some captions."
-    )
-    guidance_scale: float | None = HfArg(
-        default=None,
-        help="Classifier-free guidance scale of the grids, saved with the pipeline as its default; if omitted, the"
-        " checkpoint's (7.5 for Stable Diffusion), or 3 from scratch.",
-    )
-    num_inference_steps: int = HfArg(default=50, help="Steps to sample the grids with.")
+
+
+@dataclass
+class TextObjectiveFlags:
+    """Flags of what the model predicts, and of its loss."""
+
+    title: ClassVar[str] = "Prediction and loss"
+    meanings: ClassVar[dict[str, str]] = OBJECTIVE
 
     prediction_type: str | None = HfArg(
         default=None, help=f"{', '.join(PREDICTION_TYPES)}; by default the checkpoint's, or epsilon."
@@ -155,6 +145,61 @@ class Text2ImageConfig(AutoencoderFlags, ScheduleFlags, DataFlags, TrainingConfi
     input_perturbation: float = HfArg(default=0.0, help="Perturb the noise that is added, not the one predicted; 0.1.")
     dream_training: bool = HfArg(default=False, help="DREAM: train on the model's own errors, with a second pass.")
     dream_detail_preservation: float = HfArg(default=1.0, help="DREAM's p: the higher, the more detail is kept.")
+
+
+@dataclass
+class PromptFlags:
+    """Flags of the grids."""
+
+    title: ClassVar[str] = "Samples and logging"
+    meanings: ClassVar[dict[str, str]] = PROMPTS
+
+    validation_prompts: list[str] = HfArg(  # noqa: RUF009
+        resume=FREE,
+        default_factory=list,
+        help="Prompts of the grids that are drawn while training; by default some captions.",
+    )
+    guidance_scale: float | None = HfArg(
+        resume=FREE,
+        default=None,
+        help="Classifier-free guidance scale of the grids, saved with the pipeline as its default; if omitted, the"
+        " checkpoint's (7.5 for Stable Diffusion), or 3 from scratch.",
+    )
+    num_inference_steps: int = HfArg(resume=FREE, default=50, help="Steps to sample the grids with.")
+
+
+@dataclass
+class Text2ImageConfig(
+    DataFlags, TextModelFlags, CaptionFlags, AutoencoderFlags, ScheduleFlags, TextObjectiveFlags, PromptFlags,
+    TrainingConfig
+):  # fmt: skip
+    """All flags; `--help` groups them in the order of the bases."""
+
+    # where Diffusers' script has other defaults than its unconditional one
+    output_dir: str = HfArg(
+        resume=START,
+        default="sd-model-finetuned",
+        help="Where the pipeline, its pictures, metrics.jsonl and the checkpoints go.",
+    )
+    resolution: str | None = HfArg(
+        default=None,
+        help="512, or HEIGHTxWIDTH such as 512x768; by default the size of the checkpoint, else 512; from scratch 32.",
+    )
+    image_interpolation_mode: Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"] = HfArg(
+        default="lanczos", help="How images are resized."
+    )
+    lr_scheduler: str = HfArg(default="constant", help="linear, cosine, constant, constant_with_warmup, ...")
+    adam_beta1: float = HfArg(default=0.9, help="AdamW's first decay rate.")
+    adam_weight_decay: float = HfArg(default=1e-2, help="AdamW's weight decay.")
+    save_images_epochs: int = HfArg(
+        resume=FREE,
+        default=5,
+        aliases=["--validation_epochs"],
+        help="Epochs between grids of the validation prompts; 0 turns them off.",
+    )
+    tracker_project_name: str | None = HfArg(
+        resume=FREE, default="text2image-fine-tune", help="The tracker's project."
+    )
 
     def check(self) -> None:
         """Raise UsageError or DataError for a value out of range or a combination that cannot work."""
@@ -204,9 +249,58 @@ def weaker_layers(config: Text2ImageConfig) -> list:
     recipe = SCRATCH_RECIPE | ({"cache_latents": False} if config.streaming else {})
     layers = [("the recipe from scratch", recipe)]
     if config.embedded:
+        from ddpm_hf.training.setup import cpu_has_bf16
+
         half = {"mixed_precision": "bf16" if cpu_has_bf16() else "no"}
         layers.append(("the embedded recipe", {**DIGITS_RECIPE, **half}))
     return layers
+
+
+def parse(argv: list[str]) -> Text2ImageConfig:
+    """The settings for a command line; a mistake is one line and exit code 2."""
+    stages = ("", AUTOENCODER_FOLDER)
+    return parse_layers(Text2ImageConfig, argv, weaker_layers, description=__doc__, stages=stages)
+
+
+if __name__ == "__main__":  # before torch is imported, so that --help and an unknown flag are answered at once
+    CONFIG = parse(sys.argv[1:])
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
+
+from ddpm_hf.autoencoder import downscaling, find_autoencoder_run, train_autoencoder
+from ddpm_hf.buckets import BucketedDataset, bucket_sizes, bucketed
+from ddpm_hf.captions import all_captions, encode_captions
+from ddpm_hf.components import Components, build, draw_blueprint, fit_to_size, load_checkpoint_components
+from ddpm_hf.data import DIGIT_NAMES, DataError, should_cache
+from ddpm_hf.feeding import Images, make_batches, make_plan, open_images
+from ddpm_hf.latents import cache_embeddings, cached_latents, x_start_of
+from ddpm_hf.models import time_blindness, use_matmul_attention
+from ddpm_hf.objectives import UniformTimestepSampler, check_objective, training_losses
+from ddpm_hf.portable.pipeline_text2image_ddpm_hf import TextToImageDDPMPipeline, tokenize
+from ddpm_hf.portable.scheduling_ddpm_hf import DDPMScheduler
+from ddpm_hf.previews import draw_grid
+from ddpm_hf.publishing import Publisher, describe_run, reserve_repository
+from ddpm_hf.training.faults import ends_in_one_line
+from ddpm_hf.training.loop import Losses, averaged_weights, training_loop, unwrap
+from ddpm_hf.training.randomness import StepKeys
+from ddpm_hf.training.setup import (
+    agree_on_seed,
+    begin_training,
+    check_resumable,
+    check_unchanged,
+    claim_output_dir,
+    end_training,
+    find_run,
+    log,
+    run_facts,
+    save_settings,
+    start_accelerator,
+    start_trackers,
+)
+from ddpm_hf.training.stopping import deadline_of
 
 
 class TextConditioned(torch.nn.Module):
@@ -402,10 +496,16 @@ def train(config: Text2ImageConfig) -> None:
     found = None if config.dry_run else find_run(config, accelerator)
     begun = found or (config.resume_from_checkpoint and find_autoencoder_run(config))
     config.seed = agree_on_seed(config, begun and begun[1])
+    check_unchanged(config, found and found[1])
     checkpoint = load_checkpoint_components(config) if config.pretrained_model_name_or_path else None
-    start = checkpoint or draw_blueprint(config)
+    if checkpoint is not None:
+        size = checkpoint.unet.config.sample_size, downscaling(checkpoint.vae)
+        log(accelerator, settle_resolution(config, *size, usual="512", trained=True))
+    start = checkpoint or draw_blueprint(config, accelerator)
     check_schedule(config, start.scheduler)
     channels = image_channels(config, start.vae)
+    if checkpoint is not None:
+        fit_to_size(checkpoint, config.size())
     data = dataclasses.replace(config, cache_dataset="never") if config.aspect_ratio_buckets else config
     images = open_images(data, config, channels, accelerator, config.caption_column)
     if config.aspect_ratio_buckets:
@@ -438,10 +538,12 @@ def train(config: Text2ImageConfig) -> None:
         images, null_embedding = cached(images, config, components, accelerator)
     tokenize(components.tokenizer, [""])  # it is saved as it was last used, which a run that only saves it did not
 
+    if checkpoint is None:
+        log(accelerator, time_blindness(components.unet.config))
     model = trained_model(config, components, accelerator)
     parts = {"unet": model.unet} | ({"text_encoder": model.text_encoder} if model.text_encoder is not None else {})
     facts = run_facts(config, images.count, plan, total_steps)
-    check_resumable(found, model.unet, facts, accelerator)
+    check_resumable(found, config, model.unet, facts, accelerator)
     check_parts(found, parts)
     state = begin_training(config, accelerator, model, total_steps, QUARTILES, facts, found, parts=parts)
     if accelerator.is_main_process:
@@ -528,12 +630,16 @@ def trained_model(config: Text2ImageConfig, components: Components, accelerator)
     return model
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Parse the flags and train; a mistake that the user can mend is one line and exit code 2."""
-    config = parse_layers(Text2ImageConfig, sys.argv[1:] if argv is None else argv, weaker_layers, description=__doc__)
+def run(config: Text2ImageConfig) -> None:
+    """Train; a mistake that the user can mend is one line and exit code 2."""
     with ends_in_one_line(Path(__file__).name, config.output_dir, DataError):
         train(config)
 
 
+def main(argv: list[str] | None = None) -> None:
+    """Parse the flags and train."""
+    run(parse(sys.argv[1:] if argv is None else argv))
+
+
 if __name__ == "__main__":
-    main()
+    run(CONFIG)

@@ -1,58 +1,35 @@
 #!/usr/bin/env python
-"""Train a DDPM on your images: `accelerate launch train_unconditional.py --train_data_dir photos`.
+"""Train a DDPM on your images.
 
-Without a dataset it trains on the embedded MNIST digits, on a CPU in minutes; with `--label_column` it learns to draw
-by class. The output folder holds a pipeline that `DiffusionPipeline.from_pretrained` loads anywhere, sample grids,
-metrics and checkpoints.
+    accelerate launch train_unconditional.py --train_data_dir photos --resolution 64 --model_preset small-64
+    accelerate launch train_unconditional.py                           # the embedded digits, minutes on a CPU
+    accelerate launch train_unconditional.py --train_data_dir photos --label_column label          # by class
+
+The output folder holds a pipeline that `DiffusionPipeline.from_pretrained` loads anywhere, sample grids, metrics and
+checkpoints; `ddpm-hf sample ddpm-model-64` samples from it. `--dry_run` shows what would run, and how long it takes.
 """
 
 import functools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
-import torch
-from diffusers import AutoencoderKL, UNet2DModel
-from diffusers.utils import logging as diffusers_logging
-
-from ddpm_hf.autoencoder import LatentFlags, load_autoencoder
-from ddpm_hf.data import DataError, DataFlags, ImageDataset
-from ddpm_hf.feeding import Images, make_batches, make_plan, open_images
+from ddpm_hf.data.flags import DataFlags
 from ddpm_hf.flags import (
+    LatentFlags,
     ObjectiveFlags,
     ScheduleFlags,
     UNetFlags,
     make_scheduler,
     make_unet,
+    model_size,
+    settle_resolution,
     unet_arguments,
     weaker_layers,
 )
-from ddpm_hf.latents import cached_latents, x_start_of
-from ddpm_hf.models import compiled, use_matmul_attention
-from ddpm_hf.objectives import TIMESTEP_SAMPLERS, UniformTimestepSampler, simple_losses, training_losses
-from ddpm_hf.portable.pipeline_class_conditional_ddpm_hf import ClassConditionalDDPMPipeline
-from ddpm_hf.portable.pipeline_ddpm_hf import DDPMPipeline
-from ddpm_hf.portable.scheduling_ddpm_hf import DDPMScheduler
-from ddpm_hf.previews import draw_grid
-from ddpm_hf.publishing import Publisher, describe_run, reserve_repository
 from ddpm_hf.training.config import HfArg, TrainingConfig, UsageError, parse_layers
-from ddpm_hf.training.faults import ends_in_one_line
-from ddpm_hf.training.loop import Losses, StepPlan, averaged_weights, training_loop, unwrap
-from ddpm_hf.training.randomness import StepKeys
-from ddpm_hf.training.setup import (
-    agree_on_seed,
-    begin_training,
-    check_resumable,
-    claim_output_dir,
-    end_training,
-    find_run,
-    log,
-    run_facts,
-    save_settings,
-    start_accelerator,
-    start_trackers,
-)
-from ddpm_hf.training.stopping import deadline_of
+from ddpm_hf.training.meanings import names_elsewhere
 
 QUARTILES = ("loss_q1", "loss_q2", "loss_q3", "loss_q4")  # of the timesteps, from little noise to much
 # The settings that the model card shows
@@ -60,16 +37,32 @@ SHOWN = (
     "resolution", "label_column", "model_preset", "ddpm_beta_schedule", "ddpm_num_steps", "prediction_type",
     "variance_type", "objective", "loss_type", "train_batch_size", "learning_rate", "use_ema",
 )  # fmt: skip
+# What other programs call the flags of classes
+CLASSES = names_elsewhere("""
+--class_dropout: p_uncond uncond_prob cond_drop_prob class_drop_prob label_dropout cfg_dropout unconditional_prob
+--class_balanced: balanced class_balance balance_classes
+""")
 
 
 @dataclass
-class UnconditionalConfig(ObjectiveFlags, ScheduleFlags, UNetFlags, LatentFlags, DataFlags, TrainingConfig):
-    """All flags: those of training, data, latents, model and diffusion, and of classes."""
+class ClassFlags:
+    """Flags of training by class."""
+
+    title: ClassVar[str] = "Classes"
+    meanings: ClassVar[dict[str, str]] = CLASSES
 
     class_dropout: float = HfArg(
-        default=0.1, help="Share of the labels to train without, so that classifier-free guidance works; 0 for none."
+        default=0.1,
+        help="Share of the images to train without their label, for classifier-free guidance; 0 to disable.",
     )
-    class_balanced: bool = HfArg(default=False, help="Draw every class equally often, however many images it has.")
+    class_balanced: bool = HfArg(default=False, help="Sample every class equally often, however many images it has.")
+
+
+@dataclass
+class UnconditionalConfig(
+    DataFlags, UNetFlags, ScheduleFlags, ObjectiveFlags, ClassFlags, LatentFlags, TrainingConfig
+):
+    """All flags; `--help` groups them in the order of the bases."""
 
     def check(self) -> None:
         """Raise UsageError or DataError for a value out of range or a combination that cannot work."""
@@ -86,6 +79,49 @@ class UnconditionalConfig(ObjectiveFlags, ScheduleFlags, UNetFlags, LatentFlags,
             raise UsageError("--cache_latents needs --vae_name_or_path, and a dataset that is not a stream")
         if self.class_balanced and (self.label_column is None or self.streaming):
             raise UsageError("--class_balanced needs --label_column, and a dataset that is not a stream")
+
+
+def parse(argv: list[str]) -> UnconditionalConfig:
+    """The settings for a command line; a mistake is one line and exit code 2."""
+    return parse_layers(UnconditionalConfig, argv, weaker_layers, description=__doc__)
+
+
+if __name__ == "__main__":  # before torch is imported, so that --help and an unknown flag are answered at once
+    CONFIG = parse(sys.argv[1:])
+
+import torch
+from diffusers import AutoencoderKL, UNet2DModel
+from diffusers.utils import logging as diffusers_logging
+
+from ddpm_hf.autoencoder import load_autoencoder
+from ddpm_hf.data import DataError, ImageDataset
+from ddpm_hf.feeding import Images, make_batches, make_plan, open_images
+from ddpm_hf.latents import cached_latents, x_start_of
+from ddpm_hf.models import compiled, time_blindness, use_matmul_attention
+from ddpm_hf.objectives import TIMESTEP_SAMPLERS, UniformTimestepSampler, simple_losses, training_losses
+from ddpm_hf.portable.pipeline_class_conditional_ddpm_hf import ClassConditionalDDPMPipeline
+from ddpm_hf.portable.pipeline_ddpm_hf import DDPMPipeline
+from ddpm_hf.portable.scheduling_ddpm_hf import DDPMScheduler
+from ddpm_hf.previews import draw_grid
+from ddpm_hf.publishing import Publisher, describe_run, reserve_repository
+from ddpm_hf.training.faults import ends_in_one_line
+from ddpm_hf.training.loop import Losses, StepPlan, averaged_weights, training_loop, unwrap
+from ddpm_hf.training.randomness import StepKeys
+from ddpm_hf.training.setup import (
+    agree_on_seed,
+    begin_training,
+    check_resumable,
+    check_unchanged,
+    claim_output_dir,
+    end_training,
+    find_run,
+    log,
+    run_facts,
+    save_settings,
+    start_accelerator,
+    start_trackers,
+)
+from ddpm_hf.training.stopping import deadline_of
 
 
 def warn_of_terminal_snr(config: UnconditionalConfig, scheduler: DDPMScheduler, accelerator) -> None:
@@ -179,9 +215,9 @@ def draw_samples(model, step: int, *, pipeline_of, config: UnconditionalConfig, 
     pipeline.set_progress_bar_config(desc="sampling", leave=False, disable=not accelerator.is_main_process)
     count, columns, labels = config.eval_batch_size, None, None
     if isinstance(pipeline, ClassConditionalDDPMPipeline):
-        classes = min(count, len(pipeline.config.id2label))
-        columns = count // classes
-        labels = [label for label in range(classes) for _ in range(columns)]
+        shown = pipeline.default_classes[:count]
+        columns = count // len(shown)
+        labels = [label for label in shown for _ in range(columns)]
         count = len(labels)
     steps = min(config.ddpm_num_inference_steps, config.ddpm_num_steps)
 
@@ -219,10 +255,16 @@ def describe(config: UnconditionalConfig, images: Images, plan: StepPlan, total_
     return "\n".join(f"{name:>10}  {value}" for name, value in lines.items())
 
 
-def make_pipeline(model: UNet2DModel, scheduler: DDPMScheduler, class_names: list[str], vae: AutoencoderKL | None):
+def make_pipeline(
+    model: UNet2DModel,
+    scheduler: DDPMScheduler,
+    class_names: list[str],
+    vae: AutoencoderKL | None,
+    trained_classes: list[int] | None = None,
+):
     """The pipeline that samples from the model, by class where it knows classes."""
     if class_names:
-        return ClassConditionalDDPMPipeline(model, scheduler, dict(enumerate(class_names)), vae)
+        return ClassConditionalDDPMPipeline(model, scheduler, dict(enumerate(class_names)), vae, trained_classes)
     return DDPMPipeline(model, scheduler, vae)
 
 
@@ -234,17 +276,20 @@ def train(config: UnconditionalConfig) -> None:
     diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)  # an error is one line, and main says it
     vae = load_autoencoder(config.vae_name_or_path) if config.vae_name_or_path else None
     scheduler = make_scheduler(config, config, latents=vae is not None)
+    log(accelerator, settle_resolution(config, *model_size(config, vae), usual="64"))
     arguments = unet_arguments(config, config, vae)
     found = None if config.dry_run else find_run(config, accelerator)
     config.seed = agree_on_seed(config, found and found[1])
+    check_unchanged(config, found and found[1])
 
     channels = arguments["in_channels"] if vae is None else vae.config.in_channels
-    images = open_images(config, config, channels, accelerator)
+    images = open_images(config, config, channels, accelerator, classes=found and found[1].get("classes"))
     class_names = images.rows.label_names if config.label_column else []
     classes = len(class_names) + (config.class_dropout > 0) if class_names else None
     model = make_unet(arguments, config.variance_type, classes, config)
     if accelerator.device.type == "cpu":
         use_matmul_attention(model)
+    log(accelerator, time_blindness(model.config))
     if config.cache_latents:
         images.dataset.leave_out_broken()  # before the batches are planned
     plan, total_steps = make_plan(images, config, accelerator.num_processes)
@@ -252,7 +297,7 @@ def train(config: UnconditionalConfig) -> None:
         print(describe(config, images, plan, total_steps, model))
         return
     facts = run_facts(config, images.count, plan, total_steps, classes=class_names)
-    check_resumable(found, model, facts, accelerator)
+    check_resumable(found, config, model, facts, accelerator)
     reserve_repository(config, bool(images.held_out), accelerator)
     claim_output_dir(config, accelerator)
     log(accelerator, f"seed {config.seed}, {total_steps} steps, {images.rows.name}")
@@ -273,8 +318,12 @@ def train(config: UnconditionalConfig) -> None:
     start_trackers(config, accelerator, Path(__file__).stem)
 
     shared = {"config": config, "scheduler": scheduler, "accelerator": accelerator, "vae": vae}
-    pipeline_of = functools.partial(make_pipeline, scheduler=scheduler, class_names=class_names, vae=vae)
-    about = describe_run(config, images, plan, model, SHOWN, class_names[: config.eval_batch_size])
+    trained = images.trained_classes
+    pipeline_of = functools.partial(
+        make_pipeline, scheduler=scheduler, class_names=class_names, vae=vae, trained_classes=trained
+    )
+    names = class_names if trained is None else [class_names[label] for label in trained]
+    about = describe_run(config, images, plan, model, SHOWN, names[: config.eval_batch_size])
     publisher = Publisher(config, state, pipeline_of, about, total_steps, accelerator)
     finished = training_loop(
         config,
@@ -299,14 +348,16 @@ def train(config: UnconditionalConfig) -> None:
     end_training(accelerator)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Parse the flags and train; a mistake that the user can mend is one line and exit code 2."""
-    config = parse_layers(
-        UnconditionalConfig, sys.argv[1:] if argv is None else argv, weaker_layers, description=__doc__
-    )
+def run(config: UnconditionalConfig) -> None:
+    """Train; a mistake that the user can mend is one line and exit code 2."""
     with ends_in_one_line(Path(__file__).name, config.output_dir, DataError):
         train(config)
 
 
+def main(argv: list[str] | None = None) -> None:
+    """Parse the flags and train."""
+    run(parse(sys.argv[1:] if argv is None else argv))
+
+
 if __name__ == "__main__":
-    main()
+    run(CONFIG)

@@ -2,15 +2,15 @@
 
 import dataclasses
 import functools
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from transformers.hf_argparser import HfArg
 
 from .data import to_model_range
 from .feeding import Images, make_batches, make_plan
+from .flags import AUTOENCODER_FOLDER as FOLDER
+from .flags import AutoencoderFlags
 from .functional import mean_flat
 from .loading import why_not_loaded
 from .saving import save_image, save_model
@@ -18,60 +18,16 @@ from .training.checkpointing import find_checkpoint, remove_unfinished
 from .training.config import TrainingConfig, UsageError
 from .training.loop import Losses, averaged_weights, training_loop, unwrap
 from .training.randomness import StepKeys
-from .training.setup import begin_training, check_resumable, claim_output_dir, find_run, log, run_facts, track_image
-
-FOLDER = "autoencoder"  # of its run, within that of the model that it is for
-
-
-@dataclass
-class LatentFlags:
-    """Flags of the latents."""
-
-    vae_name_or_path: str | None = HfArg(
-        default=None,
-        help="An AutoencoderKL, or a pipeline with one, on the Hub or on disk: diffuse in its latents.",
-    )
-    cache_latents: bool = HfArg(
-        default=False, help="Encode images, and captions where the text encoder is frozen, once and for all."
-    )
-
-    def cache_folder(self) -> Path:
-        """Where that is kept: below --cache_dir, for all runs, or in the run's folder."""
-        return Path(self.cache_dir) / "ddpm_hf" if self.cache_dir else Path(self.output_dir) / "cache"
-
-
-@dataclass
-class AutoencoderFlags(LatentFlags):
-    """Flags of the autoencoder, where a script trains one."""
-
-    vae_train_steps: int = HfArg(default=1500, help="Steps to train a new autoencoder for, where there is none.")
-    vae_learning_rate: float = HfArg(default=1e-3, help="Its learning rate, decaying as a cosine.")
-    vae_kl_weight: float = HfArg(
-        default=1e-4, help="Weight of the latents' KL to a unit Gaussian, beside the L1 loss."
-    )
-    vae_latent_channels: int = HfArg(default=4, help="Channels of its latents.")
-    vae_widths: str = HfArg(default="16,32,64", help="Channels at each of its levels; each but the first halves.")
-
-    def widths(self) -> tuple[int, ...]:
-        """The numbers of --vae_widths."""
-        parts = self.vae_widths.split(",")
-        widths = [int(part) if part.strip().isdecimal() and len(part) < 6 else 0 for part in parts]
-        if len(widths) > 8 or not all(0 < width <= 4096 and width % 8 == 0 for width in widths):
-            raise UsageError(
-                f"--vae_widths {self.vae_widths}: give up to 8 multiples of 8, each up to 4096, such as 16,32,64"
-            )
-        return tuple(widths)
-
-    def check_autoencoder(self) -> None:
-        """Raise UsageError for a value out of range."""
-        self.widths()
-        for name in ("vae_train_steps", "vae_latent_channels", "vae_learning_rate"):
-            if not getattr(self, name) > 0:
-                raise UsageError(f"--{name} {getattr(self, name)}: must be more than 0")
-        if self.vae_latent_channels > 1024:
-            raise UsageError(f"--vae_latent_channels {self.vae_latent_channels}: must be 1024 or less")
-        if not self.vae_kl_weight >= 0:
-            raise UsageError(f"--vae_kl_weight {self.vae_kl_weight}: must be 0 or more")
+from .training.setup import (
+    begin_training,
+    check_resumable,
+    check_unchanged,
+    claim_output_dir,
+    find_run,
+    log,
+    run_facts,
+    track_image,
+)
 
 
 def load_autoencoder(name_or_path: str, revision: str | None = None, variant: str | None = None) -> AutoencoderKL:
@@ -199,6 +155,8 @@ def train_autoencoder(
     """
     folder = Path(config.output_dir) / FOLDER
     if (folder / "config.json").is_file() and config.resume_from_checkpoint:
+        before = find_autoencoder_run(config)
+        check_unchanged(config, before and before[1])
         if accelerator.is_main_process:
             remove_unfinished(folder)
         return load_autoencoder(str(folder)).to(accelerator.device)
@@ -214,7 +172,10 @@ def train_autoencoder(
         lr_warmup_steps=min(100, flags.vae_train_steps // 10),
         gradient_accumulation_steps=1,
         resume_from_checkpoint=config.resume_from_checkpoint and "latest",
-        save_images_epochs=max(1, flags.vae_train_steps // 4 * config.train_batch_size // max(1, images.count or 1)),
+        save_images_epochs=0,
+        save_images_steps=max(1, flags.vae_train_steps // 4)
+        if config.save_images_epochs or config.save_images_steps
+        else None,
         validation_steps=None,
         use_ema=True,
         ema_max_decay=0.995,
@@ -223,8 +184,8 @@ def train_autoencoder(
     found = find_run(own, accelerator)
     vae = make_autoencoder(flags, channels, size, config.seed)
     plan, total_steps = make_plan(images, own, accelerator.num_processes)
-    facts = run_facts(own, images.count, plan, total_steps)
-    check_resumable(found, vae, facts, accelerator, "vae")
+    facts = run_facts(config, images.count, plan, total_steps)
+    check_resumable(found, config, vae, facts, accelerator, "vae")
     claim_output_dir(own, accelerator)
     parameters = sum(parameter.numel() for parameter in vae.parameters())
     log(accelerator, f"training an autoencoder first: {parameters:,} parameters, {total_steps} steps")

@@ -1,7 +1,6 @@
 """A classifier of noised images, whose gradient guides sampling (Dhariwal & Nichol 2021, sec. 4), and its training."""
 
 import functools
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,14 +9,21 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import logging as diffusers_logging
 
-from .data import DataError, DataFlags, ImageDataset, to_model_range
+from .data import DataError, ImageDataset, to_model_range
 from .feeding import make_batches, make_plan, open_images
-from .flags import ScheduleFlags, UNetFlags, unet_arguments, weaker_layers
-from .models import build_unet, compiled, use_matmul_attention
+from .flags import (
+    CLASSIFIER_PROGRAM,
+    ClassifierConfig,
+    model_size,
+    parse_classifier_flags,
+    settle_resolution,
+    unet_arguments,
+)
+from .models import build_unet, compiled, time_blindness, use_matmul_attention
 from .objectives import UniformTimestepSampler
 from .portable.scheduling_ddpm_hf import DDPMScheduler
 from .saving import save_model
-from .training.config import TrainingConfig, UsageError, parse_layers
+from .training.config import UsageError
 from .training.faults import ends_in_one_line
 from .training.loop import Losses, averaged_weights, training_loop, unwrap
 from .training.randomness import StepKeys
@@ -25,6 +31,7 @@ from .training.setup import (
     agree_on_seed,
     begin_training,
     check_resumable,
+    check_unchanged,
     claim_output_dir,
     end_training,
     find_run,
@@ -61,6 +68,7 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         unet: the arguments of the `UNet2DModel` whose encoder this is.
         num_classes: K.
         num_train_timesteps, trained_betas: the diffusion it was trained on, T and β; for whoever loads it.
+        trained_classes: the ids of the classes that training images had, where not all K had some.
     """
 
     _supports_gradient_checkpointing = True
@@ -73,6 +81,7 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         num_train_timesteps: int = 1000,
         trained_betas: list[float] | None = None,
         id2label: dict[str, str] | None = None,
+        trained_classes: list[int] | None = None,
     ):
         super().__init__()
         if any("Skip" in kind for kind in unet.get("down_block_types", ())):
@@ -99,24 +108,6 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         if self.mid_block is not None:
             features = self.mid_block(features, embedding)
         return self.head(self.pool(F.silu(self.norm(features))))
-
-
-@dataclass
-class ClassifierConfig(ScheduleFlags, UNetFlags, DataFlags, TrainingConfig):
-    """Flags of `ddpm-hf train-classifier`: those of data, schedule and training that the scripts have too."""
-
-    def check(self) -> None:
-        """Raise UsageError or DataError for a value out of range or a combination that cannot work."""
-        super().check()
-        self.check_data()
-        self.check_unet()
-        self.check_schedule()
-        if self.label_column is None:
-            self.label_column = "label"
-        if self.streaming and self.max_train_steps is None:
-            raise UsageError("--streaming has no epochs to count: give --max_train_steps")
-        if self.push_to_hub:
-            raise UsageError("--push_to_hub: a classifier is no pipeline; upload its folder with `hf upload`")
 
 
 def compute_loss(model, batch: dict, keys: StepKeys, *, scheduler: DDPMScheduler, accelerator) -> Losses:
@@ -160,6 +151,7 @@ def train(config: ClassifierConfig) -> None:
     deadline = deadline_of(config.max_train_hours)
     accelerator = start_accelerator(config)
     diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)  # an error is one line, and main says it
+    log(accelerator, settle_resolution(config, *model_size(config), usual="64"))
     arguments = unet_arguments(config, config)
     scheduler = DDPMScheduler(
         num_train_timesteps=config.ddpm_num_steps,
@@ -168,7 +160,9 @@ def train(config: ClassifierConfig) -> None:
     )
     found = None if config.dry_run else find_run(config, accelerator)
     config.seed = agree_on_seed(config, found and found[1])
-    images = open_images(config, config, arguments["in_channels"], accelerator)
+    check_unchanged(config, found and found[1])
+    resumed_classes = found and found[1].get("classes")
+    images = open_images(config, config, arguments["in_channels"], accelerator, classes=resumed_classes)
 
     names = images.rows.label_names
     torch.manual_seed(config.seed)
@@ -183,6 +177,7 @@ def train(config: ClassifierConfig) -> None:
         )
     except (ValueError, TypeError) as error:
         raise UsageError(" ".join(str(error).split())) from error
+    log(accelerator, time_blindness(arguments))
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if accelerator.device.type == "cpu":
@@ -194,7 +189,8 @@ def train(config: ClassifierConfig) -> None:
         print(f"{summary}, output {Path(config.output_dir).resolve()}")
         return
     facts = run_facts(config, images.count, plan, total_steps, classes=names)
-    check_resumable(found, model, facts, accelerator, "classifier")
+    check_resumable(found, config, model, facts, accelerator, "classifier")
+    model.register_to_config(trained_classes=images.trained_classes)
     claim_output_dir(config, accelerator)
     log(accelerator, f"seed {config.seed}, {summary}")
 
@@ -229,14 +225,12 @@ def train(config: ClassifierConfig) -> None:
     end_training(accelerator)
 
 
-def main(argv: list[str]) -> None:
-    """Parse the flags and train; a mistake that the user can mend is one line and exit code 2."""
-    config = parse_layers(
-        ClassifierConfig,
-        argv,
-        weaker_layers,
-        prog="ddpm-hf train-classifier",
-        description="Train a classifier of noised images, whose gradient guides sampling towards a class.",
-    )
-    with ends_in_one_line("ddpm-hf train-classifier", config.output_dir, DataError):
+def run(config: ClassifierConfig) -> None:
+    """Train; a mistake that the user can mend is one line and exit code 2."""
+    with ends_in_one_line(CLASSIFIER_PROGRAM, config.output_dir, DataError):
         train(config)
+
+
+def main(argv: list[str]) -> None:
+    """Parse the flags and train."""
+    run(parse_classifier_flags(argv))

@@ -9,11 +9,13 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from .autoencoder import downscaling, load_autoencoder
 from .captions import all_captions, fit_tokenizer, make_text_encoder
 from .feeding import Images
+from .flags import settle_resolution
 from .loading import why_not_loaded
 from .models import text_unet_config
 from .portable.pipeline_text2image_ddpm_hf import STABLE_DIFFUSION_SETTINGS, TextToImageDDPMPipeline
 from .portable.scheduling_ddpm_hf import DDPMScheduler
 from .training.config import UsageError
+from .training.setup import log
 
 TEXT_WIDTH = 128  # of a new text encoder
 
@@ -59,6 +61,12 @@ def load_checkpoint_components(config) -> Components:
     return Components(pipeline.vae, pipeline.text_encoder, pipeline.tokenizer, unet, scheduler, others)
 
 
+def fit_to_size(components: Components, size: tuple[int, int]) -> None:
+    """Let the UNet's config say the size (height, width) that it is trained at, which it is then sampled at."""
+    height, width = (side // downscaling(components.vae) for side in size)
+    components.unet.register_to_config(sample_size=height if height == width else (height, width))
+
+
 class Blueprint(NamedTuple):
     """What of a new model is known, and has been checked, before anything is trained."""
 
@@ -69,7 +77,7 @@ class Blueprint(NamedTuple):
     scheduler: DDPMScheduler
 
 
-def draw_blueprint(config) -> Blueprint:
+def draw_blueprint(config, accelerator) -> Blueprint:
     """The parts of a new model that are given, and the plan of the others.
 
     Raises:
@@ -80,13 +88,19 @@ def draw_blueprint(config) -> Blueprint:
     if config.text_encoder_name_or_path:
         tokenizer, text_encoder = load_text_encoder(config.text_encoder_name_or_path)
     factor = downscaling(vae) if vae is not None else 2 ** (len(config.widths()) - 1)
+    given = read_unet_config(config.model_config_name_or_path) if config.model_config_name_or_path else None
+    if given is not None:
+        line = settle_resolution(config, given.get("sample_size"), factor, usual="32")
+    else:
+        line = settle_resolution(config, vae and vae.config.sample_size, 1, usual="32")
+    log(accelerator, line)
     if any(side % factor for side in config.size()):
         raise UsageError(f"--resolution {config.resolution}: the autoencoder wants multiples of {factor}")
     height, width = (side // factor for side in config.size())
     channels = vae.config.latent_channels if vae is not None else config.vae_latent_channels
     context = text_encoder.config.hidden_size if text_encoder is not None else TEXT_WIDTH
-    if config.model_config_name_or_path:
-        unet = read_unet_config(config.model_config_name_or_path)
+    if given is not None:
+        unet = given
         unet["sample_size"] = height if height == width else (height, width)
         for name, wanted in (("in_channels", channels), ("out_channels", channels), ("cross_attention_dim", context)):
             if unet.setdefault(name, wanted) != wanted:

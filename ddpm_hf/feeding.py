@@ -12,9 +12,12 @@ from .data import (
     ImageTransform,
     Rows,
     StreamingBatches,
+    classes_of_resumed,
     identity,
+    label_warnings,
     load_rows,
     should_cache,
+    trained_classes,
 )
 from .training.config import TrainingConfig
 from .training.loop import KeyedBatchSampler, StepPlan
@@ -35,15 +38,29 @@ class Images(NamedTuple):
         """How many images there are to train on; None for a stream."""
         return None if self.dataset is None else len(self.dataset)
 
+    @property
+    def trained_classes(self) -> list[int] | None:
+        """The ids of the classes that training images have, where not all have some; else None."""
+        labels = None if self.dataset is None else self.dataset.labels
+        return trained_classes(labels, len(self.rows.label_names))
+
     def name_of(self, row: int) -> str:
         """What to call one of a batch's `index`: the image's file, or its number."""
         return f"{row} of {self.rows.name}" if self.dataset is None else self.dataset.name_of(row)
 
 
 def open_images(
-    flags: DataFlags, config: TrainingConfig, channels: int, accelerator, caption_column: str | None = None
+    flags: DataFlags,
+    config: TrainingConfig,
+    channels: int,
+    accelerator,
+    caption_column: str | None = None,
+    classes: list[str] | None = None,
 ) -> Images:
     """Read the dataset that the flags name; the images to train on, and those held out if they will be used.
+
+    Args:
+        classes: the class names of the run that is resumed.
 
     Raises:
         DataError: what cannot be read, named.
@@ -52,6 +69,9 @@ def open_images(
         rows, held_out_rows = load_rows(flags, config.seed, config.hub_token, caption_column)
     if flags.validation_split and not config.validation_steps:
         log(accelerator, "warning: --validation_split holds images out that are never used without --validation_steps")
+    for part in (rows, held_out_rows):
+        if part is not None:
+            part.label_names = classes_of_resumed(part, classes)
     transform = flags.transform(channels)
     dataset = held_out = None
     if not flags.streaming:
@@ -60,6 +80,9 @@ def open_images(
     if held_out_rows is not None and config.validation_steps:
         upright = transform._replace(center_crop=True, random_flip=False)
         held_out = ImageDataset(held_out_rows, upright, config.seed, True, flags.skip_broken_images)
+    if dataset is not None and dataset.labels is not None:
+        for line in label_warnings(rows, dataset.labels, held_out and held_out.labels):
+            log(accelerator, f"warning: {line}")
     return Images(rows, transform, dataset, held_out)
 
 

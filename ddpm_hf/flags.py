@@ -1,24 +1,57 @@
 """The flags of model and diffusion, and what they build: a UNet, and a scheduler whose objective can train."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from transformers.hf_argparser import HfArg
+from .data.flags import DataFlags
+from .models import MODEL_PRESETS, build_unet, preset_unet_config, smallest_sample_side, stock_unet_defaults
+from .names import BETA_SCHEDULES, LOSS_TYPES, OBJECTIVES, PREDICTION_TYPES, TIMESTEP_SAMPLERS, VARIANCE_TYPES
+from .training.config import FIXED, FREE, HfArg, TrainingConfig, UsageError, parse_layers
+from .training.meanings import names_elsewhere
 
-from .data import DataFlags
-from .models import MODEL_PRESETS, build_unet, preset_unet_config, smallest_sample_side
-from .objectives import LOSS_TYPES, OBJECTIVES, TIMESTEP_SAMPLERS, check_objective
-from .portable.scheduling_ddpm_hf import (
-    BETA_SCHEDULES,
-    LEARNED_VARIANCE_TYPES,
-    PREDICTION_TYPES,
-    VARIANCE_TYPES,
-    DDPMScheduler,
-)
-from .training.config import UsageError
-from .training.setup import cpu_has_bf16
+if TYPE_CHECKING:  # else imported where it is used, so that --help is quick
+    from .portable.scheduling_ddpm_hf import DDPMScheduler
+
+# What other programs call these flags
+UNET = names_elsewhere("""
+--model_preset: preset arch architecture model model_name network unet
+--model_config_name_or_path: unet_config model_config config_name_or_path
+--model_preset or --model_config_name_or_path (a UNet2DModel config): num_channels model_channels base_channels dim
+--model_preset or --model_config_name_or_path (a UNet2DModel config): dim_mults channel_mult ch_mult num_res_blocks
+--model_preset or --model_config_name_or_path (a UNet2DModel config): attention_resolutions num_heads attn_resolutions
+--model_preset or --model_config_name_or_path (a UNet2DModel config): num_head_channels attn_heads attn_dim_head
+--model_preset or --model_config_name_or_path (a UNet2DModel config): dropout block_out_channels layers_per_block
+--model_preset or --model_config_name_or_path (a UNet2DModel config): use_scale_shift_norm resblock_updown full_attn
+--model_preset or --model_config_name_or_path (a UNet2DModel config): attention_head_dim norm_num_groups
+""")
+SCHEDULE = names_elsewhere("""
+--ddpm_num_steps: timesteps num_timesteps t diffusion_steps num_diffusion_steps num_train_timesteps n_timesteps
+--ddpm_num_steps: ddpm_timesteps diffusion_timesteps num_diffusion_timesteps noise_steps
+--ddpm_beta_schedule: beta_schedule noise_schedule schedule beta_schedule_type
+--rescale_betas_zero_snr: zero_snr rescale_betas zero_terminal_snr
+""")
+OBJECTIVE = names_elsewhere("""
+--variance_type learned_range --objective hybrid: learn_sigma learned_variance learned_sigma learn_variance
+--variance_type fixed_small: sigma_small
+--variance_type: var_type variance
+--prediction_type: parameterization pred_type predict target
+--prediction_type sample: predict_xstart predict_x0 pred_x0
+--prediction_type v_prediction: v_prediction v_pred v_parameterization
+--objective vlb: use_kl rescale_learned_sigmas
+--loss_type: loss loss_fn criterion
+--timestep_sampler: schedule_sampler
+--snr_gamma 5: min_snr min_snr_loss_weight
+--snr_gamma: min_snr_gamma
+--ddpm_num_inference_steps: sampling_timesteps num_inference_steps inference_steps sampling_steps timestep_respacing
+--ddpm_num_inference_steps: num_sampling_steps sample_timesteps
+""")
+LATENTS = names_elsewhere("""
+--vae_name_or_path: vae autoencoder vae_path first_stage pretrained_vae_model_name_or_path
+--cache_latents: precompute_latents latent_cache
+""")
 
 # The peer's model where neither preset nor config is named, so that its command lines train the same here
 DEFAULT_UNET = {
@@ -33,11 +66,20 @@ DEFAULT_UNET = {
 class UNetFlags:
     """Which UNet."""
 
+    title: ClassVar[str] = "Model"
+    meanings: ClassVar[dict[str, str]] = UNET
+
     model_preset: str | None = HfArg(
-        default=None, help=f"A UNet by name, with its paper's recipe: {', '.join(MODEL_PRESETS)}."
+        instead_of="model_config_name_or_path",
+        resume=FREE,
+        default=None,
+        help=f"A UNet by name, with its paper's recipe: {', '.join(MODEL_PRESETS)}.",
     )
     model_config_name_or_path: str | None = HfArg(
-        default=None, help="A UNet2DModel's config on the Hub or on disk; trained from scratch."
+        instead_of="model_preset",
+        resume=FREE,
+        default=None,
+        help="A UNet2DModel's config on the Hub or on disk; trained from scratch.",
     )
 
     def check_unet(self) -> None:
@@ -49,6 +91,9 @@ class UNetFlags:
 @dataclass
 class ScheduleFlags:
     """Which forward process."""
+
+    title: ClassVar[str] = "Diffusion"
+    meanings: ClassVar[dict[str, str]] = SCHEDULE
 
     ddpm_num_steps: int = HfArg(default=1000, help="T, the diffusion's timesteps.")
     ddpm_beta_schedule: str = HfArg(default="linear", help=f"{', '.join(BETA_SCHEDULES)}.")
@@ -69,7 +114,10 @@ class ScheduleFlags:
 class ObjectiveFlags:
     """What the model predicts, and by which loss it learns to."""
 
-    ddpm_num_inference_steps: int = HfArg(default=1000, help="Steps to sample the grids with.")
+    title: ClassVar[str] = "Prediction and loss"
+    meanings: ClassVar[dict[str, str]] = OBJECTIVE
+
+    ddpm_num_inference_steps: int = HfArg(resume=FREE, default=1000, help="Steps to sample the grids with.")
     prediction_type: str = HfArg(default="epsilon", help=f"What the model outputs: {', '.join(PREDICTION_TYPES)}.")
     variance_type: str = HfArg(default="fixed_small", help=f"Of the reverse step: {', '.join(VARIANCE_TYPES)}.")
     objective: str = HfArg(default="simple", help=f"{', '.join(OBJECTIVES)}; hybrid trains a learned variance too.")
@@ -77,7 +125,7 @@ class ObjectiveFlags:
     snr_gamma: float | None = HfArg(default=None, help="Min-SNR weighting of the simple objective; 5 is usual.")
     vlb_weight: float = HfArg(default=0.001, help="The bound's weight in the hybrid objective.")
     timestep_sampler: str = HfArg(
-        default="uniform", help=f"{', '.join(TIMESTEP_SAMPLERS)}; the second is for --objective vlb."
+        resume=FIXED, default="uniform", help=f"{', '.join(TIMESTEP_SAMPLERS)}; the second is for --objective vlb."
     )
 
     def check_objective_flags(self) -> None:
@@ -96,10 +144,75 @@ class ObjectiveFlags:
             raise UsageError(f"--vlb_weight {self.vlb_weight}: must be 0 or more")
 
 
+@dataclass
+class LatentFlags:
+    """Flags of the latents."""
+
+    title: ClassVar[str] = "Latents"
+    meanings: ClassVar[dict[str, str]] = LATENTS
+
+    vae_name_or_path: str | None = HfArg(
+        resume=FIXED,
+        default=None,
+        help="An AutoencoderKL, or a pipeline with one, on the Hub or on disk: diffuse in its latents.",
+    )
+    cache_latents: bool = HfArg(
+        resume=FREE,
+        default=False,
+        help="Encode images, and captions where the text encoder is frozen, once and for all.",
+    )
+
+    def cache_folder(self) -> Path:
+        """Where that is kept: below --cache_dir, for all runs, or in the run's folder."""
+        return Path(self.cache_dir) / "ddpm_hf" if self.cache_dir else Path(self.output_dir) / "cache"
+
+
+AUTOENCODER_FOLDER = "autoencoder"  # of its run, within that of the model that it is for
+
+
+@dataclass
+class AutoencoderFlags(LatentFlags):
+    """Flags of the autoencoder, where a script trains one."""
+
+    title: ClassVar[str] = "Autoencoder"
+
+    vae_train_steps: int = HfArg(
+        resume=FIXED, default=1500, help="Steps to train a new autoencoder for, where there is none."
+    )
+    vae_learning_rate: float = HfArg(resume=FIXED, default=1e-3, help="Its learning rate, decaying as a cosine.")
+    vae_kl_weight: float = HfArg(
+        resume=FIXED, default=1e-4, help="Weight of the latents' KL to a unit Gaussian, beside the L1 loss."
+    )
+    vae_latent_channels: int = HfArg(resume=FIXED, default=4, help="Channels of its latents.")
+    vae_widths: str = HfArg(
+        resume=FIXED, default="16,32,64", help="Channels at each of its levels; each but the first halves."
+    )
+
+    def widths(self) -> tuple[int, ...]:
+        """The numbers of --vae_widths."""
+        parts = self.vae_widths.split(",")
+        widths = [int(part) if part.strip().isdecimal() and len(part) < 6 else 0 for part in parts]
+        if len(widths) > 8 or not all(0 < width <= 4096 and width % 8 == 0 for width in widths):
+            raise UsageError(
+                f"--vae_widths {self.vae_widths}: give up to 8 multiples of 8, each up to 4096, such as 16,32,64"
+            )
+        return tuple(widths)
+
+    def check_autoencoder(self) -> None:
+        """Raise UsageError for a value out of range."""
+        self.widths()
+        for name in ("vae_train_steps", "vae_latent_channels", "vae_learning_rate"):
+            if not getattr(self, name) > 0:
+                raise UsageError(f"--{name} {getattr(self, name)}: must be more than 0")
+        if self.vae_latent_channels > 1024:
+            raise UsageError(f"--vae_latent_channels {self.vae_latent_channels}: must be 1024 or less")
+        if not self.vae_kl_weight >= 0:
+            raise UsageError(f"--vae_kl_weight {self.vae_kl_weight}: must be 0 or more")
+
+
 # The recipe for the embedded digits: a grid worth looking at after four minutes on two cores
 EMBEDDED_RECIPE = {
     "model_preset": "small-16",
-    "resolution": "16",
     "train_batch_size": 64,
     "num_epochs": 28,
     "learning_rate": 2e-3,
@@ -124,6 +237,8 @@ def weaker_layers(config) -> list[tuple[str, dict[str, Any]]]:
     """
     embedded = {}
     if config.embedded:
+        from .training.setup import cpu_has_bf16
+
         embedded = {**EMBEDDED_RECIPE, "mixed_precision": "bf16" if cpu_has_bf16() else "no"}
     if config.model_config_name_or_path:
         embedded.pop("model_preset", None)
@@ -132,6 +247,86 @@ def weaker_layers(config) -> list[tuple[str, dict[str, Any]]]:
         raise UsageError(f"--model_preset {preset!r} is none of {', '.join(MODEL_PRESETS)}")
     recipe = MODEL_PRESETS[preset].recipe if preset else {}
     return [("the embedded recipe", embedded), (f"the preset {preset}", recipe)]
+
+
+def settle_resolution(
+    data: DataFlags, sample_size: int | Sequence[int] | None, factor: int, usual: str, trained: bool = False
+) -> str | None:
+    """Set a --resolution that was not given to the size of the model, or to the usual one.
+
+    Args:
+        sample_size: of the UNet, as its config has it: a side, (height, width), or None where nothing is known.
+        factor: pixels for each of these in each direction: the autoencoder's, or 1.
+        usual: where the model has no size yet.
+        trained: whether the model has weights, which learned images of that size.
+
+    Returns:
+        A line to log where the size is another than the user expects.
+
+    Raises:
+        UsageError: a sample size that is not one.
+    """
+    own = None
+    if sample_size is not None:
+        sides = [sample_size] * 2 if isinstance(sample_size, int) else sample_size
+        if not (isinstance(sides, (list, tuple)) and len(sides) == 2 and all(type(side) is int for side in sides)):
+            raise UsageError(f"the model's config has sample_size {sample_size!r}, which is not a size")
+        height, width = (side * factor for side in sides)
+        own = str(height) if height == width else f"{height}x{width}"
+    if data.resolution is None:
+        data.resolution = own or usual
+        return None if data.resolution == usual else f"resolution {own}, the size of the model"
+    if trained and own and data.size() != (height, width):
+        return f"warning: --resolution {data.resolution}: the model was trained at {own} (--resolution {own})"
+    return None
+
+
+def model_size(flags: UNetFlags, vae=None) -> tuple[int | Sequence[int] | None, int]:
+    """The sample size that the flags name a model of, None where they name none; and the pixels for each of these.
+
+    Raises:
+        UsageError: no config there.
+    """
+    factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+    if flags.model_config_name_or_path:
+        return _read_unet_config(flags.model_config_name_or_path).get("sample_size"), factor
+    if flags.model_preset:
+        return MODEL_PRESETS[flags.model_preset].unet["sample_size"], factor
+    return (None if vae is None else vae.config.sample_size), 1
+
+
+CLASSIFIER_PROGRAM = "ddpm-hf train-classifier"
+CLASSIFIER_DESCRIPTION = """Train a classifier of noised images, whose gradient guides sampling towards a class.
+
+    ddpm-hf train-classifier --train_data_dir photos --label_column label --output_dir classifier
+    ddpm-hf sample MODEL --class cat --classifier classifier
+
+The images and the noise schedule must be those of the model that it is to guide."""
+
+
+@dataclass
+class ClassifierConfig(DataFlags, UNetFlags, ScheduleFlags, TrainingConfig):
+    """Flags of `ddpm-hf train-classifier`: those of data, schedule and training that the scripts have too."""
+
+    def check(self) -> None:
+        """Raise UsageError or DataError for a value out of range or a combination that cannot work."""
+        super().check()
+        self.check_data()
+        self.check_unet()
+        self.check_schedule()
+        if self.label_column is None:
+            self.label_column = "label"
+        if self.streaming and self.max_train_steps is None:
+            raise UsageError("--streaming has no epochs to count: give --max_train_steps")
+        if self.push_to_hub:
+            raise UsageError("--push_to_hub: a classifier is no pipeline; upload its folder with `hf upload`")
+
+
+def parse_classifier_flags(argv: list[str]) -> ClassifierConfig:
+    """The settings of `ddpm-hf train-classifier` for a command line; a mistake is one line and exit code 2."""
+    return parse_layers(
+        ClassifierConfig, argv, weaker_layers, prog=CLASSIFIER_PROGRAM, description=CLASSIFIER_DESCRIPTION
+    )
 
 
 def unet_arguments(flags: UNetFlags, data: DataFlags, vae=None) -> dict[str, Any]:
@@ -191,9 +386,7 @@ def _read_unet_config(name_or_path: str) -> dict[str, Any]:
         ) from error
     if loaded.get("_class_name", "UNet2DModel") != "UNet2DModel":
         raise UsageError(f"--model_config_name_or_path {name_or_path}: a {loaded['_class_name']}, not a UNet2DModel")
-    if "block_out_channels" not in loaded:
-        raise UsageError(f"--model_config_name_or_path {name_or_path}: the config names no block_out_channels")
-    return {name: value for name, value in loaded.items() if not name.startswith("_")}
+    return {**stock_unet_defaults(), **{name: value for name, value in loaded.items() if not name.startswith("_")}}
 
 
 def make_unet(arguments: dict[str, Any], variance_type: str, classes: int | None, config):
@@ -204,6 +397,10 @@ def make_unet(arguments: dict[str, Any], variance_type: str, classes: int | None
         classes: embeddings to make for classes, with the null class; None for none.
         config: the run's `TrainingConfig`.
     """
+    import torch
+
+    from .portable.scheduling_ddpm_hf import LEARNED_VARIANCE_TYPES
+
     learned = variance_type in LEARNED_VARIANCE_TYPES
     arguments = {**arguments, "out_channels": arguments["in_channels"] * (2 if learned else 1)}
     if classes is not None:
@@ -235,12 +432,15 @@ def use_xformers(model) -> None:
         ) from error
 
 
-def make_scheduler(schedule: ScheduleFlags, objective: ObjectiveFlags, latents: bool = False) -> DDPMScheduler:
+def make_scheduler(schedule: ScheduleFlags, objective: ObjectiveFlags, latents: bool = False) -> "DDPMScheduler":
     """The diffusion that the flags describe; latents have no range to clip to, and no bytes whose likelihood to bound.
 
     Raises:
         UsageError: a combination that cannot train or sample.
     """
+    from .objectives import check_objective
+    from .portable.scheduling_ddpm_hf import DDPMScheduler
+
     if latents and objective.objective != "simple":
         raise UsageError(
             f"--objective {objective.objective} bounds the likelihood of bytes, and latents are none; use simple"

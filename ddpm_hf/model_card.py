@@ -357,8 +357,8 @@ def first_prompt(facts: Facts) -> str:
 
 
 def first_class(pipeline) -> str:
-    """The name of its first class."""
-    return next(iter((pipeline.config.get("id2label") or {"0": "0"}).values()))
+    """The name of its first class that was trained; "0" for a model without classes."""
+    return pipeline.config.id2label[str(pipeline.default_classes[0])] if hasattr(pipeline, "default_classes") else "0"
 
 
 def training(facts: Facts) -> str:
@@ -424,6 +424,9 @@ def limits(facts: Facts) -> str:
         "text-to-image": " It knows the words of its captions, and no others.",
         "class-conditional-image-generation": " It knows its classes, and no others.",
     }.get(facts.kind, "")
+    untrained = facts.pipeline.untrained() if hasattr(facts.pipeline, "untrained") else []
+    if untrained:
+        words += f" These classes had no training image and are untrained: {', '.join(map(_as_text, untrained))}."
     few = facts.dataset.get("images") or 0
     memory = (
         f" With {few:,} images it may reproduce some of them: compare before sharing, if any of them is private."

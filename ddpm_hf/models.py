@@ -4,11 +4,13 @@ A preset is one row: the arguments of `UNet2DModel`, and the flags that its pape
 command line or in a `--config` file wins over the preset's. Parameters are counted in `docs/presets.md`.
 """
 
-from typing import Any, NamedTuple
+import inspect
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from diffusers import UNet2DModel
-from diffusers.models.attention_processor import Attention, AttnProcessor
+if TYPE_CHECKING:  # else imported where it is used, so that --help is quick
+    import torch
+    from diffusers import UNet2DModel
 
 
 class Preset(NamedTuple):
@@ -98,7 +100,6 @@ MODEL_PRESETS: dict[str, Preset] = {
         _unet(32, (128, 256, 256, 256), 2, (16,), dropout=0.1, **_HO),
         {
             **_HO_RECIPE,
-            "resolution": "32",
             "learning_rate": 2e-4,
             "train_batch_size": 128,
             "max_train_steps": 800_000,
@@ -110,7 +111,6 @@ MODEL_PRESETS: dict[str, Preset] = {
         _unet(256, (128, 128, 256, 256, 512, 512), 2, (16,), **_HO),
         {
             **_HO_RECIPE,
-            "resolution": "256",
             "learning_rate": 2e-5,
             "train_batch_size": 64,
             "max_train_steps": 500_000,
@@ -122,7 +122,6 @@ MODEL_PRESETS: dict[str, Preset] = {
         _unet(32, (128, 256, 256, 256), 3, (16, 8), dropout=0.3, attention_head_dim=64, **_OPENAI),
         {
             **_OPENAI_RECIPE,
-            "resolution": "32",
             "learning_rate": 1e-4,
             "train_batch_size": 128,
             "max_train_steps": 500_000,
@@ -135,7 +134,6 @@ MODEL_PRESETS: dict[str, Preset] = {
         _unet(64, (128, 256, 384, 512), 3, (16, 8), attention_head_dim=64, **_OPENAI),
         {
             **_OPENAI_RECIPE,
-            "resolution": "64",
             "learning_rate": 1e-4,
             "train_batch_size": 128,
             "max_train_steps": 1_500_000,
@@ -148,7 +146,6 @@ MODEL_PRESETS: dict[str, Preset] = {
         _adm(64, (192, 384, 576, 768), 3, dropout=0.1, attention_head_dim=64),
         {
             **_OPENAI_RECIPE,
-            "resolution": "64",
             "learning_rate": 3e-4,
             "train_batch_size": 2048,
             "max_train_steps": 540_000,
@@ -160,7 +157,6 @@ MODEL_PRESETS: dict[str, Preset] = {
         _adm(128, (256, 256, 512, 768, 1024), 2, attention_head_dim=64),
         {
             **_OPENAI_RECIPE,
-            "resolution": "128",
             "learning_rate": 1e-4,
             "train_batch_size": 256,
             "max_train_steps": 4_360_000,
@@ -171,7 +167,6 @@ MODEL_PRESETS: dict[str, Preset] = {
         _adm(256, (256, 256, 512, 512, 1024, 1024), 2, attention_head_dim=64),
         {
             **_OPENAI_RECIPE,
-            "resolution": "256",
             "learning_rate": 1e-4,
             "train_batch_size": 256,
             "max_train_steps": 1_980_000,
@@ -180,23 +175,46 @@ MODEL_PRESETS: dict[str, Preset] = {
 }
 
 
-def build_unet(config: dict[str, Any]) -> UNet2DModel:
-    """A `UNet2DModel` from its arguments.
+def stock_unet_defaults() -> dict[str, Any]:
+    """The arguments of a `UNet2DModel` whose config does not name them."""
+    from diffusers import UNet2DModel
+
+    parameters = inspect.signature(UNet2DModel.__init__).parameters.values()
+    return {one.name: one.default for one in parameters if one.default is not inspect.Parameter.empty}
+
+
+def build_unet(config: dict[str, Any]) -> "UNet2DModel":
+    """A `UNet2DModel` from its arguments; those left out are Diffusers' defaults.
 
     Raises:
-        ValueError: as many norm groups as channels at some width (each group then holds one channel, and the time
-            embedding, added before the norm, cancels), or groups that do not divide the widths.
+        ValueError: norm groups that do not divide the channels at some width.
     """
-    if "block_out_channels" not in config:
-        raise ValueError("the UNet's config names no block_out_channels, the width of each level")
-    groups = config.get("norm_num_groups", 32)
+    from diffusers import UNet2DModel
+
+    config = {**stock_unet_defaults(), **config}
+    groups = config["norm_num_groups"]
     for width in config["block_out_channels"]:
-        if groups is not None and (width % groups or groups >= width):
+        if not isinstance(groups, int) or groups < 1 or width % groups:
             raise ValueError(
-                f"norm_num_groups={groups} with {width} channels: the groups must divide the channels and hold two or"
-                f" more each, or the time embedding cancels; for {width} channels take {max(1, width // 4)}"
+                f"norm_num_groups={groups} with {width} channels: the groups must divide the channels of each level;"
+                f" for {width} channels, {max(1, width // 4)} is usual"
             )
     return UNet2DModel(**config)
+
+
+def time_blindness(config: Mapping[str, Any]) -> str | None:
+    """A warning where a UNet's norm groups hold one channel each, or None.
+
+    The time embedding is added before the norm, which subtracts each group's mean, and so all of the embedding.
+    """
+    groups = config.get("norm_num_groups", 32)
+    widths = [width for width in config["block_out_channels"] if width == groups]
+    if not widths or config.get("resnet_time_scale_shift", "default") != "default":
+        return None
+    return (
+        f"warning: norm_num_groups={groups} with {groups} channels: each group holds one channel, so the levels of"
+        f" that width do not see the timestep; norm_num_groups={max(1, groups // 4)} trains better"
+    )
 
 
 def preset_unet_config(name: str, **overrides: Any) -> dict[str, Any]:
@@ -206,7 +224,7 @@ def preset_unet_config(name: str, **overrides: Any) -> dict[str, Any]:
         ValueError: no such preset.
     """
     if name not in MODEL_PRESETS:
-        raise ValueError(f"model_preset {name!r} is none of {', '.join(MODEL_PRESETS)}")
+        raise ValueError(f"model_preset {name!r}: must be one of {', '.join(MODEL_PRESETS)}")
     return {**MODEL_PRESETS[name].unet, **overrides}
 
 
@@ -238,13 +256,16 @@ def text_unet_config(channels: int, size: tuple[int, int], text_width: int) -> d
 
 def use_matmul_attention(model) -> None:
     """Attention by plain matrix products: on CPUs, faster to train than the fused kernel and as exact."""
+    from diffusers.models.attention_processor import Attention, AttnProcessor
+
     for module in model.modules():
         if isinstance(module, Attention):
             module.set_processor(AttnProcessor())
 
 
-def compiled(model: torch.nn.Module) -> torch.nn.Module:
+def compiled(model: "torch.nn.Module") -> "torch.nn.Module":
     """The model behind torch.compile."""
+    import torch
     import torch._inductor.config
 
     torch._inductor.config.layout_optimization = False  # it gave wrong gradients for this model on CPUs

@@ -340,10 +340,18 @@ def test_a_finished_autoencoder_is_taken_as_it_is(finished, data, asked):
     """Else resuming the diffusion would change the latents under it."""
     trained, output_dir, _ = finished
     before = contents(output_dir)
-    again, _ = train(settings_of(data, output_dir, resume_from_checkpoint=asked, vae_train_steps=20))
+    again, _ = train(settings_of(data, output_dir, resume_from_checkpoint=asked))
     assert contents(output_dir) == before
     assert equal(again.state_dict(), trained.state_dict())
     assert again.config.scaling_factor == trained.config.scaling_factor
+
+
+def test_a_finished_autoencoder_is_not_trained_by_other_settings(finished, data):
+    """Else settings are recorded that did not train it."""
+    before = contents(finished[1])
+    with pytest.raises(UsageError, match="--vae_train_steps 20: the run to resume was trained with"):
+        train(settings_of(data, finished[1], resume_from_checkpoint="latest", vae_train_steps=20))
+    assert contents(finished[1]) == before
 
 
 def test_an_autoencoder_that_was_trained_but_not_saved_is_saved(data, finished, tmp_path):

@@ -154,8 +154,10 @@ LABELS = {
     "class-names": (CYCLE, ["dog", "ant", "cat"], ["dog", "ant", "cat"] * 3, ["dog", "ant", "cat"]),
     "class-never-seen": ([2 * (one > 0) for one in CYCLE], list("abc"), list("acc") * 3, list("abc")),
     "integers": (CYCLE[::-1], None, ["2", "1", "0"] * 3, ["0", "1", "2"]),
-    "integers-with-gaps": ([5, 2, 2] * 3, None, ["5", "2", "2"] * 3, list("012345")),
-    "booleans": ([True, False, True] * 3, None, ["1", "0", "1"] * 3, ["0", "1"]),
+    "integers-with-gaps": ([5, 2, 2] * 3, None, ["5", "2", "2"] * 3, ["2", "5"]),
+    "large-integers": ([30, 10, 20] * 3, None, ["30", "10", "20"] * 3, ["10", "20", "30"]),
+    "whole-floats": ([2.0, 0.0, 10.0] * 3, None, ["2", "0", "10"] * 3, ["0", "2", "10"]),
+    "booleans": ([True, False, True] * 3, None, ["True", "False", "True"] * 3, ["False", "True"]),
     "strings": (["dog", "ant", "Äpfel"] * 3, None, ["dog", "ant", "Äpfel"] * 3, ["ant", "dog", "Äpfel"]),
     "numbers-as-strings": (["10", "9", "10"] * 3, None, ["10", "9", "10"] * 3, ["10", "9"]),
     "one-class": (["only"] * ROWS, None, ["only"] * ROWS, ["only"]),
@@ -198,15 +200,16 @@ def test_the_saved_names_are_those_of_the_labels(kind, dropout, spelling, world,
 
 
 BAD_LABELS = {
-    "unlabelled": ([0, -1, 1, 0], ["a", "b"], {}, ("label -1", "'label'", "2 classes")),
-    "missing": ([0, None, 1, 0], ["a", "b"], {}, ("label None", "'label'", "2 classes")),
-    "missing-integer": ([0, None, 1, 0], None, {}, ("'label'", "NoneType", "integers from 0 or strings")),
-    "missing-string": (["a", None, "b", "a"], None, {}, ("'label'", "NoneType", "integers from 0 or strings")),
-    "all-missing": ([None] * 4, None, {}, ("'label'", "NoneType")),
-    "negative": ([0, -1, 1, 0], None, {}, ("label -1", "'label'", "from 0")),
-    "not-a-number": ([0.0, float("nan"), 1.0, 0.0], None, {}, ("'label'", "float")),
+    "unlabelled": ([0, -1, 1, 0], ["a", "b"], {}, ("label -1", "row 1", "'label'", "2 classes", "there is none")),
+    "missing": ([0, None, 1, 0], ["a", "b"], {}, ("label None", "row 1", "'label'", "2 classes", "there is none")),
+    "missing-integer": ([0, None, 1, 0], None, {}, ("row 1", "'label'", "None", "remove such rows")),
+    "missing-string": (["a", None, "b", "a"], None, {}, ("row 1", "'label'", "None", "remove such rows")),
+    "blank-string": (["a", "b", " ", "a"], None, {}, ("row 2", "'label'", "' '", "remove such rows")),
+    "all-missing": ([None] * 4, None, {}, ("row 0", "'label'", "None")),
+    "negative": ([0, -1, 1, 0], None, {}, ("label -1", "row 1", "'label'", "from 0", "as strings")),
+    "not-a-number": ([0.0, float("nan"), 1.0, 0.0], None, {}, ("row 1", "'label'", "nan", "remove such rows")),
+    "fractions": ([0.0, 0.5, 1.0, 0.0], None, {}, ("label 0.5", "row 1", "'label'", "integers from 0, strings")),
     "several-labels": ([[0], [0, 1], [1], [0]], None, {}, ("'label'", "list")),
-    "no-ids": ([0, 10**8, 1, 0], None, {}, ("label 100000000", "'label'", "as strings")),
     "the-images": ([0, 1, 0, 1], None, {"label_column": "image"}, ("'image'", "dict")),
     "uncounted-stream": ([0, 1, 0, 1], None, {"streaming": True}, ("'label'", "class names", "stream")),
     "unlabelled-in-a-stream": ([0, -1, 1, 0], ["a", "b"], {"streaming": True}, ("label -1", "'label'", "2 classes")),
@@ -519,7 +522,7 @@ def test_resuming_by_class_is_never_having_stopped(case, world, tmp_path):
         assert all(torch.equal(value, theirs[number][name]) for name, value in moments.items())
 
 
-@pytest.mark.parametrize("change", [{"label_column": None}, {"class_dropout": 0}, {"data": "all-different"}])
+@pytest.mark.parametrize("change", [{"class_dropout": 0}, {"data": "all-different"}])
 def test_a_run_does_not_go_on_with_other_classes(change, world, tmp_path):
     """Else embeddings are cut off or made up, and names are given to what others learnt."""
     out = train(world, tmp_path / "run")

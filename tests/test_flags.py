@@ -46,7 +46,7 @@ from tests.fixtures_unconditional import (
 PEER_DEFAULTS = {
     "dataset_name": None, "dataset_config_name": None, "model_config_name_or_path": None, "train_data_dir": None,
     "cache_dir": None, "hub_token": None, "hub_model_id": None, "checkpoints_total_limit": None,
-    "resume_from_checkpoint": None, "output_dir": "ddpm-model-64", "resolution": "64", "train_batch_size": 16,
+    "resume_from_checkpoint": None, "output_dir": "ddpm-model-64", "resolution": None, "train_batch_size": 16,
     "eval_batch_size": 16, "dataloader_num_workers": 0, "num_epochs": 100, "save_images_epochs": 10,
     "save_model_epochs": 10,
     "gradient_accumulation_steps": 1, "learning_rate": 1e-4, "lr_scheduler": "cosine", "lr_warmup_steps": 500,
@@ -59,7 +59,7 @@ PEER_DEFAULTS = {
 }  # fmt: skip
 
 
-# The peer's command lines
+# The peer's command lines; its resolution of 64 is that of its own model, which test_sizes shows
 
 
 def test_the_peers_flags_are_all_here():
@@ -357,6 +357,8 @@ ROWS = [
         ["checkpoint-3", "checkpoint-4"], {"checkpointing_steps": 1}),
     Row("save_images_epochs", 1, grids, ["step-000002.png", "step-000006.png"],
         ["step-000002.png", "step-000004.png", "step-000006.png"], {"num_epochs": 3}),
+    Row("save_images_epochs", 0, grids, ["step-000002.png", "step-000004.png"], []),
+    Row("save_images_steps", 3, grids, ["step-000002.png", "step-000004.png"], ["step-000003.png", "step-000004.png"]),
     Row("save_model_epochs", 1, lambda s: len(s.spied("save")), more={"num_epochs": 4}),
     Row("logging_steps", 3, lambda s: [record["step"] for record in s.run.records()], [1, 2, 3, 4], [3, 4]),
     Row("logger", "tensorboard", logs, [], lambda places: places and all(p.startswith("logs") for p in places)),

@@ -1,18 +1,21 @@
 """Presets are the published architectures and recipes, and every UNet that is built can see the timestep."""
 
 import copy
+import re
 
 import pytest
 import torch
 from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention, AttnProcessor
 
-from ddpm_hf.flags import DEFAULT_UNET
+from ddpm_hf.flags import DEFAULT_UNET, model_size, settle_resolution
 from ddpm_hf.models import (
     MODEL_PRESETS,
     build_unet,
     preset_unet_config,
     smallest_sample_side,
+    stock_unet_defaults,
+    time_blindness,
     use_matmul_attention,
 )
 from ddpm_hf.portable.scheduling_ddpm_hf import DDPMScheduler
@@ -72,6 +75,7 @@ def test_a_published_preset_is_its_paper(name):
     assert parameters(on_meta(preset_unet_config(name, **classes))) == count
 
     config = parse(["--model_preset", name, "--train_data_dir", "data"])
+    settle_resolution(config, *model_size(config), usual="64")
     assert config.size() == (unet["sample_size"], unet["sample_size"])
     assert config.learning_rate == rate
     assert config.lr_warmup_steps == warmup
@@ -158,23 +162,41 @@ def time_dependence(groups: int) -> float:
     return float((first - last).abs().mean() / first.abs().mean())
 
 
-def test_one_channel_a_group_is_refused_because_time_cancels():
-    # Breaks if build_unet lets through a UNet that is blind to t, or names no number of groups that works.
+def test_one_channel_a_group_is_warned_of_because_time_cancels():
+    # Breaks if a new UNet that is blind to t is trained without a word, or one of the Hub's is refused.
     assert time_dependence(groups=8) < 1e-4 < 1e-2 < time_dependence(groups=2)
     for width in ((8, 8), (8, 16), (16, 8)):
-        with pytest.raises(ValueError, match=r"norm_num_groups=8 with 8 channels.*take 2$"):
-            build_unet({**TINY, "block_out_channels": width, "norm_num_groups": 8})
-    for groups, width in ((3, 8), (16, 8)):
-        with pytest.raises(ValueError, match=f"norm_num_groups={groups} with {width} channels"):
-            build_unet({**TINY, "norm_num_groups": groups})
-    assert build_unet({**TINY, "norm_num_groups": 2}).config.norm_num_groups == 2
+        config = {**TINY, "block_out_channels": width, "norm_num_groups": 8}
+        assert build_unet(config).config.norm_num_groups == 8
+        assert "norm_num_groups=8 with 8 channels" in time_blindness(config)
+        assert time_blindness({**config, "norm_num_groups": 2}) is None
+        # here the embedding scales and shifts what the norm gives, and nothing cancels
+        assert time_blindness({**config, "resnet_time_scale_shift": "scale_shift"}) is None
 
 
-def test_groups_left_to_their_default_are_checked_too():
-    # Breaks if a config without norm_num_groups, which then is 32, gets through with 32 channels.
-    config = {name: value for name, value in TINY.items() if name != "norm_num_groups"}
-    with pytest.raises(ValueError, match="norm_num_groups=32 with 32 channels"):
-        build_unet({**config, "block_out_channels": (32, 64)})
+@pytest.mark.parametrize("groups", [3, 16, 0, -1, None, 2.0, "many"])
+def test_groups_that_do_not_divide_are_refused_with_some_that_do(groups):
+    # Breaks if they end in a traceback of torch's, or the number that the error names does not work.
+    with pytest.raises(ValueError, match=f"norm_num_groups={groups} with 8 channels") as caught:
+        build_unet({**TINY, "norm_num_groups": groups})
+    named = int(re.search(r"for 8 channels, (\d+) is usual", str(caught.value))[1])
+    assert time_blindness(build_unet({**TINY, "norm_num_groups": named}).config) is None
+
+
+def test_what_a_config_leaves_out_is_diffusers_default():
+    # Breaks if a config that stock builds a UNet from, such as 32 channels in its 32 groups, is refused here.
+    own = {
+        "block_out_channels": (32, 64),
+        "down_block_types": ("DownBlock2D",) * 2,
+        "up_block_types": ("UpBlock2D",) * 2,
+    }
+    with torch.device("meta"):
+        ours, stock = build_unet(own), UNet2DModel(**own)
+    assert {key: each for key, each in ours.config.items() if key[0] != "_"} == {
+        key: each for key, each in stock.config.items() if key[0] != "_"
+    }
+    assert "norm_num_groups=32 with 32 channels" in time_blindness(own)
+    assert smallest_sample_side(stock_unet_defaults()) == 2 ** (len(on_meta({}).config.block_out_channels) - 1)
 
 
 def test_matmul_attention_is_the_fused_attention():

@@ -1,5 +1,6 @@
 """What `ddpm-hf sample` samples from: classes, prompts or nothing; and what guides it there."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,15 +70,17 @@ def read_conditions(
                 "--guidance-scale requires a model that also learned no class (trained with --class_dropout 0.1)"
             )
         options |= _free_guidance(scale, rescale, interval)
-        return _by_class(classes, class_names(pipeline), options)
+        return _by_class(classes, class_names(pipeline), pipeline.default_classes, options)
     _check_no_free_guidance(classes, scale, rescale, interval, guide)
     if guide is None:
         return Conditions()
-    return _by_class(classes, class_names(guide), options, by_keyword=True)
+    return _by_class(classes, class_names(guide), guide.config.get("trained_classes"), options, by_keyword=True)
 
 
-def _by_class(classes, id2label: dict[str, str], options: dict[str, Any], by_keyword: bool = False) -> Conditions:
-    ids = class_ids(classes, id2label)
+def _by_class(
+    classes, id2label: dict[str, str], trained, options: dict[str, Any], by_keyword: bool = False
+) -> Conditions:
+    ids = class_ids(classes, id2label, trained)
     return Conditions(ids, [id2label[str(number)] for number in ids], options, by_keyword)
 
 
@@ -120,21 +123,29 @@ def class_names(model) -> dict[str, str]:
     return dict(model.config.id2label or {str(number): str(number) for number in range(model.config.num_classes)})
 
 
-def class_ids(classes: Sequence[str] | None, id2label: dict[str, str]) -> list[int]:
-    """The ids of classes given by name or id; of all classes where none are given.
+def class_ids(
+    classes: Sequence[str] | None, id2label: dict[str, str], trained: Sequence[int] | None = None
+) -> list[int]:
+    """The ids of classes given by name or id; of all classes that training images had where none are given.
+
+    Args:
+        trained: the ids of those classes; None for all. Another one that is given is sampled, with a warning.
 
     Raises:
         ValueError: an unknown class.
     """
     from ..portable.guidance_ddpm_hf import find_class
 
-    if not classes:
-        return [int(number) for number in id2label]
+    trained = list(trained or map(int, id2label))
     ids = {name: int(number) for number, name in id2label.items()}
     try:  # a name that looks like a number is the name
-        return [int(name) if name in id2label and name not in ids else find_class(name, ids) for name in classes]
+        chosen = [int(one) if one in id2label and one not in ids else find_class(one, ids) for one in classes or ()]
     except ValueError as error:
         raise ValueError(f"--class: {error}") from error
+    for number in sorted(set(chosen) - set(trained)):
+        warning = f"warning: no training image had the class {id2label[str(number)]!r}; its embedding is untrained"
+        print(warning, file=sys.stderr)
+    return chosen or trained
 
 
 def load_classifier(folder: Path, pipeline):

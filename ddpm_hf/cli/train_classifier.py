@@ -5,6 +5,9 @@ import typer
 
 def train_classifier(context: typer.Context) -> None:
     """Train a classifier of noised images, to guide sampling; its --help lists the flags."""
-    from ..classifier import main as train
+    from ..flags import parse_classifier_flags
 
-    train(context.args)
+    config = parse_classifier_flags(context.args)  # before torch is imported, so that --help is quick
+    from ..classifier import run
+
+    run(config)

@@ -3,23 +3,56 @@
 A dataset is read as rows whose images are still encoded (`reading`, `rows`), so that a broken one can be named.
 `prepare_image` makes any PIL image an array in the model's channels; `ImageTransform` resizes, crops and flips
 (`images`); `ImageDataset` puts both behind torch's DataLoader and keeps small datasets decoded (`dataset`).
+
+The names are imported when they are first used, so that `--help`, which needs the flags alone, is quick.
 """
 
-from .dataset import ImageDataset, RowDecoder, StreamingBatches, identity, should_cache
-from .digits import CAPTION_COLUMN, DIGIT_CAPTIONS, DIGIT_NAMES, EMBEDDED_DATASET, IMAGE_COLUMN, embedded_digits
-from .errors import DataError, broken_image, unreadable
-from .flags import DataFlags
-from .images import (
-    ImageTransform,
-    augmentation_uniforms,
-    choose_caption,
-    decode_row,
-    image_grid,
-    prepare_image,
-    to_model_range,
-)
-from .reading import load_rows, read_dataset
-from .rows import Rows, label_ids, split_rows
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .dataset import ImageDataset, RowDecoder, StreamingBatches, identity, should_cache
+    from .digits import CAPTION_COLUMN, DIGIT_CAPTIONS, DIGIT_NAMES, EMBEDDED_DATASET, IMAGE_COLUMN, embedded_digits
+    from .errors import DataError, broken_image, unreadable
+    from .flags import DataFlags
+    from .images import (
+        ImageTransform,
+        augmentation_uniforms,
+        choose_caption,
+        decode_row,
+        image_grid,
+        prepare_image,
+        to_model_range,
+    )
+    from .labels import classes_of_resumed, label_ids, label_warnings, trained_classes
+    from .reading import load_rows, read_dataset
+    from .rows import Rows, split_rows
+
+_HOMES = {
+    "dataset": ("ImageDataset", "RowDecoder", "StreamingBatches", "identity", "should_cache"),
+    "digits": (
+        "CAPTION_COLUMN",
+        "DIGIT_CAPTIONS",
+        "DIGIT_NAMES",
+        "EMBEDDED_DATASET",
+        "IMAGE_COLUMN",
+        "embedded_digits",
+    ),
+    "errors": ("DataError", "broken_image", "unreadable"),
+    "flags": ("DataFlags",),
+    "images": (
+        "ImageTransform",
+        "augmentation_uniforms",
+        "choose_caption",
+        "decode_row",
+        "image_grid",
+        "prepare_image",
+        "to_model_range",
+    ),
+    "labels": ("classes_of_resumed", "label_ids", "label_warnings", "trained_classes"),
+    "reading": ("load_rows", "read_dataset"),
+    "rows": ("Rows", "split_rows"),
+}
 
 __all__ = [
     "CAPTION_COLUMN",
@@ -37,16 +70,30 @@ __all__ = [
     "augmentation_uniforms",
     "broken_image",
     "choose_caption",
+    "classes_of_resumed",
     "decode_row",
     "embedded_digits",
     "identity",
     "image_grid",
     "label_ids",
+    "label_warnings",
     "load_rows",
     "prepare_image",
     "read_dataset",
     "should_cache",
     "split_rows",
     "to_model_range",
+    "trained_classes",
     "unreadable",
 ]
+
+
+def __getattr__(name: str):
+    home = next((module for module, names in _HOMES.items() if name in names), None)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{home}", __name__), name)
+
+
+def __dir__():
+    return sorted([*globals(), *__all__])

@@ -10,7 +10,8 @@ from tqdm.auto import tqdm
 
 from .errors import DataError, broken_image, unreadable
 from .images import ImageTransform, augmentation_uniforms, choose_caption, decode_row, reason_of
-from .rows import Rows, label_ids
+from .labels import label_ids
+from .rows import Rows
 
 
 def should_cache(rows: Rows, transform: ImageTransform, cache: str, budget: float = 0.25) -> bool:
@@ -226,7 +227,8 @@ class StreamingBatches(torch.utils.data.IterableDataset):
             "index": torch.tensor([sample for _, sample, _, _ in samples]),
         }
         if rows.label_column is not None:
-            batch["labels"] = torch.from_numpy(label_ids([row[rows.label_column] for _, _, row, _ in samples], rows))
+            values, places = zip(*((row[rows.label_column], sample) for _, sample, row, _ in samples))
+            batch["labels"] = torch.from_numpy(label_ids(values, rows, places))
         if rows.caption_column is not None:
             batch["captions"] = [
                 choose_caption(row[rows.caption_column], u[3], f"{sample} of {rows.name}")

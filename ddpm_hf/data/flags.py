@@ -1,37 +1,53 @@
 """Flags of the data."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from transformers.hf_argparser import HfArg
-
+from ..training.config import FREE, HfArg
+from ..training.meanings import names_elsewhere
 from .errors import DataError
-from .images import ImageTransform
+
+if TYPE_CHECKING:
+    from .images import ImageTransform
+
+CAPTION_COLUMN = "text"  # of the embedded digits, and where none is named
+
+# What other programs call these flags
+DATA = names_elsewhere("""
+--train_data_dir: data data_dir dataset_dir image_dir images_dir img_dir image_folder images folder train_dir input_dir
+--train_data_dir: data_path data_root root dataroot train_data instance_data_dir
+--dataset_name: dataset dataset_id hf_dataset dataset_path
+--dataset_config_name: subset config_name dataset_config
+--dataset_split: split train_split
+--image_column: image_key image_col
+--label_column label: class_cond class_conditional conditional use_labels labels class_labels num_classes n_classes
+--label_column: label label_key class_column label_col
+--max_train_samples: max_samples limit num_train_samples max_images
+--validation_split: val_split validation_fraction test_split holdout val_fraction val_ratio
+--cache_dataset always: cache in_memory preload
+--skip_broken_images: skip_broken ignore_broken
+""") | {"": "--train_data_dir"}  # a word without a flag
+IMAGES = names_elsewhere("""
+--resolution: image_size size img_size imsize res image_resolution crop_size im_size sample_size
+--channels: in_channels image_channels img_channels n_channels
+--channels 1: gray grayscale grey greyscale
+--channels 3: rgb color colour
+--random_flip: flip hflip horizontal_flip augment_horizontal_flip random_horizontal_flip
+--center_crop: crop centre_crop
+--image_interpolation_mode: interpolation resize_mode
+""")
 
 
 @dataclass
-class DataFlags:
-    """Flags of the data, for every script that reads images."""
+class ImageFlags:
+    """Flags of how an image is made the model's."""
 
-    dataset_name: str | None = HfArg(
-        default=None, help="A dataset on the Hub, or a local path. Without any dataset: the embedded digits."
+    title: ClassVar[str] = "Images"
+    meanings: ClassVar[dict[str, str]] = IMAGES
+
+    resolution: str | None = HfArg(
+        default=None, help="64, or HEIGHTxWIDTH such as 64x96; by default the size of the model, else 64."
     )
-    dataset_config_name: str | None = HfArg(default=None, help="The dataset's configuration.")
-    dataset_split: str = HfArg(default="train", help="The split to train on.")
-    train_data_dir: str | None = HfArg(
-        default=None, help="A folder of images (also in class folders), or of parquet, arrow or save_to_disk data."
-    )
-    cache_dir: str | None = HfArg(default=None, help="Where datasets are cached.")
-    streaming: bool = HfArg(default=False, help="Read the dataset as it comes; needs --max_train_steps.")
-    image_column: str | None = HfArg(
-        default=None, aliases=["--dataset_image_column_name"], help="By default the column that holds images."
-    )
-    label_column: str | None = HfArg(
-        default=None,
-        aliases=["--dataset_class_label_column_name"],
-        help="Train by class: the column of the labels (class names, integers or strings; class folders: label).",
-    )
-    resolution: str = HfArg(default="64", help="64, or HEIGHTxWIDTH such as 64x96.")
     channels: int | None = HfArg(
         default=None, help="1 for grayscale, 3 for colour; by default what the model has, else 3."
     )
@@ -43,8 +59,57 @@ class DataFlags:
     preserve_input_precision: bool = HfArg(
         default=False, help="Keep 16- and 32-bit images as they are instead of rounding them to 8 bits."
     )
+
+    def size(self) -> tuple[int, int]:
+        """(height, width) of --resolution, which `settle_resolution` has set."""
+        parts = self.resolution.lower().split("x")
+        if len(parts) > 2 or not all(part.isdecimal() and len(part) < 6 and 0 < int(part) <= 16384 for part in parts):
+            raise DataError(
+                f"--resolution {self.resolution}: give a number up to 16384 such as 64, or HEIGHTxWIDTH such as 64x96"
+            )
+        return int(parts[0]), int(parts[-1])
+
+    def transform(self, channels: int) -> "ImageTransform":
+        """What makes the images the model's."""
+        from .images import ImageTransform
+
+        flags = self.center_crop, self.random_flip, self.preserve_input_precision, self.image_interpolation_mode
+        return ImageTransform(*self.size(), channels, *flags)
+
+
+@dataclass
+class DataFlags(ImageFlags):
+    """Flags of the data, for every script that reads images."""
+
+    title: ClassVar[str] = "Data"
+    meanings: ClassVar[dict[str, str]] = DATA
+
+    dataset_name: str | None = HfArg(
+        instead_of="train_data_dir",
+        default=None,
+        help="A dataset on the Hub, or a local path. Without any dataset: the embedded digits.",
+    )
+    dataset_config_name: str | None = HfArg(default=None, help="The dataset's configuration.")
+    dataset_split: str = HfArg(default="train", help="The split to train on.")
+    train_data_dir: str | None = HfArg(
+        instead_of="dataset_name",
+        default=None,
+        help="A folder of images (also in class folders), or of parquet, arrow or save_to_disk data.",
+    )
+    cache_dir: str | None = HfArg(resume=FREE, default=None, help="Where datasets are cached.")
+    streaming: bool = HfArg(default=False, help="Read the dataset as it comes; needs --max_train_steps.")
+    image_column: str | None = HfArg(
+        default=None, aliases=["--dataset_image_column_name"], help="By default the column that holds images."
+    )
+    label_column: str | None = HfArg(
+        default=None,
+        aliases=["--dataset_class_label_column_name"],
+        help="Train by class: the column of the labels (class names, integers or strings; class folders: label).",
+    )
     cache_dataset: Literal["auto", "never", "always"] = HfArg(
-        default="auto", help="Keep all images decoded in memory; auto does if they take a quarter of it at most."
+        resume=FREE,
+        default="auto",
+        help="Keep all images decoded in memory; auto does if they take a quarter of it at most.",
     )
     skip_broken_images: bool = HfArg(default=False, help="Leave out images that cannot be read, instead of stopping.")
     max_train_samples: int | None = HfArg(default=None, help="Train on so many of the images, drawn at random.")
@@ -57,18 +122,10 @@ class DataFlags:
         """Whether no dataset is named, so that the embedded digits are meant."""
         return self.dataset_name is None and self.train_data_dir is None
 
-    def size(self) -> tuple[int, int]:
-        """(height, width) of --resolution."""
-        parts = self.resolution.lower().split("x")
-        if len(parts) > 2 or not all(part.isdecimal() and len(part) < 6 and 0 < int(part) <= 16384 for part in parts):
-            raise DataError(
-                f"--resolution {self.resolution}: give a number up to 16384 such as 64, or HEIGHTxWIDTH such as 64x96"
-            )
-        return int(parts[0]), int(parts[-1])
-
     def check_data(self) -> None:
         """Raise DataError for a value out of range or a combination that cannot work."""
-        self.size()
+        if self.resolution is not None:
+            self.size()
         if self.channels not in (None, 1, 3):
             raise DataError(f"--channels {self.channels}: images have 1 or 3")
         if not 0 <= self.validation_split < 1:
@@ -81,8 +138,3 @@ class DataFlags:
             raise DataError(f"--max_train_samples {self.max_train_samples}: 1 or more, and not of a stream")
         if self.streaming and (self.validation_split or self.cache_dataset == "always"):
             raise DataError("--streaming knows no --validation_split and no --cache_dataset always")
-
-    def transform(self, channels: int) -> "ImageTransform":
-        """What makes the images the model's."""
-        flags = self.center_crop, self.random_flip, self.preserve_input_precision, self.image_interpolation_mode
-        return ImageTransform(*self.size(), channels, *flags)

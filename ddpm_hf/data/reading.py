@@ -1,5 +1,6 @@
 """From a dataset's name or a local path to rows."""
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ import numpy as np
 from .digits import EMBEDDED_DATASET, embedded_digits
 from .errors import DataError
 from .flags import DataFlags
-from .rows import Rows, name_classes, split_rows
+from .labels import name_classes
+from .rows import Rows, split_rows
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 
@@ -159,12 +161,14 @@ def read_dataset(
     if caption_column is not None and caption_column not in columns:
         raise DataError(f"no column {caption_column!r} in {source}; it has {', '.join(columns)} (--caption_column)")
     names = getattr(features.get(label_column), "names", None) or []
-    if label_column is not None and not names:
+    labels_are_names = label_column is not None and not names
+    if labels_are_names:
         if streaming:
             raise DataError(f"column {label_column!r} of {source} has no class names, which a stream cannot count")
         names = name_classes(dataset[label_column], label_column, source)
     folders = _folders(path if directory or path.exists() else None, cache_dir)
-    return Rows(dataset, str(source), image_column, label_column, list(names), caption_column, folders=folders)
+    rows = Rows(dataset, str(source), image_column, label_column, list(names), caption_column, folders=folders)
+    return dataclasses.replace(rows, labels_are_names=labels_are_names)
 
 
 def _folders(local: Path | None, cache_dir: str | None) -> tuple[str, ...]:

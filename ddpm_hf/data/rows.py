@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import numbers
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +24,7 @@ class Rows:
     caption_column: str | None = None
     numbers: np.ndarray | None = None  # of the rows in the dataset that these are a part of
     folders: tuple[str, ...] = ()  # in which its files lie; where none is named, anywhere
+    labels_are_names: bool = False  # integers in the label column name their class, and are not its id
 
     def name_of(self, row: dict, index: int) -> str:
         """What to call a row: its file, or its number in the dataset."""
@@ -82,44 +82,6 @@ class Rows:
             return Path(value["path"]).read_bytes()
         except (OSError, ValueError):
             return b""
-
-
-def name_classes(values, column: str, source: str) -> list[str]:
-    """The classes' names of a column of integers from 0 or of strings, in the order of their ids."""
-    kinds = {type(value) for value in values}
-    if kinds <= {int, bool} and kinds:
-        lowest, highest = min(values), max(values)
-        if lowest < 0:
-            raise DataError(f"label {lowest} in column {column!r} of {source}: labels run from 0")
-        if highest >= max(1000, 10 * len(set(values))):
-            raise DataError(
-                f"label {highest} in column {column!r} of {source}, which holds {len(set(values))} different ones:"
-                " integers are class ids that run from 0; give the classes as strings"
-            )
-        return [str(number) for number in range(int(highest) + 1)]
-    if kinds == {str}:
-        return sorted(set(values))
-    kinds = ", ".join(sorted(kind.__name__ for kind in kinds))
-    raise DataError(f"column {column!r} of {source} holds {kinds}; labels are integers from 0 or strings")
-
-
-def label_ids(values, rows: Rows) -> np.ndarray:
-    """Labels as they stand in the column, as ids int64 [N].
-
-    Raises:
-        DataError: a label outside the classes.
-    """
-    known = {name: number for number, name in enumerate(rows.label_names)}
-    ids = [
-        known.get(value, -1) if isinstance(value, str) else int(value) if isinstance(value, numbers.Integral) else -1
-        for value in values
-    ]
-    for value, number in zip(values, ids):
-        if not 0 <= number < len(known):
-            raise DataError(
-                f"label {value!r} in column {rows.label_column!r} of {rows.name} is none of its {len(known)} classes"
-            )
-    return np.array(ids, dtype=np.int64)
 
 
 def split_rows(rows: Rows, held_out: float, seed: int) -> tuple[Rows, Rows]:

@@ -59,9 +59,9 @@ def find_class(name: str, ids: dict[str, int]) -> int:
         return ids[alike[0]]
     by_folded = {known.casefold(): known for known in ids}
     near = alike or [by_folded[one] for one in difflib.get_close_matches(name.casefold(), by_folded, n=3)]
-    hint = f"; did you mean {' or '.join(near)}?" if near else ""
-    names = ", ".join(list(ids)[:12]) + (", ..." if len(ids) > 12 else "")
-    raise ValueError(f"class {name!r} is not one of the {len(ids)} classes {names}{hint}")
+    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+    names = ", ".join(map(repr, list(ids)[:12])) + (", ..." if len(ids) > 12 else "")
+    raise ValueError(f"class {name!r} must be one of the model's {len(ids)}: an id from 0, or a name of {names}{hint}")
 
 
 def classifier_free_guidance(

@@ -8,11 +8,14 @@ from collections.abc import Callable
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DModel
+from diffusers.utils import logging
 
 from .guidance_ddpm_hf import ClassifierGuidance, FreeGuidance, classifier_free_guidance, find_class
 from .hub_ddpm_hf import PortablePipelineMixin
 from .sampling_ddpm_hf import DDPMPipelineOutput, SamplingMixin, adopt_scheduler
 from .scheduling_ddpm_hf import DDPMScheduler  # noqa: F401  (only direct imports are copied with this file)
+
+logger = logging.get_logger(__name__)
 
 
 class ClassConditionalDDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPipeline):
@@ -24,6 +27,8 @@ class ClassConditionalDDPMPipeline(SamplingMixin, PortablePipelineMixin, Diffusi
         scheduler: ours; stock's `DDPMScheduler` is converted, other samplers are left alone.
         id2label: the K classes' names by their ids (JSON makes the ids strings).
         vae: decodes x_0 into images, for a model of latents.
+        trained_classes: the ids of the classes that training images had, where not all K had some. These are sampled
+            by default; the embeddings of the others are untrained.
     """
 
     model_cpu_offload_seq = "unet->vae"
@@ -35,6 +40,7 @@ class ClassConditionalDDPMPipeline(SamplingMixin, PortablePipelineMixin, Diffusi
         scheduler: SchedulerMixin,
         id2label: dict | None = None,
         vae: AutoencoderKL | None = None,
+        trained_classes: list[int] | None = None,
     ):
         super().__init__()
         self.register_modules(unet=unet, scheduler=adopt_scheduler(scheduler), vae=vae)
@@ -45,12 +51,30 @@ class ClassConditionalDDPMPipeline(SamplingMixin, PortablePipelineMixin, Diffusi
         names = names or {number: str(number) for number in range(embeddings)}
         if len(names) not in (embeddings, embeddings - 1) or set(names) != set(range(len(names))):
             raise ValueError(f"id2label names {len(names)} classes and the UNet embeds {embeddings}")
+        if trained_classes is not None and not (trained_classes and set(trained_classes) <= set(names)):
+            raise ValueError(f"trained_classes={trained_classes}: must be ids of the {len(names)} classes")
         self.register_to_config(id2label={str(number): names[number] for number in sorted(names)})
+        if trained_classes is not None:
+            self.register_to_config(trained_classes=sorted(trained_classes))
 
     @property
     def labels(self) -> dict[str, int]:
         """The classes' ids by their names."""
         return {name: int(number) for number, name in self.config.id2label.items()}
+
+    @property
+    def default_classes(self) -> list[int]:
+        """The ids of the classes to sample where none are asked for: those that training images had."""
+        return list(self.config.get("trained_classes") or range(len(self.config.id2label)))
+
+    def untrained(self, ids: list[int] | None = None) -> list[str]:
+        """The names of the classes (of those among `ids`) that no training image had."""
+        names, trained = self.config.id2label, set(self.default_classes)
+        return [
+            name
+            for number, name in names.items()
+            if int(number) not in trained and (ids is None or int(number) in ids)
+        ]
 
     @property
     def null_class(self) -> int | None:
@@ -59,7 +83,7 @@ class ClassConditionalDDPMPipeline(SamplingMixin, PortablePipelineMixin, Diffusi
         return classes if self.unet.config.num_class_embeds == classes + 1 else None
 
     def class_ids(self, class_labels) -> torch.Tensor:
-        """Ids or names, one or several, as a LongTensor [N]; None is the null class.
+        """Ids (integers) or names (strings), one or several, as a LongTensor [N]; None is the null class.
 
         Raises:
             ValueError: an id or a name that the model does not know.
@@ -78,9 +102,10 @@ class ClassConditionalDDPMPipeline(SamplingMixin, PortablePipelineMixin, Diffusi
             elif isinstance(label, numbers.Integral) and not isinstance(label, bool) and 0 <= label < count:
                 ids.append(int(label))
             else:
-                names = ", ".join(list(known)[:12]) + (", ..." if count > 12 else "")
+                names = ", ".join(map(repr, list(known)[:12])) + (", ..." if count > 12 else "")
                 raise ValueError(
-                    f"class {label!r} is not one of the model's {count}: an id up to {count - 1}, or {names}"
+                    f"class {label!r} must be one of the model's {count}: an id from 0 to {count - 1}, or a name of"
+                    f" {names}"
                 )
         return torch.tensor(ids, dtype=torch.int64, device=self._execution_device)
 
@@ -109,7 +134,8 @@ class ClassConditionalDDPMPipeline(SamplingMixin, PortablePipelineMixin, Diffusi
 
         Args:
             class_labels: ids or names (in upper or lower case), also mixed; None for an image of no class. By default
-                each class once.
+                each class once that training images had; another one is sampled with a warning, as its embedding is
+                untrained.
             guidance_scale: 1 is the conditional model, in a single pass; more insists on the class, 0 is the
                 unconditional model (Ho & Salimans 2022; their w is this less 1).
             guidance_rescale: from 0 to 1, against over-exposure at high scales (Lin et al. 2023).
@@ -124,7 +150,9 @@ class ClassConditionalDDPMPipeline(SamplingMixin, PortablePipelineMixin, Diffusi
                 raises.
         """
         self.check_output_type(output_type)
-        ids = self.class_ids(range(len(self.config.id2label)) if class_labels is None else class_labels)
+        ids = self.class_ids(self.default_classes if class_labels is None else class_labels)
+        if untrained := self.untrained(ids.tolist()):
+            logger.warning(f"no training image had these classes, whose embeddings are untrained: {untrained}")
         free = FreeGuidance(guidance_scale, guidance_rescale, guidance_interval).check()
         if guidance_scale != 1.0 and self.null_class is None:
             raise ValueError(

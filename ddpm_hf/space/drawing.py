@@ -112,7 +112,7 @@ class Studio:
         self.pipeline.set_progress_bar_config(disable=True)
         self.scheduler = self.pipeline.scheduler
         self.by_text = hasattr(self.pipeline, "tokenizer")
-        self.classes = list(getattr(self.pipeline, "labels", []))
+        self.classes = trained_class_names(self.pipeline)
         self.knows_no_class = getattr(self.pipeline, "null_class", None) is not None
         self.guided = self.by_text or self.knows_no_class
         self.guidance_scale = self.pipeline.config.guidance_scale if self.by_text else 1.0  # by default
@@ -173,6 +173,11 @@ class Studio:
             return {}
 
         return report
+
+
+def trained_class_names(pipeline) -> list[str]:
+    """The classes to offer: those that training images had; empty for a model without classes."""
+    return [pipeline.config.id2label[str(number)] for number in getattr(pipeline, "default_classes", [])]
 
 
 def best_device() -> str:

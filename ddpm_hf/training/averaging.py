@@ -72,17 +72,14 @@ def save_ema(ema: EMAModel, part: torch.nn.Module, folder: Path) -> None:
 
 
 def load_ema(ema: EMAModel, part: torch.nn.Module, folder: Path) -> None:
-    """Take over what `save_ema` wrote."""
+    """Take over the weights and the count of updates that `save_ema` wrote; how they decay is this run's."""
     before = ema.shadow_params
     if isinstance(part, ModelMixin):
         _, scalars = type(part).from_config(type(part).load_config(folder), return_unused_kwargs=True)
-        averaged = type(part).from_pretrained(folder, use_safetensors=True)
-        loaded = type(ema)(averaged.parameters(), model_cls=type(part), model_config=averaged.config)
-        loaded.load_state_dict(scalars)
-        ema.load_state_dict(loaded.state_dict())
     else:
-        averaged = type(part).from_pretrained(folder, use_safetensors=True)
         scalars = json.loads((folder / SCALARS).read_text())
-        ema.load_state_dict({**scalars, "shadow_params": [parameter.data for parameter in averaged.parameters()]})
+    averaged = type(part).from_pretrained(folder, use_safetensors=True)
+    weights = [parameter.data for parameter in averaged.parameters()]
+    ema.load_state_dict({"optimization_step": scalars["optimization_step"], "shadow_params": weights})
     ema.shadow_params = cut_like(ema.shadow_params, before)
     ema.to(before[0].device)

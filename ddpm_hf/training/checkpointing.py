@@ -1,5 +1,6 @@
 """Checkpoints that are complete or absent: written beside, flushed, renamed; old ones go once the new one is safe."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from .config import UsageError
 
 MANIFEST = "manifest.json"
+SETTINGS = "training_config.json"  # beside the checkpoints
 # What a write that was killed leaves behind, in a run's folder: each write begins under such a name
 UNFINISHED = ("checkpoint-*.partial", ".*????????.partial", "*/.*????????.partial", "cache/*/.*????????.partial")
 
@@ -173,6 +175,20 @@ def find_checkpoint(output_dir: Path, wanted: str, warn) -> tuple[Path, dict[str
             return path, read_manifest(path)
     there = ", ".join(path.name for path in list_checkpoints(output_dir)) or "none"
     raise UsageError(f"--resume_from_checkpoint {wanted}: no such checkpoint in {output_dir} (there: {there})")
+
+
+def settings_of(output_dir: Path, wanted: str) -> dict[str, Any]:
+    """The settings that the run of a checkpoint was last started with; nothing where there is no such checkpoint.
+
+    They lie beside the checkpoint, and within it for one that was copied without its run. `wanted` is as for
+    `find_checkpoint`, which compares the files with their checksums, as takes as long as reading them; this does not.
+    """
+    named = [path for path in (output_dir / wanted, Path(wanted)) if (path / MANIFEST).is_file()]
+    for path in reversed(list_checkpoints(output_dir)) if wanted == "latest" else named:
+        for file, read in ((path.parent / SETTINGS, dict), (path / MANIFEST, lambda found: dict(found["settings"]))):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                return read(json.loads(file.read_text(encoding="utf-8")))
+    return {}
 
 
 def rotate(output_dir: Path, limit: int | None) -> None:

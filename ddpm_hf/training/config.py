@@ -1,24 +1,53 @@
 """The flags that every training script has, and how flags get their values.
 
-What decides, strongest first: the command line, the `--config` file, the preset, the recipe for the embedded data,
-the default. A flag is declared once, here or in the script's class that extends this one.
+What decides, strongest first: the command line, the `--config` file, what a resumed run was trained with, Accelerate's
+launcher or configuration, the preset, the recipe for the embedded data, the default. A flag is declared once, here or
+in the script's class that extends this one.
 """
 
+import argparse
 import collections
+import copy
 import dataclasses
-import difflib
 import json
 import math
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import yaml
-from transformers import HfArgumentParser
-from transformers.hf_argparser import HfArg
+from transformers import HfArgumentParser, hf_argparser
+
+from .help import EPILOG, FlagFormatter, grouped, meanings_of, meant
+from .meanings import TRAINING
 
 SECRET_FLAGS = ("hub_token",)  # never written, shown or tracked
+
+
+# What becomes of a flag where a run is resumed
+START = "start"  # of this start alone: neither recorded nor taken over
+FREE = "free"  # may change, and what is learned does not
+APPLIED = "applied"  # may change: counts from the resumed step on, and a line says so
+FIXED = "fixed"  # may not change: the run was built on it
+
+
+def HfArg(*, resume: str = APPLIED, instead_of: str | None = None, **options) -> Any:
+    """`transformers.HfArg` that also says what becomes of the flag where a run is resumed.
+
+    Args:
+        resume: one of the four above.
+        instead_of: a flag that says the same in another way: given to a resumed run, this one replaces it.
+        options: those of `transformers.HfArg`.
+    """
+    return hf_argparser.HfArg(metadata={"resume": resume, "instead_of": instead_of}, **options)
+
+
+def flags_that(config, resume: str) -> list[str]:
+    """The names of a config's flags that are `START`, `FREE`, `APPLIED` or `FIXED`."""
+    return [one.name for one in dataclasses.fields(config) if one.metadata.get("resume", APPLIED) == resume]
 
 
 class UsageError(ValueError):
@@ -66,42 +95,75 @@ LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "cons
 
 
 @dataclass
-class TrainingConfig:
-    """Flags of the loop, the optimizer, checkpoints and tracking."""
+class RunFlags:
+    """Flags of the run: its settings' file, its folder, its seed."""
+
+    title: ClassVar[str] = "Run"
 
     config: str | None = HfArg(
-        default=None, help="A YAML or JSON file that sets any of these flags; the command line wins over it."
+        resume=START,
+        default=None,
+        help="A YAML or JSON file that sets any of these flags; the command line wins over it.",
     )
-    dry_run: bool = HfArg(default=False, help="Print what would run (data, model, steps, memory, output), and stop.")
+    dry_run: bool = HfArg(
+        resume=START, default=False, help="Print what would run (data, model, steps, memory, output), and stop."
+    )
 
     output_dir: str = HfArg(
+        resume=START,
         default="ddpm-model-64",
         help="Where the pipeline, its pictures, metrics.jsonl and the checkpoints go. All paths below are within it.",
     )
     overwrite_output_dir: bool = HfArg(
-        default=False, help="Remove an earlier run's files from --output_dir and train anew."
+        resume=START, default=False, help="Remove an earlier run's files from --output_dir and train anew."
     )
     seed: int | None = HfArg(
-        default=None, help="Of everything random. Without it one is drawn, logged and saved with the run."
+        resume=FIXED,
+        default=None,
+        help="Of everything random. Without it one is drawn, logged and saved with the run.",
     )
-    cpu_threads: int | None = HfArg(
-        default=None, help="torch's threads; by default the machine's cores divided by the processes on it."
-    )
+
+
+@dataclass
+class StepFlags:
+    """Flags of the training's length and batches."""
+
+    title: ClassVar[str] = "Training"
 
     train_batch_size: int = HfArg(default=16, help="Samples a step and process, before accumulation.")
-    eval_batch_size: int = HfArg(default=16, help="Images in a sample grid; also the batch of the validation.")
+    eval_batch_size: int = HfArg(
+        resume=FREE, default=16, help="Images in a sample grid; also the batch of the validation."
+    )
     gradient_accumulation_steps: int = HfArg(default=1, help="Batches that are added up for one optimizer step.")
     dataloader_num_workers: int = HfArg(
-        default=0, help="Processes that decode images; 0 decodes in the main one. Of no use where the data is cached."
+        resume=FREE,
+        default=0,
+        help="Processes that decode images; 0 decodes in the main one. Of no use where the data is cached.",
     )
-    num_epochs: int = HfArg(default=100, aliases=["--num_train_epochs"], help="Times to go through the data.")
-    max_train_steps: int | None = HfArg(default=None, help="Optimizer steps in all; overrides --num_epochs.")
+    num_epochs: int = HfArg(
+        instead_of="max_train_steps",
+        resume=FREE,
+        default=100,
+        aliases=["--num_train_epochs"],
+        help="Times to go through the data.",
+    )
+    max_train_steps: int | None = HfArg(
+        instead_of="num_epochs", resume=FREE, default=None, help="Optimizer steps in all; overrides --num_epochs."
+    )
 
     max_train_hours: float | None = HfArg(
+        resume=FREE,
         default=None,
         help="After so many hours, counted from the start and with sampling and saving, save a checkpoint and end"
         " (exit code 0). Leave time for the step and the saving that come last.",
     )
+
+
+@dataclass
+class OptimizerFlags:
+    """Flags of the optimizer and its learning rate."""
+
+    title: ClassVar[str] = "Optimizer"
 
     learning_rate: float = HfArg(default=1e-4, help="Peak learning rate.")
     scale_lr: bool = HfArg(
@@ -116,76 +178,159 @@ class TrainingConfig:
     adam_beta2: float = HfArg(default=0.999, help="AdamW's second decay rate.")
     adam_weight_decay: float = HfArg(default=1e-6, help="AdamW's weight decay.")
     adam_epsilon: float = HfArg(default=1e-8, help="AdamW's epsilon.")
-    use_8bit_adam: bool = HfArg(default=False, help="Adam with 8-bit moments, from bitsandbytes: less memory.")
+    use_8bit_adam: bool = HfArg(
+        resume=FIXED, default=False, help="Adam with 8-bit moments, from bitsandbytes: less memory."
+    )
     max_grad_norm: float = HfArg(default=1.0, help="Clip the gradient's norm to this; 0 does not clip.")
     max_nonfinite_steps: int = HfArg(
+        resume=FREE,
         default=10,
         help="Stop after this many steps in a row whose loss or gradient is NaN or infinite (each is skipped).",
     )
 
+
+@dataclass
+class EMAFlags:
+    """Flags of the exponential moving average of the weights."""
+
+    title: ClassVar[str] = "EMA"
+
     use_ema: bool = HfArg(
-        default=False, help="Keep an exponential moving average of the weights: it is sampled, validated and saved."
+        resume=FIXED,
+        default=False,
+        help="Keep an exponential moving average of the weights: it is sampled, validated and saved.",
     )
     ema_inv_gamma: float = HfArg(default=1.0, help="EMA warm-up: decay = 1 - (1 + step/inv_gamma)^-power.")
     ema_power: float = HfArg(default=0.75, help="EMA warm-up's power.")
     ema_max_decay: float = HfArg(default=0.9999, help="The EMA's decay after its warm-up.")
     ema_min_decay: float = HfArg(default=0.0, help="Its least decay; equal to --ema_max_decay the EMA is constant.")
 
-    foreach_ema: bool = HfArg(default=True, help="Update the EMA in a few fused operations.")
-    offload_ema: bool = HfArg(default=False, help="Keep the EMA in the CPU's pinned memory: less memory on a GPU.")
+    foreach_ema: bool = HfArg(resume=FREE, default=True, help="Update the EMA in a few fused operations.")
+    offload_ema: bool = HfArg(
+        resume=FREE, default=False, help="Keep the EMA in the CPU's pinned memory: less memory on a GPU."
+    )
+
+
+@dataclass
+class HardwareFlags:
+    """Flags of speed, memory and hardware."""
+
+    title: ClassVar[str] = "Speed and memory"
 
     mixed_precision: Literal["no", "fp16", "bf16"] = HfArg(
         default="no", help="Autocast the model to half precision; bf16 works on recent CPUs too."
     )
     allow_tf32: bool = HfArg(default=False, help="TF32 matrix products on Ampere GPUs and later.")
-    compile: bool = HfArg(default=False, help="torch.compile the model (needs a C++ compiler or a GPU).")
+    compile: bool = HfArg(resume=FREE, default=False, help="torch.compile the model (needs a C++ compiler or a GPU).")
     gradient_checkpointing: bool = HfArg(
-        default=False, help="Recompute activations in the backward pass: less memory."
+        resume=FREE, default=False, help="Recompute activations in the backward pass: less memory."
     )
     enable_xformers_memory_efficient_attention: bool = HfArg(
         default=False, help="xFormers' attention; torch's own is memory-efficient too."
     )
-    local_rank: int = HfArg(default=-1, help="Set by old launchers; LOCAL_RANK in the environment wins.")
+    cpu_threads: int | None = HfArg(
+        default=None, help="torch's threads; by default the machine's cores divided by the processes on it."
+    )
+    local_rank: int = HfArg(resume=START, default=-1, help="Set by old launchers; LOCAL_RANK in the environment wins.")
 
-    checkpointing_steps: int = HfArg(default=500, help="Optimizer steps between checkpoints (checkpoint-N/).")
+
+@dataclass
+class CheckpointFlags:
+    """Flags of the checkpoints."""
+
+    title: ClassVar[str] = "Checkpoints"
+
+    checkpointing_steps: int = HfArg(
+        resume=FREE, default=500, help="Optimizer steps between checkpoints (checkpoint-N/)."
+    )
     checkpoints_total_limit: int | None = HfArg(
-        default=None, help="Keep this many checkpoints; the oldest go once the new one is safe."
+        resume=FREE, default=None, help="Keep this many checkpoints; the oldest go once the new one is safe."
     )
     resume_from_checkpoint: str | None = HfArg(
-        default=None, help="checkpoint-N, a path, or latest: go on from there, exactly as if never stopped."
+        resume=START,
+        default=None,
+        help="checkpoint-N, a path, or latest: go on from there, exactly as if never stopped.",
     )
-    save_images_epochs: int = HfArg(default=10, help="Epochs between sample grids (samples/*.png and the tracker).")
-    save_model_epochs: int = HfArg(default=10, help="Epochs between saves of the whole pipeline.")
-    validation_steps: int | None = HfArg(
-        default=None, help="Optimizer steps between held-out losses (with the EMA weights where there are any)."
-    )
-    logging_steps: int = HfArg(default=10, help="Optimizer steps between lines of metrics.jsonl and tracker points.")
-    logger: Literal["tensorboard", "wandb", "trackio", "none"] = HfArg(
-        default="tensorboard", aliases=["--report_to"], help="Tracker; metrics.jsonl is written in any case."
-    )
-    logging_dir: str = HfArg(default="logs", help="The tracker's folder.")
-    tracker_project_name: str | None = HfArg(default=None, help="The tracker's project; by default the script's name.")
 
-    push_to_hub: bool = HfArg(default=False, help="Upload the pipeline and its card when training ends.")
-    hub_model_id: str | None = HfArg(
-        default=None, help="user/name of the repository; by default the output folder's name, under your user."
+
+@dataclass
+class LoggingFlags:
+    """Flags of pictures, figures and trackers."""
+
+    title: ClassVar[str] = "Samples and logging"
+
+    save_images_epochs: int = HfArg(
+        resume=FREE, default=10, help="Epochs between sample grids (samples/*.png and the tracker); 0 turns them off."
     )
-    hub_token: str | None = HfArg(default=None, help="Token for the upload; by default your login (hf auth login).")
-    hub_private_repo: bool = HfArg(default=False, help="Make the repository private.")
+    save_images_steps: int | None = HfArg(
+        resume=FREE, default=None, help="Optimizer steps between sample grids, instead of --save_images_epochs."
+    )
+    save_model_epochs: int = HfArg(resume=FREE, default=10, help="Epochs between saves of the whole pipeline.")
+    validation_steps: int | None = HfArg(
+        resume=FREE,
+        default=None,
+        help="Optimizer steps between held-out losses (with the EMA weights where there are any).",
+    )
+    logging_steps: int = HfArg(
+        resume=FREE, default=10, help="Optimizer steps between lines of metrics.jsonl and tracker points."
+    )
+    logger: Literal["tensorboard", "wandb", "trackio", "none"] = HfArg(
+        resume=FREE,
+        default="tensorboard",
+        aliases=["--report_to"],
+        help="Tracker; metrics.jsonl is written in any case.",
+    )
+    logging_dir: str = HfArg(resume=FREE, default="logs", help="The tracker's folder.")
+    tracker_project_name: str | None = HfArg(
+        resume=FREE, default=None, help="The tracker's project; by default the script's name."
+    )
+
+
+@dataclass
+class HubFlags:
+    """Flags of what is saved and published."""
+
+    title: ClassVar[str] = "Hugging Face Hub"
+
+    push_to_hub: bool = HfArg(resume=FREE, default=False, help="Upload the pipeline and its card when training ends.")
+    hub_model_id: str | None = HfArg(
+        resume=FREE,
+        default=None,
+        help="user/name of the repository; by default the output folder's name, under your user.",
+    )
+    hub_token: str | None = HfArg(
+        resume=FREE, default=None, help="Token for the upload; by default your login (hf auth login)."
+    )
+    hub_private_repo: bool = HfArg(resume=FREE, default=False, help="Make the repository private.")
     hub_strategy: Literal["end", "checkpoint", "best"] = HfArg(
+        resume=FREE,
         default="end",
         help="What is saved and uploaded: the model at the end; also at each checkpoint, in the background; or the"
         " checkpoint with the lowest held-out loss (wants --validation_steps).",
     )
     hub_revision: str | None = HfArg(
-        default=None, help="Tag of the last upload: from_pretrained(..., revision=TAG) goes on loading it."
+        resume=FREE,
+        default=None,
+        help="Tag of the last upload: from_pretrained(..., revision=TAG) goes on loading it.",
     )
-    hub_license: str | None = HfArg(default=None, help="License that the model card names, such as apache-2.0.")
+    hub_license: str | None = HfArg(
+        resume=FREE, default=None, help="License that the model card names, such as apache-2.0."
+    )
     save_variants: list[str] = HfArg(  # noqa: RUF009
+        resume=FREE,
         default_factory=list,
         help="More weights beside the pipeline's, for from_pretrained(..., variant=NAME): fp16, or with --use_ema"
         " non_ema, those that are not averaged.",
     )
+
+
+@dataclass
+class TrainingConfig(
+    RunFlags, StepFlags, OptimizerFlags, EMAFlags, HardwareFlags, LoggingFlags, CheckpointFlags, HubFlags
+):
+    """Flags of the loop, the optimizer, checkpoints and tracking; `--help` groups them in the order of the bases."""
+
+    meanings: ClassVar[dict[str, str]] = TRAINING
 
     def check(self) -> None:
         """Raise UsageError for a value out of range."""
@@ -202,10 +347,13 @@ class TrainingConfig:
         positive = [
             "train_batch_size", "eval_batch_size", "gradient_accumulation_steps", "num_epochs", "max_train_steps",
             "max_train_hours", "learning_rate", "adam_epsilon", "ema_inv_gamma", "ema_power", "checkpointing_steps",
-            "checkpoints_total_limit", "save_images_epochs", "save_model_epochs", "validation_steps", "logging_steps",
+            "checkpoints_total_limit", "save_images_steps", "save_model_epochs", "validation_steps", "logging_steps",
             "cpu_threads", "max_nonfinite_steps",
         ]  # fmt: skip
-        not_negative = ["dataloader_num_workers", "lr_warmup_steps", "adam_weight_decay", "max_grad_norm", "seed"]
+        not_negative = [
+            "dataloader_num_workers", "lr_warmup_steps", "adam_weight_decay", "max_grad_norm", "seed",
+            "save_images_epochs",
+        ]  # fmt: skip
         for name in positive + not_negative:
             value, least = getattr(self, name), "more than 0" if name in positive else "0 or more"
             if value is not None and not (value > 0 if name in positive else value >= 0):
@@ -235,45 +383,113 @@ class TrainingConfig:
 
 
 class OneLineParser(HfArgumentParser):
-    """Declares a dataclass's fields as flags; a mistake is one line and exit code 2."""
+    """Declares a dataclass's fields as flags; a mistake is one line and exit code 2.
+
+    A dataclass, or a base of it, has a `title` for the group of its fields in `--help`, and `meanings`: what to
+    write here for names that its fields have elsewhere.
+    """
 
     def __init__(self, dataclass_type, **kwargs):
-        super().__init__(dataclass_type, allow_abbrev=False, usage="%(prog)s [--flag value ...]", **kwargs)
+        options = {"formatter_class": FlagFormatter, "epilog": EPILOG, **kwargs}
+        super().__init__(dataclass_type, allow_abbrev=False, usage="%(prog)s [--flag value ...]", **options)
+        self.meanings = meanings_of(dataclass_type)
+        self.source = ""  # of the words that are parsed, where that is not the command line
+
+    def format_help(self) -> str:
+        """The flags in groups."""
+        formatter = self.formatter_class(prog=self.prog)
+        formatter.add_usage(self.usage, self._actions, [])
+        formatter.add_text(self.description)
+        for title, actions in grouped(self._actions, self.dataclass_types[0]).items():
+            formatter.start_section(title)
+            formatter.add_arguments(actions)
+            formatter.end_section()
+        formatter.add_text(self.epilog)
+        return formatter.format_help()
+
+    @staticmethod
+    def _parse_dataclass_field(parser, field):
+        """Declare a field's flag; argparse takes what it knows of the metadata alone."""
+        plain = copy.copy(field)
+        plain.metadata = {name: value for name, value in field.metadata.items() if name in ("help", "aliases")}
+        HfArgumentParser._parse_dataclass_field(parser, plain)
 
     def error(self, message: str):
         """End with exit code 2 and one line."""
         unknown = message.partition("unrecognized arguments: ")[2].split(" ")[0]
-        near = difflib.get_close_matches(unknown, self._option_string_actions, n=1) if unknown else []
-        hint = f"did you mean {near[0]}? " if near else ""
-        self.exit(2, f"{self.prog}: error: {one_line(message)} ({hint}see --help)\n")
+        instead = self.meant(unknown) if unknown else None
+        hint = f"did you mean {instead}? " if instead else ""
+        source = f"{self.source}: " if self.source else ""
+        self.exit(2, f"{self.prog}: error: {source}{one_line(message)} ({hint}see --help)\n")
+
+    def meant(self, word: str) -> str | None:
+        """What to write instead of a word that is no flag; None if nothing comes near."""
+        return meant(word, self.flags(), self.meanings)
 
     def flags(self) -> set[str]:
         """The names that a config file may set: all flags, by any of their spellings."""
         return {option[2:] for option in self._option_string_actions if option.startswith("--")} - {"help", "config"}
 
+    def spelled(self, word: str) -> str:
+        """A word of the command line, with a flag's hyphens as underscores where it has no spelling with hyphens."""
+        flag, equals, value = word.partition("=")
+        underscored = f"--{flag[2:].replace('-', '_')}"
+        known = self._option_string_actions
+        return underscored + equals + value if flag not in known and underscored in known else word
+
+    def parse_known_args(self, args=None, namespace=None):
+        """As argparse, with hyphens for underscores in any flag."""
+        return super().parse_known_args([self.spelled(word) for word in args or []], namespace)
+
     def tokens(self, values: dict[str, Any], source: str) -> list[str]:
-        """Values as command-line words, so that argparse checks them like the user's own."""
+        """Values as command-line words, which argparse has checked like the user's own."""
         words = []
         for name, value in values.items():
-            if name not in self.flags():
-                near = difflib.get_close_matches(str(name), self.flags(), n=1)
-                raise UsageError(
-                    f"{source}: unknown setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
-                )
-            if isinstance(value, list) and self._option_string_actions[f"--{name}"].nargs in ("+", "*"):
+            flag = self.spelled(f"--{name}")
+            if flag[2:] not in self.flags():
+                instead = self.meant(f"--{name}")
+                hint = f"; did you mean {instead if ' ' in instead else repr(instead[2:])}?" if instead else ""
+                raise UsageError(f"{source}: unknown setting {name!r}{hint}")
+            if isinstance(value, list) and self._option_string_actions[flag].nargs in ("+", "*"):
                 if any(isinstance(one, (dict, list)) or str(one).startswith("-") for one in value):
                     raise UsageError(f"{source}: {name!r} takes a list of texts that do not begin with a dash")
-                words += [f"--{name}", *map(str, value)] if value else []
+                words += [flag, *map(str, value)] if value else []
                 continue
             if isinstance(value, (dict, list)):
                 raise UsageError(f"{source}: {name!r} takes one value, not a {type(value).__name__}")
             if value not in (None, "", "null", "~"):
-                words.append(f"--{name}={ {'on': 'true', 'off': 'false'}.get(value, value) }")  # YAML's booleans
+                words.append(f"{flag}={ {'on': 'true', 'off': 'false'}.get(value, value) }")  # YAML's booleans
+        self.source = source
+        self.parse_args(words)
+        self.source = ""
         return words
 
     def parse(self, argv: list[str]):
         """The dataclass's instance for these words; an unknown word ends with exit code 2."""
         return self.dataclass_types[0](**vars(self.parse_args(argv)))
+
+    def decided(self, words: list[str]) -> set[str]:
+        """The names of the flags that these words set, and of those that say the same in another way."""
+        unset = object()
+        fields = dataclasses.fields(self.dataclass_types[0])
+        parsed = vars(self.parse_args(words, argparse.Namespace(**{one.name: unset for one in fields})))
+        given = [one for one in fields if parsed[one.name] is not unset]
+        return {name for one in given for name in (one.name, one.metadata.get("instead_of")) if name}
+
+    def below(self, values: dict[str, Any], source: str, words: list[str]) -> list[str]:
+        """The words over weaker values: of these, those that the words do not decide."""
+        self.tokens(values, source)  # what is wrong is said of all of them
+        decided, actions = self.decided(words), self._option_string_actions
+        weaker = {name: values[name] for name in values if actions[self.spelled(f"--{name}")].dest not in decided}
+        return self.tokens(weaker, source) + words
+
+    def over(self, weaker_layers, words: list[str], decided: Iterable[str] = ()) -> list[str]:
+        """The words over the layers that `weaker_layers` gives, but for what is `decided` already."""
+        for source, values in reversed(weaker_layers(self.parse(words))):
+            # a recipe may set flags that only other commands have
+            values = {name: values[name] for name in values if name in self.flags() and name not in decided}
+            words = self.below(values, source, words)
+        return words
 
 
 def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -320,25 +536,43 @@ def read_config_file(path: str) -> dict[str, Any]:
     return values
 
 
+def _trained_with(config, stages: tuple[str, ...]) -> dict[str, Any]:
+    """The settings in the checkpoint that --resume_from_checkpoint names: of this config's flags, those that go on."""
+    from .checkpointing import settings_of  # which needs this module's UsageError
+
+    names = {name for kind in (FREE, APPLIED, FIXED) for name in flags_that(config, kind)} - set(SECRET_FLAGS)
+    folder = Path(config.output_dir)
+    found = (settings_of(folder / stage, config.resume_from_checkpoint) for stage in stages)
+    return {name: value for name, value in next(filter(None, found), {}).items() if name in names}
+
+
 def parse_layers(
-    dataclass_type, argv: list[str], weaker_layers, prog: str | None = None, description: str | None = None
+    dataclass_type,
+    argv: list[str],
+    weaker_layers,
+    prog: str | None = None,
+    description: str | None = None,
+    stages: tuple[str, ...] = ("",),
 ):
-    """Parse `argv` over a `--config` file over what `weaker_layers` gives.
+    """Parse `argv` over a `--config` file, over what a resumed run was trained with, over what `weaker_layers` gives.
 
     Args:
-        weaker_layers: called with the instance that config file and command line alone make; returns a list of
+        weaker_layers: called with the instance that the stronger layers alone make; returns a list of
             (source, values), weakest first, such as a recipe and a preset.
+        stages: the folders within the output folder whose checkpoints tell what a run was trained with; of the first
+            that has one.
     """
     parser = OneLineParser(dataclass_type, prog=prog, description=description)
     try:
         from_file, _ = parser.parse_known_args(argv)
-        file_words = []
+        words = argv
         if from_file.config:
-            file_words = parser.tokens(read_config_file(from_file.config), f"--config {from_file.config}")
-        known = parser.parse(file_words + argv)
-        words = []
-        for source, values in weaker_layers(known):  # a recipe may set flags that only other commands have
-            words += parser.tokens({name: values[name] for name in values if name in parser.flags()}, source)
-        return parser.parse(words + file_words + argv)
+            words = parser.below(read_config_file(from_file.config), f"--config {from_file.config}", words)
+        config = parser.parse(parser.over(weaker_layers, words))
+        if config.resume_from_checkpoint:
+            before = _trained_with(config, stages)
+            words = parser.below(before, "--resume_from_checkpoint", [f"--output_dir={config.output_dir}", *words])
+            config = parser.parse(parser.over(weaker_layers, words, decided=set(before)))
+        return config
     except UsageError as error:
         parser.error(str(error))

@@ -268,17 +268,22 @@ def let_old_go(accelerator, output_dir: Path, limit: int | None) -> None:
 
 
 def load_checkpoint(accelerator, state: TrainingState, checkpoint: Path) -> None:
-    """Take over a checkpoint. The manifest has been verified.
+    """Take over a checkpoint: weights, moments, averages and counts. The settings of optimizer, schedule and EMA stay.
+
+    The manifest has been verified.
 
     Raises:
         UsageError: it holds what no checkpoint of this run does. What is pickled is read with weights_only=True.
     """
     manifest = read_manifest(checkpoint)
+    groups = state.optimizer.param_groups
+    settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
     try:
         check_random_states(checkpoint, accelerator.process_index)
         accelerator.load_state(str(checkpoint))
         load_tensors(checkpoint, state.extra)
-        state.lr_scheduler.load_state_dict(manifest["lr_scheduler"])
+        state.lr_scheduler.load_state_dict({**manifest["lr_scheduler"], "base_lrs": state.lr_scheduler.base_lrs})
+        set_rates(state, settings)
         state.meter.restore(manifest["meter"], accelerator)
         state.step, state.nonfinite_steps = manifest["step"], int(manifest["nonfinite_steps"])
         state.sessions.resume(manifest.get("sessions", []), state.step)
@@ -290,6 +295,20 @@ def load_checkpoint(accelerator, state: TrainingState, checkpoint: Path) -> None
         raise UsageError(
             f"{checkpoint} cannot be resumed: it holds what no checkpoint does ({type(error).__name__}: {reason})"
         ) from error
+
+
+def set_rates(state: TrainingState, settings: list[dict[str, Any]]) -> None:
+    """Give the optimizer these settings of its groups, and the learning rates of the schedule's step.
+
+    A learning rate is the base rate of the settings times the schedule's factor at the step: another base rate,
+    warm-up or kind of schedule counts from this step on, as if it had been chosen from the beginning.
+    """
+    schedule = state.lr_scheduler
+    schedule._last_lr = [
+        base * factor(schedule.last_epoch) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas)
+    ]
+    for group, own, rate in zip(state.optimizer.param_groups, settings, schedule._last_lr, strict=True):
+        group.update({**own, "lr": rate})
 
 
 @contextlib.contextmanager
@@ -482,7 +501,7 @@ def training_loop(
             bar.update(1)
 
             paused = time.perf_counter()
-            if draw is not None and epoch_ends and (epoch % config.save_images_epochs == 0 or done):
+            if draw is not None and images_due(config, state.step, epoch, epoch_ends, done):
                 look(draw, state, model, stop)
             checkpoint_due = done or (state.step % config.checkpointing_steps == 0 and not state.nonfinite_steps)
             save_due = epoch_ends and (epoch % config.save_model_epochs == 0 or done)
@@ -498,6 +517,13 @@ def training_loop(
             since += time.perf_counter() - paused
             stop.armed = True
     return True
+
+
+def images_due(config: TrainingConfig, step: int, epoch: int, epoch_ends: bool, done: bool) -> bool:
+    """Whether pictures follow this step: at the end of training in any case, unless they are turned off."""
+    if config.save_images_steps:
+        return done or step % config.save_images_steps == 0
+    return bool(config.save_images_epochs) and epoch_ends and (done or epoch % config.save_images_epochs == 0)
 
 
 def look(draw: Callable, state: TrainingState, model: torch.nn.Module, stop: Stop) -> None:

@@ -18,6 +18,7 @@ from diffusers.optimization import get_scheduler
 
 from .averaging import make_ema
 from .checkpointing import (
+    SETTINGS,
     checkpoint_step,
     discard,
     find_checkpoint,
@@ -26,7 +27,7 @@ from .checkpointing import (
     truncate_jsonl,
     write_whole,
 )
-from .config import SECRET_FLAGS, TrainingConfig, UsageError
+from .config import APPLIED, FIXED, SECRET_FLAGS, START, TrainingConfig, UsageError, flags_that
 from .faults import end_together, track
 from .loop import LOGS, Meter, StepPlan, TrainingState, let_old_go, load_checkpoint, register_model_hooks
 from .sessions import Sessions
@@ -167,10 +168,43 @@ def claim_output_dir(config: TrainingConfig, accelerator) -> None:
     accelerator.wait_for_everyone()
 
 
+def check_unchanged(config: TrainingConfig, resumed: dict[str, Any] | None) -> None:
+    """Raise UsageError for a setting that the run to resume was built on, and that is another one now.
+
+    Args:
+        resumed: the state of the checkpoint, or None.
+    """
+    before = (resumed or {}).get("settings", {})
+    for name in flags_that(config, FIXED):
+        was, now = before.get(name), getattr(config, name)
+        if name in before and was != now and not _was_moved(was, now):
+            raise UsageError(
+                f"--{name} {now}: the run to resume was trained with {was}, which its weights depend on; leave the"
+                " flag out, or train anew in another --output_dir"
+            )
+
+
+def _was_moved(was: Any, now: Any) -> bool:
+    """Whether two names may be of one local file or folder: of which the first is there no more, or the same."""
+    if not (isinstance(was, str) and isinstance(now, str) and os.path.exists(now)):
+        return False
+    return not os.path.exists(was) or os.path.samefile(was, now)
+
+
 def check_resumable(
-    found: tuple[Path, dict[str, Any]] | None, model, facts: dict[str, Any], accelerator, name: str = "unet"
+    found: tuple[Path, dict[str, Any]] | None,
+    config: TrainingConfig,
+    model,
+    facts: dict[str, Any],
+    accelerator,
+    name: str = "unet",
 ) -> None:
-    """Say what else differs from the run to resume; `name` is the model's folder in a checkpoint.
+    """Say what is another than in the run to resume, and counts from here on.
+
+    Args:
+        model: the one to train, of Diffusers.
+        facts: what `run_facts` gave.
+        name: the model's folder in a checkpoint.
 
     Raises:
         UsageError: a checkpoint of another model.
@@ -191,10 +225,10 @@ def check_resumable(
                 f"{checkpoint} is of another model: its {key} is {saved.get(key)}, this run's {own[key]}; resume with"
                 " the flags that it was trained with"
             )
+    counts = {*facts, *flags_that(config, APPLIED)} - {"settings"}
     flat, before = ({**each, **each.get("settings", {})} for each in (facts, manifest))
-    for name, value in flat.items():
-        if name != "settings" and before.get(name) != value:
-            log(accelerator, f"warning: {name} was {before.get(name)} and is {value}: not an exact continuation")
+    for name in (name for name in flat if name in counts and name in before and before[name] != flat[name]):
+        log(accelerator, f"warning: {name} was {before[name]} and is {flat[name]}: not an exact continuation")
     if facts["processes"] != before["processes"] and facts["global_batch"] != before["global_batch"]:
         log(
             accelerator,
@@ -220,9 +254,9 @@ def agree_on_seed(config: TrainingConfig, resumed: dict[str, Any] | None) -> int
     return broadcast_object_list(drawn)[0]
 
 
-def log(accelerator, line: str) -> None:
-    """A line on stderr, from the main process."""
-    if accelerator.is_main_process:
+def log(accelerator, line: str | None) -> None:
+    """A line on stderr, from the main process; None is nothing to say."""
+    if line is not None and accelerator.is_main_process:
         print(line, file=sys.stderr, flush=True)
 
 
@@ -231,11 +265,15 @@ def public_settings(config: TrainingConfig) -> dict[str, Any]:
     return {name: value for name, value in dataclasses.asdict(config).items() if name not in SECRET_FLAGS}
 
 
+def settings_that_go_on(config: TrainingConfig) -> dict[str, Any]:
+    """The settings that a run which is resumed takes over: all but those of a start, and secrets."""
+    return {name: value for name, value in public_settings(config).items() if name not in flags_that(config, START)}
+
+
 def save_settings(config: TrainingConfig) -> None:
     """Write `training_config.json`, which `--config` reads back."""
-    unset = ("config", "resume_from_checkpoint", "overwrite_output_dir", "dry_run", "local_rank")
-    settings = {name: value for name, value in public_settings(config).items() if name not in unset}
-    write_whole(Path(config.output_dir) / "training_config.json", json.dumps(settings, indent=2) + "\n")
+    settings = {"output_dir": config.output_dir, **settings_that_go_on(config)}
+    write_whole(Path(config.output_dir) / SETTINGS, json.dumps(settings, indent=2) + "\n")
 
 
 def make_optimizer(config: TrainingConfig, model: torch.nn.Module, world: int) -> torch.optim.Optimizer:
@@ -366,29 +404,16 @@ def forget_later(output_dir: Path, step: int, accelerator) -> None:
     accelerator.wait_for_everyone()
 
 
-# Flags that may change when a run is resumed without changing what is learned
-INCIDENTAL = {
-    "config", "dry_run", "output_dir", "overwrite_output_dir", "seed", "eval_batch_size", "num_epochs",
-    "max_train_steps", "max_train_hours", "max_nonfinite_steps", "foreach_ema", "offload_ema", "compile",
-    "gradient_checkpointing", "local_rank", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint",
-    "save_images_epochs", "save_model_epochs", "validation_steps", "logging_steps", "logger", "logging_dir",
-    "tracker_project_name", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy", "hub_revision",
-    "hub_license", "save_variants", "dataset_name", "train_data_dir", "cache_dir", "cache_dataset", "model_preset",
-    "model_config_name_or_path", "ddpm_num_inference_steps", "dataloader_num_workers", "validation_prompts",
-    "guidance_scale", "num_inference_steps", "cache_latents",
-}  # fmt: skip
-
-
 def run_facts(
     config: TrainingConfig, samples: int | None, plan: StepPlan, total_steps: int, **more: Any
 ) -> dict[str, Any]:
-    """What a resumed run must share with the one it continues, to be its exact continuation."""
+    """What a checkpoint tells of its run: what a resumed run must share with it, and what it takes over."""
     return {
         "seed": config.seed,
         "samples": samples,
         "global_batch": plan.global_batch * plan.accumulation,
         "total_steps": total_steps,
         "processes": plan.world,
-        "settings": {name: value for name, value in public_settings(config).items() if name not in INCIDENTAL},
+        "settings": settings_that_go_on(config),
         **more,
     }

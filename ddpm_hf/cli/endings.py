@@ -3,56 +3,65 @@
 import contextlib
 import difflib
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
 
 import typer
+from typer.core import TyperCommand
+
+from ..training.lines import one_line
+from ..training.meanings import names_elsewhere
+from ..training.paths import expand_home
 
 ClickException = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
 
 # What other tools call an option or a command of ours
-OPTIONS_ELSEWHERE = {
-    "--num-images": (
-        "num-samples", "samples", "n-samples", "n", "count", "number", "images", "num", "num-images-per-prompt",
-        "eval-batch-size", "total",
-    ),
-    "--batch-size": ("batch", "bs", "batchsize", "train-batch-size", "per-device-batch-size"),
-    "--out": ("output", "output-dir", "out-dir", "outdir", "output-path", "o", "save-dir", "save-path", "dir"),
-    "--steps": (
-        "num-inference-steps", "inference-steps", "num-steps", "ddim-steps", "sampling-steps", "timestep-respacing",
-        "ddpm-num-inference-steps", "sample-steps",
-    ),
-    "--sampler": ("scheduler", "method", "solver", "sampling-method"),
-    "--class": ("label", "labels", "class-label", "class-labels", "classes", "class-id", "y"),
-    "--prompt": ("text", "prompts", "caption", "p"),
-    "--negative-prompt": ("negative", "neg-prompt", "negative-prompts", "uncond-prompt"),
-    "--guidance-scale": ("guidance", "cfg", "cfg-scale", "scale", "w", "guidance-strength"),
-    "--seed": ("random-seed", "manual-seed", "s"),
-    "--precision": ("dtype", "mixed-precision", "torch-dtype", "fp16", "bf16", "half", "use-fp16"),
-    "--device": ("gpu", "cuda", "cpu", "accelerator", "no-cuda"),
-    "--format": ("npz", "file-format", "image-format", "output-format"),
-    "--progressive": ("gif", "frames", "chain", "intermediate", "save-intermediate"),
-    "--grid-only": ("grid", "no-images", "only-grid"),
-    "--token": ("hub-token", "hf-token", "use-auth-token", "auth-token", "api-key"),
-    "--revision": ("tag", "branch", "commit", "hub-revision", "version"),
-    "--private": ("hub-private-repo", "private-repo"),
-    "--license": ("hub-license",),
-    "--message": ("commit-message", "m"),
-    "--variant": ("save-variants", "variants"),
-    "--dry-run": ("preview", "check", "no-upload"),
-    "--space": ("name", "space-id", "repo", "repo-id", "hub-model-id"),
-    "--example": ("examples", "prompt"),
-}  # fmt: skip
-COMMANDS_ELSEWHERE = {
-    "sample": ("generate", "draw", "infer", "inference", "predict", "image", "images", "samples"),
-    "train": ("fit", "train-unconditional", "finetune", "fine-tune", "launch", "run", "train-ddpm"),
-    "train-text2image": ("train-text-to-image", "text2image", "train-text"),
-    "push": ("upload", "publish", "push-to-hub", "share"),
-    "push-space": ("space", "app", "demo", "gradio", "deploy"),
-    "info": ("show", "describe", "inspect", "print", "summary", "status"),
-    "presets": ("models", "list", "list-presets", "model-presets"),
-}
+OPTIONS = names_elsewhere("""
+--num-images: num-samples samples n-samples n count number images num num-images-per-prompt eval-batch-size total
+--batch-size: batch bs batchsize train-batch-size per-device-batch-size sample-batch-size
+--out: output output-dir out-dir outdir output-path o save-dir save-path dir sample-dir
+--steps: num-inference-steps inference-steps num-steps ddim-steps sampling-steps sample-steps timestep-respacing
+--sampler: scheduler method solver sampling-method sampler-name
+--class: label labels class-label class-labels classes class-id class-name y
+--prompt: text prompts caption p
+--negative-prompt: negative neg-prompt negative-prompts uncond-prompt
+--guidance-scale: guidance cfg cfg-scale scale w guidance-strength
+--seed: random-seed manual-seed s
+--precision: dtype mixed-precision torch-dtype fp16 bf16 half use-fp16
+--device: gpu cuda cpu accelerator no-cuda
+--format: npz file-format image-format output-format
+--progressive: gif frames chain intermediate save-intermediate
+--grid-only: grid no-images only-grid
+--token: hub-token hf-token use-auth-token auth-token api-key
+--revision: tag branch commit hub-revision
+--private: hub-private-repo private-repo
+--license: hub-license
+--message: commit-message m
+--variant: save-variants variants
+--dry-run: preview check no-upload
+--space: name space-id repo repo-id hub-model-id
+--example: examples
+""")
+COMMANDS = names_elsewhere("""
+sample: generate draw infer inference predict image images samples
+train: fit train-unconditional finetune fine-tune launch run train-ddpm
+train-text2image: train-text-to-image text2image train-text
+push: upload publish push-to-hub share
+push-space: space app demo gradio deploy
+info: show describe inspect print summary status
+presets: models list list-presets model-presets
+--version: version
+""")
+
+
+class HandOver(TyperCommand):
+    """A command that hands all of its words on, `--help` and `--` included."""
+
+    def parse_args(self, ctx, args: list[str]) -> list[str]:
+        """All words are arguments."""
+        return super().parse_args(ctx, ["--", *args])
 
 
 class Terminated(BaseException):
@@ -83,11 +92,11 @@ def says_what_is_left(left: Callable[[], str]) -> Iterator[None]:
         raise StoppedError(128 + signal.SIGTERM, left()) from error
 
 
-def run(app: typer.Typer) -> int:
-    """Run the command line; its exit code. What the user can mend is one line and exit code 2."""
+def run(app: typer.Typer, words: list[str]) -> int:
+    """Run the command line of these words; its exit code. What the user can mend is one line and exit code 2."""
     try:
         with _terminating():
-            code = app(standalone_mode=False)
+            code = app([expand_home(word) for word in words], standalone_mode=False)
             sys.stdout.flush()
     except Terminated:
         return _stopped(StoppedError(128 + signal.SIGTERM))
@@ -139,28 +148,30 @@ def _failed(error: Exception) -> int:
     message = error.format_message() if isinstance(error, ClickException) else str(error)
     if not message.strip():  # without a command, the help is the message
         return 2
-    from ..training.config import one_line
-
-    print(f"ddpm-hf: error: {one_line(message + did_you_mean(error))} (see --help)", file=sys.stderr)
+    print(f"ddpm-hf: error: {one_line(unknown_name(error) or message)} (see --help)", file=sys.stderr)
     return 2
 
 
-def did_you_mean(error: Exception) -> str:
-    """A hint, to end an error's line with: the option or the command that an unknown one stands for."""
-    context = getattr(error, "ctx", None)
+def unknown_name(error: Exception) -> str | None:
+    """The message for an unknown option or command, with the one that it stands for; None for another error."""
+    context, message = getattr(error, "ctx", None), getattr(error, "message", "")
     if context is None:
-        return ""
-    unknown = getattr(error, "option_name", None)
-    if unknown and not getattr(error, "possibilities", None) and str(error).startswith("No such option"):
-        known = {option for parameter in context.command.params for option in parameter.opts if option[0] == "-"}
-        return _hint(unknown, known, OPTIONS_ELSEWHERE)
-    command = str(error).partition("No such command ")[2].strip("'. ")
-    return _hint(command, set(getattr(context.command, "commands", ())), COMMANDS_ELSEWHERE) if command else ""
+        return None
+    option = getattr(error, "option_name", None)
+    if option and message.startswith("No such option"):
+        known = {one for parameter in context.command.params for one in parameter.opts if one[0] == "-"}
+        return f"no such option: {option}.{_hint(option, known, OPTIONS)}"
+    command = re.match(r"No such command '(.*?)'", message)
+    if command:
+        known = {*getattr(context.command, "commands", ()), "--version"}
+        return f"no such command: {command[1]}.{_hint(command[1], known, COMMANDS)}"
+    return None
 
 
-def _hint(unknown: str, known: set[str], elsewhere: dict[str, tuple[str, ...]]) -> str:
-    """The known names that an unknown one means in other tools, or else resembles."""
+def _hint(unknown: str, known: set[str], elsewhere: dict[str, str]) -> str:
+    """The known name that an unknown one is in other tools, or else resembles."""
     word = unknown.lower().replace("_", "-")
-    meant = [name for name, others in elsewhere.items() if name in known and word.strip("-") in others]
-    meant = meant or difflib.get_close_matches(word, sorted(known), n=1)
-    return f" Did you mean {' or '.join(meant)}?" if meant else ""
+    meant = elsewhere.get(word.strip("-"))
+    near = difflib.get_close_matches(word, sorted(known), n=1)
+    meant = meant if meant in known else near[0] if near else None
+    return f" Did you mean {meant}?" if meant else ""

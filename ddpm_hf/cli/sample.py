@@ -56,7 +56,6 @@ def option(panel: str, help: str, *names: str, **settings):
 
 def sample(
     model: Annotated[str, typer.Argument(help="A training run's output folder, or a model on the Hub (user/name).")],
-    out: Annotated[Path, option(WHERE, "The folder to write to.")] = Path("samples"),
     num_images: Annotated[
         int | None, option(WHAT, "Number of images. Default: 16, or 11 with --interpolate.", min=1, max=1_000_000)
     ] = None,
@@ -126,6 +125,7 @@ def sample(
         Precision, option(HOW, "bf16 and fp16 are faster where the hardware supports them.")
     ] = "fp32",
     device: Annotated[str | None, option(HOW, "cuda, mps or cpu. Default: the best of this machine.")] = None,
+    out: Annotated[Path, option(WHERE, "The folder to write to.")] = Path("samples"),
     format: Annotated[
         Format,
         option(

@@ -22,7 +22,9 @@ import yaml
 from transformers import HfArgumentParser, hf_argparser
 
 from .help import EPILOG, FlagFormatter, grouped, meanings_of, meant
+from .lines import one_line
 from .meanings import TRAINING
+from .paths import expand_home
 
 SECRET_FLAGS = ("hub_token",)  # never written, shown or tracked
 
@@ -52,18 +54,6 @@ def flags_that(config, resume: str) -> list[str]:
 
 class UsageError(ValueError):
     """Something that the user can mend: a script prints its one line and ends with exit code 2."""
-
-
-def one_line(message: Any) -> str:
-    """A message as one printable line of bearable length: what it quotes may be anything, also a token.
-
-    >>> one_line("no such\\ncolumn, and hf_aSecretToken")
-    'no such column, and hf_...'
-    """
-    line = re.sub(r"\bhf_\w{8,}", "hf_...", " ".join(str(message).split()))
-    line = re.sub(r"\S{400,}", lambda word: f"{word[0][:100]}...{word[0][-20:]}", line)
-    line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
-    return line if len(line) <= 1000 else f"{line[:600]} ... {line[-300:]}"
 
 
 def check_token(name: str, value: str | None) -> None:
@@ -438,8 +428,8 @@ class OneLineParser(HfArgumentParser):
         return underscored + equals + value if flag not in known and underscored in known else word
 
     def parse_known_args(self, args=None, namespace=None):
-        """As argparse, with hyphens for underscores in any flag."""
-        return super().parse_known_args([self.spelled(word) for word in args or []], namespace)
+        """As argparse, with hyphens for underscores in any flag, and `~` in any value."""
+        return super().parse_known_args([expand_home(self.spelled(word)) for word in args or []], namespace)
 
     def tokens(self, values: dict[str, Any], source: str) -> list[str]:
         """Values as command-line words, which argparse has checked like the user's own."""

@@ -2,6 +2,7 @@
 
 import copy
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from ddpm_hf.models import (
 from ddpm_hf.portable.scheduling_ddpm_hf import DDPMScheduler
 from tests.fixtures_unconditional import parse
 
+ROOT = Path(__file__).parents[1]
 SMALL = [name for name in MODEL_PRESETS if name.startswith("small-")]
 PUBLISHED = {
     # name: widths, blocks, attention at, dropout, learning rate, warm-up, batch, steps, schedule, T, variance, clip,

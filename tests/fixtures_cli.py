@@ -1,34 +1,7 @@
-"""Call `ddpm-hf` within the test's process."""
-
-import sys
+"""What `ddpm-hf` wrote and said, for the tests of the command."""
 
 import numpy as np
-import pytest
-from diffusers.utils import logging as diffusers_logging
 from PIL import Image
-
-from ddpm_hf import cli
-
-
-@pytest.fixture
-def run(monkeypatch, capfd):
-    """Call the entry point with some words; its exit code, stdout and stderr."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # else the command sets torch's threads for good
-    verbosity = diffusers_logging.get_verbosity()
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["ddpm-hf", *map(str, words)])
-        capfd.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code
-        return code, *capfd.readouterr()
-
-    yield call
-    diffusers_logging.set_verbosity(verbosity)
-    diffusers_logging.enable_progress_bar()
 
 
 def images(folder):

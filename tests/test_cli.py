@@ -16,7 +16,7 @@ from ddpm_hf import DDPMPipeline, DDPMScheduler, TextToImageDDPMPipeline
 from ddpm_hf.cli.conditions import class_ids
 from ddpm_hf.space.samplers import SAMPLERS
 from ddpm_hf.training.randomness import keyed_seed
-from tests.fixtures_cli import assert_one_line, images, run  # noqa: F401
+from tests.fixtures_cli import assert_one_line, images
 from tests.fixtures_pipeline import tiny_unet
 from tests.fixtures_text import tiny_text_pipeline
 

@@ -13,7 +13,7 @@ from ddpm_hf.portable.guidance_ddpm_hf import find_class
 from ddpm_hf.space.drawing import Studio
 from ddpm_hf.space.samplers import SAMPLERS, usable_samplers
 from ddpm_hf.training.randomness import keyed_seed
-from tests.fixtures_cli import assert_one_line, images, run  # noqa: F401
+from tests.fixtures_cli import assert_one_line, images
 from tests.fixtures_pipeline import tiny_unet
 from tests.fixtures_text import tiny_text_pipeline
 
@@ -67,7 +67,7 @@ def loaded(cls, folder):
 
 
 @pytest.mark.parametrize("kind", ["class", "prompt"])
-def test_each_class_or_prompt_has_a_row_with_its_label(kind, run, by_class, by_text, tmp_path):  # noqa: F811
+def test_each_class_or_prompt_has_a_row_with_its_label(kind, run, by_class, by_text, tmp_path):
     """Else nobody can tell which images are of which class."""
     model, given = (by_class, ["dog", "cat"]) if kind == "class" else (by_text, ["a dog", "two"])
     words = [word for one in given for word in (f"--{kind}", one)]
@@ -88,14 +88,14 @@ def test_each_class_or_prompt_has_a_row_with_its_label(kind, run, by_class, by_t
     assert (grid[2 + cell : 2 * cell, left + 2 + 2 * cell :] == 255).all()  # the sixth
 
 
-def test_one_class_is_a_square_without_a_legend(run, by_class, tmp_path):  # noqa: F811
+def test_one_class_is_a_square_without_a_legend(run, by_class, tmp_path):
     """Else the grid of a single class is a strip."""
     assert run("sample", by_class, "--out", tmp_path, "--class", "dog", "--num-images", 4, *QUICK)[0] == 0
     assert Image.open(tmp_path / "grid.png").size == (2 + 2 * 66, 2 + 2 * 66)
 
 
 @pytest.mark.parametrize(("given", "known"), [("CAT", "cat"), ("łoŚ", "Łoś"), ("2", "Łoś")])
-def test_classes_are_matched_without_case(given, known, run, by_class, tmp_path):  # noqa: F811
+def test_classes_are_matched_without_case(given, known, run, by_class, tmp_path):
     """Else `--class Dog` is an error where the folder was called dog."""
     for name, word in (("given", given), ("known", known)):
         assert run("sample", by_class, "--out", tmp_path / name, "--class", word, "--num-images", 1, *QUICK)[0] == 0
@@ -110,7 +110,7 @@ def test_a_class_that_two_names_resemble_is_not_guessed():
         find_class("bee", ids)
 
 
-def test_an_unknown_class_is_answered_with_the_one_that_is_meant(run, by_class, tmp_path):  # noqa: F811
+def test_an_unknown_class_is_answered_with_the_one_that_is_meant(run, by_class, tmp_path):
     """Else a typing mistake among a thousand classes costs a search."""
     assert_one_line(run("sample", by_class, "--out", tmp_path, "--class", "dgo"), "--class", "'dgo'", "mean 'dog'")
     pipeline = loaded(ClassConditionalDDPMPipeline, by_class)
@@ -123,7 +123,7 @@ def test_an_unknown_class_is_answered_with_the_one_that_is_meant(run, by_class, 
 
 
 @pytest.mark.parametrize("kind", ["plain", "by_class"])
-def test_npz_is_what_adm_reads(kind, run, plain, by_class, tmp_path):  # noqa: F811
+def test_npz_is_what_adm_reads(kind, run, plain, by_class, tmp_path):
     """arr_0 and arr_1 of guided-diffusion's evaluator; else figures are of other images, or of none."""
     model = {"plain": plain, "by_class": by_class}[kind]
     given = ("--num-images", 5, "--batch-size", 2, *QUICK)
@@ -155,7 +155,7 @@ def test_npz_is_what_adm_reads(kind, run, plain, by_class, tmp_path):  # noqa: F
     ],
     ids=str,
 )
-def test_samplers_run_a_model_or_are_refused_before_the_work(config, unable, run, tmp_path):  # noqa: F811
+def test_samplers_run_a_model_or_are_refused_before_the_work(config, unable, run, tmp_path):
     """Else one fails in the middle, or samples noise; the Space and the cards offer those that run."""
     learned = "learned" in config.get("variance_type", "")
     pipeline = DDPMPipeline(tiny_unet(out_channels=2 if learned else 1), scheduler(**config))
@@ -171,7 +171,7 @@ def test_samplers_run_a_model_or_are_refused_before_the_work(config, unable, run
             assert np.ptp(images(tmp_path / name)) > 20
 
 
-def test_ddim_with_all_its_noise_is_ancestral_sampling(run, plain, tmp_path):  # noqa: F811
+def test_ddim_with_all_its_noise_is_ancestral_sampling(run, plain, tmp_path):
     """Song et al. 2021, sec. 4.1: eta = 1 over all timesteps is DDPM with the posterior's variance."""
     for name, words in {
         "ddpm": (),
@@ -205,7 +205,7 @@ def test_ddim_with_all_its_noise_is_ancestral_sampling(run, plain, tmp_path):  #
     ],
     ids=lambda value: " ".join(map(str, value)),
 )
-def test_options_that_exclude_each_other_are_one_line(words, named, run, plain, tmp_path, monkeypatch):  # noqa: F811
+def test_options_that_exclude_each_other_are_one_line(words, named, run, plain, tmp_path, monkeypatch):
     """Else a wish is dropped in silence, or fails after the work."""
     picture = tmp_path / "A.png"
     Image.new("L", (8, 8), 100).save(picture)
@@ -219,7 +219,7 @@ def test_options_that_exclude_each_other_are_one_line(words, named, run, plain, 
 # Interpolation and shared latents
 
 
-def test_interpolation_is_the_pipelines(run, plain, tmp_path):  # noqa: F811
+def test_interpolation_is_the_pipelines(run, plain, tmp_path):
     """Ho et al. 2020, fig. 8, between files; else the command's images are others than the method's."""
     for name, mode, gray in (("a", "L", 40), ("b", "RGB", 200)):
         Image.new(mode, (16, 16), (gray,) * 3 if mode == "RGB" else gray).save(tmp_path / f"{name}.png")
@@ -235,7 +235,7 @@ def test_interpolation_is_the_pipelines(run, plain, tmp_path):  # noqa: F811
     assert len(images(tmp_path / "usual")) == 11
 
 
-def test_shared_latents_are_the_pipelines(run, plain, tmp_path):  # noqa: F811
+def test_shared_latents_are_the_pipelines(run, plain, tmp_path):
     """Ho et al. 2020, fig. 7: the lower the shared timestep, the more the images are alike."""
     spread = {}
     for timestep in (2, 18):
@@ -247,7 +247,7 @@ def test_shared_latents_are_the_pipelines(run, plain, tmp_path):  # noqa: F811
     assert 0 < spread[2] < spread[18]
 
 
-def test_models_by_class_and_text_do_not_interpolate(run, by_class, by_text, tmp_path):  # noqa: F811
+def test_models_by_class_and_text_do_not_interpolate(run, by_class, by_text, tmp_path):
     """Else the command asks for a method that they lack."""
     for model, words in ((by_class, ()), (by_text, ("--prompt", "a dog"))):
         result = run("sample", model, "--out", tmp_path / "out", *words, "--shared-timestep", 5)
@@ -258,7 +258,7 @@ def test_models_by_class_and_text_do_not_interpolate(run, by_class, by_text, tmp
 # A text model's guidance scale
 
 
-def test_the_guidance_scale_is_the_models_own_everywhere(run, by_text, tmp_path):  # noqa: F811
+def test_the_guidance_scale_is_the_models_own_everywhere(run, by_text, tmp_path):
     """Else grids, command, Space and pipeline show one model at four scales."""
     pipeline = loaded(TextToImageDDPMPipeline, by_text)
     assert pipeline.config.guidance_scale == Studio(str(by_text)).guidance_scale == 3.0

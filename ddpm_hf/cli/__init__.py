@@ -8,6 +8,7 @@ import sys
 import typer
 
 from .._version import __version__
+from ..training.machine import accept_any_text
 from . import info, presets, push, push_space, sample, train, train_classifier
 from .endings import HandOver, run
 
@@ -53,6 +54,7 @@ app.command(epilog=presets.EPILOG)(presets.presets)
 
 def main() -> None:
     """The entry point."""
+    accept_any_text()
     code = run(app, sys.argv[1:])
     if code:
         raise SystemExit(code)

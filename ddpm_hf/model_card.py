@@ -294,6 +294,8 @@ def pictures(facts: Facts) -> str:
         drawn = facts.run.get("pictures_step")
         when = f" at step {drawn:,}" if drawn not in (None, facts.run.get("step")) else ""
         shown.append(f"![Samples]({SAMPLES})\n\nSamples{when}, not chosen by hand.{by_row}")
+    if shown and not has_pictures(facts):
+        shown[0] += f" They show the first three of {facts.pipeline.image_channels} channels."
     if facts.has(CHAIN):
         shown.append(
             f"![The predicted image along the chain]({CHAIN})\n\nThe predicted x̂₀ along the chain, from pure noise"
@@ -326,7 +328,7 @@ def use(facts: Facts) -> str:
         "",
         f'pipeline = {facts.class_name}.from_pretrained("{facts.repository}")',
         f"image = {call}",
-        'image.save("sample.png")',
+        saving(facts),
         "```",
         "",
     ]
@@ -365,7 +367,7 @@ def _where_to_get_it() -> str:
 
 def _python(facts: Facts, options: str, call: str) -> list[str]:
     load = f'pipeline = DiffusionPipeline.from_pretrained("{facts.repository}"{options})'
-    code = ["from diffusers import DiffusionPipeline", "", load, f"image = {call}", 'image.save("sample.png")']
+    code = ["from diffusers import DiffusionPipeline", "", load, f"image = {call}", saving(facts)]
     return ["```python", *code, "```"]
 
 
@@ -381,7 +383,20 @@ def call_arguments(facts: Facts) -> str:
     by_class = facts.kind == "class-conditional-image-generation"
     classes = [f"[{_as_string(first_class(facts.pipeline))}]"] if by_class else []
     # stock's pipeline would take 1000 steps
-    return ", ".join(classes + ([f"num_inference_steps={T}"] if T != 1000 else []))
+    steps = [f"num_inference_steps={T}"] if T != 1000 else []
+    return ", ".join(classes + steps + ([] if has_pictures(facts) else ['output_type="np"']))
+
+
+def has_pictures(facts: Facts) -> bool:
+    """Whether PIL and PNG have as many channels as the images."""
+    return facts.pipeline.image_channels <= 4
+
+
+def saving(facts: Facts) -> str:
+    """The code that saves the image that a call gave."""
+    if has_pictures(facts):
+        return 'image.save("sample.png")'
+    return 'import numpy\n\nnumpy.save("sample.npy", image)  # [height, width, channels] in [0, 1]'
 
 
 def first_prompt(facts: Facts) -> str:

@@ -389,11 +389,12 @@ ROWS = [
 ]  # fmt: skip
 
 # Flags whose effect takes more than a run with and without, each with a test of its own below, or in test_averaging,
-# test_latent_training and test_publishing
+# test_latent_training, test_pretrained and test_publishing
 APART = {
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "local_rank", "cache_dir", "dataset_config_name",
     "dry_run", "config", "foreach_ema", "offload_ema", "use_8bit_adam",
     "vae_name_or_path", "cache_latents", "hub_strategy", "save_variants",
+    "pretrained_model_name_or_path", "revision", "variant", "subfolder",
 }  # fmt: skip
 
 

@@ -119,11 +119,21 @@ def scale_of(images: list) -> int:
     return max(1, 64 // images[0].width)
 
 
+def on_white(image):
+    """A PIL image without its alpha, for GIF."""
+    from PIL import Image
+
+    if image.mode not in ("LA", "RGBA"):
+        return image
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
 def write_animation(grids: list, path: Path) -> None:
     """PIL pictures as an animated GIF; the last one stays a while."""
     from ..training.checkpointing import write_whole
 
-    frames = [picture.convert("P") for picture in grids]
+    frames = [on_white(picture).convert("P") for picture in grids]
     buffer = io.BytesIO()
     durations = [100] * (len(frames) - 1) + [2000]
     frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)

@@ -158,6 +158,9 @@ def sample(
     device = checked_device(device)
     pipeline = load_pipeline(model, revision, own_token(token)).to(device)
     guidance = (guidance_scale, guidance_rescale, guidance_interval)
+    if pipeline.image_channels > 4:
+        shown = f"the first three of {pipeline.image_channels} channels"
+        typer.echo(f"warning: the pictures show {shown}; output_type='np' of the pipeline gives all", err=True)
     conditions = read_conditions(pipeline, classifier, class_, prompt, negative_prompt, guidance, classifier_scale)
     check_writable(out)
     steps = set_sampler(pipeline, sampler.value, steps)
@@ -293,6 +296,7 @@ def sample_images(
             num_inference_steps=steps,
             num_frames=num_frames if first == 0 else 0,
             eta=eta,
+            output_type="preview",
         )
         album.add(output.images)
         frames = output.frames or frames

@@ -18,7 +18,15 @@ from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_ob
 from diffusers.optimization import get_scheduler
 
 from .averaging import make_ema
-from .checkpointing import SETTINGS, find_checkpoint, set_aside_later, truncate_jsonl, write_whole
+from .checkpointing import (
+    SETTINGS,
+    find_checkpoint,
+    list_checkpoints,
+    made_by_diffusers,
+    set_aside_later,
+    truncate_jsonl,
+    write_whole,
+)
 from .config import APPLIED, FIXED, SECRET_FLAGS, START, TrainingConfig, UsageError, flags_that
 from .faults import end_together, track
 from .loop import LOGS, Meter, StepPlan, TrainingState, let_old_go, load_checkpoint, register_model_hooks
@@ -132,6 +140,8 @@ def find_run(
     if not config.dry_run:
         settle_earlier_run(folder, accelerator)
     ours = [*run_files(folder), *waiting(folder)]
+    if not ours:
+        refuse_other_runs(folder)
     refuse_foreign_files(config, entries, ours)
     if config.resume_from_checkpoint:
         found = find_checkpoint(folder, config.resume_from_checkpoint, lambda line: log(accelerator, line))
@@ -157,6 +167,14 @@ def settle_earlier_run(folder: Path, accelerator) -> None:
             error = problem
     if any(gather_object([error is not None])):
         end_together(accelerator, error)
+
+
+def refuse_other_runs(folder: Path) -> None:
+    """Raise UsageError for a folder with a run of Diffusers' scripts."""
+    for checkpoint in reversed(list_checkpoints(folder)):
+        line = made_by_diffusers(checkpoint)
+        if line is not None:
+            raise UsageError(line)
 
 
 def refuse_foreign_files(config: TrainingConfig, entries: Sequence[Entry], ours: Sequence[str]) -> None:

@@ -1,101 +1,68 @@
 """What `ddpm-hf sample` writes: single images or an array, a grid, and the chains of some."""
 
-import contextlib
+import functools
 import io
 import os
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+PART = "samples"  # of the manifest of the folder
+PATTERNS = ("#.png", "grid.png", "progressive.png", "chain.gif", "samples.npz")
 MOST_IN_GRID = 1024
 ANIMATED, CHAINS = 16, 8  # images whose chains the GIF and the strip show
 
 
-def check_writable(out: Path) -> None:
-    """Raise ValueError for a folder that cannot be made or written to."""
+def check_out(out: Path) -> None:
+    """Raise ValueError for a folder that cannot be written to, or with such files of somebody else's."""
+    from ..training.ownership import check_replaceable
+
     parent = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     if not (parent.is_dir() and os.access(parent, os.W_OK)):
         raise ValueError(f"--out {out} cannot be written; name another folder")
+    check_replaceable(out, PART, PATTERNS, "out")
 
 
-class Album:
-    """The files of a call, written as the images come.
+def write_pictures(
+    images: list,
+    frames: list,
+    out: Path,
+    names: Sequence[str] = (),
+    columns: int | None = None,
+    singles: bool = True,
+    arrays: dict | None = None,
+) -> str:
+    """Write a grid of PIL images and what else is asked for, in the place of what an earlier call wrote.
 
     Args:
+        frames: of the chains, for a strip and an animation; empty for none.
         names: labels of the images, in turn: a grid of several has a row for each, with a legend.
         singles: whether each image is a file.
-        pixels: whether to keep the images' pixels, for `save_npz`.
+        arrays: those of an npz file, by their names.
+
+    Returns: what was written, for people.
     """
+    from ..training.ownership import replace_files
 
-    def __init__(self, out: Path, names: Sequence[str] = (), singles: bool = True, pixels: bool = False):
-        self.out, self.names, self.singles = out, list(names), singles
-        self.count, self.pixels = 0, [] if pixels else None
-        self.images = []  # those of the grid, PIL
-        self.written = []
+    shown = images[:MOST_IN_GRID]
+    files: dict[str, Callable[[], bytes]] = {"grid.png": lambda: encoded(grid(shown, names, columns))}
+    if frames:
+        files["progressive.png"] = lambda: encoded(strip_of(frames, images, names))
+        files["chain.gif"] = lambda: animation([grid(frame.sample[:ANIMATED], names) for frame in frames])
+    if arrays:
+        files["samples.npz"] = lambda: npz(arrays)
+    others = ", ".join(files)
+    if singles:
+        files |= {f"{index:04d}.png": functools.partial(encoded, image) for index, image in enumerate(images)}
+    replace_files(out, PART, files)
+    few = f" (of the first {len(shown):,})" if len(images) > len(shown) else ""
+    return f"{len(images):,} images in {out}: {others}{few}"
 
-    def add(self, images: list) -> None:
-        """Write the next images."""
-        import numpy as np
 
-        from ..saving import save_image
-
-        if self.singles:
-            for index, image in enumerate(images, self.count):
-                save_image(image, self.out / f"{index:04d}.png")
-        if self.pixels is not None:
-            self.pixels += [np.atleast_3d(np.asarray(image)) for image in images]  # [H, W, C]
-        self.count += len(images)
-        self.images += images[: MOST_IN_GRID - len(self.images)]
-
-    def save_grid(self, columns: int | None = None) -> None:
-        """All images as one picture, or the first of very many."""
-        from ..saving import save_image
-
-        save_image(grid(self.images, self.names, columns), self.out / "grid.png")
-        self.written.append("grid.png" + (f" (the first {len(self.images):,})" if self.count > MOST_IN_GRID else ""))
-
-    def save_chains(self, frames: list) -> None:
-        """A strip of x̂_0 along the chains of the first images, and an animated GIF of x_t."""
-        from ..data import image_grid
-        from ..saving import save_image
-
-        shown = min(CHAINS, len(self.images))
-        moments = frames[:: max(1, len(frames) // 10)][-9:] + frames[-1:]
-        strip = [moment.prediction[index] for index in range(shown) for moment in moments]
-        legend = [self.names[index % len(self.names)] for index in range(shown)] if len(self.names) > 1 else None
-        scale = scale_of(self.images)
-        picture = image_grid(strip, columns=len(moments), scale=scale, legend=legend)
-        save_image(picture, self.out / "progressive.png")
-        write_animation([grid(frame.sample[:ANIMATED], self.names) for frame in frames], self.out / "chain.gif")
-        self.written += ["progressive.png", "chain.gif"]
-
-    def save_npz(self, labels: Sequence[int]) -> None:
-        """All images as ADM's evaluation suite reads them: arr_0, uint8 [N, H, W, C]; of labels arr_1, int64 [N]."""
-        import numpy as np
-
-        arrays = [np.stack(self.pixels)] + ([np.asarray(labels, dtype=np.int64)] if len(labels) else [])
-        self.out.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=self.out, prefix=".samples.npz.", suffix=".partial")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                np.savez(file, *arrays)
-            os.chmod(partial, 0o644)
-            os.replace(partial, self.out / "samples.npz")
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(partial)
-        self.written.append("samples.npz")
-
-    def summary(self) -> str:
-        """What was written, for people."""
-        singles = [f"0000.png to {self.count - 1:04d}.png" if self.count > 1 else "0000.png"] * self.singles
-        return f"{self.count:,} image{'s'[: self.count != 1]} in {self.out}: {', '.join(singles + self.written)}"
-
-    def left(self) -> str:
-        """What is on disk if the work stops here."""
-        if self.count and self.singles:
-            return f"{self.count:,} finished images are in {self.out}"
-        return f"nothing was written to {self.out}"
+def encoded(image) -> bytes:
+    """A PIL image as PNG."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def grid(images: list, names: Sequence[str] = (), columns: int | None = None):
@@ -119,6 +86,17 @@ def scale_of(images: list) -> int:
     return max(1, 64 // images[0].width)
 
 
+def strip_of(frames: list, images: list, names: Sequence[str] = ()):
+    """x̂_0 along the chains of the first images, as one image."""
+    from ..data import image_grid
+
+    shown = min(CHAINS, len(images))
+    moments = frames[:: max(1, len(frames) // 10)][-9:] + frames[-1:]
+    strip = [moment.prediction[index] for index in range(shown) for moment in moments]
+    legend = [names[index % len(names)] for index in range(shown)] if len(names) > 1 else None
+    return image_grid(strip, columns=len(moments), scale=scale_of(images), legend=legend)
+
+
 def on_white(image):
     """A PIL image without its alpha, for GIF."""
     from PIL import Image
@@ -129,12 +107,27 @@ def on_white(image):
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
-def write_animation(grids: list, path: Path) -> None:
+def animation(grids: list) -> bytes:
     """PIL pictures as an animated GIF; the last one stays a while."""
-    from ..training.checkpointing import write_whole
-
     frames = [on_white(picture).convert("P") for picture in grids]
     buffer = io.BytesIO()
     durations = [100] * (len(frames) - 1) + [2000]
     frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
-    write_whole(path, buffer.getvalue())
+    return buffer.getvalue()
+
+
+def adm_arrays(images: list, labels: Sequence[int]) -> dict:
+    """PIL images as ADM's evaluation suite reads them: arr_0, uint8 [N, H, W, C]; of labels arr_1, int64 [N]."""
+    import numpy as np
+
+    arrays = {"arr_0": np.stack([np.atleast_3d(np.asarray(image)) for image in images])}
+    return arrays | ({"arr_1": np.asarray(labels, dtype=np.int64)} if len(labels) else {})
+
+
+def npz(arrays: dict) -> bytes:
+    """Arrays as the content of an npz file."""
+    import numpy as np
+
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    return buffer.getvalue()

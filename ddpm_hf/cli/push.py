@@ -55,6 +55,7 @@ def push(
     Checkpoints, optimizer states, logs and settings stay. Pushing again keeps what you wrote into the card.
     """
     from ..training.config import check_license
+    from ..training.ownership import settle
 
     token = own_token(token) if dry_run else token_to_write(token)
     check_license("license", license_)
@@ -63,6 +64,7 @@ def push(
     include = tuple(include or ())
     check_patterns(folder, include)
     quiet()
+    settle(folder)
     name = repository or folder.resolve().name
     if dry_run:
         show_upload(folder, name, token, license_, include, variant is not None)

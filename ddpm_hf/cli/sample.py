@@ -10,7 +10,7 @@ from ..space.samplers import SAMPLERS
 from .common import own_token, quiet
 from .conditions import Conditions, read_conditions
 from .endings import says_what_is_left
-from .pictures import Album, check_writable
+from .pictures import adm_arrays, check_out, write_pictures
 
 DEFAULT_IMAGES, DEFAULT_BETWEEN = 16, 11
 
@@ -147,6 +147,7 @@ def sample(
     """
     from ..space.drawing import load_pipeline
     from ..training.config import check_word
+    from ..training.ownership import settle
 
     for name, word in (("out", out), ("MODEL", model), ("classifier", classifier), ("revision", revision)):
         if word is not None:
@@ -156,34 +157,31 @@ def sample(
     quiet()
     use_all_cores()
     device = checked_device(device)
+    settle(model)
     pipeline = load_pipeline(model, revision, own_token(token)).to(device)
     guidance = (guidance_scale, guidance_rescale, guidance_interval)
     if pipeline.image_channels > 4:
         shown = f"the first three of {pipeline.image_channels} channels"
         typer.echo(f"warning: the pictures show {shown}; output_type='np' of the pipeline gives all", err=True)
     conditions = read_conditions(pipeline, classifier, class_, prompt, negative_prompt, guidance, classifier_scale)
-    check_writable(out)
+    check_out(out)
     steps = set_sampler(pipeline, sampler.value, steps)
-    album = Album(out, conditions.names, format is Format.png and not grid_only, format is Format.npz)
-    with says_what_is_left(album.left), autocast(device, precision):
+    columns, labels, frames = None, [], []
+    with says_what_is_left(lambda: f"nothing was written to {out}"), autocast(device, precision):
         if special:
             check_unconditional(pipeline, conditions, special)
         if interpolate:
-            count = DEFAULT_BETWEEN if num_images is None else num_images
-            album.add(images_between(pipeline, interpolate, timestep, count, seed, steps))
-            album.save_grid(columns=count)
+            columns = DEFAULT_BETWEEN if num_images is None else num_images
+            images = images_between(pipeline, interpolate, timestep, columns, seed, steps)
         elif shared_timestep is not None:
-            album.add(images_from_shared(pipeline, num_images or DEFAULT_IMAGES, shared_timestep, seed, steps))
-            album.save_grid()
+            images = images_from_shared(pipeline, num_images or DEFAULT_IMAGES, shared_timestep, seed, steps)
         else:
-            count, frames = num_images or DEFAULT_IMAGES, 40 if progressive else 0
-            frames = sample_images(pipeline, conditions, album, count, batch_size, seed, steps, eta, frames)
-            album.save_grid()
-            if frames:
-                album.save_chains(frames)
-            if format is Format.npz:
-                album.save_npz(conditions.labels(count))
-    typer.echo(album.summary())
+            count, moments = num_images or DEFAULT_IMAGES, 40 if progressive else 0
+            images, frames = sample_images(pipeline, conditions, count, batch_size, seed, steps, eta, moments)
+            labels = conditions.labels(count)
+    arrays = adm_arrays(images, labels) if format is Format.npz else None
+    singles = not (grid_only or arrays)
+    typer.echo(write_pictures(images, frames, out, conditions.names, columns, singles, arrays))
 
 
 def check_together(special: str | None, timestep, sampler: Sampler, eta: float, progressive: bool, format, grid_only):
@@ -271,21 +269,20 @@ def autocast(device: str, precision: Precision):
 def sample_images(
     pipeline,
     conditions: Conditions,
-    album: Album,
     num_images: int,
     batch_size: int,
     seed: int,
     steps: int,
     eta: float,
     num_frames: int,
-) -> list:
-    """Sample images into the album, batch by batch; the frames of the first batch's chains."""
+) -> tuple[list, list]:
+    """PIL images, batch by batch, and the frames of the first batch's chains."""
     from tqdm.auto import tqdm
 
     from ..space.drawing import keyed_generators
 
     pipeline.set_progress_bar_config(desc="steps", leave=False, disable=num_images > batch_size)
-    frames = []
+    images, frames = [], []
     starts = range(0, num_images, batch_size)
     for first in tqdm(starts, desc="batches", disable=len(starts) == 1):
         indices = range(first, min(first + batch_size, num_images))
@@ -298,9 +295,9 @@ def sample_images(
             eta=eta,
             output_type="preview",
         )
-        album.add(output.images)
+        images += output.images
         frames = output.frames or frames
-    return frames
+    return images, frames
 
 
 def images_between(pipeline, files: tuple[Path, Path], timestep: int, count: int, seed: int, steps: int) -> list:

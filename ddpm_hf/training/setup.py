@@ -47,6 +47,7 @@ from .ownership import (
     run_files,
     set_aside,
     settle,
+    some,
     waiting,
 )
 from .sessions import Sessions
@@ -221,11 +222,6 @@ def describe_start(config: TrainingConfig, found: tuple[Path, dict[str, Any]] | 
     else:
         line = "from the beginning"
     return f"     start  {line}; the first batch has been through the model and back"
-
-
-def some(names: Sequence[str]) -> str:
-    """Some of many names, for a message."""
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if names[4:] else "")
 
 
 def claim_output_dir(config: TrainingConfig, accelerator, entries: Sequence[Entry], step: int = 0) -> None:

@@ -271,7 +271,7 @@ from ddpm_hf.components import Components, build, draw_blueprint, fit_to_size, l
 from ddpm_hf.data import DIGIT_NAMES, DataError, should_cache
 from ddpm_hf.feeding import Images, make_batches, make_plan, open_images
 from ddpm_hf.latents import cache_embeddings, cached_latents, x_start_of
-from ddpm_hf.models import time_blindness, use_matmul_attention
+from ddpm_hf.models import compiled, time_blindness, use_matmul_attention
 from ddpm_hf.objectives import UniformTimestepSampler, check_objective, training_losses
 from ddpm_hf.portable.pipeline_text2image_ddpm_hf import TextToImageDDPMPipeline, tokenize
 from ddpm_hf.portable.scheduling_ddpm_hf import DDPMScheduler
@@ -539,6 +539,8 @@ def train(config: Text2ImageConfig) -> None:
     check_resumable(found, config, model.unet, facts, accelerator)
     check_parts(found, parts)
     state = begin_training(config, accelerator, model, total_steps, QUARTILES, facts, found, parts=parts)
+    if config.compile:
+        state.model = compiled(state.model)
     if accelerator.is_main_process:
         save_settings(config)
     start_trackers(config, accelerator, Path(__file__).stem)

@@ -264,9 +264,10 @@ def use_matmul_attention(model) -> None:
 
 
 def compiled(model: "torch.nn.Module") -> "torch.nn.Module":
-    """The model behind torch.compile."""
+    """The model behind torch.compile; as it is where Accelerate has compiled it."""
     import torch
-    import torch._inductor.config
 
-    torch._inductor.config.layout_optimization = False  # it gave wrong gradients for this model on CPUs
-    return torch.compile(model)
+    if hasattr(model, "_orig_mod"):
+        return model
+    # the layout optimization gave wrong gradients for this model on CPUs
+    return torch.compile(model, options={"layout_optimization": False})

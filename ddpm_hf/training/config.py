@@ -484,8 +484,10 @@ class OneLineParser(HfArgumentParser):
         return self.tokens(weaker, source) + words
 
     def over(self, weaker_layers, words: list[str], decided: Iterable[str] = ()) -> list[str]:
-        """The words over the layers that `weaker_layers` gives, but for what is `decided` already."""
-        for source, values in reversed(weaker_layers(self.parse(words))):
+        """The words over a launcher's settings and the layers of `weaker_layers`, except for what is `decided`."""
+        from .launcher import launcher_settings  # which needs this module's UsageError
+
+        for source, values in reversed([*weaker_layers(self.parse(words)), *launcher_settings()]):
             # a recipe may set flags that only other commands have
             values = {name: values[name] for name in values if name in self.flags() and name not in decided}
             words = self.below(values, source, words)

@@ -6,7 +6,6 @@ machine failed (a disk, a process) and the same command line goes on once that i
 
 import contextlib
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from tqdm.auto import tqdm
 
 from .checkpointing import list_checkpoints
 from .config import UsageError, one_line
+from .process import process_kept
 
 OUT_OF_MEMORY = (
     "out of memory: make --train_batch_size smaller (--gradient_accumulation_steps makes up for it), add"
@@ -129,14 +129,14 @@ def explained(error: BaseException, output_dir: str, mendable: tuple[type, ...])
 
 @contextlib.contextmanager
 def ends_in_one_line(program: str, output_dir: str, *mendable: type):
-    """Turn what is understood into one line on stderr and an exit code, with no traceback.
+    """Turn what is understood into one line on stderr and an exit code, with no traceback; the process is as before.
 
     Args:
         mendable: errors of the user's, beside `UsageError`.
     """
-    handler = signal.getsignal(signal.SIGTERM)
     try:
-        yield
+        with process_kept():
+            yield
     except KeyboardInterrupt:
         print(f"{program}: interrupted{where_it_goes_on(output_dir)}", file=sys.stderr)
         raise SystemExit(130) from None
@@ -156,6 +156,3 @@ def ends_in_one_line(program: str, output_dir: str, *mendable: type):
                 torch.distributed.barrier()
                 torch.distributed.destroy_process_group()
         raise SystemExit(found[0] if found else 1) from None
-    finally:
-        with contextlib.suppress(ValueError):  # not the main thread
-            signal.signal(signal.SIGTERM, handler)

@@ -280,6 +280,7 @@ from ddpm_hf.publishing import Publisher, describe_run, reserve_repository
 from ddpm_hf.training.faults import ends_in_one_line
 from ddpm_hf.training.loop import Losses, averaged_weights, training_loop, unwrap
 from ddpm_hf.training.randomness import StepKeys
+from ddpm_hf.training.reporting import shows_bars
 from ddpm_hf.training.setup import (
     agree_on_seed,
     begin_training,
@@ -403,21 +404,24 @@ def make_pipeline(model: TextConditioned, components: Components) -> TextToImage
     )
 
 
-def draw_prompts(model, step: int, *, pipeline_of, prompts: list[str], config: Text2ImageConfig, accelerator) -> None:
+def draw_prompts(
+    model, step: int, *, pipeline_of, prompts: list[str], config: Text2ImageConfig, accelerator
+) -> Path | None:
     """A grid with a row for each prompt."""
     pipeline = pipeline_of(model)
-    pipeline.set_progress_bar_config(desc="sampling", leave=False, disable=not accelerator.is_main_process)
-    shown = prompts[: config.eval_batch_size]
-    columns = config.eval_batch_size // len(shown)
+    shown = accelerator.is_main_process and shows_bars()
+    pipeline.set_progress_bar_config(desc="sampling", leave=False, disable=not shown)
+    prompts = prompts[: config.eval_batch_size]
+    columns = config.eval_batch_size // len(prompts)
 
     steps = min(config.num_inference_steps, len(pipeline.scheduler))
 
     def sample(places: list[int], generators: list[torch.Generator], num_frames: int):
-        asked = [shown[place // columns] for place in places]
+        asked = [prompts[place // columns] for place in places]
         options = {"num_inference_steps": steps, "guidance_scale": config.guidance_scale, "num_frames": num_frames}
         return pipeline(asked, generator=generators, **options)
 
-    draw_grid(sample, columns * len(shown), columns, step, config, accelerator)
+    return draw_grid(sample, columns * len(prompts), columns, step, config, accelerator, prompts)
 
 
 def default_prompts(config: Text2ImageConfig, images: Images) -> list[str]:

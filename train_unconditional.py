@@ -107,6 +107,7 @@ from ddpm_hf.publishing import Publisher, describe_run, reserve_repository
 from ddpm_hf.training.faults import ends_in_one_line
 from ddpm_hf.training.loop import Losses, StepPlan, averaged_weights, training_loop, unwrap
 from ddpm_hf.training.randomness import StepKeys
+from ddpm_hf.training.reporting import shows_bars
 from ddpm_hf.training.setup import (
     agree_on_seed,
     begin_training,
@@ -209,23 +210,24 @@ def validation_loss(
     return {"validation_loss": float(total[0] / total[1])}
 
 
-def draw_samples(model, step: int, *, pipeline_of, config: UnconditionalConfig, accelerator) -> None:
+def draw_samples(model, step: int, *, pipeline_of, config: UnconditionalConfig, accelerator) -> Path | None:
     """A grid of `eval_batch_size` images; by class, a row for each."""
     pipeline = pipeline_of(model)
-    pipeline.set_progress_bar_config(desc="sampling", leave=False, disable=not accelerator.is_main_process)
-    count, columns, labels = config.eval_batch_size, None, None
+    shown = accelerator.is_main_process and shows_bars()
+    pipeline.set_progress_bar_config(desc="sampling", leave=False, disable=not shown)
+    count, columns, labels, legend = config.eval_batch_size, None, None, None
     if isinstance(pipeline, ClassConditionalDDPMPipeline):
-        shown = pipeline.default_classes[:count]
-        columns = count // len(shown)
-        labels = [label for label in shown for _ in range(columns)]
-        count = len(labels)
+        classes = pipeline.default_classes[:count]
+        columns = count // len(classes)
+        labels = [label for label in classes for _ in range(columns)]
+        count, legend = len(labels), [pipeline.config.id2label[str(label)] for label in classes]
     steps = min(config.ddpm_num_inference_steps, config.ddpm_num_steps)
 
     def sample(places: list[int], generators: list[torch.Generator], num_frames: int):
         what = len(places) if labels is None else [labels[place] for place in places]
         return pipeline(what, generator=generators, num_inference_steps=steps, num_frames=num_frames)
 
-    draw_grid(sample, count, columns, step, config, accelerator)
+    return draw_grid(sample, count, columns, step, config, accelerator, legend)
 
 
 def describe(config: UnconditionalConfig, images: Images, plan: StepPlan, total_steps: int, model) -> str:

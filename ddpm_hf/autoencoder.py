@@ -97,14 +97,14 @@ def compute_loss(model, batch: dict, keys: StepKeys, *, kl_weight: float, accele
 
 
 @torch.no_grad()
-def draw_reconstructions(model, step: int, *, images: Images, folder: Path, accelerator) -> None:
+def draw_reconstructions(model, step: int, *, images: Images, folder: Path, accelerator) -> Path | None:
     """A picture of eight images, and what the autoencoder makes of them."""
     from diffusers.image_processor import VaeImageProcessor
 
     from .data import image_grid
 
     if not accelerator.is_main_process:
-        return
+        return None
     shown = images.held_out or images.dataset
     batch = shown.__getitems__([(0, index) for index in range(min(8, len(shown)))])
     originals = to_model_range(batch["images"].to(accelerator.device))
@@ -114,8 +114,10 @@ def draw_reconstructions(model, step: int, *, images: Images, folder: Path, acce
     processor = VaeImageProcessor(vae_scale_factor=1, do_convert_grayscale=gray, do_convert_rgb=not gray)
     both = processor.postprocess(torch.cat([originals, rebuilt]), output_type="pil")
     picture = image_grid(both, len(originals), scale=max(1, 64 // both[0].width))
-    save_image(picture, folder / "samples" / f"step-{step:06d}.png")
+    path = folder / "samples" / f"step-{step:06d}.png"
+    save_image(picture, path)
     track_image(accelerator, "reconstructions", picture, step)
+    return path
 
 
 @torch.no_grad()

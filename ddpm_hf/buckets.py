@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import ImageOps
-from tqdm.auto import tqdm
 
 from .data import ImageDataset, ImageTransform, Rows, decode_row
+from .training.reporting import task
 
 WIDEST = 2.0  # the longer side over the shorter
 MOST_ROWS = 2**40  # of one size
@@ -39,12 +39,14 @@ def nearest_bucket(height: int, width: int, sizes: list[tuple[int, int]]) -> int
 def aspect_ratios(rows: Rows) -> list[tuple[int, int]]:
     """(height, width) of each image, upright; (0, 0) of one that cannot be read, which the dataset will name."""
     found = []
-    for index, row in enumerate(tqdm(rows.dataset, desc="reading sizes", disable=len(rows.dataset) < 2000)):
-        try:
-            image = ImageOps.exif_transpose(decode_row(row[rows.image_column], str(index)))
-            found.append((image.height, image.width))
-        except Exception:  # decoding and turning it upright may raise anything
-            found.append((0, 0))
+    with task("reading sizes", len(rows.dataset), len(rows.dataset) >= 2000) as bar:
+        for index, row in enumerate(rows.dataset):
+            try:
+                image = ImageOps.exif_transpose(decode_row(row[rows.image_column], str(index)))
+                found.append((image.height, image.width))
+            except Exception:  # decoding and turning it upright may raise anything
+                found.append((0, 0))
+            bar.update(1)
     return found
 
 

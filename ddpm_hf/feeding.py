@@ -66,7 +66,11 @@ def open_images(
         DataError: what cannot be read, named.
     """
     with accelerator.local_main_process_first():
-        rows, held_out_rows = load_rows(flags, config.seed, config.hub_token, caption_column)
+        rows, held_out_rows = load_rows(
+            flags, config.seed, config.hub_token, caption_column, config.validation_steps is not None
+        )
+    if rows.left_out:
+        log(accelerator, f"{rows.name}: left out {rows.left_out}")
     if flags.validation_split and not config.validation_steps:
         log(accelerator, "warning: --validation_split holds images out that are never used without --validation_steps")
     for part in (rows, held_out_rows):

@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from tqdm.auto import tqdm
 
 from .data import ImageDataset, augmentation_uniforms, to_model_range
 from .training.checkpointing import flush, flush_tree
 from .training.config import UsageError
 from .training.randomness import StepKeys
+from .training.reporting import task
 
 UNAUGMENTED = np.zeros(4)  # crop at the corner, flip if anything is flipped, the first caption
 ROWS_A_FILE = 2048
@@ -129,8 +129,7 @@ class TensorTable:
         # shared out before looking at what is there, which another rank may be writing
         own = sorted(places.values())[accelerator.process_index :: accelerator.num_processes]
         missing = [place for place in own if wanted[place] not in self.row_of]
-        bar = tqdm(total=len(missing), desc=what, disable=not accelerator.is_local_main_process or len(missing) < 100)
-        with bar:
+        with task(what, len(missing), accelerator.is_local_main_process and len(missing) >= 100) as bar:
             for part in _parts(missing, ROWS_A_FILE):
                 tensors = []
                 for batch in _parts(part, 64):

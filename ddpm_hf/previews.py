@@ -1,6 +1,6 @@
 """Sample grids during training: drawn by all processes together, the same noise each time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,17 @@ def draw_grid(
     step: int,
     config: TrainingConfig,
     accelerator,
-) -> None:
+    legend: Sequence[str] | None = None,
+) -> Path | None:
     """Sample `count` images, shared out over the ranks, into one PNG and the tracker; and x̂_0 along some chains.
 
     An image depends on the seed and its place in the grid alone, so that grids show one model's progress. A grid that
-    memory or disk have no room for is left out with a warning.
+    memory or disk have no room for is left out with a warning. Returns the picture's path, on the main process.
 
     Args:
         sample: (places in the grid, a generator for each, how many frames to keep) -> a pipeline's output.
         columns: of the grid; its chains are those of the rows' first images.
+        legend: a label for each row, such as its class or prompt.
 
     Raises:
         InterruptedLookError: on all ranks, if one was asked to stop meanwhile.
@@ -66,9 +68,9 @@ def draw_grid(
     if not faults and accelerator.is_main_process:
         drawn = sorted((one for _, part in parts for one in part), key=lambda one: one[0])
         scale, folder = max(1, 64 // drawn[0][1].width), Path(config.output_dir) / "samples"
-        grid = image_grid([image for _, image, _ in drawn], columns, scale=scale)
+        grid = image_grid([image for _, image, _ in drawn], columns, scale=scale, legend=legend)
         chains = [chain for place, _, chain in drawn if place in shown]
-        strip = image_grid([image for chain in chains for image in chain], len(chains[0]), scale=scale)
+        strip = image_grid([image for chain in chains for image in chain], len(chains[0]), scale=scale, legend=legend)
         try:
             save_image(grid, folder / f"step-{step:06d}.png")
             save_image(strip, folder / f"chain-{step:06d}.png")
@@ -77,3 +79,5 @@ def draw_grid(
         track_image(accelerator, "samples", grid, step)
     if faults:
         warn(accelerator, f"no pictures of step {step} ({faults[0]}); training goes on")
+        return None
+    return Path(config.output_dir) / "samples" / f"step-{step:06d}.png"

@@ -474,8 +474,12 @@ def test_a_grid_has_a_row_for_each_class(count, rows, columns, world, monkeypatc
     grids = sorted((folder / "samples").glob("step-*"))
     assert [grid.name for grid in grids] == ["step-000006.png", "step-000008.png"]
     for grid in grids:
-        picture = pixels_of(Image.open(grid))
-        assert picture.shape == (2 + 66 * rows, 2 + 66 * columns)  # 8 pixels enlarged 8 times, and gaps of 2
+        width = 2 + 66 * columns
+        legend, picture = np.split(pixels_of(Image.open(grid)), [-width], axis=1)
+        assert [legend[2 + 66 * row : 66 + 66 * row].min() < 100 for row in range(rows)] == [
+            True
+        ] * rows  # black on white
+        assert picture.shape == (2 + 66 * rows, width)  # 8 pixels enlarged 8 times, and gaps of 2
         for row, column in itertools.product(range(rows), range(columns)):
             cell = picture[2 + 66 * row :, 2 + 66 * column :][:64, :64]
             assert np.abs(cell - (row / 3 + 0.5) / 2 * 255).max() <= 1
@@ -574,7 +578,8 @@ def test_learned_variances_train_save_and_sample(case, by_class, world, tmp_path
     assert pipeline.scheduler.config.variance_type == "learned_range"
     what = [0, 1, 2] if by_class else 3
     generators = [torch.Generator().manual_seed(keyed_seed(3, "sample", 0, index)) for index in range(3)]
-    drawn = image_grid(pipeline(what, generator=generators, num_inference_steps=5).images, 1 if by_class else None, 8)
+    rows = {"columns": 1, "legend": list(pipeline.config.id2label.values())} if by_class else {}
+    drawn = image_grid(pipeline(what, generator=generators, num_inference_steps=5).images, scale=8, **rows)
     shown = Image.open(max((folder / "samples").glob("step-*")))
     assert shown.size == drawn.size
     assert np.abs(pixels_of(shown) - pixels_of(drawn)).max() <= 1

@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 import train_text2image
 from ddpm_hf import autoencoder
 from ddpm_hf.captions import encode_captions
-from ddpm_hf.data import DataFlags
+from ddpm_hf.data import DataFlags, image_grid
 from ddpm_hf.latents import TensorTable
 from ddpm_hf.portable.pipeline_text2image_ddpm_hf import tokenize
 from ddpm_hf.training.checkpointing import read_manifest
@@ -228,12 +228,11 @@ def test_captions_are_the_default_prompts_also_of_cached_latents(shop, tmp_path)
         folder = tmp_path / f"{start}-{len(flags)}"
         run = train(start, shop, folder, validation_prompts=None, eval_batch_size=16, max_train_steps=2, **flags)
         (grid,) = (run.folder / "samples").glob("step-*")
-        assert Image.open(grid).height > Image.open(grid).width  # a row for each of eight captions, of two images
+        assert Image.open(grid).height == 2 + 8 * 66  # a row for each of eight captions
 
 
 def test_a_grid_shows_the_prompts_row_by_row(trained, shop):
     """Else a picture in the grid is of another prompt than its row's."""
-    from ddpm_hf.data import image_grid
     from ddpm_hf.training.randomness import keyed_seed
 
     folder = trained("checkpoint")
@@ -242,7 +241,7 @@ def test_a_grid_shows_the_prompts_row_by_row(trained, shop):
     own = [torch.Generator().manual_seed(keyed_seed(3, "sample", 0, index)) for index in range(2)]
     images = pipeline(["a red square"] * 2, num_inference_steps=2, guidance_scale=3.0, generator=own).images
     shown = np.asarray(Image.open(folder / "samples" / "step-000006.png")).astype(int)
-    assert np.abs(shown - np.asarray(image_grid(images, 2, scale=4))).max() <= 2
+    assert np.abs(shown - np.asarray(image_grid(images, 2, scale=4, legend=["a red square"]))).max() <= 2
 
 
 def test_overwriting_leaves_nothing_of_the_earlier_run(shop, tmp_path):
@@ -1057,7 +1056,8 @@ def test_several_prompts_are_as_many_rows(shop, tmp_path):
     argv = command("checkpoint", shop, tmp_path, validation_prompts=None, max_train_steps=1, eval_batch_size=6)
     run = run_text_script([*argv, "--validation_prompts", *CAPTIONS[:3]], tmp_path)
     grid = Image.open(run.folder / "samples" / "step-000001.png")
-    assert grid.size == (2 + 2 * 66, 2 + 3 * 66)
+    expected = image_grid([Image.new("RGB", (16, 16))] * 6, 2, scale=4, legend=CAPTIONS[:3])
+    assert grid.size == expected.size
 
 
 @pytest.mark.parametrize("start", START)

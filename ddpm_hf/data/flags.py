@@ -1,5 +1,6 @@
 """Flags of the data."""
 
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -36,6 +37,8 @@ IMAGES = names_elsewhere("""
 --center_crop: crop centre_crop
 --image_interpolation_mode: interpolation resize_mode
 """)
+
+KINDS = ("imagefolder", "parquet", "arrow", "csv", "json", "webdataset")  # of files, as `datasets` names them
 
 
 @dataclass
@@ -130,8 +133,13 @@ class DataFlags(ImageFlags):
             raise DataError(f"--channels {self.channels}: images have 1 or 3")
         if not 0 <= self.validation_split < 1:
             raise DataError(f"--validation_split {self.validation_split}: must be at least 0 and less than 1")
-        if self.dataset_name and self.train_data_dir:
-            raise DataError("--dataset_name and --train_data_dir name two datasets; give one of them")
+        if self.dataset_name and self.train_data_dir and self.dataset_name not in KINDS:
+            raise DataError(
+                "--dataset_name and --train_data_dir name two datasets; give one of them, or with --train_data_dir the"
+                f" kind of its files ({', '.join(KINDS)})"
+            )
+        if self.dataset_name in KINDS and not self.train_data_dir and not os.path.exists(self.dataset_name):
+            raise DataError(f"--dataset_name {self.dataset_name} requires --train_data_dir, the folder of its files")
         if self.streaming and self.embedded:
             raise DataError("--streaming needs --dataset_name or --train_data_dir; the embedded digits are in memory")
         if self.max_train_samples is not None and (self.max_train_samples < 1 or self.streaming):

@@ -11,8 +11,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 from .errors import DataError, broken_image
+from .formats import EXECUTED, register_plugins
 
-EXECUTED = ("EPS", "WMF")  # formats that PIL hands to an interpreter outside of it
 LONGEST = 32  # an image's side over that of what is cropped from it: of an endless strip, the middle
 
 
@@ -143,6 +143,7 @@ def decode_row(value: Any, name: str) -> Image.Image:
             return value
         if isinstance(value, (list, np.ndarray)):
             return _image_of(np.asarray(value))
+        register_plugins()
         image = Image.open(io.BytesIO(value) if isinstance(value, bytes) else value)
         if image.format in EXECUTED:
             raise ValueError(f"{image.format} is a program for another program, and not decoded here")

@@ -1,9 +1,11 @@
-"""From a dataset's name or a local path to rows."""
+"""From the flags of the data, a dataset's name or a local path to rows."""
 
+import contextlib
 import dataclasses
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,36 +15,40 @@ from .flags import DataFlags
 from .labels import name_classes
 from .rows import Rows, split_rows
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
+VALIDATION_SPLITS = ("validation", "valid", "val", "dev")
 
 
 def load_rows(
-    flags: DataFlags, seed: int, token: str | None = None, caption_column: str | None = None
+    flags: DataFlags, seed: int, token: str | None = None, caption_column: str | None = None, validate: bool = False
 ) -> tuple[Rows, Rows | None]:
-    """The images to train on, and those held out: a random share, or the embedded digits' test part.
+    """The images to train on, and those held out.
+
+    Held out are a random share of them, if the flags say so; else, to `validate`, the dataset's validation split; of
+    the embedded digits, their test part.
 
     Args:
         caption_column: of texts, or lists of texts, to read along.
+        validate: whether held-out images will be used.
 
     Raises:
-        DataError: no such dataset, column or split.
+        DataError: no such dataset, column or split, or none to validate on.
     """
-    if not flags.embedded:
-        rows = read_dataset(
-            flags.dataset_name,
-            flags.train_data_dir,
-            config_name=flags.dataset_config_name,
-            split=flags.dataset_split,
-            image_column=flags.image_column,
-            label_column=flags.label_column,
-            caption_column=caption_column,
-            streaming=flags.streaming,
-            cache_dir=flags.cache_dir,
-            token=token,
-        )
-        parts = split_rows(rows, flags.validation_split, seed) if flags.validation_split else (rows, None)
+    if flags.embedded:
+        parts = _embedded_rows(flags, caption_column)
         return _limited(parts[0], flags.max_train_samples, seed), parts[1]
-    parts = embedded_digits("train", flags.size()), embedded_digits("test", flags.size())
+    dataset = open_dataset(flags.dataset_name, flags.train_data_dir, flags.dataset_config_name, flags.cache_dir, token)
+    columns = Columns(flags.image_column, flags.label_column, caption_column)
+    rows, held_out = read_rows(dataset, flags.dataset_split, columns, flags.streaming), None
+    if flags.validation_split:
+        rows, held_out = split_rows(rows, flags.validation_split, seed)
+    elif validate:
+        held_out = _validation_rows(dataset, flags, rows)
+    return _limited(rows, flags.max_train_samples, seed), held_out
+
+
+def _embedded_rows(flags: DataFlags, caption_column: str | None) -> list[Rows]:
+    """The embedded digits to train on, and to validate on."""
+    parts = [embedded_digits(part, flags.size()) for part in ("train", "test")]
     named = {
         "--image_column": flags.image_column,
         "--label_column": flags.label_column,
@@ -56,7 +62,39 @@ def load_rows(
         raise DataError(f"--label_column {flags.label_column}: the labels of {EMBEDDED_DATASET} are in 'label'")
     for part in parts:
         part.label_column, part.caption_column = flags.label_column, caption_column
-    return _limited(parts[0], flags.max_train_samples, seed), parts[1]
+    return parts
+
+
+def _validation_rows(dataset: "OpenDataset", flags: DataFlags, rows: Rows) -> Rows:
+    """The dataset's validation split, its classes numbered as those of the rows to train on.
+
+    Raises:
+        DataError: it has none, or trains on it.
+    """
+    from .local import split_names
+
+    way_out = "give --validation_split 0.05, for example, or leave --validation_steps out"
+    with dataset.reported():
+        splits = dataset.source.splits()
+    validation = next((name for name in VALIDATION_SPLITS if name in splits), None)
+    if validation is None:
+        raise DataError(
+            f"--validation_steps requires held-out images, and {rows.name} has no validation split"
+            f" (it has {', '.join(splits)}); {way_out}"
+        )
+    if {"all", validation} & set(split_names(flags.dataset_split)):
+        raise DataError(
+            f"--dataset_split {flags.dataset_split} trains on the split {validation!r}, which --validation_steps would"
+            f" validate on; {way_out}"
+        )
+    columns = Columns(rows.image_column, rows.label_column, rows.caption_column)
+    held_out = read_rows(dataset, validation, columns, flags.streaming and not dataset.is_local, rows)
+    if flags.streaming and not dataset.is_local:  # held-out images are kept decoded, so these fit too
+        import datasets
+
+        with dataset.reported():
+            held_out.dataset = datasets.Dataset.from_list(list(held_out.dataset), held_out.dataset.features)
+    return held_out
 
 
 def _limited(rows: Rows, most: int | None, seed: int) -> Rows:
@@ -67,43 +105,70 @@ def _limited(rows: Rows, most: int | None, seed: int) -> Rows:
     return rows.part(np.sort(order[:most]))
 
 
-def _read_local(path: Path, config_name: str | None, split: str, streaming: bool, cache_dir: str | None):
-    """A dataset from a folder or file: `save_to_disk`, parquet, arrow, images, or as its README.md configures it."""
-    import datasets
+class Columns(NamedTuple):
+    """Which columns hold what; None for the image column is the one whose feature is an image."""
 
-    options = {"split": split, "streaming": streaming, "cache_dir": cache_dir}
-    if config_name is not None:
-        return datasets.load_dataset(str(path), config_name, **options)
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        dataset = datasets.load_from_disk(str(path))
-        if isinstance(dataset, datasets.DatasetDict):
-            dataset = _pick_split(dataset, split, path)
-        return dataset.to_iterable_dataset() if streaming else dataset
-    for kind in ("parquet", "arrow"):
-        files = [path] if path.suffix == f".{kind}" else sorted(path.rglob(f"*.{kind}")) if path.is_dir() else []
-        if files:
-            named = {
-                name for name in ("train", "validation", "test", split) if any(_is_of(file, name) for file in files)
-            }
-            if named and split not in named:
-                raise DataError(f"{path} has no split {split!r}; it has {', '.join(sorted(named))} (--dataset_split)")
-            in_split = [file for file in files if not named or _is_of(file, split)]
-            return datasets.load_dataset(kind, data_files={split: [str(file) for file in in_split]}, **options)
-    if not path.is_dir() or not any(file.suffix.lower() in IMAGE_SUFFIXES for file in path.rglob("*")):
-        wanted = " ".join(sorted(IMAGE_SUFFIXES))
-        raise DataError(f"{path}: neither images ({wanted}) nor parquet, arrow or save_to_disk data in it")
-    return datasets.load_dataset("imagefolder", data_dir=str(path), **options)
+    image: str | None = None
+    label: str | None = None
+    caption: str | None = None
 
 
-def _is_of(file: Path, split: str) -> bool:
-    """Whether a file's name says that it is (part of) a split."""
-    return file.name.startswith(split)
+@dataclasses.dataclass
+class OpenDataset:
+    """A dataset that is known and not yet read."""
+
+    name: str  # as the user gave it
+    source: Any  # local.Source
+    is_local: bool
+    folders: tuple[str, ...]  # in which its files may lie
+    config_name: str | None = None
+
+    @contextlib.contextmanager
+    def reported(self) -> Iterator[None]:
+        """Turn whatever reading raises into a DataError."""
+        with _reported(self.name, self.config_name):
+            yield
 
 
-def _pick_split(splits, split: str, name) -> Any:
-    if split not in splits:
-        raise DataError(f"{name} has no split {split!r}; it has {', '.join(splits)} (--dataset_split)")
-    return splits[split]
+@contextlib.contextmanager
+def _reported(name: str, config_name: str | None) -> Iterator[None]:
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:  # datasets has no common base for what can go wrong
+        first = error.__cause__ or error  # "an error occurred" says less than what it was
+        reason = " ".join(str(first).split())[:300] + f" ({first.__class__.__name__})"
+        asked = f" with --dataset_config_name {config_name}" if config_name else ""
+        raise DataError(f"dataset {name!r} cannot be loaded{asked}: {reason}") from error
+
+
+def open_dataset(
+    name: str | None = None,
+    directory: str | None = None,
+    config_name: str | None = None,
+    cache_dir: str | None = None,
+    token: str | None = None,
+) -> OpenDataset:
+    """A dataset by its Hub name, or in a local folder or file.
+
+    Args:
+        name: a name on the Hub, or a local path; with a `directory`, the kind of files in it, such as `imagefolder`.
+
+    Raises:
+        DataError: no such dataset.
+    """
+    from .local import Options, of_library, open_local
+
+    path = Path(directory or name).expanduser()
+    is_local = directory is not None or path.exists()
+    options = Options(name if directory else None, config_name, cache_dir)
+    if is_local and not path.exists():
+        raise DataError(f"--train_data_dir {directory}: no such folder")
+    with _reported(str(path), config_name):
+        source = open_local(path, options) if is_local else of_library(name, options, False, token)
+    folders = _folders(path if is_local else None, cache_dir)
+    return OpenDataset(directory or name, source, is_local, folders, config_name)
 
 
 def read_dataset(
@@ -123,62 +188,66 @@ def read_dataset(
 
     Args:
         name: a name on the Hub, or a local path.
-        directory: a local path; images may lie in class folders or beside a `metadata.jsonl`.
+        directory: a local path; images may lie in class folders, or be described by `metadata.jsonl`.
+        split: such as `train`, `train[:67%]` or `train+test`.
         image_column: by default the one whose feature is an image.
 
     Raises:
         DataError: no such dataset, split or column.
     """
+    dataset = open_dataset(name, directory, config_name, cache_dir, token)
+    return read_rows(dataset, split, Columns(image_column, label_column, caption_column), streaming)
+
+
+def read_rows(
+    opened: OpenDataset, split: str, columns: Columns, streaming: bool = False, like: Rows | None = None
+) -> Rows:
+    """The rows of a split.
+
+    Args:
+        like: rows of another split, whose classes these have.
+
+    Raises:
+        DataError: no such split or column.
+    """
     import datasets
 
-    source = directory or name
-    path = Path(source)
-    try:
-        if directory or path.exists():
-            if not path.exists():
-                raise DataError(f"--train_data_dir {directory}: no such folder")
-            dataset = _read_local(path, config_name, split, streaming, cache_dir)
-        else:
-            dataset = datasets.load_dataset(
-                name, config_name, split=split, streaming=streaming, cache_dir=cache_dir, token=token
-            )
-    except DataError:
-        raise
-    except Exception as error:  # datasets has no common base for what can go wrong
-        first = error.__cause__ or error  # "an error occurred" says less than what it was
-        reason = " ".join(str(first).split())[:300] + f" ({first.__class__.__name__})"
-        asked = f" with --dataset_config_name {config_name}" if config_name else ""
-        raise DataError(f"dataset {source!r} cannot be loaded{asked}: {reason}") from error
+    source = opened.name
+    with opened.reported():
+        dataset = opened.source.read(split, streaming)
     features = dataset.features or {}
-    columns = list(features) or list(dataset.column_names or [])
-    image_column = _find_image_column(features, columns, image_column, source)
+    there = list(features) or list(dataset.column_names or [])
+    image_column = _find_image_column(features, there, columns.image, source)
     if isinstance(features.get(image_column), datasets.Image):
         dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
-    if label_column is not None and label_column not in columns:
-        hint = "; class folders become labels where every image lies in one of two or more" if directory else ""
-        there = ", ".join(columns)
-        raise DataError(f"no column {label_column!r} in {source}; it has {there} (--label_column){hint}")
-    if caption_column is not None and caption_column not in columns:
-        raise DataError(f"no column {caption_column!r} in {source}; it has {', '.join(columns)} (--caption_column)")
-    names = getattr(features.get(label_column), "names", None) or []
-    labels_are_names = label_column is not None and not names
-    if labels_are_names:
-        if streaming:
-            raise DataError(f"column {label_column!r} of {source} has no class names, which a stream cannot count")
-        names = name_classes(dataset[label_column], label_column, source)
-    folders = _folders(path if directory or path.exists() else None, cache_dir)
-    rows = Rows(dataset, str(source), image_column, label_column, list(names), caption_column, folders=folders)
-    return dataclasses.replace(rows, labels_are_names=labels_are_names)
+    for flag, wanted in (("--label_column", columns.label), ("--caption_column", columns.caption)):
+        if wanted is not None and wanted not in there:
+            by_class = opened.is_local and flag == "--label_column"
+            hint = "; class folders become labels where every image lies in one of two or more" if by_class else ""
+            raise DataError(f"no column {wanted!r} in {source}; it has {', '.join(there)} ({flag}){hint}")
+    rows = Rows(dataset, source, image_column, columns.label, caption_column=columns.caption)
+    rows.folders, rows.left_out = opened.folders, opened.source.note
+    if like is not None:
+        rows.label_names, rows.labels_are_names = like.label_names, like.labels_are_names
+    elif columns.label is not None:
+        rows.label_names = list(getattr(features.get(columns.label), "names", None) or [])
+        rows.labels_are_names = not rows.label_names
+        if rows.labels_are_names and streaming:
+            raise DataError(f"column {columns.label!r} of {source} has no class names, which a stream cannot count")
+        if rows.labels_are_names:
+            rows.label_names = name_classes(dataset[columns.label], columns.label, source)
+    return rows
 
 
 def _folders(local: Path | None, cache_dir: str | None) -> tuple[str, ...]:
-    """Where a dataset's files may lie: in its own folder, or in the caches that the libraries download to."""
+    """Where a dataset's files may lie: in its folder, or in the caches that the libraries download to."""
     import datasets
     import huggingface_hub
 
     caches = (cache_dir, datasets.config.HF_DATASETS_CACHE, huggingface_hub.constants.HF_HUB_CACHE)
-    own = None if local is None else local if local.is_dir() else local.parent
-    return tuple(os.path.abspath(folder) for folder in (own, *caches) if folder)
+    folder = None if local is None else local if local.is_dir() else local.parent
+    named = [] if folder is None else [os.path.abspath(folder), os.path.realpath(folder)]
+    return tuple(dict.fromkeys([*named, *(os.path.abspath(cache) for cache in caches if cache)]))
 
 
 def _find_image_column(features: dict, columns: list[str], wanted: str | None, source: str) -> str:

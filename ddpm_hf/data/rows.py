@@ -24,6 +24,7 @@ class Rows:
     caption_column: str | None = None
     numbers: np.ndarray | None = None  # of the rows in the dataset that these are a part of
     folders: tuple[str, ...] = ()  # in which its files lie; where none is named, anywhere
+    left_out: str = ""  # what of the dataset's files is not read, and why
     labels_are_names: bool = False  # integers in the label column name their class, and are not its id
 
     def name_of(self, row: dict, index: int) -> str:

@@ -23,6 +23,7 @@ from transformers import HfArgumentParser, hf_argparser
 
 from .help import EPILOG, FlagFormatter, grouped, meanings_of, meant
 from .meanings import TRAINING
+from .paths import expand_home
 
 SECRET_FLAGS = ("hub_token",)  # never written, shown or tracked
 
@@ -438,8 +439,8 @@ class OneLineParser(HfArgumentParser):
         return underscored + equals + value if flag not in known and underscored in known else word
 
     def parse_known_args(self, args=None, namespace=None):
-        """As argparse, with hyphens for underscores in any flag."""
-        return super().parse_known_args([self.spelled(word) for word in args or []], namespace)
+        """As argparse, with hyphens for underscores in any flag, and `~` in any value."""
+        return super().parse_known_args([expand_home(self.spelled(word)) for word in args or []], namespace)
 
     def tokens(self, values: dict[str, Any], source: str) -> list[str]:
         """Values as command-line words, which argparse has checked like the user's own."""

@@ -21,6 +21,7 @@ from .checkpointing import check_random_states, flush, load_tensors, read_manife
 from .config import TrainingConfig, UsageError
 from .faults import RunError, attempt, end_together, track, warn
 from .randomness import StepKeys, keyed_seed
+from .reporting import Progress
 from .sessions import Sessions
 from .sharded import WholeModel, whole_ema
 from .stopping import InterruptedLookError, Stop
@@ -375,6 +376,55 @@ def append_jsonl(path: Path, record: dict[str, Any]) -> None:
         file.write(json.dumps(record) + "\n")
 
 
+class StepResult(NamedTuple):
+    """What an optimizer step came to."""
+
+    norm: float  # of the gradient; NaN where the engine does not say it
+    finite: bool  # whether it was taken; else weights, moments and EMA are as before
+    taken: list[tuple[torch.Tensor | None, torch.Tensor]]  # of each batch: its samples' rows, and their losses
+
+
+def take_step(
+    config: TrainingConfig,
+    accelerator,
+    state: TrainingState,
+    plan: StepPlan,
+    fetched: list[dict[str, torch.Tensor]],
+    compute_loss: Callable[[torch.nn.Module, dict, StepKeys], Losses],
+) -> StepResult:
+    """The optimizer step after `state.step`: losses and gradients of its batches, clipping, update, EMA."""
+    step, seed, meter = state.step, config.seed, state.meter
+    window, in_window = plan.batches(step), plan.samples_in(step)
+    taken = []
+    for micro, (number, batch) in enumerate(zip(window, fetched)):
+        begin, end = plan.own_samples(number, accelerator.process_index)
+        count = len(next(iter(batch.values())))
+        first = micro * plan.global_batch + accelerator.process_index * plan.batch_size
+        torch.manual_seed(keyed_seed(seed, "dropout", plan.batches_before(step) + micro, first))
+        accelerator.sync_gradients = last = micro == len(window) - 1
+        with contextlib.nullcontext() if last else accelerator.no_sync(state.model):
+            with accelerator.autocast():
+                result = compute_loss(state.model, batch, StepKeys(seed, step, first, count, valid=end - begin))
+            # The mean over the step's samples, whatever parts they come in; ranks average what each sums.
+            loss = result.losses[: end - begin].sum() if end > begin else 0.0 * result.losses.sum()
+            spoils = 1 + 0 * loss.detach()  # NaN of a loss that is not finite: then so is the gradient of all
+            accelerator.backward(loss * (spoils * (accelerator.num_processes / in_window)))
+        meter.add(result, end - begin)
+        taken.append((batch.get("index"), result.losses.detach()[: end - begin or None]))
+
+    norm = accelerator.clip_grad_norm_(state.model.parameters(), config.max_grad_norm or math.inf)
+    norm = float("nan") if norm is None else float(norm)
+    if math.isfinite(norm) or accelerator.scaler is not None or not _known_norm(accelerator):
+        state.optimizer.step()  # a loss scaler skips what overflowed by itself
+    finite = math.isfinite(norm) or not _known_norm(accelerator)
+    state.optimizer.zero_grad(set_to_none=True)
+    state.lr_scheduler.step()
+    if finite:
+        for name, ema in state.emas.items():
+            update_ema(ema, state.parts[name])
+    return StepResult(norm, finite, taken)
+
+
 def training_loop(
     config: TrainingConfig,
     accelerator,
@@ -385,10 +435,11 @@ def training_loop(
     *,
     compute_loss: Callable[[torch.nn.Module, dict, StepKeys], Losses],
     validate: Callable[[torch.nn.Module], dict[str, float]] | None = None,
-    draw: Callable[[torch.nn.Module, int], None] | None = None,
+    draw: Callable[[torch.nn.Module, int], Path | None] | None = None,
     save: Callable[[torch.nn.Module, int], None] | None = None,
     name_of: Callable[[int], str] = "sample {}".format,
     deadline: float | None = None,
+    advice: str | None = None,
 ) -> bool:
     """Train until `total_steps`; True if that was reached, False if a signal or the clock asked to stop before.
 
@@ -396,31 +447,28 @@ def training_loop(
         batches: this rank's batches from `state.step` on, as `plan` says; their `index` [N] are the samples' rows.
         compute_loss: (model, batch, keys) -> `Losses`; what it draws, it draws from `keys`.
         validate, draw, save: given the model, in eval mode and with the EMA weights, the last two also the step.
-            `validate` and `draw` run on all ranks, `save` on the main one.
+            `validate` and `draw` run on all ranks, `save` on the main one. `draw` returns what it has written.
         name_of: a row's name, for messages.
         deadline: on the monotonic clock; it counts once a step has been trained.
+        advice: what to do where training takes long on a CPU.
 
     Raises:
         UsageError: `config.max_nonfinite_steps` steps in a row had a loss or gradient that is not finite.
         RunError: `metrics.jsonl`, the last checkpoint or the last pipeline could not be written.
         Exception: what reading a batch raised, once the steps before it are saved.
     """
-    output_dir, seed = Path(config.output_dir), config.seed
+    output_dir = Path(config.output_dir)
     model = unwrap(accelerator, state.model)
     meter = state.meter
-    bar = tqdm(
-        total=total_steps, initial=state.step, desc="training", unit="step", dynamic_ncols=True,
-        disable=not accelerator.is_local_main_process,
-    )  # fmt: skip
     since, seen = time.perf_counter(), 0
-    shown: dict[str, str] = {}
     before, bad = Snapshot(state), []  # as it was when a step was good last, and the rows that were not good since
     saved = state.step  # the newest step that is on disk, or needs not be
     state.model.train()
 
-    with Stop(deadline) as stop, bar:  # the bar is closed before an error speaks
+    progress = Progress(accelerator, total_steps, state.step, advice)
+    with Stop(deadline) as stop, progress:  # a bar is closed before an error speaks
         if draw is not None and state.grid_due:
-            look(draw, state, model, stop)
+            look(draw, state, model, stop, progress)
         while state.step < total_steps:
             step, window, in_window = state.step, plan.batches(state.step), plan.samples_in(state.step)
             if not state.nonfinite_steps:
@@ -432,35 +480,7 @@ def training_loop(
                 say_how_to_go_on(config, accelerator, state, stop.why)
                 return False
 
-            taken = []
-            for micro, (number, batch) in enumerate(zip(window, fetched)):
-                begin, end = plan.own_samples(number, accelerator.process_index)
-                count = len(next(iter(batch.values())))
-                first = micro * plan.global_batch + accelerator.process_index * plan.batch_size
-                torch.manual_seed(keyed_seed(seed, "dropout", plan.batches_before(step) + micro, first))
-                accelerator.sync_gradients = last = micro == len(window) - 1
-                with contextlib.nullcontext() if last else accelerator.no_sync(state.model):
-                    with accelerator.autocast():
-                        result = compute_loss(
-                            state.model, batch, StepKeys(seed, step, first, count, valid=end - begin)
-                        )
-                    # The mean over the step's samples, whatever parts they come in; ranks average what each sums.
-                    loss = result.losses[: end - begin].sum() if end > begin else 0.0 * result.losses.sum()
-                    spoils = 1 + 0 * loss.detach()  # NaN of a loss that is not finite: then so is the gradient of all
-                    accelerator.backward(loss * (spoils * (accelerator.num_processes / in_window)))
-                meter.add(result, end - begin)
-                taken.append((batch.get("index"), result.losses.detach()[: end - begin or None]))
-
-            norm = accelerator.clip_grad_norm_(state.model.parameters(), config.max_grad_norm or math.inf)
-            norm = float("nan") if norm is None else float(norm)
-            if math.isfinite(norm) or accelerator.scaler is not None or not _known_norm(accelerator):
-                state.optimizer.step()  # a loss scaler skips what overflowed by itself
-            finite = math.isfinite(norm) or not _known_norm(accelerator)
-            state.optimizer.zero_grad(set_to_none=True)
-            state.lr_scheduler.step()
-            if finite:
-                for name, ema in state.emas.items():
-                    update_ema(ema, state.parts[name])
+            norm, finite, taken = take_step(config, accelerator, state, plan, fetched, compute_loss)
             state.step += 1
             state.nonfinite_steps = 0 if finite else state.nonfinite_steps + 1
             if not finite:
@@ -479,6 +499,7 @@ def training_loop(
             epoch_ends = state.step % plan.steps_per_epoch == 0 or done
             epoch = plan.epoch_of(step)
             seen, elapsed = seen + in_window, time.perf_counter() - since
+            progress.done(state.step)
             record: dict[str, float] = {}
             if (state.step % config.logging_steps == 0 or done) and finite:
                 record = {**meter.means(accelerator), "lr": state.lr_scheduler.get_last_lr()[0], "grad_norm": norm}
@@ -487,22 +508,18 @@ def training_loop(
                 and config.validation_steps
                 and (state.step % config.validation_steps == 0 or done)
             ):
-                with averaged_weights(state, model) as averaged:
+                with progress.pause(), averaged_weights(state, model) as averaged:
                     record |= validate(averaged)
             if record:
-                shown |= {
-                    name: f"{value:.3g}" for name, value in record.items() if "loss" in name and "_q" not in name
-                }
-                bar.set_postfix(epoch=epoch + 1, **shown, lr=f"{state.lr_scheduler.get_last_lr()[0]:.1e}")
-                record = {"step": state.step, "epoch": epoch + 1, **record}
                 timing = {"seconds": round(elapsed, 3), "images_per_second": round(seen / elapsed, 1)}
+                progress.figures(epoch + 1, record, state.lr_scheduler.get_last_lr()[0], seen / elapsed)
+                record = {"step": state.step, "epoch": epoch + 1, **record}
                 write_record(accelerator, state, output_dir, record, timing)
                 since, seen = time.perf_counter(), 0
-            bar.update(1)
 
             paused = time.perf_counter()
             if draw is not None and images_due(config, state.step, epoch, epoch_ends, done):
-                look(draw, state, model, stop)
+                look(draw, state, model, stop, progress)
             checkpoint_due = done or (state.step % config.checkpointing_steps == 0 and not state.nonfinite_steps)
             save_due = epoch_ends and (epoch % config.save_model_epochs == 0 or done)
             if save is not None and (save_due or (checkpoint_due and config.hub_strategy != "end")):
@@ -514,7 +531,10 @@ def training_loop(
                 fault = save_checkpoint(accelerator, state, output_dir, limit)
                 report(accelerator, fault, f"checkpoint-{state.step}", last=done)
                 saved = saved if fault else state.step
+                if not fault:
+                    progress.note(f"checkpoint-{state.step}")
             since += time.perf_counter() - paused
+            progress.paused += time.perf_counter() - paused
             stop.armed = True
     return True
 
@@ -526,7 +546,7 @@ def images_due(config: TrainingConfig, step: int, epoch: int, epoch_ends: bool, 
     return bool(config.save_images_epochs) and epoch_ends and (done or epoch % config.save_images_epochs == 0)
 
 
-def look(draw: Callable, state: TrainingState, model: torch.nn.Module, stop: Stop) -> None:
+def look(draw: Callable, state: TrainingState, model: torch.nn.Module, stop: Stop, progress: Progress) -> None:
     """Draw the pictures of this step; a run that is to stop leaves them to the one that goes on from here."""
     state.grid_due = True
     with (
@@ -534,8 +554,10 @@ def look(draw: Callable, state: TrainingState, model: torch.nn.Module, stop: Sto
         averaged_weights(state, model) as averaged,
         stop.interrupting(state.whole_parts.values()),
     ):
-        draw(averaged, state.step)
+        path = draw(averaged, state.step)
         state.grid_due = False
+        if path is not None:
+            progress.note(f"pictures in {path}")
 
 
 def report(accelerator, fault: str | None, what: str, last: bool) -> None:

@@ -1,0 +1,360 @@
+"""A folder of images: which of its files are images, which split and class each is of, and what metadata says of it.
+
+`datasets` reads such a folder by patterns of names, so that a name like `train.png` decides what is read, and the rest
+disappears. Here the files are listed one by one, only folders divide them, and what is left out is named.
+"""
+
+import collections
+import os
+import posixpath
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+
+from .errors import DataError
+from .formats import PLUGINS, begins_like_an_image, image_suffixes, suffix_of
+
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+TABLES = (".parquet", ".arrow", ".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".tar")
+# The names of a split's folder, as `datasets` knows them, maybe with a number, as in val2017
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "dev", "val"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+SPLIT_OF = {name: split for split, names in SPLIT_NAMES.items() for name in names}
+UNMENTIONED = ("thumbs.db", "desktop.ini", "readme", "readme.md", "readme.txt", "license", "license.txt")
+HINTS = {".zip": "unpack it", **{suffix: f"pip install {plugin[0]}" for suffix, plugin in PLUGINS.items()}}
+# What a run leaves in an output folder that is the folder of images too
+RUN_ENTRIES = re.compile(
+    r"checkpoint-\d+|samples|assets|logs|unet|scheduler|vae|text_encoder|tokenizer|latents|.*\.json|(metrics|timings)\.jsonl"
+)
+
+
+# The files
+
+
+@dataclass
+class Listing:
+    """The files of a folder, as paths relative to it with `/`, sorted."""
+
+    root: str  # absolute, links resolved
+    images: list[str] = field(default_factory=list)
+    metadata: list[str] = field(default_factory=list)
+    tables: list[str] = field(default_factory=list)
+    outputs: list[str] = field(default_factory=list)  # folders of runs
+    left_out: collections.Counter = field(default_factory=collections.Counter)  # a description -> how many
+
+    def path(self, name: str) -> str:
+        """The absolute path of one of the files."""
+        return os.path.join(self.root, *name.split("/"))
+
+    def note(self) -> str:
+        """What was left out and why, in one line; empty for nothing."""
+        return ", ".join(
+            what if count == 1 else f"{count:,} × {what}" for what, count in sorted(self.left_out.items())
+        )
+
+
+def list_folder(folder: str | Path) -> Listing:
+    """The files of a folder and of all folders in it.
+
+    Links are followed, and each real folder is read once, so that a loop of links ends. Hidden files and folders,
+    folders that begin with `__`, and the outputs of runs are left out.
+    """
+    listing = Listing(os.path.realpath(folder))
+    suffixes = image_suffixes()
+    for name, entry in _walk(listing):
+        suffix = suffix_of(name)
+        if entry.name in METADATA:
+            listing.metadata.append(name)
+        elif suffix in suffixes:
+            listing.images.append(name)
+        elif suffix in TABLES:
+            listing.tables.append(name)
+        elif _may_be_image(name, suffix) and begins_like_an_image(entry.path):
+            listing.images.append(name)
+        elif entry.name.lower() not in UNMENTIONED:
+            kind = f"{suffix} file" if suffix else "file without a suffix that is not an image"
+            listing.left_out[kind + (f" ({HINTS[suffix]})" if suffix in HINTS else "")] += 1
+    for names in (listing.images, listing.metadata, listing.tables):
+        names.sort()
+    return listing
+
+
+def _may_be_image(name: str, suffix: str) -> bool:
+    """Whether a file's content decides: it has no usual suffix, or one that some programs write on JPEGs too."""
+    return suffix in PLUGINS or not (suffix or name.endswith("~"))
+
+
+def _walk(listing: Listing) -> Iterator[tuple[str, os.DirEntry]]:
+    """The regular files of a folder, by relative name: those of real folders first, then those behind links."""
+    seen: set[str] = set()
+    real, linked = [("", listing.root)], []  # (relative name, resolved path)
+    while real or linked:
+        name, resolved = real.pop() if real else linked.pop(linked.index(min(linked)))
+        if resolved in seen or (name and _holds(resolved, listing.root)):
+            listing.left_out[f"{name}/ (a link to a folder that is read already)"] += 1
+            continue
+        seen.add(resolved)
+        for entry in _entries(listing, name):
+            inner = f"{name}/{entry.name}" if name else entry.name
+            if entry.is_file():
+                yield inner, entry
+            elif entry.is_dir() and entry.is_symlink():
+                linked.append((inner, os.path.realpath(entry.path)))
+            elif entry.is_dir():
+                real.append((inner, os.path.join(resolved, entry.name)))
+            elif entry.is_symlink():
+                listing.left_out["link to a file that does not exist"] += 1
+
+
+def _holds(folder: str, path: str) -> bool:
+    """Whether a folder is, or holds, an absolute path."""
+    return os.path.join(path, "").startswith(os.path.join(folder, ""))
+
+
+def _entries(listing: Listing, name: str) -> list[os.DirEntry]:
+    """What a folder holds and is to be read; none of it where it is the output of a run."""
+    try:
+        with os.scandir(listing.path(name)) as found:
+            entries = list(found)
+    except OSError as error:
+        if not name:
+            raise
+        listing.left_out[f"{name}/ (cannot be read: {error.strerror})"] += 1
+        return []
+    is_output = _holds_run(listing.path(name), {entry.name for entry in entries})
+    if is_output and name:
+        listing.outputs.append(name)
+        listing.left_out[f"{name}/ (the output of a run)"] += 1
+        return []
+    kept = []
+    for entry in entries:
+        if entry.name.startswith(".") or (entry.name.startswith("__") and entry.is_dir()):
+            if _holds_images(entry):
+                listing.left_out[f"hidden {'folder' if entry.is_dir() else 'file'}"] += 1
+        elif is_output and RUN_ENTRIES.fullmatch(entry.name):
+            listing.outputs.append(entry.name)
+        else:
+            kept.append(entry)
+    return kept
+
+
+def _holds_run(folder: str, names: set[str]) -> bool:
+    """Whether a folder is the output of a run: it has its settings and its log, or a checkpoint."""
+    if "training_config.json" in names and names & {"run.json", "metrics.jsonl"}:
+        return True
+    checkpoints = [name for name in names if re.fullmatch(r"checkpoint-\d+", name)]
+    return any(os.path.isfile(os.path.join(folder, name, "manifest.json")) for name in checkpoints)
+
+
+def _holds_images(entry: os.DirEntry) -> bool:
+    """Whether what is hidden is an image, or a folder with images in it."""
+    if not entry.is_dir():
+        return suffix_of(entry.name[1:]) in image_suffixes()
+    try:
+        return any(suffix_of(name) in image_suffixes() for name in os.listdir(entry.path))
+    except OSError:
+        return False
+
+
+# Splits and classes
+
+
+class Division:
+    """Which folders are those of splits.
+
+    A folder named `train`, `test` and the like is a split's at the top, and everywhere if anywhere two splits' folders
+    are in one folder. Folders' names decide, and files' names never do.
+
+    >>> division = Division(["train/a.png", "val/b.png", "cat/train.png"])
+    >>> division.place("train/a.png"), division.place("cat/train.png")
+    (('train', ()), (None, ('cat',)))
+    """
+
+    def __init__(self, files: list[str]):
+        folders = {each for name in {posixpath.dirname(file) for file in files} for each in _lineage(name)}
+        named = {folder: split for folder in folders if (split := _split_named(posixpath.basename(folder)))}
+        together = collections.defaultdict(set)  # a folder -> the splits whose folders it holds
+        for folder, split in named.items():
+            together[posixpath.dirname(folder)].add(split)
+        if all(len(splits) < 2 for splits in together.values()):
+            named = {folder: split for folder, split in named.items() if folder in SPLIT_OF}
+        self.splits = named  # a folder -> its split
+        self._places: dict[str, tuple[str | None, tuple[str, ...]]] = {}
+
+    def place(self, name: str) -> tuple[str | None, tuple[str, ...]]:
+        """A file's split (None outside of all), and the names of its folders without the split's."""
+        folder = posixpath.dirname(name)
+        if folder not in self._places:
+            parts = tuple(folder.split("/")) if folder else ()
+            dividing = [each for each in _lineage(folder) if each in self.splits][:1]
+            depth = dividing[0].count("/") if dividing else len(parts)
+            split = self.splits[dividing[0]] if dividing else None if self.splits else "train"
+            self._places[folder] = split, parts[:depth] + parts[depth + 1 :]
+        return self._places[folder]
+
+
+def _split_named(folder: str) -> str | None:
+    """The split that a folder's name stands for, also in capitals or with a number."""
+    return SPLIT_OF.get(re.sub(r"[-._ ]?\d+$", "", folder.lower()))
+
+
+def _lineage(folder: str) -> list[str]:
+    """A folder and those that it lies in, the outermost first; the top is left out.
+
+    >>> _lineage("a/b/c")
+    ['a', 'a/b', 'a/b/c']
+    """
+    parts = folder.split("/") if folder else []
+    return ["/".join(parts[:count]) for count in range(1, len(parts) + 1)]
+
+
+# The rows
+
+
+def image_splits(listing: Listing) -> dict[str, datasets.Dataset]:
+    """The datasets of a folder's splits, as `imagefolder` makes them.
+
+    Their columns are `image`, the files, and `label`, the class folders; or those of the metadata files. What is left
+    out is added to the listing's `left_out`.
+
+    Raises:
+        DataError: metadata that cannot be read, or that names no images.
+    """
+    division = Division(listing.images)
+    outside = [name for name in listing.images if division.place(name)[0] is None]
+    if outside:
+        splits = ", ".join(f"{folder}/" for folder in sorted(division.splits)[:6])
+        listing.left_out[f"image outside of {splits}"] += len(outside)
+    tables, features = (_described if listing.metadata else _by_class)(listing, division)
+    info = datasets.DatasetInfo(features=datasets.Features(features))
+    return {split: datasets.Dataset(tables[split], info.copy()) for split in SPLIT_NAMES if split in tables}
+
+
+def _by_class(listing: Listing, division: Division) -> tuple[dict[str, pa.Table], dict[str, Any]]:
+    """Images alone; with `label` where all lie equally deep in two or more class folders."""
+    places = {name: division.place(name) for name in listing.images}
+    places = {name: place for name, place in places.items() if place[0] is not None}
+    depths = {len(folders) for _, folders in places.values()}
+    classes = sorted({folders[-1] for _, folders in places.values() if folders})
+    labelled = len(depths) == 1 and len(classes) > 1
+    features = {"image": datasets.Image()} | ({"label": datasets.ClassLabel(names=classes)} if labelled else {})
+    numbers = {name: number for number, name in enumerate(classes)}
+    tables = {}
+    for split in {split for split, _ in places.values()}:
+        names = [name for name, place in places.items() if place[0] == split]
+        columns = {"image": _image_column([listing.path(name) for name in names])}
+        if labelled:
+            columns["label"] = pa.array([numbers[places[name][1][-1]] for name in names], pa.int64())
+        tables[split] = pa.table(columns)
+    return tables, features
+
+
+def _image_column(paths: list[str | None]) -> pa.Array:
+    """Paths as the storage of an `Image` feature, [N]."""
+    fields = [pa.nulls(len(paths), pa.binary()), pa.array(paths, pa.string())]
+    return pa.StructArray.from_arrays(
+        fields, ["bytes", "path"], mask=pa.array([path is None for path in paths], pa.bool_())
+    )
+
+
+def _described(listing: Listing, division: Division) -> tuple[dict[str, pa.Table], dict[str, Any]]:
+    """The rows of all metadata files, each in the split of the folders in which the first image that it names lies."""
+    if len({suffix_of(name) for name in listing.metadata}) > 1:
+        raise DataError(f"{listing.root} has metadata of several kinds: {', '.join(listing.metadata)}; keep one kind")
+    tables = [_read_metadata(listing, name) for name in listing.metadata]
+    try:
+        table = pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException as error:
+        raise DataError(f"the columns of {', '.join(listing.metadata)} differ in type: {error}") from error
+    naming = {name: column for name in table.column_names if (column := _image_column_of(name))}
+    files = {name: table[name].to_pylist() for name in naming}  # a column -> paths relative to the root
+    unlisted = set(listing.images).difference(*files.values())
+    if unlisted:
+        listing.left_out["image that no metadata file lists"] += len(unlisted)
+    features = datasets.Features.from_arrow_schema(table.schema)
+    columns, kinds = {}, {}
+    for name in table.column_names:
+        if naming.get(name, name) in kinds:
+            raise DataError(f"{', '.join(listing.metadata)}: two columns give the column {naming.get(name, name)!r}")
+        images = _image_column([path and listing.path(path) for path in files[name]]) if name in naming else None
+        columns[naming.get(name, name)] = table[name] if images is None else images
+        kinds[naming.get(name, name)] = features[name] if images is None else datasets.Image()
+    firsts = [next((path for path in row if path is not None), "") for row in zip(*files.values(), strict=True)]
+    rows = collections.defaultdict(list)
+    for row, first in enumerate(firsts):
+        rows[division.place(first)[0]].append(row)
+    return {split: pa.table(columns).take(indices) for split, indices in rows.items() if split is not None}, kinds
+
+
+def _image_column_of(name: str) -> str | None:
+    """The image column that a metadata file's column of file names becomes: `file_name` image, `x_file_name` x."""
+    if name != "file_name" and not name.endswith("_file_name"):
+        return None
+    return name[: -len("_file_name")] or "image"
+
+
+def _read_metadata(listing: Listing, name: str) -> pa.Table:
+    """A metadata file, its file names relative to the listing's root.
+
+    Raises:
+        DataError: it cannot be read, names no files, or names files outside of its folder.
+    """
+    path = listing.path(name)
+    try:
+        table = _READERS[suffix_of(name)](path)
+    except (ValueError, OSError, pa.ArrowException) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    naming = [column for column in table.column_names if _image_column_of(column)]
+    if not naming:
+        raise DataError(f"{path} has no column file_name or *_file_name that names the images; add one, or rename it")
+    folder = posixpath.dirname(name)
+    for column in naming:
+        files = [_inside(path, folder, file) for file in table[column].to_pylist()]
+        table = table.set_column(table.column_names.index(column), column, pa.array(files, pa.string()))
+    return table
+
+
+def _inside(path: str, folder: str, file: Any) -> str | None:
+    """A file that metadata names, relative to the root; strangers' metadata reaches nothing outside of its folder."""
+    if file is None:
+        return None
+    if not isinstance(file, str):
+        raise DataError(f"{path} names the file {file!r}; file names are texts")
+    normal = os.path.normpath(file).replace("\\", "/")
+    if "://" in file or os.path.isabs(file) or normal.startswith("/") or normal.split("/")[0] == "..":
+        raise DataError(f"{path} names the file {file!r}, which is not a relative path pointing inside its folder")
+    return posixpath.join(folder, normal)
+
+
+def _read_csv(path: str) -> pa.Table:
+    import pandas
+
+    columns = pandas.read_csv(path, nrows=0).columns
+    texts = {name: str for name in columns if _image_column_of(name)}  # 001 is a name, too
+    return pa.Table.from_pandas(pandas.read_csv(path, dtype=texts), preserve_index=False)
+
+
+def _read_jsonl(path: str) -> pa.Table:
+    import pyarrow.json
+
+    data = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
+    options = pyarrow.json.ReadOptions(block_size=min(len(data) + 1, 2**31 - 1))  # lines may be of any length
+    return pyarrow.json.read_json(pa.BufferReader(data), options)
+
+
+def _read_parquet(path: str) -> pa.Table:
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path) as file:
+        return file.read()
+
+
+_READERS = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}

@@ -1,0 +1,168 @@
+"""What a training says while it runs and at its end: on stderr, from the main process alone.
+
+In a terminal or a notebook a progress bar; elsewhere, as in a file or under a batch system, a line for each logged
+step, picture and checkpoint.
+"""
+
+import contextlib
+import sys
+import time
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from .sessions import hardware
+
+FEW_STEPS, FEW_SECONDS = 10, 5.0  # what is measured before the time of a step is said
+LONG_ON_A_CPU = 12 * 3600  # seconds of a training after which another model is suggested
+NAMES = {"validation_loss": "held-out loss"}
+
+
+def duration(seconds: float) -> str:
+    """A length of time in its two largest units.
+
+    >>> [duration(seconds) for seconds in (0.4, 75, 7300, 200_000)]
+    ['0 s', '1 min 15 s', '2 h 1 min', '2 days 7 h']
+    """
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60} s"
+    if seconds < 48 * 3600:
+        return f"{seconds // 3600} h {seconds % 3600 // 60} min"
+    return f"{seconds // 86400} days {seconds % 86400 // 3600} h"
+
+
+def pace(seconds: float, steps: int) -> str:
+    """The time of a step, and of a training.
+
+    >>> pace(0.25, 1000)
+    '0.25 s a step, 4 min 10 s for 1,000 steps'
+    """
+    return f"{seconds:.2g} s a step, {duration(seconds * steps)} for {steps:,} steps"
+
+
+def table(lines: dict[str, str]) -> str:
+    """Names and values as aligned lines."""
+    width = max(10, *map(len, lines))
+    return "\n".join(f"{name:>{width}}  {value}" for name, value in lines.items())
+
+
+def precision(accelerator) -> str:
+    """What the model computes in."""
+    tf32 = accelerator.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
+    half = accelerator.mixed_precision
+    return f"float32, autocast to {half}" if half != "no" else "tf32" if tf32 else "float32"
+
+
+def run_lines(config, accelerator, plan, total_steps: int) -> dict[str, str]:
+    """What every training says at its start: steps, batch, device, output."""
+    epochs = "" if plan.samples is None else f" ({plan.steps_per_epoch:,} an epoch)"
+    return {
+        "batch": f"{plan.batch_size} × {plan.world} process{'es'[: 2 * (plan.world > 1)]} × {plan.accumulation}"
+        f" accumulated = {plan.global_batch * plan.accumulation}",
+        "steps": f"{total_steps:,}{epochs}",
+        "device": f"{hardware(accelerator)}, {precision(accelerator)}",
+        "output": f"{config.output_dir}, tracker {config.logger}, seed {config.seed}",
+    }
+
+
+def shows_bars() -> bool:
+    """Whether stderr shows a progress bar in place: a terminal, or a notebook."""
+    return sys.stderr.isatty() or any("notebook" in base.__module__ for base in tqdm.__mro__)
+
+
+def task(what: str, total: int, speaks: bool) -> tqdm:
+    """The progress of a task before training: a bar, or a line that it has begun.
+
+    Args:
+        speaks: whether this process says anything of it.
+    """
+    bars = shows_bars()
+    if speaks and not bars:
+        print(f"{what}: {total:,}", file=sys.stderr, flush=True)
+    return tqdm(total=total, desc=what, disable=not speaks or not bars)
+
+
+class Progress:
+    """A training's progress: a bar, or lines; and once, after a few steps, how long it will take.
+
+    Args:
+        first_step: where the training begins, or goes on.
+        advice: what to do where this is long on a CPU.
+    """
+
+    def __init__(self, accelerator, total_steps: int, first_step: int, advice: str | None = None):
+        self.speaks, self.on_cpu = accelerator.is_main_process, accelerator.device.type == "cpu"
+        self.total, self.step, self.advice = total_steps, first_step, advice
+        self.bar = tqdm(
+            total=total_steps, initial=first_step, desc="training", unit="step", dynamic_ncols=True,
+            disable=not (self.speaks and shows_bars()),
+        )  # fmt: skip
+        self.shown: dict[str, str] = {}
+        self.measured = 0  # steps after the first, which also warms up
+        self.since = time.perf_counter()  # the end of the first step
+        self.paused = 0.0  # seconds since then that went into pictures and files
+        self.said_pace = False
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.bar.close()
+
+    def done(self, step: int) -> None:
+        """A step has been trained."""
+        if self.measured == 0:
+            self.since, self.paused = time.perf_counter(), 0.0
+        self.measured, self.step = self.measured + 1, step
+        self.bar.update(1)
+        training = time.perf_counter() - self.since - self.paused
+        steps = self.measured - 1
+        if not self.said_pace and steps and (steps >= FEW_STEPS or training >= FEW_SECONDS):
+            self.said_pace = True
+            self.say_pace(training / steps)
+
+    @contextlib.contextmanager
+    def pause(self):
+        """Within, time is not that of steps."""
+        begin = time.perf_counter()
+        yield
+        self.paused += time.perf_counter() - begin
+
+    def say_pace(self, seconds: float) -> None:
+        """How long it will take, and what else to do where that is long."""
+        left = seconds * (self.total - self.step)
+        self.say(pace(seconds, self.total))
+        if self.on_cpu and self.advice and left > LONG_ON_A_CPU:
+            self.say(f"warning: that is long: {self.advice}")
+
+    def time_left(self) -> str:
+        """How long the remaining steps take, with pictures and files, as far as is known."""
+        steps = self.measured - 1
+        if steps < 1 or self.step >= self.total:
+            return ""
+        return f"{duration((time.perf_counter() - self.since) / steps * (self.total - self.step))} left"
+
+    def figures(self, epoch: int, record: dict[str, Any], lr: float, images_per_second: float) -> None:
+        """Show what has been logged of this step."""
+        known = {name: value for name, value in record.items() if "_q" not in name and name not in ("lr", "grad_norm")}
+        self.shown |= {name: f"{value:.3g}" for name, value in known.items() if "loss" in name}
+        self.bar.set_postfix(epoch=epoch, **self.shown, lr=f"{lr:.1e}")
+        said = [f"{NAMES.get(name, name)} {value:.4g}" for name, value in known.items()]
+        rate = f"{images_per_second:.3g} images/s"
+        parts = [f"epoch {epoch}", *said, f"lr {lr:.1e}", rate, self.time_left()]
+        self.note("  ".join(part for part in parts if part))
+
+    def note(self, what: str) -> None:
+        """A line about this step, where no bar is shown."""
+        if self.bar.disable:
+            self.say(f"step {self.step:>{len(f'{self.total:,}')},}/{self.total:,}  {what}")
+
+    def say(self, line: str) -> None:
+        """A line, above the bar where there is one."""
+        if self.speaks:
+            tqdm.write(line, file=sys.stderr)
+            sys.stderr.flush()

@@ -95,6 +95,7 @@ def same_checkpoint(ours: Path, theirs: Path) -> bool:
     for manifest in manifests:
         manifest["files"] = {name: one for name, one in manifest["files"].items() if "random_states" not in name}
         manifest.pop("sessions", None)  # which tell times
+        manifest.pop("settings", None)  # where a run was started with other flags or another folder of data
     return manifests[0] == manifests[1]
 
 

@@ -264,22 +264,25 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
-from ddpm_hf.autoencoder import downscaling, find_autoencoder_run, train_autoencoder
+from ddpm_hf.attention import choose_attention
+from ddpm_hf.autoencoder import downscaling, find_autoencoder_run, make_autoencoder, train_autoencoder
 from ddpm_hf.buckets import BucketedDataset, bucket_sizes, bucketed
 from ddpm_hf.captions import all_captions, encode_captions
 from ddpm_hf.components import Components, build, draw_blueprint, fit_to_size, load_checkpoint_components
 from ddpm_hf.data import DIGIT_NAMES, DataError, should_cache
 from ddpm_hf.feeding import Images, make_batches, make_plan, open_images
-from ddpm_hf.latents import cache_embeddings, cached_latents, x_start_of
-from ddpm_hf.models import compiled, time_blindness, use_matmul_attention
+from ddpm_hf.latents import cache_embeddings, cached_latents, check_cacheable, x_start_of
+from ddpm_hf.models import compiled, time_blindness
 from ddpm_hf.objectives import UniformTimestepSampler, check_objective, training_losses
 from ddpm_hf.portable.pipeline_text2image_ddpm_hf import TextToImageDDPMPipeline, tokenize
 from ddpm_hf.portable.scheduling_ddpm_hf import DDPMScheduler
 from ddpm_hf.previews import draw_grid
 from ddpm_hf.publishing import Publisher, describe_run, reserve_repository
 from ddpm_hf.training.faults import ends_in_one_line
-from ddpm_hf.training.loop import Losses, averaged_weights, training_loop, unwrap
+from ddpm_hf.training.loop import Losses, averaged_weights, sum_over_ranks, training_loop, unwrap
+from ddpm_hf.training.ownership import COMPONENTS, layout
 from ddpm_hf.training.randomness import StepKeys
+from ddpm_hf.training.rehearsal import rehearse
 from ddpm_hf.training.reporting import shows_bars
 from ddpm_hf.training.setup import (
     agree_on_seed,
@@ -287,6 +290,7 @@ from ddpm_hf.training.setup import (
     check_resumable,
     check_unchanged,
     claim_output_dir,
+    describe_start,
     end_training,
     find_run,
     log,
@@ -366,14 +370,14 @@ def dream_noise(model, scheduler, x_start, noise, timesteps, text, power: float)
     x_t = scheduler.add_noise(x_start, noise, timesteps)
     predicted = scheduler.predict_original_sample(model(x_t, timesteps, text).float(), timesteps, x_t)
     epsilon = scheduler.predict_epsilon(predicted, timesteps, x_t)
-    deviation = (1 - scheduler.alphas_cumprod.to(timesteps.device)[timesteps].float()) ** 0.5
-    return noise + (deviation**power).view(-1, 1, 1, 1) * (noise - epsilon)
+    variance = scheduler.q_mean_variance(x_start, timesteps).variance  # 1 - ᾱ, [N, 1, 1, 1]
+    return noise + variance ** (0.5 * power) * (noise - epsilon)
 
 
 @torch.no_grad()
 def validation_loss(model, *, held_out, config: Text2ImageConfig, accelerator, **options) -> dict:
     """The mean loss over the held-out images, at the same timesteps and noise each time, no caption left out."""
-    total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+    total = torch.zeros(2, dtype=torch.float64)
     starts = range(0, len(held_out), config.eval_batch_size)
     for first in list(starts)[accelerator.process_index :: accelerator.num_processes]:
         places = range(first, min(first + config.eval_batch_size, len(held_out)))
@@ -381,8 +385,8 @@ def validation_loss(model, *, held_out, config: Text2ImageConfig, accelerator, *
         keys = StepKeys(config.seed, 0, first, len(places), validation=True)
         with accelerator.autocast():
             losses = compute_loss(model, batch, keys, config=config, accelerator=accelerator, **options).losses
-        total += torch.stack([losses.double().sum(), torch.tensor(len(places), device=total.device).double()])
-    total = accelerator.reduce(total, reduction="sum")
+        total += torch.stack([losses.cpu().double().sum(), torch.tensor(float(len(places)))])
+    total = sum_over_ranks(total)
     return {"validation_loss": float(total[0] / total[1])}
 
 
@@ -492,7 +496,9 @@ def train(config: Text2ImageConfig) -> None:
     diffusers_logging.disable_progress_bar()  # one for the parts of a checkpoint
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()  # one for each file that is saved
-    found = None if config.dry_run else find_run(config, accelerator)
+    new_autoencoder = not config.pretrained_model_name_or_path and not config.vae_name_or_path
+    written = layout(*COMPONENTS, autoencoder=new_autoencoder)
+    found = find_run(config, accelerator, written, (config.train_data_dir, config.dataset_name))
     begun = found or (config.resume_from_checkpoint and find_autoencoder_run(config))
     config.seed = agree_on_seed(config, begun and begun[1])
     check_unchanged(config, found and found[1])
@@ -509,32 +515,14 @@ def train(config: Text2ImageConfig) -> None:
     images = open_images(data, config, channels, accelerator, config.caption_column)
     if config.aspect_ratio_buckets:
         images = in_buckets(images, config, start.vae, start.unet, accelerator)
-    if config.cache_latents and not config.aspect_ratio_buckets:
-        images.dataset.leave_out_broken()  # before the batches are planned
+    check_images(config, images, new_autoencoder)
     plan, total_steps = make_plan(images, config, accelerator.num_processes)
-    if config.dry_run:
-        print(describe(config, images, total_steps, plan.steps_per_epoch))
-        return
 
-    reserve_repository(config, bool(images.held_out), accelerator)
-    claim_output_dir(config, accelerator)
-    log(accelerator, f"seed {config.seed}, {total_steps} steps, {images.rows.name}")
-    components = checkpoint
-    if components is None:
-        vae = start.vae
-        if vae is None:
-            own = start_accelerator(config)
-            vae = train_autoencoder(config, config, images, channels, config.size(), own, deadline)
-        if vae is None:  # stopped, and said so
-            return
-        components = build(start, vae, images, config.seed)
+    # all of the model, so that its first batch is computed before an autoencoder is trained: with a stand-in for that
+    vae = start.vae or make_autoencoder(config, channels, config.size(), config.seed)
+    components = checkpoint or build(start, vae, images, config.seed)
     for frozen in (components.vae, components.text_encoder):
         frozen.eval().requires_grad_(False).to(accelerator.device)
-    null_embedding = None
-    if config.cache_latents:
-        images, null_embedding = cached(images, config, components, accelerator)
-    tokenize(components.tokenizer, [""])  # it is saved as it was last used, which a run that only saves it did not
-
     if checkpoint is None:
         log(accelerator, time_blindness(components.unet.config))
     model = trained_model(config, components, accelerator)
@@ -542,12 +530,39 @@ def train(config: Text2ImageConfig) -> None:
     facts = run_facts(config, images.count, plan, total_steps)
     check_resumable(found, config, model.unet, facts, accelerator)
     check_parts(found, parts)
+    reserve_repository(config, bool(images.held_out), accelerator)
     state = begin_training(config, accelerator, model, total_steps, QUARTILES, facts, found, parts=parts)
     if config.compile:
         state.model = compiled(state.model)
+    loss_of = functools.partial(
+        compute_loss, config=config, accelerator=accelerator, components=components, null_embedding=None
+    )
+    batches = make_batches(images, config, config, plan, state.step, accelerator)
+    batches = rehearse(config, accelerator, state, plan, batches, loss_of)
+    if config.dry_run:
+        if new_autoencoder:
+            own = start_accelerator(config)
+            train_autoencoder(config, config, images, channels, config.size(), own, rehearse_only=True)
+        steps = describe(config, images, total_steps, plan.steps_per_epoch)
+        print(steps, describe_start(config, found), sep="\n")
+        return
+
+    claim_output_dir(config, accelerator, written, state.step)
+    start_trackers(config, accelerator, Path(__file__).stem)
     if accelerator.is_main_process:
         save_settings(config)
-    start_trackers(config, accelerator, Path(__file__).stem)
+    log(accelerator, f"seed {config.seed}, {total_steps} steps, {images.rows.name}")
+    if new_autoencoder:
+        own = start_accelerator(config)
+        vae = train_autoencoder(config, config, images, channels, config.size(), own, deadline)
+        if vae is None:  # stopped, and said so
+            return
+        components = components._replace(vae=vae.eval().requires_grad_(False).to(accelerator.device))
+    null_embedding = None
+    if config.cache_latents:
+        images, null_embedding = cached(images, config, components, accelerator)
+        batches = make_batches(images, config, config, plan, state.step, accelerator)
+    tokenize(components.tokenizer, [""])  # it is saved as it was last used, which a run that only saves it did not
 
     shared = {"config": config, "accelerator": accelerator, "components": components, "null_embedding": null_embedding}
     pipeline_of = functools.partial(make_pipeline, components=components)
@@ -560,7 +575,7 @@ def train(config: Text2ImageConfig) -> None:
         accelerator,
         state,
         plan,
-        make_batches(images, config, config, plan, state.step, accelerator),
+        batches,
         total_steps,
         compute_loss=functools.partial(compute_loss, **shared),
         validate=images.held_out and functools.partial(validation_loss, held_out=images.held_out, **shared),
@@ -578,6 +593,19 @@ def train(config: Text2ImageConfig) -> None:
     else:
         publisher.stopped()
     end_training(accelerator)
+
+
+def check_images(config: Text2ImageConfig, images: Images, new_autoencoder: bool) -> None:
+    """Raise DataError or UsageError for captions that are no texts, and latents that cannot be cached.
+
+    Where they are cached, images that cannot be read are left out, if they may be, before the batches are planned.
+    """
+    if images.dataset is None:
+        return
+    all_captions(images.dataset.captions, images.rows.name)
+    if config.cache_latents and not config.aspect_ratio_buckets:
+        images.dataset.leave_out_broken()
+        check_cacheable(images.dataset, every=new_autoencoder)
 
 
 def check_parts(found: tuple[Path, dict] | None, parts: dict) -> None:
@@ -625,7 +653,7 @@ def trained_model(config: Text2ImageConfig, components: Components, accelerator)
     if config.enable_xformers_memory_efficient_attention:
         use_xformers(model.unet)
     if accelerator.device.type == "cpu":
-        use_matmul_attention(model.unet)
+        choose_attention(model.unet)
     return model
 
 

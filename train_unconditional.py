@@ -93,11 +93,12 @@ import torch
 from diffusers import AutoencoderKL, UNet2DModel
 from diffusers.utils import logging as diffusers_logging
 
+from ddpm_hf.attention import choose_attention
 from ddpm_hf.autoencoder import load_autoencoder
 from ddpm_hf.data import DataError, ImageDataset
 from ddpm_hf.feeding import Images, make_batches, make_plan, open_images
-from ddpm_hf.latents import cached_latents, x_start_of
-from ddpm_hf.models import compiled, time_blindness, use_matmul_attention
+from ddpm_hf.latents import cached_latents, check_cacheable, x_start_of
+from ddpm_hf.models import compiled, time_blindness
 from ddpm_hf.objectives import TIMESTEP_SAMPLERS, UniformTimestepSampler, simple_losses, training_losses
 from ddpm_hf.portable.pipeline_class_conditional_ddpm_hf import ClassConditionalDDPMPipeline
 from ddpm_hf.portable.pipeline_ddpm_hf import DDPMPipeline
@@ -105,8 +106,10 @@ from ddpm_hf.portable.scheduling_ddpm_hf import DDPMScheduler
 from ddpm_hf.previews import draw_grid
 from ddpm_hf.publishing import Publisher, describe_run, reserve_repository
 from ddpm_hf.training.faults import ends_in_one_line
-from ddpm_hf.training.loop import Losses, StepPlan, averaged_weights, training_loop, unwrap
+from ddpm_hf.training.loop import Losses, StepPlan, averaged_weights, sum_over_ranks, training_loop, unwrap
+from ddpm_hf.training.ownership import layout
 from ddpm_hf.training.randomness import StepKeys
+from ddpm_hf.training.rehearsal import rehearse
 from ddpm_hf.training.reporting import shows_bars
 from ddpm_hf.training.setup import (
     agree_on_seed,
@@ -114,6 +117,7 @@ from ddpm_hf.training.setup import (
     check_resumable,
     check_unchanged,
     claim_output_dir,
+    describe_start,
     end_training,
     find_run,
     log,
@@ -127,7 +131,7 @@ from ddpm_hf.training.stopping import deadline_of
 
 def warn_of_terminal_snr(config: UnconditionalConfig, scheduler: DDPMScheduler, accelerator) -> None:
     """Say so where x_T still shows the image: sampling starts from pure noise, which is then the wrong place."""
-    left = float(scheduler.alphas_cumprod[-1])
+    left = float(scheduler.exact_tables.alphas_cumprod[-1])
     if left > 0.01:
         log(
             accelerator,
@@ -179,7 +183,7 @@ def compute_loss(
 def share_losses(sampler, timesteps: torch.Tensor, losses: torch.Tensor, batch_size: int, accelerator) -> None:
     """Give the losses of all ranks, in the same order on each, to a sampler that learns from them."""
     missing = batch_size - len(losses)  # in an epoch's last batch
-    pairs = torch.stack([timesteps.double(), losses.double()], dim=1)  # [N, 2]
+    pairs = torch.stack([timesteps.float(), losses.float()], dim=1)  # [N, 2]
     pairs = torch.cat([pairs, pairs.new_full((missing, 2), -1.0)])
     pairs = accelerator.gather(pairs)  # [ranks · batch_size, 2]
     pairs = pairs[pairs[:, 0] >= 0]
@@ -191,7 +195,7 @@ def validation_loss(
 ) -> dict:
     """The mean simple loss over the held-out images, at the same timesteps and noise each time."""
     uniform = UniformTimestepSampler(len(scheduler))
-    total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+    total = torch.zeros(2, dtype=torch.float64)
     starts = range(0, len(held_out), config.eval_batch_size)
     for first in list(starts)[accelerator.process_index :: accelerator.num_processes]:
         keys_of = range(first, min(first + config.eval_batch_size, len(held_out)))
@@ -205,8 +209,8 @@ def validation_loss(
             output = model(scheduler.add_noise(x_start, noise, timesteps), timesteps, **conditioning).sample.float()
         output = output[:, : x_start.shape[1]]
         losses = simple_losses(scheduler, output, x_start, noise, timesteps, config.loss_type)
-        total += torch.stack([losses.double().sum(), torch.tensor(len(losses), device=total.device).double()])
-    total = accelerator.reduce(total, reduction="sum")
+        total += torch.stack([losses.cpu().double().sum(), torch.tensor(float(len(losses)))])
+    total = sum_over_ranks(total)
     return {"validation_loss": float(total[0] / total[1])}
 
 
@@ -280,7 +284,8 @@ def train(config: UnconditionalConfig) -> None:
     scheduler = make_scheduler(config, config, latents=vae is not None)
     log(accelerator, settle_resolution(config, *model_size(config, vae), usual="64"))
     arguments = unet_arguments(config, config, vae)
-    found = None if config.dry_run else find_run(config, accelerator)
+    written = layout("unet", "scheduler", *(["vae"] if vae is not None else []))
+    found = find_run(config, accelerator, written, (config.train_data_dir, config.dataset_name))
     config.seed = agree_on_seed(config, found and found[1])
     check_unchanged(config, found and found[1])
 
@@ -290,36 +295,41 @@ def train(config: UnconditionalConfig) -> None:
     classes = len(class_names) + (config.class_dropout > 0) if class_names else None
     model = make_unet(arguments, config.variance_type, classes, config)
     if accelerator.device.type == "cpu":
-        use_matmul_attention(model)
+        choose_attention(model)
     log(accelerator, time_blindness(model.config))
     if config.cache_latents:
         images.dataset.leave_out_broken()  # before the batches are planned
+        check_cacheable(images.dataset)
     plan, total_steps = make_plan(images, config, accelerator.num_processes)
-    if config.dry_run:
-        print(describe(config, images, plan, total_steps, model))
-        return
     facts = run_facts(config, images.count, plan, total_steps, classes=class_names)
     check_resumable(found, config, model, facts, accelerator)
     reserve_repository(config, bool(images.held_out), accelerator)
-    claim_output_dir(config, accelerator)
-    log(accelerator, f"seed {config.seed}, {total_steps} steps, {images.rows.name}")
+    warn_of_terminal_snr(config, scheduler, accelerator)
     if vae is not None:
         vae.eval().requires_grad_(False).to(accelerator.device)
-    if config.cache_latents:
-        latents = cached_latents(images.dataset, vae, config.cache_folder(), accelerator)
-        images = images._replace(dataset=latents)
-    warn_of_terminal_snr(config, scheduler, accelerator)
 
     sampler = TIMESTEP_SAMPLERS[config.timestep_sampler](config.ddpm_num_steps)
     extra = {} if isinstance(sampler, UniformTimestepSampler) else {"timestep_sampler": sampler}
     state = begin_training(config, accelerator, model, total_steps, QUARTILES, facts, found, extra)
     if config.compile:
         state.model = compiled(state.model)
+    shared = {"config": config, "scheduler": scheduler, "accelerator": accelerator, "vae": vae}
+    loss_of = functools.partial(compute_loss, sampler=sampler, null_class=len(class_names), **shared)
+    batches = make_batches(images, config, config, plan, state.step, accelerator, config.class_balanced)
+    batches = rehearse(config, accelerator, state, plan, batches, loss_of)
+    if config.dry_run:
+        print(describe(config, images, plan, total_steps, model), describe_start(config, found), sep="\n")
+        return
+    claim_output_dir(config, accelerator, written, state.step)
+    start_trackers(config, accelerator, Path(__file__).stem)
     if accelerator.is_main_process:
         save_settings(config)
-    start_trackers(config, accelerator, Path(__file__).stem)
+    log(accelerator, f"seed {config.seed}, {total_steps} steps, {images.rows.name}")
+    if config.cache_latents:
+        latents = cached_latents(images.dataset, vae, config.cache_folder(), accelerator)
+        images = images._replace(dataset=latents)
+        batches = make_batches(images, config, config, plan, state.step, accelerator, config.class_balanced)
 
-    shared = {"config": config, "scheduler": scheduler, "accelerator": accelerator, "vae": vae}
     trained = images.trained_classes
     pipeline_of = functools.partial(
         make_pipeline, scheduler=scheduler, class_names=class_names, vae=vae, trained_classes=trained
@@ -332,9 +342,9 @@ def train(config: UnconditionalConfig) -> None:
         accelerator,
         state,
         plan,
-        make_batches(images, config, config, plan, state.step, accelerator, config.class_balanced),
+        batches,
         total_steps,
-        compute_loss=functools.partial(compute_loss, sampler=sampler, null_class=len(class_names), **shared),
+        compute_loss=loss_of,
         validate=images.held_out and functools.partial(validation_loss, held_out=images.held_out, **shared),
         draw=functools.partial(draw_samples, pipeline_of=pipeline_of, config=config, accelerator=accelerator),
         save=publisher.save,

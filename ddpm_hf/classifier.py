@@ -9,6 +9,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import logging as diffusers_logging
 
+from .attention import choose_attention
 from .data import DataError, ImageDataset, to_model_range
 from .feeding import make_batches, make_plan, open_images
 from .flags import (
@@ -19,20 +20,23 @@ from .flags import (
     settle_resolution,
     unet_arguments,
 )
-from .models import build_unet, compiled, time_blindness, use_matmul_attention
+from .models import build_unet, compiled, time_blindness
 from .objectives import UniformTimestepSampler
 from .portable.scheduling_ddpm_hf import DDPMScheduler
 from .saving import save_model
 from .training.config import UsageError
 from .training.faults import ends_in_one_line
-from .training.loop import Losses, averaged_weights, training_loop, unwrap
+from .training.loop import Losses, averaged_weights, sum_over_ranks, training_loop, unwrap
+from .training.ownership import layout
 from .training.randomness import StepKeys
+from .training.rehearsal import rehearse
 from .training.setup import (
     agree_on_seed,
     begin_training,
     check_resumable,
     check_unchanged,
     claim_output_dir,
+    describe_start,
     end_training,
     find_run,
     log,
@@ -123,7 +127,7 @@ def compute_loss(model, batch: dict, keys: StepKeys, *, scheduler: DDPMScheduler
 @torch.no_grad()
 def validation_accuracy(model, *, held_out: ImageDataset, config, scheduler: DDPMScheduler, accelerator) -> dict:
     """Accuracy over the held-out images, as they are (t = 0) and noised to the same random timesteps each time."""
-    total = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+    total = torch.zeros(3, dtype=torch.float64)
     uniform = UniformTimestepSampler(len(scheduler))
     starts = list(range(0, len(held_out), config.eval_batch_size))
     for first in starts[accelerator.process_index :: accelerator.num_processes]:
@@ -139,9 +143,9 @@ def validation_accuracy(model, *, held_out: ImageDataset, config, scheduler: DDP
         noised = scheduler.add_noise(x_start, keys.normal_like(x_start), timesteps)
         for place, (x, t) in enumerate(((x_start, torch.zeros_like(timesteps)), (noised, timesteps))):
             with accelerator.autocast():
-                total[place] += (model(x, t).argmax(dim=1) == labels).sum()
+                total[place] += (model(x, t).argmax(dim=1) == labels).sum().cpu()
         total[2] += len(labels)
-    total = accelerator.reduce(total, reduction="sum")
+    total = sum_over_ranks(total)
     return {"accuracy_clean": float(total[0] / total[2]), "accuracy_noised": float(total[1] / total[2])}
 
 
@@ -158,7 +162,8 @@ def train(config: ClassifierConfig) -> None:
         beta_schedule=config.ddpm_beta_schedule,
         rescale_betas_zero_snr=config.rescale_betas_zero_snr,
     )
-    found = None if config.dry_run else find_run(config, accelerator)
+    written = layout(model=True)
+    found = find_run(config, accelerator, written, (config.train_data_dir, config.dataset_name))
     config.seed = agree_on_seed(config, found and found[1])
     check_unchanged(config, found and found[1])
     resumed_classes = found and found[1].get("classes")
@@ -172,7 +177,7 @@ def train(config: ClassifierConfig) -> None:
             unet=arguments,
             num_classes=len(names),
             num_train_timesteps=len(scheduler),
-            trained_betas=scheduler.betas.tolist(),
+            trained_betas=scheduler.exact_tables.betas.tolist(),
             id2label=id2label,
         )
     except (ValueError, TypeError) as error:
@@ -181,46 +186,48 @@ def train(config: ClassifierConfig) -> None:
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if accelerator.device.type == "cpu":
-        use_matmul_attention(model)
+        choose_attention(model)
     plan, total_steps = make_plan(images, config, accelerator.num_processes)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     summary = f"{images.rows.name}: {len(names)} classes; {parameters:,} parameters, {total_steps} steps"
-    if config.dry_run:
-        print(f"{summary}, output {Path(config.output_dir).resolve()}")
-        return
     facts = run_facts(config, images.count, plan, total_steps, classes=names)
     check_resumable(found, config, model, facts, accelerator, "classifier")
     model.register_to_config(trained_classes=images.trained_classes)
-    claim_output_dir(config, accelerator)
-    log(accelerator, f"seed {config.seed}, {summary}")
-
     parts = {"classifier": model}
     state = begin_training(config, accelerator, model, total_steps, QUARTILES, facts, found, parts=parts)
     if config.compile:
         state.model = compiled(state.model)
+    shared = {"scheduler": scheduler, "accelerator": accelerator}
+    loss_of = functools.partial(compute_loss, **shared)
+    batches = make_batches(images, config, config, plan, state.step, accelerator)
+    batches = rehearse(config, accelerator, state, plan, batches, loss_of)
+    if config.dry_run:
+        print(f"{summary}, output {Path(config.output_dir).resolve()}", describe_start(config, found), sep="\n")
+        return
+    claim_output_dir(config, accelerator, written, state.step)
+    start_trackers(config, accelerator, "train_classifier")
     if accelerator.is_main_process:
         save_settings(config)
-    start_trackers(config, accelerator, "train_classifier")
+    log(accelerator, f"seed {config.seed}, {summary}")
 
-    shared = {"scheduler": scheduler, "accelerator": accelerator}
     finished = training_loop(
         config,
         accelerator,
         state,
         plan,
-        make_batches(images, config, config, plan, state.step, accelerator),
+        batches,
         total_steps,
-        compute_loss=functools.partial(compute_loss, **shared),
+        compute_loss=loss_of,
         validate=images.held_out
         and functools.partial(validation_accuracy, held_out=images.held_out, config=config, **shared),
-        save=lambda trained, step: save_model(trained, config.output_dir),
+        save=lambda trained, step: save_model(trained, config.output_dir, within=config.output_dir),
         name_of=images.name_of,
         deadline=deadline,
     )
     if finished:
         with averaged_weights(state, unwrap(accelerator, state.model)) as trained:
             if accelerator.is_main_process:
-                save_model(trained, config.output_dir)
+                save_model(trained, config.output_dir, within=config.output_dir)
         log(accelerator, f"saved to {config.output_dir}: NoisyClassifier.from_pretrained({config.output_dir!r})")
     end_training(accelerator)
 

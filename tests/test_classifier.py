@@ -33,7 +33,7 @@ def tiny_classifier(channels=1, size=8, classes=3, seed=0, **more):
     """An untrained classifier whose logits are far from equal, so that its gradient shows."""
     torch.manual_seed(seed)
     unet = {**tiny_unet_config(channels, size=size), **more}
-    betas = DDPMScheduler(STEPS, beta_schedule="cosine").betas.tolist()
+    betas = DDPMScheduler(STEPS, beta_schedule="cosine").exact_tables.betas.tolist()
     names = {str(number): name for number, name in enumerate(NAMES[:classes])}
     model = NoisyClassifier(
         unet=unet, num_classes=classes, num_train_timesteps=STEPS, trained_betas=betas, id2label=names
@@ -109,7 +109,8 @@ def test_a_saved_classifier_is_the_same_classifier(size, tmp_path):
     loaded = NoisyClassifier.from_pretrained(tmp_path, use_safetensors=True)
     x_t = randn(2, 3, *((size, size) if isinstance(size, int) else size))
     with torch.no_grad():
-        assert torch.equal(loaded.eval()(x_t, 4), model(x_t, 4))
+        torch.testing.assert_close(loaded.eval()(x_t, 4), model(x_t, 4))
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
     for config in (json.loads((tmp_path / "config.json").read_text()), loaded.config):
         assert config["id2label"] == {"0": "cat", "1": "dog", "2": "owl"}
         assert config["num_classes"] == 3
@@ -117,7 +118,7 @@ def test_a_saved_classifier_is_the_same_classifier(size, tmp_path):
         assert config["unet"]["in_channels"] == 3
         assert torch.equal(
             torch.tensor(config["trained_betas"], dtype=torch.float64),
-            DDPMScheduler(STEPS, beta_schedule="cosine").betas,
+            DDPMScheduler(STEPS, beta_schedule="cosine").exact_tables.betas,
         )
     again = NoisyClassifier.from_config(loaded.config)
     assert again.config.id2label == loaded.config.id2label
@@ -165,7 +166,7 @@ def test_the_loss_is_the_cross_entropy_of_the_noised_image():
     assert t.min() >= 0
     assert t.max() < STEPS
     assert len(set(t.tolist())) > 5
-    alpha_bar = torch.cumprod(1 - DDPMScheduler(STEPS).betas, 0)[t].reshape(-1, 1, 1, 1).float()
+    alpha_bar = torch.cumprod(1 - DDPMScheduler(STEPS).exact_tables.betas, 0)[t].reshape(-1, 1, 1, 1).float()
     noise = (x_t - alpha_bar.sqrt() * x_start) / (1 - alpha_bar).sqrt()
     assert noise.mean().item() == pytest.approx(0, abs=5 / math.sqrt(noise.numel()))
     assert noise.var().item() == pytest.approx(1, abs=5 * math.sqrt(2 / noise.numel()))
@@ -286,7 +287,7 @@ def test_training_lowers_the_loss_and_leaves_a_classifier(world, tmp_path):
     model = NoisyClassifier.from_pretrained(run.folder, use_safetensors=True).eval()
     assert model.config.id2label == {"0": "cat", "1": "dog", "2": "owl"}
     assert model.config.num_train_timesteps == STEPS
-    expected = DDPMScheduler(STEPS, beta_schedule="cosine").betas
+    expected = DDPMScheduler(STEPS, beta_schedule="cosine").exact_tables.betas
     assert torch.equal(torch.tensor(model.config.trained_betas, dtype=torch.float64), expected)
     pictures = [np.asarray(Image.open(world / "photos" / name / "0.png").convert("L")) for name in NAMES]
     x_start = torch.tensor(np.stack(pictures)).float()[:, None] / 127.5 - 1
@@ -413,12 +414,16 @@ def test_mistakes_in_training_are_one_line_and_leave_nothing(flags, named, world
 
 def test_an_earlier_run_is_not_overwritten(world, tmp_path):
     """Else a forgotten flag costs hours of training, or a checkpoint of another kind of run is half loaded."""
-    (tmp_path / "run").mkdir()
-    for name in ("config.json", WEIGHTS):
-        (tmp_path / "run" / name).write_text("mine")
-    refused = run_training(command(world, tmp_path / "run"), tmp_path / "run")
-    assert_refused(refused, tmp_path / "run", "--overwrite_output_dir")
-    assert refused.files() == ["config.json", WEIGHTS]
+    (tmp_path / "model").mkdir()
+    for name in ("config.json", WEIGHTS):  # of a model that no training of ours saved
+        (tmp_path / "model" / name).write_text("mine")
+    for flags in ({}, {"overwrite_output_dir": True}):
+        refused = run_training(command(world, tmp_path / "model", **flags), tmp_path / "model")
+        assert_refused(refused, tmp_path / "model", "config.json", WEIGHTS, "move them")
+        assert [(refused.folder / name).read_text() for name in refused.files()] == ["mine", "mine"]
+    train(world, tmp_path / "run", max_train_steps=1)
+    again = run_training(command(world, tmp_path / "run"), tmp_path / "run")
+    assert_refused(again, tmp_path / "run", "--overwrite_output_dir")
     run = train(world, tmp_path / "run", overwrite_output_dir=True, max_train_steps=2)
     before = run.files()
     longer = run_training(command(world, run.folder, resume_from_checkpoint="latest", ddpm_num_steps=30), run.folder)
@@ -503,7 +508,7 @@ def test_a_classifier_guides_the_command(sampler, model, sample, asked, shop, tm
     assert labels == [2, 2, 2]
     with torch.no_grad():
         expected = tiny_classifier()(torch.zeros(1, 1, 8, 8), 3)
-        assert torch.equal(options["classifier"](torch.zeros(1, 1, 8, 8), 3), expected)
+        torch.testing.assert_close(options["classifier"](torch.zeros(1, 1, 8, 8), 3), expected)
     harder = sample(model, tmp_path / "harder", *chosen, *guide, "--classifier-scale", 40)[2]
     assert np.abs(harder - guided).max() > 5
 

@@ -22,6 +22,7 @@ import yaml
 from transformers import HfArgumentParser, hf_argparser
 
 from .help import EPILOG, FlagFormatter, grouped, meanings_of, meant
+from .machine import accept_any_text
 from .meanings import TRAINING
 from .paths import expand_home
 
@@ -542,9 +543,11 @@ def read_config_file(path: str) -> dict[str, Any]:
 def _trained_with(config, stages: tuple[str, ...]) -> dict[str, Any]:
     """The settings in the checkpoint that --resume_from_checkpoint names: of this config's flags, those that go on."""
     from .checkpointing import settings_of  # which needs this module's UsageError
+    from .ownership import EARLIER, comes_back
 
     names = {name for kind in (FREE, APPLIED, FIXED) for name in flags_that(config, kind)} - set(SECRET_FLAGS)
     folder = Path(config.output_dir)
+    stages = (EARLIER, *stages) if comes_back(folder) else stages
     found = (settings_of(folder / stage, config.resume_from_checkpoint) for stage in stages)
     return {name: value for name, value in next(filter(None, found), {}).items() if name in names}
 
@@ -565,6 +568,7 @@ def parse_layers(
         stages: the folders within the output folder whose checkpoints tell what a run was trained with; of the first
             that has one.
     """
+    accept_any_text()
     parser = OneLineParser(dataclass_type, prog=prog, description=description)
     try:
         from_file, _ = parser.parse_known_args(argv)

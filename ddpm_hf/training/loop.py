@@ -20,6 +20,7 @@ from .averaging import ema_weights, load_ema, save_ema, update_ema
 from .checkpointing import check_random_states, flush, load_tensors, read_manifest, rotate, save_tensors, seal
 from .config import TrainingConfig, UsageError
 from .faults import RunError, attempt, end_together, track, warn
+from .ownership import claim_files, let_go, release_files, replaces
 from .randomness import StepKeys, keyed_seed
 from .reporting import Progress
 from .sessions import Sessions
@@ -113,47 +114,70 @@ class Losses(NamedTuple):
 
 @dataclass
 class Meter:
-    """Running means, overall and by group, summed on the device and read only when they are logged."""
+    """Running means, overall and by group, summed on the device and read only when they are logged.
+
+    The sums are float32, which every device has, with Kahan's compensation for what rounding loses.
+    """
 
     groups: tuple[str, ...]
     device: torch.device
-    sums: torch.Tensor = field(init=False)
+    sums: torch.Tensor = field(init=False)  # [2, 1 + groups, 2]: sum and compensation, of losses and of their count
 
     def __post_init__(self):
         self.reset()
 
     def reset(self) -> None:
         """Forget everything."""
-        self.sums = torch.zeros(1 + len(self.groups), 2, dtype=torch.float64, device=self.device)
+        self.sums = torch.zeros(2, 1 + len(self.groups), 2, device=self.device)
 
     def add(self, result: Losses, count: int) -> None:
         """Take in the first `count` samples of a batch."""
-        losses = result.losses.detach()[:count].double()
-        self.sums[0] += torch.stack(
-            [losses.sum(), torch.tensor(float(count), device=self.device, dtype=torch.float64)]
-        )
+        pairs = _with_count(result.losses[:count])  # [N, 2]
+        values = torch.zeros_like(self.sums[0])
+        values[0] = pairs.sum(0)
         if result.groups is not None:
-            logged = (result.losses if result.logged is None else result.logged).detach()[:count].double()
-            pairs = torch.stack([logged, torch.ones_like(logged)], dim=1)  # [N, 2]
-            self.sums[1:].index_add_(0, result.groups[:count].to(self.device), pairs)
+            logged = pairs if result.logged is None else _with_count(result.logged[:count])
+            values[1:].index_add_(0, result.groups[:count].to(self.device), logged)
+        sums, compensation = self.sums
+        values = values - compensation
+        total = sums + values
+        self.sums = torch.stack([total, (total - sums) - values])
 
     def gathered(self, accelerator) -> list:
         """Every rank's sums, for a checkpoint."""
         return accelerator.gather(self.sums[None]).tolist()
 
     def restore(self, gathered: list, accelerator) -> None:
-        """Take up what `gathered` gave: this rank's own where the ranks are as many, else all on the main one."""
-        rank, sums = accelerator.process_index, torch.tensor(gathered, dtype=torch.float64, device=self.device)
+        """Take up what `gathered` gave: this rank's sums where the ranks are as many, else all on the main one."""
+        sums = torch.tensor(gathered, dtype=torch.float64)
+        if sums.ndim == 3:  # of a checkpoint without compensation
+            sums = torch.stack([sums, torch.zeros_like(sums)], dim=1)
         if sums.shape[1:] != self.sums.shape:
             raise UsageError("the checkpoint logs other groups of losses; resume with the script that wrote it")
-        same = len(sums) == accelerator.num_processes
-        self.sums = sums[rank] if same else sums.sum(0) * (rank == 0)
+        if len(sums) == accelerator.num_processes:
+            self.sums = sums[accelerator.process_index].float().to(self.device)
+        elif accelerator.is_main_process:
+            self.sums = sums.sum(0).float().to(self.device)
+        else:
+            self.reset()
 
     def means(self, accelerator) -> dict[str, float]:
         """The means over all ranks since the last reset; a group that saw nothing is left out."""
-        sums = accelerator.reduce(self.sums, reduction="sum").tolist()
+        gathered = accelerator.gather(self.sums[None]).cpu().double()
+        sums = (gathered[:, 0] - gathered[:, 1]).sum(0).tolist()
         self.reset()
         return {name: s / n for name, (s, n) in zip(("loss", *self.groups), sums) if n}
+
+
+def _with_count(losses: torch.Tensor) -> torch.Tensor:
+    """Losses [N] as pairs with a 1, float32 [N, 2]: their sum is the sum and the count."""
+    losses = losses.detach().float()
+    return torch.stack([losses, torch.ones_like(losses)], dim=1)
+
+
+def sum_over_ranks(sums: torch.Tensor) -> torch.Tensor:
+    """Sums of all ranks added up, float64 on the CPU; all ranks take part."""
+    return torch.tensor(gather_object([sums.tolist()]), dtype=torch.float64).sum(0)
 
 
 @dataclass
@@ -230,6 +254,7 @@ def save_checkpoint(accelerator, state: TrainingState, output_dir: Path, limit: 
     meter = state.meter.gathered(accelerator)
 
     def begin():
+        claim_files(output_dir, [f"{final.name}/"])
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()  # and no parent: where the folder has gone, as with a disk, another would fill in its place
 
@@ -258,13 +283,33 @@ def save_checkpoint(accelerator, state: TrainingState, output_dir: Path, limit: 
     if fault is not None and accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
     if fault is None:
+        let_earlier_run_go(accelerator, output_dir)
         let_old_go(accelerator, output_dir, limit)
     return fault
 
 
+def let_earlier_run_go(accelerator, output_dir: Path) -> None:
+    """Delete the run that this one replaces, now that it has a checkpoint. All ranks take part.
+
+    An autoencoder's checkpoint counts: its folder lies within that of the run.
+    """
+
+    def remove():
+        for folder in (output_dir, output_dir.parent):
+            if replaces(folder):
+                let_go(folder)
+
+    if stuck := attempt(accelerator, remove):
+        warn(accelerator, f"the earlier run cannot be removed: {stuck}")
+
+
 def let_old_go(accelerator, output_dir: Path, limit: int | None) -> None:
     """Remove the checkpoints that are too many. All ranks take part."""
-    if stuck := attempt(accelerator, lambda: rotate(output_dir, limit)):
+
+    def remove():
+        release_files(output_dir, [f"{path.name}/" for path in rotate(output_dir, limit)])
+
+    if stuck := attempt(accelerator, remove):
         warn(accelerator, f"an old checkpoint cannot be removed: {stuck}")
 
 
@@ -475,9 +520,11 @@ def training_loop(
                 before, bad = Snapshot(state), []
             fetched = stop.fetch(batches, len(window))
             if stop.agreed(accelerator):
-                wind_up(config, accelerator, state, before, saved)
+                given_back = not stop.by_clock and earlier_run_waits(accelerator, output_dir)
+                if not given_back:
+                    wind_up(config, accelerator, state, before, saved)
                 stop.raise_failure(accelerator)
-                say_how_to_go_on(config, accelerator, state, stop.why)
+                say_how_to_go_on(config, accelerator, state, stop.why, given_back)
                 return False
 
             norm, finite, taken = take_step(config, accelerator, state, plan, fetched, compute_loss)
@@ -490,9 +537,11 @@ def training_loop(
                 what = f"not finite: {named(rows, name_of)}"
                 warn(accelerator, f"step {state.step}: loss or gradient is {what}; step skipped")
             if state.nonfinite_steps >= config.max_nonfinite_steps:
-                count = state.nonfinite_steps
-                wind_up(config, accelerator, state, before, saved)
-                error = diverged(config, count, state.step, named(bad, name_of))
+                count, given_back = state.nonfinite_steps, earlier_run_waits(accelerator, output_dir)
+                if not given_back:
+                    wind_up(config, accelerator, state, before, saved)
+                good = before.step
+                error = diverged(config, count, good, named(bad, name_of), given_back)
                 end_together(accelerator, error if accelerator.is_main_process else None)
 
             done = state.step == total_steps
@@ -594,8 +643,18 @@ def wind_up(config: TrainingConfig, accelerator, state: TrainingState, before: S
         report(accelerator, fault, f"checkpoint-{state.step}", last=True)
 
 
-def say_how_to_go_on(config: TrainingConfig, accelerator, state: TrainingState, why: str) -> None:
-    """The line of a run that was stopped."""
+def earlier_run_waits(accelerator, output_dir: Path) -> bool:
+    """Whether an earlier run is still set aside, to come back if this one ends now. All ranks take part."""
+    return any(gather_object([replaces(output_dir) or replaces(output_dir.parent)]))
+
+
+def say_how_to_go_on(config: TrainingConfig, accelerator, state: TrainingState, why: str, given_back: bool) -> None:
+    """The line of a run that was stopped; `given_back`: before its first checkpoint, and so an earlier run is back."""
+    if given_back:
+        line = f"stopped at step {state.step} by {why}, before the first checkpoint: the earlier run is back"
+        if accelerator.is_main_process:
+            tqdm.write(line, file=sys.stderr)
+        return
     instead = " in the place of --overwrite_output_dir" if config.overwrite_output_dir else ""
     if accelerator.is_main_process:
         tqdm.write(
@@ -604,8 +663,14 @@ def say_how_to_go_on(config: TrainingConfig, accelerator, state: TrainingState, 
         )
 
 
-def diverged(config: TrainingConfig, count: int, good: int, what: str) -> UsageError:
+def diverged(config: TrainingConfig, count: int, good: int, what: str, given_back: bool = False) -> UsageError:
     """The error of a run whose steps are skipped for ever; `good` is the step before the first of them."""
+    if given_back:
+        return UsageError(
+            f"{count} steps in a row up to {good + count} had a loss or gradient that is not finite ({what}), before"
+            " the first checkpoint: look at these samples, or train with a lower --learning_rate; the earlier run is"
+            " back"
+        )
     kept = f"checkpoint-{good} in {config.output_dir} is from before" if good else "no step before was good"
     return UsageError(
         f"{count} steps in a row up to {good + count} had a loss or gradient that is not finite ({what}); {kept}:"

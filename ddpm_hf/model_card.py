@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .training.checkpointing import write_whole
-from .training.ownership import claim_files, may_write, release_files, remove
+from .training.ownership import GRIDS, claim_files, matching, may_write, release_files, remove
 
 RUN_FILE, RESULTS_FILE, METRICS_FILE = "run.json", "evaluation.json", "metrics.jsonl"
 SAMPLES, CHAIN, LOSS_CURVE = "assets/samples.png", "assets/chain.png", "assets/loss.png"
@@ -146,7 +146,7 @@ def write_pictures(folder: Path) -> None:
     """A run's newest grid and chain up to the saved step, and its loss curve, under names that do not change."""
     metrics, run = read_metrics(folder), _read_json(folder / RUN_FILE)
     run = run if isinstance(run, dict) and "step" in run else None
-    grids = {int(path.stem.partition("-")[2]): path for path in (folder / "samples").glob("step-*.png")}
+    grids = {int(name[len("samples/step-") : -len(".png")]): folder / name for name in matching(folder, GRIDS)}
     drawn = max((step for step in grids if run is None or step <= run["step"]), default=None)
     for kind, target in (("step", SAMPLES), ("chain", CHAIN)):
         source = None if drawn is None else grids[drawn].with_name(grids[drawn].name.replace("step", kind))

@@ -113,7 +113,9 @@ class RunFlags:
         help="A YAML or JSON file that sets any of these flags; the command line wins over it.",
     )
     dry_run: bool = HfArg(
-        resume=START, default=False, help="Print what would run (data, model, steps, memory, output), and stop."
+        resume=START,
+        default=False,
+        help="Check all that a run checks before it starts, the first batch included; print what would run, and stop.",
     )
 
     output_dir: str = HfArg(
@@ -122,7 +124,9 @@ class RunFlags:
         help="Where the pipeline, its pictures, metrics.jsonl and the checkpoints go. All paths below are within it.",
     )
     overwrite_output_dir: bool = HfArg(
-        resume=START, default=False, help="Remove an earlier run's files from --output_dir and train anew."
+        resume=START,
+        default=False,
+        help="Train anew in the folder of an earlier run, which is removed once this one has its first checkpoint.",
     )
     seed: int | None = HfArg(
         resume=FIXED,

@@ -18,7 +18,15 @@ from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_ob
 from diffusers.optimization import get_scheduler
 
 from .averaging import make_ema
-from .checkpointing import SETTINGS, find_checkpoint, set_aside_later, truncate_jsonl, write_whole
+from .checkpointing import (
+    SETTINGS,
+    find_checkpoint,
+    list_checkpoints,
+    made_by_diffusers,
+    set_aside_later,
+    truncate_jsonl,
+    write_whole,
+)
 from .config import APPLIED, FIXED, SECRET_FLAGS, START, TrainingConfig, UsageError, flags_that
 from .faults import end_together, track
 from .loop import LOGS, Meter, StepPlan, TrainingState, let_old_go, load_checkpoint, register_model_hooks
@@ -39,6 +47,7 @@ from .ownership import (
     run_files,
     set_aside,
     settle,
+    some,
     waiting,
 )
 from .sessions import Sessions
@@ -132,6 +141,8 @@ def find_run(
     if not config.dry_run:
         settle_earlier_run(folder, accelerator)
     ours = [*run_files(folder), *waiting(folder)]
+    if not ours:
+        refuse_other_runs(folder)
     refuse_foreign_files(config, entries, ours)
     if config.resume_from_checkpoint:
         found = find_checkpoint(folder, config.resume_from_checkpoint, lambda line: log(accelerator, line))
@@ -157,6 +168,14 @@ def settle_earlier_run(folder: Path, accelerator) -> None:
             error = problem
     if any(gather_object([error is not None])):
         end_together(accelerator, error)
+
+
+def refuse_other_runs(folder: Path) -> None:
+    """Raise UsageError for a folder with a run of Diffusers' scripts."""
+    for checkpoint in reversed(list_checkpoints(folder)):
+        line = made_by_diffusers(checkpoint)
+        if line is not None:
+            raise UsageError(line)
 
 
 def refuse_foreign_files(config: TrainingConfig, entries: Sequence[Entry], ours: Sequence[str]) -> None:
@@ -203,11 +222,6 @@ def describe_start(config: TrainingConfig, found: tuple[Path, dict[str, Any]] | 
     else:
         line = "from the beginning"
     return f"     start  {line}; the first batch has been through the model and back"
-
-
-def some(names: Sequence[str]) -> str:
-    """Some of many names, for a message."""
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if names[4:] else "")
 
 
 def claim_output_dir(config: TrainingConfig, accelerator, entries: Sequence[Entry], step: int = 0) -> None:

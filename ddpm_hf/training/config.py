@@ -56,6 +56,11 @@ class UsageError(ValueError):
     """Something that the user can mend: a script prints its one line and ends with exit code 2."""
 
 
+def _is_like_a_flag(word: str) -> bool:
+    """Whether argparse takes a word of a list for a flag: one with a dash in front that is no number."""
+    return word.startswith("-") and not re.fullmatch(r"-(\d+|\d*\.\d+)", word)
+
+
 def one_line(message: Any) -> str:
     """A message as one printable line of bearable length: what it quotes may be anything, also a token.
 
@@ -457,8 +462,10 @@ class OneLineParser(HfArgumentParser):
                 hint = f"; did you mean {instead if ' ' in instead else repr(instead[2:])}?" if instead else ""
                 raise UsageError(f"{source}: unknown setting {name!r}{hint}")
             if isinstance(value, list) and self._option_string_actions[flag].nargs in ("+", "*"):
-                if any(isinstance(one, (dict, list)) or str(one).startswith("-") for one in value):
-                    raise UsageError(f"{source}: {name!r} takes a list of texts that do not begin with a dash")
+                if any(isinstance(one, (dict, list)) or _is_like_a_flag(str(one)) for one in value):
+                    raise UsageError(
+                        f"{source}: {name!r} takes a list of numbers, or of texts that do not begin with a dash"
+                    )
                 words += [flag, *map(str, value)] if value else []
                 continue
             if isinstance(value, (dict, list)):

@@ -302,7 +302,7 @@ from ddpm_hf.components import Components, build, draw_blueprint, fit_to_size, l
 from ddpm_hf.data import DIGIT_NAMES, DataError, should_cache
 from ddpm_hf.feeding import Images, make_batches, make_plan, open_images
 from ddpm_hf.latents import cache_embeddings, cached_latents, check_cacheable, x_start_of
-from ddpm_hf.models import time_blindness
+from ddpm_hf.models import compiled, time_blindness
 from ddpm_hf.objectives import UniformTimestepSampler, check_objective, training_losses
 from ddpm_hf.portable.pipeline_text2image_ddpm_hf import TextToImageDDPMPipeline, cut_off, tokenize
 from ddpm_hf.portable.scheduling_ddpm_hf import DDPMScheduler
@@ -575,6 +575,8 @@ def train(config: Text2ImageConfig) -> None:
     check_parts(found, parts)
     reserve_repository(config, bool(images.held_out), accelerator)
     state = begin_training(config, accelerator, model, total_steps, QUARTILES, facts, found, parts=parts)
+    if config.compile:
+        state.model = compiled(state.model)
     loss_of = functools.partial(
         compute_loss, config=config, accelerator=accelerator, components=components, null_embedding=None
     )

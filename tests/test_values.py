@@ -37,6 +37,7 @@ from tests.fixtures_text import tiny_text_pipeline
 from tests.fixtures_unconditional import (
     encoded,
     image_rows,
+    parse,
     quiet,
     random_pixels,
     run_script,
@@ -409,6 +410,14 @@ def write_arrays(folder: Path, array: np.ndarray, feature) -> Path:
     with quiet():
         array_rows(array, feature).dataset.save_to_disk(str(folder))
     return folder
+
+
+def test_a_range_may_be_negative_wherever_it_is_given(tmp_path):
+    """Else -1 is taken for a flag."""
+    config = tmp_path / "run.yaml"
+    config.write_text("train_data_dir: photos\npixel_range: [-1, 0.5]\n")
+    for argv in (["--train_data_dir", "photos", "--pixel_range", "-1", "0.5"], ["--config", str(config)]):
+        assert parse([*argv, "--resolution", "8"]).transform(1).pixel_range == (-1.0, 0.5)
 
 
 def test_a_range_that_is_none_is_a_usage_error(tmp_path):

@@ -22,6 +22,7 @@ import yaml
 from transformers import HfArgumentParser, hf_argparser
 
 from .help import EPILOG, FlagFormatter, grouped, meanings_of, meant
+from .lines import one_line
 from .machine import accept_any_text
 from .meanings import TRAINING
 from .paths import expand_home
@@ -56,16 +57,9 @@ class UsageError(ValueError):
     """Something that the user can mend: a script prints its one line and ends with exit code 2."""
 
 
-def one_line(message: Any) -> str:
-    """A message as one printable line of bearable length: what it quotes may be anything, also a token.
-
-    >>> one_line("no such\\ncolumn, and hf_aSecretToken")
-    'no such column, and hf_...'
-    """
-    line = re.sub(r"\bhf_\w{8,}", "hf_...", " ".join(str(message).split()))
-    line = re.sub(r"\S{400,}", lambda word: f"{word[0][:100]}...{word[0][-20:]}", line)
-    line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
-    return line if len(line) <= 1000 else f"{line[:600]} ... {line[-300:]}"
+def _is_like_a_flag(word: str) -> bool:
+    """Whether argparse takes a word of a list for a flag: one with a dash in front that is no number."""
+    return word.startswith("-") and not re.fullmatch(r"-(\d+|\d*\.\d+)", word)
 
 
 def check_token(name: str, value: str | None) -> None:
@@ -457,8 +451,10 @@ class OneLineParser(HfArgumentParser):
                 hint = f"; did you mean {instead if ' ' in instead else repr(instead[2:])}?" if instead else ""
                 raise UsageError(f"{source}: unknown setting {name!r}{hint}")
             if isinstance(value, list) and self._option_string_actions[flag].nargs in ("+", "*"):
-                if any(isinstance(one, (dict, list)) or str(one).startswith("-") for one in value):
-                    raise UsageError(f"{source}: {name!r} takes a list of texts that do not begin with a dash")
+                if any(isinstance(one, (dict, list)) or _is_like_a_flag(str(one)) for one in value):
+                    raise UsageError(
+                        f"{source}: {name!r} takes a list of numbers, or of texts that do not begin with a dash"
+                    )
                 words += [flag, *map(str, value)] if value else []
                 continue
             if isinstance(value, (dict, list)):
@@ -490,8 +486,10 @@ class OneLineParser(HfArgumentParser):
         return self.tokens(weaker, source) + words
 
     def over(self, weaker_layers, words: list[str], decided: Iterable[str] = ()) -> list[str]:
-        """The words over the layers that `weaker_layers` gives, but for what is `decided` already."""
-        for source, values in reversed(weaker_layers(self.parse(words))):
+        """The words over a launcher's settings and the layers of `weaker_layers`, except for what is `decided`."""
+        from .launcher import launcher_settings  # which needs this module's UsageError
+
+        for source, values in reversed([*weaker_layers(self.parse(words)), *launcher_settings()]):
             # a recipe may set flags that only other commands have
             values = {name: values[name] for name in values if name in self.flags() and name not in decided}
             words = self.below(values, source, words)

@@ -278,9 +278,9 @@ from ddpm_hf.portable.scheduling_ddpm_hf import DDPMScheduler
 from ddpm_hf.previews import draw_grid
 from ddpm_hf.publishing import Publisher, describe_run, reserve_repository
 from ddpm_hf.training.faults import ends_in_one_line
-from ddpm_hf.training.loop import Losses, averaged_weights, training_loop, unwrap
+from ddpm_hf.training.loop import Losses, StepPlan, averaged_weights, training_loop, unwrap
 from ddpm_hf.training.randomness import StepKeys
-from ddpm_hf.training.reporting import shows_bars
+from ddpm_hf.training.reporting import ending, run_lines, shows_bars, table
 from ddpm_hf.training.setup import (
     agree_on_seed,
     begin_training,
@@ -466,21 +466,21 @@ def cached(
     return images._replace(dataset=BucketedDataset(parts) if config.aspect_ratio_buckets else parts[0]), null
 
 
-def describe(config: Text2ImageConfig, images: Images, steps: int, per_epoch: int) -> str:
-    """What would run, for --dry_run."""
+def describe(
+    config: Text2ImageConfig, images: Images, plan: StepPlan, total_steps: int, accelerator
+) -> dict[str, str]:
+    """What runs: said at the start, and by --dry_run."""
     count = "a stream" if images.dataset is None else f"{len(images.dataset):,} images"
     start = config.pretrained_model_name_or_path or "from scratch"
     vae = config.vae_name_or_path or f"a new one, {config.vae_widths}, {config.vae_train_steps} steps"
-    lines = {
+    return {
         "data": f"{images.rows.name}: {count}, captions in {config.caption_column!r}",
-        "images": config.resolution,
+        "images": f"{images.transform.channels} × {' × '.join(map(str, config.size()))}",
         "model": start,
         "latents": "of the checkpoint" if config.pretrained_model_name_or_path else vae,
         "text": "trained along" if config.trains_text_encoder else "frozen",
-        "steps": f"{steps:,} ({per_epoch:,} an epoch) of {config.train_batch_size}",
-        "output": f"{Path(config.output_dir).resolve()}, tracker {config.logger}, seed {config.seed}",
+        **run_lines(config, accelerator, plan, total_steps),
     }
-    return "\n".join(f"{name:>10}  {value}" for name, value in lines.items())
 
 
 def train(config: Text2ImageConfig) -> None:
@@ -512,13 +512,14 @@ def train(config: Text2ImageConfig) -> None:
     if config.cache_latents and not config.aspect_ratio_buckets:
         images.dataset.leave_out_broken()  # before the batches are planned
     plan, total_steps = make_plan(images, config, accelerator.num_processes)
+    lines = describe(config, images, plan, total_steps, accelerator)
     if config.dry_run:
-        print(describe(config, images, total_steps, plan.steps_per_epoch))
+        print(table(lines))
         return
 
     reserve_repository(config, bool(images.held_out), accelerator)
     claim_output_dir(config, accelerator)
-    log(accelerator, f"seed {config.seed}, {total_steps} steps, {images.rows.name}")
+    log(accelerator, table(lines))
     components = checkpoint
     if components is None:
         vae = start.vae
@@ -539,6 +540,8 @@ def train(config: Text2ImageConfig) -> None:
         log(accelerator, time_blindness(components.unet.config))
     model = trained_model(config, components, accelerator)
     parts = {"unet": model.unet} | ({"text_encoder": model.text_encoder} if model.text_encoder is not None else {})
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    log(accelerator, f"training {' and '.join(parts)}: {parameters:,} parameters, {total_steps:,} steps")
     facts = run_facts(config, images.count, plan, total_steps)
     check_resumable(found, config, model.unet, facts, accelerator)
     check_parts(found, parts)
@@ -575,6 +578,8 @@ def train(config: Text2ImageConfig) -> None:
                 publisher.finish(trained, state.step)
     else:
         publisher.stopped()
+    sample = ["ddpm-hf", "sample", "--prompt", prompts[0]]
+    log(accelerator, ending(config, state, f"accelerate launch {Path(__file__).name}", finished, sample))
     end_training(accelerator)
 
 

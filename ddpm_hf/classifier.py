@@ -1,7 +1,7 @@
 """A classifier of noised images, whose gradient guides sampling (Dhariwal & Nichol 2021, sec. 4), and its training."""
 
 import functools
-from pathlib import Path
+import shlex
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from .feeding import make_batches, make_plan, open_images
 from .flags import (
     CLASSIFIER_PROGRAM,
     ClassifierConfig,
+    advice_on_a_cpu,
     model_size,
     parse_classifier_flags,
     settle_resolution,
@@ -27,6 +28,7 @@ from .training.config import UsageError
 from .training.faults import ends_in_one_line
 from .training.loop import Losses, averaged_weights, training_loop, unwrap
 from .training.randomness import StepKeys
+from .training.reporting import ending, run_lines, table, weights_memory
 from .training.setup import (
     agree_on_seed,
     begin_training,
@@ -184,15 +186,23 @@ def train(config: ClassifierConfig) -> None:
         use_matmul_attention(model)
     plan, total_steps = make_plan(images, config, accelerator.num_processes)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    summary = f"{images.rows.name}: {len(names)} classes; {parameters:,} parameters, {total_steps} steps"
+    count = "a stream" if images.count is None else f"{images.count:,} images"
+    lines = {
+        "data": f"{images.rows.name}: {count}, {len(names)} classes in {config.label_column!r}",
+        "images": f"{images.transform.channels} × {' × '.join(map(str, config.size()))}",
+        "model": f"the encoder of {config.model_preset or config.model_config_name_or_path or 'the default UNet'},"
+        f" {parameters:,} parameters",
+        **run_lines(config, accelerator, plan, total_steps),
+        "memory": f"{weights_memory(parameters, config.use_ema)}; activations on top",
+    }
     if config.dry_run:
-        print(f"{summary}, output {Path(config.output_dir).resolve()}")
+        print(table(lines))
         return
     facts = run_facts(config, images.count, plan, total_steps, classes=names)
     check_resumable(found, config, model, facts, accelerator, "classifier")
     model.register_to_config(trained_classes=images.trained_classes)
     claim_output_dir(config, accelerator)
-    log(accelerator, f"seed {config.seed}, {summary}")
+    log(accelerator, table(lines))
 
     parts = {"classifier": model}
     state = begin_training(config, accelerator, model, total_steps, QUARTILES, facts, found, parts=parts)
@@ -216,12 +226,15 @@ def train(config: ClassifierConfig) -> None:
         save=lambda trained, step: save_model(trained, config.output_dir),
         name_of=images.name_of,
         deadline=deadline,
+        advice=advice_on_a_cpu(config, arguments["sample_size"]),
     )
     if finished:
         with averaged_weights(state, unwrap(accelerator, state.model)) as trained:
             if accelerator.is_main_process:
                 save_model(trained, config.output_dir)
         log(accelerator, f"saved to {config.output_dir}: NoisyClassifier.from_pretrained({config.output_dir!r})")
+    guide = shlex.join(["ddpm-hf", "sample", "MODEL", "--class", names[0], "--classifier", config.output_dir])
+    log(accelerator, ending(config, state, CLASSIFIER_PROGRAM, finished, looks=guide))
     end_training(accelerator)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from .data.flags import DataFlags
 from .models import MODEL_PRESETS, build_unet, preset_unet_config, smallest_sample_side, stock_unet_defaults
 from .names import BETA_SCHEDULES, LOSS_TYPES, OBJECTIVES, PREDICTION_TYPES, TIMESTEP_SAMPLERS, VARIANCE_TYPES
-from .training.config import FIXED, FREE, HfArg, TrainingConfig, UsageError, parse_layers
+from .training.config import FIXED, FREE, SHORTER_TRAINING, HfArg, TrainingConfig, UsageError, parse_layers
 from .training.meanings import names_elsewhere
 
 if TYPE_CHECKING:  # else imported where it is used, so that --help is quick
@@ -293,6 +293,19 @@ def model_size(flags: UNetFlags, vae=None) -> tuple[int | Sequence[int] | None, 
     if flags.model_preset:
         return MODEL_PRESETS[flags.model_preset].unet["sample_size"], factor
     return (None if vae is None else vae.config.sample_size), 1
+
+
+def advice_on_a_cpu(flags: UNetFlags, sample_size: int | Sequence[int]) -> str:
+    """What to do where training this UNet takes too long on a CPU: a small preset that fits its images, if any."""
+    sides = [sample_size] if isinstance(sample_size, int) else list(sample_size)
+    small = [name for name in MODEL_PRESETS if name.startswith("small-")]  # smallest first
+    fitting = [
+        name for name in small if all(side % smallest_sample_side(MODEL_PRESETS[name].unet) == 0 for side in sides)
+    ]
+    large_enough = [name for name in fitting if MODEL_PRESETS[name].unet["sample_size"] >= max(sides)]
+    if flags.model_preset in small or not fitting:
+        return SHORTER_TRAINING
+    return f"try --model_preset {(large_enough or fitting[::-1])[0]}; or {SHORTER_TRAINING}"
 
 
 CLASSIFIER_PROGRAM = "ddpm-hf train-classifier"

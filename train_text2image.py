@@ -264,13 +264,13 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
-from ddpm_hf.autoencoder import downscaling, find_autoencoder_run, train_autoencoder
+from ddpm_hf.autoencoder import downscaling, find_autoencoder_run, make_autoencoder, train_autoencoder
 from ddpm_hf.buckets import BucketedDataset, bucket_sizes, bucketed
 from ddpm_hf.captions import all_captions, encode_captions
 from ddpm_hf.components import Components, build, draw_blueprint, fit_to_size, load_checkpoint_components
 from ddpm_hf.data import DIGIT_NAMES, DataError, should_cache
 from ddpm_hf.feeding import Images, make_batches, make_plan, open_images
-from ddpm_hf.latents import cache_embeddings, cached_latents, x_start_of
+from ddpm_hf.latents import cache_embeddings, cached_latents, check_cacheable, x_start_of
 from ddpm_hf.models import time_blindness, use_matmul_attention
 from ddpm_hf.objectives import UniformTimestepSampler, check_objective, training_losses
 from ddpm_hf.portable.pipeline_text2image_ddpm_hf import TextToImageDDPMPipeline, tokenize
@@ -279,14 +279,17 @@ from ddpm_hf.previews import draw_grid
 from ddpm_hf.publishing import Publisher, describe_run, reserve_repository
 from ddpm_hf.training.faults import ends_in_one_line
 from ddpm_hf.training.loop import Losses, StepPlan, averaged_weights, training_loop, unwrap
+from ddpm_hf.training.ownership import COMPONENTS, layout
 from ddpm_hf.training.randomness import StepKeys
-from ddpm_hf.training.reporting import ending, run_lines, shows_bars, table
+from ddpm_hf.training.rehearsal import measure_pace, rehearse
+from ddpm_hf.training.reporting import ending, run_lines, show, shows_bars, table
 from ddpm_hf.training.setup import (
     agree_on_seed,
     begin_training,
     check_resumable,
     check_unchanged,
     claim_output_dir,
+    describe_start,
     end_training,
     find_run,
     log,
@@ -467,7 +470,7 @@ def cached(
 
 
 def describe(
-    config: Text2ImageConfig, images: Images, plan: StepPlan, total_steps: int, accelerator
+    config: Text2ImageConfig, images: Images, plan: StepPlan, total_steps: int, model: TextConditioned, accelerator
 ) -> dict[str, str]:
     """What runs: said at the start, and by --dry_run."""
     count = "a stream" if images.dataset is None else f"{len(images.dataset):,} images"
@@ -476,7 +479,7 @@ def describe(
     return {
         "data": f"{images.rows.name}: {count}, captions in {config.caption_column!r}",
         "images": f"{images.transform.channels} × {' × '.join(map(str, config.size()))}",
-        "model": start,
+        "model": f"{start}, {sum(each.numel() for each in model.parameters()):,} parameters to train",
         "latents": "of the checkpoint" if config.pretrained_model_name_or_path else vae,
         "text": "trained along" if config.trains_text_encoder else "frozen",
         **run_lines(config, accelerator, plan, total_steps),
@@ -492,7 +495,9 @@ def train(config: Text2ImageConfig) -> None:
     diffusers_logging.disable_progress_bar()  # one for the parts of a checkpoint
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()  # one for each file that is saved
-    found = None if config.dry_run else find_run(config, accelerator)
+    new_autoencoder = not config.pretrained_model_name_or_path and not config.vae_name_or_path
+    written = layout(*COMPONENTS, autoencoder=new_autoencoder)
+    found = find_run(config, accelerator, written, (config.train_data_dir, config.dataset_name))
     begun = found or (config.resume_from_checkpoint and find_autoencoder_run(config))
     config.seed = agree_on_seed(config, begun and begun[1])
     check_unchanged(config, found and found[1])
@@ -509,46 +514,53 @@ def train(config: Text2ImageConfig) -> None:
     images = open_images(data, config, channels, accelerator, config.caption_column)
     if config.aspect_ratio_buckets:
         images = in_buckets(images, config, start.vae, start.unet, accelerator)
-    if config.cache_latents and not config.aspect_ratio_buckets:
-        images.dataset.leave_out_broken()  # before the batches are planned
+    check_images(config, images, new_autoencoder)
     plan, total_steps = make_plan(images, config, accelerator.num_processes)
-    lines = describe(config, images, plan, total_steps, accelerator)
-    if config.dry_run:
-        print(table(lines))
-        return
 
-    reserve_repository(config, bool(images.held_out), accelerator)
-    claim_output_dir(config, accelerator)
-    log(accelerator, table(lines))
-    components = checkpoint
-    if components is None:
-        vae = start.vae
-        if vae is None:
-            own = start_accelerator(config)
-            vae = train_autoencoder(config, config, images, channels, config.size(), own, deadline)
-        if vae is None:  # stopped, and said so
-            return
-        components = build(start, vae, images, config.seed)
+    # all of the model, so that its first batch is computed before an autoencoder is trained: with a stand-in for that
+    vae = start.vae or make_autoencoder(config, channels, config.size(), config.seed)
+    components = checkpoint or build(start, vae, images, config.seed)
     for frozen in (components.vae, components.text_encoder):
         frozen.eval().requires_grad_(False).to(accelerator.device)
-    null_embedding = None
-    if config.cache_latents:
-        images, null_embedding = cached(images, config, components, accelerator)
-    tokenize(components.tokenizer, [""])  # it is saved as it was last used, which a run that only saves it did not
-
     if checkpoint is None:
         log(accelerator, time_blindness(components.unet.config))
     model = trained_model(config, components, accelerator)
     parts = {"unet": model.unet} | ({"text_encoder": model.text_encoder} if model.text_encoder is not None else {})
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    log(accelerator, f"training {' and '.join(parts)}: {parameters:,} parameters, {total_steps:,} steps")
     facts = run_facts(config, images.count, plan, total_steps)
     check_resumable(found, config, model.unet, facts, accelerator)
     check_parts(found, parts)
+    reserve_repository(config, bool(images.held_out), accelerator)
     state = begin_training(config, accelerator, model, total_steps, QUARTILES, facts, found, parts=parts)
+    loss_of = functools.partial(
+        compute_loss, config=config, accelerator=accelerator, components=components, null_embedding=None
+    )
+    batches = make_batches(images, config, config, plan, state.step, accelerator)
+    batches = rehearse(config, accelerator, state, plan, batches, loss_of)
+    lines = describe(config, images, plan, total_steps, model, accelerator)
+    if config.dry_run:
+        if new_autoencoder:
+            own = start_accelerator(config)
+            train_autoencoder(config, config, images, channels, config.size(), own, rehearse_only=True)
+        lines |= measure_pace(config, accelerator, state, plan, batches, loss_of, total_steps)
+        show(accelerator, table(lines), describe_start(config, found))
+        return
+
+    claim_output_dir(config, accelerator, written, state.step)
+    start_trackers(config, accelerator, Path(__file__).stem)
     if accelerator.is_main_process:
         save_settings(config)
-    start_trackers(config, accelerator, Path(__file__).stem)
+    log(accelerator, table(lines))
+    if new_autoencoder:
+        own = start_accelerator(config)
+        vae = train_autoencoder(config, config, images, channels, config.size(), own, deadline)
+        if vae is None:  # stopped, and said so
+            return
+        components = components._replace(vae=vae.eval().requires_grad_(False).to(accelerator.device))
+    null_embedding = None
+    if config.cache_latents:
+        images, null_embedding = cached(images, config, components, accelerator)
+        batches = make_batches(images, config, config, plan, state.step, accelerator)
+    tokenize(components.tokenizer, [""])  # it is saved as it was last used, which a run that only saves it did not
 
     shared = {"config": config, "accelerator": accelerator, "components": components, "null_embedding": null_embedding}
     pipeline_of = functools.partial(make_pipeline, components=components)
@@ -561,7 +573,7 @@ def train(config: Text2ImageConfig) -> None:
         accelerator,
         state,
         plan,
-        make_batches(images, config, config, plan, state.step, accelerator),
+        batches,
         total_steps,
         compute_loss=functools.partial(compute_loss, **shared),
         validate=images.held_out and functools.partial(validation_loss, held_out=images.held_out, **shared),
@@ -581,6 +593,19 @@ def train(config: Text2ImageConfig) -> None:
     sample = ["ddpm-hf", "sample", "--prompt", prompts[0]]
     log(accelerator, ending(config, state, f"accelerate launch {Path(__file__).name}", finished, sample))
     end_training(accelerator)
+
+
+def check_images(config: Text2ImageConfig, images: Images, new_autoencoder: bool) -> None:
+    """Raise DataError or UsageError for captions that are no texts, and latents that cannot be cached.
+
+    Where they are cached, images that cannot be read are left out, if they may be, before the batches are planned.
+    """
+    if images.dataset is None:
+        return
+    all_captions(images.dataset.captions, images.rows.name)
+    if config.cache_latents and not config.aspect_ratio_buckets:
+        images.dataset.leave_out_broken()
+        check_cacheable(images.dataset, every=new_autoencoder)
 
 
 def check_parts(found: tuple[Path, dict] | None, parts: dict) -> None:

@@ -97,7 +97,7 @@ from diffusers.utils import logging as diffusers_logging
 from ddpm_hf.autoencoder import load_autoencoder
 from ddpm_hf.data import DataError, ImageDataset
 from ddpm_hf.feeding import Images, make_batches, make_plan, open_images
-from ddpm_hf.latents import cached_latents, x_start_of
+from ddpm_hf.latents import cached_latents, check_cacheable, x_start_of
 from ddpm_hf.models import compiled, time_blindness, use_matmul_attention
 from ddpm_hf.objectives import TIMESTEP_SAMPLERS, UniformTimestepSampler, simple_losses, training_losses
 from ddpm_hf.portable.pipeline_class_conditional_ddpm_hf import ClassConditionalDDPMPipeline
@@ -107,14 +107,17 @@ from ddpm_hf.previews import draw_grid
 from ddpm_hf.publishing import Publisher, describe_run, reserve_repository
 from ddpm_hf.training.faults import ends_in_one_line
 from ddpm_hf.training.loop import Losses, StepPlan, averaged_weights, training_loop, unwrap
+from ddpm_hf.training.ownership import layout
 from ddpm_hf.training.randomness import StepKeys
-from ddpm_hf.training.reporting import ending, run_lines, shows_bars, table, weights_memory
+from ddpm_hf.training.rehearsal import measure_pace, rehearse
+from ddpm_hf.training.reporting import ending, run_lines, show, shows_bars, table, weights_memory
 from ddpm_hf.training.setup import (
     agree_on_seed,
     begin_training,
     check_resumable,
     check_unchanged,
     claim_output_dir,
+    describe_start,
     end_training,
     find_run,
     log,
@@ -280,7 +283,8 @@ def train(config: UnconditionalConfig) -> None:
     scheduler = make_scheduler(config, config, latents=vae is not None)
     log(accelerator, settle_resolution(config, *model_size(config, vae), usual="64"))
     arguments = unet_arguments(config, config, vae)
-    found = None if config.dry_run else find_run(config, accelerator)
+    written = layout("unet", "scheduler", *(["vae"] if vae is not None else []))
+    found = find_run(config, accelerator, written, (config.train_data_dir, config.dataset_name))
     config.seed = agree_on_seed(config, found and found[1])
     check_unchanged(config, found and found[1])
 
@@ -294,33 +298,40 @@ def train(config: UnconditionalConfig) -> None:
     log(accelerator, time_blindness(model.config))
     if config.cache_latents:
         images.dataset.leave_out_broken()  # before the batches are planned
+        check_cacheable(images.dataset)
     plan, total_steps = make_plan(images, config, accelerator.num_processes)
-    lines = describe(config, images, plan, total_steps, model, accelerator)
-    if config.dry_run:
-        print(table(lines))
-        return
     facts = run_facts(config, images.count, plan, total_steps, classes=class_names)
     check_resumable(found, config, model, facts, accelerator)
     reserve_repository(config, bool(images.held_out), accelerator)
-    claim_output_dir(config, accelerator)
-    log(accelerator, table(lines))
+    warn_of_terminal_snr(config, scheduler, accelerator)
     if vae is not None:
         vae.eval().requires_grad_(False).to(accelerator.device)
-    if config.cache_latents:
-        latents = cached_latents(images.dataset, vae, config.cache_folder(), accelerator)
-        images = images._replace(dataset=latents)
-    warn_of_terminal_snr(config, scheduler, accelerator)
 
     sampler = TIMESTEP_SAMPLERS[config.timestep_sampler](config.ddpm_num_steps)
     extra = {} if isinstance(sampler, UniformTimestepSampler) else {"timestep_sampler": sampler}
     state = begin_training(config, accelerator, model, total_steps, QUARTILES, facts, found, extra)
     if config.compile:
         state.model = compiled(state.model)
+    shared = {"config": config, "scheduler": scheduler, "accelerator": accelerator, "vae": vae}
+    loss_of = functools.partial(compute_loss, sampler=sampler, null_class=len(class_names), **shared)
+    batches = make_batches(images, config, config, plan, state.step, accelerator, config.class_balanced)
+    batches = rehearse(config, accelerator, state, plan, batches, loss_of)
+    lines = describe(config, images, plan, total_steps, model, accelerator)
+    advice = advice_on_a_cpu(config, arguments["sample_size"])
+    if config.dry_run:
+        lines |= measure_pace(config, accelerator, state, plan, batches, loss_of, total_steps, advice)
+        show(accelerator, table(lines), describe_start(config, found))
+        return
+    claim_output_dir(config, accelerator, written, state.step)
+    start_trackers(config, accelerator, Path(__file__).stem)
     if accelerator.is_main_process:
         save_settings(config)
-    start_trackers(config, accelerator, Path(__file__).stem)
+    log(accelerator, table(lines))
+    if config.cache_latents:
+        latents = cached_latents(images.dataset, vae, config.cache_folder(), accelerator)
+        images = images._replace(dataset=latents)
+        batches = make_batches(images, config, config, plan, state.step, accelerator, config.class_balanced)
 
-    shared = {"config": config, "scheduler": scheduler, "accelerator": accelerator, "vae": vae}
     trained = images.trained_classes
     pipeline_of = functools.partial(
         make_pipeline, scheduler=scheduler, class_names=class_names, vae=vae, trained_classes=trained
@@ -333,15 +344,15 @@ def train(config: UnconditionalConfig) -> None:
         accelerator,
         state,
         plan,
-        make_batches(images, config, config, plan, state.step, accelerator, config.class_balanced),
+        batches,
         total_steps,
-        compute_loss=functools.partial(compute_loss, sampler=sampler, null_class=len(class_names), **shared),
+        compute_loss=loss_of,
         validate=images.held_out and functools.partial(validation_loss, held_out=images.held_out, **shared),
         draw=functools.partial(draw_samples, pipeline_of=pipeline_of, config=config, accelerator=accelerator),
         save=publisher.save,
         name_of=images.name_of,
         deadline=deadline,
-        advice=advice_on_a_cpu(config, arguments["sample_size"]),
+        advice=advice,
     )
     if finished:
         with averaged_weights(state, unwrap(accelerator, state.model)) as trained:

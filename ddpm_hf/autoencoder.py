@@ -9,15 +9,16 @@ from diffusers import AutoencoderKL
 
 from .data import to_model_range
 from .feeding import Images, make_batches, make_plan
-from .flags import AUTOENCODER_FOLDER as FOLDER
 from .flags import AutoencoderFlags
 from .functional import mean_flat
 from .loading import why_not_loaded
 from .saving import save_image, save_model
-from .training.checkpointing import find_checkpoint, remove_unfinished
+from .training.checkpointing import find_checkpoint
 from .training.config import TrainingConfig, UsageError
 from .training.loop import Losses, averaged_weights, training_loop, unwrap
+from .training.ownership import AUTOENCODER, claim_files, layout, remove_unfinished
 from .training.randomness import StepKeys
+from .training.rehearsal import rehearse
 from .training.setup import (
     begin_training,
     check_resumable,
@@ -115,6 +116,7 @@ def draw_reconstructions(model, step: int, *, images: Images, folder: Path, acce
     both = processor.postprocess(torch.cat([originals, rebuilt]), output_type="pil")
     picture = image_grid(both, len(originals), scale=max(1, 64 // both[0].width))
     path = folder / "samples" / f"step-{step:06d}.png"
+    claim_files(folder, [f"samples/{path.name}"])
     save_image(picture, path)
     track_image(accelerator, "reconstructions", picture, step)
     return path
@@ -138,7 +140,7 @@ def measure_scaling_factor(vae: AutoencoderKL, images: Images, batch_size: int, 
 
 def find_autoencoder_run(config: TrainingConfig) -> tuple[Path, dict] | None:
     """The newest checkpoint of the autoencoder's training, where a run got no further; for its seed."""
-    return find_checkpoint(Path(config.output_dir) / FOLDER, "latest", lambda line: None)
+    return find_checkpoint(Path(config.output_dir) / AUTOENCODER, "latest", lambda line: None)
 
 
 def train_autoencoder(
@@ -149,23 +151,26 @@ def train_autoencoder(
     size: tuple[int, int],
     accelerator,
     deadline: float | None = None,
+    rehearse_only: bool = False,
 ) -> AutoencoderKL | None:
     """Train an autoencoder in a folder within the run's, or take the one that was finished there; None if stopped.
+
+    With `rehearse_only` it is not trained: only its first batch is computed.
 
     Raises:
         UsageError: a stream, whose steps nobody can repeat here, or a size that the autoencoder cannot halve.
     """
-    folder = Path(config.output_dir) / FOLDER
+    folder = Path(config.output_dir) / AUTOENCODER
     if (folder / "config.json").is_file() and config.resume_from_checkpoint:
         before = find_autoencoder_run(config)
         check_unchanged(config, before and before[1])
-        if accelerator.is_main_process:
+        if accelerator.is_main_process and not rehearse_only:
             remove_unfinished(folder)
         return load_autoencoder(str(folder)).to(accelerator.device)
     factor = 2 ** (len(flags.widths()) - 1)
     if size[0] % factor or size[1] % factor:
         raise UsageError(f"--resolution {size[0]}x{size[1]}: the autoencoder wants multiples of {factor}")
-    own = dataclasses.replace(
+    training = dataclasses.replace(
         config,
         output_dir=str(folder),
         max_train_steps=flags.vae_train_steps,
@@ -173,6 +178,7 @@ def train_autoencoder(
         lr_scheduler="cosine",
         lr_warmup_steps=min(100, flags.vae_train_steps // 10),
         gradient_accumulation_steps=1,
+        overwrite_output_dir=False,  # the model's own run, with all in this folder, has been set aside
         resume_from_checkpoint=config.resume_from_checkpoint and "latest",
         save_images_epochs=0,
         save_images_steps=max(1, flags.vae_train_steps // 4)
@@ -183,24 +189,30 @@ def train_autoencoder(
         ema_max_decay=0.995,
         ema_min_decay=0.0,
     )
-    found = find_run(own, accelerator)
+    written = layout(model=True)
+    found = find_run(training, accelerator, written)
     vae = make_autoencoder(flags, channels, size, config.seed)
-    plan, total_steps = make_plan(images, own, accelerator.num_processes)
+    plan, total_steps = make_plan(images, training, accelerator.num_processes)
     facts = run_facts(config, images.count, plan, total_steps)
     check_resumable(found, config, vae, facts, accelerator, "vae")
-    claim_output_dir(own, accelerator)
     parameters = sum(parameter.numel() for parameter in vae.parameters())
     log(accelerator, f"training an autoencoder first: {parameters:,} parameters, {total_steps} steps")
     model = Reconstruction(vae)
-    state = begin_training(own, accelerator, model, total_steps, (), facts, found, parts={"vae": vae})
+    state = begin_training(training, accelerator, model, total_steps, (), facts, found, parts={"vae": vae})
+    loss_of = functools.partial(compute_loss, kl_weight=flags.vae_kl_weight, accelerator=accelerator)
+    batches = make_batches(images, training, training, plan, state.step, accelerator)
+    batches = rehearse(training, accelerator, state, plan, batches, loss_of)
+    if rehearse_only:
+        return vae.requires_grad_(False)
+    claim_output_dir(training, accelerator, written, state.step)
     finished = training_loop(
-        own,
+        training,
         accelerator,
         state,
         plan,
-        make_batches(images, own, own, plan, state.step, accelerator),
+        batches,
         total_steps,
-        compute_loss=functools.partial(compute_loss, kl_weight=flags.vae_kl_weight, accelerator=accelerator),
+        compute_loss=loss_of,
         draw=functools.partial(draw_reconstructions, images=images, folder=folder, accelerator=accelerator),
         name_of=images.name_of,
         deadline=deadline,
@@ -214,7 +226,7 @@ def train_autoencoder(
     scale = measure_scaling_factor(trained, images, config.eval_batch_size, config.seed)
     trained.register_to_config(scaling_factor=scale)
     if accelerator.is_main_process:
-        save_model(trained, folder)
+        save_model(trained, folder, within=folder)
     accelerator.wait_for_everyone()
     log(accelerator, f"autoencoder saved to {folder}, scaling factor {scale}")
     return trained

@@ -27,14 +27,17 @@ from .saving import save_model
 from .training.config import UsageError
 from .training.faults import ends_in_one_line
 from .training.loop import Losses, averaged_weights, training_loop, unwrap
+from .training.ownership import layout
 from .training.randomness import StepKeys
-from .training.reporting import ending, run_lines, table, weights_memory
+from .training.rehearsal import measure_pace, rehearse
+from .training.reporting import ending, run_lines, show, table, weights_memory
 from .training.setup import (
     agree_on_seed,
     begin_training,
     check_resumable,
     check_unchanged,
     claim_output_dir,
+    describe_start,
     end_training,
     find_run,
     log,
@@ -160,7 +163,8 @@ def train(config: ClassifierConfig) -> None:
         beta_schedule=config.ddpm_beta_schedule,
         rescale_betas_zero_snr=config.rescale_betas_zero_snr,
     )
-    found = None if config.dry_run else find_run(config, accelerator)
+    written = layout(model=True)
+    found = find_run(config, accelerator, written, (config.train_data_dir, config.dataset_name))
     config.seed = agree_on_seed(config, found and found[1])
     check_unchanged(config, found and found[1])
     resumed_classes = found and found[1].get("classes")
@@ -195,43 +199,47 @@ def train(config: ClassifierConfig) -> None:
         **run_lines(config, accelerator, plan, total_steps),
         "memory": f"{weights_memory(parameters, config.use_ema)}; activations on top",
     }
-    if config.dry_run:
-        print(table(lines))
-        return
     facts = run_facts(config, images.count, plan, total_steps, classes=names)
     check_resumable(found, config, model, facts, accelerator, "classifier")
     model.register_to_config(trained_classes=images.trained_classes)
-    claim_output_dir(config, accelerator)
-    log(accelerator, table(lines))
-
     parts = {"classifier": model}
     state = begin_training(config, accelerator, model, total_steps, QUARTILES, facts, found, parts=parts)
     if config.compile:
         state.model = compiled(state.model)
+    shared = {"scheduler": scheduler, "accelerator": accelerator}
+    loss_of = functools.partial(compute_loss, **shared)
+    batches = make_batches(images, config, config, plan, state.step, accelerator)
+    batches = rehearse(config, accelerator, state, plan, batches, loss_of)
+    advice = advice_on_a_cpu(config, arguments["sample_size"])
+    if config.dry_run:
+        lines |= measure_pace(config, accelerator, state, plan, batches, loss_of, total_steps, advice)
+        show(accelerator, table(lines), describe_start(config, found))
+        return
+    claim_output_dir(config, accelerator, written, state.step)
+    start_trackers(config, accelerator, "train_classifier")
     if accelerator.is_main_process:
         save_settings(config)
-    start_trackers(config, accelerator, "train_classifier")
+    log(accelerator, table(lines))
 
-    shared = {"scheduler": scheduler, "accelerator": accelerator}
     finished = training_loop(
         config,
         accelerator,
         state,
         plan,
-        make_batches(images, config, config, plan, state.step, accelerator),
+        batches,
         total_steps,
-        compute_loss=functools.partial(compute_loss, **shared),
+        compute_loss=loss_of,
         validate=images.held_out
         and functools.partial(validation_accuracy, held_out=images.held_out, config=config, **shared),
-        save=lambda trained, step: save_model(trained, config.output_dir),
+        save=lambda trained, step: save_model(trained, config.output_dir, within=config.output_dir),
         name_of=images.name_of,
         deadline=deadline,
-        advice=advice_on_a_cpu(config, arguments["sample_size"]),
+        advice=advice,
     )
     if finished:
         with averaged_weights(state, unwrap(accelerator, state.model)) as trained:
             if accelerator.is_main_process:
-                save_model(trained, config.output_dir)
+                save_model(trained, config.output_dir, within=config.output_dir)
         log(accelerator, f"saved to {config.output_dir}: NoisyClassifier.from_pretrained({config.output_dir!r})")
     guide = shlex.join(["ddpm-hf", "sample", "MODEL", "--class", names[0], "--classifier", config.output_dir])
     log(accelerator, ending(config, state, CLASSIFIER_PROGRAM, finished, looks=guide))

@@ -21,7 +21,7 @@ from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from .data import ImageDataset, augmentation_uniforms, to_model_range
-from .training.checkpointing import flush, flush_tree
+from .training.checkpointing import SCRAP, flush, flush_tree
 from .training.config import UsageError
 from .training.randomness import StepKeys
 from .training.reporting import task
@@ -93,7 +93,7 @@ class TensorTable:
             }
         )
         final = self.folder / f"part-{digest(*keys).hex()}"
-        beside = tempfile.mkdtemp(dir=self.folder, prefix=".writing-", suffix=".partial")
+        beside = tempfile.mkdtemp(dir=self.folder, prefix=".writing-", suffix=SCRAP)
         try:
             datasets.Dataset.from_dict(columns, features=features).save_to_disk(beside, max_shard_size="100GB")
             os.chmod(beside, 0o755)  # a cache may be shared
@@ -206,6 +206,24 @@ def caption_key(caption: str) -> bytes:
     return digest(caption.encode())
 
 
+RANDOM_CROPS = (
+    "--cache_latents computes an image's latent once, and the crops are random: add --center_crop, or leave"
+    " --cache_latents out"
+)
+
+
+def check_cacheable(images: ImageDataset, every: bool = False) -> None:
+    """Raise UsageError if images are cropped at random; those that are not kept decoded are looked at if `every`."""
+    size = (images.transform.height, images.transform.width)
+    if images.transform.center_crop:
+        return
+    shapes = (pixels.shape[:2] for pixels in (() if images.cache is None else images.cache))
+    if images.cache is None and every:
+        shapes = (images._read(index)[1].shape[:2] for index in range(len(images)))
+    if any(tuple(shape) != size for shape in shapes):
+        raise UsageError(RANDOM_CROPS)
+
+
 @torch.no_grad()
 def cache_latents(
     images: ImageDataset, vae: AutoencoderKL, folder: Path, accelerator
@@ -227,10 +245,7 @@ def cache_latents(
             index, mirrored = place % len(keys), place >= len(keys)
             pixels = images._read(index)[1]
             if pixels.shape[:2] != size:
-                raise UsageError(
-                    "--cache_latents computes an image's latent once, and the crops are random: add --center_crop,"
-                    " or leave --cache_latents out"
-                )
+                raise UsageError(RANDOM_CROPS)
             upright = transform._replace(random_flip=mirrored).crop_and_flip(pixels, UNAUGMENTED)
             found.append(torch.from_numpy(upright))
         batch = to_model_range(torch.stack(found).to(vae.device)).to(vae.dtype)  # [N, C, H, W]

@@ -6,12 +6,12 @@ import json
 import math
 import re
 import shlex
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .training.checkpointing import write_whole
+from .training.ownership import claim_files, may_write, release_files, remove
 
 RUN_FILE, RESULTS_FILE, METRICS_FILE = "run.json", "evaluation.json", "metrics.jsonl"
 SAMPLES, CHAIN, LOSS_CURVE = "assets/samples.png", "assets/chain.png", "assets/loss.png"
@@ -105,11 +105,18 @@ def record_result(
         samples: how many images it was measured on.
         dataset: of the images that it was measured on or against.
         settings: how samples were drawn, for example "DDIM, 50 steps".
+
+    Raises:
+        ValueError: there is an `evaluation.json` that holds something else.
     """
     step = (_read_json(Path(folder) / RUN_FILE) or {}).get("step")
-    own = {"metric": metric, "dataset": dataset, "split": split, "settings": settings, "step": step}
-    others = [one for one in _read_json(Path(folder) / RESULTS_FILE) or [] if {**one, **own} != one]
-    results = [*others, {**own, "value": float(value), "samples": int(samples)}]
+    key = {"metric": metric, "dataset": dataset, "split": split, "settings": settings, "step": step}
+    before = _read_json(Path(folder) / RESULTS_FILE) or []
+    if not isinstance(before, list) or not all(isinstance(one, dict) and "metric" in one for one in before):
+        raise ValueError(f"{Path(folder) / RESULTS_FILE} does not hold results of ours; move it, or remove it")
+    results = [one for one in before if {**one, **key} != one]
+    results += [{**key, "value": float(value), "samples": int(samples)}]
+    claim_files(folder, [RESULTS_FILE])
     write_whole(Path(folder) / RESULTS_FILE, json.dumps(results, indent=1) + "\n")
 
 
@@ -138,21 +145,28 @@ def all_results(facts: Facts) -> list[dict[str, Any]]:
 def write_pictures(folder: Path) -> None:
     """A run's newest grid and chain up to the saved step, and its loss curve, under names that do not change."""
     metrics, run = read_metrics(folder), _read_json(folder / RUN_FILE)
-    (folder / "assets").mkdir(exist_ok=True)
+    run = run if isinstance(run, dict) and "step" in run else None
     grids = {int(path.stem.partition("-")[2]): path for path in (folder / "samples").glob("step-*.png")}
     drawn = max((step for step in grids if run is None or step <= run["step"]), default=None)
     for kind, target in (("step", SAMPLES), ("chain", CHAIN)):
         source = None if drawn is None else grids[drawn].with_name(grids[drawn].name.replace("step", kind))
         if source is not None and source.is_file():
-            write_whole(folder / target, source.read_bytes())
-        elif grids:  # what lies there is of other weights
-            (folder / target).unlink(missing_ok=True)
-    if run is not None and run.get("pictures_step") != drawn:
+            write_picture(folder, target, source.read_bytes())
+        elif grids and may_write(folder, target):  # what lies there is of other weights
+            remove(folder, target)
+            release_files(folder, [target])
+    if run is not None and run.get("pictures_step") != drawn and (grids or may_write(folder, RUN_FILE)):
         write_whole(folder / RUN_FILE, json.dumps({**run, "pictures_step": drawn}, indent=1) + "\n")
     if any("loss" in line for line in metrics):
-        write_whole(folder / LOSS_CURVE, loss_curve(metrics))
-    if not any((folder / "assets").iterdir()):
-        shutil.rmtree(folder / "assets")
+        write_picture(folder, LOSS_CURVE, loss_curve(metrics))
+
+
+def write_picture(folder: Path, name: str, data: bytes) -> None:
+    """Write a picture of the card, but over one of somebody else's."""
+    if may_write(folder, name):
+        claim_files(folder, [name])
+        (folder / name).parent.mkdir(exist_ok=True)
+        write_whole(folder / name, data)
 
 
 def loss_curve(metrics: list[dict[str, Any]]) -> bytes:

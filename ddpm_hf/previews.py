@@ -11,6 +11,7 @@ from .data import image_grid
 from .saving import save_image
 from .training.config import TrainingConfig
 from .training.faults import out_of_memory, storage_fault, warn
+from .training.ownership import claim_files
 from .training.randomness import keyed_seed
 from .training.setup import track_image
 from .training.stopping import InterruptedLookError
@@ -72,6 +73,7 @@ def draw_grid(
         chains = [chain for place, _, chain in drawn if place in shown]
         strip = image_grid([image for chain in chains for image in chain], len(chains[0]), scale=scale, legend=legend)
         try:
+            claim_files(config.output_dir, [f"samples/{kind}-{step:06d}.png" for kind in ("step", "chain")])
             save_image(grid, folder / f"step-{step:06d}.png")
             save_image(strip, folder / f"chain-{step:06d}.png")
         except OSError as error:

@@ -18,7 +18,6 @@ from .model_card import (
     CHAIN,
     LOSS_CURVE,
     METRICS_FILE,
-    RESULTS_FILE,
     RUN_FILE,
     SAMPLES,
     make_card,
@@ -28,12 +27,13 @@ from .model_card import (
 )
 from .saving import save_half_precision, save_image, save_model, save_pipeline
 from .training.averaging import raw_weights
-from .training.checkpointing import write_whole
+from .training.checkpointing import SCRAP, write_whole
 from .training.config import TrainingConfig, UsageError
+from .training.ownership import LAYOUT, claim_files, may_write
 from .training.setup import log, public_settings
 
 ATTRIBUTES = ("*.safetensors", "*.png", "*.gif")  # what the repository keeps outside of git
-OWN_FILES = ("model_index.json", "*_ddpm_hf.py", METRICS_FILE, RESULTS_FILE, RUN_FILE, "LICENSE*", "assets/*.png")
+PUBLISHED = (*(entry.pattern for entry in LAYOUT if entry.published and entry.pattern != "README.md"), "LICENSE*")
 COMPONENT_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
 CHAIN_ROWS = 8  # of the card's strip of predictions, where the run has drawn none
 CODE = tuple(path.name for path in Path(portable.__file__).parent.glob("*_ddpm_hf.py"))
@@ -60,7 +60,7 @@ def files_to_publish(folder: Path, include: tuple[str, ...] = ()) -> dict[str, P
     A run's checkpoints, optimizer states, logs and settings, and whatever else lies there, stay; `include` names more
     files by patterns.
     """
-    patterns = [*OWN_FILES, *include]
+    patterns = [*PUBLISHED, *include]
     patterns += [f"{name}/{kind}" for name in component_folders(folder) for kind in COMPONENT_FILES]
     found = {}
     for pattern in patterns:
@@ -74,7 +74,7 @@ def files_to_publish(folder: Path, include: tuple[str, ...] = ()) -> dict[str, P
 @contextlib.contextmanager
 def frozen_copy(files: dict[str, Path], folder: Path) -> Iterator[dict[str, Path]]:
     """The files as they are now, whatever a run writes meanwhile; weights by hard links, since they are replaced."""
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".publishing-", suffix=".partial") as beside:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".publishing-", suffix=SCRAP) as beside:
         copies = {}
         for name, path in files.items():
             copies[name] = Path(beside) / name
@@ -189,6 +189,7 @@ def push_files(
     # upload_folder may make several commits: who loads in between would get half a model
     commit = api.create_commit(repository, operations, commit_message=message, parent_commit=before.sha)
     if read_card(folder) == here:  # or someone is writing there
+        claim_files(folder, ["README.md"])
         write_whole(folder / "README.md", card)
     if tag in tags and commit.oid != tags[tag]:
         raise ValueError(f"it is uploaded, but the tag {tag} is of the commit before, and stays there; name another")
@@ -239,8 +240,13 @@ def draw_missing_pictures(studio, folder: Path) -> None:
         images = studio.draw(Wish(MOST_IMAGES, sampler, studio.samplers[sampler]), watch)
     scale = max(1, 64 // images[0].width)
     chains = [moment[i] for i in range(CHAIN_ROWS) for moment in moments]
-    save_image(image_grid(images, scale=scale), folder / SAMPLES)
-    save_image(image_grid(chains, len(moments), scale=scale), folder / CHAIN)
+    for name, grid in (
+        (SAMPLES, image_grid(images, scale=scale)),
+        (CHAIN, image_grid(chains, len(moments), scale=scale)),
+    ):
+        if may_write(folder, name):
+            claim_files(folder, [name])
+            save_image(grid, folder / name)
 
 
 def reason_of(error: Exception) -> str:
@@ -262,6 +268,8 @@ def refuses(error: Exception) -> bool:
 def reserve_repository(config: TrainingConfig, held_out: bool, accelerator) -> None:
     """Before training: see that the upload will be accepted; `config.hub_model_id` then has the user's name too.
 
+    With --dry_run the repository is not created.
+
     Args:
         held_out: whether images are held out.
 
@@ -274,6 +282,9 @@ def reserve_repository(config: TrainingConfig, held_out: bool, accelerator) -> N
     if not config.push_to_hub or not accelerator.is_main_process:
         return
     try:
+        if config.dry_run:
+            check_account(config.hub_model_id, config.hub_token)
+            return
         config.hub_model_id = open_repository(config.hub_model_id, config.hub_token, config.hub_private_repo)
         if config.hub_revision and not config.resume_from_checkpoint:
             check_tag(config.hub_model_id, config.hub_revision, config.hub_token)
@@ -284,6 +295,19 @@ def reserve_repository(config: TrainingConfig, held_out: bool, accelerator) -> N
                 " --hub_token, --hub_private_repo and --hub_revision, or log in with `hf auth login`"
             ) from error
         log(accelerator, f"warning: the Hub does not answer ({reason_of(error)}); trying again at the end")
+
+
+def check_account(repository: str, token: str | None) -> None:
+    """Raise what the Hub says of a token or a name that it does not take; creates nothing."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import validate_repo_id
+
+    validate_repo_id(repository)
+    account = HfApi(token=token).whoami()
+    user = repository.rpartition("/")[0]
+    known = [account["name"], *(one["name"] for one in account.get("orgs", []))]
+    if user and user not in known:
+        raise ValueError(f"the token is of {account['name']}, who is no member of {user}")
 
 
 def check_tag(repository: str, tag: str, token: str | None) -> None:
@@ -333,8 +357,9 @@ class Publisher:
         if "non_ema" in config.save_variants:
             for name, part in self.state.parts.items():
                 with raw_weights(self.state.emas[name], part):
-                    save_model(part, self.folder / name, only="*.non_ema[.-]*", variant="non_ema")
+                    save_model(part, self.folder / name, "*.non_ema[.-]*", within=self.folder, variant="non_ema")
         run = {**self.facts, "step": step, "sessions": self.state.sessions.until(step)}
+        claim_files(self.folder, [RUN_FILE])
         write_whole(self.folder / RUN_FILE, json.dumps(run, indent=1) + "\n")
         self.saved_at = step
         if config.push_to_hub and config.hub_strategy != "end" and at_checkpoint and step < self.total_steps:
@@ -384,6 +409,7 @@ class Publisher:
         try:
             write_pictures(self.folder)
             facts = read_facts(self.folder, self.repository, pipeline, config.hub_license)
+            claim_files(self.folder, ["README.md"])
             write_whole(self.folder / "README.md", make_card(facts, read_card(self.folder), to_hub=False))
         except ValueError as error:
             raise UsageError(f"the model is saved to {self.folder}, but not its card: {error}") from error

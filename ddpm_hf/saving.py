@@ -6,31 +6,40 @@ import json
 import os
 import shutil
 import tempfile
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
 
-from .training.checkpointing import flush, flush_tree, write_whole
+from .training.checkpointing import SCRAP, flush, flush_tree, write_whole
+from .training.config import UsageError
+from .training.ownership import claim_files, listed, may_write, release_files, remove
 
 
-def save_model(model, folder: str | Path, only: str = "*", **options) -> list[Path]:
+def save_model(model, folder: str | Path, only: str = "*", within: str | Path | None = None, **options) -> list[Path]:
     """Save what has a `save_pretrained` so that each of its files is whole: written beside, then moved into place.
 
     Args:
         only: of the files that it writes, those whose names match.
+        within: the output folder whose manifest lists them, if there is one.
         options: for `save_pretrained`.
 
     Returns: what was written, relative to the folder.
+
+    Raises:
+        UsageError: a file there is somebody else's.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(dir=folder, prefix=".saving-", suffix=".partial"))
+    beside = Path(tempfile.mkdtemp(dir=folder, prefix=".saving-", suffix=SCRAP))
     try:
         model.save_pretrained(beside, **options)
         for path in beside.rglob("config.json"):
             forget_origin(path)
         flush_tree(beside)
         places = [path.relative_to(beside) for path in beside.rglob(only) if path.is_file()]
+        if within is not None:
+            claim_places(Path(within), [(folder / place).relative_to(within).as_posix() for place in places])
         for last in (False, True):  # a config says that the model beside it is there: it goes last
             moved = [place for place in places if (place.suffix == ".json") == last]
             for place in moved:
@@ -44,6 +53,14 @@ def save_model(model, folder: str | Path, only: str = "*", **options) -> list[Pa
         shutil.rmtree(beside, ignore_errors=True)
 
 
+def claim_places(folder: Path, names: list[str]) -> None:
+    """List files in the manifest of an output folder, but refuse to replace what is not of a run there."""
+    for name in names:
+        if not may_write(folder, name):
+            raise UsageError(f"{folder / name} is not of a run and would be replaced; move it, or remove it")
+    claim_files(folder, names)
+
+
 def forget_origin(config: Path) -> None:
     """Drop where a model was loaded from: a path of this machine, or another one where its training was resumed."""
     settings = json.loads(config.read_text(encoding="utf-8"))
@@ -53,12 +70,17 @@ def forget_origin(config: Path) -> None:
 
 def save_pipeline(pipeline, folder: str | Path) -> None:
     """Save a pipeline as `save_model` does; variants of its weights that were saved before go: they are of others."""
-    written = set(save_model(pipeline, folder))
-    for name in networks(pipeline):
-        for pattern in ("*.safetensors", "*.index*.json"):
-            for path in Path(folder, name).glob(pattern):
-                if path.relative_to(folder) not in written:
-                    path.unlink()
+    written = {place.as_posix() for place in save_model(pipeline, folder, within=folder)}
+    outdated = [
+        name
+        for name in listed(folder)
+        if name not in written
+        and name.split("/")[0] in networks(pipeline)
+        and (name.endswith(".safetensors") or fnmatch(name, "*.index*.json"))
+    ]
+    for name in outdated:
+        remove(Path(folder), name)
+    release_files(folder, outdated)
 
 
 def networks(pipeline) -> dict[str, torch.nn.Module]:
@@ -73,7 +95,7 @@ def save_half_precision(pipeline, folder: str | Path) -> None:
     """
     for name, part in networks(pipeline).items():
         half = copy.deepcopy(part).to("cpu", torch.float16)
-        save_model(half, Path(folder) / name, only="*.fp16[.-]*", variant="fp16")
+        save_model(half, Path(folder) / name, only="*.fp16[.-]*", within=folder, variant="fp16")
 
 
 def save_image(image, path: Path) -> None:

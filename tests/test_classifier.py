@@ -413,12 +413,16 @@ def test_mistakes_in_training_are_one_line_and_leave_nothing(flags, named, world
 
 def test_an_earlier_run_is_not_overwritten(world, tmp_path):
     """Else a forgotten flag costs hours of training, or a checkpoint of another kind of run is half loaded."""
-    (tmp_path / "run").mkdir()
-    for name in ("config.json", WEIGHTS):
-        (tmp_path / "run" / name).write_text("mine")
-    refused = run_training(command(world, tmp_path / "run"), tmp_path / "run")
-    assert_refused(refused, tmp_path / "run", "--overwrite_output_dir")
-    assert refused.files() == ["config.json", WEIGHTS]
+    (tmp_path / "model").mkdir()
+    for name in ("config.json", WEIGHTS):  # of a model that no training of ours saved
+        (tmp_path / "model" / name).write_text("mine")
+    for flags in ({}, {"overwrite_output_dir": True}):
+        refused = run_training(command(world, tmp_path / "model", **flags), tmp_path / "model")
+        assert_refused(refused, tmp_path / "model", "config.json", WEIGHTS, "move them")
+        assert [(refused.folder / name).read_text() for name in refused.files()] == ["mine", "mine"]
+    train(world, tmp_path / "run", max_train_steps=1)
+    again = run_training(command(world, tmp_path / "run"), tmp_path / "run")
+    assert_refused(again, tmp_path / "run", "--overwrite_output_dir")
     run = train(world, tmp_path / "run", overwrite_output_dir=True, max_train_steps=2)
     before = run.files()
     longer = run_training(command(world, run.folder, resume_from_checkpoint="latest", ddpm_num_steps=30), run.folder)

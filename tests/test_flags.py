@@ -181,7 +181,18 @@ def observe(flags: dict, folder: Path) -> Seen:
         "xformers": (UNet2DModel, "enable_xformers_memory_efficient_attention", lambda *a, **k: 0),
     }
     tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    with mock.patch.object(train_unconditional, "compute_loss", watched_loss):
+
+    def unwatched_rehearsal(*args):
+        seen = len(batches), len(calls)
+        rehearsed = rehearse(*args)
+        del batches[seen[0] :], calls[seen[1] :]
+        return rehearsed
+
+    rehearse = train_unconditional.rehearse
+    with (
+        mock.patch.object(train_unconditional, "compute_loss", watched_loss),
+        mock.patch.object(train_unconditional, "rehearse", unwatched_rehearsal),
+    ):
         patches = [
             mock.patch.object(place, name, spying(key, getattr(place, name), result))
             for key, (place, name, result) in spies.items()

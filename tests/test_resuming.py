@@ -23,7 +23,9 @@ from ddpm_hf.latents import TensorTable
 from ddpm_hf.publishing import save_model
 from ddpm_hf.training import checkpointing
 from ddpm_hf.training.checkpointing import find_checkpoint, list_checkpoints, read_manifest, rotate, seal
+from ddpm_hf.training.config import TrainingConfig
 from ddpm_hf.training.loop import KeyedBatchSampler, StepPlan
+from ddpm_hf.training.ownership import claim_files
 from ddpm_hf.training.randomness import keyed_permutation
 from tests.fixtures_pipeline import tiny_unet
 from tests.fixtures_unconditional import encoded, random_pixels, run_script, words, write_rows, write_unet
@@ -268,7 +270,7 @@ def leave_scraps(folder):
     scraps = (
         ".metrics.jsonl.a1b2c3d4.partial",
         "samples/.step-000005.png.a1b2c3d4.partial",
-        "assets/.a.png.a1b2c3d4.partial",
+        "assets/.loss.png.a1b2c3d4.partial",
     )
     for name in scraps:
         (folder / name).write_bytes(b"cut o")
@@ -489,10 +491,11 @@ def test_a_saved_model_does_not_tell_where_it_was_loaded_from(tmp_path):
 
 def test_scraps_beside_a_finished_autoencoder_go(tmp_path):
     """Else a run killed while its autoencoder was saved keeps a second copy of it."""
-    folder = tmp_path / autoencoder.FOLDER
+    folder = tmp_path / autoencoder.AUTOENCODER
     folder.mkdir()
     leave_scraps(folder)
-    flags = SimpleNamespace(output_dir=str(tmp_path), resume_from_checkpoint="latest")
+    claim_files(folder, ["checkpoint-4/"])
+    flags = TrainingConfig(output_dir=str(tmp_path), resume_from_checkpoint="latest")
     save_model(autoencoder.make_autoencoder(autoencoder.AutoencoderFlags(vae_widths="8,16"), 1, (8, 8), 0), folder)
     accelerator = SimpleNamespace(is_main_process=True, device=torch.device("cpu"))
     autoencoder.train_autoencoder(flags, flags, None, 1, (8, 8), accelerator)

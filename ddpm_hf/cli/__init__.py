@@ -7,6 +7,7 @@ import sys
 
 import typer
 
+from ..training.paths import expand_home
 from . import push, push_space, sample, train_classifier
 
 app = typer.Typer(
@@ -36,7 +37,7 @@ app.command("train-classifier", context_settings=EVERYTHING_AFTER, add_help_opti
 def main() -> None:
     """The entry point: what the user can mend is one line and exit code 2."""
     try:
-        app(standalone_mode=False)
+        app([expand_home(word) for word in sys.argv[1:]], standalone_mode=False)
     except typer.Abort:
         raise SystemExit(130) from None
     except (typer.BadParameter.__mro__[2], ValueError, OSError) as error:  # typer's own ClickException

@@ -160,7 +160,7 @@ def open_dataset(
     """
     from .local import Options, of_library, open_local
 
-    path = Path(directory or name)
+    path = Path(directory or name).expanduser()
     is_local = directory is not None or path.exists()
     options = Options(name if directory else None, config_name, cache_dir)
     if is_local and not path.exists():

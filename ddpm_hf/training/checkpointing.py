@@ -17,14 +17,13 @@ from .config import UsageError
 
 MANIFEST = "manifest.json"
 SETTINGS = "training_config.json"  # beside the checkpoints
-# What a write that was killed leaves behind, in a run's folder: each write begins under such a name
-UNFINISHED = ("checkpoint-*.partial", ".*????????.partial", "*/.*????????.partial", "cache/*/.*????????.partial")
+SCRAP = ".partial"  # how the name of a file or folder ends until it is complete
 
 
 def write_whole(path: Path, data: str | bytes) -> None:
     """Write a file completely, flushed to the disk, or not at all."""
     data = data.encode() if isinstance(data, str) else data
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=SCRAP)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -47,10 +46,10 @@ def checkpoint_step(path: Path) -> int:
     return int(match[1]) if match else -1
 
 
-def list_checkpoints(output_dir: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
+def list_checkpoints(output_dir: Path, complete: bool = False) -> list[Path]:
+    """The checkpoints in a folder, oldest first: all by name, or those alone that a run of ours has completed."""
     found = [path for path in output_dir.glob("checkpoint-*") if path.is_dir() and checkpoint_step(path) >= 0]
-    return sorted(found, key=checkpoint_step)
+    return sorted((path for path in found if not complete or is_sealed(path)), key=checkpoint_step)
 
 
 def _digest(path: Path) -> str:
@@ -77,18 +76,46 @@ def flush_tree(folder: Path) -> None:
         flush(path)
 
 
+def is_sealed(folder: Path) -> bool:
+    """Whether a folder has the manifest that completes a checkpoint of ours; its files are not looked at."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return isinstance(manifest["files"], dict) and type(manifest["step"]) is int
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+
+def strangers(checkpoint: Path) -> list[str]:
+    """The files within a complete checkpoint that are not listed in its manifest, as posix paths."""
+    if checkpoint.is_symlink() or not is_sealed(checkpoint):
+        return []
+    known = {*json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"], MANIFEST}
+    found = sorted(path for path in checkpoint.rglob("*") if path.is_symlink() or not path.is_dir())
+    return [name for path in found if (name := path.relative_to(checkpoint).as_posix()) not in known]
+
+
 def discard(folder: Path) -> None:
-    """Remove a folder so that nobody takes the rest of it for the whole, wherever that is cut off."""
-    doomed = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(doomed, ignore_errors=True)
-    os.replace(folder, doomed)
+    """Remove a folder of ours so that a partly deleted checkpoint is never loaded, wherever that is cut off.
+
+    Of a link, the link alone; and of a checkpoint, what its manifest lists.
+    """
+    if folder.is_symlink():
+        folder.unlink()
+        return
+    if kept := strangers(folder):
+        (folder / MANIFEST).unlink()
+        for path in sorted(folder.rglob("*"), reverse=True):  # what is in a folder before the folder
+            if path.is_dir() and not path.is_symlink():
+                if not any(path.iterdir()):
+                    path.rmdir()
+            elif path.relative_to(folder).as_posix() not in kept:
+                path.unlink()
+        return
+    doomed = folder if folder.name.endswith(".partial") else folder.with_name(f"{folder.name}.partial")
+    if doomed != folder:
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.replace(folder, doomed)
     shutil.rmtree(doomed)
-
-
-def remove_unfinished(output_dir: Path) -> None:
-    """Remove what killed writes left in a run's folder; no other process may be writing there."""
-    for path in (path for pattern in UNFINISHED for path in output_dir.glob(pattern)):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def set_aside_later(output_dir: Path, step: int) -> list[Path]:
@@ -96,7 +123,7 @@ def set_aside_later(output_dir: Path, step: int) -> list[Path]:
 
     Else `latest` would return to them, with metrics that were meanwhile cut off at the step.
     """
-    later = [path for path in reversed(list_checkpoints(output_dir)) if checkpoint_step(path) > step]
+    later = [path for path in reversed(list_checkpoints(output_dir, complete=True)) if checkpoint_step(path) > step]
     for path in later:
         aside = path.with_name(f"{path.name}.superseded")
         if aside.exists():
@@ -114,7 +141,7 @@ def seal(partial: Path, final: Path, state: dict[str, Any]) -> None:
         discard(partial)
         return
     files = sorted(path for path in partial.rglob("*") if path.is_file())
-    manifest = {**state, "files": {str(path.relative_to(partial)): _digest(path) for path in files}}
+    manifest = {**state, "files": {path.relative_to(partial).as_posix(): _digest(path) for path in files}}
     write_whole(partial / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     flush_tree(partial)
     os.replace(partial, final)
@@ -191,14 +218,20 @@ def settings_of(output_dir: Path, wanted: str) -> dict[str, Any]:
     return {}
 
 
-def rotate(output_dir: Path, limit: int | None) -> None:
-    """Remove all but the newest `limit` checkpoints, and those set aside that the run has written anew."""
-    kept = list_checkpoints(output_dir)
+def rotate(output_dir: Path, limit: int | None) -> list[Path]:
+    """Remove all but the newest `limit` checkpoints, and those set aside that the run has written anew; which ones.
+
+    Only complete checkpoints of ours are counted and removed.
+    """
+    kept = list_checkpoints(output_dir, complete=True)
     for path in output_dir.glob("checkpoint-*.superseded"):
-        if kept and checkpoint_step(path.with_suffix("")) <= checkpoint_step(kept[-1]):
+        step = checkpoint_step(path.with_suffix(""))
+        if kept and 0 <= step <= checkpoint_step(kept[-1]) and is_sealed(path):
             discard(path)
-    for path in kept[:-limit] if limit is not None else ():
+    removed = kept[:-limit] if limit is not None else []
+    for path in removed:
         discard(path)
+    return removed
 
 
 def save_tensors(directory: Path, states: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ from transformers import HfArgumentParser, hf_argparser
 
 from .help import EPILOG, FlagFormatter, grouped, meanings_of, meant
 from .meanings import TRAINING
+from .paths import expand_home
 
 SECRET_FLAGS = ("hub_token",)  # never written, shown or tracked
 
@@ -446,8 +447,8 @@ class OneLineParser(HfArgumentParser):
         return underscored + equals + value if flag not in known and underscored in known else word
 
     def parse_known_args(self, args=None, namespace=None):
-        """As argparse, with hyphens for underscores in any flag."""
-        return super().parse_known_args([self.spelled(word) for word in args or []], namespace)
+        """As argparse, with hyphens for underscores in any flag, and `~` in any value."""
+        return super().parse_known_args([expand_home(self.spelled(word)) for word in args or []], namespace)
 
     def tokens(self, values: dict[str, Any], source: str) -> list[str]:
         """Values as command-line words, which argparse has checked like the user's own."""
@@ -547,9 +548,11 @@ def read_config_file(path: str) -> dict[str, Any]:
 def _trained_with(config, stages: tuple[str, ...]) -> dict[str, Any]:
     """The settings in the checkpoint that --resume_from_checkpoint names: of this config's flags, those that go on."""
     from .checkpointing import settings_of  # which needs this module's UsageError
+    from .ownership import EARLIER, comes_back
 
     names = {name for kind in (FREE, APPLIED, FIXED) for name in flags_that(config, kind)} - set(SECRET_FLAGS)
     folder = Path(config.output_dir)
+    stages = (EARLIER, *stages) if comes_back(folder) else stages
     found = (settings_of(folder / stage, config.resume_from_checkpoint) for stage in stages)
     return {name: value for name, value in next(filter(None, found), {}).items() if name in names}
 

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from .checkpointing import list_checkpoints
 from .config import UsageError, one_line
+from .ownership import EARLIER, end_replacing, replaces
 
 OUT_OF_MEMORY = (
     "out of memory: make --train_batch_size smaller (--gradient_accumulation_steps makes up for it), add"
@@ -32,6 +33,15 @@ LOST_CONTACT = "lost contact with the run's other processes: one of them ended, 
 
 class RunError(RuntimeError):
     """The machine failed, not the command line: one line and exit code 1."""
+
+
+class Terminated(BaseException):
+    """SIGTERM, outside of the training loop."""
+
+
+def end_by_sigterm(number, frame) -> None:
+    """Handle SIGTERM by unwinding, so that an earlier run comes back."""
+    raise Terminated
 
 
 class EndedTogetherError(Exception):
@@ -104,7 +114,9 @@ def track(accelerator, action: Callable[[object], object]) -> None:
 
 def where_it_goes_on(output_dir: str) -> str:
     """How to go on from a run's last checkpoint, as the end of a sentence; nothing where there is none."""
-    checkpoints = list_checkpoints(Path(output_dir))
+    if replaces(output_dir):
+        return f"; the run that was in {output_dir} is there again"
+    checkpoints = list_checkpoints(Path(output_dir), complete=True)
     return f"; {checkpoints[-1]} is whole, go on with --resume_from_checkpoint latest" if checkpoints else ""
 
 
@@ -135,8 +147,14 @@ def ends_in_one_line(program: str, output_dir: str, *mendable: type):
         mendable: errors of the user's, beside `UsageError`.
     """
     handler = signal.getsignal(signal.SIGTERM)
+    if "WORLD_SIZE" not in os.environ and handler == signal.SIG_DFL:  # a rank that waits for others cannot answer
+        with contextlib.suppress(ValueError):  # not the main thread
+            signal.signal(signal.SIGTERM, end_by_sigterm)
     try:
         yield
+    except Terminated:
+        print(f"{program}: ended by SIGTERM{where_it_goes_on(output_dir)}", file=sys.stderr)
+        raise SystemExit(143) from None
     except KeyboardInterrupt:
         print(f"{program}: interrupted{where_it_goes_on(output_dir)}", file=sys.stderr)
         raise SystemExit(130) from None
@@ -157,5 +175,17 @@ def ends_in_one_line(program: str, output_dir: str, *mendable: type):
                 torch.distributed.destroy_process_group()
         raise SystemExit(found[0] if found else 1) from None
     finally:
+        give_back_earlier_run(output_dir)
         with contextlib.suppress(ValueError):  # not the main thread
             signal.signal(signal.SIGTERM, handler)
+
+
+def give_back_earlier_run(output_dir: str) -> None:
+    """Where this process has set an earlier run aside and ends without a checkpoint, put it back."""
+    if not replaces(output_dir):
+        return
+    try:
+        end_replacing(output_dir)
+    except OSError as error:
+        reason = storage_fault(error)
+        print(f"warning: the earlier run waits in {output_dir}/{EARLIER} ({reason})", file=sys.stderr)

@@ -20,6 +20,7 @@ from .averaging import ema_weights, load_ema, save_ema, update_ema
 from .checkpointing import check_random_states, flush, load_tensors, read_manifest, rotate, save_tensors, seal
 from .config import SHORTER_TRAINING, TrainingConfig, UsageError
 from .faults import RunError, attempt, end_together, track, warn
+from .ownership import claim_files, let_go, release_files, replaces
 from .randomness import StepKeys, keyed_seed
 from .reporting import Progress
 from .sessions import Sessions
@@ -173,6 +174,7 @@ class TrainingState:
     grid_due: bool = False  # pictures of this step that a stop prevented
     whole: WholeModel | None = None  # where the model is sharded
     figures: dict[str, float] = field(default_factory=dict)  # those logged last, without the learning rate
+    first_pass: float = 0.0  # seconds of the first batch, forward and backward, before training
     given_up: set[str] = field(default_factory=set)  # files that are no longer written
     facts: dict[str, Any] = field(default_factory=dict)  # what a resumed run must share; into the manifest
 
@@ -231,6 +233,7 @@ def save_checkpoint(accelerator, state: TrainingState, output_dir: Path, limit: 
     meter = state.meter.gathered(accelerator)
 
     def begin():
+        claim_files(output_dir, [f"{final.name}/"])
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()  # and no parent: where the folder has gone, as with a disk, another would fill in its place
 
@@ -259,13 +262,33 @@ def save_checkpoint(accelerator, state: TrainingState, output_dir: Path, limit: 
     if fault is not None and accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
     if fault is None:
+        let_earlier_run_go(accelerator, output_dir)
         let_old_go(accelerator, output_dir, limit)
     return fault
 
 
+def let_earlier_run_go(accelerator, output_dir: Path) -> None:
+    """Delete the run that this one replaces, now that it has a checkpoint. All ranks take part.
+
+    An autoencoder's checkpoint counts: its folder lies within that of the run.
+    """
+
+    def remove():
+        for folder in (output_dir, output_dir.parent):
+            if replaces(folder):
+                let_go(folder)
+
+    if stuck := attempt(accelerator, remove):
+        warn(accelerator, f"the earlier run cannot be removed: {stuck}")
+
+
 def let_old_go(accelerator, output_dir: Path, limit: int | None) -> None:
     """Remove the checkpoints that are too many. All ranks take part."""
-    if stuck := attempt(accelerator, lambda: rotate(output_dir, limit)):
+
+    def remove():
+        release_files(output_dir, [f"{path.name}/" for path in rotate(output_dir, limit)])
+
+    if stuck := attempt(accelerator, remove):
         warn(accelerator, f"an old checkpoint cannot be removed: {stuck}")
 
 
@@ -476,9 +499,11 @@ def training_loop(
                 before, bad = Snapshot(state), []
             fetched = stop.fetch(batches, len(window))
             if stop.agreed(accelerator):
-                wind_up(config, accelerator, state, before, saved)
+                given_back = not stop.by_clock and earlier_run_waits(accelerator, output_dir)
+                if not given_back:
+                    wind_up(config, accelerator, state, before, saved)
                 stop.raise_failure(accelerator)
-                say_how_to_go_on(config, accelerator, state, stop.why)
+                say_how_to_go_on(config, accelerator, state, stop.why, given_back)
                 return False
 
             norm, finite, taken = take_step(config, accelerator, state, plan, fetched, compute_loss)
@@ -491,9 +516,11 @@ def training_loop(
                 what = f"not finite: {named(rows, name_of)}"
                 warn(accelerator, f"step {state.step}: loss or gradient is {what}; step skipped")
             if state.nonfinite_steps >= config.max_nonfinite_steps:
-                count = state.nonfinite_steps
-                wind_up(config, accelerator, state, before, saved)
-                error = diverged(config, count, state.step, named(bad, name_of))
+                count, given_back = state.nonfinite_steps, earlier_run_waits(accelerator, output_dir)
+                if not given_back:
+                    wind_up(config, accelerator, state, before, saved)
+                good = before.step
+                error = diverged(config, count, good, named(bad, name_of), given_back)
                 end_together(accelerator, error if accelerator.is_main_process else None)
 
             done = state.step == total_steps
@@ -597,8 +624,18 @@ def wind_up(config: TrainingConfig, accelerator, state: TrainingState, before: S
         report(accelerator, fault, f"checkpoint-{state.step}", last=True)
 
 
-def say_how_to_go_on(config: TrainingConfig, accelerator, state: TrainingState, why: str) -> None:
-    """The line of a run that was stopped."""
+def earlier_run_waits(accelerator, output_dir: Path) -> bool:
+    """Whether an earlier run is still set aside, to come back if this one ends now. All ranks take part."""
+    return any(gather_object([replaces(output_dir) or replaces(output_dir.parent)]))
+
+
+def say_how_to_go_on(config: TrainingConfig, accelerator, state: TrainingState, why: str, given_back: bool) -> None:
+    """The line of a run that was stopped; `given_back`: before its first checkpoint, and so an earlier run is back."""
+    if given_back:
+        line = f"stopped at step {state.step} by {why}, before the first checkpoint: the earlier run is back"
+        if accelerator.is_main_process:
+            tqdm.write(line, file=sys.stderr)
+        return
     instead = " in the place of --overwrite_output_dir" if config.overwrite_output_dir else ""
     if accelerator.is_main_process:
         tqdm.write(
@@ -607,8 +644,14 @@ def say_how_to_go_on(config: TrainingConfig, accelerator, state: TrainingState, 
         )
 
 
-def diverged(config: TrainingConfig, count: int, good: int, what: str) -> UsageError:
+def diverged(config: TrainingConfig, count: int, good: int, what: str, given_back: bool = False) -> UsageError:
     """The error of a run whose steps are skipped for ever; `good` is the step before the first of them."""
+    if given_back:
+        return UsageError(
+            f"{count} steps in a row up to {good + count} had a loss or gradient that is not finite ({what}), before"
+            " the first checkpoint: look at these samples, or train with a lower --learning_rate; the earlier run is"
+            " back"
+        )
     kept = f"checkpoint-{good} in {config.output_dir} is from before" if good else "no step before was good"
     return UsageError(
         f"{count} steps in a row up to {good + count} had a loss or gradient that is not finite ({what}); {kept}:"

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from tqdm.auto import tqdm
 
@@ -105,6 +106,24 @@ def ending(
         more = more or ["--num_epochs", str(2 * config.num_epochs)]
         lines["train on" if finished else "go on"] = shlex.join([*go_on, *(more if finished else [])])
     return table(lines | ({"use": looks} if looks and finished else {}))
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most memory, in bytes, that this process has used: of a GPU its tensors', else all of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return psutil.Process().memory_info().peak_wset
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def show(accelerator, *lines: str) -> None:
+    """Lines on stdout, from the main process."""
+    if accelerator.is_main_process:
+        print(*lines, sep="\n")
 
 
 def shows_bars() -> bool:

@@ -6,8 +6,9 @@ import json
 import logging
 import os
 import secrets
-import shutil
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,28 @@ from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_ob
 from diffusers.optimization import get_scheduler
 
 from .averaging import make_ema
-from .checkpointing import (
-    SETTINGS,
-    checkpoint_step,
-    discard,
-    find_checkpoint,
-    remove_unfinished,
-    set_aside_later,
-    truncate_jsonl,
-    write_whole,
-)
+from .checkpointing import SETTINGS, find_checkpoint, set_aside_later, truncate_jsonl, write_whole
 from .config import APPLIED, FIXED, SECRET_FLAGS, START, TrainingConfig, UsageError, flags_that
 from .faults import end_together, track
 from .loop import LOGS, Meter, StepPlan, TrainingState, let_old_go, load_checkpoint, register_model_hooks
+from .ownership import (
+    AUTOENCODER,
+    KEPT_IN_PLACE,
+    STEPS,
+    TIMINGS,
+    TRAINING_CONFIG,
+    Entry,
+    cannot_be_moved,
+    claim_files,
+    forget_removed_checkpoints,
+    has_manifest,
+    in_the_way,
+    remove_unfinished,
+    run_files,
+    set_aside,
+    settle,
+    waiting,
+)
 from .sessions import Sessions
 from .sharded import WholeModel
 
@@ -96,76 +106,142 @@ def _cpu_flags() -> str:
     return info.read_text() if info.is_file() else ""
 
 
-# What shows that a folder holds a run, and what else --overwrite_output_dir removes of one: the checkpoints first, so
-# that, where that is cut off, those that are left still have all that their run logged
-RUN_FILES = (
-    "checkpoint-*", "metrics.jsonl", "timings.jsonl", "training_config.json", "model_index.json", "config.json",
-    "samples",
-)  # fmt: skip
-PUBLISHED_FILES = (
-    "README.md", "unet", "scheduler", "vae", "text_encoder", "tokenizer", "*_ddpm_hf.py",
-    "diffusion_pytorch_model.safetensors", "run.json", "evaluation.json", "assets",
-)  # fmt: skip
+def find_run(
+    config: TrainingConfig, accelerator, entries: Sequence[Entry], data: Sequence[str | None] = ()
+) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint to resume from and its state, or None; an earlier run that waits for one that ended comes back.
 
-
-def find_run(config: TrainingConfig, accelerator) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint to resume from and its state, or None; writes nothing.
+    Args:
+        entries: what this run is to write, as `ownership.layout` gives it.
+        data: the folders that it reads.
 
     Raises:
-        UsageError: an earlier run's files are there and neither resuming nor overwriting was asked for; a checkpoint
-            that does not exist or is broken.
+        UsageError: the folder holds an earlier run and neither resuming nor overwriting was asked for, or files that
+            this run would replace; a checkpoint that does not exist or is broken.
     """
     folder = Path(config.output_dir)
-    if folder.exists() and not folder.is_dir():
+    if os.path.lexists(folder) and not folder.is_dir():
         raise UsageError(f"--output_dir {folder} is a file; name a folder")
     if config.overwrite_output_dir and config.resume_from_checkpoint:
-        raise UsageError("--overwrite_output_dir would remove what --resume_from_checkpoint wants; give one of them")
+        raise UsageError(
+            "--overwrite_output_dir would remove the run that --resume_from_checkpoint goes on from; give one of them"
+        )
+    if not config.dry_run:
+        settle_earlier_run(folder, accelerator)
+    ours = [*run_files(folder), *waiting(folder)]
+    refuse_foreign_files(config, entries, ours)
     if config.resume_from_checkpoint:
         found = find_checkpoint(folder, config.resume_from_checkpoint, lambda line: log(accelerator, line))
         if found is None:
             log(accelerator, f"no checkpoint in {folder} yet: training from the beginning")
         return found
-    there = sorted({path.name for pattern in RUN_FILES for path in folder.glob(pattern)}) if folder.is_dir() else []
-    if there and not config.overwrite_output_dir:
+    if ours and not config.overwrite_output_dir:
         raise UsageError(
-            f"--output_dir {folder} holds an earlier run ({', '.join(there[:4])}); go on with"
+            f"--output_dir {folder} holds an earlier run ({some(ours)}); go on with"
             " --resume_from_checkpoint latest, replace it with --overwrite_output_dir, or name another folder"
         )
+    refuse_to_remove_data(folder, ours, data)
     return None
 
 
-def _earlier_run(config: TrainingConfig, folder: Path) -> list[Path]:
-    """What --overwrite_output_dir removes: a run's own files, and its logs if they lie within the folder."""
-    found = [path for pattern in RUN_FILES for path in folder.glob(pattern)]
-    if (folder / "model_index.json").is_file() or (folder / "config.json").is_file():
-        found += [path for pattern in PUBLISHED_FILES for path in folder.glob(pattern)]
-    logs = (folder / config.logging_dir).resolve()
-    if logs.is_dir() and logs.is_relative_to(folder.resolve()) and logs != folder.resolve():
-        found.append(logs)
-    return found
+def settle_earlier_run(folder: Path, accelerator) -> None:
+    """Complete what a program that was killed left half done in the folder. All ranks take part."""
+    error = None
+    if accelerator.is_main_process:
+        try:
+            settle(folder, training=True)
+        except (UsageError, OSError) as problem:
+            error = problem
+    if any(gather_object([error is not None])):
+        end_together(accelerator, error)
 
 
-def claim_output_dir(config: TrainingConfig, accelerator) -> None:
-    """Make the output folder this run's, once all else has been checked; an earlier run goes only now.
+def refuse_foreign_files(config: TrainingConfig, entries: Sequence[Entry], ours: Sequence[str]) -> None:
+    """Raise UsageError for files that the run would replace and that are not of an earlier one."""
+    folder, resuming = Path(config.output_dir), config.resume_from_checkpoint
+    if resuming and ours and not has_manifest(folder):  # of a version without manifests, which wrote over such files
+        return
+    foreign = in_the_way(folder, entries, ours)
+    if resuming and ours:  # a card that a person began is completed
+        foreign = [name for name in foreign if name not in KEPT_IN_PLACE]
+    if config.overwrite_output_dir:
+        foreign += cannot_be_moved(folder, entries, ours)
+    if foreign:
+        raise UsageError(
+            f"--output_dir {folder} holds files that training would replace and that are not of an earlier run"
+            f" ({some(foreign)}); move them, or name another folder"
+        )
+
+
+def refuse_to_remove_data(folder: Path, ours: Sequence[str], data: Sequence[str | None]) -> None:
+    """Raise UsageError for files of an earlier run that lie in a folder of training data within the output folder."""
+    for name in data:
+        path = Path(name or "")
+        if not name or not path.is_dir() or path.resolve() not in map(Path.resolve, _folders_within(folder, ours)):
+            continue
+        raise UsageError(
+            f"--overwrite_output_dir would remove the training data in {path}, which an earlier run wrote; copy them"
+            " to another folder, or name another --output_dir"
+        )
+
+
+def _folders_within(folder: Path, names: Sequence[str]) -> set[Path]:
+    """All folders between a folder and files within it."""
+    return {folder / parent for name in names for parent in Path(name).parents if parent != Path(".")}
+
+
+def describe_start(config: TrainingConfig, found: tuple[Path, dict[str, Any]] | None) -> str:
+    """What a start would do with the output folder, for --dry_run."""
+    folder = Path(config.output_dir)
+    if found is not None:
+        line = f"goes on from {found[0]}, step {found[1].get('step', 0):,}"
+    elif earlier := [*run_files(folder), *waiting(folder)]:
+        line = f"replaces the earlier run in {folder} ({some(earlier)}) once there is a checkpoint"
+    else:
+        line = "from the beginning"
+    return f"     start  {line}; the first batch has been through the model and back"
+
+
+def some(names: Sequence[str]) -> str:
+    """Some of many names, for a message."""
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if names[4:] else "")
+
+
+def claim_output_dir(config: TrainingConfig, accelerator, entries: Sequence[Entry], step: int = 0) -> None:
+    """Make the output folder this run's, once all else has been checked; an earlier run is set aside.
+
+    Args:
+        step: the one that the run goes on from: what was done in the folder after it counts no more.
 
     Raises:
         UsageError: a folder that cannot be written.
     """
     folder = Path(config.output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if accelerator.is_main_process:
-            write_whole(folder / ".writable", "")
-            (folder / ".writable").unlink()
-            remove_unfinished(folder)
-            for path in _earlier_run(config, folder) if config.overwrite_output_dir else ():
-                if checkpoint_step(path) >= 0:
-                    discard(path)
-                else:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-    except OSError as error:
-        raise UsageError(f"--output_dir {folder} cannot be written: {error.strerror}; name another folder") from error
-    accelerator.wait_for_everyone()
+    error = None
+    if accelerator.is_main_process:
+        try:
+            _claim(folder, config, entries)
+        except OSError as problem:
+            error = UsageError(f"--output_dir {folder} cannot be written: {problem.strerror}; name another folder")
+    if any(gather_object([error is not None])):
+        end_together(accelerator, error)
+    forget_later(folder, step, accelerator)
+    if step:  # the run may have been killed before it could
+        let_old_go(accelerator, folder, config.checkpoints_total_limit)
+
+
+def _claim(folder: Path, config: TrainingConfig, entries: Sequence[Entry]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):  # or it cannot be written, and nothing is moved
+        ours = run_files(folder)
+    if ours and config.overwrite_output_dir:
+        set_aside(folder, ours)
+    elif ours and not has_manifest(folder):  # a run of a version without manifests goes on
+        ours += in_the_way(folder, entries, ours)
+        claim_files(folder, [name for name in ours if not name.startswith(f"{AUTOENCODER}/")])
+    remove_unfinished(folder)
+    forget_removed_checkpoints(folder)
+    claim_files(folder, [entry.pattern for entry in (TRAINING_CONFIG, STEPS, TIMINGS)])
 
 
 def check_unchanged(config: TrainingConfig, resumed: dict[str, Any] | None) -> None:
@@ -316,9 +392,10 @@ def start_trackers(config: TrainingConfig, accelerator, default_project: str) ->
         return
     logging.getLogger("torch.utils.tensorboard").setLevel(logging.ERROR)
     settings = {k: v for k, v in public_settings(config).items() if isinstance(v, (int, float, str, bool))}
-    reason = None
+    project, reason = config.tracker_project_name or default_project, None
+    before = log_files(config, project)
     try:
-        accelerator.init_trackers(config.tracker_project_name or default_project, config=settings)
+        accelerator.init_trackers(project, config=settings)
     except Exception as error:  # of whatever library
         reason = f"{error.__class__.__name__}: {' '.join(str(error).split())[:200]}"
     reasons = gather_object([reason])
@@ -326,6 +403,17 @@ def start_trackers(config: TrainingConfig, accelerator, default_project: str) ->
         reason = next(one for one in reasons if one)
         error = UsageError(f"--logger {config.logger} does not start ({reason}); mend that, or pass --logger none")
         end_together(accelerator, error if accelerator.is_main_process else None)
+    if accelerator.is_main_process:
+        claim_files(config.output_dir, sorted(log_files(config, project) - before))
+
+
+def log_files(config: TrainingConfig, project: str) -> set[str]:
+    """The files in a tracker's folder for a project, where that lies within the output folder; relative to it."""
+    folder = Path(config.output_dir).resolve()
+    logs = (folder / config.logging_dir / project).resolve()
+    if not logs.is_relative_to(folder):
+        return set()
+    return {path.relative_to(folder).as_posix() for path in logs.rglob("*") if path.is_file()}
 
 
 def track_image(accelerator, name: str, image, step: int) -> None:
@@ -361,7 +449,7 @@ def begin_training(
     extra: dict[str, Any] | None = None,
     parts: dict[str, torch.nn.Module] | None = None,
 ) -> TrainingState:
-    """All that a run consists of, prepared by Accelerate, and taken up from a checkpoint if one was found.
+    """All that a run consists of, prepared by Accelerate, with a checkpoint's state if one was found; writes nothing.
 
     Args:
         parts: what of the model is saved, by the name of its folder; by default the model, as `unet`.
@@ -388,9 +476,6 @@ def begin_training(
     if found is not None:
         load_checkpoint(accelerator, state, found[0])
         log(accelerator, f"resuming from {found[0]}")
-    forget_later(Path(config.output_dir), state.step, accelerator)
-    if found is not None:  # the run may have been killed before it could
-        let_old_go(accelerator, Path(config.output_dir), config.checkpoints_total_limit)
     return state
 
 

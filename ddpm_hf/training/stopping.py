@@ -79,6 +79,11 @@ class Stop:
         """The reason that all agreed on."""
         return next((REASONS[code] for code in self.codes if 0 < code < FAILED), "")
 
+    @property
+    def by_clock(self) -> bool:
+        """Whether nothing but the time limit made the run stop."""
+        return set(self.codes) <= {0, 1}
+
     def raise_failure(self, accelerator) -> None:
         """End all ranks if one of them failed; the first of these tells why."""
         if FAILED in self.codes:

@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 SPACE := .venv-space
 DEMO := demo
 
-.PHONY: help demo test test-slow quality style bench clean
+.PHONY: help demo test test-slow test-isa quality style bench clean
 
 help:
 	@echo "make demo       train on the embedded digits and draw pictures into $(DEMO)/"
 	@echo "make test       run the tests"
 	@echo "make test-slow  run the tests that take minutes"
+	@echo "make test-isa   run the tests with the kernels of other processors, and with emulated rounding"
 	@echo "make quality    check format and lint"
 	@echo "make style      format"
 	@echo "make bench      run the benchmarks"
@@ -27,6 +28,14 @@ demo $(DEMO)/model_index.json: $(VENV)/stamp
 	@echo "Look at $(DEMO)/pictures/grid.png, progressive.png and chain.gif"
 
 test: $(VENV)/stamp
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# Kernels round differently on other processors: the suite must pass with theirs, and where every layer's last bits depend
+# on alignment and batch size (tests/other_rounding.py).
+test-isa: $(VENV)/stamp
+	ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	OTHER_ROUNDING=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # A Space's environment, as the Hub makes it: Gradio wants an older Pillow than the package is tested with.

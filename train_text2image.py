@@ -264,6 +264,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
+from ddpm_hf.attention import choose_attention
 from ddpm_hf.autoencoder import downscaling, find_autoencoder_run, make_autoencoder, train_autoencoder
 from ddpm_hf.buckets import BucketedDataset, bucket_sizes, bucketed
 from ddpm_hf.captions import all_captions, encode_captions
@@ -271,7 +272,7 @@ from ddpm_hf.components import Components, build, draw_blueprint, fit_to_size, l
 from ddpm_hf.data import DIGIT_NAMES, DataError, should_cache
 from ddpm_hf.feeding import Images, make_batches, make_plan, open_images
 from ddpm_hf.latents import cache_embeddings, cached_latents, check_cacheable, x_start_of
-from ddpm_hf.models import time_blindness, use_matmul_attention
+from ddpm_hf.models import time_blindness
 from ddpm_hf.objectives import UniformTimestepSampler, check_objective, training_losses
 from ddpm_hf.portable.pipeline_text2image_ddpm_hf import TextToImageDDPMPipeline, tokenize
 from ddpm_hf.portable.scheduling_ddpm_hf import DDPMScheduler
@@ -653,7 +654,7 @@ def trained_model(config: Text2ImageConfig, components: Components, accelerator)
     if config.enable_xformers_memory_efficient_attention:
         use_xformers(model.unet)
     if accelerator.device.type == "cpu":
-        use_matmul_attention(model.unet)
+        choose_attention(model.unet)
     return model
 
 

@@ -94,11 +94,12 @@ import torch
 from diffusers import AutoencoderKL, UNet2DModel
 from diffusers.utils import logging as diffusers_logging
 
+from ddpm_hf.attention import choose_attention
 from ddpm_hf.autoencoder import load_autoencoder
 from ddpm_hf.data import DataError, ImageDataset
 from ddpm_hf.feeding import Images, make_batches, make_plan, open_images
 from ddpm_hf.latents import cached_latents, check_cacheable, x_start_of
-from ddpm_hf.models import compiled, time_blindness, use_matmul_attention
+from ddpm_hf.models import compiled, time_blindness
 from ddpm_hf.objectives import TIMESTEP_SAMPLERS, UniformTimestepSampler, simple_losses, training_losses
 from ddpm_hf.portable.pipeline_class_conditional_ddpm_hf import ClassConditionalDDPMPipeline
 from ddpm_hf.portable.pipeline_ddpm_hf import DDPMPipeline
@@ -294,7 +295,7 @@ def train(config: UnconditionalConfig) -> None:
     classes = len(class_names) + (config.class_dropout > 0) if class_names else None
     model = make_unet(arguments, config.variance_type, classes, config)
     if accelerator.device.type == "cpu":
-        use_matmul_attention(model)
+        choose_attention(model)
     log(accelerator, time_blindness(model.config))
     if config.cache_latents:
         images.dataset.leave_out_broken()  # before the batches are planned

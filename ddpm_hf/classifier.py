@@ -9,6 +9,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import logging as diffusers_logging
 
+from .attention import choose_attention
 from .data import DataError, ImageDataset, to_model_range
 from .feeding import make_batches, make_plan, open_images
 from .flags import (
@@ -20,7 +21,7 @@ from .flags import (
     settle_resolution,
     unet_arguments,
 )
-from .models import build_unet, compiled, time_blindness, use_matmul_attention
+from .models import build_unet, compiled, time_blindness
 from .objectives import UniformTimestepSampler
 from .portable.scheduling_ddpm_hf import DDPMScheduler
 from .saving import save_model
@@ -187,7 +188,7 @@ def train(config: ClassifierConfig) -> None:
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if accelerator.device.type == "cpu":
-        use_matmul_attention(model)
+        choose_attention(model)
     plan, total_steps = make_plan(images, config, accelerator.num_processes)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     count = "a stream" if images.count is None else f"{images.count:,} images"

@@ -254,15 +254,6 @@ def text_unet_config(channels: int, size: tuple[int, int], text_width: int) -> d
     }
 
 
-def use_matmul_attention(model) -> None:
-    """Attention by plain matrix products: on CPUs, faster to train than the fused kernel and as exact."""
-    from diffusers.models.attention_processor import Attention, AttnProcessor
-
-    for module in model.modules():
-        if isinstance(module, Attention):
-            module.set_processor(AttnProcessor())
-
-
 def compiled(model: "torch.nn.Module") -> "torch.nn.Module":
     """The model behind torch.compile."""
     import torch

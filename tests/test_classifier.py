@@ -109,7 +109,8 @@ def test_a_saved_classifier_is_the_same_classifier(size, tmp_path):
     loaded = NoisyClassifier.from_pretrained(tmp_path, use_safetensors=True)
     x_t = randn(2, 3, *((size, size) if isinstance(size, int) else size))
     with torch.no_grad():
-        assert torch.equal(loaded.eval()(x_t, 4), model(x_t, 4))
+        torch.testing.assert_close(loaded.eval()(x_t, 4), model(x_t, 4))
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
     for config in (json.loads((tmp_path / "config.json").read_text()), loaded.config):
         assert config["id2label"] == {"0": "cat", "1": "dog", "2": "owl"}
         assert config["num_classes"] == 3
@@ -507,7 +508,7 @@ def test_a_classifier_guides_the_command(sampler, model, sample, asked, shop, tm
     assert labels == [2, 2, 2]
     with torch.no_grad():
         expected = tiny_classifier()(torch.zeros(1, 1, 8, 8), 3)
-        assert torch.equal(options["classifier"](torch.zeros(1, 1, 8, 8), 3), expected)
+        torch.testing.assert_close(options["classifier"](torch.zeros(1, 1, 8, 8), 3), expected)
     harder = sample(model, tmp_path / "harder", *chosen, *guide, "--classifier-scale", 40)[2]
     assert np.abs(harder - guided).max() > 5
 

@@ -6,8 +6,9 @@ import re
 import pytest
 import torch
 from diffusers import UNet2DModel
-from diffusers.models.attention_processor import Attention, AttnProcessor
+from diffusers.models.attention_processor import Attention
 
+from ddpm_hf.attention import AttentionBySize, choose_attention
 from ddpm_hf.flags import DEFAULT_UNET, model_size, settle_resolution
 from ddpm_hf.models import (
     MODEL_PRESETS,
@@ -16,7 +17,6 @@ from ddpm_hf.models import (
     smallest_sample_side,
     stock_unet_defaults,
     time_blindness,
-    use_matmul_attention,
 )
 from ddpm_hf.portable.scheduling_ddpm_hf import DDPMScheduler
 from tests.fixtures_unconditional import parse
@@ -199,24 +199,40 @@ def test_what_a_config_leaves_out_is_diffusers_default():
     assert smallest_sample_side(stock_unet_defaults()) == 2 ** (len(on_meta({}).config.block_out_channels) - 1)
 
 
-def test_matmul_attention_is_the_fused_attention():
+@pytest.mark.parametrize(("head_dim", "side"), [(None, 8), (8, 8), (None, 16)], ids=["one head", "heads", "large"])
+def test_attention_by_size_is_the_fused_attention(head_dim, side):
     # Breaks if training on a CPU computes another attention than whoever loads the model.
     torch.manual_seed(0)
-    model = build_unet(TINY)
+    model = build_unet({**TINY, "attention_head_dim": head_dim}).double()  # so that rounding hides nothing
     with torch.no_grad():
         for weight in model.parameters():
             weight += 0.1 * torch.randn_like(weight)
-    plain = copy.deepcopy(model)
-    use_matmul_attention(plain)
-    before, after = ({type(m.processor) for m in one.modules() if isinstance(m, Attention)} for one in (model, plain))
-    assert after == {AttnProcessor} != before
-    x, t = torch.randn(3, 3, 8, 8), torch.tensor([0, 500, 999])
-    fused, matmul = model(x, t).sample, plain(x, t).sample
-    assert torch.allclose(fused, matmul, rtol=1e-4, atol=1e-5 * float(fused.detach().abs().max()))
-    fused.square().sum().backward()
-    matmul.square().sum().backward()
-    for (name, a), b in zip(model.named_parameters(), plain.parameters()):
-        assert torch.allclose(a.grad, b.grad, rtol=1e-3, atol=1e-5 * float(a.grad.abs().max()) + 1e-6), name
+    chosen = copy.deepcopy(model)
+    choose_attention(chosen)
+    processors = {type(m.processor) for m in chosen.modules() if isinstance(m, Attention)}
+    assert processors == {AttentionBySize}
+    x, t = torch.randn(3, 3, side, side).double(), torch.tensor([0, 500, 999])
+    expected, output = model(x, t).sample, chosen(x, t).sample
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-6 * float(expected.detach().abs().max()))
+    expected.square().sum().backward()
+    output.square().sum().backward()
+    largest = max(float(parameter.grad.abs().max()) for parameter in model.parameters())
+    for (name, a), b in zip(model.named_parameters(), chosen.parameters()):  # the plain softmax is in float32
+        torch.testing.assert_close(b.grad, a.grad, rtol=1e-5, atol=1e-6 * largest, msg=name)
+
+
+@pytest.mark.parametrize(("heads", "positions", "plain"), [(1, 64, True), (1, 81, False), (2, 16, False)])
+def test_only_one_head_over_few_positions_is_plain(heads, positions, plain):
+    # Breaks if the slow way is taken for shapes where it takes up to four times as long.
+    layer = Attention(16, heads=heads, dim_head=16 // heads)
+    choose_attention(layer)
+    taken = []
+    for name in ("plain", "fused"):
+        setattr(layer.processor, name, lambda attn, x, *_, name=name: taken.append(name) or x)
+    layer(torch.randn(2, positions, 16))
+    side = int(positions**0.5)
+    layer(torch.randn(2, 16, side, side))
+    assert taken == ["plain" if plain else "fused"] * 2
 
 
 @pytest.mark.parametrize("levels", [1, 2, 3, 4])

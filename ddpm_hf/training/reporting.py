@@ -98,9 +98,9 @@ def ending(
     where = folder if finished else folder / f"checkpoint-{state.step}"
     lines = {"trained": f"{state.step:,} steps in {duration(seconds)}{': ' if losses else ''}{losses}"}
     if finished or where.is_dir():
-        lines |= {"model": str(where)} | (
-            {"sample": shlex.join([*sample[:2], str(where), *sample[2:]])} if sample else {}
-        )
+        lines["saved in" if finished else "checkpoint"] = str(where)
+        if sample:
+            lines["sample"] = shlex.join([*sample[:2], str(where), *sample[2:]])
         go_on = [*program.split(), "--output_dir", str(folder), "--resume_from_checkpoint", "latest"]
         more = ["--max_train_steps", str(2 * config.max_train_steps)] if config.max_train_steps else None
         more = more or ["--num_epochs", str(2 * config.num_epochs)]

@@ -279,7 +279,7 @@ from ddpm_hf.portable.scheduling_ddpm_hf import DDPMScheduler
 from ddpm_hf.previews import draw_grid
 from ddpm_hf.publishing import Publisher, describe_run, reserve_repository
 from ddpm_hf.training.faults import ends_in_one_line
-from ddpm_hf.training.loop import Losses, StepPlan, averaged_weights, training_loop, unwrap
+from ddpm_hf.training.loop import Losses, StepPlan, averaged_weights, sum_over_ranks, training_loop, unwrap
 from ddpm_hf.training.ownership import COMPONENTS, layout
 from ddpm_hf.training.randomness import StepKeys
 from ddpm_hf.training.rehearsal import measure_pace, rehearse
@@ -370,14 +370,14 @@ def dream_noise(model, scheduler, x_start, noise, timesteps, text, power: float)
     x_t = scheduler.add_noise(x_start, noise, timesteps)
     predicted = scheduler.predict_original_sample(model(x_t, timesteps, text).float(), timesteps, x_t)
     epsilon = scheduler.predict_epsilon(predicted, timesteps, x_t)
-    deviation = (1 - scheduler.alphas_cumprod.to(timesteps.device)[timesteps].float()) ** 0.5
-    return noise + (deviation**power).view(-1, 1, 1, 1) * (noise - epsilon)
+    variance = scheduler.q_mean_variance(x_start, timesteps).variance  # 1 - ᾱ, [N, 1, 1, 1]
+    return noise + variance ** (0.5 * power) * (noise - epsilon)
 
 
 @torch.no_grad()
 def validation_loss(model, *, held_out, config: Text2ImageConfig, accelerator, **options) -> dict:
     """The mean loss over the held-out images, at the same timesteps and noise each time, no caption left out."""
-    total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+    total = torch.zeros(2, dtype=torch.float64)
     starts = range(0, len(held_out), config.eval_batch_size)
     for first in list(starts)[accelerator.process_index :: accelerator.num_processes]:
         places = range(first, min(first + config.eval_batch_size, len(held_out)))
@@ -385,8 +385,8 @@ def validation_loss(model, *, held_out, config: Text2ImageConfig, accelerator, *
         keys = StepKeys(config.seed, 0, first, len(places), validation=True)
         with accelerator.autocast():
             losses = compute_loss(model, batch, keys, config=config, accelerator=accelerator, **options).losses
-        total += torch.stack([losses.double().sum(), torch.tensor(len(places), device=total.device).double()])
-    total = accelerator.reduce(total, reduction="sum")
+        total += torch.stack([losses.cpu().double().sum(), torch.tensor(float(len(places)))])
+    total = sum_over_ranks(total)
     return {"validation_loss": float(total[0] / total[1])}
 
 

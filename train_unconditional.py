@@ -107,7 +107,7 @@ from ddpm_hf.portable.scheduling_ddpm_hf import DDPMScheduler
 from ddpm_hf.previews import draw_grid
 from ddpm_hf.publishing import Publisher, describe_run, reserve_repository
 from ddpm_hf.training.faults import ends_in_one_line
-from ddpm_hf.training.loop import Losses, StepPlan, averaged_weights, training_loop, unwrap
+from ddpm_hf.training.loop import Losses, StepPlan, averaged_weights, sum_over_ranks, training_loop, unwrap
 from ddpm_hf.training.ownership import layout
 from ddpm_hf.training.randomness import StepKeys
 from ddpm_hf.training.rehearsal import measure_pace, rehearse
@@ -132,7 +132,7 @@ from ddpm_hf.training.stopping import deadline_of
 
 def warn_of_terminal_snr(config: UnconditionalConfig, scheduler: DDPMScheduler, accelerator) -> None:
     """Say so where x_T still shows the image: sampling starts from pure noise, which is then the wrong place."""
-    left = float(scheduler.alphas_cumprod[-1])
+    left = float(scheduler.exact_tables.alphas_cumprod[-1])
     if left > 0.01:
         log(
             accelerator,
@@ -184,7 +184,7 @@ def compute_loss(
 def share_losses(sampler, timesteps: torch.Tensor, losses: torch.Tensor, batch_size: int, accelerator) -> None:
     """Give the losses of all ranks, in the same order on each, to a sampler that learns from them."""
     missing = batch_size - len(losses)  # in an epoch's last batch
-    pairs = torch.stack([timesteps.double(), losses.double()], dim=1)  # [N, 2]
+    pairs = torch.stack([timesteps.float(), losses.float()], dim=1)  # [N, 2]
     pairs = torch.cat([pairs, pairs.new_full((missing, 2), -1.0)])
     pairs = accelerator.gather(pairs)  # [ranks · batch_size, 2]
     pairs = pairs[pairs[:, 0] >= 0]
@@ -196,7 +196,7 @@ def validation_loss(
 ) -> dict:
     """The mean simple loss over the held-out images, at the same timesteps and noise each time."""
     uniform = UniformTimestepSampler(len(scheduler))
-    total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+    total = torch.zeros(2, dtype=torch.float64)
     starts = range(0, len(held_out), config.eval_batch_size)
     for first in list(starts)[accelerator.process_index :: accelerator.num_processes]:
         keys_of = range(first, min(first + config.eval_batch_size, len(held_out)))
@@ -210,8 +210,8 @@ def validation_loss(
             output = model(scheduler.add_noise(x_start, noise, timesteps), timesteps, **conditioning).sample.float()
         output = output[:, : x_start.shape[1]]
         losses = simple_losses(scheduler, output, x_start, noise, timesteps, config.loss_type)
-        total += torch.stack([losses.double().sum(), torch.tensor(len(losses), device=total.device).double()])
-    total = accelerator.reduce(total, reduction="sum")
+        total += torch.stack([losses.cpu().double().sum(), torch.tensor(float(len(losses)))])
+    total = sum_over_ranks(total)
     return {"validation_loss": float(total[0] / total[1])}
 
 

@@ -8,7 +8,6 @@ learned variance, its mean with its standard error (over images; paired). The cl
 """
 
 import argparse
-import os
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from digit_quality import real_digits
 from tqdm.auto import tqdm
 
 from ddpm_hf import DDPMPipeline, DDPMScheduler, bits_per_dim
+from ddpm_hf.training.machine import usable_cores
 
 
 class Remembered(torch.nn.Module):
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=1, help="draws of x_t for each image")
     parser.add_argument("--steps", type=int, nargs="+", default=[25, 50, 100, 1000])
     arguments = parser.parse_args()
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(usable_cores())
 
     pipeline = DDPMPipeline.from_pretrained(arguments.model)
     unet, learned = pipeline.unet.eval(), pipeline.scheduler

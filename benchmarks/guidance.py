@@ -9,7 +9,6 @@ guidance over an unconditional model.
 """
 
 import argparse
-import os
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from tqdm.auto import tqdm
 from ddpm_hf import ClassConditionalDDPMPipeline, DDPMPipeline, DDPMScheduler
 from ddpm_hf.classifier import NoisyClassifier
 from ddpm_hf.data import image_grid
+from ddpm_hf.training.machine import usable_cores
 
 
 class StockDDIM(DDIMScheduler):
@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--plot", help="write a picture of the first table here")
     parser.add_argument("--grids", help="only draw: a row a class, at guidance 1, 2 and 4, into this picture")
     arguments = parser.parse_args()
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(usable_cores())
 
     if arguments.grids:
         draw_grids(ClassConditionalDDPMPipeline.from_pretrained(arguments.conditional), arguments)

@@ -29,7 +29,7 @@ def stock_tables(name: str, T: int, timesteps: list[int]) -> dict[str, list[floa
     if name in STOCK_SCHEDULES:
         config["beta_schedule"] = name
     else:
-        config["trained_betas"] = DDPMScheduler(num_train_timesteps=T, beta_schedule=name).betas.tolist()
+        config["trained_betas"] = DDPMScheduler(num_train_timesteps=T, beta_schedule=name).exact_tables.betas.tolist()
     scheduler = diffusers.DDPMScheduler(**config)
     t = torch.tensor(timesteps)
     one, zero = torch.ones(len(timesteps), 1), torch.zeros(len(timesteps), 1)

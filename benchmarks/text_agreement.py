@@ -8,7 +8,6 @@ captions are one that was trained with for each digit, and two paraphrases of kn
 """
 
 import argparse
-import os
 
 import datasets
 import numpy as np
@@ -20,6 +19,7 @@ from tqdm.auto import tqdm
 
 from ddpm_hf import TextToImageDDPMPipeline
 from ddpm_hf.data import DIGIT_CAPTIONS, DIGIT_NAMES, image_grid
+from ddpm_hf.training.machine import usable_cores
 
 PARAPHRASES = ("a picture of a handwritten {}", "the handwritten number {}")
 
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--grid", help="write a picture: a row for each caption of the first kind")
     arguments = parser.parse_args()
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(usable_cores())
 
     if arguments.fashion:
         real = fashion_images(arguments.fashion, "train", 10_000)

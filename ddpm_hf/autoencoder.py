@@ -132,7 +132,7 @@ def measure_scaling_factor(vae: AutoencoderKL, images: Images, batch_size: int, 
         batch = images.dataset.__getitems__([(0, index) for index in places])
         posterior = vae.encode(to_model_range(batch["images"].to(vae.device))).latent_dist
         noise = StepKeys(seed, 0, first, len(places), validation=True).normal_like(posterior.mean)
-        latents = (posterior.mean + posterior.std * noise).double().cpu()
+        latents = (posterior.mean + posterior.std * noise).cpu().double()
         total += torch.tensor([latents.numel(), latents.sum(), (latents**2).sum()])
     variance = total[2] / total[0] - (total[1] / total[0]) ** 2
     return round(float(variance**-0.5), 5)

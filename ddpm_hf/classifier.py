@@ -27,7 +27,7 @@ from .portable.scheduling_ddpm_hf import DDPMScheduler
 from .saving import save_model
 from .training.config import UsageError
 from .training.faults import ends_in_one_line
-from .training.loop import Losses, averaged_weights, training_loop, unwrap
+from .training.loop import Losses, averaged_weights, sum_over_ranks, training_loop, unwrap
 from .training.ownership import layout
 from .training.randomness import StepKeys
 from .training.rehearsal import measure_pace, rehearse
@@ -129,7 +129,7 @@ def compute_loss(model, batch: dict, keys: StepKeys, *, scheduler: DDPMScheduler
 @torch.no_grad()
 def validation_accuracy(model, *, held_out: ImageDataset, config, scheduler: DDPMScheduler, accelerator) -> dict:
     """Accuracy over the held-out images, as they are (t = 0) and noised to the same random timesteps each time."""
-    total = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+    total = torch.zeros(3, dtype=torch.float64)
     uniform = UniformTimestepSampler(len(scheduler))
     starts = list(range(0, len(held_out), config.eval_batch_size))
     for first in starts[accelerator.process_index :: accelerator.num_processes]:
@@ -145,9 +145,9 @@ def validation_accuracy(model, *, held_out: ImageDataset, config, scheduler: DDP
         noised = scheduler.add_noise(x_start, keys.normal_like(x_start), timesteps)
         for place, (x, t) in enumerate(((x_start, torch.zeros_like(timesteps)), (noised, timesteps))):
             with accelerator.autocast():
-                total[place] += (model(x, t).argmax(dim=1) == labels).sum()
+                total[place] += (model(x, t).argmax(dim=1) == labels).sum().cpu()
         total[2] += len(labels)
-    total = accelerator.reduce(total, reduction="sum")
+    total = sum_over_ranks(total)
     return {"accuracy_clean": float(total[0] / total[2]), "accuracy_noised": float(total[1] / total[2])}
 
 
@@ -179,7 +179,7 @@ def train(config: ClassifierConfig) -> None:
             unet=arguments,
             num_classes=len(names),
             num_train_timesteps=len(scheduler),
-            trained_betas=scheduler.betas.tolist(),
+            trained_betas=scheduler.exact_tables.betas.tolist(),
             id2label=id2label,
         )
     except (ValueError, TypeError) as error:

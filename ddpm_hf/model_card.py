@@ -74,7 +74,7 @@ def read_facts(folder: Path, repository: str, pipeline, license: str | None = No
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's `metrics.jsonl`, but for one that is being written."""
     path = folder / METRICS_FILE
-    text = path.read_text() if path.is_file() else ""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 

@@ -67,18 +67,21 @@ LOSS_TYPES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
 }
 
 
-def min_snr_weights(scheduler: DDPMScheduler, timesteps: torch.Tensor, snr_gamma: float) -> torch.Tensor:
-    """Weights [N], float64, that make a squared error weigh min(SNR, γ) on x_0 (Hang et al. 2023, Eq. 6).
+def min_snr_weights(
+    scheduler: DDPMScheduler, timesteps: torch.Tensor, snr_gamma: float, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """Weights [N] that make a squared error weigh min(SNR, γ) on x_0 (Hang et al. 2023, Eq. 6).
 
     An error of the output is an error of x̂_0 times its factor k in x̂_0, so the weight is min(SNR, γ)·k²: the known
     min(SNR, γ)/SNR for epsilon and min(SNR, γ)/(SNR + 1) for v_prediction.
     """
-    alpha_bar = scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
-    snr = alpha_bar / (1 - alpha_bar)
+    one = torch.ones(len(timesteps), 1, device=timesteps.device, dtype=dtype)
+    signal = scheduler.q_mean_variance(one, timesteps)
+    snr = (signal.mean**2 / signal.variance).flatten()
     if scheduler.config.prediction_type == "epsilon":
         return torch.where(snr > 0, snr.clamp(max=snr_gamma) / snr, 1.0)  # the limit, where SNR is 0
-    _, from_output = scheduler._x0_coefficients(timesteps)
-    return snr.clamp(max=snr_gamma) * from_output**2
+    _, from_output = scheduler.x0_coefficients(timesteps, one)
+    return snr.clamp(max=snr_gamma) * from_output.flatten() ** 2
 
 
 def simple_losses(
@@ -93,7 +96,7 @@ def simple_losses(
     """The mean loss between output and target (Ho et al., Eq. 14), [N]; with `snr_gamma`, weighted by min-SNR."""
     losses = mean_flat(LOSS_TYPES[loss_type](output, scheduler.training_target(x_start, noise, timesteps)))
     if snr_gamma is not None:
-        losses = losses * min_snr_weights(scheduler, timesteps, snr_gamma).to(losses)
+        losses = losses * min_snr_weights(scheduler, timesteps, snr_gamma, losses.dtype)
     return losses
 
 

@@ -367,7 +367,7 @@ class Publisher:
 
     def is_best(self, step: int) -> bool:
         """Whether the held-out loss at a checkpoint is the lowest of those at checkpoints so far."""
-        lines = [json.loads(line) for line in (self.folder / METRICS_FILE).read_text().splitlines()]
+        lines = [json.loads(line) for line in (self.folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
         every = self.config.checkpointing_steps
         losses = {
             line["step"]: line["validation_loss"]

@@ -64,7 +64,7 @@ class GaussianNetwork(ModelMixin, ConfigMixin):
     def __init__(self, scheduler_config: dict, mean=0.0, variance=1.0, sample_size=8, in_channels=1):
         super().__init__()
         scheduler = DDPMScheduler.from_config(scheduler_config)
-        self.register_buffer("betas", scheduler.betas.clone())
+        self.register_buffer("betas", scheduler.exact_tables.betas.clone())
         self.prediction_type = scheduler.config.prediction_type
         self.variance_type = scheduler.config.variance_type
         learned = self.variance_type in ("learned", "learned_range")

@@ -176,7 +176,11 @@ def our_tables(config: dict, timesteps: list[int], previous: list[int], dtype: t
         "epsilon_from_x0": scheduler.predict_epsilon(one, t, zero),
     }
     if dtype == torch.float64:  # these are attributes, and float64
-        tables |= {"beta": scheduler.betas[t], "alpha": scheduler.alphas[t], "alpha_bar": scheduler.alphas_cumprod[t]}
+        tables |= {
+            "beta": scheduler.exact_tables.betas[t],
+            "alpha": scheduler.exact_tables.alphas[t],
+            "alpha_bar": scheduler.exact_tables.alphas_cumprod[t],
+        }
     for prediction_type in PREDICTION_TYPES:
         scheduler = DDPMScheduler(**config, prediction_type=prediction_type)
         tables[f"x0_from_sample, {prediction_type}"] = scheduler.predict_original_sample(zero, t, one)

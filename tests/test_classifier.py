@@ -33,7 +33,7 @@ def tiny_classifier(channels=1, size=8, classes=3, seed=0, **more):
     """An untrained classifier whose logits are far from equal, so that its gradient shows."""
     torch.manual_seed(seed)
     unet = {**tiny_unet_config(channels, size=size), **more}
-    betas = DDPMScheduler(STEPS, beta_schedule="cosine").betas.tolist()
+    betas = DDPMScheduler(STEPS, beta_schedule="cosine").exact_tables.betas.tolist()
     names = {str(number): name for number, name in enumerate(NAMES[:classes])}
     model = NoisyClassifier(
         unet=unet, num_classes=classes, num_train_timesteps=STEPS, trained_betas=betas, id2label=names
@@ -118,7 +118,7 @@ def test_a_saved_classifier_is_the_same_classifier(size, tmp_path):
         assert config["unet"]["in_channels"] == 3
         assert torch.equal(
             torch.tensor(config["trained_betas"], dtype=torch.float64),
-            DDPMScheduler(STEPS, beta_schedule="cosine").betas,
+            DDPMScheduler(STEPS, beta_schedule="cosine").exact_tables.betas,
         )
     again = NoisyClassifier.from_config(loaded.config)
     assert again.config.id2label == loaded.config.id2label
@@ -166,7 +166,7 @@ def test_the_loss_is_the_cross_entropy_of_the_noised_image():
     assert t.min() >= 0
     assert t.max() < STEPS
     assert len(set(t.tolist())) > 5
-    alpha_bar = torch.cumprod(1 - DDPMScheduler(STEPS).betas, 0)[t].reshape(-1, 1, 1, 1).float()
+    alpha_bar = torch.cumprod(1 - DDPMScheduler(STEPS).exact_tables.betas, 0)[t].reshape(-1, 1, 1, 1).float()
     noise = (x_t - alpha_bar.sqrt() * x_start) / (1 - alpha_bar).sqrt()
     assert noise.mean().item() == pytest.approx(0, abs=5 / math.sqrt(noise.numel()))
     assert noise.var().item() == pytest.approx(1, abs=5 * math.sqrt(2 / noise.numel()))
@@ -287,7 +287,7 @@ def test_training_lowers_the_loss_and_leaves_a_classifier(world, tmp_path):
     model = NoisyClassifier.from_pretrained(run.folder, use_safetensors=True).eval()
     assert model.config.id2label == {"0": "cat", "1": "dog", "2": "owl"}
     assert model.config.num_train_timesteps == STEPS
-    expected = DDPMScheduler(STEPS, beta_schedule="cosine").betas
+    expected = DDPMScheduler(STEPS, beta_schedule="cosine").exact_tables.betas
     assert torch.equal(torch.tensor(model.config.trained_betas, dtype=torch.float64), expected)
     pictures = [np.asarray(Image.open(world / "photos" / name / "0.png").convert("L")) for name in NAMES]
     x_start = torch.tensor(np.stack(pictures)).float()[:, None] / 127.5 - 1

@@ -226,6 +226,19 @@ def test_what_lies_outside_of_the_splits_is_named(tmp_path):
     assert rows.left_out == "2 × image outside of train/"
 
 
+@pytest.mark.parametrize(
+    "names", [["train_images/1.png", "test_images/2.png"], ["a/seg_train/1.png", "a/seg_test/2.png"]]
+)
+def test_folders_that_may_be_splits_are_asked_about(names, tmp_path):
+    """Else held-out images are trained on as a class, or a class is held out."""
+    folder = write(tmp_path, *names)
+    with pytest.raises(DataError, match=r"train.*/, .*may be splits or classes.*--dataset_split all"):
+        read_dataset(directory=str(folder))
+    rows = read_dataset(directory=str(folder), split="all", label_column="label")
+    assert len(rows.dataset) == len(rows.label_names) == 2
+    assert len(read_dataset(directory=str((folder / names[0]).parent)).dataset) == 1
+
+
 # Formats
 
 

@@ -328,7 +328,7 @@ def test_guided_ancestral_samples_have_the_moments_of_the_affine_chain(scale):
     pipeline = gaussian_classes(means, variances, size=64, beta_schedule="squaredcos_cap_v2")
     drawn = draw(pipeline, [0] * 4, scale, num_inference_steps=None)
     mean, variance = 0.0, 1.0
-    alpha_bars = torch.cumprod(1 - pipeline.scheduler.betas, 0).tolist()
+    alpha_bars = torch.cumprod(1 - pipeline.scheduler.exact_tables.betas, 0).tolist()
     for t in range(59, -1, -1):
         alpha_bar, before = alpha_bars[t], alpha_bars[t - 1] if t else 1.0
         beta = 1 - alpha_bar / before
@@ -386,7 +386,7 @@ class LinearClassifier(torch.nn.Module):
 
 def variance_by_betas(scheduler, t, s, output):
     """Σ of p(x_s | x_t), from the betas alone (Ho et al., Eq. 7; Nichol & Dhariwal, Eq. 15)."""
-    alpha_bars = torch.cumprod(1 - scheduler.betas, 0)
+    alpha_bars = torch.cumprod(1 - scheduler.exact_tables.betas, 0)
     alpha_bar, before = float(alpha_bars[t]), float(alpha_bars[s])
     large = 1 - alpha_bar / before
     small = (1 - before) / (1 - alpha_bar) * large
@@ -423,7 +423,7 @@ def test_outputs_move_as_epsilon_does(prediction_type):
     guidance = ClassifierGuidance(classifier, labels, 1.7)
     x_t, output = randn(3, 1, 8, 8).double(), randn(3, 1, 8, 8, seed=1).double()
     for t in (55, 30, 1, 0):
-        alpha_bar = float(torch.cumprod(1 - scheduler.betas, 0)[t])
+        alpha_bar = float(torch.cumprod(1 - scheduler.exact_tables.betas, 0)[t])
         a, b = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
         epsilon = {
             "epsilon": lambda out: out,
@@ -564,7 +564,7 @@ def test_ancestral_shifts_are_bayes_rule_to_first_order():
             blind, wanted = network(x_t, timestep).sample, network.plus(x_t, t).sample
         means = [scheduler.p_mean_variance(output, t, x_t).mean for output in (blind, wanted)]
         shifted = guidance.shift_sample(scheduler, means[0], blind, x_t, timestep)
-        by_bayes = (means[1] - means[0]) * math.sqrt(1 - float(scheduler.betas[t]))
+        by_bayes = (means[1] - means[0]) * math.sqrt(1 - float(scheduler.exact_tables.betas[t]))
         torch.testing.assert_close(shifted - means[0], by_bayes, rtol=1e-4, atol=1e-6)
 
 

@@ -26,7 +26,7 @@ class GaussianData:
     """x_0 ~ N(0, v), in closed form, under a scheduler's chain."""
 
     def __init__(self, scheduler, v):
-        self.alphas_cumprod, self.v = scheduler.alphas_cumprod.tolist(), v
+        self.alphas_cumprod, self.v = scheduler.exact_tables.alphas_cumprod.tolist(), v
 
     def alpha_bar(self, t):
         return 1.0 if t < 0 else self.alphas_cumprod[t]
@@ -267,7 +267,7 @@ def test_columns_ascend_and_sum_to_the_total(clip_sample, timesteps):
         error = (terms.pred_original_sample - x_0).flatten(1).square().mean(dim=1)
         torch.testing.assert_close(bound.x_start_mse[:, i], error)
         # x_t is the same, so the error of ε is that of x̂_0 times ᾱ/(1-ᾱ)
-        snr = scheduler.alphas_cumprod[t] / (1 - scheduler.alphas_cumprod[t])
+        snr = scheduler.exact_tables.alphas_cumprod[t] / (1 - scheduler.exact_tables.alphas_cumprod[t])
         torch.testing.assert_close(bound.epsilon_mse[:, i], snr * error)
     torch.testing.assert_close(bound.prior, prior_bpd(scheduler, x_0))
     torch.testing.assert_close(bound.total, bound.prior + bound.vb.sum(dim=1))

@@ -55,7 +55,7 @@ def sample_loop(scheduler, sample, seed=0):
 def exact_stock(**config):
     """Stock with our float64 ᾱ in the place of its float32 table: what is left to differ is rounding and formulas."""
     scheduler = Stock(**config)
-    scheduler.alphas_cumprod = DDPMScheduler(**config).alphas_cumprod
+    scheduler.alphas_cumprod = DDPMScheduler(**config).exact_tables.alphas_cumprod
     scheduler.one = scheduler.one.double()
     return scheduler
 
@@ -94,7 +94,7 @@ def test_configs_load_in_stock_and_back(config, tmp_path):
     back = DDPMScheduler.from_pretrained(tmp_path / "stock")
     for other in (in_stock, back):
         torch.testing.assert_close(first_steps(other).prev_sample, first_steps(ours).prev_sample, rtol=0, atol=1e-5)
-    assert torch.equal(back.betas, ours.betas)
+    assert torch.equal(back.exact_tables.betas, ours.exact_tables.betas)
 
 
 def steps_to_compare(config):
@@ -433,3 +433,103 @@ def test_stock_pipeline_samples_the_same_with_ours_inside(prediction_type):
         images.append(pipe(batch_size=2, generator=generator, num_inference_steps=10, output_type="np").images)
     assert images[0].std() > 0.01
     np.testing.assert_allclose(images[0], images[1], rtol=0, atol=1e-4)
+
+
+# Code that indexes, compiles, maps or checks a stock scheduler
+
+
+def test_public_tables_are_stocks_in_value_and_precision():
+    """Else noise mixed by hand is float64, and a float32 network refuses it; a buffer of them doubles in size."""
+    ours, stock = DDPMScheduler(), Stock()
+    for name in ("betas", "alphas", "alphas_cumprod"):
+        table, theirs = getattr(ours, name), getattr(stock, name)
+        assert table.dtype == theirs.dtype == torch.float32
+        torch.testing.assert_close(table, theirs, rtol=1e-5, atol=1e-7)
+        assert torch.equal(table, getattr(ours.exact_tables, name).float())
+        assert getattr(ours.exact_tables, name).dtype == torch.float64
+
+
+def test_saved_betas_are_exact(tmp_path):
+    """Else a schedule that stock does not know is rounded to float32 each time it is saved."""
+    ours = DDPMScheduler(beta_schedule="sigmoid_alpha_bar")
+    ours.save_pretrained(tmp_path)
+    assert torch.equal(DDPMScheduler.from_pretrained(tmp_path).exact_tables.betas, ours.exact_tables.betas)
+
+
+def test_ours_is_a_stock_scheduler_with_no_method_of_stocks():
+    """Else `isinstance` checks fail; or stock's formulas, in float32 and without our chain, are used unnoticed."""
+    assert issubclass(DDPMScheduler, Stock)
+    defined = {name for name, value in vars(Stock).items() if inspect.isfunction(value)}
+    assert defined - {"__module__"} <= set(vars(DDPMScheduler))
+
+
+def test_dream_training_of_diffusers_takes_our_scheduler():
+    """Diffusers' helper indexes `alphas_cumprod` by hand: else its noise is float64 and the network refuses it."""
+    from diffusers.training_utils import compute_dream_and_update_latents, compute_snr
+
+    class Network(torch.nn.Conv2d):
+        def forward(self, x, t, text):
+            return type("Output", (), {"sample": super().forward(x)})()
+
+    ours, t = DDPMScheduler(), torch.tensor([3, 700])
+    x, noise = randn(2, 3, 8, 8), randn(2, 3, 8, 8, seed=1)
+    network = Network(3, 3, 1)
+    moved, target = compute_dream_and_update_latents(
+        network, ours, t, noise, ours.add_noise(x, noise, t), noise.clone(), None
+    )
+    assert moved.dtype == target.dtype == torch.float32
+    torch.testing.assert_close(compute_snr(ours, t), compute_snr(Stock(), t), rtol=1e-4, atol=0)
+
+
+LOOKUPS = {
+    "add_noise": lambda s, x, y, t: s.add_noise(x, y, t),
+    "get_velocity": lambda s, x, y, t: s.get_velocity(x, y, t),
+    "predict_original_sample": lambda s, x, y, t: s.predict_original_sample(x, t, y),
+    "p_mean_variance": lambda s, x, y, t: s.p_mean_variance(x, t, y).mean,
+    "q_posterior_mean_variance": lambda s, x, y, t: s.q_posterior_mean_variance(x, y, t).mean,
+    "strided": lambda s, x, y, t: s.p_mean_variance(x, t, y, t - 2).mean,
+}
+
+
+@pytest.mark.parametrize("name", LOOKUPS)
+def test_lookups_compile_whole_and_map(name):
+    """Else `fullgraph=True` stops at a range check, and `vmap` at reading a value."""
+    scheduler, call = DDPMScheduler(), LOOKUPS[name]
+    x, y, t = randn(3, 2, 4, 4), randn(3, 2, 4, 4, seed=1), torch.tensor([2, 500, 999])
+    expected = call(scheduler, x, y, t)
+    compiled = torch.compile(lambda *inputs: call(scheduler, *inputs), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, y, t), expected)
+    mapped = torch.func.vmap(lambda *inputs: call(scheduler, *(i[None] for i in inputs))[0])
+    torch.testing.assert_close(mapped(x, y, t), expected)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", LOOKUPS)
+def test_lookups_read_nothing_back_from_a_device(name, monkeypatch):
+    """Each read makes a GPU's host wait, and a graph break."""
+    scheduler, call = DDPMScheduler(), LOOKUPS[name]
+    inputs = randn(3, 2, 4, 4), randn(3, 2, 4, 4, seed=1), torch.tensor([2, 500, 999])
+    for reading in ("item", "tolist", "__int__", "__bool__", "__float__", "cpu", "numpy"):
+        monkeypatch.setattr(
+            torch.Tensor, reading, lambda *_, reading=reading: pytest.fail(f"{reading} reads a tensor")
+        )
+    call(scheduler, *inputs)
+
+
+@pytest.mark.parametrize("name", LOOKUPS)
+@pytest.mark.parametrize("t", [[0, 1000], [-1, 5], 1000, -1], ids=str)
+def test_timesteps_outside_the_chain_are_named(name, t):
+    """Else -1 wraps to the last timestep, silently; the lookup itself notices it."""
+    x = randn(2, 2, 4, 4)
+    with pytest.raises(ValueError, match=r"0\.\.999"):
+        LOOKUPS[name](DDPMScheduler(), x, x, torch.tensor(t) if isinstance(t, list) else t)
+
+
+def test_tables_made_without_gradients_serve_a_training_step():
+    """Else sampling under inference_mode leaves tables that no later backward pass may use."""
+    scheduler, t = DDPMScheduler(), torch.tensor([5, 600])
+    with torch.inference_mode():
+        scheduler.p_mean_variance(randn(2, 2, 4, 4), t, randn(2, 2, 4, 4))
+    output = randn(2, 2, 4, 4).requires_grad_(True)
+    scheduler.p_mean_variance(output, t, randn(2, 2, 4, 4)).mean.sum().backward()
+    assert output.grad.isfinite().all()

@@ -63,7 +63,7 @@ def test_betas_are_float64_in_range_and_lose_signal(name, T):
     assert betas.dtype == np.float64
     assert betas.shape == (T,)
     assert ((betas > 0) & (betas <= 1)).all()
-    alphas_cumprod = DDPMScheduler(num_train_timesteps=T, beta_schedule=name).alphas_cumprod
+    alphas_cumprod = DDPMScheduler(num_train_timesteps=T, beta_schedule=name).exact_tables.alphas_cumprod
     assert (alphas_cumprod.diff() < 0).all()
 
 
@@ -71,10 +71,10 @@ def test_betas_are_float64_in_range_and_lose_signal(name, T):
 def test_aliases_are_saved_under_the_name_that_stock_knows(alias):
     """Else a config made with an alias does not load in stock."""
     ours, named = DDPMScheduler(beta_schedule=alias), DDPMScheduler(beta_schedule=ALIASES[alias])
-    assert torch.equal(ours.betas, named.betas)
+    assert torch.equal(ours.exact_tables.betas, named.exact_tables.betas)
     assert ours.config.beta_schedule == ALIASES[alias]
     stock = diffusers.DDPMScheduler.from_config(ours.config)
-    torch.testing.assert_close(stock.betas.double(), named.betas, rtol=1e-6, atol=0)
+    torch.testing.assert_close(stock.betas.double(), named.exact_tables.betas, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("T", [10, 1000, 4000])
@@ -83,7 +83,7 @@ def test_betas_are_those_of_stock(name, T):
     """Else a model trained in stock is sampled here with another noise schedule (float32 is all stock has)."""
     stock = diffusers.DDPMScheduler(num_train_timesteps=T, beta_schedule=name, beta_start=0.00085, beta_end=0.012)
     ours = DDPMScheduler(num_train_timesteps=T, beta_schedule=name, beta_start=0.00085, beta_end=0.012)
-    torch.testing.assert_close(ours.betas, stock.betas.double(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(ours.exact_tables.betas, stock.betas.double(), rtol=1e-6, atol=0)
 
 
 def test_unknown_schedule_names_itself_and_the_known():
@@ -108,17 +108,19 @@ def test_zero_terminal_snr_ends_at_zero_and_starts_where_it_did(name, T):
     """Else the last step leaks the image (Lin et al. 2023), or the first step's noise changes with the rescaling."""
     plain = DDPMScheduler(num_train_timesteps=T, beta_schedule=name)
     rescaled = DDPMScheduler(num_train_timesteps=T, beta_schedule=name, rescale_betas_zero_snr=True)
-    assert rescaled.alphas_cumprod[-1] == 0
-    assert rescaled.betas[-1] == 1
-    assert rescaled.alphas_cumprod[0] == plain.alphas_cumprod[0]
-    assert (rescaled.alphas_cumprod[:-1] > 0).all()
+    assert rescaled.exact_tables.alphas_cumprod[-1] == 0
+    assert rescaled.exact_tables.betas[-1] == 1
+    assert rescaled.exact_tables.alphas_cumprod[0] == plain.exact_tables.alphas_cumprod[0]
+    assert (rescaled.exact_tables.alphas_cumprod[:-1] > 0).all()
 
 
 @pytest.mark.parametrize("T", [1, 10, 1000])
 def test_jsd_alpha_bar_is_the_fraction_of_steps_left(T):
     """Π(1 - 1/(T-i)) telescopes to (T-1-t)/T: else jsd is not Sohl-Dickstein's schedule."""
     expected = torch.arange(T - 1, -1, -1, dtype=torch.float64) / T
-    torch.testing.assert_close(DDPMScheduler(num_train_timesteps=T, beta_schedule="jsd").alphas_cumprod, expected)
+    torch.testing.assert_close(
+        DDPMScheduler(num_train_timesteps=T, beta_schedule="jsd").exact_tables.alphas_cumprod, expected
+    )
 
 
 # Configs
@@ -130,7 +132,7 @@ def test_betas_survive_saving_and_loading(name, rescale, tmp_path):
     """Else a saved model is sampled with other betas than it was trained with."""
     ours = DDPMScheduler(num_train_timesteps=50, beta_schedule=name, beta_end=0.03, rescale_betas_zero_snr=rescale)
     ours.save_pretrained(tmp_path)
-    assert torch.equal(DDPMScheduler.from_pretrained(tmp_path).betas, ours.betas)
+    assert torch.equal(DDPMScheduler.from_pretrained(tmp_path).exact_tables.betas, ours.exact_tables.betas)
 
 
 @pytest.mark.parametrize("through_disk", [False, True], ids=["", "through_disk"])
@@ -151,7 +153,7 @@ def test_betas_and_config_survive_a_swap_of_samplers(name, sampler, rescale, thr
     )
     other = getattr(diffusers, sampler).from_config(ours.config)
     if not rescale:  # stock's rescaling is only good to 1e-3, and PNDM has none
-        torch.testing.assert_close(other.betas.double(), ours.betas, rtol=1e-6, atol=0)
+        torch.testing.assert_close(other.betas.double(), ours.exact_tables.betas, rtol=1e-6, atol=0)
     if through_disk:
         other.save_pretrained(tmp_path)
         back = DDPMScheduler.from_pretrained(tmp_path)
@@ -159,7 +161,7 @@ def test_betas_and_config_survive_a_swap_of_samplers(name, sampler, rescale, thr
         back = DDPMScheduler.from_config(other.config)
         public = {key: value for key, value in ours.config.items() if not key.startswith("_")}
         assert {key: back.config[key] for key in public} == public
-    assert torch.equal(back.betas, ours.betas)
+    assert torch.equal(back.exact_tables.betas, ours.exact_tables.betas)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -167,12 +169,12 @@ def test_trained_betas_survive_saving_and_swaps(sampler, tmp_path):
     """Else a schedule that has no name is lost as soon as the sampler is changed."""
     betas = np.random.default_rng(0).uniform(0.001, 0.3, size=20)
     ours = DDPMScheduler(num_train_timesteps=20, trained_betas=betas)
-    assert np.array_equal(ours.betas.numpy(), betas)
+    assert np.array_equal(ours.exact_tables.betas.numpy(), betas)
     other = getattr(diffusers, sampler).from_config(ours.config)
-    torch.testing.assert_close(other.betas.double(), ours.betas, rtol=1e-6, atol=0)
-    assert torch.equal(DDPMScheduler.from_config(other.config).betas, ours.betas)
+    torch.testing.assert_close(other.betas.double(), ours.exact_tables.betas, rtol=1e-6, atol=0)
+    assert torch.equal(DDPMScheduler.from_config(other.config).exact_tables.betas, ours.exact_tables.betas)
     other.save_pretrained(tmp_path)
-    assert torch.equal(DDPMScheduler.from_pretrained(tmp_path).betas, ours.betas)
+    assert torch.equal(DDPMScheduler.from_pretrained(tmp_path).exact_tables.betas, ours.exact_tables.betas)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +191,7 @@ def test_changing_the_schedule_by_from_config_recomputes_it(name, through, chang
         config = getattr(diffusers, through).from_config(config).config
     changed = DDPMScheduler.from_config(config, **change)
     expected = DDPMScheduler(**{"num_train_timesteps": 50, "beta_schedule": name} | change)
-    assert torch.equal(changed.betas, expected.betas)
+    assert torch.equal(changed.exact_tables.betas, expected.exact_tables.betas)
 
 
 def test_arguments_by_position_survive_a_swap():
@@ -197,7 +199,7 @@ def test_arguments_by_position_survive_a_swap():
     ours = DDPMScheduler(100, 0.001, 0.05)
     other = diffusers.DDIMScheduler.from_config(ours.config)
     assert other.config.num_train_timesteps == 100
-    assert torch.equal(DDPMScheduler.from_config(other.config).betas, ours.betas)
+    assert torch.equal(DDPMScheduler.from_config(other.config).exact_tables.betas, ours.exact_tables.betas)
 
 
 @pytest.mark.parametrize("name", ["sigmoid", "laplace"])
@@ -205,4 +207,4 @@ def test_a_stock_config_that_names_its_schedule_loads(name):
     """Else a stock DDPM model with such a schedule, which has no trained_betas in its config, cannot be used."""
     stock = diffusers.DDPMScheduler(num_train_timesteps=50, beta_schedule=name)
     ours = DDPMScheduler.from_config(stock.config)
-    torch.testing.assert_close(ours.betas, stock.betas.double(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(ours.exact_tables.betas, stock.betas.double(), rtol=1e-6, atol=0)

@@ -7,6 +7,7 @@ import sys
 
 import typer
 
+from ..training.machine import accept_any_text
 from ..training.paths import expand_home
 from . import push, push_space, sample, train_classifier
 
@@ -36,6 +37,7 @@ app.command("train-classifier", context_settings=EVERYTHING_AFTER, add_help_opti
 
 def main() -> None:
     """The entry point: what the user can mend is one line and exit code 2."""
+    accept_any_text()
     try:
         app([expand_home(word) for word in sys.argv[1:]], standalone_mode=False)
     except typer.Abort:

@@ -106,8 +106,10 @@ def use_all_cores() -> None:
 
     import torch
 
-    if "OMP_NUM_THREADS" not in os.environ and hasattr(os, "sched_getaffinity"):
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
+    from ..training.machine import usable_cores
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(usable_cores())
 
 
 def checked_device(device: str | None) -> str:

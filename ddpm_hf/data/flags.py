@@ -90,14 +90,16 @@ class DataFlags(ImageFlags):
     dataset_name: str | None = HfArg(
         instead_of="train_data_dir",
         default=None,
-        help="A dataset on the Hub, or a local path. Without any dataset: the embedded digits.",
+        help="A dataset on the Hub, or a local path; with --train_data_dir the kind of its files, such as imagefolder."
+        " Without any dataset: the embedded digits.",
     )
     dataset_config_name: str | None = HfArg(default=None, help="The dataset's configuration.")
-    dataset_split: str = HfArg(default="train", help="The split to train on.")
+    dataset_split: str = HfArg(default="train", help="The split to train on, or parts: train[:67%], train+test.")
     train_data_dir: str | None = HfArg(
         instead_of="dataset_name",
         default=None,
-        help="A folder of images (also in class folders), or of parquet, arrow or save_to_disk data.",
+        help="A folder of images (also in class folders), or of parquet, arrow, csv, json, webdataset or save_to_disk"
+        " data; a train/ folder in it is trained on, and validation/ is for --validation_steps.",
     )
     cache_dir: str | None = HfArg(resume=FREE, default=None, help="Where datasets are cached.")
     streaming: bool = HfArg(default=False, help="Read the dataset as it comes; needs --max_train_steps.")
@@ -117,7 +119,9 @@ class DataFlags(ImageFlags):
     skip_broken_images: bool = HfArg(default=False, help="Leave out images that cannot be read, instead of stopping.")
     max_train_samples: int | None = HfArg(default=None, help="Train on so many of the images, drawn at random.")
     validation_split: float = HfArg(
-        default=0.0, help="Share of the images to hold out for --validation_steps, such as 0.05."
+        default=0.0,
+        help="Share of the images to hold out for --validation_steps, such as 0.05; by default the dataset's"
+        " validation split is used.",
     )
 
     @property

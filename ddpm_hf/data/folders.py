@@ -28,6 +28,8 @@ SPLIT_NAMES = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 SPLIT_OF = {name: split for split, names in SPLIT_NAMES.items() for name in names}
+# Names in which `datasets` sees a split too, such as train_images or seg_test
+SOUNDS_LIKE_A_SPLIT = re.compile(rf"(?:^|[-._ 0-9])({'|'.join(SPLIT_OF)})(?:[-._ 0-9]|$)", re.IGNORECASE)
 UNMENTIONED = ("thumbs.db", "desktop.ini", "readme", "readme.md", "readme.txt", "license", "license.txt")
 HINTS = {".zip": "unpack it", **{suffix: f"pip install {plugin[0]}" for suffix, plugin in PLUGINS.items()}}
 # What a run leaves in an output folder that is the folder of images too
@@ -48,6 +50,7 @@ class Listing:
     metadata: list[str] = field(default_factory=list)
     tables: list[str] = field(default_factory=list)
     outputs: list[str] = field(default_factory=list)  # folders of runs
+    unclear: list[str] = field(default_factory=list)  # folders that may be those of splits or those of classes
     left_out: collections.Counter = field(default_factory=collections.Counter)  # a description -> how many
 
     def path(self, name: str) -> str:
@@ -187,6 +190,7 @@ class Division:
         if all(len(splits) < 2 for splits in together.values()):
             named = {folder: split for folder, split in named.items() if folder in SPLIT_OF}
         self.splits = named  # a folder -> its split
+        self.unclear = [] if named else _unclear(folders)
         self._places: dict[str, tuple[str | None, tuple[str, ...]]] = {}
 
     def place(self, name: str) -> tuple[str | None, tuple[str, ...]]:
@@ -199,6 +203,16 @@ class Division:
             split = self.splits[dividing[0]] if dividing else None if self.splits else "train"
             self._places[folder] = split, parts[:depth] + parts[depth + 1 :]
         return self._places[folder]
+
+
+def _unclear(folders: set[str]) -> list[str]:
+    """Folders in one folder whose names sound like different splits."""
+    together = collections.defaultdict(dict)
+    for folder in sorted(folders):
+        heard = SOUNDS_LIKE_A_SPLIT.search(posixpath.basename(folder))
+        if heard:
+            together[posixpath.dirname(folder)][folder] = SPLIT_OF[heard[1].lower()]
+    return next((list(found) for found in together.values() if len(set(found.values())) > 1), [])
 
 
 def _split_named(folder: str) -> str | None:
@@ -229,6 +243,7 @@ def image_splits(listing: Listing) -> dict[str, datasets.Dataset]:
         DataError: metadata that cannot be read, or that names no images.
     """
     division = Division(listing.images)
+    listing.unclear = division.unclear
     outside = [name for name in listing.images if division.place(name)[0] is None]
     if outside:
         splits = ", ".join(f"{folder}/" for folder in sorted(division.splits)[:6])

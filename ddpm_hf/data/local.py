@@ -208,7 +208,8 @@ def _folder(path: Path, options: Options) -> Source:
         parts = image_splits(listing)
         if not parts:
             raise DataError(f"{path} holds no images to read; left out: {listing.note()}")
-        return of_parts(parts, str(path), listing.note())
+        source = of_parts(parts, str(path), listing.note())
+        return _refusing(source, path, listing.unclear) if listing.unclear else source
     if listing.tables and not options.kind:
         if listing.images:
             listing.left_out["image beside the tables"] += len(listing.images)
@@ -217,6 +218,21 @@ def _folder(path: Path, options: Options) -> Source:
     tables = "" if options.kind else ", nor tables (parquet, arrow, csv, json, webdataset) or save_to_disk data"
     left_out = f"; left out: {listing.note()}" if listing.note() else ""
     raise DataError(f"{path} holds no images ({known}){tables}{left_out}")
+
+
+def _refusing(source: Source, path: Path, unclear: list[str]) -> Source:
+    """A source that is read only as a whole: its folders may hold classes, or parts that must not be trained on."""
+
+    def read(split: str, streaming: bool) -> Any:
+        if split != "all":
+            named = ", ".join(f"{name}/" for name in unclear[:6])
+            raise DataError(
+                f"{path} holds {named}, which may be splits or classes: rename splits to train/, validation/ or test/,"
+                " name one of the folders, or give --dataset_split all to train on all of them"
+            )
+        return source.read(split, streaming)
+
+    return source._replace(read=read)
 
 
 def _tables(path: Path, listing: Listing, options: Options) -> Source:

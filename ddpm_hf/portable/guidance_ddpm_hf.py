@@ -103,13 +103,13 @@ class ClassifierGuidance:
     ) -> torch.Tensor:
         """The model's output for the guided score: on epsilon, ε - √(1-ᾱ) s∇ (Algorithm 2), for DDIM and the like."""
         t = int(timestep)
-        alpha_bar = float(scheduler.alphas_cumprod[t])
+        alpha_bar = float(scheduler.exact_tables.alphas_cumprod[t])
         if alpha_bar == 0:  # x_t is noise alone and tells no class: ∇ log p(y | x_t) = 0
             return output
-        _, from_output = scheduler._x0_coefficients(torch.tensor([t]))
+        _, from_output = scheduler.x0_coefficients(t, x_t)
         # x̂_0 moves by (1-ᾱ)/√ᾱ · s∇, whatever the output is; the output by that over its factor in x̂_0
-        factor = (1 - alpha_bar) / alpha_bar**0.5 / float(from_output)
-        return output + factor * self.gradient(x_t, timestep).to(output.dtype)
+        factor = (1 - alpha_bar) / alpha_bar**0.5 / from_output
+        return output + (factor * self.gradient(x_t, timestep)).to(output.dtype)
 
     def shift_sample(
         self,

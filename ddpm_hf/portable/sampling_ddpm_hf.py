@@ -18,7 +18,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from .guidance_ddpm_hf import ClassifierGuidance
 from .scheduling_ddpm_hf import LEARNED_VARIANCE_TYPES, DDPMScheduler
 
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+OUTPUT_TYPES = ("pil", "np", "numpy", "pt", "latent")  # "numpy" is stock DDPMPipeline's word for "np"
 
 
 class Frame(NamedTuple):
@@ -76,7 +76,7 @@ def check_sampler(scheduler, timesteps) -> None:
             f" model's {len(own)}, or timestep_spacing='trailing'"
         )
     own.check_invertible(visited)
-    if name != "DDIMScheduler" and own.alphas_cumprod[max(visited)] == 0:
+    if name != "DDIMScheduler" and own.exact_tables.alphas_cumprod[max(visited)] == 0:
         raise ValueError(
             f"{name} works with log-SNR, which is -inf at timestep {max(visited)} of this zero-terminal-SNR schedule;"
             " sample with DDPMScheduler or DDIMScheduler"
@@ -288,13 +288,15 @@ class SamplingMixin:
         if self.vae is not None:
             latents = latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
             latents = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
-        return self.image_processor.postprocess(latents.float(), output_type=output_type)
+        return self.image_processor.postprocess(
+            latents.float(), output_type="np" if output_type == "numpy" else output_type
+        )
 
     @staticmethod
     def check_output_type(output_type: str) -> None:
         """Raise ValueError for what `decode` does not know, before any work is done."""
         if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type {output_type!r} is none of {', '.join(OUTPUT_TYPES)}")
+            raise ValueError(f"output_type {output_type!r} must be one of {', '.join(OUTPUT_TYPES)}")
 
     def finish(self, x: torch.Tensor, frames, output_type: str, return_dict: bool) -> DDPMPipelineOutput | tuple:
         """x_0 as what a pipeline's call returns."""

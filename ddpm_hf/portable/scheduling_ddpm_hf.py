@@ -15,9 +15,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler as StockDDPMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
-from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
@@ -158,6 +159,14 @@ class PredictedMoments(NamedTuple):
     pred_original_sample: torch.Tensor
 
 
+class ExactTables(NamedTuple):
+    """β_t, α_t = 1 - β_t and ᾱ_t for t = 0..T-1, float64 [T] on the CPU."""
+
+    betas: torch.Tensor
+    alphas: torch.Tensor
+    alphas_cumprod: torch.Tensor
+
+
 class _Coefficients(NamedTuple):
     """What one reverse step from t to s is made of: Python floats, or tensors that broadcast against x_t."""
 
@@ -168,6 +177,8 @@ class _Coefficients(NamedTuple):
     posterior_variance: float | torch.Tensor  # β̃, 0 where s = -1                                (Ho et al., Eq. 7)
     min_log_variance: float | torch.Tensor  # log β̃, clipped where s = -1
     max_log_variance: float | torch.Tensor  # log β_{t|s}
+    min_variance: float | torch.Tensor  # the exponentials of these two, taken before the cast
+    max_variance: float | torch.Tensor
 
 
 def _affine(a, x: torch.Tensor, b, y: torch.Tensor) -> torch.Tensor:
@@ -188,8 +199,10 @@ def _is_record(config: dict) -> bool:
     return np.array_equal(np.asarray(betas, dtype=np.float64), named)
 
 
-class DDPMScheduler(SchedulerMixin, ConfigMixin):
+class DDPMScheduler(StockDDPMScheduler):
     """Denoising diffusion (Ho et al. 2020), a drop-in for `diffusers.DDPMScheduler` with the whole of its math.
+
+    It is a subclass so that `isinstance` checks hold, and overrides every method of stock's.
 
     Configs are exchanged with stock freely: the keys and defaults are the same, and a `beta_schedule` that a stock
     sampler does not know is carried as `trained_betas`.
@@ -255,11 +268,13 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
             log_alphas = np.log1p(-betas)
         log_alphas_cumprod = np.cumsum(log_alphas)
 
-        self.betas = torch.from_numpy(betas)
-        self.alphas = torch.from_numpy(1.0 - betas)
-        self.alphas_cumprod = torch.from_numpy(np.exp(log_alphas_cumprod))
+        exact = (betas, 1.0 - betas, np.exp(log_alphas_cumprod))
+        self._exact_tables = ExactTables(*(torch.from_numpy(table) for table in exact))
+        # float32 as in stock: people index them by hand. Nothing here computes with them.
+        self.betas, self.alphas, self.alphas_cumprod = (table.float() for table in self._exact_tables)
         # log ᾱ_t at index t + 1, so that log ᾱ_{-1} = 0 needs no special case
         self._log_alpha_bar = {torch.device("cpu"): torch.from_numpy(np.concatenate([[0.0], log_alphas_cumprod]))}
+        self._tables = {}  # (name, device, dtype) -> [K, T]
         self.one = torch.tensor(1.0)
         self.init_noise_sigma = 1.0  # x_T is drawn from N(0, I)
         self.variance_type = variance_type
@@ -314,6 +329,11 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         if renamed and "trained_betas" not in kwargs and isinstance(config, dict) and _is_record(config):
             config = {**config, "trained_betas": None}
         return super().from_config(config, return_unused_kwargs, **kwargs)
+
+    @property
+    def exact_tables(self) -> ExactTables:
+        """The float64 tables that `betas`, `alphas` and `alphas_cumprod` are rounded from; save and compare these."""
+        return self._exact_tables
 
     # The chain
 
@@ -407,15 +427,53 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         """The sample unchanged: DDPM's model input needs no scaling."""
         return sample
 
-    # Coefficients
+    # Coefficients: those of one timestep are rows of tables, those of a pair (t, s) are computed when requested
 
-    def _log_alpha_bar_at(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """log ᾱ at the timesteps (from -1), float64, on their device (on the CPU for MPS, which has no float64)."""
+    def _table(self, name: str, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """A table of `_ROWS` as [K, T] on a device: computed in float64 on the CPU, cast once, kept."""
+        key = name, device, dtype
+        if key in self._tables:
+            return self._tables[key]
+        with torch.inference_mode(False):  # what is kept must not be an inference tensor
+            table = torch.stack(_ROWS[name](self)).to(dtype).to(device)
+        if type(table) is torch.Tensor and not torch.compiler.is_compiling():  # else it lives only while it is traced
+            self._tables[key] = table
+        return table
+
+    def _columns(self, name: str, timesteps: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The rows of a table at timesteps [N], each [N, 1, ...] in the working precision of a sample.
+
+        Raises:
+            ValueError: a timestep outside 0..T-1, where the lookup itself detects it (on a CPU).
+        """
+        table = self._table(name, like.device, self._working_dtype(like))
+        try:
+            columns = table.index_select(1, timesteps)  # [K, N]
+        except (IndexError, RuntimeError) as error:
+            raise self._outside(timesteps, 0) or error from error
+        return columns.reshape(len(table), -1, *[1] * (like.ndim - 1)).unbind()
+
+    def _outside(self, timesteps: torch.Tensor, lowest: int) -> ValueError | None:
+        """The error for timesteps that leave the tables, or None if they do not."""
+        low, high = int(timesteps.min()), int(timesteps.max())
+        if low >= lowest and high < len(self.betas):
+            return None
+        return ValueError(f"timesteps from {low} to {high} leave the range {lowest}..{len(self.betas) - 1}")
+
+    def _log_alpha_bar_at(self, timesteps: torch.Tensor, lowest: int = -1) -> torch.Tensor:
+        """log ᾱ at the timesteps, float64, on their device (on the CPU for MPS, which has no float64)."""
         if timesteps.device.type == "mps":
             timesteps = timesteps.cpu()
-        if timesteps.device not in self._log_alpha_bar:
-            self._log_alpha_bar[timesteps.device] = self._log_alpha_bar[torch.device("cpu")].to(timesteps.device)
-        return self._log_alpha_bar[timesteps.device][timesteps + 1]
+        table = self._log_alpha_bar.get(timesteps.device)
+        if table is None:
+            with torch.inference_mode(False):
+                table = self._log_alpha_bar[torch.device("cpu")].to(timesteps.device)
+            if type(table) is torch.Tensor and not torch.compiler.is_compiling():
+                self._log_alpha_bar[timesteps.device] = table
+        try:
+            return table[lowest + 1 :].index_select(0, timesteps - lowest)
+        except (IndexError, RuntimeError) as error:
+            raise self._outside(timesteps, lowest) or error from error
 
     def _posterior_mean_coefficients(self, log_t: torch.Tensor, log_s: torch.Tensor):
         """The factors of x_0 and x_t in the mean of q(x_s | x_t, x_0) (Ho et al., Eq. 7), from log ᾱ_t and log ᾱ_s."""
@@ -424,9 +482,11 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         from_sample = torch.exp(0.5 * (log_t - log_s)) * torch.expm1(log_s) / one_minus_t
         return from_x0, from_sample
 
-    def _x0_coefficients(self, timesteps: torch.Tensor):
-        """The factors of x_t and of the model's output in x̂_0, for the config's prediction type."""
-        log_t = self._log_alpha_bar_at(timesteps)
+    def _x0_coefficients(self, log_t: torch.Tensor, log_before: torch.Tensor):
+        """The factors of x_t and of the model's output in x̂_0, for the config's prediction type.
+
+        From log ᾱ_t and log ᾱ_{t-1}.
+        """
         prediction_type = self.config.prediction_type
         if prediction_type == "epsilon":  # Ho et al., Eq. 15
             return torch.exp(-0.5 * log_t), -torch.sqrt(torch.expm1(-log_t))
@@ -434,12 +494,12 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
             return torch.zeros_like(log_t), torch.ones_like(log_t)
         if prediction_type == "v_prediction":  # Salimans & Ho 2022, App. D
             return torch.exp(0.5 * log_t), -torch.sqrt(-torch.expm1(log_t))
-        from_x0, from_sample = self._posterior_mean_coefficients(log_t, self._log_alpha_bar_at(timesteps - 1))
+        from_x0, from_sample = self._posterior_mean_coefficients(log_t, log_before)
         return -from_sample / from_x0, 1 / from_x0  # Eq. 7 solved for x_0
 
     def _coefficients(self, timesteps: torch.Tensor, previous_timesteps: torch.Tensor) -> _Coefficients:
         """All of a reverse step from t to s, float64 [N] each."""
-        log_t, log_s = self._log_alpha_bar_at(timesteps), self._log_alpha_bar_at(previous_timesteps)
+        log_t, log_s = self._log_alpha_bar_at(timesteps, lowest=0), self._log_alpha_bar_at(previous_timesteps)
         posterior_variance, log_beta = self._posterior_variance(log_t, log_s)
         # At the end of a chain β̃ is 0: its log is that of the step into t, in the full chain t=1's (Ho et al.'s code).
         into = torch.clamp(2 * timesteps + 1, max=len(self.betas) - 1)
@@ -447,11 +507,13 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         last_log = torch.where((into > timesteps).to(log_t.device), torch.log(variance_into), log_beta)
         min_log = torch.where((previous_timesteps < 0).to(log_t.device), last_log, torch.log(posterior_variance))
         return _Coefficients(
-            *self._x0_coefficients(timesteps),
+            *self._x0_coefficients(log_t, self._log_alpha_bar_at(timesteps - 1)),
             *self._posterior_mean_coefficients(log_t, log_s),
             posterior_variance,
             min_log,
             log_beta,
+            torch.exp(min_log),
+            torch.exp(log_beta),
         )
 
     @staticmethod
@@ -461,26 +523,35 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         return beta * (torch.expm1(log_s) / torch.expm1(log_t)), torch.log(beta)
 
     def _checked(self, timesteps, device: torch.device, lowest: int = 0) -> torch.Tensor:
-        """Timesteps as a LongTensor [N] or [1] on the device; checked where that costs no synchronisation."""
+        """Timesteps as a LongTensor [N] or [1] on the device. Numbers are checked here, tensors by their lookup.
+
+        Reading a tensor's values would make a GPU's host wait, and break compiled graphs and vmap.
+        """
         if not isinstance(timesteps, torch.Tensor):
             try:
                 timesteps = torch.as_tensor(timesteps)
             except (TypeError, ValueError, RuntimeError) as error:
                 raise ValueError(f"timesteps={timesteps!r}: give whole numbers from {lowest}") from error
+            if not timesteps.is_floating_point() and timesteps.numel() and (out := self._outside(timesteps, lowest)):
+                raise out
         if timesteps.is_floating_point() or timesteps.dtype == torch.bool:
-            raise ValueError(f"timesteps of {timesteps.dtype}: give whole numbers, which say where in the chain")
-        if timesteps.device.type == "cpu" and timesteps.numel():
-            low, high = int(timesteps.min()), int(timesteps.max())
-            if low < lowest or high >= len(self.betas):
-                raise ValueError(f"timesteps from {low} to {high} leave the range {lowest}..{len(self.betas) - 1}")
+            raise ValueError(f"timesteps of {timesteps.dtype}: must be whole numbers, the positions in the chain")
         return timesteps.to(device=device, dtype=torch.int64).reshape(-1)
 
-    def _pairs(self, timesteps, previous_timesteps, device) -> tuple[torch.Tensor, torch.Tensor]:
-        timesteps = self._checked(timesteps, device)
-        if previous_timesteps is None:
-            return timesteps, timesteps - 1
-        previous_timesteps = self._checked(previous_timesteps, device, lowest=-1)
-        return torch.broadcast_tensors(timesteps, previous_timesteps)
+    def _step_columns(self, timesteps, previous_timesteps, like: torch.Tensor) -> tuple[_Coefficients, torch.Tensor]:
+        """The coefficients of the step from t to s that broadcast against a sample, and where s = -1 [N, 1, ...]."""
+        timesteps = self._checked(timesteps, like.device)
+        if previous_timesteps is None:  # the full chain: rows of a table
+            return _Coefficients(*self._columns("step", timesteps, like)), self._spread(timesteps == 0, like)
+        previous_timesteps = self._checked(previous_timesteps, like.device, lowest=-1)
+        timesteps, previous_timesteps = torch.broadcast_tensors(timesteps, previous_timesteps)
+        columns = self._coefficients(timesteps, previous_timesteps)
+        return _Coefficients(*(self._cast(one, like) for one in columns)), self._spread(previous_timesteps < 0, like)
+
+    @staticmethod
+    def _spread(column: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """[N] as [N, 1, ...], which broadcasts against a sample."""
+        return column.reshape(-1, *[1] * (like.ndim - 1))
 
     @staticmethod
     def _working_dtype(sample: torch.Tensor) -> torch.dtype:
@@ -489,13 +560,13 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
 
     def _cast(self, column: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """A float64 column [N] as [N, 1, ...] in the working precision of a sample: the one cast there is."""
-        column = column.to(self._working_dtype(like)).to(like.device)
-        return column.reshape(-1, *[1] * (like.ndim - 1))  # [N, 1, ...]
+        return self._spread(column.to(self._working_dtype(like)).to(like.device), like)  # [N, 1, ...]
 
     def _mix(self, a: torch.Tensor, x: torch.Tensor, b: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """a·x + b·y for float64 columns a, b [N] and samples x, y, in x's dtype."""
-        dtype = self._working_dtype(x)
-        return _affine(self._cast(a, x), x.to(dtype), self._cast(b, x), y.to(dtype)).to(x.dtype)
+        """a·x + b·y for columns a, b [N, 1, ...] and samples x, y, in x's dtype."""
+        if x.dtype == y.dtype == a.dtype:
+            return torch.addcmul(a * x, b, y)
+        return torch.addcmul(a * x.to(a.dtype), b, y.to(a.dtype)).to(x.dtype)
 
     # q: the forward process
 
@@ -504,29 +575,29 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
 
         Args: x_0 and ε [N, C, ...]; timesteps an int or LongTensor [N]. Returns [N, C, ...] in x_0's dtype.
         """
-        log_t = self._log_alpha_bar_at(self._checked(timesteps, original_samples.device))
-        return self._mix(torch.exp(0.5 * log_t), original_samples, torch.sqrt(-torch.expm1(log_t)), noise)
+        signal, deviation = self._marginal(timesteps, original_samples)
+        return self._mix(signal, original_samples, deviation, noise)
 
     def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps) -> torch.Tensor:
         """v = √ᾱ_t ε - √(1-ᾱ_t) x_0 (Salimans & Ho 2022, App. D), for x_0 = `sample` [N, C, ...]."""
-        log_t = self._log_alpha_bar_at(self._checked(timesteps, sample.device))
-        return self._mix(-torch.sqrt(-torch.expm1(log_t)), sample, torch.exp(0.5 * log_t), noise)
+        signal, deviation = self._marginal(timesteps, sample)
+        return self._mix(-deviation, sample, signal, noise)
+
+    def _marginal(self, timesteps, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """√ᾱ_t and √(1-ᾱ_t), [N, 1, ...]."""
+        return self._columns("marginal", self._checked(timesteps, like.device), like)
 
     def q_mean_variance(self, x_start: torch.Tensor, timesteps) -> GaussianMoments:
         """Moments of q(x_t | x_0) (Ho et al., Eq. 4); the mean [N, C, ...], the variances [N, 1, ...]."""
-        log_t = self._log_alpha_bar_at(self._checked(timesteps, x_start.device))
-        return self._moments(torch.exp(0.5 * log_t), x_start, torch.log(-torch.expm1(log_t)))
+        return self._moments("marginal_moments", x_start, timesteps)
 
     def q_step_mean_variance(self, x_previous: torch.Tensor, timesteps) -> GaussianMoments:
         """Moments of q(x_t | x_{t-1}), one step forward (Ho et al., Eq. 2)."""
-        timesteps = self._checked(timesteps, x_previous.device)
-        log_alpha = self._log_alpha_bar_at(timesteps) - self._log_alpha_bar_at(timesteps - 1)
-        return self._moments(torch.exp(0.5 * log_alpha), x_previous, torch.log(-torch.expm1(log_alpha)))
+        return self._moments("forward_step_moments", x_previous, timesteps)
 
-    def _moments(self, scale: torch.Tensor, x: torch.Tensor, log_variance: torch.Tensor) -> GaussianMoments:
-        mean = (self._cast(scale, x) * x).to(x.dtype)
-        variance, log_variance = self._cast(torch.exp(log_variance), x), self._cast(log_variance, x)
-        return GaussianMoments(mean, variance.to(x.dtype), log_variance.to(x.dtype))
+    def _moments(self, name: str, x: torch.Tensor, timesteps) -> GaussianMoments:
+        scale, variance, log_variance = self._columns(name, self._checked(timesteps, x.device), x)
+        return GaussianMoments((scale * x).to(x.dtype), variance.to(x.dtype), log_variance.to(x.dtype))
 
     def q_posterior_mean_variance(
         self, x_start: torch.Tensor, x_t: torch.Tensor, timesteps, previous_timesteps=None
@@ -535,10 +606,9 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
 
         At s = -1 the variance is 0 and `log_variance` is clipped to that of the step from min(2t+1, T-1) to t.
         """
-        c = self._coefficients(*self._pairs(timesteps, previous_timesteps, x_t.device))
+        c, _ = self._step_columns(timesteps, previous_timesteps, x_t)
         mean = self._mix(c.mean_from_x0, x_start, c.mean_from_sample, x_t)
-        variance, log_variance = self._cast(c.posterior_variance, x_t), self._cast(c.min_log_variance, x_t)
-        return GaussianMoments(mean, variance.to(x_t.dtype), log_variance.to(x_t.dtype))
+        return GaussianMoments(mean, c.posterior_variance.to(x_t.dtype), c.min_log_variance.to(x_t.dtype))
 
     # p: what a model's output says
 
@@ -555,14 +625,17 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
 
     def predict_original_sample(self, model_output: torch.Tensor, timesteps, x_t: torch.Tensor) -> torch.Tensor:
         """x̂_0 [N, C, ...] from the model's output, not clipped. A learned variance's half of it is ignored."""
-        from_sample, from_output = self._x0_coefficients(self._checked(timesteps, x_t.device))
+        from_sample, from_output = self.x0_coefficients(timesteps, x_t)
         return self._mix(from_sample, x_t, from_output, self._split(model_output, x_t)[0])
+
+    def x0_coefficients(self, timesteps, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The factors of x_t and of the model's output in x̂_0, [N, 1, ...] to broadcast against a sample `like`."""
+        return self._columns("x0", self._checked(timesteps, like.device), like)
 
     def predict_epsilon(self, x_start: torch.Tensor, timesteps, x_t: torch.Tensor) -> torch.Tensor:
         """The ε that takes x_0 to x_t: (x_t - √ᾱ_t x_0) / √(1-ᾱ_t), in x_t's dtype."""
-        log_t = self._log_alpha_bar_at(self._checked(timesteps, x_t.device))
-        recip = torch.rsqrt(-torch.expm1(log_t))
-        return self._mix(recip, x_t, -torch.exp(0.5 * log_t) * recip, x_start)
+        from_sample, from_x0 = self._columns("epsilon", self._checked(timesteps, x_t.device), x_t)
+        return self._mix(from_sample, x_t, from_x0, x_start)
 
     def _split(self, model_output: torch.Tensor, x_t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The output proper, and the learned variance's half where there is one."""
@@ -635,20 +708,22 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
 
         Returns: `PredictedMoments` in x_t's dtype.
         """
-        t, s = self._pairs(timesteps, previous_timesteps, x_t.device)
-        exact = self._coefficients(t, s)
-        c = _Coefficients(*(self._cast(column, x_t) for column in exact))
+        c, last = self._step_columns(timesteps, previous_timesteps, x_t)
         dtype = self._working_dtype(x_t)
         output, variance_output = self._split(model_output.to(dtype), x_t)
         mean, pred_x0 = self._predict_mean(c, output, x_t.to(dtype), clip_sample)
         if self.config.prediction_type == "posterior_mean":
-            mean = torch.where((s == t - 1).reshape(-1, *[1] * (x_t.ndim - 1)), output, mean)
-        last = (s < 0).reshape(-1, *[1] * (x_t.ndim - 1))
+            if previous_timesteps is None:
+                mean = output
+            else:
+                following = self._checked(timesteps, x_t.device) - 1
+                full_chain = self._checked(previous_timesteps, x_t.device, lowest=-1) == following
+                mean = torch.where(self._spread(full_chain, x_t), output, mean)
         log_variance = self._log_variance(c, variance_output, last)
         if variance_output is not None:
             variance = torch.exp(log_variance)
         elif self.variance_type in ("fixed_large", "fixed_large_log"):
-            variance = self._cast(torch.exp(self._log_variance(exact, None, s < 0)), x_t)
+            variance = torch.where(last, c.min_variance, c.max_variance)
         else:
             variance = c.posterior_variance  # 0 where s = -1, though its clipped log is not -inf
         return PredictedMoments(*(moment.to(x_t.dtype) for moment in (mean, variance, log_variance, pred_x0)))
@@ -663,7 +738,7 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
             fraction = (predicted_variance + 1) / 2
             return torch.exp(fraction * c.max_log_variance + (1 - fraction) * c.min_log_variance)
         if variance_type in ("fixed_large", "fixed_large_log"):
-            return torch.tensor(math.exp(c.min_log_variance if s < 0 else c.max_log_variance), dtype=torch.float64)
+            return torch.tensor(c.min_variance if s < 0 else c.max_variance, dtype=torch.float64)
         return torch.tensor(c.posterior_variance, dtype=torch.float64)
 
     def step(
@@ -713,9 +788,56 @@ class DDPMScheduler(SchedulerMixin, ConfigMixin):
         if self.config.prediction_type != "epsilon":
             return
         for t in sorted({int(t) for t in timesteps}):
-            if t < len(self.betas) and self.alphas_cumprod[t] == 0:
+            if t < len(self.betas) and self.exact_tables.alphas_cumprod[t] == 0:
                 raise ValueError(
                     f"zero terminal SNR: at timestep {t} nothing of the image is left, and epsilon prediction"
                     " divides by zero there. Use prediction_type='v_prediction' (or 'sample'), or a schedule with"
                     " ᾱ_T > 0 (and rescale_betas_zero_snr=False)."
                 )
+
+
+def _marginal_rows(scheduler: DDPMScheduler) -> list[torch.Tensor]:
+    """√ᾱ_t and √(1-ᾱ_t)."""
+    log_t = scheduler._log_alpha_bar[torch.device("cpu")][1:]
+    return [torch.exp(0.5 * log_t), torch.sqrt(-torch.expm1(log_t))]
+
+
+def _marginal_moments_rows(scheduler: DDPMScheduler) -> list[torch.Tensor]:
+    """Of q(x_t | x_0): √ᾱ_t, 1-ᾱ_t and its log."""
+    log_t = scheduler._log_alpha_bar[torch.device("cpu")][1:]
+    return [torch.exp(0.5 * log_t), -torch.expm1(log_t), torch.log(-torch.expm1(log_t))]
+
+
+def _forward_step_moments_rows(scheduler: DDPMScheduler) -> list[torch.Tensor]:
+    """Of q(x_t | x_{t-1}): √α_t, β_t and its log."""
+    log_alpha = scheduler._log_alpha_bar[torch.device("cpu")].diff()
+    return [torch.exp(0.5 * log_alpha), -torch.expm1(log_alpha), torch.log(-torch.expm1(log_alpha))]
+
+
+def _epsilon_rows(scheduler: DDPMScheduler) -> list[torch.Tensor]:
+    """The factors of x_t and x_0 in ε."""
+    signal, deviation = _marginal_rows(scheduler)
+    return [1 / deviation, -signal / deviation]
+
+
+def _x0_rows(scheduler: DDPMScheduler) -> list[torch.Tensor]:
+    """The factors of x_t and the model's output in x̂_0."""
+    log_alpha_bar = scheduler._log_alpha_bar[torch.device("cpu")]
+    return list(scheduler._x0_coefficients(log_alpha_bar[1:], log_alpha_bar[:-1]))
+
+
+def _step_rows(scheduler: DDPMScheduler) -> list[torch.Tensor]:
+    """`_Coefficients` of the full chain's steps, from t to t-1."""
+    timesteps = torch.arange(len(scheduler.betas))
+    return list(scheduler._coefficients(timesteps, timesteps - 1))
+
+
+# name -> rows of float64 [T]
+_ROWS = {
+    "marginal": _marginal_rows,
+    "marginal_moments": _marginal_moments_rows,
+    "forward_step_moments": _forward_step_moments_rows,
+    "epsilon": _epsilon_rows,
+    "x0": _x0_rows,
+    "step": _step_rows,
+}

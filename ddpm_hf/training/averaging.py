@@ -77,7 +77,7 @@ def load_ema(ema: EMAModel, part: torch.nn.Module, folder: Path) -> None:
     if isinstance(part, ModelMixin):
         _, scalars = type(part).from_config(type(part).load_config(folder), return_unused_kwargs=True)
     else:
-        scalars = json.loads((folder / SCALARS).read_text())
+        scalars = json.loads((folder / SCALARS).read_text(encoding="utf-8"))
     averaged = type(part).from_pretrained(folder, use_safetensors=True)
     weights = [parameter.data for parameter in averaged.parameters()]
     ema.load_state_dict({"optimization_step": scalars["optimization_step"], "shadow_params": weights})

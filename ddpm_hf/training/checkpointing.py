@@ -63,7 +63,14 @@ def _digest(path: Path) -> str:
 
 def flush(path: Path) -> None:
     """Wait until a file's content, or a folder's list of names, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    if not path.is_dir():
+        with open(path, "r+b") as file:  # Windows flushes only what may be written to
+            os.fsync(file.fileno())
+        return
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except PermissionError:  # Windows: a folder cannot be opened, and its file system journals renames by itself
+        return
     try:
         os.fsync(handle)
     finally:
@@ -155,12 +162,12 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         UsageError: no manifest, or a file that is missing or differs from its checksum.
     """
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text())
+        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         files = manifest["files"].items()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{checkpoint} is not a complete checkpoint: its {MANIFEST} cannot be read") from error
     for name, digest in files:
-        path = checkpoint / name
+        path = checkpoint / name.replace("\\", "/")  # as Windows wrote it
         if not path.resolve().is_relative_to(checkpoint.resolve()):
             raise UsageError(f"{checkpoint}: the manifest names {name!r}, outside the checkpoint")
         if not path.is_file() or _digest(path) != digest:
@@ -256,7 +263,7 @@ def truncate_jsonl(path: Path, step: int) -> None:
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
             if json.loads(line)["step"] > step:
                 continue

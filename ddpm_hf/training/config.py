@@ -22,6 +22,7 @@ import yaml
 from transformers import HfArgumentParser, hf_argparser
 
 from .help import EPILOG, FlagFormatter, grouped, meanings_of, meant
+from .machine import accept_any_text
 from .meanings import TRAINING
 from .paths import expand_home
 
@@ -573,6 +574,7 @@ def parse_layers(
         stages: the folders within the output folder whose checkpoints tell what a run was trained with; of the first
             that has one.
     """
+    accept_any_text()
     parser = OneLineParser(dataclass_type, prog=prog, description=description)
     try:
         from_file, _ = parser.parse_known_args(argv)

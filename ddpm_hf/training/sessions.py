@@ -23,7 +23,7 @@ def hardware(accelerator) -> str:
 def processor() -> str:
     """The CPU's name."""
     about = Path("/proc/cpuinfo")
-    lines = about.read_text(errors="replace").splitlines() if about.is_file() else []
+    lines = about.read_text(encoding="utf-8", errors="replace").splitlines() if about.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return next(iter(names), platform.processor() or platform.machine())
 

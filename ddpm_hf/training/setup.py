@@ -22,6 +22,7 @@ from .checkpointing import SETTINGS, find_checkpoint, set_aside_later, truncate_
 from .config import APPLIED, FIXED, SECRET_FLAGS, START, TrainingConfig, UsageError, flags_that
 from .faults import end_together, track
 from .loop import LOGS, Meter, StepPlan, TrainingState, let_old_go, load_checkpoint, register_model_hooks
+from .machine import usable_cores
 from .ownership import (
     AUTOENCODER,
     KEPT_IN_PLACE,
@@ -67,7 +68,7 @@ def start_accelerator(config: TrainingConfig) -> Accelerator:
     local = int(
         os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes if accelerator.device.type == "cpu" else 1)
     )
-    torch.set_num_threads(config.cpu_threads or max(1, len(os.sched_getaffinity(0)) // local))
+    torch.set_num_threads(config.cpu_threads or max(1, usable_cores() // local))
     if config.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     return accelerator
@@ -96,6 +97,8 @@ def cpu_has_bf16() -> bool:
     """Whether bf16 is fast here: on the GPU if there is one, else on the CPU."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
+    if not torch.backends.mkldnn.is_available():  # as on macOS
+        return False
     return torch.ops.mkldnn._is_mkldnn_bf16_supported() and any(
         flag in _cpu_flags() for flag in ("amx_bf16", "avx512_bf16")
     )
@@ -103,7 +106,7 @@ def cpu_has_bf16() -> bool:
 
 def _cpu_flags() -> str:
     info = Path("/proc/cpuinfo")
-    return info.read_text() if info.is_file() else ""
+    return info.read_text(encoding="utf-8") if info.is_file() else ""
 
 
 def find_run(
@@ -291,7 +294,7 @@ def check_resumable(
     if not (checkpoint / name / "config.json").is_file():
         raise UsageError(f"{checkpoint} is of another kind of run: it has no {name}/")
     try:
-        saved = dict(json.loads((checkpoint / name / "config.json").read_text()))
+        saved = dict(json.loads((checkpoint / name / "config.json").read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise UsageError(f"{checkpoint}: {name}/config.json is no model's config") from error
     own = json.loads(model.to_json_string())

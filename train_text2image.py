@@ -267,14 +267,14 @@ from transformers.utils import logging as transformers_logging
 from ddpm_hf.attention import choose_attention
 from ddpm_hf.autoencoder import downscaling, find_autoencoder_run, make_autoencoder, train_autoencoder
 from ddpm_hf.buckets import BucketedDataset, bucket_sizes, bucketed
-from ddpm_hf.captions import all_captions, encode_captions
+from ddpm_hf.captions import all_captions, encode_captions, warn_of_cut_captions
 from ddpm_hf.components import Components, build, draw_blueprint, fit_to_size, load_checkpoint_components
 from ddpm_hf.data import DIGIT_NAMES, DataError, should_cache
 from ddpm_hf.feeding import Images, make_batches, make_plan, open_images
 from ddpm_hf.latents import cache_embeddings, cached_latents, check_cacheable, x_start_of
-from ddpm_hf.models import time_blindness
+from ddpm_hf.models import compiled, time_blindness
 from ddpm_hf.objectives import UniformTimestepSampler, check_objective, training_losses
-from ddpm_hf.portable.pipeline_text2image_ddpm_hf import TextToImageDDPMPipeline, tokenize
+from ddpm_hf.portable.pipeline_text2image_ddpm_hf import TextToImageDDPMPipeline, cut_off, tokenize
 from ddpm_hf.portable.scheduling_ddpm_hf import DDPMScheduler
 from ddpm_hf.previews import draw_grid
 from ddpm_hf.publishing import Publisher, describe_run, reserve_repository
@@ -423,9 +423,20 @@ def draw_prompts(
     def sample(places: list[int], generators: list[torch.Generator], num_frames: int):
         asked = [prompts[place // columns] for place in places]
         options = {"num_inference_steps": steps, "guidance_scale": config.guidance_scale, "num_frames": num_frames}
+        options["output_type"] = "preview"
         return pipeline(asked, generator=generators, **options)
 
     return draw_grid(sample, columns * len(prompts), columns, step, config, accelerator, prompts)
+
+
+def log_cut_texts(config: Text2ImageConfig, images: Images, tokenizer, accelerator) -> None:
+    """Say once which captions and prompts the text encoder does not read to their ends."""
+    captions = [] if images.dataset is None else all_captions(images.dataset.captions, images.rows.name)
+    lines = warn_of_cut_captions(tokenizer, captions)
+    for rest in filter(None, cut_off(tokenizer, config.validation_prompts)):
+        lines.append(f"a prompt of --validation_prompts is too long; this is not read: {rest!r}")
+    for line in lines:
+        log(accelerator, f"warning: {line}")
 
 
 def default_prompts(config: Text2ImageConfig, images: Images) -> list[str]:
@@ -523,6 +534,7 @@ def train(config: Text2ImageConfig) -> None:
     components = checkpoint or build(start, vae, images, config.seed)
     for frozen in (components.vae, components.text_encoder):
         frozen.eval().requires_grad_(False).to(accelerator.device)
+    log_cut_texts(config, images, components.tokenizer, accelerator)
     if checkpoint is None:
         log(accelerator, time_blindness(components.unet.config))
     model = trained_model(config, components, accelerator)
@@ -532,6 +544,8 @@ def train(config: Text2ImageConfig) -> None:
     check_parts(found, parts)
     reserve_repository(config, bool(images.held_out), accelerator)
     state = begin_training(config, accelerator, model, total_steps, QUARTILES, facts, found, parts=parts)
+    if config.compile:
+        state.model = compiled(state.model)
     loss_of = functools.partial(
         compute_loss, config=config, accelerator=accelerator, components=components, null_embedding=None
     )

@@ -10,6 +10,7 @@ checkpoints; `ddpm-hf sample ddpm-model-64` samples from it. `--dry_run` shows w
 """
 
 import functools
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from ddpm_hf.flags import (
     LatentFlags,
     ObjectiveFlags,
     ScheduleFlags,
+    StartFlags,
     UNetFlags,
     advice_on_a_cpu,
     make_scheduler,
@@ -61,7 +63,7 @@ class ClassFlags:
 
 @dataclass
 class UnconditionalConfig(
-    DataFlags, UNetFlags, ScheduleFlags, ObjectiveFlags, ClassFlags, LatentFlags, TrainingConfig
+    DataFlags, UNetFlags, StartFlags, ScheduleFlags, ObjectiveFlags, ClassFlags, LatentFlags, TrainingConfig
 ):
     """All flags; `--help` groups them in the order of the bases."""
 
@@ -70,6 +72,7 @@ class UnconditionalConfig(
         super().check()
         self.check_data()
         self.check_unet()
+        self.check_start()
         self.check_schedule()
         self.check_objective_flags()
         if self.streaming and self.max_train_steps is None:
@@ -104,6 +107,7 @@ from ddpm_hf.objectives import TIMESTEP_SAMPLERS, UniformTimestepSampler, simple
 from ddpm_hf.portable.pipeline_class_conditional_ddpm_hf import ClassConditionalDDPMPipeline
 from ddpm_hf.portable.pipeline_ddpm_hf import DDPMPipeline
 from ddpm_hf.portable.scheduling_ddpm_hf import DDPMScheduler
+from ddpm_hf.pretrained import differences, revision_of_vae, source_of, start_from
 from ddpm_hf.previews import draw_grid
 from ddpm_hf.publishing import Publisher, describe_run, reserve_repository
 from ddpm_hf.training.faults import ends_in_one_line
@@ -230,7 +234,8 @@ def draw_samples(model, step: int, *, pipeline_of, config: UnconditionalConfig, 
 
     def sample(places: list[int], generators: list[torch.Generator], num_frames: int):
         what = len(places) if labels is None else [labels[place] for place in places]
-        return pipeline(what, generator=generators, num_inference_steps=steps, num_frames=num_frames)
+        options = {"num_inference_steps": steps, "num_frames": num_frames, "output_type": "preview"}
+        return pipeline(what, generator=generators, **options)
 
     return draw_grid(sample, count, columns, step, config, accelerator, legend)
 
@@ -244,7 +249,8 @@ def describe(
     cached = dataset is not None and dataset.cache is not None
     cache_bytes = sum(pixels.nbytes for pixels in dataset.cache) if cached else 0
     count = "a stream" if dataset is None else f"{len(dataset):,} images"
-    name = config.model_preset or config.model_config_name_or_path or "the default UNet"
+    named = (config.pretrained_model_name_or_path, config.model_preset, config.model_config_name_or_path)
+    name = next(filter(None, named), "the default UNet")
     common = run_lines(config, accelerator, plan, total_steps)
     return {
         "data": f"{rows.name}: {count}, column {rows.image_column!r}"
@@ -280,12 +286,14 @@ def train(config: UnconditionalConfig) -> None:
     deadline = deadline_of(config.max_train_hours)
     accelerator = start_accelerator(config)
     diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)  # an error is one line, and main says it
-    vae = load_autoencoder(config.vae_name_or_path) if config.vae_name_or_path else None
-    scheduler = make_scheduler(config, config, latents=vae is not None)
-    log(accelerator, settle_resolution(config, *model_size(config, vae), usual="64"))
-    arguments = unet_arguments(config, config, vae)
-    written = layout("unet", "scheduler", *(["vae"] if vae is not None else []))
+    written = layout("unet", "scheduler", *(["vae"] if config.vae_name_or_path else []))
     found = find_run(config, accelerator, written, (config.train_data_dir, config.dataset_name))
+    source = source_of(config, found)
+    vae = load_autoencoder(config.vae_name_or_path, revision_of_vae(config)) if config.vae_name_or_path else None
+    scheduler = make_scheduler(config, config, vae is not None, source)
+    size, fresh = model_size(config, vae, source), source is not None and found is None
+    log(accelerator, settle_resolution(config, *size, usual="64", trained=fresh))
+    arguments = unet_arguments(config, config, vae, source)
     config.seed = agree_on_seed(config, found and found[1])
     check_unchanged(config, found and found[1])
 
@@ -296,13 +304,18 @@ def train(config: UnconditionalConfig) -> None:
     model = make_unet(arguments, config.variance_type, classes, config)
     if accelerator.device.type == "cpu":
         choose_attention(model)
-    log(accelerator, time_blindness(model.config))
+    if source is None:
+        log(accelerator, time_blindness(model.config))
+    elif fresh:
+        for line in [*start_from(model, source, class_names, scheduler, config), *differences(config, source)]:
+            log(accelerator, line)
     if config.cache_latents:
         images.dataset.leave_out_broken()  # before the batches are planned
         check_cacheable(images.dataset)
     plan, total_steps = make_plan(images, config, accelerator.num_processes)
     facts = run_facts(config, images.count, plan, total_steps, classes=class_names)
     check_resumable(found, config, model, facts, accelerator)
+    facts["scheduler"] = json.loads(scheduler.to_json_string())  # so that a checkpoint can be sampled by itself
     reserve_repository(config, bool(images.held_out), accelerator)
     warn_of_terminal_snr(config, scheduler, accelerator)
     if vae is not None:
@@ -338,7 +351,8 @@ def train(config: UnconditionalConfig) -> None:
         make_pipeline, scheduler=scheduler, class_names=class_names, vae=vae, trained_classes=trained
     )
     names = class_names if trained is None else [class_names[label] for label in trained]
-    about = describe_run(config, images, plan, model, SHOWN, names[: config.eval_batch_size])
+    base = config.pretrained_model_name_or_path
+    about = describe_run(config, images, plan, model, SHOWN, names[: config.eval_batch_size], base)
     publisher = Publisher(config, state, pipeline_of, about, total_steps, accelerator)
     finished = training_loop(
         config,

@@ -4,8 +4,22 @@ The public names are imported when they are first used, so that `import ddpm_hf`
 """
 
 import importlib
+from typing import TYPE_CHECKING
 
 from ._version import __version__
+
+if TYPE_CHECKING:  # what type checkers and editors see; at run time `__getattr__` imports it
+    from .evaluation.likelihood import bits_per_dim as bits_per_dim
+    from .inference import load as load
+    from .model_card import record_result as record_result
+    from .objectives import training_losses as training_losses
+    from .portable.pipeline_class_conditional_ddpm_hf import (
+        ClassConditionalDDPMPipeline as ClassConditionalDDPMPipeline,
+    )
+    from .portable.pipeline_ddpm_hf import DDPMPipeline as DDPMPipeline
+    from .portable.pipeline_text2image_ddpm_hf import TextToImageDDPMPipeline as TextToImageDDPMPipeline
+    from .portable.scheduling_ddpm_hf import BETA_SCHEDULES as BETA_SCHEDULES
+    from .portable.scheduling_ddpm_hf import DDPMScheduler as DDPMScheduler
 
 _HOMES = {
     "BETA_SCHEDULES": ".portable.scheduling_ddpm_hf",
@@ -14,6 +28,7 @@ _HOMES = {
     "DDPMPipeline": ".portable.pipeline_ddpm_hf",
     "TextToImageDDPMPipeline": ".portable.pipeline_text2image_ddpm_hf",
     "bits_per_dim": ".evaluation.likelihood",
+    "load": ".inference",
     "record_result": ".model_card",
     "training_losses": ".objectives",
 }

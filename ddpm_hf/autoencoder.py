@@ -113,7 +113,8 @@ def draw_reconstructions(model, step: int, *, images: Images, folder: Path, acce
         rebuilt = model.vae.decode(model.vae.encode(originals).latent_dist.mode()).sample.float()
     gray = originals.shape[1] == 1
     processor = VaeImageProcessor(vae_scale_factor=1, do_convert_grayscale=gray, do_convert_rgb=not gray)
-    both = processor.postprocess(torch.cat([originals, rebuilt]), output_type="pil")
+    shown_channels = originals.shape[1] if originals.shape[1] <= 4 else 3  # PIL has no more than four
+    both = processor.postprocess(torch.cat([originals, rebuilt])[:, :shown_channels], output_type="pil")
     picture = image_grid(both, len(originals), scale=max(1, 64 // both[0].width))
     path = folder / "samples" / f"step-{step:06d}.png"
     claim_files(folder, [f"samples/{path.name}"])

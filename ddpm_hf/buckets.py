@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import ImageOps
 
 from .data import ImageDataset, ImageTransform, Rows, decode_row
+from .data.images import image_size
 from .training.reporting import task
 
 WIDEST = 2.0  # the longer side over the shorter
@@ -36,14 +36,13 @@ def nearest_bucket(height: int, width: int, sizes: list[tuple[int, int]]) -> int
     return int(np.argmin([abs(math.log(height / width) - math.log(h / w)) for h, w in sizes]))
 
 
-def aspect_ratios(rows: Rows) -> list[tuple[int, int]]:
+def aspect_ratios(rows: Rows, channels: int = 3) -> list[tuple[int, int]]:
     """(height, width) of each image, upright; (0, 0) of one that cannot be read, which the dataset will name."""
     found = []
     with task("reading sizes", len(rows.dataset), len(rows.dataset) >= 2000) as bar:
         for index, row in enumerate(rows.dataset):
             try:
-                image = ImageOps.exif_transpose(decode_row(row[rows.image_column], str(index)))
-                found.append((image.height, image.width))
+                found.append(image_size(decode_row(row[rows.image_column], str(index)), channels))
             except Exception:  # decoding and turning it upright may raise anything
                 found.append((0, 0))
             bar.update(1)
@@ -84,7 +83,7 @@ def bucketed(images: ImageDataset, sizes: list[tuple[int, int]], cached: bool) -
     """The images by the size that is nearest to each; a size without images is left out."""
     rows, transform = images.rows, images.transform
     places = [[] for _ in sizes]
-    for index, (height, width) in enumerate(aspect_ratios(rows)):
+    for index, (height, width) in enumerate(aspect_ratios(rows, transform.channels)):
         places[nearest_bucket(max(height, 1), max(width, 1), sizes)].append(index)
     parts = []
     for (height, width), chosen in zip(sizes, places):

@@ -1,5 +1,6 @@
 """Captions of a dataset, and a CLIP text encoder of their own: a tokenizer fitted to them, and a small transformer."""
 
+import itertools
 import json
 from collections.abc import Iterable
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from .data import choose_caption
+from .portable.pipeline_text2image_ddpm_hf import cut_off, tokenize
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 LONGEST = 77  # tokens that CLIP reads, start and end included
@@ -20,6 +22,18 @@ def all_captions(column: Iterable[Any], name: str) -> list[str]:
         several = (value or [None]) if isinstance(value, (list, tuple)) else [value]
         found.update(choose_caption(one, 0, name) for one in several)
     return sorted(found)
+
+
+def warn_of_cut_captions(tokenizer: CLIPTokenizer, captions: Iterable[str], most: int = 100_000) -> list[str]:
+    """A line for the log if captions are longer than the text encoder reads; of more than `most`, of the first."""
+    looked_at = list(itertools.islice(captions, most))
+    cut = sum(bool(rest) for rest in cut_off(tokenizer, looked_at))
+    if not cut:
+        return []
+    return [
+        f"{cut} of {len(looked_at)} captions are longer than the {tokenizer.model_max_length} tokens that the text"
+        " encoder reads, and train without their ends"
+    ]
 
 
 def fit_tokenizer(captions: Iterable[str], vocabulary: int = 8192) -> CLIPTokenizer:
@@ -76,8 +90,6 @@ def make_text_encoder(tokenizer: CLIPTokenizer, width: int = 128, layers: int = 
 
 def encode_captions(text_encoder, tokenizer, captions: list[str], device: torch.device) -> torch.Tensor:
     """Captions as what a UNet attends to, [N, L, D]."""
-    from .portable.pipeline_text2image_ddpm_hf import tokenize
-
     ids, mask = tokenize(tokenizer, captions)
     mask = mask.to(device) if getattr(text_encoder.config, "use_attention_mask", None) else None
     return text_encoder(ids.to(device), attention_mask=mask)[0]

@@ -12,7 +12,9 @@ from .data import (
     ImageTransform,
     Rows,
     StreamingBatches,
+    check_captions,
     classes_of_resumed,
+    describe_pixels,
     identity,
     label_warnings,
     load_rows,
@@ -73,12 +75,16 @@ def open_images(
         log(accelerator, f"{rows.name}: left out {rows.left_out}")
     if flags.validation_split and not config.validation_steps:
         log(accelerator, "warning: --validation_split holds images out that are never used without --validation_steps")
+    for line in check_captions(rows):
+        log(accelerator, f"warning: {line}")
     for part in (rows, held_out_rows):
         if part is not None:
             part.label_names = classes_of_resumed(part, classes)
     transform = flags.transform(channels)
     dataset = held_out = None
     if not flags.streaming:
+        for line in describe_pixels(rows, transform):
+            log(accelerator, line)
         cached = should_cache(rows, transform, flags.cache_dataset)
         dataset = ImageDataset(rows, transform, config.seed, cached, flags.skip_broken_images)
     if held_out_rows is not None and config.validation_steps:

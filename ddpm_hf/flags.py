@@ -9,6 +9,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from .data.flags import DataFlags
 from .models import MODEL_PRESETS, build_unet, preset_unet_config, smallest_sample_side, stock_unet_defaults
 from .names import BETA_SCHEDULES, LOSS_TYPES, OBJECTIVES, PREDICTION_TYPES, TIMESTEP_SAMPLERS, VARIANCE_TYPES
+from .pretrained import (
+    TRAINED_BETAS,
+    changed_scheduler,
+    check_channels,
+    read_source,
+    trained_scheduler,
+    trained_settings,
+)
+from .sources import Source
 from .training.config import FIXED, FREE, SHORTER_TRAINING, HfArg, TrainingConfig, UsageError, parse_layers
 from .training.meanings import names_elsewhere
 
@@ -47,6 +56,11 @@ OBJECTIVE = names_elsewhere("""
 --snr_gamma: min_snr_gamma
 --ddpm_num_inference_steps: sampling_timesteps num_inference_steps inference_steps sampling_steps timestep_respacing
 --ddpm_num_inference_steps: num_sampling_steps sample_timesteps
+""")
+START_FROM = names_elsewhere("""
+--pretrained_model_name_or_path: pretrained pretrained_model init_from finetune fine_tune pretrained_unet
+--pretrained_model_name_or_path: unet_name_or_path pretrained_path load_from init_checkpoint pretrained_model_path
+--pretrained_model_name_or_path: model_name_or_path base_model init_checkpoint_path checkpoint_path
 """)
 LATENTS = names_elsewhere("""
 --vae_name_or_path: vae autoencoder vae_path first_stage pretrained_vae_model_name_or_path
@@ -89,6 +103,38 @@ class UNetFlags:
 
 
 @dataclass
+class StartFlags:
+    """Which trained weights to start from."""
+
+    title: ClassVar[str] = "Starting from trained weights"
+    meanings: ClassVar[dict[str, str]] = START_FROM
+
+    pretrained_model_name_or_path: str | None = HfArg(
+        resume=FIXED,
+        default=None,
+        help="Start from trained weights: the folder of a pipeline, of a checkpoint-N (its averaged weights where it"
+        " has them) or of a UNet2DModel, or a model on the Hub. Its diffusion, size and autoencoder are the defaults.",
+    )
+    revision: str | None = HfArg(resume=FIXED, default=None, help="Branch, tag or commit of that model on the Hub.")
+    variant: str | None = HfArg(resume=FIXED, default=None, help="Variant of its weights, such as fp16 or non_ema.")
+    subfolder: str | None = HfArg(
+        resume=FIXED, default=None, help="The folder within it: checkpoint-500/unet, for example."
+    )
+
+    def check_start(self) -> None:
+        """Raise UsageError for two models, and for what only concerns one to start from."""
+        if self.pretrained_model_name_or_path is None:
+            for name in ("revision", "variant", "subfolder"):
+                if getattr(self, name) is not None:
+                    raise UsageError(f"--{name} is of the model to start from: give --pretrained_model_name_or_path")
+            return
+        if self.model_config_name_or_path is not None:
+            raise UsageError(
+                "--model_config_name_or_path and --pretrained_model_name_or_path name two models; give one of them"
+            )
+
+
+@dataclass
 class ScheduleFlags:
     """Which forward process."""
 
@@ -103,9 +149,10 @@ class ScheduleFlags:
 
     def check_schedule(self) -> None:
         """Raise UsageError for a name or a number that is none."""
-        if self.ddpm_beta_schedule not in BETA_SCHEDULES:
+        trained = getattr(self, "pretrained_model_name_or_path", None) and self.ddpm_beta_schedule == TRAINED_BETAS
+        if self.ddpm_beta_schedule not in BETA_SCHEDULES and not trained:
             known = ", ".join(BETA_SCHEDULES)
-            raise UsageError(f"--ddpm_beta_schedule {self.ddpm_beta_schedule!r} is none of {known}")
+            raise UsageError(f"--ddpm_beta_schedule {self.ddpm_beta_schedule!r}: must be one of {known}")
         if not 1 <= self.ddpm_num_steps <= 1_000_000:
             raise UsageError(f"--ddpm_num_steps {self.ddpm_num_steps}: must be from 1 to 1,000,000")
 
@@ -230,23 +277,33 @@ EMBEDDED_RECIPE = {
 
 
 def weaker_layers(config) -> list[tuple[str, dict[str, Any]]]:
-    """What decides where command line and --config say nothing: the embedded recipe, then the preset.
+    """What decides where command line and --config say nothing: the embedded recipe, the preset, the trained model.
 
     Raises:
-        UsageError: no such preset.
+        UsageError: no such preset, or no model to start from.
     """
     embedded = {}
     if config.embedded:
         from .training.setup import cpu_has_bf16
 
         embedded = {**EMBEDDED_RECIPE, "mixed_precision": "bf16" if cpu_has_bf16() else "no"}
-    if config.model_config_name_or_path:
+    start = getattr(config, "pretrained_model_name_or_path", None)
+    if config.model_config_name_or_path or start:
         embedded.pop("model_preset", None)
     preset = config.model_preset or embedded.get("model_preset")
     if preset is not None and preset not in MODEL_PRESETS:
         raise UsageError(f"--model_preset {preset!r} is none of {', '.join(MODEL_PRESETS)}")
     recipe = MODEL_PRESETS[preset].recipe if preset else {}
-    return [("the embedded recipe", embedded), (f"the preset {preset}", recipe)]
+    trained = trained_settings(read_source(config)) if start and not _goes_on(config) else {}
+    return [("the embedded recipe", embedded), (f"the preset {preset}", recipe), (f"the model {start}", trained)]
+
+
+def _goes_on(config: TrainingConfig) -> bool:
+    """Whether a run is resumed from a checkpoint, which then decides all that the model to start from did."""
+    from .training.checkpointing import settings_of
+
+    wanted = config.resume_from_checkpoint
+    return wanted is not None and bool(settings_of(Path(config.output_dir), wanted))
 
 
 def settle_resolution(
@@ -281,12 +338,14 @@ def settle_resolution(
     return None
 
 
-def model_size(flags: UNetFlags, vae=None) -> tuple[int | Sequence[int] | None, int]:
+def model_size(flags: UNetFlags, vae=None, source: Source | None = None) -> tuple[int | Sequence[int] | None, int]:
     """The sample size that the flags name a model of, None where they name none; and the pixels for each of these.
 
     Raises:
         UsageError: no config there.
     """
+    if source is not None:
+        return source.size, 1
     factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
     if flags.model_config_name_or_path:
         return _read_unet_config(flags.model_config_name_or_path).get("sample_size"), factor
@@ -303,7 +362,8 @@ def advice_on_a_cpu(flags: UNetFlags, sample_size: int | Sequence[int]) -> str:
         name for name in small if all(side % smallest_sample_side(MODEL_PRESETS[name].unet) == 0 for side in sides)
     ]
     large_enough = [name for name in fitting if MODEL_PRESETS[name].unet["sample_size"] >= max(sides)]
-    if flags.model_preset in small or not fitting:
+    trained = getattr(flags, "pretrained_model_name_or_path", None)  # a preset would not start from its weights
+    if trained or flags.model_preset in small or not fitting:
         return SHORTER_TRAINING
     return f"try --model_preset {(large_enough or fitting[::-1])[0]}; or {SHORTER_TRAINING}"
 
@@ -342,8 +402,11 @@ def parse_classifier_flags(argv: list[str]) -> ClassifierConfig:
     )
 
 
-def unet_arguments(flags: UNetFlags, data: DataFlags, vae=None) -> dict[str, Any]:
+def unet_arguments(flags: UNetFlags, data: DataFlags, vae=None, source: Source | None = None) -> dict[str, Any]:
     """The UNet's arguments, fitted to the images' size and channels, or those of their latents.
+
+    Args:
+        source: the trained model to start from.
 
     Raises:
         UsageError: a resolution that the UNet cannot halve, or a channel mismatch.
@@ -356,7 +419,11 @@ def unet_arguments(flags: UNetFlags, data: DataFlags, vae=None) -> dict[str, Any
         if height % factor or width % factor:
             raise UsageError(f"--resolution {data.resolution}: the autoencoder wants multiples of {factor}")
         height, width = height // factor, width // factor
-    if flags.model_config_name_or_path:
+    if source is not None:
+        chosen = {**source.unet, "num_class_embeds": None}  # classes are the data's: --label_column
+        channels = data.channels or chosen["in_channels"] if vae is None else vae.config.latent_channels
+        check_channels(source, channels, "images" if vae is None else "latents")
+    elif flags.model_config_name_or_path:
         chosen = dict(_read_unet_config(flags.model_config_name_or_path))
         for key in ("num_class_embeds", "class_embed_type"):  # classes are the data's: --label_column
             chosen.pop(key, None)
@@ -366,12 +433,18 @@ def unet_arguments(flags: UNetFlags, data: DataFlags, vae=None) -> dict[str, Any
             raise UsageError(
                 f"--model_config_name_or_path has {own} input channels and the"
                 f" {'images' if vae is None else 'latents'} {channels}"
-                + (f"; pass --channels {own}" if vae is None else "; use a config of as many")
+                + (
+                    f"; pass --channels {own}, or use a config of {channels}"
+                    if vae is None
+                    else "; use a config of as many"
+                )
             )
     else:
         chosen = preset_unet_config(flags.model_preset) if flags.model_preset else dict(DEFAULT_UNET)
         channels = data.channels or (1 if data.embedded else 3)
         channels = channels if vae is None else vae.config.latent_channels
+    if vae is None and data.embedded and channels > 4:
+        raise UsageError(f"the UNet has {channels} channels, and the embedded digits become up to 4; name your data")
     chosen |= {
         "sample_size": height if height == width else (height, width),
         "in_channels": channels,
@@ -445,8 +518,13 @@ def use_xformers(model) -> None:
         ) from error
 
 
-def make_scheduler(schedule: ScheduleFlags, objective: ObjectiveFlags, latents: bool = False) -> "DDPMScheduler":
+def make_scheduler(
+    schedule: ScheduleFlags, objective: ObjectiveFlags, latents: bool = False, source: Source | None = None
+) -> "DDPMScheduler":
     """The diffusion that the flags describe; latents have no range to clip to, and no bytes whose likelihood to bound.
+
+    Args:
+        source: the trained model to start from: its diffusion, but for what the flags say of it.
 
     Raises:
         UsageError: a combination that cannot train or sample.
@@ -458,14 +536,18 @@ def make_scheduler(schedule: ScheduleFlags, objective: ObjectiveFlags, latents: 
         raise UsageError(
             f"--objective {objective.objective} bounds the likelihood of bytes, and latents are none; use simple"
         )
-    scheduler = DDPMScheduler(
-        clip_sample=not latents,
-        num_train_timesteps=schedule.ddpm_num_steps,
-        beta_schedule=schedule.ddpm_beta_schedule,
-        prediction_type=objective.prediction_type,
-        variance_type=objective.variance_type,
-        rescale_betas_zero_snr=schedule.rescale_betas_zero_snr,
-    )
+    trained = source and trained_scheduler(source)
+    if trained:
+        scheduler = changed_scheduler(trained, trained_settings(source), {**vars(schedule), **vars(objective)})
+    else:
+        scheduler = DDPMScheduler(
+            clip_sample=not latents,
+            num_train_timesteps=schedule.ddpm_num_steps,
+            beta_schedule=schedule.ddpm_beta_schedule,
+            prediction_type=objective.prediction_type,
+            variance_type=objective.variance_type,
+            rescale_betas_zero_snr=schedule.rescale_betas_zero_snr,
+        )
     try:
         check_objective(scheduler, objective.objective, objective.loss_type, objective.snr_gamma)
         scheduler.check_invertible(range(schedule.ddpm_num_steps))

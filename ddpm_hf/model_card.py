@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .training.checkpointing import write_whole
-from .training.ownership import claim_files, may_write, release_files, remove
+from .training.ownership import GRIDS, claim_files, matching, may_write, release_files, remove
 
 RUN_FILE, RESULTS_FILE, METRICS_FILE = "run.json", "evaluation.json", "metrics.jsonl"
 SAMPLES, CHAIN, LOSS_CURVE = "assets/samples.png", "assets/chain.png", "assets/loss.png"
@@ -146,7 +146,7 @@ def write_pictures(folder: Path) -> None:
     """A run's newest grid and chain up to the saved step, and its loss curve, under names that do not change."""
     metrics, run = read_metrics(folder), _read_json(folder / RUN_FILE)
     run = run if isinstance(run, dict) and "step" in run else None
-    grids = {int(path.stem.partition("-")[2]): path for path in (folder / "samples").glob("step-*.png")}
+    grids = {int(name[len("samples/step-") : -len(".png")]): folder / name for name in matching(folder, GRIDS)}
     drawn = max((step for step in grids if run is None or step <= run["step"]), default=None)
     for kind, target in (("step", SAMPLES), ("chain", CHAIN)):
         source = None if drawn is None else grids[drawn].with_name(grids[drawn].name.replace("step", kind))
@@ -292,6 +292,8 @@ def pictures(facts: Facts) -> str:
         drawn = facts.run.get("pictures_step")
         when = f" at step {drawn:,}" if drawn not in (None, facts.run.get("step")) else ""
         shown.append(f"![Samples]({SAMPLES})\n\nSamples{when}, not chosen by hand.{by_row}")
+    if shown and not has_pictures(facts):
+        shown[0] += f" They show the first three of {facts.pipeline.image_channels} channels."
     if facts.has(CHAIN):
         shown.append(
             f"![The predicted image along the chain]({CHAIN})\n\nThe predicted x̂₀ along the chain, from pure noise"
@@ -324,7 +326,7 @@ def use(facts: Facts) -> str:
         "",
         f'pipeline = {facts.class_name}.from_pretrained("{facts.repository}")',
         f"image = {call}",
-        'image.save("sample.png")',
+        saving(facts),
         "```",
         "",
     ]
@@ -349,7 +351,7 @@ def use(facts: Facts) -> str:
 
 def _python(facts: Facts, options: str, call: str) -> list[str]:
     load = f'pipeline = DiffusionPipeline.from_pretrained("{facts.repository}"{options})'
-    code = ["from diffusers import DiffusionPipeline", "", load, f"image = {call}", 'image.save("sample.png")']
+    code = ["from diffusers import DiffusionPipeline", "", load, f"image = {call}", saving(facts)]
     return ["```python", *code, "```"]
 
 
@@ -362,7 +364,20 @@ def call_arguments(facts: Facts) -> str:
     by_class = facts.kind == "class-conditional-image-generation"
     classes = [f"[{_as_string(first_class(facts.pipeline))}]"] if by_class else []
     # stock's pipeline would take 1000 steps
-    return ", ".join(classes + ([f"num_inference_steps={T}"] if T != 1000 else []))
+    steps = [f"num_inference_steps={T}"] if T != 1000 else []
+    return ", ".join(classes + steps + ([] if has_pictures(facts) else ['output_type="np"']))
+
+
+def has_pictures(facts: Facts) -> bool:
+    """Whether PIL and PNG have as many channels as the images."""
+    return facts.pipeline.image_channels <= 4
+
+
+def saving(facts: Facts) -> str:
+    """The code that saves the image that a call gave."""
+    if has_pictures(facts):
+        return 'image.save("sample.png")'
+    return 'import numpy\n\nnumpy.save("sample.npy", image)  # [height, width, channels] in [0, 1]'
 
 
 def first_prompt(facts: Facts) -> str:

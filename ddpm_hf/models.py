@@ -255,9 +255,10 @@ def text_unet_config(channels: int, size: tuple[int, int], text_width: int) -> d
 
 
 def compiled(model: "torch.nn.Module") -> "torch.nn.Module":
-    """The model behind torch.compile."""
+    """The model behind torch.compile; as it is where Accelerate has compiled it."""
     import torch
-    import torch._inductor.config
 
-    torch._inductor.config.layout_optimization = False  # it gave wrong gradients for this model on CPUs
-    return torch.compile(model)
+    if hasattr(model, "_orig_mod"):
+        return model
+    # the layout optimization gave wrong gradients for this model on CPUs
+    return torch.compile(model, options={"layout_optimization": False})

@@ -29,7 +29,7 @@ from .saving import save_half_precision, save_image, save_model, save_pipeline
 from .training.averaging import raw_weights
 from .training.checkpointing import SCRAP, write_whole
 from .training.config import TrainingConfig, UsageError
-from .training.ownership import LAYOUT, claim_files, may_write
+from .training.ownership import GRIDS, LAYOUT, claim_files, matching, may_write
 from .training.setup import log, public_settings
 
 ATTRIBUTES = ("*.safetensors", "*.png", "*.gif")  # what the repository keeps outside of git
@@ -227,7 +227,7 @@ def draw_missing_pictures(studio, folder: Path) -> None:
     from .data import image_grid
     from .space.drawing import MOST_IMAGES, Wish
 
-    if studio.by_text or (folder / SAMPLES).is_file() or any(folder.glob("samples/step-*.png")):
+    if studio.by_text or (folder / SAMPLES).is_file() or matching(folder, GRIDS):
         return
     sampler = "ddim" if "ddim" in studio.samplers else "ddpm"
     moments = []

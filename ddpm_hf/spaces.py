@@ -1,6 +1,7 @@
 """A Space for a published model: the folder of its app, and its upload."""
 
 import contextlib
+import functools
 import inspect
 import json
 import os
@@ -12,10 +13,12 @@ from typing import NamedTuple
 
 from ._version import __version__
 from .space.drawing import pipeline_class
+from .training.ownership import MANIFEST, check_replaceable, listed, replace_files, settle
 
 PACKAGE = Path(__file__).parent
 GRADIO_VERSION = "6.31.0"  # what the app was tested with
 PYTHON_VERSION = "3.11"
+PART = "space"  # of the manifest of the folder
 CODE = "ddpm_hf_space"  # the folder, and package, of what is copied
 COPIED = ("loading.py", "portable/*.py", "space/*.py", "training/__init__.py", "training/randomness.py")
 
@@ -60,6 +63,7 @@ def look_up(name: str, token: str | None = None, examples: Sequence[str] = ()) -
     from huggingface_hub import HfApi, ModelCard, constants
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
+    settle(name)
     reads_text = "prompt" in inspect.signature(pipeline_class(name, token=token).__call__).parameters
     if examples and not reads_text:
         raise ValueError(f"--example {examples[0]}: {name} reads no text; leave it out")
@@ -78,21 +82,24 @@ def write_space(folder: str | Path, model: Model, examples: Sequence[str] = ()) 
     """Write a Space's folder, whole or not at all.
 
     Args:
-        folder: is made; if it is there, it must be empty.
+        folder: is made; if it is there, it must be empty, or hold an app that this wrote.
         examples: prompts to offer, the first of which is filled in.
 
     Raises:
-        ValueError: there are files in the folder already.
+        ValueError: there are other files in the folder already, or files of the app that were edited since.
     """
     folder = Path(folder).resolve()
+    files = {name: text.encode() for name, text in space_files(model, examples).items()}
+    if folder.is_dir() and listed(folder, PART):
+        check_replaceable(folder, PART, list(files), "out")
+        replace_files(folder, PART, {name: functools.partial(bytes, data) for name, data in files.items()})
+        return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is there and not empty; name a new folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
-        for name, text in space_files(model, examples).items():
-            (beside / name).parent.mkdir(parents=True, exist_ok=True)
-            (beside / name).write_text(text, encoding="utf-8")
+        replace_files(beside, PART, {name: functools.partial(bytes, data) for name, data in files.items()})
         beside.chmod(0o755)
         if folder.is_dir():
             folder.rmdir()
@@ -160,7 +167,11 @@ def push_space(
         folder = Path(scratch) / "space"
         write_space(folder, model, examples)
         name = open_space(api, space, private or model.private, folder / "README.md")
-        files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+        files = {
+            path.relative_to(folder).as_posix(): path
+            for path in folder.rglob("*")
+            if path.is_file() and path.name != MANIFEST
+        }
         there = api.list_repo_files(name, repo_type="space")
         operations = [CommitOperationAdd(path, str(file)) for path, file in files.items()]
         operations += [CommitOperationDelete(path) for path in there if is_outdated(path, files)]

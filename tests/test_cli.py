@@ -15,6 +15,7 @@ from PIL import Image
 
 from ddpm_hf import DDPMPipeline, DDPMScheduler, TextToImageDDPMPipeline, cli
 from ddpm_hf.cli.conditions import class_ids
+from ddpm_hf.training.ownership import MANIFEST
 from ddpm_hf.training.randomness import keyed_seed
 from tests.fixtures_pipeline import tiny_unet
 from tests.fixtures_text import tiny_text_pipeline
@@ -66,7 +67,8 @@ def test_sample_writes_a_grid_and_every_image(run, model, tmp_path):
     code, said, _ = run("sample", model, "--out", out, "--num-images", 5, "--steps", 4)
     assert code == 0
     assert str(out) in said
-    assert sorted(path.name for path in out.iterdir()) == [*(f"{index:04d}.png" for index in range(5)), "grid.png"]
+    written = [*(f"{index:04d}.png" for index in range(5)), MANIFEST, "grid.png"]
+    assert sorted(path.name for path in out.iterdir()) == written
     assert images(out).shape == (5, 8, 8)
     # a grid of 3 columns and 2 rows, each image enlarged 8 times
     grid = np.asarray(Image.open(out / "grid.png"))
@@ -137,7 +139,7 @@ def test_progressive_shows_the_chain(run, model, tmp_path):
 def test_grid_only_writes_no_single_images(run, model, tmp_path):
     """Else the flag has no effect."""
     assert run("sample", model, "--out", tmp_path, "--num-images", 2, "--steps", 2, "--grid-only")[0] == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["grid.png"]
+    assert {path.name for path in tmp_path.iterdir()} == {"grid.png", MANIFEST}
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])

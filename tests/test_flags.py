@@ -308,7 +308,7 @@ ROWS = [
         {"train_data_dir": "{shop}/deep"}),
     Row("cache_dataset", "never", lambda s: s.line("images").endswith("not kept decoded"), False, True, DRY),
     Row("skip_broken_images", True, lambda s: s.run.code, 2, 0, {"train_data_dir": "{shop}/broken"}),
-    Row("validation_split", 0.25, lambda s: "validation_loss" in s.run.records()[-1], False, True,
+    Row("validation_split", 0.25, lambda s: s.run.code or "validation_loss" in s.run.records()[-1], 2, True,
         {"validation_steps": 2}),
     Row("validation_steps", 3, lambda s: [r["step"] for r in s.run.records() if "validation_loss" in r], [], [3, 4],
         {"validation_split": 0.25}),
@@ -390,11 +390,12 @@ ROWS = [
 ]  # fmt: skip
 
 # Flags whose effect takes more than a run with and without, each with a test of its own below, or in test_averaging,
-# test_latent_training and test_publishing
+# test_latent_training, test_pretrained and test_publishing
 APART = {
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "local_rank", "cache_dir", "dataset_config_name",
     "dry_run", "config", "foreach_ema", "offload_ema", "use_8bit_adam",
     "vae_name_or_path", "cache_latents", "hub_strategy", "save_variants",
+    "pretrained_model_name_or_path", "revision", "variant", "subfolder",
 }  # fmt: skip
 
 
@@ -553,8 +554,10 @@ def test_local_rank_is_what_an_old_launcher_says(environment, wanted, base, tmp_
 def test_cache_dir(base, tmp_path, shop, monkeypatch):
     # Breaks if datasets fill the home folder although --cache_dir names another place.
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "home")
+    (tmp_path / "data").mkdir()
+    image_rows([encoded(one) for one in random_pixels(4)]).to_parquet(str(tmp_path / "data" / "a.parquet"))
     for name, flags in (("home", {}), ("mine", {"cache_dir": tmp_path / "mine"})):
-        seen = observe({**base, **DRY, **flags, "train_data_dir": f"{shop}/folder"}, tmp_path / "run")
+        seen = observe({**base, **DRY, **flags, "train_data_dir": tmp_path / "data"}, tmp_path / "run")
         assert seen.run.code == 0
         assert list((tmp_path / name).rglob("*.arrow"))
         shutil.rmtree(tmp_path / name)

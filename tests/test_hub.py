@@ -9,6 +9,7 @@ import urllib.request
 import numpy as np
 import pytest
 
+from ddpm_hf.training.ownership import MANIFEST
 from tests.fixtures_hub import ROOT, STRANGERS, TOKEN, WRONG, run
 from tests.hub_server import ATTRIBUTES, Hub
 
@@ -430,7 +431,8 @@ def test_all_draw_the_same_images(world, stranger, owner, theirs, ours):
 def test_the_command_samples_from_the_hub(world, owner, name):
     """Else `ddpm-hf sample user/name` is not what it says."""
     assert owner[name]["code"] == 0, owner[name]["err"]
-    assert {path.name for path in (world.root / name).iterdir()} == {"grid.png", "0000.png", "0001.png"}
+    written = {path.name for path in (world.root / name).iterdir()}
+    assert written == {"grid.png", "0000.png", "0001.png", MANIFEST}
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ddpm_hf.training.ownership import MANIFEST
 from tests.fixtures_hub import DRAWING, ROOT, TOKEN, WITHOUT, run
 from tests.fixtures_unconditional import words
 from tests.hub_server import Hub
@@ -238,7 +239,8 @@ def test_all_draw_the_same_images(world, stranger, owner, name):
 def test_the_command_samples_from_the_hub(world, owner, name):
     """Else `ddpm-hf sample user/name --prompt ...` is not what it says."""
     assert owner[name]["code"] == 0, owner[name]["said"]
-    assert {path.name for path in (world.root / name).iterdir()} == {"grid.png", "0000.png", "0001.png"}
+    written = {path.name for path in (world.root / name).iterdir()}
+    assert written == {"grid.png", "0000.png", "0001.png", MANIFEST}
     assert Image.open(world.root / name / "0000.png").size == (16, 16)
 
 

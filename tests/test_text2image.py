@@ -34,6 +34,7 @@ from ddpm_hf.latents import TensorTable
 from ddpm_hf.portable.pipeline_text2image_ddpm_hf import tokenize
 from ddpm_hf.training.checkpointing import read_manifest
 from ddpm_hf.training.config import TrainingConfig
+from ddpm_hf.training.ownership import MANIFEST
 from ddpm_hf.training.randomness import StepKeys
 from ddpm_hf.training.setup import public_settings, save_settings
 from tests.fixtures_pipeline import tiny_vae
@@ -418,7 +419,7 @@ def test_a_run_stopped_in_its_autoencoder_goes_on(trained, shop, tmp_path):
     whole = trained("scratch", checkpointing_steps=4)
     run = stop_in_the_autoencoder(shop, tmp_path / "run", checkpointing_steps=4)
     assert "--resume_from_checkpoint latest" in run.err
-    assert {path.name for path in run.folder.iterdir()} == {"autoencoder"}
+    assert {path.name for path in run.folder.iterdir()} == {"autoencoder", "training_config.json", MANIFEST}
     assert (run.folder / "autoencoder" / "checkpoint-3").is_dir()
     train("scratch", shop, run.folder, checkpointing_steps=4, resume_from_checkpoint="latest")
     assert (run.folder / "autoencoder" / "metrics.jsonl").read_bytes() == (
@@ -431,7 +432,7 @@ def test_the_time_limit_counts_the_autoencoder(shop, tmp_path):
     """Else a queue's limit kills the run in its first stage, and it starts over each time."""
     run = train("scratch", shop, tmp_path / "run", max_train_hours=1e-9)
     assert "stopped at step 1 by the time limit of --max_train_hours" in run.err
-    assert {path.name for path in run.folder.iterdir()} == {"autoencoder"}
+    assert {path.name for path in run.folder.iterdir()} == {"autoencoder", "training_config.json", MANIFEST}
     assert read_manifest(run.folder / "autoencoder" / "checkpoint-1")["step"] == 1
 
 

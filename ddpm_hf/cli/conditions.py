@@ -48,6 +48,7 @@ def read_conditions(
         ValueError: options that the model cannot fulfil.
     """
     if hasattr(pipeline, "tokenizer"):
+        warn_of_cut_prompts(pipeline.tokenizer, [*(prompts or ()), negative_prompt or ""])
         return _by_prompt(prompts, negative_prompt, classes, classifier, guidance, classifier_scale)
     if prompts or negative_prompt:
         raise ValueError("this model reads no text; leave out --prompt and --negative-prompt")
@@ -80,6 +81,15 @@ def _by_prompt(prompts, negative_prompt, classes, classifier, guidance, classifi
     scale, rescale, interval = guidance
     options = _free_guidance(7.5 if scale is None else scale, rescale, interval)
     return Conditions(prompts, {**options, "negative_prompt": negative_prompt})
+
+
+def warn_of_cut_prompts(tokenizer, prompts: Sequence[str]) -> None:
+    """Say on stderr what of the prompts the text encoder does not read."""
+    from ..portable.pipeline_text2image_ddpm_hf import cut_off
+
+    length = tokenizer.model_max_length
+    for rest in filter(None, cut_off(tokenizer, prompts)):
+        print(f"warning: the prompt is longer than {length} tokens; this is not read: {rest!r}", file=sys.stderr)
 
 
 def _free_guidance(scale: float, rescale: float, interval: tuple[int, int] | None) -> dict[str, Any]:

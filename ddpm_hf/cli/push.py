@@ -46,12 +46,14 @@ def push(
     from ..saving import save_half_precision
     from ..space.drawing import Studio
     from ..training.config import check_license
+    from ..training.ownership import settle
 
     quiet()
     token = own_token(token)
     check_license("license", license_)
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder; give the --output_dir of a training run")
+    settle(folder)
     studio = Studio(str(folder))
     pipeline = studio.pipeline
     for pattern in include or ():

@@ -8,7 +8,7 @@ import typer
 
 from .common import own_token, quiet
 from .conditions import Conditions, read_conditions
-from .pictures import check_writable, write_chains, write_images
+from .pictures import check_out, write_pictures
 
 
 class Sampler(str, enum.Enum):
@@ -80,6 +80,7 @@ def sample(
     """Draw images: a grid (grid.png) and single ones (0000.png, ...)."""
     from ..space.drawing import load_pipeline
     from ..training.config import check_word
+    from ..training.ownership import settle
 
     for name, word in (("out", out), ("MODEL", model), ("classifier", classifier), ("revision", revision)):
         if word is not None:
@@ -87,16 +88,18 @@ def sample(
     quiet()
     use_all_cores()
     device = checked_device(device)
+    settle(model)
     pipeline = load_pipeline(model, revision, own_token(token)).to(device)
     guidance = (guidance_scale, guidance_rescale, guidance_interval)
+    if pipeline.image_channels > 4:
+        shown = f"the first three of {pipeline.image_channels} channels"
+        typer.echo(f"warning: the pictures show {shown}; output_type='np' of the pipeline gives all", err=True)
     conditions = read_conditions(pipeline, classifier, class_, prompt, negative_prompt, guidance, classifier_scale)
-    check_writable(out)
+    check_out(out)
     steps = set_sampler(pipeline, sampler.value, steps)
     with autocast(device, precision):
         images, frames = sample_images(pipeline, conditions, num_images, batch_size, seed, steps, progressive)
-    write_images(images, out, grid_only)
-    if progressive:
-        write_chains(frames, images, out)
+    write_pictures(images, frames, out, grid_only, progressive)
     typer.echo(f"{len(images)} images in {out}: grid.png" + (", progressive.png, chain.gif" if progressive else ""))
 
 
@@ -176,6 +179,7 @@ def sample_images(
             generator=keyed_generators(pipeline.device, seed, indices),
             num_inference_steps=steps,
             num_frames=num_frames,
+            output_type="preview",
         )
         images += output.images
         frames = output.frames or frames

@@ -1,8 +1,9 @@
 """From images on disk or on the Hub to tensors in [-1, 1], by way of Hugging Face datasets.
 
 A dataset is read as rows whose images are still encoded (`reading`, `rows`), so that a broken one can be named.
-`prepare_image` makes any PIL image an array in the model's channels; `ImageTransform` resizes, crops and flips
-(`images`); `ImageDataset` puts both behind torch's DataLoader and keeps small datasets decoded (`dataset`).
+`prepare_image` brings any image or array to the model's channels and one scale (`pixels`); `ImageTransform` resizes,
+crops and flips (`images`); `ImageDataset` puts both behind torch's DataLoader and keeps small datasets decoded
+(`dataset`). A column of labels becomes class names and ids (`labels`).
 
 The names are imported when they are first used, so that `--help`, which needs the flags alone, is quick.
 """
@@ -11,7 +12,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .dataset import ImageDataset, RowDecoder, StreamingBatches, identity, should_cache
+    from .dataset import ImageDataset, RowDecoder, StreamingBatches, describe_pixels, identity, should_cache
     from .digits import CAPTION_COLUMN, DIGIT_CAPTIONS, DIGIT_NAMES, EMBEDDED_DATASET, IMAGE_COLUMN, embedded_digits
     from .errors import DataError, broken_image, unreadable
     from .flags import DataFlags
@@ -21,15 +22,16 @@ if TYPE_CHECKING:
         choose_caption,
         decode_row,
         image_grid,
-        prepare_image,
         to_model_range,
     )
     from .labels import classes_of_resumed, label_ids, label_warnings, trained_classes
+    from .pixels import prepare_image
     from .reading import load_rows, read_dataset
     from .rows import Rows, split_rows
+    from .texts import check_captions, count_empty
 
 _HOMES = {
-    "dataset": ("ImageDataset", "RowDecoder", "StreamingBatches", "identity", "should_cache"),
+    "dataset": ("ImageDataset", "RowDecoder", "StreamingBatches", "describe_pixels", "identity", "should_cache"),
     "digits": (
         "CAPTION_COLUMN",
         "DIGIT_CAPTIONS",
@@ -46,12 +48,13 @@ _HOMES = {
         "choose_caption",
         "decode_row",
         "image_grid",
-        "prepare_image",
         "to_model_range",
     ),
     "labels": ("classes_of_resumed", "label_ids", "label_warnings", "trained_classes"),
+    "pixels": ("prepare_image",),
     "reading": ("load_rows", "read_dataset"),
     "rows": ("Rows", "split_rows"),
+    "texts": ("check_captions", "count_empty"),
 }
 
 __all__ = [
@@ -69,9 +72,12 @@ __all__ = [
     "StreamingBatches",
     "augmentation_uniforms",
     "broken_image",
+    "check_captions",
     "choose_caption",
     "classes_of_resumed",
+    "count_empty",
     "decode_row",
+    "describe_pixels",
     "embedded_digits",
     "identity",
     "image_grid",

@@ -1,5 +1,7 @@
 """Rows behind torch's DataLoader: batches of images, small datasets kept decoded, and batches of a stream."""
 
+import contextlib
+import math
 import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -8,9 +10,10 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .errors import DataError, broken_image, unreadable
-from .images import ImageTransform, augmentation_uniforms, choose_caption, decode_row, reason_of
+from .errors import DataError, ImageMismatchError, broken_image, unreadable
+from .images import ImageTransform, augmentation_uniforms, choose_caption, decode_row, peek, reason_of
 from .labels import label_ids
+from .pixels import PixelRange, has_alpha, is_deep, kind_of, prepare_image, range_of
 from .rows import Rows
 
 
@@ -37,18 +40,76 @@ class RowDecoder(NamedTuple):
 
         Raises:
             DataError: a broken image, named.
+            ImageMismatchError: one that the settings do not fit, named; it is not skipped.
         """
         value = row[self.rows.image_column]
         name = self.rows.name_of(row, index)
         try:
             if isinstance(value, dict) and value.get("path") is not None and value.get("bytes") is None:
                 self.rows.check_place(value["path"])
-            return self.transform.resize(decode_row(value, name))
+            declared = self.rows.array_type
+            return self.transform.resize(decode_row(value, name, declared and declared[0]))
+        except ImageMismatchError as error:
+            raise ImageMismatchError(f"image {name}: {error}") from error
         except Exception as error:  # also what damaged EXIF data or a palette without colours makes PIL raise
             if self.skip_broken:
                 return None
             reason = reason_of(error)
             raise error if reason.startswith("broken image") else broken_image(name, reason) from error
+
+
+def describe_pixels(rows: Rows, transform: ImageTransform, looked_at: int = 16) -> list[str]:
+    """How the values of a dataset become the model's, where that is not plain: arrays, deep or transparent images.
+
+    It looks at some images, evenly spread. Each line is for the log; what looks wrong begins with "warning: ".
+
+    Raises:
+        ImageMismatchError: arrays whose declared shape has channels that cannot become the model's.
+    """
+    declared = rows.array_type
+    if declared is not None and declared[1] is not None and None not in declared[1]:
+        try:
+            prepare_image(np.zeros(declared[1], declared[0]), transform.channels, pixel_range=(0, 1))
+        except ImageMismatchError as error:
+            raise ImageMismatchError(f"column {rows.image_column!r} of {rows.name}: {error}") from error
+    count = len(rows.dataset) if hasattr(rows.dataset, "__len__") else 0  # a stream is not looked at
+    images = []
+    for index in sorted({place * count // looked_at for place in range(looked_at)} if count else ()):
+        with contextlib.suppress(Exception):  # a broken image is named when it is read for training
+            value = rows.dataset[index][rows.image_column]
+            if isinstance(value, dict) and value.get("bytes") is None:
+                rows.check_place(value["path"])
+            images.append(peek(value, declared and declared[0]))
+    deep = [image for image in images if isinstance(image, np.ndarray) or is_deep(image)]
+    kinds = {kind_of(image) for image in deep} | ({declared[0]} if declared else set())
+    lines = []
+    for kind in sorted(kinds):
+        most = max((float(np.max(np.asarray(image))) for image in deep if kind_of(image) == kind), default=0.0)
+        lines += _lines_of_range(kind, most, transform.pixel_range)
+    if images and not deep and transform.pixel_range is not None:
+        lines.append("warning: --pixel_range is for arrays and for images of more than 8 bits, and these have 8 bits")
+    channels = transform.channels
+    if images and channels in (2, 4) and not any(has_alpha(image, channels) for image in images):
+        lines.append(
+            f"warning: --channels {channels} is with alpha, and none of {len(images)} images looked at is transparent;"
+            f" --channels {channels - 1} trains without"
+        )
+    if channels > 4:
+        lines.append(f"pictures show the first three of the {channels} channels")
+    return lines
+
+
+def _lines_of_range(kind: str, most: float, given: PixelRange | None) -> list[str]:
+    """The range that values of a type are read in, and whether the highest that was seen is far below it."""
+    low, high = given or range_of(kind)
+    name = {"F": "32-bit float", "I": "32-bit integer"}.get(kind, "16-bit" if kind.startswith("I;") else kind)
+    lines = [f"pixels: {name} values from {low:g} to {high:g} become -1 to 1" + ("" if given else " (--pixel_range)")]
+    if given is None and 0 < most < high / 8:
+        lines.append(
+            f"warning: the highest {name} value in the images looked at is {most:g}, far below {high:g}: all images"
+            f" will be dark; name the range of the values, such as --pixel_range 0 {math.ceil(most)}"
+        )
+    return lines
 
 
 class ImageDataset(torch.utils.data.Dataset):

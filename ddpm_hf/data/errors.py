@@ -6,8 +6,12 @@ class DataError(ValueError):
 
     def __init__(self, message: str):
         if "Original Traceback" in message:  # torch's DataLoader wraps what a worker raised
-            message = message.strip().rpartition("DataError: ")[2]
+            message = message.strip().rpartition(f"{type(self).__name__}: ")[2]
         super().__init__(message)
+
+
+class ImageMismatchError(DataError):
+    """An image that the settings do not fit: the dataset's range of values, or the model's channels; never skipped."""
 
 
 def broken_image(name: str, reason: str) -> DataError:

@@ -1,5 +1,6 @@
 """Flags of the data."""
 
+import math
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     from .images import ImageTransform
 
 CAPTION_COLUMN = "text"  # of the embedded digits, and where none is named
+
+MOST_CHANNELS = 1024
 
 # What other programs call these flags
 DATA = names_elsewhere("""
@@ -33,6 +36,8 @@ IMAGES = names_elsewhere("""
 --channels: in_channels image_channels img_channels n_channels
 --channels 1: gray grayscale grey greyscale
 --channels 3: rgb color colour
+--channels 4: rgba alpha
+--pixel_range: value_range data_range input_range intensity_range
 --random_flip: flip hflip horizontal_flip augment_horizontal_flip random_horizontal_flip
 --center_crop: crop centre_crop
 --image_interpolation_mode: interpolation resize_mode
@@ -52,7 +57,14 @@ class ImageFlags:
         default=None, help="64, or HEIGHTxWIDTH such as 64x96; by default the size of the model, else 64."
     )
     channels: int | None = HfArg(
-        default=None, help="1 for grayscale, 3 for colour; by default what the model has, else 3."
+        default=None,
+        help="1 for grayscale, 3 for colour, 2 and 4 for these with alpha, n for arrays of n channels; by default what"
+        " the model has, else 3.",
+    )
+    pixel_range: list[float] | None = HfArg(  # noqa: RUF009
+        default=None,
+        help="LOW HIGH: values of arrays, and of images of more than 8 bits, that become black and white. By default"
+        " 0 255, of 16 bits 0 65535, of floats and booleans 0 1.",
     )
     image_interpolation_mode: Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"] = HfArg(
         default="bilinear", help="How images are resized."
@@ -64,8 +76,8 @@ class ImageFlags:
     )
 
     def size(self) -> tuple[int, int]:
-        """(height, width) of --resolution, which `settle_resolution` has set."""
-        parts = self.resolution.lower().split("x")
+        """(height, width) of --resolution, which a script settles from the model; else 64."""
+        parts = (self.resolution or "64").lower().split("x")
         if len(parts) > 2 or not all(part.isdecimal() and len(part) < 6 and 0 < int(part) <= 16384 for part in parts):
             raise DataError(
                 f"--resolution {self.resolution}: give a number up to 16384 such as 64, or HEIGHTxWIDTH such as 64x96"
@@ -77,7 +89,19 @@ class ImageFlags:
         from .images import ImageTransform
 
         flags = self.center_crop, self.random_flip, self.preserve_input_precision, self.image_interpolation_mode
-        return ImageTransform(*self.size(), channels, *flags)
+        pixel_range = self.pixel_range and (float(self.pixel_range[0]), float(self.pixel_range[1]))
+        return ImageTransform(*self.size(), channels, *flags, pixel_range=pixel_range)
+
+    def check_images(self) -> None:
+        """Raise DataError for a size, a number of channels or a range that cannot be."""
+        if self.resolution is not None:
+            self.size()
+        if self.channels is not None and not 1 <= self.channels <= MOST_CHANNELS:
+            raise DataError(f"--channels {self.channels}: must be from 1 to {MOST_CHANNELS}")
+        given = self.pixel_range
+        if given is not None and not (len(given) == 2 and all(map(math.isfinite, given)) and given[0] < given[1]):
+            said = " ".join(f"{value:g}" for value in given)
+            raise DataError(f"--pixel_range {said}: give two numbers, LOW and then HIGH, such as -1 1")
 
 
 @dataclass
@@ -131,10 +155,11 @@ class DataFlags(ImageFlags):
 
     def check_data(self) -> None:
         """Raise DataError for a value out of range or a combination that cannot work."""
-        if self.resolution is not None:
-            self.size()
-        if self.channels not in (None, 1, 3):
-            raise DataError(f"--channels {self.channels}: images have 1 or 3")
+        self.check_images()
+        if self.embedded and self.channels is not None and self.channels > 4:
+            raise DataError(f"--channels {self.channels}: the embedded digits have 1, and become up to 4")
+        if self.embedded and self.pixel_range is not None:
+            raise DataError("--pixel_range: the embedded digits have 8 bits, from 0 to 255; leave it out")
         if not 0 <= self.validation_split < 1:
             raise DataError(f"--validation_split {self.validation_split}: must be at least 0 and less than 1")
         if self.dataset_name and self.train_data_dir and self.dataset_name not in KINDS:

@@ -16,6 +16,7 @@ from typing import Any
 import datasets
 import pyarrow as pa
 
+from ..training.ownership import MANIFEST, has_manifest
 from .errors import DataError
 from .formats import PLUGINS, begins_like_an_image, image_suffixes, suffix_of
 
@@ -34,7 +35,7 @@ UNMENTIONED = ("thumbs.db", "desktop.ini", "readme", "readme.md", "readme.txt", 
 HINTS = {".zip": "unpack it", **{suffix: f"pip install {plugin[0]}" for suffix, plugin in PLUGINS.items()}}
 # What a run leaves in an output folder that is the folder of images too
 RUN_ENTRIES = re.compile(
-    r"checkpoint-\d+|samples|assets|logs|unet|scheduler|vae|text_encoder|tokenizer|latents|.*\.json|(metrics|timings)\.jsonl"
+    r"checkpoint-\d+|samples|assets|logs|unet|scheduler|vae|text_encoder|tokenizer|latents|autoencoder|earlier-run|.*\.json|(metrics|timings)\.jsonl"
 )
 
 
@@ -74,6 +75,8 @@ def list_folder(folder: str | Path) -> Listing:
     suffixes = image_suffixes()
     for name, entry in _walk(listing):
         suffix = suffix_of(name)
+        if entry.name == MANIFEST:
+            continue
         if entry.name in METADATA:
             listing.metadata.append(name)
         elif suffix in suffixes:
@@ -150,7 +153,9 @@ def _entries(listing: Listing, name: str) -> list[os.DirEntry]:
 
 
 def _holds_run(folder: str, names: set[str]) -> bool:
-    """Whether a folder is the output of a run: it has its settings and its log, or a checkpoint."""
+    """Whether a folder is the output of a run: its manifest says so, or it has settings and log, or a checkpoint."""
+    if MANIFEST in names and has_manifest(Path(folder)):
+        return True
     if "training_config.json" in names and names & {"run.json", "metrics.jsonl"}:
         return True
     checkpoints = [name for name in names if re.fullmatch(r"checkpoint-\d+", name)]

@@ -1,7 +1,8 @@
-"""Any PIL image as an array in the model's channels, resized, cropped and flipped, and as a tensor in [-1, 1]."""
+"""An image in the model's channels, resized, cropped and flipped, and as a tensor in [-1, 1]."""
 
 import io
 import math
+import os
 import textwrap
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -12,44 +13,9 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 from .errors import DataError, broken_image
 from .formats import EXECUTED, register_plugins
+from .pixels import PixelRange, channel_axis, check_array, is_deep, prepare_image
 
 LONGEST = 32  # an image's side over that of what is cropped from it: of an endless strip, the middle
-
-
-def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """Integer and float modes of 16 and 32 bits to L, over their own range rather than cut off at 255."""
-    return Image.fromarray(np.round(_unit_floats(image) * 255).astype(np.uint8))
-
-
-def _unit_floats(image: Image.Image) -> np.ndarray:
-    """A grayscale image of more than 8 bits in [0, 1]: integers over 65535, floats as they are, or over 255."""
-    pixels = np.asarray(image).astype(np.float64)
-    if image.mode == "F":
-        if not np.isfinite(pixels).all():
-            raise DataError("holds NaN or infinity")
-        return np.clip(pixels if pixels.max(initial=0) <= 1 else pixels / 255, 0, 1)
-    return np.clip(pixels / 65535, 0, 1)
-
-
-def prepare_image(image: Image.Image, channels: int, keep_precision: bool = False) -> Image.Image | np.ndarray:
-    """Any PIL image as mode L (1 channel) or RGB (3), upright and on white where it is transparent.
-
-    Args:
-        keep_precision: give 16- and 32-bit grayscale images as float32 [H, W] in [0, 1] instead of rounding to bytes.
-    """
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":
-        if keep_precision:
-            return _unit_floats(image).astype(np.float32)
-        image = _to_eight_bits(image)
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        straight = {"La": "LA", "RGBa": "RGBA"}.get(image.mode)  # without the alpha multiplied in
-        image = (image.convert(straight) if straight else image).convert("RGBA")
-        canvas = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(canvas, image)
-    if image.mode in ("LAB", "HSV"):  # whose way to gray leads over colour
-        image = image.convert("RGB")
-    return image.convert("L" if channels == 1 else "RGB")
 
 
 class ImageTransform(NamedTuple):
@@ -62,34 +28,44 @@ class ImageTransform(NamedTuple):
     random_flip: bool = False
     keep_precision: bool = False
     interpolation: str = "bilinear"
+    pixel_range: PixelRange | None = None
 
     @property
     def size(self) -> tuple[int, int]:
         """(width, height), as PIL says it."""
         return self.width, self.height
 
-    def resize(self, image: Image.Image) -> np.ndarray:
-        """The random-free part: [H', W', C], uint8, or float32 in [0, 1] with `keep_precision`."""
-        prepared = prepare_image(image, self.channels, self.keep_precision)
-        if isinstance(prepared, np.ndarray):
-            prepared = Image.fromarray(prepared)  # mode F
-        scale = max(self.height / prepared.height, self.width / prepared.width)
-        most = [min(own, math.ceil(LONGEST * side / scale)) for own, side in zip(prepared.size, self.size)]
-        if most != list(prepared.size):
-            left, top = ((own - kept) // 2 for own, kept in zip(prepared.size, most))
-            prepared = prepared.crop((left, top, left + most[0], top + most[1]))
-        size = (max(self.width, round(prepared.width * scale)), max(self.height, round(prepared.height * scale)))
-        if size != prepared.size:
-            prepared = prepared.resize(size, Image.Resampling[self.interpolation.upper()])
-        if self.center_crop:
-            left, top = (size[0] - self.width) // 2, (size[1] - self.height) // 2
-            prepared = prepared.crop((left, top, left + self.width, top + self.height))
-        pixels = np.asarray(prepared)
+    def resize(self, image: Image.Image | np.ndarray) -> np.ndarray:
+        """The random-free part: [H', W', C], uint8, or float32 in [0, 1] with `keep_precision`.
+
+        Raises:
+            DataError, ImageMismatchError: as `prepare_image`.
+        """
+        prepared = prepare_image(image, self.channels, self.keep_precision, self.pixel_range)
+        if isinstance(prepared, Image.Image):
+            pixels = np.asarray(self._fit(prepared))
+            pixels = pixels if pixels.ndim == 3 else pixels[:, :, None]
+        else:  # by bands, since PIL takes a fourth for alpha, by which it weighs the others
+            bands = [Image.fromarray(np.ascontiguousarray(band)) for band in np.moveaxis(prepared, 2, 0)]
+            pixels = np.stack([np.asarray(self._fit(band)) for band in bands], axis=2)
         if self.keep_precision and pixels.dtype == np.uint8:
             pixels = pixels.astype(np.float32) / 255
-        if pixels.ndim == 2:
-            pixels = np.repeat(pixels[:, :, None], self.channels, axis=2)
         return pixels  # [H', W', C]
+
+    def _fit(self, image: Image.Image) -> Image.Image:
+        """An image that covers height × width; cropped to it with `center_crop`."""
+        scale = max(self.height / image.height, self.width / image.width)
+        most = [min(own, math.ceil(LONGEST * side / scale)) for own, side in zip(image.size, self.size)]
+        if most != list(image.size):
+            left, top = ((own - kept) // 2 for own, kept in zip(image.size, most))
+            image = image.crop((left, top, left + most[0], top + most[1]))
+        size = (max(self.width, round(image.width * scale)), max(self.height, round(image.height * scale)))
+        if size != image.size:
+            image = image.resize(size, Image.Resampling[self.interpolation.upper()])
+        if self.center_crop:
+            left, top = (size[0] - self.width) // 2, (size[1] - self.height) // 2
+            image = image.crop((left, top, left + self.width, top + self.height))
+        return image
 
     def crop_and_flip(self, pixels: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
         """The random part, decided by the first three numbers in [0, 1): [H', W', C] -> [C, H, W]."""
@@ -130,8 +106,11 @@ def to_model_range(images: torch.Tensor) -> torch.Tensor:
     return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images.float() * 2 - 1
 
 
-def decode_row(value: Any, name: str) -> Image.Image:
-    """A dataset's cell as a PIL image: encoded bytes, a path, an array or an image.
+def decode_row(value: Any, name: str, dtype: str | None = None) -> Image.Image | np.ndarray:
+    """A dataset's cell, which is encoded bytes, a path, an array or an image, as a PIL image or an array.
+
+    Args:
+        dtype: of the column's arrays, which `datasets` gives as lists.
 
     Raises:
         DataError: named, if it is none of these or cannot be decoded.
@@ -142,7 +121,9 @@ def decode_row(value: Any, name: str) -> Image.Image:
         if isinstance(value, Image.Image):
             return value
         if isinstance(value, (list, np.ndarray)):
-            return _image_of(np.asarray(value))
+            return check_array(np.asarray(value, dtype=dtype))
+        if not isinstance(value, (bytes, str, os.PathLike)):
+            raise ValueError(f"{type(value).__name__} is no image; name the column of the images with --image_column")
         register_plugins()
         image = Image.open(io.BytesIO(value) if isinstance(value, bytes) else value)
         if image.format in EXECUTED:
@@ -153,20 +134,34 @@ def decode_row(value: Any, name: str) -> Image.Image:
         raise broken_image(name, reason_of(error)) from error
 
 
+def peek(value: Any, dtype: str | None = None) -> Image.Image | np.ndarray:
+    """As `decode_row`, but a file of 8 bits is only opened, which reads its header."""
+    if isinstance(value, dict):
+        value = value["bytes"] if value.get("bytes") is not None else value["path"]
+    if isinstance(value, (bytes, str)):
+        register_plugins()
+        image = Image.open(io.BytesIO(value) if isinstance(value, bytes) else value)
+        if not is_deep(image):
+            return image
+    return decode_row(value, "", dtype)
+
+
+def image_size(image: Image.Image | np.ndarray, channels: int) -> tuple[int, int]:
+    """(height, width) of what `decode_row` gives, upright."""
+    if isinstance(image, np.ndarray):
+        shape = list(image.shape)
+        if len(shape) == 3:
+            del shape[channel_axis(image.shape, channels)]
+        return shape[0], shape[1]
+    width, height = ImageOps.exif_transpose(image).size
+    return height, width
+
+
 def reason_of(error: Exception) -> str:
     """Why an image cannot be read, in the same words each time."""
     if isinstance(error, UnidentifiedImageError):  # whose text shows an address in memory
         return "it is no image, or its beginning is damaged"
     return " ".join(str(error).split()) or error.__class__.__name__
-
-
-def _image_of(pixels: np.ndarray) -> Image.Image:
-    """An array [H, W] or [H, W, C] as an image: bytes, integers up to 65535, or floats."""
-    if pixels.dtype.kind == "f":
-        return Image.fromarray(pixels.astype(np.float32))
-    if pixels.min(initial=0) < 0 or pixels.max(initial=0) > 65535:
-        raise ValueError(f"pixels from {pixels.min()} to {pixels.max()}; integers run from 0 to 255 or 65535")
-    return Image.fromarray(pixels.astype(np.uint8 if pixels.max(initial=0) <= 255 else np.int32))
 
 
 LEGEND_LINE = 24  # characters, beyond which a label of a grid goes on in its next line

@@ -72,10 +72,9 @@ def _no_class(value: Any, row: int, column: str, source: str) -> str:
             f"row {row} of {source} has no label: column {column!r} holds {value!r}; remove such rows, or give them a"
             " class of their own"
         )
-    kind = "" if isinstance(value, numbers.Real) else f" ({type(value).__name__})"
-    text = repr(value)
+    text = repr(value) if len(repr(value)) < 80 else f"{repr(value)[:80]}..."
     return (
-        f"label {text if len(text) < 80 else text[:80] + '...'}{kind} in column {column!r} of {source} (row {row}):"
+        f"label {text} ({type(value).__name__}) in column {column!r} of {source} (row {row}):"
         " labels are integers from 0, strings or booleans"
     )
 

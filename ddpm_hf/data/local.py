@@ -18,7 +18,6 @@ from .errors import DataError, unreadable
 from .folders import Listing, image_splits, list_folder
 from .formats import image_suffixes, suffix_of
 
-SHARDS = 256  # of a folder that is streamed: shuffling begins with their order
 KIND_OF = {
     ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json",
     ".ndjson": "json", ".tar": "webdataset",
@@ -57,12 +56,18 @@ def open_local(path: Path, options: Options) -> Source:
 # Splits
 
 
-def of_parts(parts: dict[str, datasets.Dataset], name: str, note: str = "") -> Source:
-    """The source whose splits are in memory or mapped: any part of them can be read."""
+def of_parts(parts: dict[str, datasets.Dataset], name: str, note: str = "", mixed: bool = False) -> Source:
+    """The source whose splits are in memory or mapped: any part of them can be read.
+
+    Args:
+        mixed: whether a stream comes in another order, always the same, for rows that are sorted by class.
+    """
 
     def read(split: str, streaming: bool) -> Any:
         dataset = take(parts, split, name)
-        return dataset.to_iterable_dataset(min(SHARDS, len(dataset))) if streaming else dataset
+        if streaming and mixed:
+            dataset = dataset.shuffle(seed=0, keep_in_memory=True)
+        return dataset.to_iterable_dataset() if streaming else dataset
 
     return Source(lambda: list(parts), read, note)
 
@@ -208,7 +213,7 @@ def _folder(path: Path, options: Options) -> Source:
         parts = image_splits(listing)
         if not parts:
             raise DataError(f"{path} holds no images to read; left out: {listing.note()}")
-        source = of_parts(parts, str(path), listing.note())
+        source = of_parts(parts, str(path), listing.note(), mixed=True)
         return _refusing(source, path, listing.unclear) if listing.unclear else source
     if listing.tables and not options.kind:
         if listing.images:

@@ -228,6 +228,7 @@ def read_rows(
     rows = Rows(dataset, source, image_column, columns.label, caption_column=columns.caption)
     rows.folders, rows.left_out = opened.folders, opened.source.note
     if like is not None:
+        rows.dataset = _as_named(dataset, columns.label, like.label_names)
         rows.label_names, rows.labels_are_names = like.label_names, like.labels_are_names
     elif columns.label is not None:
         rows.label_names = list(getattr(features.get(columns.label), "names", None) or [])
@@ -237,6 +238,24 @@ def read_rows(
         if rows.labels_are_names:
             rows.label_names = name_classes(dataset[columns.label], columns.label, source)
     return rows
+
+
+def _as_named(dataset: Any, label_column: str | None, names: list[str]) -> Any:
+    """The dataset with its labels as strings, if it declares other classes, or in another order, than these.
+
+    Raises:
+        DataError: a stream of other classes.
+    """
+    declared = getattr((dataset.features or {}).get(label_column), "names", None)
+    if declared is None or list(declared) == names:
+        return dataset
+    if not hasattr(dataset, "__len__"):
+        raise DataError(
+            f"the validation split declares other classes in {label_column!r} than the training split, which a stream"
+            " cannot match; leave --streaming or --validation_steps out"
+        )
+    labels = [None if label is None or label < 0 else declared[label] for label in dataset[label_column]]
+    return dataset.remove_columns(label_column).add_column(label_column, labels)
 
 
 def _folders(local: Path | None, cache_dir: str | None) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from .errors import DataError, unreadable
+from .pixels import array_type
 
 
 @dataclass
@@ -36,6 +37,12 @@ class Rows:
     def number_of(self, index: int) -> int:
         """A row's number in the dataset."""
         return index if self.numbers is None else int(self.numbers[index])
+
+    @property
+    def array_type(self) -> tuple[str, tuple[int | None, ...] | None] | None:
+        """(NumPy type, shape or None) of a column of arrays; None for images, and where none is declared."""
+        features = getattr(self.dataset, "features", None) or {}
+        return array_type(features.get(self.image_column))
 
     def read(self, index: int) -> dict:
         """A row.

@@ -66,7 +66,8 @@ class DDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPipeline):
         Args:
             generator: one, or one for each image: an image then depends on its own alone, whatever the batch.
             num_inference_steps: of the T timesteps, how many to visit; None means all of them.
-            output_type: "pil", "np" (or "numpy"), "pt" [N, C, H, W] in [0, 1], or "latent" (x_0).
+            output_type: "pil", "np" (or "numpy") [N, H, W, C] or "pt" [N, C, H, W] in [0, 1], or "latent" (x_0). PIL
+                images have up to four channels (L, LA, RGB, RGBA); "preview" is "pil", or the first three of more.
             latents: x_T [N, C, H, W] to start from, instead of noise.
             timesteps: the timesteps to visit, descending, instead of their number.
             callback_on_step_end: called with (pipeline, index, timestep, {"latents": x_s}) after each step.

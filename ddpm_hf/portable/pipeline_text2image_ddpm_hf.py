@@ -8,12 +8,15 @@ from collections.abc import Callable
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
+from diffusers.utils import logging
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from .guidance_ddpm_hf import FreeGuidance, classifier_free_guidance
 from .hub_ddpm_hf import PortablePipelineMixin
 from .sampling_ddpm_hf import DDPMPipelineOutput, SamplingMixin, adopt_scheduler, stock_samples_alike
 from .scheduling_ddpm_hf import DDPMScheduler  # noqa: F401  (only direct imports are copied with this file)
+
+logger = logging.get_logger(__name__)
 
 # What Stable Diffusion's pipeline would set in place, with a warning, if a scheduler said anything else
 STABLE_DIFFUSION_SETTINGS = {"steps_offset": 1, "clip_sample": False}
@@ -83,7 +86,12 @@ class TextToImageDDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPip
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     def encode_prompt(self, prompts: list[str]) -> torch.Tensor:
-        """Prompts as what the UNet attends to, [N, L, D]; what is beyond the tokenizer's L tokens is cut off."""
+        """Prompts as what the UNet attends to, [N, L, D]; what is beyond the tokenizer's L tokens is cut, and said."""
+        if rest := [text for text in cut_off(self.tokenizer, prompts) if text]:
+            logger.warning(
+                f"prompts are cut to the {self.tokenizer.model_max_length} tokens that the text encoder reads; not"
+                f" read: {rest}"
+            )
         ids, mask = (each.to(self._execution_device) for each in tokenize(self.tokenizer, prompts))
         if not getattr(self.text_encoder.config, "use_attention_mask", None):
             mask = None
@@ -219,6 +227,14 @@ class TextToImageDDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPip
             output_type,
         )
         return self.finish(x, frames, output_type, return_dict)
+
+
+def cut_off(tokenizer: CLIPTokenizer, texts: list[str]) -> list[str]:
+    """What of each text is beyond the tokenizer's L tokens, and not read; empty where nothing is."""
+    length = tokenizer.model_max_length
+    ids = tokenizer(list(texts), verbose=False).input_ids if len(texts) else []
+    tokenize(tokenizer, [""])  # it is saved as it was last used: as for the UNet
+    return [tokenizer.decode(one[length - 1 : -1]) if len(one) > length else "" for one in ids]
 
 
 def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:

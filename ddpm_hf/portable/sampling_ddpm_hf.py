@@ -18,7 +18,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from .guidance_ddpm_hf import ClassifierGuidance
 from .scheduling_ddpm_hf import LEARNED_VARIANCE_TYPES, DDPMScheduler
 
-OUTPUT_TYPES = ("pil", "np", "numpy", "pt", "latent")  # "numpy" is stock DDPMPipeline's word for "np"
+OUTPUT_TYPES = ("pil", "np", "numpy", "pt", "latent", "preview")  # "numpy" is stock DDPMPipeline's word for "np"
+PIL_CHANNELS = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # that images of these modes have
 
 
 class Frame(NamedTuple):
@@ -125,11 +126,15 @@ class SamplingMixin:
         return self.unet.config.in_channels, height, width
 
     @property
+    def image_channels(self) -> int:
+        """How many channels an image has: that of x_0, or what the `vae` decodes it to."""
+        return self.sample_shape[0] if self.vae is None else self.vae.config.out_channels
+
+    @property
     def image_processor(self) -> VaeImageProcessor:
         """Between tensors in [-1, 1] and images, in the model's number of channels."""
-        channels = self.sample_shape[0] if self.vae is None else self.vae.config.out_channels
-        gray = channels == 1
-        return VaeImageProcessor(vae_scale_factor=1, do_convert_grayscale=gray, do_convert_rgb=not gray)
+        gray, colour = self.image_channels == 1, self.image_channels == 3
+        return VaeImageProcessor(vae_scale_factor=1, do_convert_grayscale=gray, do_convert_rgb=colour)
 
     def prepare_latents(
         self,
@@ -274,6 +279,8 @@ class SamplingMixin:
         if self.vae is not None:
             factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
             height, width = height * factor, width * factor
+        if hasattr(images, "convert") and self.image_channels in PIL_CHANNELS:  # a PIL image
+            images = images.convert(PIL_CHANNELS[self.image_channels])
         pixels = self.image_processor.preprocess(images, height=height, width=width)
         pixels = pixels.to(device=self._execution_device, dtype=self.unet.dtype)
         if self.vae is None:
@@ -282,21 +289,29 @@ class SamplingMixin:
         return (latents - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
 
     def decode(self, latents: torch.Tensor, output_type: str = "pil"):
-        """x_0 as images: "pil", "np" [N, H, W, C] or "pt" [N, C, H, W] in [0, 1], or "latent", x_0 itself."""
+        """x_0 as images: "pil", "np" [N, H, W, C] or "pt" [N, C, H, W] in [0, 1], or "latent", x_0 itself.
+
+        "preview" is "pil" too, and of more channels than PIL has the first three.
+        """
         if output_type == "latent":
             return latents
         if self.vae is not None:
             latents = latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
             latents = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
-        return self.image_processor.postprocess(
-            latents.float(), output_type="np" if output_type == "numpy" else output_type
-        )
+        if output_type == "preview" and self.image_channels not in PIL_CHANNELS:
+            latents = latents[:, :3]
+        output_type = {"preview": "pil", "numpy": "np"}.get(output_type, output_type)
+        return self.image_processor.postprocess(latents.float(), output_type=output_type)
 
-    @staticmethod
-    def check_output_type(output_type: str) -> None:
-        """Raise ValueError for what `decode` does not know, before any work is done."""
+    def check_output_type(self, output_type: str) -> None:
+        """Raise ValueError for what `decode` does not know or cannot make of the model's channels, before any work."""
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type {output_type!r} must be one of {', '.join(OUTPUT_TYPES)}")
+        if output_type == "pil" and self.image_channels not in PIL_CHANNELS:
+            raise ValueError(
+                f"output_type='pil': PIL images have up to 4 channels, this model's {self.image_channels}; use 'np' or"
+                " 'pt', or 'preview' for the first three"
+            )
 
     def finish(self, x: torch.Tensor, frames, output_type: str, return_dict: bool) -> DDPMPipelineOutput | tuple:
         """x_0 as what a pipeline's call returns."""

@@ -191,6 +191,7 @@ class Studio:
         """The images of a wish that was checked."""
         generators = keyed_generators(self.pipeline._execution_device, wish.seed, range(wish.count))
         options: dict[str, Any] = {"generator": generators, "num_inference_steps": wish.steps}
+        options["output_type"] = "preview"
         if self.guided and wish.guidance_scale is not None:
             options["guidance_scale"] = wish.guidance_scale
         if watch is not None:
@@ -211,7 +212,7 @@ class Studio:
         def report(pipeline, index: int, timestep, tensors: dict) -> dict:
             total = len(pipeline.scheduler.timesteps)
             shown = {round(number * (total - 1) / (MOMENTS - 1)) for number in range(MOMENTS)}
-            predictions = pipeline.decode(tensors["pred_original_sample"]) if index in shown else None
+            predictions = pipeline.decode(tensors["pred_original_sample"], "preview") if index in shown else None
             watch(Step(index + 1, total, int(timestep), predictions))
             return {}
 

@@ -155,12 +155,36 @@ def seal(partial: Path, final: Path, state: dict[str, Any]) -> None:
     flush(final.parent)
 
 
+def made_by_diffusers(checkpoint: Path) -> str | None:
+    """What to do with a checkpoint of Diffusers' training scripts, whose optimizer is not ours; None for others."""
+    ours = (checkpoint / MANIFEST).exists() or (checkpoint.parent / SETTINGS).exists()
+    if ours or not (checkpoint / "unet" / "config.json").is_file():
+        return None
+    line = (
+        f"{checkpoint} is a checkpoint of Diffusers' script, which cannot be resumed here; start from its weights with"
+    )
+    try:
+        config = json.loads((checkpoint / "unet" / "config.json").read_text(encoding="utf-8"))
+        by_text = config.get("_class_name") == "UNet2DConditionModel"
+    except (ValueError, AttributeError, RecursionError):
+        return None
+    if by_text:
+        return (
+            f"{line} StableDiffusionPipeline.from_pretrained(BASE, unet=UNet2DConditionModel.from_pretrained("
+            f"{str(checkpoint / 'unet')!r})).save_pretrained(START) and --pretrained_model_name_or_path START"
+        )
+    return f"{line} --pretrained_model_name_or_path {checkpoint} and another --output_dir"
+
+
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """The state that `seal` wrote.
 
     Raises:
         UsageError: no manifest, or a file that is missing or differs from its checksum.
     """
+    foreign = made_by_diffusers(checkpoint)
+    if foreign:
+        raise UsageError(foreign)
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         files = manifest["files"].items()
@@ -200,9 +224,13 @@ def find_checkpoint(output_dir: Path, wanted: str, warn) -> tuple[Path, dict[str
             try:
                 return path, read_manifest(path)
             except UsageError as error:
-                warn(f"passing over {error}")
+                if made_by_diffusers(path) is None:
+                    warn(f"passing over {error}")
+        foreign = next(filter(None, map(made_by_diffusers, reversed(found))), None)
         if found:
-            raise UsageError(f"no complete checkpoint in {output_dir}; train anew with --overwrite_output_dir")
+            raise UsageError(
+                foreign or f"no complete checkpoint in {output_dir}; train anew with --overwrite_output_dir"
+            )
         return None
     for path in (output_dir / wanted, Path(wanted)):
         if path.is_dir():

@@ -56,6 +56,11 @@ class UsageError(ValueError):
     """Something that the user can mend: a script prints its one line and ends with exit code 2."""
 
 
+def _is_like_a_flag(word: str) -> bool:
+    """Whether argparse takes a word of a list for a flag: one with a dash in front that is no number."""
+    return word.startswith("-") and not re.fullmatch(r"-(\d+|\d*\.\d+)", word)
+
+
 def one_line(message: Any) -> str:
     """A message as one printable line of bearable length: what it quotes may be anything, also a token.
 
@@ -110,7 +115,9 @@ class RunFlags:
         help="A YAML or JSON file that sets any of these flags; the command line wins over it.",
     )
     dry_run: bool = HfArg(
-        resume=START, default=False, help="Print what would run (data, model, steps, memory, output), and stop."
+        resume=START,
+        default=False,
+        help="Check all that a run checks before it starts, the first batch included; print what would run, and stop.",
     )
 
     output_dir: str = HfArg(
@@ -119,7 +126,9 @@ class RunFlags:
         help="Where the pipeline, its pictures, metrics.jsonl and the checkpoints go. All paths below are within it.",
     )
     overwrite_output_dir: bool = HfArg(
-        resume=START, default=False, help="Remove an earlier run's files from --output_dir and train anew."
+        resume=START,
+        default=False,
+        help="Train anew in the folder of an earlier run, which is removed once this one has its first checkpoint.",
     )
     seed: int | None = HfArg(
         resume=FIXED,
@@ -461,8 +470,10 @@ class OneLineParser(HfArgumentParser):
                 hint = f"; did you mean {instead if ' ' in instead else repr(instead[2:])}?" if instead else ""
                 raise UsageError(f"{source}: unknown setting {name!r}{hint}")
             if isinstance(value, list) and self._option_string_actions[flag].nargs in ("+", "*"):
-                if any(isinstance(one, (dict, list)) or str(one).startswith("-") for one in value):
-                    raise UsageError(f"{source}: {name!r} takes a list of texts that do not begin with a dash")
+                if any(isinstance(one, (dict, list)) or _is_like_a_flag(str(one)) for one in value):
+                    raise UsageError(
+                        f"{source}: {name!r} takes a list of numbers, or of texts that do not begin with a dash"
+                    )
                 words += [flag, *map(str, value)] if value else []
                 continue
             if isinstance(value, (dict, list)):
@@ -494,8 +505,10 @@ class OneLineParser(HfArgumentParser):
         return self.tokens(weaker, source) + words
 
     def over(self, weaker_layers, words: list[str], decided: Iterable[str] = ()) -> list[str]:
-        """The words over the layers that `weaker_layers` gives, but for what is `decided` already."""
-        for source, values in reversed(weaker_layers(self.parse(words))):
+        """The words over a launcher's settings and the layers of `weaker_layers`, except for what is `decided`."""
+        from .launcher import launcher_settings  # which needs this module's UsageError
+
+        for source, values in reversed([*weaker_layers(self.parse(words)), *launcher_settings()]):
             # a recipe may set flags that only other commands have
             values = {name: values[name] for name in values if name in self.flags() and name not in decided}
             words = self.below(values, source, words)

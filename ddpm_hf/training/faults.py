@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from .checkpointing import list_checkpoints
 from .config import UsageError, one_line
 from .ownership import EARLIER, end_replacing, replaces
+from .process import process_kept
 
 OUT_OF_MEMORY = (
     "out of memory: make --train_batch_size smaller (--gradient_accumulation_steps makes up for it), add"
@@ -141,11 +142,17 @@ def explained(error: BaseException, output_dir: str, mendable: tuple[type, ...])
 
 @contextlib.contextmanager
 def ends_in_one_line(program: str, output_dir: str, *mendable: type):
-    """Turn what is understood into one line on stderr and an exit code, with no traceback.
+    """Turn what is understood into one line on stderr and an exit code, with no traceback; the process is as before.
 
     Args:
         mendable: errors of the user's, beside `UsageError`.
     """
+    with process_kept(), _in_one_line(program, output_dir, mendable):
+        yield
+
+
+@contextlib.contextmanager
+def _in_one_line(program: str, output_dir: str, mendable: tuple[type, ...]):
     handler = signal.getsignal(signal.SIGTERM)
     if "WORLD_SIZE" not in os.environ and handler == signal.SIG_DFL:  # a rank that waits for others cannot answer
         with contextlib.suppress(ValueError):  # not the main thread
@@ -176,8 +183,6 @@ def ends_in_one_line(program: str, output_dir: str, *mendable: type):
         raise SystemExit(found[0] if found else 1) from None
     finally:
         give_back_earlier_run(output_dir)
-        with contextlib.suppress(ValueError):  # not the main thread
-            signal.signal(signal.SIGTERM, handler)
 
 
 def give_back_earlier_run(output_dir: str) -> None:

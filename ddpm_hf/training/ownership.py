@@ -5,6 +5,7 @@ aside, in a folder within the output folder; it is deleted once the new run has 
 new run ends before that. Every step of this can be interrupted: `settle` completes it.
 """
 
+import hashlib
 import json
 import os
 import platform
@@ -101,6 +102,7 @@ CHECKPOINT = Entry("checkpoint-#/", recognised=is_sealed)
 TRAINING_CONFIG = Entry(SETTINGS, recognised=_has("output_dir", "checkpointing_steps"))
 STEPS = Entry("metrics.jsonl", published=True, recognised=_logs("step", "epoch"))
 TIMINGS = Entry("timings.jsonl", recognised=_logs("step", "seconds"))
+GRIDS = "samples/step-#.png"
 TRAINING = (
     CHECKPOINT,
     Entry("checkpoint-#.superseded/", recognised=is_sealed),
@@ -108,7 +110,7 @@ TRAINING = (
     TRAINING_CONFIG,
     STEPS,
     TIMINGS,
-    Entry("samples/step-#.png"),
+    Entry(GRIDS),
     Entry("samples/chain-#.png"),
 )
 PIPELINE = (
@@ -318,12 +320,79 @@ def remove(folder: Path, name: str) -> None:
     remove_empty_parents(folder, name)
 
 
+def remove_empty_folders(folder: Path) -> None:
+    """Remove a folder and those within it, as far as they are empty."""
+    for path in (*sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True), folder):
+        if not path.is_symlink() and not any(path.iterdir()):
+            path.rmdir()
+
+
 def remove_empty_parents(folder: Path, name: str) -> None:
     """Remove the folders of a file that was removed, as far as they are empty."""
     for parent in (folder / name).parents:
         if parent == folder or parent.is_symlink() or not parent.is_dir() or any(parent.iterdir()):
             return
         parent.rmdir()
+
+
+# Files that a program writes anew each time, such as sampled images
+
+
+def digest(data: bytes) -> str:
+    """What tells a file's content from another."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def check_replaceable(folder: str | Path, part: str, patterns: Sequence[str], flag: str) -> None:
+    """Raise UsageError for files that a program would replace or mix its own with, and that it did not write.
+
+    Args:
+        part: the program's part of the manifest.
+        patterns: what it may write, as in `Entry`.
+        flag: the one that names the folder, for the message.
+    """
+    folder = Path(folder)
+    ours = listed(folder, part)
+    names = {name for pattern in patterns for name in matching(folder, pattern)} | set(ours)
+    there = [name for name in sorted(names) if os.path.lexists(folder / name)]
+    foreign = [name for name in there if name not in ours or _was_edited(folder / name, ours[name])]
+    if foreign:
+        raise UsageError(
+            f"--{flag} {folder} holds files that would be replaced and that are not ours, or were edited since"
+            f" ({some(foreign)}); move them, or name another folder"
+        )
+
+
+def _was_edited(path: Path, known: str | None) -> bool:
+    return not path.is_file() or (known is not None and digest(path.read_bytes()) != known)
+
+
+def replace_files(folder: str | Path, part: str, files: Mapping[str, Callable[[], bytes]]) -> None:
+    """Write files, each whole, in the place of all that the program wrote into the folder before.
+
+    Args:
+        part: the program's part of the manifest.
+        files: what makes the content of each, by its posix path.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    before = [name for name in listed(folder, part) if name not in files]
+    claim_files(folder, dict.fromkeys(files), part)
+    for name in before:
+        remove(folder, name)
+    digests = {}
+    for name, content in files.items():
+        data = content()
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / name, data)
+        digests[name] = digest(data)
+    release_files(folder, before, part)
+    claim_files(folder, digests, part)
+
+
+def some(names: Sequence[str]) -> str:
+    """Some of many names, for a message."""
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if names[4:] else "")
 
 
 # Replacing an earlier run
@@ -424,7 +493,7 @@ def bring_back(folder: str | Path) -> None:
     with _lock:
         _save(folder, {key: value for key, value in record["manifest"].items() if key != "replaces"})
     (aside / MANIFEST).unlink()
-    aside.rmdir()
+    remove_empty_folders(aside)
 
 
 def comes_back(folder: str | Path) -> bool:
@@ -453,9 +522,11 @@ def settle(folder: str | Path, *, training: bool = False) -> None:
     """
     folder, record = Path(folder), _record(Path(folder))
     if record is None:
-        aside = folder / EARLIER
-        if aside.is_dir() and not any(one.name != MANIFEST for one in aside.iterdir()):  # nothing was moved yet
-            discard(aside)
+        if (folder / EARLIER).is_dir():  # nothing had been moved yet, or all has been moved back
+            for path in (folder / EARLIER).iterdir():
+                if _UNFINISHED.fullmatch(path.name):
+                    path.unlink()
+            remove_empty_folders(folder / EARLIER)
         return
     by = record["by"]
     elsewhere = by.get("host") != platform.node()

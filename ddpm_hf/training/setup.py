@@ -14,13 +14,28 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list, gather_object
+from accelerate.utils import (
+    DistributedType,
+    GradientAccumulationPlugin,
+    ProjectConfiguration,
+    broadcast_object_list,
+    gather_object,
+)
 from diffusers.optimization import get_scheduler
 
 from .averaging import make_ema
-from .checkpointing import SETTINGS, find_checkpoint, set_aside_later, truncate_jsonl, write_whole
+from .checkpointing import (
+    SETTINGS,
+    find_checkpoint,
+    list_checkpoints,
+    made_by_diffusers,
+    set_aside_later,
+    truncate_jsonl,
+    write_whole,
+)
 from .config import APPLIED, FIXED, SECRET_FLAGS, START, TrainingConfig, UsageError, flags_that
 from .faults import end_together, track
+from .launcher import check_launcher, launched_precision, unused_settings
 from .loop import LOGS, Meter, StepPlan, TrainingState, let_old_go, load_checkpoint, register_model_hooks
 from .machine import usable_cores
 from .ownership import (
@@ -39,8 +54,10 @@ from .ownership import (
     run_files,
     set_aside,
     settle,
+    some,
     waiting,
 )
+from .process import check_accelerator
 from .sessions import Sessions
 from .sharded import WholeModel
 
@@ -55,22 +72,34 @@ def start_accelerator(config: TrainingConfig) -> Accelerator:
     folder = Path(config.output_dir)
     # torchrun's processes on a machine without accelerators: unless told, Accelerate makes each a run of its own
     ranks_on_cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()
-    accelerator = Accelerator(
-        cpu=ranks_on_cpu,
-        mixed_precision=config.mixed_precision,
-        log_with=tracker,
-        project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / config.logging_dir)),
-    )
+    check_launcher()
+    check_accelerator(config.mixed_precision)
+    try:
+        accelerator = Accelerator(
+            cpu=ranks_on_cpu,
+            mixed_precision=config.mixed_precision,
+            # the loop divides by itself: given here, what the environment says does not divide once more
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            log_with=tracker,
+            project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / config.logging_dir)),
+        )
+    except ValueError as error:  # a precision, or an engine, that the machine or a package does not have
+        raise UsageError(f"Accelerate does not start: {error}") from error
     fit_engine(accelerator, config)
+    config.mixed_precision = accelerator.mixed_precision  # which a file of DeepSpeed's may set
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise UsageError("--mixed_precision fp16 needs a GPU; on a CPU use bf16 or no")
+        launched = launched_precision()
+        source = launched.source if launched and launched.name == "fp16" else "--mixed_precision fp16"
+        raise UsageError(f"{source} requires a GPU; on a CPU use --mixed_precision bf16 or no")
+    for line in unused_settings(config.mixed_precision):
+        log(accelerator, line)
     # accelerate launch sets OMP_NUM_THREADS=1 on CPUs, which would leave all but one core of each process idle
     local = int(
         os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes if accelerator.device.type == "cpu" else 1)
     )
     torch.set_num_threads(config.cpu_threads or max(1, usable_cores() // local))
-    if config.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32  # which Accelerate switches on where it compiles
+    torch.backends.cudnn.allow_tf32 |= config.allow_tf32
     return accelerator
 
 
@@ -91,6 +120,7 @@ def fit_engine(accelerator, config: TrainingConfig) -> None:
             raise UsageError("DeepSpeed's ZeRO stage 3 is not supported: use stage 1 or 2, or FSDP 2")
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = config.train_batch_size
         plugin.deepspeed_config["gradient_clipping"] = config.max_grad_norm
+        plugin.deepspeed_config["gradient_accumulation_steps"] = 1  # the loop divides by itself
 
 
 def cpu_has_bf16() -> bool:
@@ -132,6 +162,8 @@ def find_run(
     if not config.dry_run:
         settle_earlier_run(folder, accelerator)
     ours = [*run_files(folder), *waiting(folder)]
+    if not ours:
+        refuse_other_runs(folder)
     refuse_foreign_files(config, entries, ours)
     if config.resume_from_checkpoint:
         found = find_checkpoint(folder, config.resume_from_checkpoint, lambda line: log(accelerator, line))
@@ -157,6 +189,14 @@ def settle_earlier_run(folder: Path, accelerator) -> None:
             error = problem
     if any(gather_object([error is not None])):
         end_together(accelerator, error)
+
+
+def refuse_other_runs(folder: Path) -> None:
+    """Raise UsageError for a folder with a run of Diffusers' scripts."""
+    for checkpoint in reversed(list_checkpoints(folder)):
+        line = made_by_diffusers(checkpoint)
+        if line is not None:
+            raise UsageError(line)
 
 
 def refuse_foreign_files(config: TrainingConfig, entries: Sequence[Entry], ours: Sequence[str]) -> None:
@@ -203,11 +243,6 @@ def describe_start(config: TrainingConfig, found: tuple[Path, dict[str, Any]] | 
     else:
         line = "from the beginning"
     return f"     start  {line}; the first batch has been through the model and back"
-
-
-def some(names: Sequence[str]) -> str:
-    """Some of many names, for a message."""
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if names[4:] else "")
 
 
 def claim_output_dir(config: TrainingConfig, accelerator, entries: Sequence[Entry], step: int = 0) -> None:

@@ -1,4 +1,28 @@
 #!/usr/bin/env python
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "torch>=2.6",
+#     "numpy>=1.26",
+#     "diffusers>=0.38",
+#     "accelerate>=1.10",
+#     "transformers>=5.0",
+#     "tokenizers>=0.20",
+#     "datasets>=4.0",
+#     "pandas>=2.0",
+#     "pyarrow>=15.0",
+#     "huggingface_hub>=1.0",
+#     "safetensors>=0.5",
+#     "pillow>=10.0",
+#     "psutil>=5.9",
+#     "pyyaml>=6.0",
+#     "tqdm>=4.66",
+#     "matplotlib>=3.8",
+#     "typer>=0.15",
+#     "tensorboard>=2.16",
+#     "mlxtend>=0.23",
+# ]
+# ///
 """Train text to image in latents.
 
     accelerate launch train_text2image.py --train_data_dir pictures        # pictures/metadata.jsonl has the captions
@@ -37,6 +61,7 @@ SCRATCH_RECIPE = {
     "center_crop": True,
     "cache_latents": True,
     "caption_dropout": 0.1,
+    "guidance_scale": 3.0,
     "learning_rate": 1e-3,
     "lr_scheduler": "cosine",
     "lr_warmup_steps": 200,
@@ -158,7 +183,12 @@ class PromptFlags:
         default_factory=list,
         help="Prompts of the grids that are drawn while training; by default some captions.",
     )
-    guidance_scale: float = HfArg(resume=FREE, default=3.0, help="Of the grids.")
+    guidance_scale: float | None = HfArg(
+        resume=FREE,
+        default=None,
+        help="Classifier-free guidance scale of the grids, saved with the pipeline as its default; if omitted, the"
+        " checkpoint's (7.5 for Stable Diffusion), or 3 from scratch.",
+    )
     num_inference_steps: int = HfArg(resume=FREE, default=50, help="Steps to sample the grids with.")
 
 
@@ -206,7 +236,7 @@ class Text2ImageConfig(
         if not 0 <= self.caption_dropout < 1:
             raise UsageError(f"--caption_dropout {self.caption_dropout}: must be at least 0 and less than 1")
         for name in ("noise_offset", "input_perturbation", "dream_detail_preservation", "guidance_scale"):
-            if not 0 <= getattr(self, name) < math.inf:
+            if not 0 <= (getattr(self, name) or 0) < math.inf:
                 raise UsageError(f"--{name} {getattr(self, name)}: must be a number of 0 or more")
         if self.num_inference_steps < 1:
             raise UsageError(f"--num_inference_steps {self.num_inference_steps}: must be 1 or more")
@@ -422,8 +452,7 @@ def draw_prompts(
 
     def sample(places: list[int], generators: list[torch.Generator], num_frames: int):
         asked = [prompts[place // columns] for place in places]
-        options = {"num_inference_steps": steps, "guidance_scale": config.guidance_scale, "num_frames": num_frames}
-        options["output_type"] = "preview"
+        options = {"num_inference_steps": steps, "num_frames": num_frames, "output_type": "preview"}
         return pipeline(asked, generator=generators, **options)
 
     return draw_grid(sample, columns * len(prompts), columns, step, config, accelerator, prompts)
@@ -532,6 +561,8 @@ def train(config: Text2ImageConfig) -> None:
     # all of the model, so that its first batch is computed before an autoencoder is trained: with a stand-in for that
     vae = start.vae or make_autoencoder(config, channels, config.size(), config.seed)
     components = checkpoint or build(start, vae, images, config.seed)
+    if config.guidance_scale is not None:
+        components.others["guidance_scale"] = config.guidance_scale
     for frozen in (components.vae, components.text_encoder):
         frozen.eval().requires_grad_(False).to(accelerator.device)
     log_cut_texts(config, images, components.tokenizer, accelerator)

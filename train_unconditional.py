@@ -1,4 +1,28 @@
 #!/usr/bin/env python
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "torch>=2.6",
+#     "numpy>=1.26",
+#     "diffusers>=0.38",
+#     "accelerate>=1.10",
+#     "transformers>=5.0",
+#     "tokenizers>=0.20",
+#     "datasets>=4.0",
+#     "pandas>=2.0",
+#     "pyarrow>=15.0",
+#     "huggingface_hub>=1.0",
+#     "safetensors>=0.5",
+#     "pillow>=10.0",
+#     "psutil>=5.9",
+#     "pyyaml>=6.0",
+#     "tqdm>=4.66",
+#     "matplotlib>=3.8",
+#     "typer>=0.15",
+#     "tensorboard>=2.16",
+#     "mlxtend>=0.23",
+# ]
+# ///
 """Train a DDPM on your images.
 
     accelerate launch train_unconditional.py --train_data_dir photos --resolution 64 --model_preset small-64

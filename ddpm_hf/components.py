@@ -28,7 +28,7 @@ class Components(NamedTuple):
     tokenizer: object
     unet: UNet2DConditionModel
     scheduler: DDPMScheduler
-    others: dict  # of a checkpoint: its sampler and what else it holds
+    others: dict  # its sampler and default guidance scale; of a checkpoint also what else it holds
 
 
 def load_checkpoint_components(config) -> Components:
@@ -57,7 +57,7 @@ def load_checkpoint_components(config) -> Components:
     changes = {key: value for key, value in changes.items() if value is not None}
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, **changes)
     extra = {key: pipeline.components.get(key) for key in ("safety_checker", "feature_extractor", "image_encoder")}
-    others = {"sampler": type(pipeline.scheduler), **extra}
+    others = {"sampler": type(pipeline.scheduler), "guidance_scale": pipeline.config.guidance_scale, **extra}
     return Components(pipeline.vae, pipeline.text_encoder, pipeline.tokenizer, unet, scheduler, others)
 
 

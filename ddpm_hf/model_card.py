@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ._package import package_url
+from .space.samplers import SAMPLERS, usable_samplers
 from .training.checkpointing import write_whole
 from .training.ownership import GRIDS, claim_files, matching, may_write, release_files, remove
 
@@ -319,7 +321,7 @@ def use(facts: Facts) -> str:
     if facts.pipeline.stock_class_name():
         lines += ["With Diffusers alone:", "", *_python(facts, "", call), ""]
     lines += [
-        "With the package `ddpm_hf`, which adds previews along the chain and more:",
+        f"With the package `ddpm_hf`{_where_to_get_it()}, which adds previews along the chain and more:",
         "",
         "```python",
         f"from ddpm_hf import {facts.class_name}",
@@ -345,8 +347,22 @@ def use(facts: Facts) -> str:
         "```bash",
         shlex.join(["ddpm-hf", "sample", facts.repository, *example, "--num-images", "16", "--out", "pictures"]),
         "```",
+        "",
+        samplers(facts),
     ]
     return "\n".join(lines)
+
+
+def samplers(facts: Facts) -> str:
+    """Which samplers run the model, by their names on the command line."""
+    usable = [f"`{name}` ({SAMPLERS[name].title})" for name in usable_samplers(facts.pipeline)]
+    return f"Samplers that run it, for `--sampler`: {', '.join(usable)}."
+
+
+def _where_to_get_it() -> str:
+    """How to install the package, in brackets, where its address is known."""
+    url = package_url()
+    return f" (`pip install '{url}'`)" if url else ""
 
 
 def _python(facts: Facts, options: str, call: str) -> list[str]:
@@ -360,6 +376,9 @@ def call_arguments(facts: Facts) -> str:
     T = facts.pipeline.scheduler.config.num_train_timesteps
     if facts.kind == "text-to-image":
         usual = [] if T >= 50 else [f"num_inference_steps={T - 1}"]
+        # Stable Diffusion's pipeline does not read the default that ours saves
+        scale = facts.pipeline.config.guidance_scale
+        usual += [] if scale == 7.5 else [f"guidance_scale={scale:g}"]
         return ", ".join([_as_string(first_prompt(facts)), *usual])
     by_class = facts.kind == "class-conditional-image-generation"
     classes = [f"[{_as_string(first_class(facts.pipeline))}]"] if by_class else []

@@ -19,6 +19,7 @@ class Preset(NamedTuple):
     description: str
     unet: dict[str, Any]  # arguments of UNet2DModel
     recipe: dict[str, Any]  # training flags and their values
+    parameters: int  # for images of three channels, unconditionally
 
 
 def _blocks(kind: str, resolutions: list[int], attention_at: tuple[int, ...]) -> tuple[str, ...]:
@@ -84,16 +85,19 @@ MODEL_PRESETS: dict[str, Preset] = {
         "0.7M parameters for 16×16 on a CPU: the embedded digits' model",
         _small(16, (32, 64), 1, (8,)),
         {},
+        parameters=702_499,
     ),
     "small-32": Preset(
         "2.8M parameters for 32×32 on a CPU",
         _small(32, (32, 64, 128), 1, (8,)),
         {},
+        parameters=2_736_099,
     ),
     "small-64": Preset(
         "11M parameters for 64×64, a GPU's first hour or a CPU's night",
         _small(64, (32, 64, 128, 256), 1, (8,)),
         {},
+        parameters=10_727_267,
     ),
     "ddpm-cifar10": Preset(
         "Ho et al. 2020, CIFAR-10 32×32",
@@ -105,6 +109,7 @@ MODEL_PRESETS: dict[str, Preset] = {
             "max_train_steps": 800_000,
             "variance_type": "fixed_large",
         },
+        parameters=35_746_307,
     ),
     "ddpm-256": Preset(
         "Ho et al. 2020, CelebA-HQ and LSUN 256×256 (steps as for CelebA-HQ)",
@@ -116,6 +121,7 @@ MODEL_PRESETS: dict[str, Preset] = {
             "max_train_steps": 500_000,
             "variance_type": "fixed_small",
         },
+        parameters=113_673_219,
     ),
     "iddpm-cifar10": Preset(
         "Nichol & Dhariwal 2021, CIFAR-10 32×32",
@@ -128,6 +134,7 @@ MODEL_PRESETS: dict[str, Preset] = {
             "ddpm_beta_schedule": "cosine",
             "ddpm_num_steps": 4000,
         },
+        parameters=52_546_438,
     ),
     "iddpm-imagenet64": Preset(
         "Nichol & Dhariwal 2021, ImageNet 64×64",
@@ -140,6 +147,7 @@ MODEL_PRESETS: dict[str, Preset] = {
             "ddpm_beta_schedule": "cosine",
             "ddpm_num_steps": 4000,
         },
+        parameters=121_063_942,
     ),
     "adm-64": Preset(
         "Dhariwal & Nichol 2021, ImageNet 64×64",
@@ -151,6 +159,7 @@ MODEL_PRESETS: dict[str, Preset] = {
             "max_train_steps": 540_000,
             "ddpm_beta_schedule": "cosine",
         },
+        parameters=295_136_454,
     ),
     "adm-128": Preset(
         "Dhariwal & Nichol 2021, ImageNet 128×128",
@@ -161,6 +170,7 @@ MODEL_PRESETS: dict[str, Preset] = {
             "train_batch_size": 256,
             "max_train_steps": 4_360_000,
         },
+        parameters=420_505_606,
     ),
     "adm-256": Preset(
         "Dhariwal & Nichol 2021, ImageNet 256×256",
@@ -171,6 +181,7 @@ MODEL_PRESETS: dict[str, Preset] = {
             "train_batch_size": 256,
             "max_train_steps": 1_980_000,
         },
+        parameters=552_814_086,
     ),
 }
 

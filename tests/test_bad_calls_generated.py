@@ -226,6 +226,7 @@ ARGUMENTS = {
                 randn(1, 1, 8, 8).double(), "x", 5, [[1.0]], np.zeros((1, 1, 8, 8))],
     "timesteps": [None, [], [5], [5, 5], [0, 5], [T], [-1], [5.5, 2], "abc", 5, [T - 1, 0], [None],
                   torch.tensor([5, 0])],
+    "eta": [0, 0.0, 1, 0.5, -1, 2, math.nan, math.inf, "x", None],
     "num_frames": [0, 1, 2, -1, 1.5, "x", None, 10**6],
     "callback_on_step_end": [None, 5, "x"],
     "callback_on_step_end_tensor_inputs": [("latents",), ["x"], "latents", None, 5],

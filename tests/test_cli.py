@@ -10,19 +10,19 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 
-from ddpm_hf import DDPMPipeline, DDPMScheduler, TextToImageDDPMPipeline, cli
+from ddpm_hf import DDPMPipeline, DDPMScheduler, TextToImageDDPMPipeline
 from ddpm_hf.cli.conditions import class_ids
+from ddpm_hf.space.samplers import SAMPLERS
 from ddpm_hf.training.ownership import MANIFEST
 from ddpm_hf.training.randomness import keyed_seed
+from tests.fixtures_cli import assert_one_line, images
 from tests.fixtures_pipeline import tiny_unet
 from tests.fixtures_text import tiny_text_pipeline
 
 ROOT = Path(__file__).parents[1]
 STEPS = 20  # T of the tiny model
-SAMPLERS = ("ddpm", "ddim", "dpm++", "unipc")
 
 
 @pytest.fixture(scope="module")
@@ -32,33 +32,6 @@ def model(tmp_path_factory):
     scheduler = DDPMScheduler(num_train_timesteps=STEPS, beta_schedule="cosine", variance_type="fixed_large")
     DDPMPipeline(tiny_unet(), scheduler).save_pretrained(folder)
     return folder
-
-
-@pytest.fixture
-def run(monkeypatch, capfd):
-    """Call the entry point with some words; its exit code, stdout and stderr."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # else the command sets torch's threads for good
-    verbosity = diffusers_logging.get_verbosity()
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["ddpm-hf", *map(str, words)])
-        capfd.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code
-        return code, *capfd.readouterr()
-
-    yield call
-    diffusers_logging.set_verbosity(verbosity)
-    diffusers_logging.enable_progress_bar()
-
-
-def images(folder):
-    """The single images of a folder, in order: int [N, H, W]."""
-    paths = sorted(path for path in folder.iterdir() if path.stem.isdecimal())
-    return np.stack([np.asarray(Image.open(path)).astype(int) for path in paths])
 
 
 def test_sample_writes_a_grid_and_every_image(run, model, tmp_path):
@@ -164,21 +137,10 @@ def test_models_of_stock_are_sampled_too(run, tmp_path):
 # What a user can mend
 
 
-def assert_one_line(result, *named):
-    """Exit code 2, and one line on stderr that names what is wrong."""
-    code, _, err = result
-    assert code == 2, err
-    lines = [line for line in err.splitlines() if line.strip()]
-    assert len(lines) == 1, err
-    assert lines[0].startswith("ddpm-hf: error: ")
-    for word in named:
-        assert str(word) in lines[0]
-
-
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (("sample", "MODEL", "--sampler", "euler"), ("euler", "dpm++")),
+        (("sample", "MODEL", "--sampler", "dpm"), ("dpm", "dpm++")),
         (("sample", "MODEL", "--num-images", "many"), ("--num-images", "integer")),
         (("sample", "MODEL", "--num-images", "0"), ("--num-images", "1")),
         (("sample", "MODEL", "--steps", "-3"), ("--steps", "1")),

@@ -2,6 +2,7 @@
 
 import copy
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from ddpm_hf.models import (
 from ddpm_hf.portable.scheduling_ddpm_hf import DDPMScheduler
 from tests.fixtures_unconditional import parse
 
+ROOT = Path(__file__).parents[1]
 SMALL = [name for name in MODEL_PRESETS if name.startswith("small-")]
 PUBLISHED = {
     # name: widths, blocks, attention at, dropout, learning rate, warm-up, batch, steps, schedule, T, variance, clip,
@@ -268,3 +270,13 @@ def test_the_default_unet_is_the_peers():
     assert [kind.startswith("Attn") for kind in unet.config.down_block_types] == [False] * 4 + [True, False]
     assert [kind.startswith("Attn") for kind in unet.config.up_block_types] == [False, True] + [False] * 4
     assert parameters(unet) == parameters(on_meta(preset_unet_config("ddpm-256")))
+
+
+@pytest.mark.parametrize("name", MODEL_PRESETS)
+def test_a_preset_states_its_parameters(name):
+    """Else `ddpm-hf presets` and docs/presets.md advise a model by a size that it does not have."""
+    with torch.device("meta"):
+        model = UNet2DModel(**MODEL_PRESETS[name].unet)
+    assert sum(each.numel() for each in model.parameters()) == MODEL_PRESETS[name].parameters
+    table = (ROOT / "docs" / "presets.md").read_text(encoding="utf-8")
+    assert re.search(rf"^\| `{name}` .*\| {MODEL_PRESETS[name].parameters:,} \|", table, re.M)

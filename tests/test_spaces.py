@@ -13,8 +13,9 @@ import pytest
 import yaml
 
 from ddpm_hf import spaces
-from ddpm_hf.space.drawing import MOMENTS, MOST_IMAGES, SAMPLERS, Studio, Wish, followed, load_pipeline
+from ddpm_hf.space.drawing import MOMENTS, MOST_IMAGES, Studio, Wish, followed, load_pipeline
 from ddpm_hf.space.page import EVERY_CLASS, NO_CLASS, ROWS, captions_of, chain_picture, thumbnail, wish_of
+from ddpm_hf.space.samplers import SAMPLERS
 from tests.fixtures_spaces import CLASSES, STEPS, STRANGERS, TOKEN, WRONG, environment, put, seeded, tiny_pipelines
 from tests.hub_server import Hub
 

@@ -7,45 +7,54 @@ import sys
 
 import typer
 
+from .._version import __version__
 from ..training.machine import accept_any_text
-from ..training.paths import expand_home
-from . import push, push_space, sample, train_classifier
+from . import info, presets, push, push_space, sample, train, train_classifier
+from .endings import HandOver, run
 
 app = typer.Typer(
-    help="Denoising diffusion in the Hugging Face ecosystem: look at what a trained model draws.",
+    help="Denoising diffusion in the Hugging Face ecosystem: train, sample, share.",
+    epilog="ddpm-hf train --train_data_dir photos, then ddpm-hf sample ddpm-model-64, then ddpm-hf push ddpm-model-64."
+    " Each command has its --help.",
+    context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"ddpm-hf {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _commands() -> None:
-    """Denoising diffusion in the Hugging Face ecosystem: look at what a trained model draws."""
+def _options(
+    version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Show the version."),
+) -> None:
+    """Denoising diffusion in the Hugging Face ecosystem: train, sample, share."""
 
 
 UNDERSCORES_TOO = {"token_normalize_func": lambda token: token.replace("_", "-")}  # --num_images is --num-images
 EVERYTHING_AFTER = {"allow_extra_args": True, "ignore_unknown_options": True}
 
-app.command(context_settings=UNDERSCORES_TOO)(sample.sample)
-app.command(context_settings=UNDERSCORES_TOO)(push.push)
-app.command("push-space")(push_space.push_space)
-app.command("train-classifier", context_settings=EVERYTHING_AFTER, add_help_option=False)(
+app.command(cls=HandOver, context_settings=EVERYTHING_AFTER, add_help_option=False)(train.train)
+app.command("train-text2image", cls=HandOver, context_settings=EVERYTHING_AFTER, add_help_option=False)(
+    train.train_text2image
+)
+app.command("train-classifier", cls=HandOver, context_settings=EVERYTHING_AFTER, add_help_option=False)(
     train_classifier.train_classifier
 )
+app.command(context_settings=UNDERSCORES_TOO, epilog=sample.EPILOG)(sample.sample)
+app.command(context_settings=UNDERSCORES_TOO, epilog=push.EPILOG)(push.push)
+app.command("push-space", context_settings=UNDERSCORES_TOO, epilog=push_space.EPILOG)(push_space.push_space)
+app.command(context_settings=UNDERSCORES_TOO, epilog=info.EPILOG)(info.info)
+app.command(epilog=presets.EPILOG)(presets.presets)
 
 
 def main() -> None:
-    """The entry point: what the user can mend is one line and exit code 2."""
+    """The entry point."""
     accept_any_text()
-    try:
-        app([expand_home(word) for word in sys.argv[1:]], standalone_mode=False)
-    except typer.Abort:
-        raise SystemExit(130) from None
-    except (typer.BadParameter.__mro__[2], ValueError, OSError) as error:  # typer's own ClickException
-        message = error.format_message() if hasattr(error, "format_message") else str(error)
-        if message.strip():  # without a command, the help is the message
-            from ..training.config import one_line
-
-            print(f"ddpm-hf: error: {one_line(message)} (see --help)", file=sys.stderr)
-        raise SystemExit(2) from None
+    code = run(app, sys.argv[1:])
+    if code:
+        raise SystemExit(code)

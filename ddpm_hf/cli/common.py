@@ -26,3 +26,20 @@ def own_token(token: str | None) -> str | None:
     token = token and token.strip()
     check_token("token", token or None)
     return token or None
+
+
+def token_to_write(token: str | None) -> str:
+    """The token to upload with: that of --token or HF_TOKEN, or of the login.
+
+    Raises:
+        ValueError: there is none, or one that cannot be one.
+    """
+    from huggingface_hub import get_token
+
+    token = own_token(token) or get_token()
+    if token is None:
+        raise ValueError(
+            "uploading requires a token with write access: log in with `hf auth login`, set HF_TOKEN, or give --token"
+            " (https://huggingface.co/settings/tokens)"
+        )
+    return token

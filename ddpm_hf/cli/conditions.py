@@ -13,13 +13,20 @@ class Conditions:
 
     Args:
         given: class ids, or prompts; empty for a model that is sampled without either.
+        names: of these, for people.
         options: further arguments of the pipeline's call.
         by_keyword: whether the pipeline takes `given` as `class_labels`, for the classifier that guides it.
     """
 
     given: Sequence[Any] = ()
+    names: Sequence[str] = ()
     options: dict[str, Any] = field(default_factory=dict)
     by_keyword: bool = False
+
+    def labels(self, count: int) -> list[int]:
+        """The class ids of the first images; none where there are no classes."""
+        by_class = all(isinstance(one, int) for one in self.given)
+        return [self.given[index % len(self.given)] for index in range(count)] if self.given and by_class else []
 
     def sample(self, pipeline, indices: range, **options):
         """The pipeline's output for the images of these indices."""
@@ -42,14 +49,14 @@ def read_conditions(
 
     Args:
         classifier: the folder of one that guides the pipeline.
-        guidance: scale (None: the default of the model's kind), rescale and interval.
+        guidance: scale (None: the model's own default), rescale and interval.
 
     Raises:
         ValueError: options that the model cannot fulfil.
     """
     if hasattr(pipeline, "tokenizer"):
         warn_of_cut_prompts(pipeline.tokenizer, [*(prompts or ()), negative_prompt or ""])
-        return _by_prompt(prompts, negative_prompt, classes, classifier, guidance, classifier_scale)
+        return _by_prompt(pipeline, prompts, negative_prompt, classes, classifier, guidance, classifier_scale)
     if prompts or negative_prompt:
         raise ValueError("this model reads no text; leave out --prompt and --negative-prompt")
     guide = None if classifier is None else load_classifier(Path(classifier), pipeline).to(pipeline.device)
@@ -64,23 +71,30 @@ def read_conditions(
                 "--guidance-scale requires a model that also learned no class (trained with --class_dropout 0.1)"
             )
         options |= _free_guidance(scale, rescale, interval)
-        return Conditions(class_ids(classes, class_names(pipeline), pipeline.default_classes), options)
+        return _by_class(classes, class_names(pipeline), pipeline.default_classes, options)
     _check_no_free_guidance(classes, scale, rescale, interval, guide)
     if guide is None:
         return Conditions()
-    ids = class_ids(classes, class_names(guide), guide.config.get("trained_classes"))
-    return Conditions(ids, options, by_keyword=True)
+    return _by_class(classes, class_names(guide), guide.config.get("trained_classes"), options, by_keyword=True)
 
 
-def _by_prompt(prompts, negative_prompt, classes, classifier, guidance, classifier_scale) -> Conditions:
+def _by_class(
+    classes, id2label: dict[str, str], trained, options: dict[str, Any], by_keyword: bool = False
+) -> Conditions:
+    ids = class_ids(classes, id2label, trained)
+    return Conditions(ids, [id2label[str(number)] for number in ids], options, by_keyword)
+
+
+def _by_prompt(pipeline, prompts, negative_prompt, classes, classifier, guidance, classifier_scale) -> Conditions:
     if not prompts:
         raise ValueError("this model samples from a text; give it with --prompt")
     if classes or classifier:
         raise ValueError("this model samples from a text (--prompt); leave out --class and --classifier")
     _check_no_classifier_scale(classifier_scale)
     scale, rescale, interval = guidance
-    options = _free_guidance(7.5 if scale is None else scale, rescale, interval)
-    return Conditions(prompts, {**options, "negative_prompt": negative_prompt})
+    scale = pipeline.config.guidance_scale if scale is None else scale
+    options = _free_guidance(scale, rescale, interval)
+    return Conditions(prompts, prompts, {**options, "negative_prompt": negative_prompt})
 
 
 def warn_of_cut_prompts(tokenizer, prompts: Sequence[str]) -> None:
@@ -130,13 +144,14 @@ def class_ids(
     Raises:
         ValueError: an unknown class.
     """
-    ids = {number: int(number) for number in id2label}  # a name that looks like a number is the name
-    ids |= {name: int(number) for number, name in id2label.items()}
-    unknown = [name for name in classes or [] if name not in ids]
-    if unknown:
-        raise ValueError(f"--class {unknown[0]}: must be one of {', '.join(id2label.values())}")
+    from ..portable.guidance_ddpm_hf import find_class
+
     trained = list(trained or map(int, id2label))
-    chosen = [ids[name] for name in classes or ()]
+    ids = {name: int(number) for number, name in id2label.items()}
+    try:  # a name that looks like a number is the name
+        chosen = [int(one) if one in id2label and one not in ids else find_class(one, ids) for one in classes or ()]
+    except ValueError as error:
+        raise ValueError(f"--class: {error}") from error
     for number in sorted(set(chosen) - set(trained)):
         warning = f"warning: no training image had the class {id2label[str(number)]!r}; its embedding is untrained"
         print(warning, file=sys.stderr)

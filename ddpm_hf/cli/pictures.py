@@ -1,18 +1,19 @@
-"""What `ddpm-hf sample` writes."""
+"""What `ddpm-hf sample` writes: single images or an array, a grid, and the chains of some."""
 
 import functools
 import io
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 PART = "samples"  # of the manifest of the folder
-PATTERNS = ("#.png", "grid.png", "progressive.png", "chain.gif")
+PATTERNS = ("#.png", "grid.png", "progressive.png", "chain.gif", "samples.npz")
+MOST_IN_GRID = 1024
+ANIMATED, CHAINS = 16, 8  # images whose chains the GIF and the strip show
 
 
 def check_out(out: Path) -> None:
     """Raise ValueError for a folder that cannot be written to, or with such files of somebody else's."""
-    import os
-
     from ..training.ownership import check_replaceable
 
     parent = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
@@ -21,21 +22,40 @@ def check_out(out: Path) -> None:
     check_replaceable(out, PART, PATTERNS, "out")
 
 
-def write_pictures(images: list, frames: list, out: Path, grid_only: bool, progressive: bool) -> None:
-    """A grid of PIL images, each of them, and their chains, in the place of what an earlier call wrote."""
-    from ..data import image_grid
+def write_pictures(
+    images: list,
+    frames: list,
+    out: Path,
+    names: Sequence[str] = (),
+    columns: int | None = None,
+    singles: bool = True,
+    arrays: dict | None = None,
+) -> str:
+    """Write a grid of PIL images and what else is asked for, in the place of what an earlier call wrote.
+
+    Args:
+        frames: of the chains, for a strip and an animation; empty for none.
+        names: labels of the images, in turn: a grid of several has a row for each, with a legend.
+        singles: whether each image is a file.
+        arrays: those of an npz file, by their names.
+
+    Returns: what was written, for people.
+    """
     from ..training.ownership import replace_files
 
-    files: dict[str, Callable[[], bytes]] = {
-        "grid.png": lambda: encoded(image_grid(images, scale=scale_of(images))),
-    }
-    if not grid_only:
+    shown = images[:MOST_IN_GRID]
+    files: dict[str, Callable[[], bytes]] = {"grid.png": lambda: encoded(grid(shown, names, columns))}
+    if frames:
+        files["progressive.png"] = lambda: encoded(strip_of(frames, images, names))
+        files["chain.gif"] = lambda: animation([grid(frame.sample[:ANIMATED], names) for frame in frames])
+    if arrays:
+        files["samples.npz"] = lambda: npz(arrays)
+    others = ", ".join(files)
+    if singles:
         files |= {f"{index:04d}.png": functools.partial(encoded, image) for index, image in enumerate(images)}
-    if progressive:
-        moments = [frame.sample[:16] for frame in frames]
-        files["progressive.png"] = lambda: encoded(strip_of(frames, images))
-        files["chain.gif"] = lambda: animation(moments, scale_of(images))
     replace_files(out, PART, files)
+    few = f" (of the first {len(shown):,})" if len(images) > len(shown) else ""
+    return f"{len(images):,} images in {out}: {others}{few}"
 
 
 def encoded(image) -> bytes:
@@ -45,19 +65,36 @@ def encoded(image) -> bytes:
     return buffer.getvalue()
 
 
+def grid(images: list, names: Sequence[str] = (), columns: int | None = None):
+    """PIL images as one picture; a row for each of several names, which the images have in turn."""
+    from PIL import Image
+
+    from ..data import image_grid
+
+    rows = min(len(names), len(images))
+    if rows < 2:
+        return image_grid(images, columns, scale=scale_of(images))
+    columns = -(-len(images) // rows)
+    blank = Image.new(images[0].mode, images[0].size, "white")
+    by_row = [images[row::rows] for row in range(rows)]
+    cells = [image for row in by_row for image in row + [blank] * (columns - len(row))]
+    return image_grid(cells, columns, scale=scale_of(images), legend=names[:rows])
+
+
 def scale_of(images: list) -> int:
     """How many times to enlarge images in a grid."""
     return max(1, 64 // images[0].width)
 
 
-def strip_of(frames: list, images: list):
+def strip_of(frames: list, images: list, names: Sequence[str] = ()):
     """x̂_0 along the chains of the first images, as one image."""
     from ..data import image_grid
 
-    shown = min(8, len(images))
+    shown = min(CHAINS, len(images))
     moments = frames[:: max(1, len(frames) // 10)][-9:] + frames[-1:]
     strip = [moment.prediction[index] for index in range(shown) for moment in moments]
-    return image_grid(strip, columns=len(moments), scale=scale_of(images))
+    legend = [names[index % len(names)] for index in range(shown)] if len(names) > 1 else None
+    return image_grid(strip, columns=len(moments), scale=scale_of(images), legend=legend)
 
 
 def on_white(image):
@@ -70,12 +107,27 @@ def on_white(image):
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
-def animation(frames: list[list], scale: int) -> bytes:
-    """An animated GIF of a grid along the chain; the last frame stays a while."""
-    from ..data import image_grid
-
-    grids = [on_white(image_grid(images, scale=scale)).convert("P") for images in frames]
+def animation(grids: list) -> bytes:
+    """PIL pictures as an animated GIF; the last one stays a while."""
+    frames = [on_white(picture).convert("P") for picture in grids]
     buffer = io.BytesIO()
-    durations = [100] * (len(grids) - 1) + [2000]
-    grids[0].save(buffer, "GIF", save_all=True, append_images=grids[1:], duration=durations, loop=0)
+    durations = [100] * (len(frames) - 1) + [2000]
+    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
+    return buffer.getvalue()
+
+
+def adm_arrays(images: list, labels: Sequence[int]) -> dict:
+    """PIL images as ADM's evaluation suite reads them: arr_0, uint8 [N, H, W, C]; of labels arr_1, int64 [N]."""
+    import numpy as np
+
+    arrays = {"arr_0": np.stack([np.atleast_3d(np.asarray(image)) for image in images])}
+    return arrays | ({"arr_1": np.asarray(labels, dtype=np.int64)} if len(labels) else {})
+
+
+def npz(arrays: dict) -> bytes:
+    """Arrays as the content of an npz file."""
+    import numpy as np
+
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
     return buffer.getvalue()

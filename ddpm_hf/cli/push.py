@@ -6,7 +6,16 @@ from typing import Annotated
 
 import typer
 
-from .common import own_token, quiet
+from .common import own_token, quiet, token_to_write
+from .endings import says_what_is_left
+
+EPILOG = """Examples:
+
+ddpm-hf push photos-ddpm user/photos-ddpm --license apache-2.0
+
+ddpm-hf push photos-ddpm --dry-run
+
+ddpm-hf push photos-ddpm user/photos-ddpm --revision v1 --variant fp16"""
 
 
 class Variant(str, enum.Enum):
@@ -18,7 +27,7 @@ class Variant(str, enum.Enum):
 def push(
     folder: Annotated[Path, typer.Argument(help="A training run's output folder, or any saved pipeline of ours.")],
     repository: Annotated[
-        str | None, typer.Argument(help="user/name on the Hub; by default the folder's name, under your user.")
+        str | None, typer.Argument(help="user/name on the Hub. Default: the folder's name, under your user.")
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
     license_: Annotated[
@@ -34,46 +43,131 @@ def push(
         list[str] | None, typer.Option(help="Pattern of more files of the folder to upload; repeat it for several.")
     ] = None,
     message: Annotated[str, typer.Option(help="The commit's message.")] = "Upload the pipeline",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show files, repository, token and card; upload and write nothing.")
+    ] = False,
     token: Annotated[
-        str | None, typer.Option(help="To write with; by default your login (hf auth login).", envvar="HF_TOKEN")
+        str | None, typer.Option(help="To write with. Default: your login (hf auth login).", envvar="HF_TOKEN")
     ] = None,
 ) -> None:
     """Publish a saved pipeline: weights, code, pictures and a model card, in one commit.
 
     Checkpoints, optimizer states, logs and settings stay. Pushing again keeps what you wrote into the card.
     """
-    from ..publishing import draw_missing_pictures, open_repository, push_folder, reason_of
-    from ..saving import save_half_precision
-    from ..space.drawing import Studio
     from ..training.config import check_license
     from ..training.ownership import settle
 
-    quiet()
-    token = own_token(token)
+    token = own_token(token) if dry_run else token_to_write(token)
     check_license("license", license_)
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder; give the --output_dir of a training run")
+    include = tuple(include or ())
+    check_patterns(folder, include)
+    quiet()
     settle(folder)
-    studio = Studio(str(folder))
-    pipeline = studio.pipeline
-    for pattern in include or ():
-        if (
-            Path(pattern).is_absolute()
-            or ".." in Path(pattern).parts
-            or not any(path.is_file() for path in folder.glob(pattern))
-        ):
-            raise ValueError(f"--include {pattern}: no such file in {folder}; of a folder, give folder/*")
     name = repository or folder.resolve().name
+    if dry_run:
+        show_upload(folder, name, token, license_, include, variant is not None)
+        return
+    state = [f"nothing was uploaded, and {folder} is complete"]
+    with says_what_is_left(lambda: state[-1]):
+        upload(folder, name, token, private, license_, revision, variant is not None, include, message, state)
+
+
+def check_patterns(folder: Path, include: tuple[str, ...]) -> None:
+    """Raise ValueError for a pattern that leads out of the folder, or that no file matches."""
+    for pattern in include:
+        inside = not Path(pattern).is_absolute() and ".." not in Path(pattern).parts
+        if not (inside and any(path.is_file() for path in folder.glob(pattern))):
+            raise ValueError(f"--include {pattern}: no such file in {folder}; for a folder's files, give folder/*")
+
+
+def upload(
+    folder: Path,
+    name: str,
+    token: str,
+    private: bool,
+    license: str | None,
+    tag: str | None,
+    half: bool,
+    include: tuple[str, ...],
+    message: str,
+    state: list[str],
+) -> None:
+    """Upload a folder, and list what was uploaded.
+
+    Args:
+        half: whether to make weights in half precision first.
+        state: gets what is true if the work stops at any moment.
+    """
+    from ..publishing import draw_missing_pictures, open_repository, push_folder, reason_of
+    from ..saving import save_half_precision
+    from ..space.drawing import Studio
+
+    studio = Studio(str(folder))
     try:
         name = open_repository(name, token, private)
-        if variant is not None:
-            save_half_precision(pipeline, folder)
+        if half:
+            save_half_precision(studio.pipeline, folder)
         draw_missing_pictures(studio, folder)
-        options = {"license": license_, "tag": revision, "message": message, "include": tuple(include or ())}
-        upload = push_folder(folder, name, token, pipeline, **options)
+        state.append(f"the upload is one commit: {name} has all of it or nothing; {folder} is complete")
+        options = {"license": license, "tag": tag, "message": message, "include": include}
+        done = push_folder(folder, name, token, studio.pipeline, **options)
     except Exception as error:  # whatever the network does
         raise ValueError(f"the upload to {name} failed ({reason_of(error)}); nothing of {folder} is lost") from error
-    width = max(map(len, upload.files))
-    for path, size in sorted(upload.files.items()):
+    list_files(done.files)
+    typer.echo(f"published at {done.address}")
+
+
+def list_files(sizes: dict[str, int]) -> None:
+    """Print files with their sizes in bytes."""
+    width = max(map(len, sizes))
+    for path, size in sorted(sizes.items()):
         typer.echo(f"{path:<{width}}  {size:>14,}")
-    typer.echo(f"published at {upload.address}")
+
+
+def show_upload(
+    folder: Path, name: str, token: str | None, license: str | None, include: tuple[str, ...], half: bool
+) -> None:
+    """Print what `upload` would do, as far as the network tells; write nothing."""
+    from ..model_card import SAMPLES, make_card, read_facts
+    from ..publishing import files_to_publish, read_card
+    from ..space.drawing import load_pipeline
+
+    pipeline = load_pipeline(str(folder))
+    card = make_card(read_facts(folder, name, pipeline, license), read_card(folder))
+    files = {path: file.stat().st_size for path, file in files_to_publish(folder, include).items()}
+    list_files({**files, "README.md": len(card.encode())})
+    if half:
+        typer.echo("and weights in half precision, which are made first")
+    if SAMPLES not in files and not hasattr(pipeline, "tokenizer"):
+        typer.echo("and pictures for the card, which are sampled first or taken from samples/")
+    for line in look_at_hub(name, token, "model"):
+        typer.echo(line)
+    typer.echo(f"\nREADME.md:\n\n{card}")
+
+
+def look_at_hub(name: str, token: str | None, kind: str) -> list[str]:
+    """What the Hub says of a token and of a repository ("model" or "space"); that it does not answer, if so."""
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+
+    from ..publishing import reason_of
+
+    api, lines = HfApi(token=token), []
+    try:
+        if token or get_token():
+            user = api.whoami()["name"]
+            lines.append(f"token: valid, of {user}")
+            name = name if "/" in name else f"{user}/{name}"
+        else:
+            lines.append("token: none; log in with `hf auth login`, set HF_TOKEN, or give --token")
+        info = api.repo_info(name, repo_type=kind)
+        lines.append(f"{kind}: {name} exists, {'private' if info.private else 'public'}; it would get a new commit")
+    except RepositoryNotFoundError:
+        lines.append(f"{kind}: {name} does not exist, or not for this token; it would be created")
+    except HfHubHTTPError as error:
+        lines.append(f"the Hub refuses: {reason_of(error)}")
+    except Exception as error:  # whatever the network does
+        lines.append(f"the Hub does not answer ({reason_of(error)}): token and {kind} {name} are not checked")
+    return lines

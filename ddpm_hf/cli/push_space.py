@@ -5,14 +5,20 @@ from typing import Annotated
 
 import typer
 
-from .common import own_token, quiet
+from .common import own_token, quiet, token_to_write
+from .endings import says_what_is_left
+from .push import list_files, look_at_hub
+
+EPILOG = """Examples:
+
+ddpm-hf push-space user/photos-ddpm
+
+ddpm-hf push-space photos-ddpm --out app"""
 
 
 def push_space(
     model: Annotated[str, typer.Argument(help="A model on the Hub (user/name); with --out also a folder.")],
-    space: Annotated[
-        str | None, typer.Option(help="The Space's name (user/name); by default the model's own.")
-    ] = None,
+    space: Annotated[str | None, typer.Option(help="The Space's name (user/name). Default: the model's name.")] = None,
     private: Annotated[bool, typer.Option("--private", help="As it always is for a private model.")] = False,
     example: Annotated[
         list[str] | None, typer.Option(help="For text to image: a prompt to offer; repeat it for several.")
@@ -20,27 +26,40 @@ def push_space(
     out: Annotated[
         Path | None, typer.Option(help="Write the app into this new folder, to run it here, and upload nothing.")
     ] = None,
-    token: Annotated[str | None, typer.Option(help="By default your login.", envvar="HF_TOKEN")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the files, and look at Space and token; upload and write nothing.")
+    ] = False,
+    token: Annotated[str | None, typer.Option(help="Default: your login.", envvar="HF_TOKEN")] = None,
 ) -> None:
-    """Publish an app that draws with a model, as a Space: classes or a prompt, samplers, the chain as it runs."""
+    """Publish an app that samples from a model, as a Space: classes or a prompt, samplers, the chain as it runs."""
     from huggingface_hub.utils import disable_progress_bars
 
     from .. import spaces
 
-    quiet()
-    disable_progress_bars()
-    token = own_token(token)
     if out and (space or private):
         raise ValueError("--out uploads nothing; leave out --space and --private")
-    found = spaces.look_up(model, token, example or [])
+    token = own_token(token) if out or dry_run else token_to_write(token)
+    quiet()
+    disable_progress_bars()
+    examples = example or []
+    found = spaces.look_up(model, token, examples)
+    if dry_run:
+        files = {name: len(text.encode()) for name, text in spaces.space_files(found, examples).items()}
+        list_files(files)
+        for line in [] if out or found.address is None else look_at_hub(space or found.name, token, "space"):
+            typer.echo(line)
+        return
     if out:
-        spaces.write_space(out, found, example or [])
+        with says_what_is_left(lambda: f"{out} was not written"):
+            spaces.write_space(out, found, examples)
         typer.echo(
             f"{out}: run it with pip install -r {out}/requirements.txt gradio=={spaces.GRADIO_VERSION},"
             f" then python {out}/app.py"
         )
         return
-    address = spaces.push_space(found, space or found.name, token, private, example or [])
+    name = space or found.name
+    with says_what_is_left(lambda: f"the upload is one commit: the Space {name} has all of it or nothing"):
+        address = spaces.push_space(found, name, token, private, examples)
     typer.echo(f"published at {address}")
     if found.private:
         typer.echo(f"{model} is private: put a token that may read it into the Space's settings, as secret HF_TOKEN")

@@ -6,18 +6,15 @@ from typing import Annotated
 
 import typer
 
+from ..space.samplers import SAMPLERS
 from .common import own_token, quiet
 from .conditions import Conditions, read_conditions
-from .pictures import check_out, write_pictures
+from .endings import says_what_is_left
+from .pictures import adm_arrays, check_out, write_pictures
 
+DEFAULT_IMAGES, DEFAULT_BETWEEN = 16, 11
 
-class Sampler(str, enum.Enum):
-    """The samplers of `ddpm-hf sample`."""
-
-    ddpm = "ddpm"
-    ddim = "ddim"
-    dpmpp = "dpm++"
-    unipc = "unipc"
+Sampler = enum.Enum("Sampler", {name: name for name in SAMPLERS}, type=str)
 
 
 class Precision(str, enum.Enum):
@@ -28,56 +25,126 @@ class Precision(str, enum.Enum):
     fp16 = "fp16"
 
 
+class Format(str, enum.Enum):
+    """How the images are written."""
+
+    png = "png"
+    npz = "npz"
+
+
+# Panels of --help
+WHAT, HOW, WHERE = "What to sample", "How to sample", "Where from, where to"
+EPILOG = """Examples:
+
+ddpm-hf sample photos-ddpm --num-images 64 --progressive
+
+ddpm-hf sample photos-ddpm --sampler dpm++ --steps 25 --seed 7
+
+ddpm-hf sample by-class --class cat --class dog --guidance-scale 2
+
+ddpm-hf sample text2image --prompt "a handwritten seven" --prompt "the digit two"
+
+ddpm-hf sample photos-ddpm --num-images 50000 --batch-size 256 --format npz
+
+ddpm-hf sample photos-ddpm --interpolate a.png b.png --timestep 500"""
+
+
+def option(panel: str, help: str, *names: str, **settings):
+    """A typer option in a panel of --help."""
+    return typer.Option(*names, help=help, rich_help_panel=panel, **settings)
+
+
 def sample(
     model: Annotated[str, typer.Argument(help="A training run's output folder, or a model on the Hub (user/name).")],
-    out: Annotated[Path, typer.Option(help="The folder to write to.")] = Path("samples"),
-    num_images: Annotated[int, typer.Option(min=1, max=1_000_000, help="How many images to draw.")] = 16,
-    sampler: Annotated[
-        Sampler, typer.Option(help="ddpm is ancestral sampling; the others need fewer steps.")
-    ] = "ddpm",
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Timesteps to visit; by default all for ddpm, 50 or 25 for the others.")
+    num_images: Annotated[
+        int | None, option(WHAT, "Number of images. Default: 16, or 11 with --interpolate.", min=1, max=1_000_000)
     ] = None,
     class_: Annotated[
         list[str] | None,
-        typer.Option("--class", help="A class by name or id, for a model by class; repeat it for several in turn."),
+        option(
+            WHAT,
+            "A class by name or id, for a model by class; repeat it for several. Default: all.",
+            "--class",
+        ),
     ] = None,
     prompt: Annotated[
-        list[str] | None, typer.Option(help="For text to image: what to draw; repeat it for several in turn.")
+        list[str] | None, option(WHAT, "The text, for a text-to-image model; repeat it for several in turn.")
     ] = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="For text to image: what to move away from.")] = None,
+    negative_prompt: Annotated[str | None, option(WHAT, "For text to image: what to move away from.")] = None,
+    interpolate: Annotated[
+        tuple[Path, Path] | None,
+        option(WHAT, "Interpolate between two image files, noised to --timestep.", metavar="IMAGE IMAGE"),
+    ] = None,
+    timestep: Annotated[
+        int | None, option(WHAT, "For --interpolate: the noise level, from 0 to T-1; higher varies more.", min=0)
+    ] = None,
+    shared_timestep: Annotated[
+        int | None,
+        option(WHAT, "Sample all images from one x_t: they share the chain down to this timestep.", min=0),
+    ] = None,
+    sampler: Annotated[
+        Sampler,
+        option(HOW, "; ".join(f"{name}: {row.title}, {row.note}" for name, row in SAMPLERS.items()) + "."),
+    ] = "ddpm",
+    steps: Annotated[
+        int | None,
+        option(
+            HOW,
+            "Number of steps. Default: "
+            + ", ".join(f"{row.steps or 'all'} ({name})" for name, row in SAMPLERS.items())
+            + ".",
+            min=1,
+        ),
+    ] = None,
+    eta: Annotated[
+        float, option(HOW, "Noise of DDIM: 0 is deterministic, 1 as noisy as ddpm.", min=0.0, max=1.0)
+    ] = 0.0,
     guidance_scale: Annotated[
         float | None,
-        typer.Option(help="Classifier-free guidance: 1 is none, 2 insists on the class. By default 1, by prompt 7.5."),
+        option(
+            HOW,
+            "Classifier-free guidance: 1 disables it, higher values follow the class or the prompt more strongly."
+            " Default: 1 by class; by prompt what is saved with the model.",
+        ),
     ] = None,
     guidance_rescale: Annotated[
-        float, typer.Option(min=0, max=1, help="Against over-exposure at high guidance scales (Lin et al. 2023).")
+        float, option(HOW, "Against over-exposure at high guidance scales (Lin et al. 2023).", min=0, max=1)
     ] = 0.0,
     guidance_interval: Annotated[
-        tuple[int, int] | None, typer.Option(metavar="LOW HIGH", help="Guide only between these timesteps.")
+        tuple[int, int] | None, option(HOW, "Guide only between these timesteps.", metavar="LOW HIGH")
     ] = None,
     classifier: Annotated[
-        Path | None, typer.Option(help="A folder of train-classifier, to guide towards --class by its gradient.")
+        Path | None, option(HOW, "A folder of train-classifier, to guide towards --class by its gradient.")
     ] = None,
-    classifier_scale: Annotated[float, typer.Option(help="How strongly the classifier guides.")] = 1.0,
+    classifier_scale: Annotated[float, option(HOW, "How strongly the classifier guides.")] = 1.0,
     seed: Annotated[
-        int, typer.Option(min=0, max=2**63 - 1, help="Image i depends on the seed and i alone, whatever the batch.")
+        int, option(HOW, "Image i depends on the seed and i alone, whatever the batch.", min=0, max=2**63 - 1)
     ] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images drawn at once.")] = 64,
+    batch_size: Annotated[int, option(HOW, "Images sampled at once.", min=1)] = 64,
     precision: Annotated[
-        Precision, typer.Option(help="bf16 and fp16 are faster where the hardware has them.")
+        Precision, option(HOW, "bf16 and fp16 are faster where the hardware supports them.")
     ] = "fp32",
-    device: Annotated[str | None, typer.Option(help="cuda, mps or cpu; by default the best there is.")] = None,
+    device: Annotated[str | None, option(HOW, "cuda, mps or cpu. Default: the best of this machine.")] = None,
+    out: Annotated[Path, option(WHERE, "The folder to write to.")] = Path("samples"),
+    format: Annotated[
+        Format,
+        option(
+            WHERE,
+            "png: single images; npz: one file samples.npz as ADM's evaluation suite reads it (arr_0, uint8"
+            " [N, H, W, C]; arr_1, the labels of a model by class).",
+        ),
+    ] = "png",
     progressive: Annotated[
-        bool, typer.Option("--progressive", help="Also a strip of x̂_0 along the chain and an animated GIF of x_t.")
+        bool, option(WHERE, "Also a strip of x̂_0 along the chain and an animated GIF of x_t.", "--progressive")
     ] = False,
-    grid_only: Annotated[bool, typer.Option("--grid-only", help="Write no single images.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
-    token: Annotated[
-        str | None, typer.Option(help="For a private model; by default your login.", envvar="HF_TOKEN")
-    ] = None,
+    grid_only: Annotated[bool, option(WHERE, "Write the grid, no single images.", "--grid-only")] = False,
+    revision: Annotated[str | None, option(WHERE, "Branch, tag or commit on the Hub.")] = None,
+    token: Annotated[str | None, option(WHERE, "For a private model. Default: your login.", envvar="HF_TOKEN")] = None,
 ) -> None:
-    """Draw images: a grid (grid.png) and single ones (0000.png, ...)."""
+    """Sample images: a grid (grid.png) and single ones (0000.png, ...).
+
+    Several classes or prompts have a row of the grid each, with a legend.
+    """
     from ..space.drawing import load_pipeline
     from ..training.config import check_word
     from ..training.ownership import settle
@@ -85,6 +152,8 @@ def sample(
     for name, word in (("out", out), ("MODEL", model), ("classifier", classifier), ("revision", revision)):
         if word is not None:
             check_word(name, str(word))
+    special = "--interpolate" if interpolate else "--shared-timestep" if shared_timestep is not None else None
+    check_together(special, timestep, sampler, eta, progressive, format, grid_only)
     quiet()
     use_all_cores()
     device = checked_device(device)
@@ -97,10 +166,48 @@ def sample(
     conditions = read_conditions(pipeline, classifier, class_, prompt, negative_prompt, guidance, classifier_scale)
     check_out(out)
     steps = set_sampler(pipeline, sampler.value, steps)
-    with autocast(device, precision):
-        images, frames = sample_images(pipeline, conditions, num_images, batch_size, seed, steps, progressive)
-    write_pictures(images, frames, out, grid_only, progressive)
-    typer.echo(f"{len(images)} images in {out}: grid.png" + (", progressive.png, chain.gif" if progressive else ""))
+    columns, labels, frames = None, [], []
+    with says_what_is_left(lambda: f"nothing was written to {out}"), autocast(device, precision):
+        if special:
+            check_unconditional(pipeline, conditions, special)
+        if interpolate:
+            columns = DEFAULT_BETWEEN if num_images is None else num_images
+            images = images_between(pipeline, interpolate, timestep, columns, seed, steps)
+        elif shared_timestep is not None:
+            images = images_from_shared(pipeline, num_images or DEFAULT_IMAGES, shared_timestep, seed, steps)
+        else:
+            count, moments = num_images or DEFAULT_IMAGES, 40 if progressive else 0
+            images, frames = sample_images(pipeline, conditions, count, batch_size, seed, steps, eta, moments)
+            labels = conditions.labels(count)
+    arrays = adm_arrays(images, labels) if format is Format.npz else None
+    singles = not (grid_only or arrays)
+    typer.echo(write_pictures(images, frames, out, conditions.names, columns, singles, arrays))
+
+
+def check_together(special: str | None, timestep, sampler: Sampler, eta: float, progressive: bool, format, grid_only):
+    """Raise ValueError for options that exclude each other, or that nothing would read."""
+    if eta and sampler.value != "ddim":
+        raise ValueError(f"--eta {eta:g}: only --sampler ddim has it, and this is {sampler.value}")
+    if format is Format.npz and grid_only:
+        raise ValueError("--grid-only writes no images, and --format npz says how; give one of them")
+    if timestep is not None and special != "--interpolate":
+        raise ValueError(f"--timestep {timestep} is for --interpolate; for one shared x_t, give --shared-timestep")
+    if special == "--interpolate" and timestep is None:
+        raise ValueError("--interpolate requires --timestep, such as 500 of 1000; higher keeps less of the images")
+    if special and sampler.value != "ddpm":
+        raise ValueError(f"{special} starts within a chain, which --sampler {sampler.value} cannot; leave it out")
+    if special and progressive:
+        raise ValueError(f"{special} and --progressive: give one of them")
+    if special and format is Format.npz:
+        raise ValueError(f"{special} and --format npz: give one of them")
+
+
+def check_unconditional(pipeline, conditions: Conditions, special: str) -> None:
+    """Raise ValueError for a model that is sampled by class or text, and for classifier guidance."""
+    if not hasattr(pipeline, "interpolate"):
+        raise ValueError(f"{special} is for unconditional models, and this one samples by class or text")
+    if conditions.options:
+        raise ValueError(f"{special} and --classifier: give one of them")
 
 
 def use_all_cores() -> None:
@@ -140,7 +247,7 @@ def set_sampler(pipeline, sampler: str, steps: int | None) -> int:
     Raises:
         ValueError: more steps than the model has timesteps.
     """
-    from ..space.drawing import swap_sampler
+    from ..space.samplers import swap_sampler
 
     usual_steps = swap_sampler(pipeline, sampler)
     timesteps = pipeline.scheduler.config.num_train_timesteps
@@ -160,9 +267,16 @@ def autocast(device: str, precision: Precision):
 
 
 def sample_images(
-    pipeline, conditions: Conditions, num_images: int, batch_size: int, seed: int, steps: int, progressive: bool
+    pipeline,
+    conditions: Conditions,
+    num_images: int,
+    batch_size: int,
+    seed: int,
+    steps: int,
+    eta: float,
+    num_frames: int,
 ) -> tuple[list, list]:
-    """PIL images, and the frames of the first batch's chains if they are to be shown."""
+    """PIL images, batch by batch, and the frames of the first batch's chains."""
     from tqdm.auto import tqdm
 
     from ..space.drawing import keyed_generators
@@ -172,15 +286,46 @@ def sample_images(
     starts = range(0, num_images, batch_size)
     for first in tqdm(starts, desc="batches", disable=len(starts) == 1):
         indices = range(first, min(first + batch_size, num_images))
-        num_frames = 40 if progressive and first == 0 else 0
         output = conditions.sample(
             pipeline,
             indices,
             generator=keyed_generators(pipeline.device, seed, indices),
             num_inference_steps=steps,
-            num_frames=num_frames,
+            num_frames=num_frames if first == 0 else 0,
+            eta=eta,
             output_type="preview",
         )
         images += output.images
         frames = output.frames or frames
     return images, frames
+
+
+def images_between(pipeline, files: tuple[Path, Path], timestep: int, count: int, seed: int, steps: int) -> list:
+    """PIL images on the way from one to another (Ho et al. 2020, fig. 8), ends included."""
+    import torch
+    from PIL import Image, UnidentifiedImageError
+
+    from ..data import prepare_image
+    from ..space.drawing import keyed_generators
+
+    ends = []
+    for path in files:
+        try:
+            with Image.open(path) as image:
+                ends.append(prepare_image(image, pipeline.image_channels))
+        except (OSError, UnidentifiedImageError, ValueError) as error:
+            raise ValueError(f"--interpolate {path}: not an image that can be read ({error})") from error
+    if count < 2:
+        raise ValueError(f"--num-images {count}: --interpolate makes 2 or more")
+    weights = torch.linspace(0, 1, count).tolist()
+    (generator,) = keyed_generators(pipeline.device, seed, [0])
+    options = {"weights": weights, "generator": generator, "num_inference_steps": steps}
+    return pipeline.interpolate(*ends, timestep, **options).images
+
+
+def images_from_shared(pipeline, count: int, timestep: int, seed: int, steps: int) -> list:
+    """PIL images that have the chain down to a timestep in common (Ho et al. 2020, fig. 7)."""
+    from ..space.drawing import keyed_generators
+
+    (generator,) = keyed_generators(pipeline.device, seed, [0])
+    return pipeline.sample_from_shared(count, timestep, generator, num_inference_steps=steps).images

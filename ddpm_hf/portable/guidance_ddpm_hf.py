@@ -3,6 +3,7 @@
 This file is copied into published repositories: it imports torch, and the scheduler beside it.
 """
 
+import difflib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -43,6 +44,24 @@ class FreeGuidance(NamedTuple):
     def extrapolates(self, t) -> bool:
         """Whether the output at t lies beyond those of the conditional and the unconditional model."""
         return self.acts(t) and not 0 <= self.scale <= 1
+
+
+def find_class(name: str, ids: dict[str, int]) -> int:
+    """The id of a class by its name; upper and lower case are the same where that leaves one class.
+
+    Raises:
+        ValueError: no such class, or several; the message names those that are meant perhaps.
+    """
+    if name in ids:
+        return ids[name]
+    alike = [known for known in ids if known.casefold() == name.casefold()]
+    if len(alike) == 1:
+        return ids[alike[0]]
+    by_folded = {known.casefold(): known for known in ids}
+    near = alike or [by_folded[one] for one in difflib.get_close_matches(name.casefold(), by_folded, n=3)]
+    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+    names = ", ".join(map(repr, list(ids)[:12])) + (", ..." if len(ids) > 12 else "")
+    raise ValueError(f"class {name!r} must be one of the model's {len(ids)}: an id from 0, or a name of {names}{hint}")
 
 
 def classifier_free_guidance(

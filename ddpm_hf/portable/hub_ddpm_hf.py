@@ -63,6 +63,8 @@ def without_origins(components: dict):
             components[name]._internal_dict = config
 
 
+# Of a pipeline's config: what Diffusers' own classes would warn of in a `model_index.json`, but for the underscore
+PRIVATE_SETTINGS = ("guidance_scale",)
 _LOADED: dict[str, str] = {}  # digests of the files that this process runs, where Diffusers loaded them
 
 
@@ -124,9 +126,18 @@ class PortablePipelineMixin:
                 del index[name]  # stock warns of components it does not know, also of absent ones
             elif str(entry[0]).endswith("scheduling_ddpm_hf"):
                 index[name] = ["diffusers", entry[1]]
+        for name in PRIVATE_SETTINGS:
+            if name in index:
+                index[f"_{name}"] = index.pop(name)
         cls = self._portable_class()
         index["_class_name"] = self.stock_class_name() or [cls.__module__.rpartition(".")[2], cls.__name__]
         write_whole(Path(json_file_path), json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict, **kwargs) -> tuple[dict, dict, dict]:
+        """As Diffusers', with the settings that are saved with an underscore (`from_pipe` saves some so too)."""
+        private = {f"_{name}": name for name in PRIVATE_SETTINGS if name in cls._get_init_keys(cls)}
+        return super().extract_init_dict({private.get(name, name): v for name, v in config_dict.items()}, **kwargs)
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict:

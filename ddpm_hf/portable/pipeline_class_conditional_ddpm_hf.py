@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DModel
 from diffusers.utils import logging
 
-from .guidance_ddpm_hf import ClassifierGuidance, FreeGuidance, classifier_free_guidance
+from .guidance_ddpm_hf import ClassifierGuidance, FreeGuidance, classifier_free_guidance, find_class
 from .hub_ddpm_hf import PortablePipelineMixin
 from .sampling_ddpm_hf import DDPMPipelineOutput, SamplingMixin, adopt_scheduler
 from .scheduling_ddpm_hf import DDPMScheduler  # noqa: F401  (only direct imports are copied with this file)
@@ -95,8 +95,8 @@ class ClassConditionalDDPMPipeline(SamplingMixin, PortablePipelineMixin, Diffusi
         known, count = self.labels, len(self.config.id2label)
         ids = []
         for label in class_labels:
-            if isinstance(label, str) and label in known:
-                ids.append(known[label])
+            if isinstance(label, str):
+                ids.append(find_class(label, known))
             elif label is None and self.null_class is not None:
                 ids.append(self.null_class)
             elif isinstance(label, numbers.Integral) and not isinstance(label, bool) and 0 <= label < count:
@@ -128,20 +128,22 @@ class ClassConditionalDDPMPipeline(SamplingMixin, PortablePipelineMixin, Diffusi
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: tuple[str, ...] = ("latents",),
         num_frames: int = 0,
+        eta: float = 0.0,
     ) -> DDPMPipelineOutput | tuple:
         """Sample one image for each label.
 
         Args:
-            class_labels: ids or names, mixed as you like; None for an image of no class. By default each class once
-                that training images had; another one is sampled with a warning, as its embedding is untrained.
+            class_labels: ids or names (in upper or lower case), also mixed; None for an image of no class. By default
+                each class once that training images had; another one is sampled with a warning, as its embedding is
+                untrained.
             guidance_scale: 1 is the conditional model, in a single pass; more insists on the class, 0 is the
                 unconditional model (Ho & Salimans 2022; their w is this less 1).
             guidance_rescale: from 0 to 1, against over-exposure at high scales (Lin et al. 2023).
             guidance_interval: (low, high): guide only at these timesteps (Kynkäänniemi et al. 2024).
             classifier: (x_t, t) -> logits over the classes, trained on noised images, to guide by its gradient.
             classifier_scale: s of Dhariwal & Nichol 2021.
-            generator, num_inference_steps, output_type, latents, timesteps, callback_on_step_end, num_frames: as in
-                `DDPMPipeline`.
+            generator, num_inference_steps, output_type, latents, timesteps, callback_on_step_end, num_frames, eta: as
+                in `DDPMPipeline`.
 
         Raises:
             ValueError: a class that the model does not know, guidance without a null class, or what `DDPMPipeline`
@@ -183,5 +185,6 @@ class ClassConditionalDDPMPipeline(SamplingMixin, PortablePipelineMixin, Diffusi
             output_type,
             classifier_guidance=guidance,
             extrapolated=free.extrapolates,
+            eta=eta,
         )
         return self.finish(x, frames, output_type, return_dict)

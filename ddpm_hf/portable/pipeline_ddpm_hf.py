@@ -57,6 +57,7 @@ class DDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPipeline):
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: tuple[str, ...] = ("latents",),
         num_frames: int = 0,
+        eta: float = 0.0,
         classifier: Callable | None = None,
         classifier_scale: float = 1.0,
         class_labels=None,
@@ -72,6 +73,7 @@ class DDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPipeline):
             timesteps: the timesteps to visit, descending, instead of their number.
             callback_on_step_end: called with (pipeline, index, timestep, {"latents": x_s}) after each step.
             num_frames: how many moments of the chain to return in `frames`, with x_t and x̂_0 (figs. 6 and 14).
+            eta: of DDIM (Song et al. 2021, Eq. 16): 0 is deterministic, 1 as noisy as ancestral sampling.
             classifier: (x_t, t) -> logits, trained on noised images: guides towards `class_labels`, the ids of
                 `batch_size` classes, at `classifier_scale` (Dhariwal & Nichol 2021, Algorithms 1 and 2).
 
@@ -96,6 +98,7 @@ class DDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPipeline):
             num_frames,
             output_type,
             guidance,
+            eta=eta,
         )
         return self.finish(x, frames, output_type, return_dict)
 

@@ -31,6 +31,7 @@ class TextToImageDDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPip
         unet: predicts from the noised latents, t and the embedded prompt what the `prediction_type` says.
         scheduler: ours; stock's `DDPMScheduler` is converted, other samplers are left alone.
         safety_checker, feature_extractor, image_encoder: of a checkpoint that has them; kept, and not used.
+        guidance_scale: the default of calls; saved with the pipeline, where Stable Diffusion's passes over it.
     """
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
@@ -48,6 +49,7 @@ class TextToImageDDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPip
         feature_extractor=None,
         image_encoder=None,
         requires_safety_checker: bool = False,
+        guidance_scale: float = 7.5,
     ):
         super().__init__()
         scheduler = adopt_scheduler(scheduler)
@@ -68,7 +70,8 @@ class TextToImageDDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPip
             feature_extractor=feature_extractor,
             image_encoder=image_encoder,
         )
-        self.register_to_config(requires_safety_checker=requires_safety_checker)
+        FreeGuidance(guidance_scale).check()
+        self.register_to_config(requires_safety_checker=requires_safety_checker, guidance_scale=guidance_scale)
 
     def stock_class_name(self) -> str | None:
         """Stock's pipeline, but where its images would differ."""
@@ -154,7 +157,7 @@ class TextToImageDDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPip
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int | None = 50,
-        guidance_scale: float = 7.5,
+        guidance_scale: float | None = None,
         negative_prompt: str | list[str] | None = None,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -170,21 +173,22 @@ class TextToImageDDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPip
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: tuple[str, ...] = ("latents",),
         num_frames: int = 0,
+        eta: float = 0.0,
     ) -> DDPMPipelineOutput | tuple:
         """Sample `num_images_per_prompt` images for each prompt.
 
         Args:
             height, width: in pixels; by default what the model was trained on.
             num_inference_steps: of the T timesteps, how many to visit; None means all of them.
-            guidance_scale: 1 is the conditional model, in a single pass; more insists on the prompt (Ho & Salimans
-                2022).
+            guidance_scale: 1 is the conditional model, in a single pass; higher values follow the prompt more strongly
+                (Ho & Salimans 2022). By default that of the pipeline's config.
             negative_prompt: what to move away from, in the place of the empty prompt.
             latents: x_T [N, C, H/f, W/f] to start from, instead of noise.
             prompt_embeds, negative_prompt_embeds: embedded prompts [N, L, D], instead of texts.
             guidance_rescale: from 0 to 1, against over-exposure at high scales (Lin et al. 2023).
             guidance_interval: (low, high): guide only at these timesteps (Kynkäänniemi et al. 2024).
             num_frames: how many moments of the chain to return in `frames`, decoded: x_t and x̂_0.
-            generator, output_type, timesteps, callback_on_step_end: as in `DDPMPipeline`.
+            generator, output_type, timesteps, callback_on_step_end, eta: as in `DDPMPipeline`.
 
         Raises:
             ValueError: what `check_inputs` or `DDPMPipeline` raises.
@@ -195,6 +199,7 @@ class TextToImageDDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPip
         prompts = self.check_inputs(
             prompt, negative_prompt, height, width, prompt_embeds, negative_prompt_embeds, num_images_per_prompt
         )
+        guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
         free = FreeGuidance(guidance_scale, guidance_rescale, guidance_interval).check()
         visited = self.prepare_timesteps(num_inference_steps if timesteps is None else None, timesteps)
 
@@ -225,6 +230,7 @@ class TextToImageDDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPip
             callback_on_step_end_tensor_inputs,
             num_frames,
             output_type,
+            eta=eta,
         )
         return self.finish(x, frames, output_type, return_dict)
 

@@ -20,6 +20,8 @@ from .scheduling_ddpm_hf import LEARNED_VARIANCE_TYPES, DDPMScheduler
 
 OUTPUT_TYPES = ("pil", "np", "numpy", "pt", "latent", "preview")  # "numpy" is stock DDPMPipeline's word for "np"
 PIL_CHANNELS = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # that images of these modes have
+# What these samplers raise an error for only once the network has run
+UNSUPPORTED_PREDICTIONS = {"HeunDiscreteScheduler": ("sample",), "PNDMScheduler": ("sample",)}
 
 
 class Frame(NamedTuple):
@@ -62,6 +64,11 @@ def check_sampler(scheduler, timesteps) -> None:
         raise ValueError(
             f"{name} does not know prediction_type='posterior_mean'; sample with ddpm_hf's DDPMScheduler"
             " (pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config))"
+        )
+    if scheduler.config.prediction_type in UNSUPPORTED_PREDICTIONS.get(name, ()):
+        raise ValueError(
+            f"{name} does not support prediction_type={scheduler.config.prediction_type!r}; sample with DDPMScheduler,"
+            " DDIMScheduler or EulerDiscreteScheduler"
         )
     own = DDPMScheduler.from_config(scheduler.config)
     theirs = getattr(scheduler, "alphas_cumprod", own.alphas_cumprod)
@@ -203,6 +210,7 @@ class SamplingMixin:
         output_type: str = "pil",
         classifier_guidance: ClassifierGuidance | None = None,
         extrapolated: Callable[[float], bool] | None = None,
+        eta: float = 0.0,
     ) -> tuple[torch.Tensor, list[Frame] | None]:
         """Run the chain over `timesteps` (a tail of the scheduler's) from x_t [N, C, H, W].
 
@@ -214,6 +222,7 @@ class SamplingMixin:
             classifier_guidance: moves the mean of ancestral steps, and the output for other samplers.
             extrapolated: whether the output at t is that of no model, but guided beyond it: x̂_0 then leaves [-1, 1].
             num_frames: how many moments of the chain to keep, evenly spaced and ending with the last.
+            eta: of DDIM (Song et al. 2021, Eq. 16): 0 is deterministic, 1 as noisy as ancestral sampling.
 
         Returns: x_0 [N, C, H, W], and the frames or None.
         """
@@ -230,6 +239,12 @@ class SamplingMixin:
         predicting = callback_on_step_end is not None and "pred_original_sample" in callback_on_step_end_tensor_inputs
         accepted = inspect.signature(self.scheduler.step).parameters
         step_arguments = {"generator": generator} if "generator" in accepted else {}
+        if not (isinstance(eta, numbers.Real) and 0 <= eta <= 1):
+            raise ValueError(f"eta={eta!r}: must be from 0 to 1")
+        if "eta" in accepted:
+            step_arguments["eta"] = eta
+        elif eta:
+            raise ValueError(f"eta={eta}: {type(self.scheduler).__name__} has no eta; leave it out, or use DDIM")
         kept = set(torch.linspace(0, len(timesteps) - 1, num_frames).round().int().tolist()) if num_frames else set()
         frames = []
         ancestral = isinstance(self.scheduler, DDPMScheduler)

@@ -9,15 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..loading import why_not_loaded
+from .samplers import swapped, usable_samplers
 
-# name -> class of Diffusers, its usual number of steps, what its config needs beside the model's
-SAMPLERS = {
-    "ddpm": (None, None, {}),
-    "ddim": ("DDIMScheduler", 50, {}),
-    "dpm++": ("DPMSolverMultistepScheduler", 25, {"algorithm_type": "dpmsolver++", "timestep_spacing": "linspace"}),
-    "unipc": ("UniPCMultistepScheduler", 25, {"timestep_spacing": "linspace"}),
-}
-ANCESTRAL_STEPS = 100  # for who waits: beyond them the images hardly change
 MOST_IMAGES = 16
 MOMENTS = 10  # at which a chain is shown
 
@@ -72,24 +65,6 @@ def said_in_a_line(model: str) -> Iterator[None]:
         raise ValueError(f"{model} cannot be loaded: {why_not_loaded(error)}") from error
 
 
-def swap_sampler(pipeline, sampler: str) -> int | None:
-    """Put a sampler into the pipeline; its usual number of steps (None: all of T)."""
-    import diffusers
-
-    from ..portable.scheduling_ddpm_hf import DDPMScheduler
-
-    name, steps, options = SAMPLERS[sampler]
-    if name is None and not isinstance(pipeline.scheduler, DDPMScheduler):
-        pipeline.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    if name is None and hasattr(pipeline, "tokenizer"):
-        steps = 50  # as Stable Diffusion's pipeline
-    if name is not None:
-        config = pipeline.scheduler.config
-        pipeline.scheduler = getattr(diffusers, name).from_config(config, **options)
-    longest = pipeline.scheduler.config.num_train_timesteps
-    return steps and max(1, min(steps, longest - 1))  # all T would visit one twice
-
-
 def keyed_generators(device, seed: int, indices) -> list:
     """A generator for each image: image i depends on the seed and i alone, whatever the batch."""
     import torch
@@ -140,8 +115,9 @@ class Studio:
         self.classes = trained_class_names(self.pipeline)
         self.knows_no_class = getattr(self.pipeline, "null_class", None) is not None
         self.guided = self.by_text or self.knows_no_class
+        self.guidance_scale = self.pipeline.config.guidance_scale if self.by_text else 1.0  # by default
         self.longest = self.scheduler.config.num_train_timesteps
-        self.samplers = self._samplers()
+        self.samplers = usable_samplers(self.pipeline)
         self._alone = threading.Lock()  # a pipeline's sampler is in one chain at a time
 
     @property
@@ -151,25 +127,6 @@ class Studio:
         vae = self.pipeline.vae
         factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
         return width * factor, height * factor
-
-    def _samplers(self) -> dict[str, int]:
-        """The samplers that can run the model, with a number of steps for who waits."""
-        able = {}
-        for name in SAMPLERS:
-            # `check_sampler` says which cannot
-            with contextlib.suppress(ValueError), self._swapped(name) as usual:
-                steps = usual or min(ANCESTRAL_STEPS, self.longest)
-                self.pipeline.prepare_timesteps(steps)
-                able[name] = steps
-        return able
-
-    @contextlib.contextmanager
-    def _swapped(self, sampler: str) -> Iterator[int | None]:
-        """A sampler, with its usual number of steps, in the place of the model's own; then that again."""
-        try:
-            yield swap_sampler(self.pipeline, sampler)
-        finally:
-            self.pipeline.scheduler = self.scheduler
 
     def draw(self, wish: Wish, watch: Callable[[Step], None] | None = None) -> list:
         """PIL images, one for each index.
@@ -184,7 +141,7 @@ class Studio:
             raise ValueError(f"{wish.count} images: ask for 1 to {MOST_IMAGES}")
         if self.by_text and not wish.prompt.strip():
             raise ValueError("this model draws what a text says; write one")
-        with self._alone, self._swapped(wish.sampler):
+        with self._alone, swapped(self.pipeline, wish.sampler):
             return self._drawn(wish, watch)
 
     def _drawn(self, wish: Wish, watch: Callable[[Step], None] | None) -> list:

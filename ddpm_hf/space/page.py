@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 from .drawing import MOMENTS, MOST_IMAGES, Step, Studio, Wish, followed
+from .samplers import SAMPLERS
 
-SAMPLER_TITLES = {"ddpm": "DDPM (ancestral)", "ddim": "DDIM", "dpm++": "DPM-Solver++", "unipc": "UniPC"}
 EVERY_CLASS, NO_CLASS = "every", "none"  # beside "class NAME"
 DEFAULT_IMAGES = 8
 SMALL = 128  # pixels, below which they are shown as squares
@@ -87,7 +87,7 @@ def what_controls(gr, studio: Studio, settings: dict) -> dict:
 def how_controls(gr, studio: Studio) -> dict:
     """How it is to be drawn, by the names that `wish_of` reads; only what the model knows."""
     asked = {}
-    titles = [(SAMPLER_TITLES[name], name) for name in studio.samplers]
+    titles = [(SAMPLERS[name].title, name) for name in studio.samplers]
     chosen = "ddim" if "ddim" in studio.samplers else titles[0][1]
     asked["sampler"] = gr.Dropdown(titles, value=chosen, label="Sampler", elem_id="sampler")
     most_steps = max(2, studio.longest)
@@ -95,8 +95,9 @@ def how_controls(gr, studio: Studio) -> dict:
     usual_steps = f"name => ({json.dumps(studio.samplers)})[name]"  # at once, or it would undo a later choice
     asked["sampler"].input(None, asked["sampler"], asked["steps"], js=usual_steps, api_visibility="private")
     if studio.guided:
-        scale, most = (7.5, 15) if studio.by_text else (2.0, 8)
-        about = f"More insists on the {'text' if studio.by_text else 'class'}."
+        most = 15 if studio.by_text else 8
+        scale = min(max(studio.guidance_scale, 1), most)
+        about = f"1 disables guidance; higher values follow the {'text' if studio.by_text else 'class'} more strongly."
         asked["guidance"] = gr.Slider(1, most, scale, step=0.5, label="Guidance", info=about, elem_id="guidance")
     if studio.by_text:
         asked["negative"] = gr.Textbox(label="Negative prompt", placeholder="What not to draw", elem_id="negative")

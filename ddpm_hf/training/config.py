@@ -22,6 +22,7 @@ import yaml
 from transformers import HfArgumentParser, hf_argparser
 
 from .help import EPILOG, FlagFormatter, grouped, meanings_of, meant
+from .lines import one_line
 from .machine import accept_any_text
 from .meanings import TRAINING
 from .paths import expand_home
@@ -59,18 +60,6 @@ class UsageError(ValueError):
 def _is_like_a_flag(word: str) -> bool:
     """Whether argparse takes a word of a list for a flag: one with a dash in front that is no number."""
     return word.startswith("-") and not re.fullmatch(r"-(\d+|\d*\.\d+)", word)
-
-
-def one_line(message: Any) -> str:
-    """A message as one printable line of bearable length: what it quotes may be anything, also a token.
-
-    >>> one_line("no such\\ncolumn, and hf_aSecretToken")
-    'no such column, and hf_...'
-    """
-    line = re.sub(r"\bhf_\w{8,}", "hf_...", " ".join(str(message).split()))
-    line = re.sub(r"\S{400,}", lambda word: f"{word[0][:100]}...{word[0][-20:]}", line)
-    line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
-    return line if len(line) <= 1000 else f"{line[:600]} ... {line[-300:]}"
 
 
 def check_token(name: str, value: str | None) -> None:

@@ -1,0 +1,177 @@
+"""How a command ends: an exit code, and one line where something stopped it."""
+
+import contextlib
+import difflib
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator
+
+import typer
+from typer.core import TyperCommand
+
+from ..training.lines import one_line
+from ..training.meanings import names_elsewhere
+from ..training.paths import expand_home
+
+ClickException = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
+
+# What other tools call an option or a command of ours
+OPTIONS = names_elsewhere("""
+--num-images: num-samples samples n-samples n count number images num num-images-per-prompt eval-batch-size total
+--batch-size: batch bs batchsize train-batch-size per-device-batch-size sample-batch-size
+--out: output output-dir out-dir outdir output-path o save-dir save-path dir sample-dir
+--steps: num-inference-steps inference-steps num-steps ddim-steps sampling-steps sample-steps timestep-respacing
+--sampler: scheduler method solver sampling-method sampler-name
+--class: label labels class-label class-labels classes class-id class-name y
+--prompt: text prompts caption p
+--negative-prompt: negative neg-prompt negative-prompts uncond-prompt
+--guidance-scale: guidance cfg cfg-scale scale w guidance-strength
+--seed: random-seed manual-seed s
+--precision: dtype mixed-precision torch-dtype fp16 bf16 half use-fp16
+--device: gpu cuda cpu accelerator no-cuda
+--format: npz file-format image-format output-format
+--progressive: gif frames chain intermediate save-intermediate
+--grid-only: grid no-images only-grid
+--token: hub-token hf-token use-auth-token auth-token api-key
+--revision: tag branch commit hub-revision
+--private: hub-private-repo private-repo
+--license: hub-license
+--message: commit-message m
+--variant: save-variants variants
+--dry-run: preview check no-upload
+--space: name space-id repo repo-id hub-model-id
+--example: examples
+""")
+COMMANDS = names_elsewhere("""
+sample: generate draw infer inference predict image images samples
+train: fit train-unconditional finetune fine-tune launch run train-ddpm
+train-text2image: train-text-to-image text2image train-text
+push: upload publish push-to-hub share
+push-space: space app demo gradio deploy
+info: show describe inspect print summary status
+presets: models list list-presets model-presets
+--version: version
+""")
+
+
+class HandOver(TyperCommand):
+    """A command that hands all of its words on, `--help` and `--` included."""
+
+    def parse_args(self, ctx, args: list[str]) -> list[str]:
+        """All words are arguments."""
+        return super().parse_args(ctx, ["--", *args])
+
+
+class Terminated(BaseException):
+    """SIGTERM."""
+
+
+class StoppedError(Exception):
+    """The user, or the system, stopped the command.
+
+    Args:
+        code: the exit code, 128 and the signal's number.
+        left: what is left on disk or on the Hub.
+    """
+
+    def __init__(self, code: int, left: str = ""):
+        super().__init__(left)
+        self.code, self.left = code, left
+
+
+@contextlib.contextmanager
+def says_what_is_left(left: Callable[[], str]) -> Iterator[None]:
+    """Within, a stop by Ctrl-C or SIGTERM is one line that says what is left of the work."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise StoppedError(128 + signal.SIGINT, left()) from error
+    except Terminated as error:
+        raise StoppedError(128 + signal.SIGTERM, left()) from error
+
+
+def run(app: typer.Typer, words: list[str]) -> int:
+    """Run the command line of these words; its exit code. What the user can mend is one line and exit code 2."""
+    try:
+        with _terminating():
+            code = app([expand_home(word) for word in words], standalone_mode=False)
+            sys.stdout.flush()
+    except Terminated:
+        return _stopped(StoppedError(128 + signal.SIGTERM))
+    except (KeyboardInterrupt, typer.Abort):
+        return _stopped(StoppedError(128 + signal.SIGINT))
+    except StoppedError as stopped:
+        return _stopped(stopped)
+    except BrokenPipeError:  # such as `ddpm-hf info FOLDER | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or it fails again when it is closed
+        return 1
+    except (ClickException, ValueError, OSError) as error:
+        return _failed(error)
+    except Exception as error:
+        from ..training.faults import out_of_memory
+
+        if not out_of_memory(error):
+            raise
+        return _failed(ValueError("out of memory; give a smaller --batch-size, or --precision bf16"))
+    if code == 128 + signal.SIGINT:  # typer's own answer to KeyboardInterrupt
+        return _stopped(StoppedError(code))
+    return code if isinstance(code, int) else 0
+
+
+@contextlib.contextmanager
+def _terminating() -> Iterator[None]:
+    """Within, SIGTERM raises `Terminated`; not where signals belong to another thread."""
+
+    def terminate(number, frame):
+        raise Terminated
+
+    try:
+        before = signal.signal(signal.SIGTERM, terminate)
+    except ValueError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _stopped(stopped: StoppedError) -> int:
+    by = "SIGTERM" if stopped.code == 128 + signal.SIGTERM else "Ctrl-C"
+    print(f"\nddpm-hf: stopped by {by}{stopped.left and f'; {stopped.left}'}", file=sys.stderr)
+    return stopped.code
+
+
+def _failed(error: Exception) -> int:
+    message = error.format_message() if isinstance(error, ClickException) else str(error)
+    if not message.strip():  # without a command, the help is the message
+        return 2
+    print(f"ddpm-hf: error: {one_line(unknown_name(error) or message)} (see --help)", file=sys.stderr)
+    return 2
+
+
+def unknown_name(error: Exception) -> str | None:
+    """The message for an unknown option or command, with the one that it stands for; None for another error."""
+    context, message = getattr(error, "ctx", None), getattr(error, "message", "")
+    if context is None:
+        return None
+    option = getattr(error, "option_name", None)
+    if option and message.startswith("No such option"):
+        known = {one for parameter in context.command.params for one in parameter.opts if one[0] == "-"}
+        return f"no such option: {option}.{_hint(option, known, OPTIONS)}"
+    command = re.match(r"No such command '(.*?)'", message)
+    if command:
+        known = {*getattr(context.command, "commands", ()), "--version"}
+        return f"no such command: {command[1]}.{_hint(command[1], known, COMMANDS)}"
+    return None
+
+
+def _hint(unknown: str, known: set[str], elsewhere: dict[str, str]) -> str:
+    """The known name that an unknown one is in other tools, or else resembles."""
+    word = unknown.lower().replace("_", "-")
+    meant = elsewhere.get(word.strip("-"))
+    near = difflib.get_close_matches(word, sorted(known), n=1)
+    meant = meant if meant in known else near[0] if near else None
+    return f" Did you mean {meant}?" if meant else ""

@@ -1,0 +1,118 @@
+"""`ddpm-hf train` and `ddpm-hf train-text2image`: the training scripts by `accelerate launch`, also after pip install.
+
+Accelerate's flags come first, up to `--`: `ddpm-hf train --num_processes 2 -- --train_data_dir photos`.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import typer
+
+ROOT = Path(__file__).parents[2]  # a clone, or site-packages: the scripts are installed beside the package
+# Of the flags that only Accelerate has, those that people give most
+LAUNCHER_FLAGS = (
+    "--multi_gpu", "--num_processes", "--num_machines", "--machine_rank", "--main_process_ip", "--main_process_port",
+    "--config_file", "--gpu_ids", "--cpu", "--use_fsdp", "--use_deepspeed", "--deepspeed_config_file",
+    "--dynamo_backend", "--num_cpu_threads_per_process",
+)  # fmt: skip
+
+
+def train(context: typer.Context) -> None:
+    """Train a model on your images, unconditionally or by class: `train_unconditional.py` by `accelerate launch`."""
+    raise typer.Exit(launch("train_unconditional.py", "ddpm-hf train", context.args))
+
+
+def train_text2image(context: typer.Context) -> None:
+    """Train text to image on captioned images: `train_text2image.py` by `accelerate launch`."""
+    raise typer.Exit(launch("train_text2image.py", "ddpm-hf train-text2image", context.args))
+
+
+def launch(script: str, command: str, words: list[str]) -> int:
+    """Run a script with Accelerate's launcher, in this interpreter's environment; the script's exit code.
+
+    Args:
+        words: for the script; or for the launcher, `--`, for the script.
+
+    Raises:
+        ValueError: flags of the launcher without `--`, or a launcher's flag that it refuses.
+    """
+    first, divided, rest = split_at_dashes(words)
+    for word in rest:
+        if not divided and word.partition("=")[0].replace("-", "_").replace("__", "--", 1) in LAUNCHER_FLAGS:
+            raise ValueError(
+                f"{word} is a flag of `accelerate launch`: give its flags first, then --, then those of the script,"
+                f" as in `{command} --num_processes 2 -- --train_data_dir photos`"
+            )
+    path = str(ROOT / script)
+    if "--help" in rest or "-h" in rest:
+        print(f"{command} [flags of `accelerate launch` --] [flags of {script}, below]\n", flush=True)
+        return subprocess.call([sys.executable, path, "--help"])
+    with passing_signals_on():
+        return accelerate_launch([*first, path, *rest])
+
+
+def split_at_dashes(words: list[str]) -> tuple[list[str], bool, list[str]]:
+    """The words before and after the first `--`, and whether there is one; without it all are after.
+
+    >>> split_at_dashes(["--cpu", "--", "--seed", "1"]), split_at_dashes(["--seed", "1"])
+    ((['--cpu'], True, ['--seed', '1']), ([], False, ['--seed', '1']))
+    """
+    if "--" not in words:
+        return [], False, words
+    place = words.index("--")
+    return words[:place], True, words[place + 1 :]
+
+
+def accelerate_launch(words: list[str]) -> int:
+    """`accelerate launch` with these words, as `sys.executable -m accelerate.commands.launch`; the script's exit code.
+
+    The launcher itself ends with 1 and a traceback, whatever the script ended with.
+    """
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    # what it would do by default is what is wanted, and no reason for ten lines
+    logging.getLogger("accelerate.commands.launch").setLevel(logging.ERROR)
+    arguments = launch_command_parser().parse_args(words)
+    try:
+        launch_command(arguments)
+    except subprocess.CalledProcessError as error:
+        return _exit_code(error.returncode)
+    except ChildFailedError as error:
+        return _exit_code(error.get_first_failure()[1].exitcode)
+    except SignalException as error:
+        return _exit_code(-int(error.sigval))
+    return 0
+
+
+def _exit_code(code: int) -> int:
+    """As a shell says it: a process that signal n ended has 128 + n."""
+    return 128 - code if code < 0 else code
+
+
+@contextlib.contextmanager
+def passing_signals_on() -> Iterator[None]:
+    """Within, SIGINT and SIGTERM go to the processes that were started, which save and end, and are waited for."""
+    import psutil
+
+    def pass_on(number, frame):
+        for child in psutil.Process(os.getpid()).children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.send_signal(number)
+
+    before = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with contextlib.suppress(ValueError):  # not the main thread: signals are not ours
+            before[number] = signal.signal(number, pass_on)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

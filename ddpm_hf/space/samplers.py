@@ -1,0 +1,86 @@
+"""The samplers of the command line, of the Space and of the model cards: one row each."""
+
+import contextlib
+from typing import Any, NamedTuple
+
+
+class Sampler(NamedTuple):
+    """A sampler of Diffusers, as it is set up for a model of ours.
+
+    Args:
+        title: for people.
+        scheduler: its class in Diffusers; None is our own DDPMScheduler.
+        steps: its usual number of steps; None is all of the model's timesteps.
+        config: what its config says besides the model's.
+        note: what to know before choosing it.
+    """
+
+    title: str
+    scheduler: str | None
+    steps: int | None
+    config: dict[str, Any] = {}
+    note: str = ""
+
+
+_LINSPACE = {"timestep_spacing": "linspace"}
+SAMPLERS = {
+    "ddpm": Sampler("DDPM (ancestral)", None, None, note="Ho et al. 2020, all timesteps by default"),
+    "ddim": Sampler("DDIM", "DDIMScheduler", 50, note="deterministic, or with noise by eta"),
+    "dpm++": Sampler(
+        "DPM-Solver++", "DPMSolverMultistepScheduler", 25, {"algorithm_type": "dpmsolver++", **_LINSPACE},
+        "second order, one evaluation a step",
+    ),
+    "unipc": Sampler("UniPC", "UniPCMultistepScheduler", 25, _LINSPACE, "second order, one evaluation a step"),
+    "euler": Sampler("Euler", "EulerDiscreteScheduler", 50, _LINSPACE, "first order, of the probability flow"),
+    "heun": Sampler("Heun", "HeunDiscreteScheduler", 20, _LINSPACE, "second order, two evaluations a step"),
+    # its steps assume evenly spaced timesteps from 0; and its last one goes to x_0
+    "pndm": Sampler(
+        "PNDM", "PNDMScheduler", 50,
+        {"skip_prk_steps": True, "timestep_spacing": "leading", "set_alpha_to_one": True},
+        "linear multistep (PLMS), for epsilon or v_prediction",
+    ),
+}  # fmt: skip
+TEXT_STEPS = 50  # of ancestral sampling by text, as in Stable Diffusion's pipeline
+QUICK_ANCESTRAL_STEPS = 100  # where someone waits: beyond them the images hardly change
+
+
+def swap_sampler(pipeline, name: str) -> int | None:
+    """Put a sampler of `SAMPLERS` into the pipeline; its usual number of steps (None: all of T)."""
+    import diffusers
+
+    from ..portable.scheduling_ddpm_hf import DDPMScheduler
+
+    sampler, steps = SAMPLERS[name], SAMPLERS[name].steps
+    if sampler.scheduler is None:
+        if not isinstance(pipeline.scheduler, DDPMScheduler):
+            pipeline.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+        if hasattr(pipeline, "tokenizer"):
+            steps = TEXT_STEPS
+    else:
+        pipeline.scheduler = getattr(diffusers, sampler.scheduler).from_config(
+            pipeline.scheduler.config, **sampler.config
+        )
+    timesteps = pipeline.scheduler.config.num_train_timesteps
+    return steps and max(1, min(steps, timesteps - 1))  # all T would visit one twice
+
+
+@contextlib.contextmanager
+def swapped(pipeline, name: str):
+    """A sampler, with its usual number of steps, in the pipeline; after it the pipeline's scheduler again."""
+    before = pipeline.scheduler
+    try:
+        yield swap_sampler(pipeline, name)
+    finally:
+        pipeline.scheduler = before
+
+
+def usable_samplers(pipeline) -> dict[str, int]:
+    """The samplers that can run the model, each with a number of steps for someone who waits."""
+    usable = {}
+    for name in SAMPLERS:
+        # `check_sampler` says which cannot
+        with contextlib.suppress(ValueError), swapped(pipeline, name) as usual:
+            steps = usual or min(QUICK_ANCESTRAL_STEPS, pipeline.scheduler.config.num_train_timesteps)
+            pipeline.prepare_timesteps(steps)
+            usable[name] = steps
+    return usable

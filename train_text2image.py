@@ -309,11 +309,11 @@ from ddpm_hf.portable.scheduling_ddpm_hf import DDPMScheduler
 from ddpm_hf.previews import draw_grid
 from ddpm_hf.publishing import Publisher, describe_run, reserve_repository
 from ddpm_hf.training.faults import ends_in_one_line
-from ddpm_hf.training.loop import Losses, averaged_weights, sum_over_ranks, training_loop, unwrap
+from ddpm_hf.training.loop import Losses, StepPlan, averaged_weights, sum_over_ranks, training_loop, unwrap
 from ddpm_hf.training.ownership import COMPONENTS, layout
 from ddpm_hf.training.randomness import StepKeys
-from ddpm_hf.training.rehearsal import rehearse
-from ddpm_hf.training.reporting import shows_bars
+from ddpm_hf.training.rehearsal import measure_pace, rehearse
+from ddpm_hf.training.reporting import ending, run_lines, show, shows_bars, table
 from ddpm_hf.training.setup import (
     agree_on_seed,
     begin_training,
@@ -510,21 +510,21 @@ def cached(
     return images._replace(dataset=BucketedDataset(parts) if config.aspect_ratio_buckets else parts[0]), null
 
 
-def describe(config: Text2ImageConfig, images: Images, steps: int, per_epoch: int) -> str:
-    """What would run, for --dry_run."""
+def describe(
+    config: Text2ImageConfig, images: Images, plan: StepPlan, total_steps: int, model: TextConditioned, accelerator
+) -> dict[str, str]:
+    """What runs: said at the start, and by --dry_run."""
     count = "a stream" if images.dataset is None else f"{len(images.dataset):,} images"
     start = config.pretrained_model_name_or_path or "from scratch"
     vae = config.vae_name_or_path or f"a new one, {config.vae_widths}, {config.vae_train_steps} steps"
-    lines = {
+    return {
         "data": f"{images.rows.name}: {count}, captions in {config.caption_column!r}",
-        "images": config.resolution,
-        "model": start,
+        "images": f"{images.transform.channels} × {' × '.join(map(str, config.size()))}",
+        "model": f"{start}, {sum(each.numel() for each in model.parameters()):,} parameters to train",
         "latents": "of the checkpoint" if config.pretrained_model_name_or_path else vae,
         "text": "trained along" if config.trains_text_encoder else "frozen",
-        "steps": f"{steps:,} ({per_epoch:,} an epoch) of {config.train_batch_size}",
-        "output": f"{Path(config.output_dir).resolve()}, tracker {config.logger}, seed {config.seed}",
+        **run_lines(config, accelerator, plan, total_steps),
     }
-    return "\n".join(f"{name:>10}  {value}" for name, value in lines.items())
 
 
 def train(config: Text2ImageConfig) -> None:
@@ -582,19 +582,20 @@ def train(config: Text2ImageConfig) -> None:
     )
     batches = make_batches(images, config, config, plan, state.step, accelerator)
     batches = rehearse(config, accelerator, state, plan, batches, loss_of)
+    lines = describe(config, images, plan, total_steps, model, accelerator)
     if config.dry_run:
         if new_autoencoder:
             own = start_accelerator(config)
             train_autoencoder(config, config, images, channels, config.size(), own, rehearse_only=True)
-        steps = describe(config, images, total_steps, plan.steps_per_epoch)
-        print(steps, describe_start(config, found), sep="\n")
+        lines |= measure_pace(config, accelerator, state, plan, batches, loss_of, total_steps)
+        show(accelerator, table(lines), describe_start(config, found))
         return
 
     claim_output_dir(config, accelerator, written, state.step)
     start_trackers(config, accelerator, Path(__file__).stem)
     if accelerator.is_main_process:
         save_settings(config)
-    log(accelerator, f"seed {config.seed}, {total_steps} steps, {images.rows.name}")
+    log(accelerator, table(lines))
     if new_autoencoder:
         own = start_accelerator(config)
         vae = train_autoencoder(config, config, images, channels, config.size(), own, deadline)
@@ -635,6 +636,8 @@ def train(config: Text2ImageConfig) -> None:
                 publisher.finish(trained, state.step)
     else:
         publisher.stopped()
+    sample = ["ddpm-hf", "sample", "--prompt", prompts[0]]
+    log(accelerator, ending(config, state, f"accelerate launch {Path(__file__).name}", finished, sample))
     end_training(accelerator)
 
 

@@ -47,6 +47,7 @@ from ddpm_hf.flags import (
     ScheduleFlags,
     StartFlags,
     UNetFlags,
+    advice_on_a_cpu,
     make_scheduler,
     make_unet,
     model_size,
@@ -137,8 +138,8 @@ from ddpm_hf.training.faults import ends_in_one_line
 from ddpm_hf.training.loop import Losses, StepPlan, averaged_weights, sum_over_ranks, training_loop, unwrap
 from ddpm_hf.training.ownership import layout
 from ddpm_hf.training.randomness import StepKeys
-from ddpm_hf.training.rehearsal import rehearse
-from ddpm_hf.training.reporting import shows_bars
+from ddpm_hf.training.rehearsal import measure_pace, rehearse
+from ddpm_hf.training.reporting import ending, run_lines, show, shows_bars, table, weights_memory
 from ddpm_hf.training.setup import (
     agree_on_seed,
     begin_training,
@@ -263,32 +264,31 @@ def draw_samples(model, step: int, *, pipeline_of, config: UnconditionalConfig, 
     return draw_grid(sample, count, columns, step, config, accelerator, legend)
 
 
-def describe(config: UnconditionalConfig, images: Images, plan: StepPlan, total_steps: int, model) -> str:
-    """What would run, for --dry_run."""
+def describe(
+    config: UnconditionalConfig, images: Images, plan: StepPlan, total_steps: int, model, accelerator
+) -> dict[str, str]:
+    """What runs: said at the start, and by --dry_run."""
     rows, dataset = images.rows, images.dataset
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    kept = 4 + config.use_ema  # weights, gradients, Adam's two moments, and the EMA
     cached = dataset is not None and dataset.cache is not None
     cache_bytes = sum(pixels.nbytes for pixels in dataset.cache) if cached else 0
     count = "a stream" if dataset is None else f"{len(dataset):,} images"
     named = (config.pretrained_model_name_or_path, config.model_preset, config.model_config_name_or_path)
     name = next(filter(None, named), "the default UNet")
-    lines = {
+    common = run_lines(config, accelerator, plan, total_steps)
+    return {
         "data": f"{rows.name}: {count}, column {rows.image_column!r}"
         + (f", {len(rows.label_names)} classes in {rows.label_column!r}" if rows.label_column else ""),
-        "images": f"{images.transform.channels} × {config.resolution}, {'kept' if cached else 'not kept'} decoded",
+        "images": f"{images.transform.channels} × {' × '.join(map(str, config.size()))},"
+        f" {'kept' if cached else 'not kept'} decoded",
         "model": f"{name}, {parameters:,} parameters"
         + (f", in the latents of {config.vae_name_or_path}" if config.vae_name_or_path else ""),
         "diffusion": f"{config.ddpm_beta_schedule}, T={config.ddpm_num_steps}, {config.prediction_type},"
         f" {config.variance_type}, objective {config.objective}",
-        "batch": f"{plan.batch_size} × {plan.world} processes × {plan.accumulation} accumulated"
-        f" = {plan.global_batch * plan.accumulation}",
-        "steps": f"{total_steps:,} ({plan.steps_per_epoch:,} an epoch)",
-        "memory": f"{kept * parameters * 4 / 2**20:,.0f} MiB for weights, gradients, Adam"
-        f"{' and EMA' if config.use_ema else ''}, {cache_bytes / 2**20:,.0f} MiB for images; activations on top",
-        "output": f"{Path(config.output_dir).resolve()}, tracker {config.logger}, seed {config.seed}",
+        **common,
+        "memory": f"{weights_memory(parameters, config.use_ema)}, {cache_bytes / 2**20:,.0f} MiB for images;"
+        " activations on top",
     }
-    return "\n".join(f"{name:>10}  {value}" for name, value in lines.items())
 
 
 def make_pipeline(
@@ -354,14 +354,17 @@ def train(config: UnconditionalConfig) -> None:
     loss_of = functools.partial(compute_loss, sampler=sampler, null_class=len(class_names), **shared)
     batches = make_batches(images, config, config, plan, state.step, accelerator, config.class_balanced)
     batches = rehearse(config, accelerator, state, plan, batches, loss_of)
+    lines = describe(config, images, plan, total_steps, model, accelerator)
+    advice = advice_on_a_cpu(config, arguments["sample_size"])
     if config.dry_run:
-        print(describe(config, images, plan, total_steps, model), describe_start(config, found), sep="\n")
+        lines |= measure_pace(config, accelerator, state, plan, batches, loss_of, total_steps, advice)
+        show(accelerator, table(lines), describe_start(config, found))
         return
     claim_output_dir(config, accelerator, written, state.step)
     start_trackers(config, accelerator, Path(__file__).stem)
     if accelerator.is_main_process:
         save_settings(config)
-    log(accelerator, f"seed {config.seed}, {total_steps} steps, {images.rows.name}")
+    log(accelerator, table(lines))
     if config.cache_latents:
         latents = cached_latents(images.dataset, vae, config.cache_folder(), accelerator)
         images = images._replace(dataset=latents)
@@ -388,6 +391,7 @@ def train(config: UnconditionalConfig) -> None:
         save=publisher.save,
         name_of=images.name_of,
         deadline=deadline,
+        advice=advice,
     )
     if finished:
         with averaged_weights(state, unwrap(accelerator, state.model)) as trained:
@@ -395,6 +399,8 @@ def train(config: UnconditionalConfig) -> None:
                 publisher.finish(trained, state.step)
     else:
         publisher.stopped()
+    sample = ["ddpm-hf", "sample", *(["--class", names[0]] if names else [])]
+    log(accelerator, ending(config, state, f"accelerate launch {Path(__file__).name}", finished, sample))
     end_training(accelerator)
 
 

@@ -1,7 +1,7 @@
 """A classifier of noised images, whose gradient guides sampling (Dhariwal & Nichol 2021, sec. 4), and its training."""
 
 import functools
-from pathlib import Path
+import shlex
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from .feeding import make_batches, make_plan, open_images
 from .flags import (
     CLASSIFIER_PROGRAM,
     ClassifierConfig,
+    advice_on_a_cpu,
     model_size,
     parse_classifier_flags,
     settle_resolution,
@@ -29,7 +30,8 @@ from .training.faults import ends_in_one_line
 from .training.loop import Losses, averaged_weights, sum_over_ranks, training_loop, unwrap
 from .training.ownership import layout
 from .training.randomness import StepKeys
-from .training.rehearsal import rehearse
+from .training.rehearsal import measure_pace, rehearse
+from .training.reporting import ending, run_lines, show, table, weights_memory
 from .training.setup import (
     agree_on_seed,
     begin_training,
@@ -189,7 +191,15 @@ def train(config: ClassifierConfig) -> None:
         choose_attention(model)
     plan, total_steps = make_plan(images, config, accelerator.num_processes)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    summary = f"{images.rows.name}: {len(names)} classes; {parameters:,} parameters, {total_steps} steps"
+    count = "a stream" if images.count is None else f"{images.count:,} images"
+    lines = {
+        "data": f"{images.rows.name}: {count}, {len(names)} classes in {config.label_column!r}",
+        "images": f"{images.transform.channels} × {' × '.join(map(str, config.size()))}",
+        "model": f"the encoder of {config.model_preset or config.model_config_name_or_path or 'the default UNet'},"
+        f" {parameters:,} parameters",
+        **run_lines(config, accelerator, plan, total_steps),
+        "memory": f"{weights_memory(parameters, config.use_ema)}; activations on top",
+    }
     facts = run_facts(config, images.count, plan, total_steps, classes=names)
     check_resumable(found, config, model, facts, accelerator, "classifier")
     model.register_to_config(trained_classes=images.trained_classes)
@@ -201,14 +211,16 @@ def train(config: ClassifierConfig) -> None:
     loss_of = functools.partial(compute_loss, **shared)
     batches = make_batches(images, config, config, plan, state.step, accelerator)
     batches = rehearse(config, accelerator, state, plan, batches, loss_of)
+    advice = advice_on_a_cpu(config, arguments["sample_size"])
     if config.dry_run:
-        print(f"{summary}, output {Path(config.output_dir).resolve()}", describe_start(config, found), sep="\n")
+        lines |= measure_pace(config, accelerator, state, plan, batches, loss_of, total_steps, advice)
+        show(accelerator, table(lines), describe_start(config, found))
         return
     claim_output_dir(config, accelerator, written, state.step)
     start_trackers(config, accelerator, "train_classifier")
     if accelerator.is_main_process:
         save_settings(config)
-    log(accelerator, f"seed {config.seed}, {summary}")
+    log(accelerator, table(lines))
 
     finished = training_loop(
         config,
@@ -223,12 +235,15 @@ def train(config: ClassifierConfig) -> None:
         save=lambda trained, step: save_model(trained, config.output_dir, within=config.output_dir),
         name_of=images.name_of,
         deadline=deadline,
+        advice=advice,
     )
     if finished:
         with averaged_weights(state, unwrap(accelerator, state.model)) as trained:
             if accelerator.is_main_process:
                 save_model(trained, config.output_dir, within=config.output_dir)
         log(accelerator, f"saved to {config.output_dir}: NoisyClassifier.from_pretrained({config.output_dir!r})")
+    guide = shlex.join(["ddpm-hf", "sample", "MODEL", "--class", names[0], "--classifier", config.output_dir])
+    log(accelerator, ending(config, state, CLASSIFIER_PROGRAM, finished, looks=guide))
     end_training(accelerator)
 
 

@@ -18,7 +18,7 @@ from .pretrained import (
     trained_settings,
 )
 from .sources import Source
-from .training.config import FIXED, FREE, HfArg, TrainingConfig, UsageError, parse_layers
+from .training.config import FIXED, FREE, SHORTER_TRAINING, HfArg, TrainingConfig, UsageError, parse_layers
 from .training.meanings import names_elsewhere
 
 if TYPE_CHECKING:  # else imported where it is used, so that --help is quick
@@ -352,6 +352,20 @@ def model_size(flags: UNetFlags, vae=None, source: Source | None = None) -> tupl
     if flags.model_preset:
         return MODEL_PRESETS[flags.model_preset].unet["sample_size"], factor
     return (None if vae is None else vae.config.sample_size), 1
+
+
+def advice_on_a_cpu(flags: UNetFlags, sample_size: int | Sequence[int]) -> str:
+    """What to do where training this UNet takes too long on a CPU: a small preset that fits its images, if any."""
+    sides = [sample_size] if isinstance(sample_size, int) else list(sample_size)
+    small = [name for name in MODEL_PRESETS if name.startswith("small-")]  # smallest first
+    fitting = [
+        name for name in small if all(side % smallest_sample_side(MODEL_PRESETS[name].unet) == 0 for side in sides)
+    ]
+    large_enough = [name for name in fitting if MODEL_PRESETS[name].unet["sample_size"] >= max(sides)]
+    trained = getattr(flags, "pretrained_model_name_or_path", None)  # a preset would not start from its weights
+    if trained or flags.model_preset in small or not fitting:
+        return SHORTER_TRAINING
+    return f"try --model_preset {(large_enough or fitting[::-1])[0]}; or {SHORTER_TRAINING}"
 
 
 CLASSIFIER_PROGRAM = "ddpm-hf train-classifier"

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -603,7 +604,9 @@ def test_dry_run_says_all_and_writes_nothing(base, tmp_path):
     seen = observe({**base, **DRY, "use_ema": True, "train_batch_size": 3}, tmp_path / "run")
     assert seen.run.code == 0
     assert not (tmp_path / "run").exists()
-    assert not seen.batches
+    assert len(seen.batches) <= 3  # the steps that are measured
+    assert re.search(r"s a step, \d+ s for 6 steps", seen.line("time"))
+    assert int(seen.line("peak").split()[1].replace(",", "")) > 0
     parameters = sum(one.numel() for one in UNet2DModel.from_config(json_of(base)).parameters())
     assert "photos: 8 images, column 'image'" in seen.line("data")
     assert f"{parameters:,} parameters" in seen.line("model")

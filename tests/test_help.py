@@ -83,6 +83,15 @@ def test_help_states_the_defaults_and_nothing_of_those_that_say_nothing(program)
     assert "default: False" not in text
 
 
+def test_a_percent_sign_in_a_help_text_is_shown_as_it_is():
+    # Breaks if a flag whose help speaks of train[:80%] takes down --help of the program.
+    @dataclasses.dataclass
+    class Flags:
+        split: str = dataclasses.field(default="train", metadata={"help": "Such as train[:80%]."})
+
+    assert "Such as train[:80%]. (default: train)" in OneLineParser(Flags).format_help()
+
+
 def test_the_names_that_help_lists_are_those_of_the_tables():
     # Breaks if a schedule, objective or sampler is added to its table and its flag refuses it.
     assert set(names.BETA_SCHEDULES) == set(scheduling_ddpm_hf.BETA_SCHEDULES)

@@ -1066,7 +1066,16 @@ def test_a_dry_run_says_all_and_writes_nothing(start, shop, tmp_path):
     """Else looking at what would run costs a training, or hides what it would do."""
     run = train(start, shop, tmp_path / "run", dry_run=True)
     assert not run.folder.exists()
-    for fragment in ("8 images", "'text'", "6 (2 an epoch) of 4", "seed 3"):
+    for fragment in (
+        "8 images",
+        "'text'",
+        "6 (2 an epoch)",
+        "= 4",
+        "parameters to train",
+        "s a step",
+        "MiB of memory",
+        "seed 3",
+    ):
         assert fragment in run.out
     assert ("stable" if start == "checkpoint" else "from scratch") in run.out
 

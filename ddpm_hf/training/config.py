@@ -86,6 +86,8 @@ def check_word(name: str, value: str) -> None:
 
 # Whole numbers are less than 2^31, and these are smaller: more would take the machine down
 MOST = {"cpu_threads": 1024, "dataloader_num_workers": 1024, "eval_batch_size": 65536}
+# What to do where training takes long on a CPU
+SHORTER_TRAINING = "train for fewer --max_train_steps, at a smaller --resolution, or on a GPU"
 VARIANTS = ("fp16", "non_ema")  # of the weights, beside the pipeline's own
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
@@ -260,10 +262,16 @@ class LoggingFlags:
     title: ClassVar[str] = "Samples and logging"
 
     save_images_epochs: int = HfArg(
-        resume=FREE, default=10, help="Epochs between sample grids (samples/*.png and the tracker); 0 turns them off."
+        instead_of="save_images_steps",
+        resume=FREE,
+        default=10,
+        help="Epochs between sample grids (samples/*.png and the tracker); 0 turns them off.",
     )
     save_images_steps: int | None = HfArg(
-        resume=FREE, default=None, help="Optimizer steps between sample grids, instead of --save_images_epochs."
+        instead_of="save_images_epochs",
+        resume=FREE,
+        default=None,
+        help="Optimizer steps between sample grids, instead of --save_images_epochs.",
     )
     save_model_epochs: int = HfArg(resume=FREE, default=10, help="Epochs between saves of the whole pipeline.")
     validation_steps: int | None = HfArg(

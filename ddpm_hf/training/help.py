@@ -22,9 +22,10 @@ class FlagFormatter(argparse.HelpFormatter):
         return f"{', '.join(spellings)} {takes}" if takes else ", ".join(spellings)
 
     def _get_help_string(self, action: argparse.Action) -> str:
+        text = (action.help or "").replace("%", "%%")  # argparse would take train[:80%] for a format
         if action.default is None or action.default is False or action.default in ("", [], argparse.SUPPRESS):
-            return action.help or ""
-        return f"{action.help} (default: {'on' if action.default is True else '%(default)s'})"
+            return text
+        return f"{text} (default: {'on' if action.default is True else '%(default)s'})"
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         paragraphs = re.split(r"\n[ \t]*\n", text.strip("\n"))

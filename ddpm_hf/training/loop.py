@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from .averaging import ema_weights, load_ema, save_ema, update_ema
 from .checkpointing import check_random_states, flush, load_tensors, read_manifest, rotate, save_tensors, seal
-from .config import TrainingConfig, UsageError
+from .config import SHORTER_TRAINING, TrainingConfig, UsageError
 from .faults import RunError, attempt, end_together, track, warn
 from .ownership import claim_files, let_go, release_files, replaces
 from .randomness import StepKeys, keyed_seed
@@ -196,6 +196,8 @@ class TrainingState:
     nonfinite_steps: int = 0  # skipped, in a row
     grid_due: bool = False  # pictures of this step that a stop prevented
     whole: WholeModel | None = None  # where the model is sharded
+    figures: dict[str, float] = field(default_factory=dict)  # those logged last, without the learning rate
+    first_pass: float = 0.0  # seconds of the first batch, forward and backward, before training
     given_up: set[str] = field(default_factory=set)  # files that are no longer written
     facts: dict[str, Any] = field(default_factory=dict)  # what a resumed run must share; into the manifest
 
@@ -484,7 +486,7 @@ def training_loop(
     save: Callable[[torch.nn.Module, int], None] | None = None,
     name_of: Callable[[int], str] = "sample {}".format,
     deadline: float | None = None,
-    advice: str | None = None,
+    advice: str = SHORTER_TRAINING,
 ) -> bool:
     """Train until `total_steps`; True if that was reached, False if a signal or the clock asked to stop before.
 
@@ -561,7 +563,9 @@ def training_loop(
                     record |= validate(averaged)
             if record:
                 timing = {"seconds": round(elapsed, 3), "images_per_second": round(seen / elapsed, 1)}
-                progress.figures(epoch + 1, record, state.lr_scheduler.get_last_lr()[0], seen / elapsed)
+                state.figures |= progress.figures(
+                    epoch + 1, record, state.lr_scheduler.get_last_lr()[0], seen / elapsed
+                )
                 record = {"step": state.step, "epoch": epoch + 1, **record}
                 write_record(accelerator, state, output_dir, record, timing)
                 since, seen = time.perf_counter(), 0

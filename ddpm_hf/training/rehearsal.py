@@ -2,16 +2,20 @@
 
 import contextlib
 import itertools
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 
-from .config import TrainingConfig, UsageError
+from .config import SHORTER_TRAINING, TrainingConfig, UsageError
 from .faults import end_together, explained
-from .loop import StepPlan, TrainingState
+from .loop import StepPlan, TrainingState, take_step
 from .randomness import StepKeys, keyed_seed
+from .reporting import LONG_ON_A_CPU, pace, peak_memory
+
+MOST_STEPS, MOST_SECONDS = 3, 20.0  # of what is measured
 
 
 def rehearse(
@@ -42,8 +46,10 @@ def rehearse(
     devices = [] if device.type == "cpu" else [device]
     with agreed_failure(accelerator), torch.random.fork_rng(devices, device_type=_random_device(device)):
         before = {name: _copy(one.state_dict()) for name, one in state.extra.items()}
+        begin = time.perf_counter()
         try:
             _pass(config, accelerator, state, plan, batch, compute_loss)
+            state.first_pass = time.perf_counter() - begin
         except (RuntimeError, ValueError) as error:
             if explained(error, config.output_dir, ()) is not None or _is_of_data(error):
                 raise
@@ -54,6 +60,45 @@ def rehearse(
                 one.load_state_dict(before[name])
             state.model.zero_grad(set_to_none=True)
     return itertools.chain([batch], batches)
+
+
+def measure_pace(
+    config: TrainingConfig,
+    accelerator,
+    state: TrainingState,
+    plan: StepPlan,
+    batches: Iterator[dict[str, torch.Tensor]],
+    compute_loss: Callable,
+    total_steps: int,
+    advice: str = SHORTER_TRAINING,
+) -> dict[str, str]:
+    """How long training takes and what memory it needs, by taking a few steps after `rehearse`; for `--dry_run`.
+
+    The run cannot go on afterwards. All ranks take part.
+
+    Args:
+        advice: what to do where it is long on a CPU.
+
+    Returns: lines by their names.
+    """
+    left = total_steps - state.step
+    seconds, spent = state.first_pass * len(plan.batches(state.step)), 0.0
+    for taken in range(1, MOST_STEPS + 1):
+        expected = [spent + seconds > MOST_SECONDS]
+        if broadcast_object_list(expected)[0]:  # a pass alone has told enough
+            break
+        begin = time.perf_counter()
+        with agreed_failure(accelerator):
+            fetched = [next(batches) for _ in plan.batches(state.step)]
+        take_step(config, accelerator, state, plan, fetched, compute_loss)
+        state.step += 1
+        spent += time.perf_counter() - begin
+        seconds = spent / taken
+    long = accelerator.device.type == "cpu" and seconds * left > LONG_ON_A_CPU
+    return {
+        "time": f"{pace(seconds, left)}, pictures and files on top" + (f"; long on a CPU: {advice}" if long else ""),
+        "peak": f"{peak_memory(accelerator.device) / 2**20:,.0f} MiB of memory measured",
+    }
 
 
 def _pass(config, accelerator, state: TrainingState, plan: StepPlan, batch: dict[str, Any], compute_loss) -> None:

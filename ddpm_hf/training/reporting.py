@@ -5,13 +5,18 @@ step, picture and checkpoint.
 """
 
 import contextlib
+import shlex
 import sys
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from tqdm.auto import tqdm
 
+from .config import SHORTER_TRAINING
 from .sessions import hardware
 
 FEW_STEPS, FEW_SECONDS = 10, 5.0  # what is measured before the time of a step is said
@@ -65,8 +70,60 @@ def run_lines(config, accelerator, plan, total_steps: int) -> dict[str, str]:
         f" accumulated = {plan.global_batch * plan.accumulation}",
         "steps": f"{total_steps:,}{epochs}",
         "device": f"{hardware(accelerator)}, {precision(accelerator)}",
-        "output": f"{config.output_dir}, tracker {config.logger}, seed {config.seed}",
+        "output": f"{Path(config.output_dir).resolve()}, tracker {config.logger}, seed {config.seed}",
     }
+
+
+def weights_memory(parameters: int, use_ema: bool) -> str:
+    """What the weights and all that is kept for each of them take."""
+    kept = 4 + use_ema  # weights, gradients, Adam's two moments, and the EMA
+    return f"{kept * parameters * 4 / 2**20:,.0f} MiB for weights, gradients, Adam{' and EMA' if use_ema else ''}"
+
+
+def ending(
+    config, state, program: str, finished: bool, sample: Sequence[str] | None = None, looks: str | None = None
+) -> str:
+    """The last lines of a training: what came of it, how to look at it, and how to go on.
+
+    Args:
+        state: the run's `TrainingState`.
+        program: the command that goes on with it, without flags.
+        finished: whether all steps were trained.
+        sample: the command that samples from the folder that follows it, and options for after that.
+        looks: what else there is to do with a finished model.
+    """
+    folder = Path(config.output_dir)
+    seconds = sum(session.get("seconds", 0) for session in state.sessions.until(state.step))
+    losses = ", ".join(f"{NAMES.get(name, name)} {value:.4g}" for name, value in state.figures.items())
+    where = folder if finished else folder / f"checkpoint-{state.step}"
+    lines = {"trained": f"{state.step:,} steps in {duration(seconds)}{': ' if losses else ''}{losses}"}
+    if finished or where.is_dir():
+        lines["saved in" if finished else "checkpoint"] = str(where)
+        if sample:
+            lines["sample"] = shlex.join([*sample[:2], str(where), *sample[2:]])
+        go_on = [*program.split(), "--output_dir", str(folder), "--resume_from_checkpoint", "latest"]
+        more = ["--max_train_steps", str(2 * config.max_train_steps)] if config.max_train_steps else None
+        more = more or ["--num_epochs", str(2 * config.num_epochs)]
+        lines["train on" if finished else "go on"] = shlex.join([*go_on, *(more if finished else [])])
+    return table(lines | ({"use": looks} if looks and finished else {}))
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most memory, in bytes, that this process has used: of a GPU its tensors', else all of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return psutil.Process().memory_info().peak_wset
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def show(accelerator, *lines: str) -> None:
+    """Lines on stdout, from the main process."""
+    if accelerator.is_main_process:
+        print(*lines, sep="\n")
 
 
 def shows_bars() -> bool:
@@ -94,7 +151,7 @@ class Progress:
         advice: what to do where this is long on a CPU.
     """
 
-    def __init__(self, accelerator, total_steps: int, first_step: int, advice: str | None = None):
+    def __init__(self, accelerator, total_steps: int, first_step: int, advice: str = SHORTER_TRAINING):
         self.speaks, self.on_cpu = accelerator.is_main_process, accelerator.device.type == "cpu"
         self.total, self.step, self.advice = total_steps, first_step, advice
         self.bar = tqdm(
@@ -136,8 +193,8 @@ class Progress:
         """How long it will take, and what else to do where that is long."""
         left = seconds * (self.total - self.step)
         self.say(pace(seconds, self.total))
-        if self.on_cpu and self.advice and left > LONG_ON_A_CPU:
-            self.say(f"warning: that is long: {self.advice}")
+        if self.on_cpu and left > LONG_ON_A_CPU:
+            self.say(f"warning: this takes long on a CPU: {self.advice}")
 
     def time_left(self) -> str:
         """How long the remaining steps take, with pictures and files, as far as is known."""
@@ -146,8 +203,8 @@ class Progress:
             return ""
         return f"{duration((time.perf_counter() - self.since) / steps * (self.total - self.step))} left"
 
-    def figures(self, epoch: int, record: dict[str, Any], lr: float, images_per_second: float) -> None:
-        """Show what has been logged of this step."""
+    def figures(self, epoch: int, record: dict[str, Any], lr: float, images_per_second: float) -> dict[str, float]:
+        """Show what has been logged of this step; returns the losses and the like."""
         known = {name: value for name, value in record.items() if "_q" not in name and name not in ("lr", "grad_norm")}
         self.shown |= {name: f"{value:.3g}" for name, value in known.items() if "loss" in name}
         self.bar.set_postfix(epoch=epoch, **self.shown, lr=f"{lr:.1e}")
@@ -155,6 +212,7 @@ class Progress:
         rate = f"{images_per_second:.3g} images/s"
         parts = [f"epoch {epoch}", *said, f"lr {lr:.1e}", rate, self.time_left()]
         self.note("  ".join(part for part in parts if part))
+        return known
 
     def note(self, what: str) -> None:
         """A line about this step, where no bar is shown."""

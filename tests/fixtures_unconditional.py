@@ -130,9 +130,12 @@ class Run(NamedTuple):
 
 
 def words(flags: dict) -> list[str]:
-    """Flags and values as a command line; True is a switch, None leaves a flag out."""
+    """Flags and values as a command line; True is a switch, None leaves a flag out, a list is several words."""
     chosen = {name: value for name, value in flags.items() if value is not None and value is not False}
-    return [word for name, value in chosen.items() for word in ([f"--{name}"] + [str(value)] * (value is not True))]
+    said = {
+        name: value if isinstance(value, list) else [value] * (value is not True) for name, value in chosen.items()
+    }
+    return [word for name, values in said.items() for word in (f"--{name}", *map(str, values))]
 
 
 def run_script(argv: list[str], folder: Path) -> Run:

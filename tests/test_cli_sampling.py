@@ -153,7 +153,7 @@ def test_npz_is_what_adm_reads(kind, run, plain, by_class, tmp_path):
         ({"prediction_type": "posterior_mean"}, set(SAMPLERS) - {"ddpm"}),
         ({"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}, {"dpm++", "unipc", "heun", "pndm"}),
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value)) if isinstance(value, set) else str(value),  # a set has no order
 )
 def test_samplers_run_a_model_or_are_refused_before_the_work(config, unable, run, tmp_path):
     """Else one fails in the middle, or samples noise; the Space and the cards offer those that run."""

@@ -82,7 +82,7 @@ def some_of(table: dict, most: int) -> st.SearchStrategy[dict]:
 
 def makes_sense(scheduler) -> bool:
     """Whether the tables are a diffusion's; stock makes others too, which ours does as well, and says so."""
-    betas = scheduler.exact_tables.betas
+    betas = scheduler.betas
     return 0 < betas.numel() == scheduler.config.num_train_timesteps and bool(((betas > 0) & (betas <= 1)).all())
 
 

@@ -101,17 +101,16 @@ FROM_ONE = "begun by one rank"  # with twice the batch, and no dropout, which ea
 
 # Runs of the script one after another, in processes that are started and joined once
 RANK = """
-import json, shutil, sys
+import json, os, shutil, sys
 from pathlib import Path
 import torch
-from accelerate import PartialState
 from accelerate.state import AcceleratorState
 import train_unconditional
 
 torch.distributed.destroy_process_group = lambda *group: None  # there is another run to come
 
 for copied, argv in json.loads(Path(sys.argv[1]).read_text()):
-    if copied and PartialState().is_main_process:
+    if copied and os.environ["RANK"] == "0":
         for source, target in copied:
             (shutil.copytree if Path(source).is_dir() else shutil.copy)(source, target)
     if torch.distributed.is_initialized():

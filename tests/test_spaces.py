@@ -399,12 +399,14 @@ class World:
             "no-text": ["user/plain", "--space", "user/new", "--example", "x"],
             "both": ["user/plain", "--space", "user/new", "--out", root / "both"],
             "out": [models["by-class"], "--out", root / "out"],
-            "full": ["user/plain", "--out", root / "out"],
+            "full": ["user/plain", "--out", root / "theirs"],
             "faulty": ["user/plain", "--space", "user/faulty"],
             "mended": ["user/plain", "--space", "user/faulty"],
             "stranger": ["user/plain", "--token", STRANGERS],
             "wrong": ["user/plain", "--space", "user/new", "--token", WRONG],
         }
+        (root / "theirs").mkdir()
+        (root / "theirs" / "README.md").write_text("mine")
         words = json.dumps([[str(word) for word in words] for words in calls.values()])
         kept = environment(hub, root / "home", PYTHONPATH=str(ROOT), HF_TOKEN=TOKEN)
         command = [sys.executable, "-c", COMMANDS, words]
@@ -508,6 +510,7 @@ def test_what_went_wrong_left_nothing(world):
     assert "spaces/user/new" not in world.hub.repositories
     assert set(world.files("taken")) == {"model_index.json"}
     assert not (world.root / "both").exists()
+    assert [path.read_text() for path in (world.root / "theirs").iterdir()] == ["mine"]
     assert json.loads((world.root / "out" / "space.json").read_text())["model"].endswith("by-class")
     assert [path.name for path in world.root.iterdir() if path.name.startswith(".")] == []
 

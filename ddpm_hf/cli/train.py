@@ -6,11 +6,12 @@ Accelerate's flags come first, up to `--`: `ddpm-hf train --num_processes 2 -- -
 import contextlib
 import logging
 import os
+import runpy
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from subprocess import CalledProcessError
 
 import typer
 
@@ -52,9 +53,19 @@ def launch(script: str, command: str, words: list[str]) -> int:
     path = str(ROOT / script)
     if "--help" in rest or "-h" in rest:
         print(f"{command} [flags of `accelerate launch` --] [flags of {script}, below]\n", flush=True)
-        return subprocess.call([sys.executable, path, "--help"])
+        return show_help(path)
     with passing_signals_on():
         return accelerate_launch([*first, path, *rest])
+
+
+def show_help(path: str) -> int:
+    """Print a script's help; its exit code."""
+    sys.argv = [path, "--help"]
+    try:
+        runpy.run_path(path, run_name="__main__")
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
 
 
 def split_at_dashes(words: list[str]) -> tuple[list[str], bool, list[str]]:
@@ -83,7 +94,7 @@ def accelerate_launch(words: list[str]) -> int:
     arguments = launch_command_parser().parse_args(words)
     try:
         launch_command(arguments)
-    except subprocess.CalledProcessError as error:
+    except CalledProcessError as error:
         return _exit_code(error.returncode)
     except ChildFailedError as error:
         return _exit_code(error.get_first_failure()[1].exitcode)

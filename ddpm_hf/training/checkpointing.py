@@ -245,7 +245,7 @@ def settings_of(output_dir: Path, wanted: str) -> dict[str, Any]:
     They lie beside the checkpoint, and within it for one that was copied without its run. `wanted` is as for
     `find_checkpoint`, which compares the files with their checksums, as takes as long as reading them; this does not.
     """
-    named = [path for path in (output_dir / wanted, Path(wanted)) if (path / MANIFEST).is_file()]
+    named = [path for path in (output_dir / wanted, Path(wanted)) if os.path.isfile(path / MANIFEST)]
     for path in reversed(list_checkpoints(output_dir)) if wanted == "latest" else named:
         for file, read in ((path.parent / SETTINGS, dict), (path / MANIFEST, lambda found: dict(found["settings"]))):
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):

@@ -428,7 +428,7 @@ class OneLineParser(HfArgumentParser):
         instead = self.meant(unknown) if unknown else None
         hint = f"did you mean {instead}? " if instead else ""
         source = f"{self.source}: " if self.source else ""
-        self.exit(2, f"{self.prog}: error: {source}{one_line(message)} ({hint}see --help)\n")
+        self.exit(2, f"{self.prog}: error: {one_line(f'{source}{message} ({hint}see --help)')}\n")
 
     def meant(self, word: str) -> str | None:
         """What to write instead of a word that is no flag; None if nothing comes near."""
@@ -556,8 +556,10 @@ def _trained_with(config, stages: tuple[str, ...]) -> dict[str, Any]:
     names = {name for kind in (FREE, APPLIED, FIXED) for name in flags_that(config, kind)} - set(SECRET_FLAGS)
     folder = Path(config.output_dir)
     stages = (EARLIER, *stages) if comes_back(folder) else stages
-    found = (settings_of(folder / stage, config.resume_from_checkpoint) for stage in stages)
-    return {name: value for name, value in next(filter(None, found), {}).items() if name in names}
+    found = next(filter(None, (settings_of(folder / stage, config.resume_from_checkpoint) for stage in stages)), {})
+    if not {each.name for each in dataclasses.fields(config)}.issuperset(found):
+        return {}  # of another program: what is wrong with its checkpoint is said where it is read
+    return {name: value for name, value in found.items() if name in names}
 
 
 def parse_layers(

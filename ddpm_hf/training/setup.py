@@ -289,6 +289,8 @@ def check_unchanged(config: TrainingConfig, resumed: dict[str, Any] | None) -> N
         resumed: the state of the checkpoint, or None.
     """
     before = (resumed or {}).get("settings", {})
+    if not {each.name for each in dataclasses.fields(config)}.issuperset(before):
+        return  # of another program, whose checkpoint `check_resumable` refuses
     for name in flags_that(config, FIXED):
         was, now = before.get(name), getattr(config, name)
         if name in before and was != now and not _was_moved(was, now):

@@ -575,7 +575,7 @@ def train(config: Text2ImageConfig) -> None:
     check_parts(found, parts)
     reserve_repository(config, bool(images.held_out), accelerator)
     state = begin_training(config, accelerator, model, total_steps, QUARTILES, facts, found, parts=parts)
-    if config.compile:
+    if config.compile and not config.dry_run:  # compiling takes minutes
         state.model = compiled(state.model)
     loss_of = functools.partial(
         compute_loss, config=config, accelerator=accelerator, components=components, null_embedding=None

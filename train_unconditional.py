@@ -348,7 +348,7 @@ def train(config: UnconditionalConfig) -> None:
     sampler = TIMESTEP_SAMPLERS[config.timestep_sampler](config.ddpm_num_steps)
     extra = {} if isinstance(sampler, UniformTimestepSampler) else {"timestep_sampler": sampler}
     state = begin_training(config, accelerator, model, total_steps, QUARTILES, facts, found, extra)
-    if config.compile:
+    if config.compile and not config.dry_run:  # compiling takes minutes
         state.model = compiled(state.model)
     shared = {"config": config, "scheduler": scheduler, "accelerator": accelerator, "vae": vae}
     loss_of = functools.partial(compute_loss, sampler=sampler, null_class=len(class_names), **shared)

@@ -205,7 +205,7 @@ def train(config: ClassifierConfig) -> None:
     model.register_to_config(trained_classes=images.trained_classes)
     parts = {"classifier": model}
     state = begin_training(config, accelerator, model, total_steps, QUARTILES, facts, found, parts=parts)
-    if config.compile:
+    if config.compile and not config.dry_run:  # compiling takes minutes
         state.model = compiled(state.model)
     shared = {"scheduler": scheduler, "accelerator": accelerator}
     loss_of = functools.partial(compute_loss, **shared)

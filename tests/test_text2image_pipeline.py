@@ -215,6 +215,7 @@ def test_the_index_names_what_loads_anywhere(name, saved):
     assert index.pop("_diffusers_version") == diffusers.__version__
     assert index == {
         "_class_name": "StableDiffusionPipeline",
+        "_guidance_scale": 7.5,
         "requires_safety_checker": False,
         "scheduler": ["diffusers", MODELS[name][0]],
         "text_encoder": ["transformers", "CLIPTextModel"],

@@ -636,7 +636,8 @@ def train(config: Text2ImageConfig) -> None:
                 publisher.finish(trained, state.step)
     else:
         publisher.stopped()
-    sample = ["ddpm-hf", "sample", "--prompt", prompts[0]]
+    # a checkpoint holds the UNet alone, and no pipeline to sample with
+    sample = ["ddpm-hf", "sample", "--prompt", prompts[0]] if finished else None
     log(accelerator, ending(config, state, f"accelerate launch {Path(__file__).name}", finished, sample))
     end_training(accelerator)
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from .loading import why_not_loaded
 from .sources import MODEL_CONFIG, MODEL_INDEX, UNET_FOLDERS, find_place, find_source
-from .space.drawing import load_pipeline
+from .space import drawing
 
 if TYPE_CHECKING:
     from .portable.pipeline_class_conditional_ddpm_hf import ClassConditionalDDPMPipeline
@@ -30,11 +30,12 @@ def load(
         ValueError: no model there, one of another kind, or no such weights.
     """
     path = Path(name_or_path)
-    if not (path / MODEL_INDEX).is_file() and any((path / part / MODEL_CONFIG).is_file() for part in UNET_FOLDERS):
+    of_a_run = any(os.path.isfile(path / part / MODEL_CONFIG) for part in UNET_FOLDERS)
+    if of_a_run and not os.path.isfile(path / MODEL_INDEX):
         return _load_checkpoint(path, ema)
     if ema is not None:
-        raise ValueError(f"{name_or_path} is not a checkpoint-N folder, which alone has weights with and without EMA")
-    return load_pipeline(str(name_or_path), revision, token)
+        raise ValueError(f"ema={ema}: {name_or_path} is no checkpoint-N, which alone has both weights; leave ema out")
+    return drawing.load_pipeline(str(name_or_path), revision, token)
 
 
 def _load_checkpoint(checkpoint: Path, ema: bool | None) -> Any:

@@ -378,7 +378,8 @@ def test_a_scheduler_of_garbage_is_one_line(name, shop, tmp_path):
 
 
 OTHER_KINDS = {
-    "sample a checkpoint": lambda shop, run, out: sampled(run / "checkpoint-2", "--out", out),
+    "sample a checkpoint's unet for its average": lambda shop, run, out: sampled(
+        run / "checkpoint-2" / "unet", "--ema", "--out", out),
     "sample a classifier": lambda shop, run, out: sampled(shop / "classifier", "--out", out),
     "sample an autoencoder": lambda shop, run, out: sampled(shop / "vae", "--out", out),
     "sample a UNet": lambda shop, run, out: sampled(shop / "plain" / "unet", "--out", out),

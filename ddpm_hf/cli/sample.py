@@ -55,7 +55,7 @@ def option(panel: str, help: str, *names: str, **settings):
 
 
 def sample(
-    model: Annotated[str, typer.Argument(help="A training run's output folder, or a model on the Hub (user/name).")],
+    model: Annotated[str, typer.Argument(help="A run's folder or checkpoint-N, or a model on the Hub (user/name).")],
     num_images: Annotated[
         int | None, option(WHAT, "Number of images. Default: 16, or 11 with --interpolate.", min=1, max=1_000_000)
     ] = None,
@@ -138,6 +138,10 @@ def sample(
         bool, option(WHERE, "Also a strip of x̂_0 along the chain and an animated GIF of x_t.", "--progressive")
     ] = False,
     grid_only: Annotated[bool, option(WHERE, "Write the grid, no single images.", "--grid-only")] = False,
+    ema: Annotated[
+        bool | None,
+        option(WHERE, "Of a checkpoint-N: the averaged weights or not. Default: if it has them.", "--ema/--no-ema"),
+    ] = None,
     revision: Annotated[str | None, option(WHERE, "Branch, tag or commit on the Hub.")] = None,
     token: Annotated[str | None, option(WHERE, "For a private model. Default: your login.", envvar="HF_TOKEN")] = None,
 ) -> None:
@@ -145,7 +149,7 @@ def sample(
 
     Several classes or prompts have a row of the grid each, with a legend.
     """
-    from ..space.drawing import load_pipeline
+    from ..inference import load
     from ..training.config import check_word
     from ..training.ownership import settle
 
@@ -158,7 +162,7 @@ def sample(
     use_all_cores()
     device = checked_device(device)
     settle(model)
-    pipeline = load_pipeline(model, revision, own_token(token)).to(device)
+    pipeline = load(model, ema=ema, revision=revision, token=own_token(token)).to(device)
     guidance = (guidance_scale, guidance_rescale, guidance_interval)
     if pipeline.image_channels > 4:
         shown = f"the first three of {pipeline.image_channels} channels"

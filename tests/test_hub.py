@@ -53,7 +53,7 @@ def published(name, token=TOKEN):
 
 
 # What interrupted writes leave behind
-SCRAPS = (".saving-x/model_index.json", "checkpoint-9.partial/optimizer.bin", "samples/.step-000002.png.x")
+SCRAPS = (".saving-x/model_index.json", "checkpoint-2.partial/optimizer.bin", "samples/.step-000002.png.x")
 
 
 class World:
@@ -67,7 +67,8 @@ class World:
         hub.fail("POST /api/models/user/mended/commit/", 500)
         hub.fail("POST /api/models/user/cut/commit/", "cut")
         by_class = ["--train_data_dir", root / "images", "--label_column", "label"]
-        local = self.flags("local", "--train_data_dir", root / "images" / "three")
+        three = ["--train_data_dir", root / "images" / "three"]
+        local = self.flags("local", *three)
         again = [*local, "--resume_from_checkpoint", "latest"]
         jobs = {
             "plain": self.flags("plain", *published("plain"), "--hub_private_repo"),
@@ -77,8 +78,8 @@ class World:
             "refused": [*again, *published("refused", WRONG)],
             "others": [*again, *published("plain", STRANGERS)],
             "mended": [*again, *published("mended")],
-            "same": [*again, *published("mended")],
-            "unnamed": [*again, "--hub_token", TOKEN, "--logging_dir", "tensorboard"],
+            "same": [*again, "--hub_token", TOKEN],  # the repository is among the settings of the run
+            "unnamed": [*self.flags("unnamed", *three), "--hub_token", TOKEN, "--logging_dir", "tensorboard"],
         }
         jobs = {name: [str(word) for word in words] for name, words in jobs.items()}
         self.runs = run(hub, root / "trainer", TRAINER, json.dumps(jobs), root / "images", *SCRAPS)
@@ -127,7 +128,7 @@ def test_the_repository_is_as_private_as_asked(world):
 def test_each_upload_is_one_commit(world):
     """Else who loads in between gets half a model, and an upload of nothing new makes history."""
     commits = {name: len(repository.commits) - 1 for name, repository in world.hub.repositories.items()}
-    assert commits == {"user/plain": 1, "user/by-class": 1, "user/cut": 0, "user/local": 1, "user/mended": 1}
+    assert commits == {"user/plain": 1, "user/by-class": 1, "user/cut": 0, "user/unnamed": 1, "user/mended": 1}
 
 
 PIPELINE = {
@@ -162,8 +163,8 @@ def test_scraps_of_interrupted_writes_stay(world):
 
 def test_logs_stay_also_in_a_folder_of_another_name(world):
     """Else `--logging_dir` publishes what the tracker wrote."""
-    assert (world.root / "local" / "tensorboard").is_dir()
-    assert [path for path in world.hub.files("user/local") if path.startswith("tensorboard/")] == []
+    assert (world.root / "unnamed" / "tensorboard").is_dir()
+    assert [path for path in world.hub.files("user/unnamed") if path.startswith("tensorboard/")] == []
 
 
 def test_no_token_goes_up(world):
@@ -182,7 +183,7 @@ def test_no_path_of_the_machine_goes_up(world):
     assert naming == []
 
 
-@pytest.mark.parametrize("name", ["plain", "by-class", "local"])
+@pytest.mark.parametrize("name", ["plain", "by-class", "unnamed"])
 def test_the_card_names_the_repository(world, name):
     """Else the example of the model's own page does not load it."""
     repository = f"user/{name}"

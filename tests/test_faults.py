@@ -600,7 +600,7 @@ def test_a_sample_that_is_not_finite_is_named_and_its_steps_leave_no_trace(case,
     for record in run.records():
         assert all(math.isfinite(value) for value in record.values())
     for path in run.folder.glob("checkpoint-*"):
-        assert all(math.isfinite(value) for rank in read_manifest(path)["meter"] for row in rank for value in row)
+        assert torch.tensor(read_manifest(path)["meter"]).isfinite().all()  # sums and their compensation
         assert UNet2DModel.from_pretrained(path, subfolder="unet_ema").conv_in.weight.isfinite().all()
 
 

@@ -252,5 +252,8 @@ def test_a_model_passed_on_by_stock_is_still_stocks(world, passed_on, tag):
     model = PASSED_ON[tag][0]
     before, after = (json.loads(hub.files(f"user/{name}")["model_index.json"]) for name in (model, tag))
     parts = {name: entry for name, entry in before.items() if not name.startswith("_diffusers")}
+    if "_guidance_scale" in parts:  # of our pipelines alone
+        assert after.get("_guidance_scale") is None
+        del parts["_guidance_scale"]
     assert {name: after.get(name) for name in parts} == parts
     assert passed_on[tag][1]["said"] == ""

@@ -21,7 +21,7 @@ from .scheduling_ddpm_hf import LEARNED_VARIANCE_TYPES, DDPMScheduler
 OUTPUT_TYPES = ("pil", "np", "numpy", "pt", "latent", "preview")  # "numpy" is stock DDPMPipeline's word for "np"
 PIL_CHANNELS = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # that images of these modes have
 # What these samplers raise an error for only once the network has run
-UNSUPPORTED_PREDICTIONS = {"HeunDiscreteScheduler": ("sample",), "PNDMScheduler": ("sample",)}
+UNSUPPORTED_PREDICTIONS = {"PNDMScheduler": ("sample",)}
 
 
 class Frame(NamedTuple):

@@ -152,7 +152,7 @@ def layout(*components: str, autoencoder: bool = False, model: bool = False) -> 
     entries = TRAINING + (MODEL if model else PIPELINE)
     entries += tuple(Entry(f"{name}/{file}") for name in components for file in COMPONENT_FILES)
     if autoencoder:
-        nested = (one._replace(pattern=f"{AUTOENCODER}/{one.pattern}") for one in TRAINING + MODEL)
+        nested = (one._replace(pattern=f"{AUTOENCODER}/{one.pattern}", published=False) for one in TRAINING + MODEL)
         entries += tuple(nested)
     return entries
 

@@ -67,7 +67,7 @@ def shop(tmp_path_factory):
     shop = tmp_path_factory.mktemp("shop")
     write_images(shop / "photos", random_pixels(4))
     write_unet(shop / "tiny")
-    write_unet(shop / "four", in_channels=4, out_channels=4)
+    write_unet(shop / "five", in_channels=5, out_channels=5)
     return shop
 
 
@@ -427,7 +427,7 @@ EARLY = {
     "bitsandbytes is missing": ({"use_8bit_adam": True}, None, 2),
     "xFormers is missing": ({"enable_xformers_memory_efficient_attention": True}, None, 2),
     "the tracker does not start": ({"logger": "tensorboard", "logging_dir": "/proc/x"}, None, 2),
-    "a UNet of other channels": ({"model_config_name_or_path": "{shop}/four"}, None, 2),
+    "a UNet of other channels": ({"model_config_name_or_path": "{shop}/five"}, None, 2),
     "best without a split": ({"hub_strategy": "best", "validation_steps": 500}, None, 2),
     "no data": ({"train_data_dir": "{shop}/nothing"}, None, 2),
     "out of memory": ({}, ("compute_loss", torch.OutOfMemoryError("CUDA out of memory")), 2),
@@ -577,7 +577,7 @@ DRY = {
     "an occupied folder": ({}, "holds an earlier run"),
     "a missing extra": ({**OVER, "use_8bit_adam": True}, "bitsandbytes"),
     "best without a split": ({**OVER, "hub_strategy": "best", "validation_steps": 500}, "--validation_split"),
-    "the first batch": ({**OVER, "model_config_name_or_path": "{shop}/four"}, "channels"),
+    "the first batch": ({**OVER, "model_config_name_or_path": "{shop}/five"}, "channels"),
     "no such checkpoint": ({"resume_from_checkpoint": "checkpoint-9"}, "no such checkpoint"),
 }
 
@@ -660,7 +660,7 @@ def picture(value: int):
 def write(out: Path, *values: int, grid_only: bool = False) -> None:
     """What `ddpm-hf sample` does with its images."""
     pictures.check_out(out)
-    pictures.write_pictures([picture(value) for value in values], [], out, grid_only, False)
+    pictures.write_pictures([picture(value) for value in values], [], out, singles=not grid_only)
 
 
 def test_the_images_of_two_calls_never_mix(tmp_path):

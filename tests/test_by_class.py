@@ -335,14 +335,16 @@ def test_only_training_drops_labels(world, batches, class_ids, tmp_path):
     """Else grids and held-out losses show the unconditional model, or training never does."""
     flags = {"class_dropout": 0.7, "validation_split": 0.2, "validation_steps": 1, "eval_batch_size": 9}
     train(world, tmp_path / "run", max_train_steps=4, **flags)
+    rehearsed, *batches = batches
     labels = [label for batch in batches for label in batch["labels"].tolist()]
     dropped = [
         one < 0.7
         for step, batch in enumerate(batches)
         for one in StepKeys(3, step, 0, len(batch["labels"])).uniform("class_dropout").tolist()
     ]
-    rehearsed = len(batches[0]["labels"])
-    assert class_ids.training[rehearsed:] == [3 if out else label for out, label in zip(dropped, labels)]
+    assert class_ids.training[len(rehearsed["labels"]) :] == [
+        3 if out else label for out, label in zip(dropped, labels)
+    ]
     assert any(dropped)
     assert len(class_ids.looking) == 4 * 4 + 2 * 9  # 4 held out, each step; 9 drawn in 2 steps
     assert set(class_ids.looking) == {0, 1, 2}

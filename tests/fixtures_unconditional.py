@@ -133,7 +133,8 @@ def words(flags: dict) -> list[str]:
     """Flags and values as a command line; True is a switch, None leaves a flag out, a list is several words."""
     chosen = {name: value for name, value in flags.items() if value is not None and value is not False}
     said = {
-        name: value if isinstance(value, list) else [value] * (value is not True) for name, value in chosen.items()
+        name: value if isinstance(value, (list, tuple)) else [value] * (value is not True)
+        for name, value in chosen.items()
     }
     return [word for name, values in said.items() for word in (f"--{name}", *map(str, values))]
 

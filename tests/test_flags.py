@@ -306,7 +306,7 @@ ROWS = [
     Row("random_flip", True, Seen.distinct_images, 8, lambda count: 8 < count <= 16, {"center_crop": True}),
     Row("preserve_input_precision", True, lambda s: s.batches[0]["images"].unique().numel(), 1, 2,
         {"train_data_dir": "{shop}/deep"}),
-    Row("pixel_range", [0, 2000], lambda s: s.batches[0]["images"].unique().numel(), 1, 2,
+    Row("pixel_range", (0, 2000), lambda s: s.batches[0]["images"].unique().numel(), 1, 2,
         {"train_data_dir": "{shop}/deep"}),
     Row("cache_dataset", "never", lambda s: s.line("images").endswith("not kept decoded"), False, True, DRY),
     Row("skip_broken_images", True, lambda s: s.run.code, 2, 0, {"train_data_dir": "{shop}/broken"}),

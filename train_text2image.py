@@ -573,7 +573,7 @@ def train(config: Text2ImageConfig) -> None:
     facts = run_facts(config, images.count, plan, total_steps)
     check_resumable(found, config, model.unet, facts, accelerator)
     check_parts(found, parts)
-    reserve_repository(config, bool(images.held_out), accelerator)
+    repository = reserve_repository(config, bool(images.held_out), accelerator)
     state = begin_training(config, accelerator, model, total_steps, QUARTILES, facts, found, parts=parts)
     if config.compile and not config.dry_run:  # compiling takes minutes
         state.model = compiled(state.model)
@@ -613,7 +613,7 @@ def train(config: Text2ImageConfig) -> None:
     prompts = default_prompts(config, images)
     base = config.pretrained_model_name_or_path
     about = describe_run(config, images, plan, model, SHOWN, prompts[: config.eval_batch_size], base)
-    publisher = Publisher(config, state, pipeline_of, about, total_steps, accelerator)
+    publisher = Publisher(config, state, pipeline_of, about, total_steps, repository, accelerator)
     finished = training_loop(
         config,
         accelerator,

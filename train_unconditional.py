@@ -340,7 +340,7 @@ def train(config: UnconditionalConfig) -> None:
     facts = run_facts(config, images.count, plan, total_steps, classes=class_names)
     check_resumable(found, config, model, facts, accelerator)
     facts["scheduler"] = json.loads(scheduler.to_json_string())  # so that a checkpoint can be sampled by itself
-    reserve_repository(config, bool(images.held_out), accelerator)
+    repository = reserve_repository(config, bool(images.held_out), accelerator)
     warn_of_terminal_snr(config, scheduler, accelerator)
     if vae is not None:
         vae.eval().requires_grad_(False).to(accelerator.device)
@@ -377,7 +377,7 @@ def train(config: UnconditionalConfig) -> None:
     names = class_names if trained is None else [class_names[label] for label in trained]
     base = config.pretrained_model_name_or_path
     about = describe_run(config, images, plan, model, SHOWN, names[: config.eval_batch_size], base)
-    publisher = Publisher(config, state, pipeline_of, about, total_steps, accelerator)
+    publisher = Publisher(config, state, pipeline_of, about, total_steps, repository, accelerator)
     finished = training_loop(
         config,
         accelerator,

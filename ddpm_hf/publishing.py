@@ -265,10 +265,10 @@ def refuses(error: Exception) -> bool:
     return isinstance(error, (LocalTokenNotFoundError, HFValidationError)) or type(error) is ValueError
 
 
-def reserve_repository(config: TrainingConfig, held_out: bool, accelerator) -> None:
-    """Before training: see that the upload will be accepted; `config.hub_model_id` then has the user's name too.
+def reserve_repository(config: TrainingConfig, held_out: bool, accelerator) -> str:
+    """Before training: the name of the repository to upload to, once the Hub has said that it accepts the upload.
 
-    With --dry_run the repository is not created.
+    It has the user's name too where it is to be uploaded. With --dry_run the repository is not created.
 
     Args:
         held_out: whether images are held out.
@@ -278,23 +278,24 @@ def reserve_repository(config: TrainingConfig, held_out: bool, accelerator) -> N
     """
     if config.hub_strategy == "best" and not held_out:
         raise UsageError("--hub_strategy best wants held-out images: give --validation_split 0.1, for example")
-    config.hub_model_id = config.hub_model_id or Path(config.output_dir).resolve().name
+    repository = config.hub_model_id or Path(config.output_dir).resolve().name
     if not config.push_to_hub or not accelerator.is_main_process:
-        return
+        return repository
     try:
         if config.dry_run:
-            check_account(config.hub_model_id, config.hub_token)
-            return
-        config.hub_model_id = open_repository(config.hub_model_id, config.hub_token, config.hub_private_repo)
+            check_account(repository, config.hub_token)
+            return repository
+        repository = open_repository(repository, config.hub_token, config.hub_private_repo)
         if config.hub_revision and not config.resume_from_checkpoint:
-            check_tag(config.hub_model_id, config.hub_revision, config.hub_token)
+            check_tag(repository, config.hub_revision, config.hub_token)
     except Exception as error:
         if refuses(error):
             raise UsageError(
-                f"--push_to_hub: {config.hub_model_id} cannot be written to ({reason_of(error)}); see --hub_model_id,"
+                f"--push_to_hub: {repository} cannot be written to ({reason_of(error)}); see --hub_model_id,"
                 " --hub_token, --hub_private_repo and --hub_revision, or log in with `hf auth login`"
             ) from error
         log(accelerator, f"warning: the Hub does not answer ({reason_of(error)}); trying again at the end")
+    return repository
 
 
 def check_account(repository: str, token: str | None) -> None:
@@ -336,11 +337,12 @@ class Publisher:
         pipeline_of: Callable,
         facts: dict[str, Any],
         total_steps: int,
+        repository: str,
         accelerator,
     ):
         self.config, self.state, self.pipeline_of, self.facts = config, state, pipeline_of, facts
         self.total_steps, self.accelerator = total_steps, accelerator
-        self.folder, self.repository = Path(config.output_dir), config.hub_model_id
+        self.folder, self.repository = Path(config.output_dir), repository
         self.saved_at: int | None = None
         self.uploading: threading.Thread | None = None
 

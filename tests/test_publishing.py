@@ -358,7 +358,7 @@ def test_edits_in_both_places_stop_a_push(world):
     [
         ("public", "is public"),
         ("by a stranger", "user/kept"),
-        ("no folder", "is no folder"),
+        ("no folder", "is not a folder"),
         ("no pipeline", "no model_index.json"),
         ("outside", "--include"),
         ("no such", "--include"),
@@ -461,7 +461,7 @@ def publisher(folder, losses, total_steps=6):
         output_dir=str(folder), hub_model_id="user/my model", checkpointing_steps=2, hub_strategy="best",
         hub_private_repo=True, hub_license="mit", hub_revision="v1", hub_token=TOKEN,
     )  # fmt: skip
-    return Publisher(config, None, None, {}, total_steps, None)
+    return Publisher(config, None, None, {}, total_steps, config.hub_model_id, None)
 
 
 @pytest.mark.parametrize(

@@ -237,7 +237,7 @@ def test_what_is_said_anew_wins(begun, tmp_path):
     config = parse([*argv, "--learning_rate", "2e-3"])
     assert (config.learning_rate, config.adam_beta2, config.adam_weight_decay) == (2e-3, 0.5, 0.25)
     before = parse(words(begun.flags))
-    changed = {"learning_rate": 2e-3, "adam_beta2": 0.5, "resolution": "8", "hub_model_id": "run"}
+    changed = {"learning_rate": 2e-3, "adam_beta2": 0.5, "resolution": "8"}
     assert settings_that_go_on(config) == {**settings_that_go_on(before), **changed}
 
 

@@ -57,10 +57,10 @@ def push(
     from ..training.config import check_license
     from ..training.ownership import settle
 
-    token = own_token(token) if dry_run else token_to_write(token)
     check_license("license", license_)
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder; give the --output_dir of a training run")
+        raise ValueError(f"{folder} is not a folder; give the --output_dir of a training run")
+    token = own_token(token) if dry_run else token_to_write(token)
     include = tuple(include or ())
     check_patterns(folder, include)
     quiet()

@@ -38,7 +38,7 @@ def push_space(
 
     if out and (space or private):
         raise ValueError("--out uploads nothing; leave out --space and --private")
-    token = own_token(token) if out or dry_run else token_to_write(token)
+    token = own_token(token)
     quiet()
     disable_progress_bars()
     examples = example or []
@@ -57,6 +57,7 @@ def push_space(
             f" then python {out}/app.py"
         )
         return
+    token = token_to_write(token)
     name = space or found.name
     with says_what_is_left(lambda: f"the upload is one commit: the Space {name} has all of it or nothing"):
         address = spaces.push_space(found, name, token, private, examples)

@@ -34,7 +34,9 @@ def load(
     if of_a_run and not os.path.isfile(path / MODEL_INDEX):
         return _load_checkpoint(path, ema)
     if ema is not None:
-        raise ValueError(f"ema={ema}: {name_or_path} is not a checkpoint-N folder, the only kind that has both weights; leave ema out")
+        raise ValueError(
+            f"ema={ema}: {name_or_path} is not a checkpoint-N folder, and only those hold both weights; leave ema out"
+        )
     return drawing.load_pipeline(str(name_or_path), revision, token)
 
 

@@ -21,6 +21,8 @@ def pipeline_class(model: str, revision: str | None = None, token: str | None = 
     Raises:
         ValueError: no such model, or not one of ours.
     """
+    from diffusers import DiffusionPipeline
+
     from ..portable.pipeline_class_conditional_ddpm_hf import ClassConditionalDDPMPipeline
     from ..portable.pipeline_ddpm_hf import DDPMPipeline
     from ..portable.pipeline_text2image_ddpm_hf import TextToImageDDPMPipeline
@@ -30,7 +32,8 @@ def pipeline_class(model: str, revision: str | None = None, token: str | None = 
     known = {cls.__name__: cls for cls in (DDPMPipeline, ClassConditionalDDPMPipeline, TextToImageDDPMPipeline)}
     known["StableDiffusionPipeline"] = TextToImageDDPMPipeline
     with said_in_a_line(model):
-        name = DDPMPipeline.load_config(model, revision=revision, token=token).get("_class_name")
+        name = DiffusionPipeline.load_config(model, revision=revision, token=token).get("_class_name")
+        name = name[-1] if isinstance(name, list) and name else name  # [file, class] of our repositories' code
         if name not in known:
             raise ValueError(f"it is a {name}, and this command samples {', '.join(known)}")
         return known[name]

@@ -39,7 +39,7 @@ def vb_terms_bpd(
         model_output: [N, C, ...], or [N, 2C, ...] with a learned variance, at x_t [N, C, ...].
         x_start: images in [-1, 1], on the 256 levels of a byte.
         timesteps, previous_timesteps: ints or LongTensors [N]; None means t-1, and -1 the data.
-        clip_sample: whether x̂_0 is clipped; training wants False.
+        clip_sample: whether x̂_0 is clipped; False for training.
     """
     true = scheduler.q_posterior_mean_variance(x_start, x_t, timesteps, previous_timesteps)
     predicted = scheduler.p_mean_variance(model_output, timesteps, x_t, previous_timesteps, clip_sample=clip_sample)
@@ -138,9 +138,9 @@ def check_objective(
 ) -> None:
     """Raise ValueError, with the way out, for a name that does not exist or a combination that cannot train."""
     if objective not in OBJECTIVES:
-        raise ValueError(f"objective {objective!r} is none of {', '.join(OBJECTIVES)}")
+        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)} (got {objective!r})")
     if loss_type not in LOSS_TYPES:
-        raise ValueError(f"loss_type {loss_type!r} is none of {', '.join(LOSS_TYPES)}")
+        raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)} (got {loss_type!r})")
     learned = scheduler.variance_type in LEARNED_VARIANCE_TYPES
     if objective == "hybrid" and not learned:
         raise ValueError(

@@ -32,7 +32,7 @@ def bits_per_dim(
     class_labels: torch.Tensor | None = None,
     progress: bool = False,
 ) -> BitsPerDim:
-    """The variational bound on -log2 p(x_0), with one draw of x_t at each timestep.
+    """The variational bound on -log2 p(x_0), with one sample of x_t at each timestep.
 
     Args:
         unet: `unet(x_t, t, class_labels).sample` is the scheduler's kind of output. Called as it is: put it in eval

@@ -144,9 +144,9 @@ def check_objective(
 ) -> None:
     """Raise ValueError, with the way out, for a name that does not exist or a combination that cannot train."""
     if objective not in OBJECTIVES:
-        raise ValueError(f"objective {objective!r} must be one of {', '.join(OBJECTIVES)}")
+        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)} (got {objective!r})")
     if loss_type not in LOSS_TYPES:
-        raise ValueError(f"loss_type {loss_type!r} must be one of {', '.join(LOSS_TYPES)}")
+        raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)} (got {loss_type!r})")
     learned = scheduler.variance_type in LEARNED_VARIANCE_TYPES
     if objective == "hybrid" and not learned:
         raise ValueError(

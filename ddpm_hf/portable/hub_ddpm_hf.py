@@ -2,7 +2,7 @@
 
 A component recorded under a foreign library never loads from the Hub. So our scheduler is recorded as Diffusers' own
 (its config is one that stock can express), the pipeline under a stock name where stock samples the same images, and
-the code beside it in any case. A pipeline converts the scheduler back when it is made.
+the code in the same folder in any case. A pipeline converts the scheduler back when it is made.
 
 This file is copied into published repositories: it imports diffusers alone.
 """
@@ -175,7 +175,7 @@ class PortablePipelineMixin:
             super().save_pretrained(save_directory, *args, **kwargs)
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Write `model_index.json` and, beside it, the code that it may name; before any upload."""
+        """Write `model_index.json` and the code that it may name, before any upload."""
         directory = Path(save_directory)
         directory.mkdir(parents=True, exist_ok=True)
         module = sys.modules[self._portable_class().__module__]
@@ -184,7 +184,7 @@ class PortablePipelineMixin:
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def to_json_file(self, json_file_path: str | os.PathLike) -> None:
-        """The pipeline's config as a stock loader wants it."""
+        """The pipeline's config as a stock loader reads it."""
         index = json.loads(self.to_json_string())
         index.pop("_name_or_path", None)  # a path on the machine of whoever trained
         for name, entry in list(index.items()):

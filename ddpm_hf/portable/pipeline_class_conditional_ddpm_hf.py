@@ -1,6 +1,6 @@
 """Generation by class, in pixels or, with a `vae`, in latents, with classifier-free or classifier guidance.
 
-This file is copied into published repositories: it imports torch, diffusers and the files beside it, each directly.
+This file is copied into published repositories: it imports torch, diffusers and files next to it, each directly.
 """
 
 import numbers
@@ -173,7 +173,7 @@ class ClassConditionalDDPMPipeline(SamplingMixin, PortablePipelineMixin, Diffusi
         guidance = None
         if classifier is not None:
             if self.null_class is not None and self.null_class in ids:
-                raise ValueError("a classifier guides towards a class: give no None in class_labels beside it")
+                raise ValueError("a classifier guides towards a class: class_labels must not contain None")
             guidance = ClassifierGuidance(classifier, ids, classifier_scale)
 
         def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

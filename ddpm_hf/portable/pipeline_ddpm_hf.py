@@ -1,6 +1,6 @@
 """Unconditional generation in pixels or, with a `vae`, in latents.
 
-This file is copied into published repositories: it imports torch, diffusers and the files beside it, each directly.
+This file is copied into published repositories: it imports torch, diffusers and files next to it, each directly.
 """
 
 from collections.abc import Callable, Sequence
@@ -219,7 +219,7 @@ def check_labels(class_labels, batch_size: int, classifier: Callable | None) -> 
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"class_labels={class_labels!r}: give the classifier's ids, integers from 0") from error
     if len(labels) != batch_size:
-        raise ValueError(f"classifier guidance wants {batch_size} class_labels and has {len(labels)}")
+        raise ValueError(f"classifier guidance requires {batch_size} class_labels (got {len(labels)})")
     if labels.is_floating_point() or labels.dtype == torch.bool or int(labels.min()) < 0:
         raise ValueError(f"class_labels={labels.tolist()}: give the classifier's ids, integers from 0")
     return labels.long()

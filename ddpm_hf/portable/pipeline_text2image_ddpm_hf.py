@@ -1,6 +1,6 @@
 """Text to image in the latents of an autoencoder (Rombach et al. 2022), with DDPM or any sampler of Diffusers.
 
-This file is copied into published repositories: it imports torch, diffusers, transformers and the files beside it.
+This file is copied into published repositories: it imports torch, diffusers, transformers and files next to it.
 """
 
 import numbers

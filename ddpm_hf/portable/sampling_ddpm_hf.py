@@ -1,6 +1,6 @@
 """The reverse chain that our pipelines share: Algorithm 2 of Ho et al. 2020, or any sampler of Diffusers.
 
-This file is copied into published repositories: it imports torch and diffusers, and the scheduler beside it.
+This file is copied into published repositories: it imports torch, diffusers and the scheduler, from the same folder.
 """
 
 import inspect
@@ -95,7 +95,7 @@ def check_sampler(scheduler, timesteps) -> None:
 
 
 def stock_samples_alike(scheduler) -> bool:
-    """Whether stock's scheduler of the same config draws the same images as the sampler of ours.
+    """Whether stock's scheduler of the same config samples the same images as the sampler of ours.
 
     Not where it lacks a prediction or a variance, and not where a chain ends above t = 0: it then adds noise to the
     finished image, unless the posterior's variance, 0 there, says that there is none.
@@ -160,7 +160,7 @@ class SamplingMixin:
         latents: torch.Tensor | None = None,
         size: tuple[int, int] | None = None,
     ) -> torch.Tensor:
-        """x_T [N, C, H, W] ~ N(0, I), or the given one, scaled as the sampler wants it; `size` is (H, W)."""
+        """x_T [N, C, H, W] ~ N(0, I), or the given one, scaled as the sampler requires; `size` is (H, W)."""
         if not (isinstance(batch_size, numbers.Integral) and batch_size >= 1):
             raise ValueError(f"batch_size={batch_size!r}: must be a whole number of 1 or more")
         several = generator if isinstance(generator, (list, tuple)) else [generator or None]
@@ -176,7 +176,7 @@ class SamplingMixin:
         elif not isinstance(latents, torch.Tensor):
             raise ValueError(f"latents of {type(latents).__name__}: give a tensor")
         elif tuple(latents.shape) != shape:
-            raise ValueError(f"latents of shape {tuple(latents.shape)}; batch_size and model want {shape}")
+            raise ValueError(f"latents of shape {tuple(latents.shape)}: batch_size and model require {shape}")
         elif not torch.isfinite(latents).all():
             raise ValueError("latents contain NaN or infinity")
         latents = latents.to(device=self._execution_device, dtype=self.unet.dtype)

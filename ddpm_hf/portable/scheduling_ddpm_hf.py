@@ -267,13 +267,13 @@ class DDPMScheduler(StockDDPMScheduler):
         if not (isinstance(num_train_timesteps, numbers.Integral) and num_train_timesteps >= 1):
             raise ValueError(f"num_train_timesteps={num_train_timesteps!r}: must be a whole number of 1 or more")
         if prediction_type not in PREDICTION_TYPES:
-            raise ValueError(f"prediction_type {prediction_type!r} is none of {', '.join(PREDICTION_TYPES)}")
+            raise ValueError(f"prediction_type must be one of {', '.join(PREDICTION_TYPES)} (got {prediction_type!r})")
         if variance_type is None:  # as a sampler keeps it that was told to leave a learned variance alone
             variance_type = "fixed_small"
             self.register_to_config(variance_type=variance_type)
         if variance_type not in VARIANCE_TYPES:  # as in stock, such a name samples with fixed_small
             logger.warning(
-                f"variance_type {variance_type!r} is none of {', '.join(VARIANCE_TYPES)}: using fixed_small"
+                f"variance_type must be one of {', '.join(VARIANCE_TYPES)} (got {variance_type!r}): using fixed_small"
             )
         betas = self._resolve_betas(num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas)
         if rescale_betas_zero_snr:
@@ -290,7 +290,7 @@ class DDPMScheduler(StockDDPMScheduler):
         self._log_alpha_bar = {torch.device("cpu"): torch.from_numpy(np.concatenate([[0.0], log_alphas_cumprod]))}
         self._tables = {}  # (name, device, dtype) -> [K, T]
         self.one = torch.tensor(1.0)
-        self.init_noise_sigma = 1.0  # x_T is drawn from N(0, I)
+        self.init_noise_sigma = 1.0  # x_T ~ N(0, I)
         self.variance_type = variance_type
 
         self.custom_timesteps = False
@@ -309,7 +309,9 @@ class DDPMScheduler(StockDDPMScheduler):
         if trained_betas is None:
             if not named:
                 known = ", ".join(BETA_SCHEDULES)
-                raise NotImplementedError(f"beta_schedule {beta_schedule!r} is none of {known}; or give trained_betas")
+                raise NotImplementedError(
+                    f"beta_schedule must be one of {known} (got {beta_schedule!r}); or give trained_betas"
+                )
             try:
                 betas = np.asarray(BETA_SCHEDULES[name](num_train_timesteps, beta_start, beta_end), dtype=np.float64)
             except (TypeError, ValueError, ArithmeticError) as error:
@@ -425,7 +427,7 @@ class DDPMScheduler(StockDDPMScheduler):
         if spacing == "trailing":
             # from the top down, as stock counts, so that ties round alike; and never more than n of them
             return np.round(np.arange(T, 0, -T / n)[:n]).astype(np.int64) - 1
-        raise ValueError(f"timestep_spacing {spacing!r} is none of 'leading', 'linspace', 'trailing'.")
+        raise ValueError(f"timestep_spacing must be one of leading, linspace, trailing (got {spacing!r})")
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
@@ -677,12 +679,12 @@ class DDPMScheduler(StockDDPMScheduler):
             if model_output.shape[1] != x_t.shape[1]:
                 raise ValueError(
                     f"the model outputs {model_output.shape[1]} channels for a sample of {x_t.shape[1]}; if it learned"
-                    " its variance, the scheduler wants variance_type='learned_range' (or 'learned')"
+                    " its variance, the scheduler requires variance_type='learned_range' (or 'learned')"
                 )
             return model_output, None
         if model_output.shape[1] != 2 * x_t.shape[1]:
             raise ValueError(
-                f"variance_type={self.variance_type!r} wants {2 * x_t.shape[1]} output channels and the model has"
+                f"variance_type={self.variance_type!r} requires {2 * x_t.shape[1]} output channels and the model has"
                 f" {model_output.shape[1]}; build it with out_channels={2 * x_t.shape[1]}, or use a fixed variance"
             )
         return model_output.chunk(2, dim=1)

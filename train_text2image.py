@@ -181,7 +181,7 @@ class PromptFlags:
     validation_prompts: list[str] = HfArg(  # noqa: RUF009
         resume=FREE,
         default_factory=list,
-        help="Prompts of the grids that are drawn while training; by default some captions.",
+        help="Prompts of the grids that are sampled while training; by default some captions.",
     )
     guidance_scale: float | None = HfArg(
         resume=FREE,
@@ -232,7 +232,9 @@ class Text2ImageConfig(
         self.check_schedule()
         self.check_autoencoder()
         if self.prediction_type not in (None, *PREDICTION_TYPES):
-            raise UsageError(f"--prediction_type {self.prediction_type!r} is none of {', '.join(PREDICTION_TYPES)}")
+            raise UsageError(
+                f"--prediction_type must be one of {', '.join(PREDICTION_TYPES)} (got {self.prediction_type!r})"
+            )
         if not 0 <= self.caption_dropout < 1:
             raise UsageError(f"--caption_dropout {self.caption_dropout}: must be at least 0 and less than 1")
         for name in ("noise_offset", "input_perturbation", "dream_detail_preservation", "guidance_scale"):
@@ -675,7 +677,7 @@ def image_channels(config: Text2ImageConfig, vae: AutoencoderKL | None) -> int:
         return config.channels or (1 if config.embedded else 3)
     if any(side % downscaling(vae) for side in config.size()):
         wanted = downscaling(vae)
-        raise UsageError(f"--resolution {config.resolution}: the autoencoder wants multiples of {wanted}")
+        raise UsageError(f"--resolution {config.resolution}: the autoencoder requires multiples of {wanted}")
     if config.channels not in (None, vae.config.in_channels):
         raise UsageError(f"--channels {config.channels}: the autoencoder reads images of {vae.config.in_channels}")
     return vae.config.in_channels

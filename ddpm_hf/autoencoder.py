@@ -84,7 +84,7 @@ class Reconstruction(torch.nn.Module):
         self.vae = vae
 
     def forward(self, images: torch.Tensor, noise_of) -> tuple[torch.Tensor, torch.Tensor]:
-        """[N, C, H, W] -> the same, and nats [N]; `noise_of` draws like a tensor."""
+        """[N, C, H, W] -> the same, and nats [N]; `noise_of` samples noise in a tensor's shape."""
         posterior = self.vae.encode(images).latent_dist
         latents = posterior.mean + posterior.std * noise_of(posterior.mean)
         return self.vae.decode(latents).sample, posterior.kl()
@@ -170,7 +170,7 @@ def train_autoencoder(
         return load_autoencoder(str(folder)).to(accelerator.device)
     factor = 2 ** (len(flags.widths()) - 1)
     if size[0] % factor or size[1] % factor:
-        raise UsageError(f"--resolution {size[0]}x{size[1]}: the autoencoder wants multiples of {factor}")
+        raise UsageError(f"--resolution {size[0]}x{size[1]}: the autoencoder requires multiples of {factor}")
     training = dataclasses.replace(
         config,
         output_dir=str(folder),

@@ -95,7 +95,7 @@ def draw_blueprint(config, accelerator) -> Blueprint:
         line = settle_resolution(config, vae and vae.config.sample_size, 1, usual="32")
     log(accelerator, line)
     if any(side % factor for side in config.size()):
-        raise UsageError(f"--resolution {config.resolution}: the autoencoder wants multiples of {factor}")
+        raise UsageError(f"--resolution {config.resolution}: the autoencoder requires multiples of {factor}")
     height, width = (side // factor for side in config.size())
     channels = vae.config.latent_channels if vae is not None else config.vae_latent_channels
     context = text_encoder.config.hidden_size if text_encoder is not None else TEXT_WIDTH

@@ -148,7 +148,7 @@ class ScheduleFlags:
     )
 
     def check_schedule(self) -> None:
-        """Raise UsageError for a name or a number that is none."""
+        """Raise UsageError for an unknown name or a number out of range."""
         trained = getattr(self, "pretrained_model_name_or_path", None) and self.ddpm_beta_schedule == TRAINED_BETAS
         if self.ddpm_beta_schedule not in BETA_SCHEDULES and not trained:
             known = ", ".join(BETA_SCHEDULES)
@@ -176,7 +176,7 @@ class ObjectiveFlags:
     )
 
     def check_objective_flags(self) -> None:
-        """Raise UsageError for a name or a number that is none."""
+        """Raise UsageError for an unknown name or a number out of range."""
         choices = {
             "prediction_type": PREDICTION_TYPES,
             "variance_type": VARIANCE_TYPES,
@@ -184,7 +184,7 @@ class ObjectiveFlags:
         }
         for name, known in choices.items():
             if getattr(self, name) not in known:
-                raise UsageError(f"--{name} {getattr(self, name)!r} is none of {', '.join(known)}")
+                raise UsageError(f"--{name} must be one of {', '.join(known)} (got {getattr(self, name)!r})")
         if self.ddpm_num_inference_steps < 1:
             raise UsageError(f"--ddpm_num_inference_steps {self.ddpm_num_inference_steps}: must be 1 or more")
         if not self.vlb_weight >= 0:
@@ -228,7 +228,7 @@ class AutoencoderFlags(LatentFlags):
     )
     vae_learning_rate: float = HfArg(resume=FIXED, default=1e-3, help="Its learning rate, decaying as a cosine.")
     vae_kl_weight: float = HfArg(
-        resume=FIXED, default=1e-4, help="Weight of the latents' KL to a unit Gaussian, beside the L1 loss."
+        resume=FIXED, default=1e-4, help="Weight of the latents' KL to a unit Gaussian, added to the L1 loss."
     )
     vae_latent_channels: int = HfArg(resume=FIXED, default=4, help="Channels of its latents.")
     vae_widths: str = HfArg(
@@ -292,7 +292,7 @@ def weaker_layers(config) -> list[tuple[str, dict[str, Any]]]:
         embedded.pop("model_preset", None)
     preset = config.model_preset or embedded.get("model_preset")
     if preset is not None and preset not in MODEL_PRESETS:
-        raise UsageError(f"--model_preset {preset!r} is none of {', '.join(MODEL_PRESETS)}")
+        raise UsageError(f"--model_preset must be one of {', '.join(MODEL_PRESETS)} (got {preset!r})")
     recipe = MODEL_PRESETS[preset].recipe if preset else {}
     trained = trained_settings(read_source(config)) if start and not _goes_on(config) else {}
     return [("the embedded recipe", embedded), (f"the preset {preset}", recipe), (f"the model {start}", trained)]
@@ -432,7 +432,7 @@ def unet_arguments(flags: UNetFlags, data: DataFlags, vae=None, source: Source |
             raise UsageError(f"--channels {data.channels}: the autoencoder reads images of {vae.config.in_channels}")
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
         if height % factor or width % factor:
-            raise UsageError(f"--resolution {data.resolution}: the autoencoder wants multiples of {factor}")
+            raise UsageError(f"--resolution {data.resolution}: the autoencoder requires multiples of {factor}")
         height, width = height // factor, width // factor
     if source is not None:
         chosen = {**source.unet, "num_class_embeds": None}  # classes are the data's: --label_column

@@ -94,18 +94,18 @@ class TensorTable:
             }
         )
         final = self.folder / f"part-{digest(*keys).hex()}"
-        beside = tempfile.mkdtemp(dir=self.folder, prefix=".writing-", suffix=SCRAP)
+        scratch = tempfile.mkdtemp(dir=self.folder, prefix=".writing-", suffix=SCRAP)
         try:
-            datasets.Dataset.from_dict(columns, features=features).save_to_disk(beside, max_shard_size="100GB")
-            os.chmod(beside, 0o755)  # a cache may be shared
-            flush_tree(Path(beside))
-            os.replace(beside, final)
+            datasets.Dataset.from_dict(columns, features=features).save_to_disk(scratch, max_shard_size="100GB")
+            os.chmod(scratch, 0o755)  # a cache may be shared
+            flush_tree(Path(scratch))
+            os.replace(scratch, final)
             flush(self.folder)
         except OSError:
             if not final.exists():  # else another run has written the same
                 raise
         finally:
-            shutil.rmtree(beside, ignore_errors=True)
+            shutil.rmtree(scratch, ignore_errors=True)
 
     def remove_unfinished(self) -> None:
         """Remove what killed writes left behind; another run may be writing too, but not for an hour at one part."""
@@ -291,7 +291,7 @@ def cache_embeddings(
 
 
 def draw_latents(moments: torch.Tensor, vae: AutoencoderKL, keys: StepKeys) -> torch.Tensor:
-    """x_0 [N, C, h, w] of the diffusion: a draw from the autoencoder's posterior, brought to unit variance."""
+    """x_0 [N, C, h, w] of the diffusion: a sample of the autoencoder's posterior, scaled to unit variance."""
     posterior = DiagonalGaussianDistribution(moments)
     latents = posterior.mean + posterior.std * keys.normal_like(posterior.mean, "posterior")
     return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor

@@ -54,7 +54,7 @@ class Facts:
 
     @property
     def kind(self) -> str:
-        """What it draws from: nothing, a class or a text."""
+        """What it is conditioned on: nothing, a class or a text."""
         return KINDS[self.class_name]
 
     @property
@@ -106,7 +106,7 @@ def record_result(
         value: the figure; one of the same metric, dataset, split and settings is replaced.
         samples: how many images it was measured on.
         dataset: of the images that it was measured on or against.
-        settings: how samples were drawn, for example "DDIM, 50 steps".
+        settings: how the samples were generated, for example "DDIM, 50 steps".
 
     Raises:
         ValueError: there is an `evaluation.json` that holds something else.
@@ -254,9 +254,9 @@ def merge_metadata(own: dict[str, Any], before: dict[str, Any], model: str = "")
 def about(facts: Facts) -> str:
     """What the model is."""
     what = {
-        "unconditional-image-generation": "draws images",
-        "class-conditional-image-generation": "draws images of a class",
-        "text-to-image": "draws what a text says",
+        "unconditional-image-generation": "samples images",
+        "class-conditional-image-generation": "samples images of a class",
+        "text-to-image": "samples images from a text",
     }[facts.kind]
     height, width = image_size(facts.pipeline)
     dataset = facts.dataset.get("name")
@@ -277,7 +277,7 @@ def _linked(dataset: dict[str, Any]) -> str:
 
 
 def image_size(pipeline) -> tuple[int, int]:
-    """(height, width) of the images that a pipeline draws by default."""
+    """(height, width) of the images that a pipeline samples by default."""
     size = pipeline.unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
     vae = getattr(pipeline, "vae", None)
@@ -286,7 +286,7 @@ def image_size(pipeline) -> tuple[int, int]:
 
 
 def pictures(facts: Facts) -> str:
-    """What it draws."""
+    """What it samples."""
     shown = []
     if facts.has(SAMPLES):
         rows = ", ".join(f"“{_as_text(name)}”" for name in facts.run.get("rows", []))
@@ -372,7 +372,7 @@ def _python(facts: Facts, options: str, call: str) -> list[str]:
 
 
 def call_arguments(facts: Facts) -> str:
-    """What to call the pipeline with, so that any of the classes that load it draws an image."""
+    """What to call the pipeline with, so that any of the classes that load it samples an image."""
     T = facts.pipeline.scheduler.config.num_train_timesteps
     if facts.kind == "text-to-image":
         usual = [] if T >= 50 else [f"num_inference_steps={T - 1}"]
@@ -483,9 +483,9 @@ def limits(facts: Facts) -> str:
     )
     return (
         f"## Limits\n\nThe model knows {dataset} and nothing else: what is rare there is rare here, what is missing"
-        f" cannot be drawn, and its biases are kept.{words}{memory}\n\nIt is not for presenting its images as"
+        f" cannot be sampled, and its biases are kept.{words}{memory}\n\nIt is not for presenting its images as"
         " photographs or records of real people, places or events, nor for decisions about people, medical or legal"
-        " evidence, or content that deceives or harms. Nothing filters what it draws."
+        " evidence, or content that deceives or harms. Nothing filters its output."
     )
 
 

@@ -197,6 +197,11 @@ def stock_unet_defaults() -> dict[str, Any]:
 def build_unet(config: dict[str, Any]) -> "UNet2DModel":
     """A `UNet2DModel` from its arguments; those left out are Diffusers' defaults.
 
+    It maps x_t [N, in_channels, H, W] and t to [N, out_channels, H, W].
+
+    Args:
+        config: such as `MODEL_PRESETS["small-32"].unet`; the resolution is its `sample_size`.
+
     Raises:
         ValueError: norm groups that do not divide the channels at some width.
     """

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from .functional import LOG2, discretized_gaussian_log_likelihood, mean_flat, normal_kl
-from .portable.scheduling_ddpm_hf import LEARNED_VARIANCE_TYPES, DDPMScheduler
+from .portable.scheduling_ddpm_hf import LEARNED_VARIANCE_TYPES, DDPMScheduler, Timesteps
 
 
 class VariationalTerms(NamedTuple):
@@ -29,8 +29,8 @@ def vb_terms_bpd(
     model_output: torch.Tensor,
     x_start: torch.Tensor,
     x_t: torch.Tensor,
-    timesteps,
-    previous_timesteps=None,
+    timesteps: Timesteps,
+    previous_timesteps: Timesteps | None = None,
     clip_sample: bool = True,
 ) -> VariationalTerms:
     """The bound's term of the step from t to s: L_{t-1}, or the decoder's L_0 where s = -1 (Ho et al., Eq. 5).
@@ -39,7 +39,10 @@ def vb_terms_bpd(
         model_output: [N, C, ...], or [N, 2C, ...] with a learned variance, at x_t [N, C, ...].
         x_start: images in [-1, 1], on the 256 levels of a byte.
         timesteps, previous_timesteps: ints or LongTensors [N]; None means t-1, and -1 the data.
-        clip_sample: whether x̂_0 is clipped; training wants False.
+        clip_sample: whether x̂_0 is clipped to [-1, 1]; False for training.
+
+    Raises:
+        ValueError: timesteps outside 0..T-1, or an output of other channels than `variance_type` requires.
     """
     true = scheduler.q_posterior_mean_variance(x_start, x_t, timesteps, previous_timesteps)
     predicted = scheduler.p_mean_variance(model_output, timesteps, x_t, previous_timesteps, clip_sample=clip_sample)
@@ -51,7 +54,10 @@ def vb_terms_bpd(
 
 
 def prior_bpd(scheduler: DDPMScheduler, x_start: torch.Tensor) -> torch.Tensor:
-    """KL(q(x_T | x_0) ‖ N(0, I)) in bits per dimension [N]: the bound's term that no training changes."""
+    """KL(q(x_T | x_0) ‖ N(0, I)) in bits per dimension [N], for images x_0 [N, C, ...] in [-1, 1].
+
+    It is the bound's term that no training changes.
+    """
     q = scheduler.q_mean_variance(x_start, len(scheduler) - 1)
     zero = torch.zeros_like(x_start)
     return mean_flat(normal_kl(q.mean, q.log_variance, zero, zero)) / LOG2
@@ -138,9 +144,9 @@ def check_objective(
 ) -> None:
     """Raise ValueError, with the way out, for a name that does not exist or a combination that cannot train."""
     if objective not in OBJECTIVES:
-        raise ValueError(f"objective {objective!r} is none of {', '.join(OBJECTIVES)}")
+        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)} (got {objective!r})")
     if loss_type not in LOSS_TYPES:
-        raise ValueError(f"loss_type {loss_type!r} is none of {', '.join(LOSS_TYPES)}")
+        raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)} (got {loss_type!r})")
     learned = scheduler.variance_type in LEARNED_VARIANCE_TYPES
     if objective == "hybrid" and not learned:
         raise ValueError(
@@ -193,7 +199,7 @@ def training_losses(
 class UniformTimestepSampler:
     """t uniform over 0..T-1, every weight 1."""
 
-    def __init__(self, num_train_timesteps: int):
+    def __init__(self, num_train_timesteps: int) -> None:
         self.num_train_timesteps = num_train_timesteps
 
     def sample(self, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -219,7 +225,9 @@ class LossSecondMomentSampler:
     forgotten. Give `update_with_losses` the losses of all ranks, in the same order on each: they then agree on p.
     """
 
-    def __init__(self, num_train_timesteps: int, history_per_term: int = 10, uniform_probability: float = 0.001):
+    def __init__(
+        self, num_train_timesteps: int, history_per_term: int = 10, uniform_probability: float = 0.001
+    ) -> None:
         self.num_train_timesteps = num_train_timesteps
         self.uniform_probability = uniform_probability
         self.history = torch.zeros(num_train_timesteps, history_per_term, dtype=torch.float64)  # oldest first
@@ -237,7 +245,7 @@ class LossSecondMomentSampler:
         )
 
     def sample(self, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Timesteps [N] by the inverse of p's CDF at u in [0, 1), and weights 1/(T·p(t)) (float32 [N])."""
+        """Timesteps (LongTensor [N]) by the inverse of p's CDF at u in [0, 1); weights 1/(T·p(t)) (float32 [N])."""
         p = self.probabilities()
         cdf = p.cumsum(0)
         timesteps = torch.searchsorted(cdf, uniforms.cpu().double() * cdf[-1], right=True)

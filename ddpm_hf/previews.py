@@ -1,4 +1,4 @@
-"""Sample grids during training: drawn by all processes together, the same noise each time."""
+"""Sample grids during training: sampled by all processes together, the same noise each time."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -35,7 +35,7 @@ from .training.setup import log, public_settings
 ATTRIBUTES = ("*.safetensors", "*.png", "*.gif")  # what the repository keeps outside of git
 PUBLISHED = (*(entry.pattern for entry in LAYOUT if entry.published and entry.pattern != "README.md"), "LICENSE*")
 COMPONENT_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
-CHAIN_ROWS = 8  # of the card's strip of predictions, where the run has drawn none
+CHAIN_ROWS = 8  # of the card's strip of predictions, where the run has sampled none
 CODE = tuple(path.name for path in Path(portable.__file__).parent.glob("*_ddpm_hf.py"))
 RENEWED = (*CODE, SAMPLES, CHAIN, LOSS_CURVE)  # what of an earlier upload goes where this one has it no more
 
@@ -74,10 +74,10 @@ def files_to_publish(folder: Path, include: tuple[str, ...] = ()) -> dict[str, P
 @contextlib.contextmanager
 def frozen_copy(files: dict[str, Path], folder: Path) -> Iterator[dict[str, Path]]:
     """The files as they are now, whatever a run writes meanwhile; weights by hard links, since they are replaced."""
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".publishing-", suffix=SCRAP) as beside:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".publishing-", suffix=SCRAP) as scratch:
         copies = {}
         for name, path in files.items():
-            copies[name] = Path(beside) / name
+            copies[name] = Path(scratch) / name
             copies[name].parent.mkdir(parents=True, exist_ok=True)
             copy_or_link(path.resolve(), copies[name])
         yield copies
@@ -231,7 +231,7 @@ def draw_missing_pictures(studio, folder: Path) -> None:
         return
     sampler = "ddim" if "ddim" in studio.samplers else "ddpm"
     moments = []
-    with tqdm(total=studio.samplers[sampler], desc="drawing pictures for the card", leave=False) as bar:
+    with tqdm(total=studio.samplers[sampler], desc="sampling images for the card", leave=False) as bar:
 
         def watch(step) -> None:
             bar.update(1)
@@ -280,7 +280,7 @@ def reserve_repository(config: PipelineConfig, held_out: bool, accelerator) -> s
     if accelerator.is_fsdp2 and "non_ema" in config.save_variants:
         raise UsageError("--save_variants non_ema: not with FSDP; the checkpoints' unet/ holds these weights")
     if config.hub_strategy == "best" and not held_out:
-        raise UsageError("--hub_strategy best wants held-out images: give --validation_split 0.1, for example")
+        raise UsageError("--hub_strategy best requires held-out images: give --validation_split 0.1, for example")
     repository = config.hub_model_id or Path(config.output_dir).resolve().name
     if not config.push_to_hub or not accelerator.is_main_process:
         return repository
@@ -350,7 +350,7 @@ class Publisher:
         self.uploading: threading.Thread | None = None
 
     def save(self, model, step: int) -> None:
-        """Save the pipeline, if `--hub_strategy` wants this one, and upload it where it wants that too."""
+        """Save the pipeline if `--hub_strategy` asks for this one, and upload it if it asks for that too."""
         config, at_checkpoint = self.config, step % self.config.checkpointing_steps == 0
         none_yet = not (self.folder / "model_index.json").is_file()
         if config.hub_strategy == "best" and not self.is_best(step) and not (none_yet and step == self.total_steps):
@@ -439,7 +439,7 @@ class Publisher:
         log(self.accelerator, f"published at {upload.address}")
 
     def stopped(self) -> None:
-        """Where training ends before its end: say what becomes of an upload beside it."""
+        """Where training ends before its end: say what becomes of a background upload."""
         if self.uploading is not None and self.uploading.is_alive():
             log(self.accelerator, f"an upload was under way and is given up; `{self.command()}` repeats it")
 

@@ -17,7 +17,7 @@ from .training.ownership import claim_files, listed, may_write, release_files, r
 
 
 def save_model(model, folder: str | Path, only: str = "*", within: str | Path | None = None, **options) -> list[Path]:
-    """Save what has a `save_pretrained` so that each of its files is whole: written beside, then moved into place.
+    """Save what has a `save_pretrained` such that each file is complete: written to a scratch folder, then moved.
 
     Args:
         only: of the files that it writes, those whose names match.
@@ -31,26 +31,26 @@ def save_model(model, folder: str | Path, only: str = "*", within: str | Path | 
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(dir=folder, prefix=".saving-", suffix=SCRAP))
+    scratch = Path(tempfile.mkdtemp(dir=folder, prefix=".saving-", suffix=SCRAP))
     try:
-        model.save_pretrained(beside, **options)
-        for path in beside.rglob("config.json"):
+        model.save_pretrained(scratch, **options)
+        for path in scratch.rglob("config.json"):
             forget_origin(path)
-        flush_tree(beside)
-        places = [path.relative_to(beside) for path in beside.rglob(only) if path.is_file()]
+        flush_tree(scratch)
+        places = [path.relative_to(scratch) for path in scratch.rglob(only) if path.is_file()]
         if within is not None:
             claim_places(Path(within), [(folder / place).relative_to(within).as_posix() for place in places])
-        for last in (False, True):  # a config says that the model beside it is there: it goes last
+        for last in (False, True):  # a config says that the weights are there: it goes last
             moved = [place for place in places if (place.suffix == ".json") == last]
             for place in moved:
                 (folder / place).parent.mkdir(parents=True, exist_ok=True)
-                os.chmod(beside / place, 0o644)  # safetensors' own are for their owner alone
-                os.replace(beside / place, folder / place)
+                os.chmod(scratch / place, 0o644)  # safetensors' own are for their owner alone
+                os.replace(scratch / place, folder / place)
             for parent in {(folder / place).parent for place in moved} | {folder}:
                 flush(parent)
         return places
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def claim_places(folder: Path, names: list[str]) -> None:

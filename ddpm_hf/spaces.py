@@ -33,7 +33,8 @@ if __name__ == "__main__":
 '''
 README = """# {title}
 
-An app that draws with {model}, made by `ddpm-hf push-space`: denoising diffusion (DDPM) in the Hugging Face ecosystem.
+An app that samples from {model}, made by `ddpm-hf push-space`: denoising diffusion (DDPM) in the Hugging Face
+ecosystem.
 
 To run it on your own machine, from this folder:
 
@@ -97,15 +98,15 @@ def write_space(folder: str | Path, model: Model, examples: Sequence[str] = ()) 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is there and not empty; name a new folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
-        replace_files(beside, PART, {name: functools.partial(bytes, data) for name, data in files.items()})
-        beside.chmod(0o755)
+        replace_files(scratch, PART, {name: functools.partial(bytes, data) for name, data in files.items()})
+        scratch.chmod(0o755)
         if folder.is_dir():
             folder.rmdir()
-        os.replace(beside, folder)
+        os.replace(scratch, folder)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def space_files(model: Model, examples: Sequence[str] = ()) -> dict[str, str]:

@@ -334,7 +334,7 @@ def test_a_table_does_not_take_the_images_over(tmp_path):
     rows = read_dataset(directory=str(folder))
     assert len(rows.dataset) == 2
     assert set(rows.left_out.split(", ")) == {
-        f"{kind} table beside the images" for kind in (".parquet", ".json", ".csv")
+        f"{kind} table in a folder of images" for kind in (".parquet", ".json", ".csv")
     }
 
 

@@ -691,7 +691,7 @@ def test_guidance_without_a_null_class_names_the_way_out():
 def test_a_classifier_wants_a_class_for_each_image(labels, count):
     """Else an unconditional model is guided nowhere, or one label is spread over images that were not asked for."""
     pipeline = unconditional()
-    with Calls(pipeline.unet) as calls, pytest.raises(ValueError, match=rf"wants 2 class_labels and has {count}"):
+    with Calls(pipeline.unet) as calls, pytest.raises(ValueError, match=rf"requires 2 class_labels \(got {count}\)"):
         pipeline(2, generators(0, 1), STEPS, classifier=LinearClassifier(), class_labels=labels)
     assert calls == []
 

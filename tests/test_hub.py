@@ -454,7 +454,7 @@ def test_the_command_says_in_a_line_what_is_wrong(owner, name, says):
 
 @pytest.mark.parametrize("name", ["stock", "plain", "by-class"])
 def test_what_was_downloaded_loads_offline(world, stranger, offline, name):
-    """Else a model that was used once is of no use on a train. Diffusers wants the cache's folder to run its code."""
+    """Else a model that was used once is of no use on a train. Diffusers runs code from the cache."""
     online = {"plain": "custom"}.get(name, name)
     assert offline[f"{name}-offline"] == stranger[online]
     np.testing.assert_array_equal(images(world, f"{name}-offline"), images(world, online))

@@ -256,7 +256,7 @@ def test_the_command_asks_for_a_prompt(world, owner):
 
 @pytest.mark.parametrize("name", JOBS)
 def test_what_was_downloaded_loads_offline(world, stranger, offline, name):
-    """Else a model that was used once is of no use on a train. Diffusers wants the cache's folder to run its code."""
+    """Else a model that was used once is of no use on a train. Diffusers runs code from the cache."""
     assert "error" not in offline[name]
     assert offline[name]["pipeline"].split(".")[-1] == stranger[name]["pipeline"].split(".")[-1]
     np.testing.assert_array_equal(world.images(f"{name}-offline"), world.images(f"{name}-theirs"))

@@ -275,7 +275,7 @@ def test_postscript_is_not_executed(tally):
     program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
     rows = rows_of(program)
     assert tried(rows, tally) is None
-    with pytest.raises(DataError, match="EPS is a program"):
+    with pytest.raises(DataError, match="EPS files are not supported"):
         ImageDataset(rows, ImageTransform(SIDE, SIDE, 3), 0, cached=True)
 
 

@@ -6,6 +6,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.configuration_utils import FrozenDict
 from PIL import Image
 
 from ddpm_hf import DDPMPipeline, DDPMScheduler
@@ -132,14 +133,30 @@ def test_given_latents_are_the_drawn_ones(sampler):
     assert torch.equal(given, pipeline(2, generators(0, 1), **options).images)
 
 
+@pytest.mark.parametrize("sampler", [DDPMScheduler, diffusers.DDIMScheduler])
+def test_a_network_need_not_say_how_many_channels_it_predicts(sampler, tmp_path):
+    """Else a user's own network, whose config has what stock's pipeline reads, cannot sample or be saved."""
+    pipeline = DDPMPipeline(GaussianNetwork(dict(DDPMScheduler().config)), sampler())
+    pipeline.set_progress_bar_config(disable=True)
+    expected = draw(pipeline, 0, 1)
+    pipeline.unet._internal_dict = FrozenDict(
+        {name: value for name, value in pipeline.unet.config.items() if name != "out_channels"}
+    )
+    pipeline.scheduler = sampler.from_config(pipeline.scheduler.config)
+    assert torch.equal(draw(pipeline, 0, 1), expected)
+    assert pipeline.stock_class_name() == "DDPMPipeline"
+
+
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
 def test_output_types_show_the_same_images(channels, mode):
     """Else one of the output types is scaled, transposed or coloured wrongly."""
     pipeline = make_pipeline(channels, size=(8, 16))
-    latent, pt, array, pil = (draw(pipeline, 0, 1, output_type=kind) for kind in ("latent", "pt", "np", "pil"))
+    kinds = ("latent", "pt", "np", "numpy", "pil")
+    latent, pt, array, same, pil = (draw(pipeline, 0, 1, output_type=kind) for kind in kinds)
     torch.testing.assert_close(pt, (latent / 2 + 0.5).clamp(0, 1))
     assert pt.shape == (2, channels, 8, 16)
     np.testing.assert_array_equal(array, pt.permute(0, 2, 3, 1).numpy())
+    np.testing.assert_array_equal(same, array)
     for image, pixels in zip(pil, array, strict=True):
         assert (image.mode, image.size) == (mode, (16, 8))
         np.testing.assert_array_equal(np.asarray(image).reshape(pixels.shape), (pixels * 255).round())

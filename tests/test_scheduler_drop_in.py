@@ -193,7 +193,7 @@ def test_unknown_variance_type_warns_and_is_fixed_small(caplog):
 
 def test_unknown_prediction_type_is_refused_with_the_known():
     """Else a typing error shows at the first step of sampling, as in stock."""
-    with pytest.raises(ValueError, match=r"'eps'.*epsilon"):
+    with pytest.raises(ValueError, match=r"epsilon.*'eps'"):
         DDPMScheduler(prediction_type="eps")
 
 

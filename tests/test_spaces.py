@@ -162,7 +162,7 @@ def test_the_moments_are_those_of_the_pipelines_frames(models, studios):
         ("plain", {"count": MOST_IMAGES + 1}, f"1 to {MOST_IMAGES}"),
         ("plain", {"steps": STEPS + 1}, f"from 1 to {STEPS}"),
         ("by-class", {"class_labels": ["cow"]}, "cow"),
-        ("text", {"prompt": "  "}, "write one"),
+        ("text", {"prompt": "  "}, "give a prompt"),
         ("plain", {"sampler": "dpm++", "steps": STEPS}, "twice"),
     ],
 )

@@ -506,11 +506,13 @@ def test_a_model_of_oblong_images_draws_them(tmp_path):
 def test_output_types_show_the_same_images(name, mode):
     """Else one of the output types is scaled, transposed or coloured wrongly."""
     pipeline = make_pipeline(name)
-    latent, pt, array, pil = (latents(pipeline, RED, 0, output_type=kind) for kind in ("latent", "pt", "np", "pil"))
+    kinds = ("latent", "pt", "np", "numpy", "pil")
+    latent, pt, array, same, pil = (latents(pipeline, RED, 0, output_type=kind) for kind in kinds)
     with torch.no_grad():
         decoded = pipeline.vae.decode(latent / pipeline.vae.config.scaling_factor).sample
     torch.testing.assert_close(pt, (decoded / 2 + 0.5).clamp(0, 1))
     np.testing.assert_allclose(array, pt.permute(0, 2, 3, 1).numpy(), atol=1e-6)
+    np.testing.assert_array_equal(same, array)
     assert isinstance(pil[0], Image.Image)
     assert pil[0].mode == mode
     shown = np.asarray(pil[0]).reshape(array[0].shape)

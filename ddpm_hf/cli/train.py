@@ -15,7 +15,7 @@ from subprocess import CalledProcessError
 
 import typer
 
-ROOT = Path(__file__).parents[2]  # a clone, or site-packages: the scripts are installed beside the package
+ROOT = Path(__file__).parents[2]  # a clone, or site-packages: the scripts are installed next to the package
 # Of the flags that only Accelerate has, those that people give most
 LAUNCHER_FLAGS = (
     "--multi_gpu", "--num_processes", "--num_machines", "--machine_rank", "--main_process_ip", "--main_process_port",

@@ -141,7 +141,7 @@ class DataFlags(ImageFlags):
         help="Keep all images decoded in memory; auto does if they take a quarter of it at most.",
     )
     skip_broken_images: bool = HfArg(default=False, help="Leave out images that cannot be read, instead of stopping.")
-    max_train_samples: int | None = HfArg(default=None, help="Train on so many of the images, drawn at random.")
+    max_train_samples: int | None = HfArg(default=None, help="Train on a random subset of this many images.")
     validation_split: float = HfArg(
         default=0.0,
         help="Share of the images to hold out for --validation_steps, such as 0.05; by default the dataset's"

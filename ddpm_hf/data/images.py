@@ -113,7 +113,7 @@ def decode_row(value: Any, name: str, dtype: str | None = None) -> Image.Image |
         dtype: of the column's arrays, which `datasets` gives as lists.
 
     Raises:
-        DataError: named, if it is none of these or cannot be decoded.
+        DataError: named, if it is not one of these or cannot be decoded.
     """
     try:
         if isinstance(value, dict):
@@ -127,7 +127,7 @@ def decode_row(value: Any, name: str, dtype: str | None = None) -> Image.Image |
         register_plugins()
         image = Image.open(io.BytesIO(value) if isinstance(value, bytes) else value)
         if image.format in EXECUTED:
-            raise ValueError(f"{image.format} is a program for another program, and not decoded here")
+            raise ValueError(f"{image.format} files are not supported")
         image.load()
         return image
     except Exception as error:  # PIL's decoders have no common base for what a damaged file makes them raise

@@ -209,7 +209,7 @@ def _folder(path: Path, options: Options) -> Source:
     sharded = any(re.fullmatch(r"data/[^/]+-\d{5}-of-\d{5}[^/]*", name) for name in listing.tables)
     if listing.images and (options.kind or not sharded):
         for name in listing.tables:
-            listing.left_out[f"{suffix_of(name)} table beside the images"] += 1
+            listing.left_out[f"{suffix_of(name)} table in a folder of images"] += 1
         parts = image_splits(listing)
         if not parts:
             raise DataError(f"{path} holds no images to read; left out: {listing.note()}")
@@ -217,7 +217,7 @@ def _folder(path: Path, options: Options) -> Source:
         return _refusing(source, path, listing.unclear) if listing.unclear else source
     if listing.tables and not options.kind:
         if listing.images:
-            listing.left_out["image beside the tables"] += len(listing.images)
+            listing.left_out["image in a folder of tables"] += len(listing.images)
         return _tables(path, listing, options)._replace(note=listing.note())
     known = " ".join(sorted(image_suffixes()))
     tables = "" if options.kind else ", nor tables (parquet, arrow, csv, json, webdataset) or save_to_disk data"

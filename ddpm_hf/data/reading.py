@@ -98,7 +98,7 @@ def _validation_rows(dataset: "OpenDataset", flags: DataFlags, rows: Rows) -> Ro
 
 
 def _limited(rows: Rows, most: int | None, seed: int) -> Rows:
-    """The rows, or `most` of them, drawn at random."""
+    """The rows, or a random subset of `most`."""
     if most is None or most >= len(rows.dataset):
         return rows
     order = np.random.Generator(np.random.Philox(key=[seed, 5])).permutation(len(rows.dataset))

@@ -1,1 +1,1 @@
-"""How good a diffusion model is: likelihood here, and what others add beside it."""
+"""How good a diffusion model is: likelihood."""

@@ -1,5 +1,6 @@
 """Negative log-likelihood by the variational bound, in bits per dimension (Ho et al. 2020, Eq. 5)."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -25,14 +26,14 @@ def bits_per_dim(
     unet: torch.nn.Module,
     scheduler: DDPMScheduler,
     x_start: torch.Tensor,
-    timesteps=None,
+    timesteps: Iterable[int] | None = None,
     *,
     generator: torch.Generator | None = None,
     clip_sample: bool = True,
     class_labels: torch.Tensor | None = None,
     progress: bool = False,
 ) -> BitsPerDim:
-    """The variational bound on -log2 p(x_0), with one draw of x_t at each timestep.
+    """The variational bound on -log2 p(x_0), with one sample of x_t at each timestep.
 
     Args:
         unet: `unet(x_t, t, class_labels).sample` is the scheduler's kind of output. Called as it is: put it in eval
@@ -40,8 +41,12 @@ def bits_per_dim(
         x_start: images in [-1, 1] on the 256 levels of a byte, [N, C, H, W]; float64 stays float64 throughout.
         timesteps: those of a strided chain, in any order; None means all T. The prior's term is at T-1 in any case,
             so a chain for a likelihood should contain T-1.
-        generator: of the noise.
+        generator: of the noise, on the device of x_start.
         clip_sample: clip x̂_0 to the range of the data, as published figures do.
+        class_labels: ids [N], for a UNet with class embeddings.
+        progress: show a bar, of one step for each timestep.
+
+    Returns: bits per dimension, for N images and the S timesteps of the chain.
 
     Raises:
         ValueError: timesteps that repeat or leave 0..T-1, or an ᾱ of 0 under epsilon prediction.

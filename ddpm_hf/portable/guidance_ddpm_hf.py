@@ -1,6 +1,6 @@
 """Guidance by a class: classifier-free (Ho & Salimans 2022) and by a classifier (Dhariwal & Nichol 2021).
 
-This file is copied into published repositories: it imports torch, and the scheduler beside it.
+This file is copied into published repositories: it imports torch and the scheduler, from the same folder.
 """
 
 import difflib

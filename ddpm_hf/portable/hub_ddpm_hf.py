@@ -2,7 +2,7 @@
 
 A component recorded under a foreign library never loads from the Hub. So our scheduler is recorded as Diffusers' own
 (its config is one that stock can express), the pipeline under a stock name where stock samples the same images, and
-the code beside it in any case. A pipeline converts the scheduler back when it is made.
+the code in the same folder in any case. A pipeline converts the scheduler back when it is made.
 
 This file is copied into published repositories: it imports diffusers alone.
 """
@@ -15,9 +15,12 @@ import re
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any, TypeVar
 
 from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import FrozenDict
+
+Pipeline = TypeVar("Pipeline", bound="PortablePipelineMixin")
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -63,6 +66,29 @@ def without_origins(components: dict):
             components[name]._internal_dict = config
 
 
+# Which of our pipelines samples what another class saved; the parts of other folders decide
+SAMPLED_BY = {
+    "DDPMPipeline": "DDPMPipeline",
+    "DDIMPipeline": "DDPMPipeline",
+    "ClassConditionalDDPMPipeline": "ClassConditionalDDPMPipeline",
+    "TextToImageDDPMPipeline": "TextToImageDDPMPipeline",
+    "StableDiffusionPipeline": "TextToImageDDPMPipeline",
+}
+
+
+def model_name(index_file: Path) -> str:
+    """What a user calls the model of a `model_index.json`: its folder, or a repository in the Hub's cache.
+
+    >>> model_name(Path("hub/models--user--name/snapshots/1a2b/model_index.json")), model_name(Path("a/b.json"))
+    ('user/name', 'a')
+    """
+    folder = index_file.parent
+    repository = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.removeprefix("models--").replace("--", "/")
+    return str(folder)
+
+
 # Of a pipeline's config: what Diffusers' own classes would warn of in a `model_index.json`, but for the underscore
 PRIVATE_SETTINGS = ("guidance_scale",)
 _LOADED: dict[str, str] = {}  # digests of the files that this process runs, where Diffusers loaded them
@@ -94,20 +120,62 @@ class PortablePipelineMixin:
         """The pipeline class of Diffusers that samples the same images from this folder, or None."""
         return None
 
-    def _portable_class(self) -> type:
+    @classmethod
+    def _portable_class(cls) -> type:
         """The class of ours that this pipeline is, also where a user derived from it."""
-        for cls in type(self).__mro__:
-            if cls.__module__.endswith("_ddpm_hf") and issubclass(cls, DiffusionPipeline):
-                return cls
-        raise TypeError(f"{type(self).__name__} derives from no pipeline of ddpm_hf")
+        for base in cls.__mro__:
+            if base.__module__.endswith("_ddpm_hf") and issubclass(base, DiffusionPipeline):
+                return base
+        raise TypeError(f"{cls.__name__} derives from no pipeline of ddpm_hf")
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
+    @classmethod
+    def from_pretrained(
+        cls: type[Pipeline], pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> Pipeline:
+        """As Diffusers', for a folder or a name on the Hub.
+
+        Raises:
+            ValueError: the folder is for another pipeline class; it is named before any weights are downloaded.
+        """
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def check_class(cls, index: dict[str, Any], name: str) -> None:
+        """Raise ValueError, with the way out, for the `model_index.json` of a model that another pipeline samples."""
+        saved_by = index.get("_class_name")
+        saved_by = saved_by[-1] if isinstance(saved_by, list) and saved_by else saved_by
+        this = cls._portable_class().__name__
+        other = SAMPLED_BY.get(saved_by)
+        if other == this or saved_by is None:
+            return
+        if other == "DDPMPipeline" and this == "ClassConditionalDDPMPipeline":
+            return  # whether its UNet embeds classes, its config says, and `__init__` reads it
+        if other is not None:
+            raise ValueError(
+                f"{name} is for {other}, not {this}: load it with ddpm_hf.{other}.from_pretrained({name!r}), or with"
+                f" ddpm_hf.load({name!r}), which picks the class"
+            )
+        expected, _ = cls._get_signature_keys(cls)
+        parts = {
+            part
+            for part, entry in index.items()
+            if isinstance(entry, list) and len(entry) == 2 and all(isinstance(one, str) for one in entry)
+        } - {"_class_name"}
+        missing, unknown = set(expected) - set(cls._optional_components) - parts, parts - set(expected)
+        if missing or unknown:
+            why = f"requires {', '.join(sorted(missing))}" if missing else f"has no {', '.join(sorted(unknown))}"
+            raise ValueError(
+                f"{name} is for {saved_by}, not {this}, which {why}: load it with"
+                f" diffusers.DiffusionPipeline.from_pretrained({name!r})"
+            )
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As Diffusers', but the files do not say where the components came from."""
         with without_origins(self.components):
             super().save_pretrained(save_directory, *args, **kwargs)
 
-    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
-        """Write `model_index.json` and, beside it, the code that it may name; before any upload."""
+    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Write `model_index.json` and the code that it may name, before any upload."""
         directory = Path(save_directory)
         directory.mkdir(parents=True, exist_ok=True)
         module = sys.modules[self._portable_class().__module__]
@@ -116,7 +184,7 @@ class PortablePipelineMixin:
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def to_json_file(self, json_file_path: str | os.PathLike) -> None:
-        """The pipeline's config as a stock loader wants it."""
+        """The pipeline's config as a stock loader reads it."""
         index = json.loads(self.to_json_string())
         index.pop("_name_or_path", None)  # a path on the machine of whoever trained
         for name, entry in list(index.items()):
@@ -134,7 +202,7 @@ class PortablePipelineMixin:
         write_whole(Path(json_file_path), json.dumps(index, indent=2, sort_keys=True) + "\n")
 
     @classmethod
-    def extract_init_dict(cls, config_dict: dict, **kwargs) -> tuple[dict, dict, dict]:
+    def extract_init_dict(cls, config_dict: dict, **kwargs: Any) -> tuple[dict, dict, dict]:
         """As Diffusers', with the settings that are saved with an underscore (`from_pipe` saves some so too)."""
         private = {f"_{name}": name for name in PRIVATE_SETTINGS if name in cls._get_init_keys(cls)}
         return super().extract_init_dict({private.get(name, name): v for name, v in config_dict.items()}, **kwargs)
@@ -143,6 +211,7 @@ class PortablePipelineMixin:
     def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict:
         """`[file, class]` becomes the class's name: who names our class has it, and need not trust remote code."""
         index = super()._dict_from_json_file(json_file)
+        cls.check_class(index, model_name(Path(json_file)))
         named = index.get("_class_name")
         if isinstance(named, list) and len(named) == 2:
             index["_class_name"] = index["_class_name"][1]

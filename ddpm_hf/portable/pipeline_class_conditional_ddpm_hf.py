@@ -1,10 +1,10 @@
 """Generation by class, in pixels or, with a `vae`, in latents, with classifier-free or classifier guidance.
 
-This file is copied into published repositories: it imports torch, diffusers and the files beside it, each directly.
+This file is copied into published repositories: it imports torch, diffusers and files next to it, each directly.
 """
 
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DModel
@@ -12,10 +12,13 @@ from diffusers.utils import logging
 
 from .guidance_ddpm_hf import ClassifierGuidance, FreeGuidance, classifier_free_guidance, find_class
 from .hub_ddpm_hf import PortablePipelineMixin
-from .sampling_ddpm_hf import DDPMPipelineOutput, SamplingMixin, adopt_scheduler
+from .sampling_ddpm_hf import DDPMPipelineOutput, SamplingMixin, StepCallback, adopt_scheduler
 from .scheduling_ddpm_hf import DDPMScheduler  # noqa: F401  (only direct imports are copied with this file)
 
 logger = logging.get_logger(__name__)
+
+# An id or a name, several of them, or None for the null class
+ClassLabels = int | str | Sequence[int | str | None] | torch.Tensor | None
 
 
 class ClassConditionalDDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPipeline):
@@ -25,12 +28,17 @@ class ClassConditionalDDPMPipeline(SamplingMixin, PortablePipelineMixin, Diffusi
         unet: with `num_class_embeds` K, or K + 1 where it also learned to do without a class: the last is that null
             class, which classifier-free guidance needs.
         scheduler: ours; stock's `DDPMScheduler` is converted, other samplers are left alone.
-        id2label: the K classes' names by their ids (JSON makes the ids strings).
+        id2label: the K classes' names by their ids (JSON makes the ids strings); by default the ids.
         vae: decodes x_0 into images, for a model of latents.
         trained_classes: the ids of the classes that training images had, where not all K had some. These are sampled
             by default; the embeddings of the others are untrained.
+
+    Raises:
+        ValueError: a UNet without class embeddings, or names and ids that do not fit them.
     """
 
+    unet: UNet2DModel
+    vae: AutoencoderKL | None
     model_cpu_offload_seq = "unet->vae"
     _optional_components = ["vae"]
 
@@ -38,7 +46,7 @@ class ClassConditionalDDPMPipeline(SamplingMixin, PortablePipelineMixin, Diffusi
         self,
         unet: UNet2DModel,
         scheduler: SchedulerMixin,
-        id2label: dict | None = None,
+        id2label: Mapping[int | str, str] | None = None,
         vae: AutoencoderKL | None = None,
         trained_classes: list[int] | None = None,
     ):
@@ -46,7 +54,10 @@ class ClassConditionalDDPMPipeline(SamplingMixin, PortablePipelineMixin, Diffusi
         self.register_modules(unet=unet, scheduler=adopt_scheduler(scheduler), vae=vae)
         embeddings = unet.config.num_class_embeds or 0
         if not embeddings:
-            raise ValueError("the UNet has no class embeddings; use DDPMPipeline, or train with a label column")
+            raise ValueError(
+                "the UNet has no class embeddings, so the model is for DDPMPipeline, not ClassConditionalDDPMPipeline:"
+                " load it with ddpm_hf.DDPMPipeline.from_pretrained, or train by class with --label_column"
+            )
         names = {int(key): str(name) for key, name in (id2label or {}).items()}
         names = names or {number: str(number) for number in range(embeddings)}
         if len(names) not in (embeddings, embeddings - 1) or set(names) != set(range(len(names))):
@@ -82,7 +93,7 @@ class ClassConditionalDDPMPipeline(SamplingMixin, PortablePipelineMixin, Diffusi
         classes = len(self.config.id2label)
         return classes if self.unet.config.num_class_embeds == classes + 1 else None
 
-    def class_ids(self, class_labels) -> torch.Tensor:
+    def class_ids(self, class_labels: ClassLabels) -> torch.Tensor:
         """Ids (integers) or names (strings), one or several, as a LongTensor [N]; None is the null class.
 
         Raises:
@@ -112,7 +123,7 @@ class ClassConditionalDDPMPipeline(SamplingMixin, PortablePipelineMixin, Diffusi
     @torch.no_grad()
     def __call__(
         self,
-        class_labels=None,
+        class_labels: ClassLabels = None,
         guidance_scale: float = 1.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         num_inference_steps: int | None = None,
@@ -121,11 +132,11 @@ class ClassConditionalDDPMPipeline(SamplingMixin, PortablePipelineMixin, Diffusi
         *,
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[int, int] | None = None,
-        classifier: Callable | None = None,
+        classifier: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
         classifier_scale: float = 1.0,
         latents: torch.Tensor | None = None,
         timesteps: list[int] | None = None,
-        callback_on_step_end: Callable | None = None,
+        callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: tuple[str, ...] = ("latents",),
         num_frames: int = 0,
         eta: float = 0.0,
@@ -162,7 +173,7 @@ class ClassConditionalDDPMPipeline(SamplingMixin, PortablePipelineMixin, Diffusi
         guidance = None
         if classifier is not None:
             if self.null_class is not None and self.null_class in ids:
-                raise ValueError("a classifier guides towards a class: give no None in class_labels beside it")
+                raise ValueError("a classifier guides towards a class: class_labels must not contain None")
             guidance = ClassifierGuidance(classifier, ids, classifier_scale)
 
         def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

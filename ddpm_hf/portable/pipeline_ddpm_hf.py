@@ -1,9 +1,10 @@
 """Unconditional generation in pixels or, with a `vae`, in latents.
 
-This file is copied into published repositories: it imports torch, diffusers and the files beside it, each directly.
+This file is copied into published repositories: it imports torch, diffusers and files next to it, each directly.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, SchedulerMixin, UNet2DModel
@@ -11,7 +12,14 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from .guidance_ddpm_hf import ClassifierGuidance
 from .hub_ddpm_hf import PortablePipelineMixin
-from .sampling_ddpm_hf import DDPMPipelineOutput, SamplingMixin, adopt_scheduler, stock_samples_alike
+from .sampling_ddpm_hf import (
+    DDPMPipelineOutput,
+    SamplingMixin,
+    StepCallback,
+    adopt_scheduler,
+    output_channels,
+    stock_samples_alike,
+)
 from .scheduling_ddpm_hf import DDPMScheduler
 
 
@@ -22,13 +30,23 @@ class DDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPipeline):
         unet: predicts from x_t what the scheduler's `prediction_type` says.
         scheduler: ours; stock's `DDPMScheduler` is converted, other samplers are left alone.
         vae: decodes x_0 into images, for a model of latents.
+
+    Raises:
+        ValueError: a UNet with class embeddings.
     """
 
+    unet: UNet2DModel
+    vae: AutoencoderKL | None
     model_cpu_offload_seq = "unet->vae"
     _optional_components = ["vae"]
 
     def __init__(self, unet: UNet2DModel, scheduler: SchedulerMixin, vae: AutoencoderKL | None = None):
         super().__init__()
+        if unet.config.get("num_class_embeds"):
+            raise ValueError(
+                "the UNet embeds classes, so the model is for ClassConditionalDDPMPipeline, not DDPMPipeline: load it"
+                " with ddpm_hf.ClassConditionalDDPMPipeline.from_pretrained"
+            )
         self.register_modules(unet=unet, scheduler=adopt_scheduler(scheduler), vae=vae)
 
     def stock_class_name(self) -> str | None:
@@ -37,7 +55,7 @@ class DDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPipeline):
         differs = (
             self.vae is not None
             or not stock_samples_alike(self.scheduler)
-            or (not ours and self.unet.config.out_channels != self.unet.config.in_channels)
+            or (not ours and output_channels(self.unet) != self.unet.config.in_channels)
             # stock's pipeline neither scales x_t nor leaves out a generator that a sampler does not take
             or not (ours or isinstance(self.scheduler, DDIMScheduler))
         )
@@ -54,13 +72,13 @@ class DDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPipeline):
         *,
         latents: torch.Tensor | None = None,
         timesteps: list[int] | None = None,
-        callback_on_step_end: Callable | None = None,
+        callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: tuple[str, ...] = ("latents",),
         num_frames: int = 0,
         eta: float = 0.0,
-        classifier: Callable | None = None,
+        classifier: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
         classifier_scale: float = 1.0,
-        class_labels=None,
+        class_labels: Sequence[int] | torch.Tensor | None = None,
     ) -> DDPMPipelineOutput | tuple:
         """Sample `batch_size` images (Ho et al. 2020, Algorithm 2).
 
@@ -105,10 +123,10 @@ class DDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPipeline):
     @torch.no_grad()
     def interpolate(
         self,
-        image_a,
-        image_b,
+        image_a: Any,
+        image_b: Any,
         timestep: int,
-        weights: list[float] | tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+        weights: Sequence[float] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
         generator: torch.Generator | None = None,
         num_inference_steps: int | None = None,
         output_type: str = "pil",
@@ -122,7 +140,12 @@ class DDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPipeline):
         Args:
             image_a, image_b: PIL images, arrays or tensors in [0, 1].
             timestep: 0..T-1; the higher, the coarser the features that vary.
-            weights: of image_b, one output image for each.
+            weights: of image_b, from 0 to 1, one output image for each.
+            generator: of the noise, all of it.
+            num_inference_steps, output_type: as in a call.
+
+        Raises:
+            ValueError: a timestep outside the chain, or another sampler than `DDPMScheduler`.
         """
         self.check_output_type(output_type)
         tail = self._chain_from(timestep, num_inference_steps)
@@ -152,6 +175,11 @@ class DDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPipeline):
         Args:
             batch_size: how many images.
             timestep: 0..T-1, down to which the chain is one.
+            generator: of the noise, all of it.
+            num_inference_steps, output_type: as in a call.
+
+        Raises:
+            ValueError: a timestep outside the chain, or another sampler than `DDPMScheduler`.
         """
         self.check_output_type(output_type)
         tail = self._chain_from(timestep, num_inference_steps)
@@ -191,7 +219,7 @@ def check_labels(class_labels, batch_size: int, classifier: Callable | None) -> 
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"class_labels={class_labels!r}: give the classifier's ids, integers from 0") from error
     if len(labels) != batch_size:
-        raise ValueError(f"classifier guidance wants {batch_size} class_labels and has {len(labels)}")
+        raise ValueError(f"classifier guidance requires {batch_size} class_labels (got {len(labels)})")
     if labels.is_floating_point() or labels.dtype == torch.bool or int(labels.min()) < 0:
         raise ValueError(f"class_labels={labels.tolist()}: give the classifier's ids, integers from 0")
     return labels.long()

@@ -1,10 +1,9 @@
 """Text to image in the latents of an autoencoder (Rombach et al. 2022), with DDPM or any sampler of Diffusers.
 
-This file is copied into published repositories: it imports torch, diffusers, transformers and the files beside it.
+This file is copied into published repositories: it imports torch, diffusers, transformers and files next to it.
 """
 
 import numbers
-from collections.abc import Callable
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
@@ -13,7 +12,14 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from .guidance_ddpm_hf import FreeGuidance, classifier_free_guidance
 from .hub_ddpm_hf import PortablePipelineMixin
-from .sampling_ddpm_hf import DDPMPipelineOutput, SamplingMixin, adopt_scheduler, stock_samples_alike
+from .sampling_ddpm_hf import (
+    DDPMPipelineOutput,
+    SamplingMixin,
+    StepCallback,
+    adopt_scheduler,
+    output_channels,
+    stock_samples_alike,
+)
 from .scheduling_ddpm_hf import DDPMScheduler  # noqa: F401  (only direct imports are copied with this file)
 
 logger = logging.get_logger(__name__)
@@ -32,8 +38,15 @@ class TextToImageDDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPip
         scheduler: ours; stock's `DDPMScheduler` is converted, other samplers are left alone.
         safety_checker, feature_extractor, image_encoder: of a checkpoint that has them; kept, and not used.
         guidance_scale: the default of calls; saved with the pipeline, where Stable Diffusion's passes over it.
+
+    Raises:
+        ValueError: a guidance scale that is negative or not finite.
     """
 
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
     model_cpu_offload_seq = "text_encoder->unet->vae"
     _optional_components = ["safety_checker", "feature_extractor", "image_encoder"]
     _exclude_from_cpu_offload = ["safety_checker"]
@@ -45,9 +58,9 @@ class TextToImageDDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPip
         tokenizer: CLIPTokenizer,
         unet: UNet2DConditionModel,
         scheduler: SchedulerMixin,
-        safety_checker=None,
-        feature_extractor=None,
-        image_encoder=None,
+        safety_checker: torch.nn.Module | None = None,
+        feature_extractor: object | None = None,
+        image_encoder: torch.nn.Module | None = None,
         requires_safety_checker: bool = False,
         guidance_scale: float = 7.5,
     ):
@@ -77,7 +90,7 @@ class TextToImageDDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPip
         """Stock's pipeline, but where its images would differ."""
         differs = (
             not stock_samples_alike(self.scheduler)
-            or self.unet.config.out_channels != self.unet.config.in_channels  # it extrapolates a learned variance too
+            or output_channels(self.unet) != self.unet.config.in_channels  # it extrapolates a learned variance too
             or bool(self.vae.config.shift_factor)
             or any(side * self.vae_scale_factor % 8 for side in self.sample_shape[1:])  # it refuses such sizes
         )
@@ -101,8 +114,8 @@ class TextToImageDDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPip
         return self.text_encoder(ids, attention_mask=mask)[0].to(self.unet.dtype)
 
     def check_inputs(
-        self, prompt, negative_prompt, height: int, width: int, prompt_embeds, negative_prompt_embeds,
-        num_images_per_prompt: int,
+        self, prompt: str | list[str] | None, negative_prompt: str | list[str] | None, height: int, width: int,
+        prompt_embeds: torch.Tensor | None, negative_prompt_embeds: torch.Tensor | None, num_images_per_prompt: int,
     ) -> list[str] | None:  # fmt: skip
         """The prompts as a list.
 
@@ -170,7 +183,7 @@ class TextToImageDDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPip
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[int, int] | None = None,
         timesteps: list[int] | None = None,
-        callback_on_step_end: Callable | None = None,
+        callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: tuple[str, ...] = ("latents",),
         num_frames: int = 0,
         eta: float = 0.0,

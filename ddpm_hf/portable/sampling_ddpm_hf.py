@@ -1,6 +1,6 @@
 """The reverse chain that our pipelines share: Algorithm 2 of Ho et al. 2020, or any sampler of Diffusers.
 
-This file is copied into published repositories: it imports torch and diffusers, and the scheduler beside it.
+This file is copied into published repositories: it imports torch, diffusers and the scheduler, from the same folder.
 """
 
 import inspect
@@ -20,6 +20,9 @@ from .scheduling_ddpm_hf import LEARNED_VARIANCE_TYPES, DDPMScheduler
 
 OUTPUT_TYPES = ("pil", "np", "numpy", "pt", "latent", "preview")  # "numpy" is stock DDPMPipeline's word for "np"
 PIL_CHANNELS = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # that images of these modes have
+# (pipeline, index, timestep, {"latents": x_s}) -> what replaces these, or nothing
+StepCallback = Callable[[Any, int, Any, dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]
+Generators = torch.Generator | list[torch.Generator] | None  # for all images, or one for each
 # What these samplers raise an error for only once the network has run
 UNSUPPORTED_PREDICTIONS = {"PNDMScheduler": ("sample",)}
 
@@ -92,7 +95,7 @@ def check_sampler(scheduler, timesteps) -> None:
 
 
 def stock_samples_alike(scheduler) -> bool:
-    """Whether stock's scheduler of the same config draws the same images as the sampler of ours.
+    """Whether stock's scheduler of the same config samples the same images as the sampler of ours.
 
     Not where it lacks a prediction or a variance, and not where a chain ends above t = 0: it then adds noise to the
     finished image, unless the posterior's variance, 0 there, says that there is none.
@@ -109,8 +112,15 @@ def stock_samples_alike(scheduler) -> bool:
     return config.variance_type not in ("learned", "fixed_large_log") and not (ends_above and noisy)
 
 
+def output_channels(unet: torch.nn.Module) -> int:
+    """How many channels a network predicts; where its config does not say, as many as it reads."""
+    return unet.config.get("out_channels") or unet.config.in_channels
+
+
 class SamplingMixin:
     """What a pipeline with a `unet`, a `scheduler` and an optional `vae` needs in order to sample."""
+
+    scheduler: Any  # ours, or another sampler of Diffusers
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Adopt a scheduler; ours gets back a learned variance that a sampler in between did without."""
@@ -120,7 +130,7 @@ class SamplingMixin:
             if given in LEARNED_VARIANCE_TYPES:
                 self.__dict__["_learned_variance_type"] = given
             remembered = self.__dict__.get("_learned_variance_type")
-            doubled = hasattr(self, "unet") and self.unet.config.out_channels == 2 * self.unet.config.in_channels
+            doubled = hasattr(self, "unet") and output_channels(self.unet) == 2 * self.unet.config.in_channels
             if remembered and doubled and isinstance(value, DDPMScheduler) and given != remembered:
                 value = DDPMScheduler.from_config(value.config, variance_type=remembered)
         super().__setattr__(name, value)
@@ -146,11 +156,11 @@ class SamplingMixin:
     def prepare_latents(
         self,
         batch_size: int,
-        generator=None,
+        generator: Generators = None,
         latents: torch.Tensor | None = None,
         size: tuple[int, int] | None = None,
     ) -> torch.Tensor:
-        """x_T [N, C, H, W] ~ N(0, I), or the given one, scaled as the sampler wants it; `size` is (H, W)."""
+        """x_T [N, C, H, W] ~ N(0, I), or the given one, scaled as the sampler requires; `size` is (H, W)."""
         if not (isinstance(batch_size, numbers.Integral) and batch_size >= 1):
             raise ValueError(f"batch_size={batch_size!r}: must be a whole number of 1 or more")
         several = generator if isinstance(generator, (list, tuple)) else [generator or None]
@@ -166,7 +176,7 @@ class SamplingMixin:
         elif not isinstance(latents, torch.Tensor):
             raise ValueError(f"latents of {type(latents).__name__}: give a tensor")
         elif tuple(latents.shape) != shape:
-            raise ValueError(f"latents of shape {tuple(latents.shape)}; batch_size and model want {shape}")
+            raise ValueError(f"latents of shape {tuple(latents.shape)}: batch_size and model require {shape}")
         elif not torch.isfinite(latents).all():
             raise ValueError("latents contain NaN or infinity")
         latents = latents.to(device=self._execution_device, dtype=self.unet.dtype)
@@ -191,7 +201,9 @@ class SamplingMixin:
         check_sampler(self.scheduler, visited)
         return visited
 
-    def predict(self, latents: torch.Tensor, timestep, **conditioning) -> torch.Tensor:
+    def predict(
+        self, latents: torch.Tensor, timestep: int | torch.Tensor, **conditioning: torch.Tensor
+    ) -> torch.Tensor:
         """The model's output at x_t, without a learned variance's half where the sampler has no use for it."""
         output = self.unet(latents, timestep, **conditioning).sample
         if not isinstance(self.scheduler, DDPMScheduler) and output.shape[1] == 2 * latents.shape[1]:
@@ -203,8 +215,8 @@ class SamplingMixin:
         latents: torch.Tensor,
         timesteps: list,
         predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-        generator=None,
-        callback_on_step_end: Callable | None = None,
+        generator: Generators = None,
+        callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: tuple[str, ...] = ("latents",),
         num_frames: int = 0,
         output_type: str = "pil",
@@ -288,7 +300,7 @@ class SamplingMixin:
         fixed = {"variance_type": "fixed_small", "timestep_spacing": "leading", "steps_offset": 0}
         return DDPMScheduler.from_config(self.scheduler.config, **fixed)
 
-    def encode(self, images, generator=None) -> torch.Tensor:
+    def encode(self, images: Any, generator: torch.Generator | None = None) -> torch.Tensor:
         """Images (PIL, numpy or tensor in [0, 1]) as x_0 [N, C, H, W]: in [-1, 1], or latents with a `vae`."""
         _, height, width = self.sample_shape
         if self.vae is not None:
@@ -303,7 +315,7 @@ class SamplingMixin:
         latents = self.vae.encode(pixels).latent_dist.sample(generator)
         return (latents - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
 
-    def decode(self, latents: torch.Tensor, output_type: str = "pil"):
+    def decode(self, latents: torch.Tensor, output_type: str = "pil") -> Any:
         """x_0 as images: "pil", "np" [N, H, W, C] or "pt" [N, C, H, W] in [0, 1], or "latent", x_0 itself.
 
         "preview" is "pil" too, and of more channels than PIL has the first three.
@@ -328,7 +340,9 @@ class SamplingMixin:
                 " 'pt', or 'preview' for the first three"
             )
 
-    def finish(self, x: torch.Tensor, frames, output_type: str, return_dict: bool) -> DDPMPipelineOutput | tuple:
+    def finish(
+        self, x: torch.Tensor, frames: list[Frame] | None, output_type: str, return_dict: bool
+    ) -> DDPMPipelineOutput | tuple:
         """x_0 as what a pipeline's call returns."""
         images = self.decode(x, output_type)
         self.maybe_free_model_hooks()

@@ -11,18 +11,29 @@ This file is copied into published repositories: it imports torch, numpy and dif
 import inspect
 import math
 import numbers
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler as StockDDPMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
+if TYPE_CHECKING:  # Diffusers' decorator has no types, and would hide the arguments from type checkers
+    Init = TypeVar("Init")
+
+    def register_to_config(init: Init) -> Init:
+        """What a method `__init__` looks like once it is decorated."""
+        return init
+else:
+    from diffusers.configuration_utils import register_to_config
+
 logger = logging.get_logger(__name__)
+
+Timesteps = int | torch.Tensor  # one for all samples, or a LongTensor [N]
 
 MAX_BETA = (
     0.999  # where a schedule is given by ᾱ, the last β would be 1 and x_T carry nothing (Nichol & Dhariwal, sec. 3.2)
@@ -199,6 +210,9 @@ def _is_record(config: dict) -> bool:
     return np.array_equal(np.asarray(betas, dtype=np.float64), named)
 
 
+Scheduler = TypeVar("Scheduler", bound="DDPMScheduler")
+
+
 class DDPMScheduler(StockDDPMScheduler):
     """Denoising diffusion (Ho et al. 2020), a drop-in for `diffusers.DDPMScheduler` with the whole of its math.
 
@@ -249,17 +263,17 @@ class DDPMScheduler(StockDDPMScheduler):
         timestep_spacing: str = "leading",
         steps_offset: int = 0,
         rescale_betas_zero_snr: bool = False,
-    ):
+    ) -> None:
         if not (isinstance(num_train_timesteps, numbers.Integral) and num_train_timesteps >= 1):
             raise ValueError(f"num_train_timesteps={num_train_timesteps!r}: must be a whole number of 1 or more")
         if prediction_type not in PREDICTION_TYPES:
-            raise ValueError(f"prediction_type {prediction_type!r} is none of {', '.join(PREDICTION_TYPES)}")
+            raise ValueError(f"prediction_type must be one of {', '.join(PREDICTION_TYPES)} (got {prediction_type!r})")
         if variance_type is None:  # as a sampler keeps it that was told to leave a learned variance alone
             variance_type = "fixed_small"
             self.register_to_config(variance_type=variance_type)
         if variance_type not in VARIANCE_TYPES:  # as in stock, such a name samples with fixed_small
             logger.warning(
-                f"variance_type {variance_type!r} is none of {', '.join(VARIANCE_TYPES)}: using fixed_small"
+                f"variance_type must be one of {', '.join(VARIANCE_TYPES)} (got {variance_type!r}): using fixed_small"
             )
         betas = self._resolve_betas(num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas)
         if rescale_betas_zero_snr:
@@ -276,7 +290,7 @@ class DDPMScheduler(StockDDPMScheduler):
         self._log_alpha_bar = {torch.device("cpu"): torch.from_numpy(np.concatenate([[0.0], log_alphas_cumprod]))}
         self._tables = {}  # (name, device, dtype) -> [K, T]
         self.one = torch.tensor(1.0)
-        self.init_noise_sigma = 1.0  # x_T is drawn from N(0, I)
+        self.init_noise_sigma = 1.0  # x_T ~ N(0, I)
         self.variance_type = variance_type
 
         self.custom_timesteps = False
@@ -295,7 +309,9 @@ class DDPMScheduler(StockDDPMScheduler):
         if trained_betas is None:
             if not named:
                 known = ", ".join(BETA_SCHEDULES)
-                raise NotImplementedError(f"beta_schedule {beta_schedule!r} is none of {known}; or give trained_betas")
+                raise NotImplementedError(
+                    f"beta_schedule must be one of {known} (got {beta_schedule!r}); or give trained_betas"
+                )
             try:
                 betas = np.asarray(BETA_SCHEDULES[name](num_train_timesteps, beta_start, beta_end), dtype=np.float64)
             except (TypeError, ValueError, ArithmeticError) as error:
@@ -323,8 +339,16 @@ class DDPMScheduler(StockDDPMScheduler):
         return betas
 
     @classmethod
-    def from_config(cls, config=None, return_unused_kwargs: bool = False, **kwargs):
-        """As stock's; a schedule named anew takes the place of one that the config carries as `trained_betas`."""
+    def from_config(
+        cls: type[Scheduler],
+        config: Mapping[str, Any] | None = None,
+        return_unused_kwargs: bool = False,
+        **kwargs: Any,
+    ) -> Scheduler:
+        """As stock's, from the config of any sampler over β; `kwargs` replace settings of it.
+
+        A schedule that these name replaces one that the config carries as `trained_betas`.
+        """
         renamed = {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule"} & set(kwargs)
         if renamed and "trained_betas" not in kwargs and isinstance(config, dict) and _is_record(config):
             config = {**config, "trained_betas": None}
@@ -403,12 +427,12 @@ class DDPMScheduler(StockDDPMScheduler):
         if spacing == "trailing":
             # from the top down, as stock counts, so that ties round alike; and never more than n of them
             return np.round(np.arange(T, 0, -T / n)[:n]).astype(np.int64) - 1
-        raise ValueError(f"timestep_spacing {spacing!r} is none of 'leading', 'linspace', 'trailing'.")
+        raise ValueError(f"timestep_spacing must be one of leading, linspace, trailing (got {spacing!r})")
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
 
-    def previous_timestep(self, timestep):
+    def previous_timestep(self, timestep: Timesteps) -> Timesteps:
         """The timestep that follows `timestep` on the way down; -1 after the last."""
         if not (self.custom_timesteps or self.num_inference_steps):
             return timestep - 1
@@ -423,7 +447,7 @@ class DDPMScheduler(StockDDPMScheduler):
             )
         return self._chain[t]
 
-    def scale_model_input(self, sample: torch.Tensor, timestep=None) -> torch.Tensor:
+    def scale_model_input(self, sample: torch.Tensor, timestep: int | torch.Tensor | None = None) -> torch.Tensor:
         """The sample unchanged: DDPM's model input needs no scaling."""
         return sample
 
@@ -522,7 +546,7 @@ class DDPMScheduler(StockDDPMScheduler):
         beta = -torch.expm1(log_t - log_s)
         return beta * (torch.expm1(log_s) / torch.expm1(log_t)), torch.log(beta)
 
-    def _checked(self, timesteps, device: torch.device, lowest: int = 0) -> torch.Tensor:
+    def _checked(self, timesteps: Timesteps, device: torch.device, lowest: int = 0) -> torch.Tensor:
         """Timesteps as a LongTensor [N] or [1] on the device. Numbers are checked here, tensors by their lookup.
 
         Reading a tensor's values would make a GPU's host wait, and break compiled graphs and vmap.
@@ -538,7 +562,9 @@ class DDPMScheduler(StockDDPMScheduler):
             raise ValueError(f"timesteps of {timesteps.dtype}: must be whole numbers, the positions in the chain")
         return timesteps.to(device=device, dtype=torch.int64).reshape(-1)
 
-    def _step_columns(self, timesteps, previous_timesteps, like: torch.Tensor) -> tuple[_Coefficients, torch.Tensor]:
+    def _step_columns(
+        self, timesteps: Timesteps, previous_timesteps: Timesteps | None, like: torch.Tensor
+    ) -> tuple[_Coefficients, torch.Tensor]:
         """The coefficients of the step from t to s that broadcast against a sample, and where s = -1 [N, 1, ...]."""
         timesteps = self._checked(timesteps, like.device)
         if previous_timesteps is None:  # the full chain: rows of a table
@@ -570,7 +596,7 @@ class DDPMScheduler(StockDDPMScheduler):
 
     # q: the forward process
 
-    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps) -> torch.Tensor:
+    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: Timesteps) -> torch.Tensor:
         """x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε, a sample of q(x_t | x_0) (Ho et al., Eq. 4).
 
         Args: x_0 and ε [N, C, ...]; timesteps an int or LongTensor [N]. Returns [N, C, ...] in x_0's dtype.
@@ -578,29 +604,33 @@ class DDPMScheduler(StockDDPMScheduler):
         signal, deviation = self._marginal(timesteps, original_samples)
         return self._mix(signal, original_samples, deviation, noise)
 
-    def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps) -> torch.Tensor:
+    def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: Timesteps) -> torch.Tensor:
         """v = √ᾱ_t ε - √(1-ᾱ_t) x_0 (Salimans & Ho 2022, App. D), for x_0 = `sample` [N, C, ...]."""
         signal, deviation = self._marginal(timesteps, sample)
         return self._mix(-deviation, sample, signal, noise)
 
-    def _marginal(self, timesteps, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _marginal(self, timesteps: Timesteps, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """√ᾱ_t and √(1-ᾱ_t), [N, 1, ...]."""
         return self._columns("marginal", self._checked(timesteps, like.device), like)
 
-    def q_mean_variance(self, x_start: torch.Tensor, timesteps) -> GaussianMoments:
+    def q_mean_variance(self, x_start: torch.Tensor, timesteps: Timesteps) -> GaussianMoments:
         """Moments of q(x_t | x_0) (Ho et al., Eq. 4); the mean [N, C, ...], the variances [N, 1, ...]."""
         return self._moments("marginal_moments", x_start, timesteps)
 
-    def q_step_mean_variance(self, x_previous: torch.Tensor, timesteps) -> GaussianMoments:
+    def q_step_mean_variance(self, x_previous: torch.Tensor, timesteps: Timesteps) -> GaussianMoments:
         """Moments of q(x_t | x_{t-1}), one step forward (Ho et al., Eq. 2)."""
         return self._moments("forward_step_moments", x_previous, timesteps)
 
-    def _moments(self, name: str, x: torch.Tensor, timesteps) -> GaussianMoments:
+    def _moments(self, name: str, x: torch.Tensor, timesteps: Timesteps) -> GaussianMoments:
         scale, variance, log_variance = self._columns(name, self._checked(timesteps, x.device), x)
         return GaussianMoments((scale * x).to(x.dtype), variance.to(x.dtype), log_variance.to(x.dtype))
 
     def q_posterior_mean_variance(
-        self, x_start: torch.Tensor, x_t: torch.Tensor, timesteps, previous_timesteps=None
+        self,
+        x_start: torch.Tensor,
+        x_t: torch.Tensor,
+        timesteps: Timesteps,
+        previous_timesteps: Timesteps | None = None,
     ) -> GaussianMoments:
         """Moments of q(x_s | x_t, x_0) (Ho et al., Eqs. 6 and 7), s being `previous_timesteps` or t-1.
 
@@ -612,7 +642,7 @@ class DDPMScheduler(StockDDPMScheduler):
 
     # p: what a model's output says
 
-    def training_target(self, x_start: torch.Tensor, noise: torch.Tensor, timesteps) -> torch.Tensor:
+    def training_target(self, x_start: torch.Tensor, noise: torch.Tensor, timesteps: Timesteps) -> torch.Tensor:
         """What the network should output at x_t = add_noise(x_start, noise, timesteps), for the prediction type."""
         prediction_type = self.config.prediction_type
         if prediction_type == "epsilon":
@@ -623,16 +653,18 @@ class DDPMScheduler(StockDDPMScheduler):
             return self.get_velocity(x_start, noise, timesteps)
         return self.q_posterior_mean_variance(x_start, self.add_noise(x_start, noise, timesteps), timesteps).mean
 
-    def predict_original_sample(self, model_output: torch.Tensor, timesteps, x_t: torch.Tensor) -> torch.Tensor:
+    def predict_original_sample(
+        self, model_output: torch.Tensor, timesteps: Timesteps, x_t: torch.Tensor
+    ) -> torch.Tensor:
         """x̂_0 [N, C, ...] from the model's output, not clipped. A learned variance's half of it is ignored."""
         from_sample, from_output = self.x0_coefficients(timesteps, x_t)
         return self._mix(from_sample, x_t, from_output, self._split(model_output, x_t)[0])
 
-    def x0_coefficients(self, timesteps, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def x0_coefficients(self, timesteps: Timesteps, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The factors of x_t and of the model's output in x̂_0, [N, 1, ...] to broadcast against a sample `like`."""
         return self._columns("x0", self._checked(timesteps, like.device), like)
 
-    def predict_epsilon(self, x_start: torch.Tensor, timesteps, x_t: torch.Tensor) -> torch.Tensor:
+    def predict_epsilon(self, x_start: torch.Tensor, timesteps: Timesteps, x_t: torch.Tensor) -> torch.Tensor:
         """The ε that takes x_0 to x_t: (x_t - √ᾱ_t x_0) / √(1-ᾱ_t), in x_t's dtype."""
         from_sample, from_x0 = self._columns("epsilon", self._checked(timesteps, x_t.device), x_t)
         return self._mix(from_sample, x_t, from_x0, x_start)
@@ -647,12 +679,12 @@ class DDPMScheduler(StockDDPMScheduler):
             if model_output.shape[1] != x_t.shape[1]:
                 raise ValueError(
                     f"the model outputs {model_output.shape[1]} channels for a sample of {x_t.shape[1]}; if it learned"
-                    " its variance, the scheduler wants variance_type='learned_range' (or 'learned')"
+                    " its variance, the scheduler requires variance_type='learned_range' (or 'learned')"
                 )
             return model_output, None
         if model_output.shape[1] != 2 * x_t.shape[1]:
             raise ValueError(
-                f"variance_type={self.variance_type!r} wants {2 * x_t.shape[1]} output channels and the model has"
+                f"variance_type={self.variance_type!r} requires {2 * x_t.shape[1]} output channels and the model has"
                 f" {model_output.shape[1]}; build it with out_channels={2 * x_t.shape[1]}, or use a fixed variance"
             )
         return model_output.chunk(2, dim=1)
@@ -696,7 +728,12 @@ class DDPMScheduler(StockDDPMScheduler):
         return c.min_log_variance
 
     def p_mean_variance(
-        self, model_output: torch.Tensor, timesteps, x_t: torch.Tensor, previous_timesteps=None, clip_sample=None
+        self,
+        model_output: torch.Tensor,
+        timesteps: Timesteps,
+        x_t: torch.Tensor,
+        previous_timesteps: Timesteps | None = None,
+        clip_sample: bool | None = None,
     ) -> PredictedMoments:
         """Moments of p(x_s | x_t) as the model's output gives them (Ho et al., Eqs. 7, 11 and 15).
 
@@ -728,7 +765,9 @@ class DDPMScheduler(StockDDPMScheduler):
             variance = c.posterior_variance  # 0 where s = -1, though its clipped log is not -inf
         return PredictedMoments(*(moment.to(x_t.dtype) for moment in (mean, variance, log_variance, pred_x0)))
 
-    def _get_variance(self, t: int, predicted_variance=None, variance_type: str | None = None) -> torch.Tensor:
+    def _get_variance(
+        self, t: int, predicted_variance: torch.Tensor | None = None, variance_type: str | None = None
+    ) -> torch.Tensor:
         """The variance (never a log or a deviation) of the chain's step from t; float64 where it is fixed."""
         s, c = self._step_from(int(t))
         variance_type = variance_type or self.config.variance_type
@@ -783,7 +822,7 @@ class DDPMScheduler(StockDDPMScheduler):
 
     # What is refused, and the way out
 
-    def check_invertible(self, timesteps) -> None:
+    def check_invertible(self, timesteps: Iterable[int]) -> None:
         """Raise ValueError if x̂_0 would divide by √ᾱ = 0 at one of the timesteps (ᾱ_T = 0 with `epsilon`)."""
         if self.config.prediction_type != "epsilon":
             return

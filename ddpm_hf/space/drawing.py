@@ -1,4 +1,4 @@
-"""Load a model and draw with it. Heavy libraries are imported where they are used, as the command wants it."""
+"""Load a model and sample from it. Heavy libraries are imported where they are used, for a fast command line."""
 
 import contextlib
 import queue
@@ -21,6 +21,8 @@ def pipeline_class(model: str, revision: str | None = None, token: str | None = 
     Raises:
         ValueError: no such model, or not one of ours.
     """
+    from diffusers import DiffusionPipeline
+
     from ..portable.pipeline_class_conditional_ddpm_hf import ClassConditionalDDPMPipeline
     from ..portable.pipeline_ddpm_hf import DDPMPipeline
     from ..portable.pipeline_text2image_ddpm_hf import TextToImageDDPMPipeline
@@ -30,7 +32,8 @@ def pipeline_class(model: str, revision: str | None = None, token: str | None = 
     known = {cls.__name__: cls for cls in (DDPMPipeline, ClassConditionalDDPMPipeline, TextToImageDDPMPipeline)}
     known["StableDiffusionPipeline"] = TextToImageDDPMPipeline
     with said_in_a_line(model):
-        name = DDPMPipeline.load_config(model, revision=revision, token=token).get("_class_name")
+        name = DiffusionPipeline.load_config(model, revision=revision, token=token).get("_class_name")
+        name = name[-1] if isinstance(name, list) and name else name  # [file, class] of our repositories' code
         if name not in known:
             raise ValueError(f"it is a {name}, and this command samples {', '.join(known)}")
         return known[name]
@@ -75,7 +78,7 @@ def keyed_generators(device, seed: int, indices) -> list:
 
 
 class Wish(NamedTuple):
-    """What to draw."""
+    """A request for samples."""
 
     count: int = 4
     sampler: str = "ddpm"
@@ -135,17 +138,17 @@ class Studio:
             watch: hears of each step.
 
         Raises:
-            ValueError: a wish that the model cannot fulfil.
+            ValueError: an unsupported request.
         """
         if not 1 <= wish.count <= MOST_IMAGES:
             raise ValueError(f"{wish.count} images: ask for 1 to {MOST_IMAGES}")
         if self.by_text and not wish.prompt.strip():
-            raise ValueError("this model draws what a text says; write one")
+            raise ValueError("this model samples from a text: give a prompt")
         with self._alone, swapped(self.pipeline, wish.sampler):
             return self._drawn(wish, watch)
 
     def _drawn(self, wish: Wish, watch: Callable[[Step], None] | None) -> list:
-        """The images of a wish that was checked."""
+        """The images of a checked request."""
         generators = keyed_generators(self.pipeline._execution_device, wish.seed, range(wish.count))
         options: dict[str, Any] = {"generator": generators, "num_inference_steps": wish.steps}
         options["output_type"] = "preview"
@@ -189,9 +192,9 @@ def best_device() -> str:
 
 
 def followed(draw: Callable[[Callable[[Any], None]], Any]) -> Iterator[Any]:
-    """Run `draw(watch)` beside, and yield what `watch` hears, then what `draw` returns.
+    """Run `draw(watch)` in a thread; yield what `watch` receives, then what `draw` returns.
 
-    Who stops listening stops the drawing, at its next word; what it raises is raised here.
+    Closing the iterator cancels sampling at the next step; what `draw` raises is raised here.
     """
     heard, left = queue.SimpleQueue(), threading.Event()
 

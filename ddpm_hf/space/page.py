@@ -1,4 +1,4 @@
-"""The page of a Space: what to draw on the left, the images as they form on the right, their chains below.
+"""The page of a Space: what to sample on the left, the images as they form on the right, their chains below.
 
 Gradio comes with the Space (`sdk_version` in its README); this module imports it when the page is made.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from .drawing import MOMENTS, MOST_IMAGES, Step, Studio, Wish, followed
 from .samplers import SAMPLERS
 
-EVERY_CLASS, NO_CLASS = "every", "none"  # beside "class NAME"
+EVERY_CLASS, NO_CLASS = "every", "none"  # in addition to "class NAME"
 DEFAULT_IMAGES = 8
 SMALL = 128  # pixels, below which they are shown as squares
 ROWS = 4  # images whose chain is shown
@@ -62,18 +62,18 @@ def introduction(studio: Studio, settings: dict) -> str:
     title = settings["title"]
     model = f"[{name}]({address})" if address else f"`{Path(name).name}`"
     return (
-        f"# {title}\n{model} draws images {what} in {width}×{height} pixels by denoising diffusion"
+        f"# {title}\n{model} samples images {what} in {width}×{height} pixels by denoising diffusion"
         " ([DDPM](https://arxiv.org/abs/2006.11239)): from pure noise, step by step."
     ).replace("  ", " ")
 
 
 def what_controls(gr, studio: Studio, settings: dict) -> dict:
-    """What a visitor asks for, by the names that `wish_of` reads."""
+    """The controls of what to sample, by the names that `wish_of` reads."""
     asked = {}
     if studio.by_text:
         examples = settings.get("examples", [])
         first = examples[0] if examples else ""
-        asked["prompt"] = gr.Textbox(first, label="Prompt", placeholder="What to draw", elem_id="prompt")
+        asked["prompt"] = gr.Textbox(first, label="Prompt", placeholder="What to show", elem_id="prompt")
         if len(examples) > 1:
             gr.Examples(examples, asked["prompt"])
     if studio.classes:
@@ -85,7 +85,7 @@ def what_controls(gr, studio: Studio, settings: dict) -> dict:
 
 
 def how_controls(gr, studio: Studio) -> dict:
-    """How it is to be drawn, by the names that `wish_of` reads; only what the model knows."""
+    """The controls of how to sample, by the names that `wish_of` reads; only what the model supports."""
     asked = {}
     titles = [(SAMPLERS[name].title, name) for name in studio.samplers]
     chosen = "ddim" if "ddim" in studio.samplers else titles[0][1]
@@ -100,14 +100,14 @@ def how_controls(gr, studio: Studio) -> dict:
         about = f"1 disables guidance; higher values follow the {'text' if studio.by_text else 'class'} more strongly."
         asked["guidance"] = gr.Slider(1, most, scale, step=0.5, label="Guidance", info=about, elem_id="guidance")
     if studio.by_text:
-        asked["negative"] = gr.Textbox(label="Negative prompt", placeholder="What not to draw", elem_id="negative")
+        asked["negative"] = gr.Textbox(label="Negative prompt", placeholder="What not to show", elem_id="negative")
     asked["random"] = gr.Checkbox(True, label="A new seed each time", elem_id="random")
     asked["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed")
     return asked
 
 
 def wish_of(values: dict, studio: Studio) -> Wish:
-    """The wish that the controls' values, by their names, stand for; a random seed is drawn here.
+    """The request that the controls' values, by their names, make; a random seed is chosen here.
 
     Each image has a label in turn: the class chosen, or all of them, or that of no class.
     """
@@ -146,7 +146,7 @@ def make_page(studio: Studio, settings: dict):
             with gr.Column(scale=3, min_width=300):
                 asked = what_controls(gr, studio, settings)
                 with gr.Row():
-                    button = gr.Button("Draw", variant="primary", elem_id="draw", min_width=100)
+                    button = gr.Button("Sample", variant="primary", elem_id="draw", min_width=100)
                     stop = gr.Button("Stop", elem_id="stop", min_width=60)
                 asked |= how_controls(gr, studio)
             with gr.Column(scale=7, min_width=300):
@@ -175,7 +175,7 @@ def make_page(studio: Studio, settings: dict):
                         yield seen
                     progress((word.done, word.total), desc="Drawing")  # last: what is yielded hides the bar
             except ValueError as error:
-                raise gr.Error(str(error), title="Not drawn", print_exception=False) from error
+                raise gr.Error(str(error), title="Not sampled", print_exception=False) from error
 
         triggers = [button.click] + ([asked["prompt"].submit] if studio.by_text else [])
         drawing = gr.on(

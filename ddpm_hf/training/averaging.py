@@ -61,7 +61,7 @@ def raw_weights(ema: EMAModel, part: torch.nn.Module):
 
 
 def save_ema(ema: EMAModel, part: torch.nn.Module, folder: Path) -> None:
-    """Write the averaged weights as a model of the part's kind, with the EMA's counters beside."""
+    """Write the averaged weights as a model of the part's kind, with the EMA's counters in a file next to it."""
     if isinstance(part, ModelMixin):
         ema.save_pretrained(folder)
         return

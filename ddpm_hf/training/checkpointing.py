@@ -1,4 +1,4 @@
-"""Checkpoints that are complete or absent: written beside, flushed, renamed; old ones go once the new one is safe."""
+"""Checkpoints that are complete or absent: each is written to a scratch folder and renamed; then old ones go."""
 
 import contextlib
 import hashlib
@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from .config import UsageError
 
 MANIFEST = "manifest.json"
-SETTINGS = "training_config.json"  # beside the checkpoints
+SETTINGS = "training_config.json"  # in the folder of the checkpoints
 SCRAP = ".partial"  # how the name of a file or folder ends until it is complete
 
 
@@ -242,8 +242,8 @@ def find_checkpoint(output_dir: Path, wanted: str, warn) -> tuple[Path, dict[str
 def settings_of(output_dir: Path, wanted: str) -> dict[str, Any]:
     """The settings that the run of a checkpoint was last started with; nothing where there is no such checkpoint.
 
-    They lie beside the checkpoint, and within it for one that was copied without its run. `wanted` is as for
-    `find_checkpoint`, which compares the files with their checksums, as takes as long as reading them; this does not.
+    They lie in the checkpoint's parent folder, and within it for one that was copied without its run. `wanted` is as
+    for `find_checkpoint`, which reads all files to compare their checksums; this does not.
     """
     named = [path for path in (output_dir / wanted, Path(wanted)) if os.path.isfile(path / MANIFEST)]
     for path in reversed(list_checkpoints(output_dir)) if wanted == "latest" else named:

@@ -88,7 +88,7 @@ def check_word(name: str, value: str) -> None:
 MOST = {"cpu_threads": 1024, "dataloader_num_workers": 1024, "eval_batch_size": 65536}
 # What to do where training takes long on a CPU
 SHORTER_TRAINING = "train for fewer --max_train_steps, at a smaller --resolution, or on a GPU"
-VARIANTS = ("fp16", "non_ema")  # of the weights, beside the pipeline's own
+VARIANTS = ("fp16", "non_ema")  # of the weights, in addition to the pipeline's
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
 
@@ -122,7 +122,7 @@ class RunFlags:
     seed: int | None = HfArg(
         resume=FIXED,
         default=None,
-        help="Of everything random. Without it one is drawn, logged and saved with the run.",
+        help="Random seed. If omitted, one is chosen, logged and saved with the run.",
     )
 
 
@@ -321,7 +321,7 @@ class TrainingConfig(
         not_negative = ["dataloader_num_workers", "lr_warmup_steps", "adam_weight_decay", "max_grad_norm", "seed"]
         self.check_numbers(positive, not_negative)
         if self.lr_scheduler not in LR_SCHEDULERS:
-            raise UsageError(f"--lr_scheduler {self.lr_scheduler!r} is none of {', '.join(LR_SCHEDULERS)}")
+            raise UsageError(f"--lr_scheduler must be one of {', '.join(LR_SCHEDULERS)} (got {self.lr_scheduler!r})")
         for name in ("adam_beta1", "adam_beta2", "ema_max_decay", "ema_min_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise UsageError(f"--{name} {getattr(self, name)}: must be at least 0 and less than 1")
@@ -389,7 +389,7 @@ class PublishingFlags:
         resume=FREE,
         default="end",
         help="What is saved and uploaded: the model at the end; also at each checkpoint, in the background; or the"
-        " checkpoint with the lowest held-out loss (wants --validation_steps).",
+        " checkpoint with the lowest held-out loss (requires --validation_steps).",
     )
     hub_revision: str | None = HfArg(
         resume=FREE,
@@ -402,7 +402,7 @@ class PublishingFlags:
     save_variants: list[str] = HfArg(  # noqa: RUF009
         resume=FREE,
         default_factory=list,
-        help="More weights beside the pipeline's, for from_pretrained(..., variant=NAME): fp16, or with --use_ema"
+        help="Additional weights, for from_pretrained(..., variant=NAME): fp16, or with --use_ema"
         " non_ema, those that are not averaged.",
     )
 
@@ -418,14 +418,14 @@ class PipelineConfig(TrainingConfig, GridFlags, AttentionFlags, PublishingFlags)
         check_license("hub_license", self.hub_license)
         unknown = [name for name in self.save_variants if name not in VARIANTS]
         if unknown:
-            raise UsageError(f"--save_variants {unknown[0]!r} is none of {', '.join(VARIANTS)}")
+            raise UsageError(f"--save_variants must be of {', '.join(VARIANTS)} (got {unknown[0]!r})")
         if "non_ema" in self.save_variants and not self.use_ema:
-            raise UsageError("--save_variants non_ema wants --use_ema: without, there is one kind of weights")
+            raise UsageError("--save_variants non_ema requires --use_ema: without, there is one kind of weights")
         if self.hub_strategy == "best" and (
             not self.validation_steps or self.checkpointing_steps % self.validation_steps
         ):
             raise UsageError(
-                "--hub_strategy best wants the held-out loss of each checkpoint: give --validation_steps, of which"
+                "--hub_strategy best requires the held-out loss of each checkpoint: give --validation_steps, of which"
                 f" --checkpointing_steps {self.checkpointing_steps} is a multiple"
             )
 

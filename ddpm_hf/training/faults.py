@@ -24,7 +24,7 @@ from .process import process_kept
 
 OUT_OF_MEMORY = (
     "out of memory: make --train_batch_size smaller (--gradient_accumulation_steps makes up for it), add"
-    " --gradient_checkpointing or --mixed_precision bf16; where a grid was drawn, make --eval_batch_size smaller"
+    " --gradient_checkpointing or --mixed_precision bf16; where a grid was sampled, make --eval_batch_size smaller"
 )
 DEAD_WORKER = (
     "a process that reads the data was killed, as happens when memory runs out: try fewer --dataloader_num_workers"
@@ -145,7 +145,7 @@ def ends_in_one_line(program: str, output_dir: str, *mendable: type):
     """Turn what is understood into one line on stderr and an exit code, with no traceback; the process is as before.
 
     Args:
-        mendable: errors of the user's, beside `UsageError`.
+        mendable: errors of the user's, in addition to `UsageError`.
     """
     with process_kept(), _in_one_line(program, output_dir, mendable):
         yield

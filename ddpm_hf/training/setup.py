@@ -352,7 +352,7 @@ def check_resumable(
 
 
 def agree_on_seed(config: TrainingConfig, resumed: dict[str, Any] | None) -> int:
-    """The seed given, the resumed run's, or one drawn by the main process: the same on all ranks.
+    """The seed given, the resumed run's, or one chosen by the main process: the same on all ranks.
 
     Raises:
         UsageError: another seed than the run to resume had.
@@ -364,8 +364,8 @@ def agree_on_seed(config: TrainingConfig, resumed: dict[str, Any] | None) -> int
         if config.seed not in (None, seed):
             raise UsageError(f"--seed {config.seed}: the run to resume has seed {seed}; leave --seed out")
         return seed
-    drawn = [config.seed if config.seed is not None else secrets.randbits(31)]
-    return broadcast_object_list(drawn)[0]
+    chosen = [config.seed if config.seed is not None else secrets.randbits(31)]
+    return broadcast_object_list(chosen)[0]
 
 
 def log(accelerator, line: str | None) -> None:
@@ -398,7 +398,7 @@ def make_optimizer(config: TrainingConfig, model: torch.nn.Module, world: int) -
         try:
             from bitsandbytes.optim import AdamW8bit
         except ImportError as error:
-            raise UsageError("--use_8bit_adam wants bitsandbytes: pip install bitsandbytes") from error
+            raise UsageError("--use_8bit_adam requires bitsandbytes: pip install bitsandbytes") from error
         make, options = AdamW8bit, {}
     return make(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
@@ -424,7 +424,7 @@ def start_trackers(config: TrainingConfig, accelerator, default_project: str) ->
     """Open the tracker, with the settings that it can show (scalars; no secrets).
 
     Raises:
-        UsageError: it does not start, for want of a login for example.
+        UsageError: it does not start, without a login for example.
     """
     if config.logger == "none":
         return

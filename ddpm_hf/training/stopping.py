@@ -16,7 +16,7 @@ FAILED = len(REASONS)
 
 
 class InterruptedLookError(Exception):
-    """Pictures were being drawn when the run was asked to stop."""
+    """A grid was being sampled when the run was asked to stop."""
 
 
 class Stop:

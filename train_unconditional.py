@@ -57,6 +57,7 @@ from ddpm_hf.flags import (
 )
 from ddpm_hf.training.config import HfArg, PipelineConfig, UsageError, parse_layers
 from ddpm_hf.training.meanings import names_elsewhere
+from ddpm_hf.training.needs import Need
 
 QUARTILES = ("loss_q1", "loss_q2", "loss_q3", "loss_q4")  # of the timesteps, from little noise to much
 # The settings that the model card shows
@@ -77,6 +78,9 @@ class ClassFlags:
 
     title: ClassVar[str] = "Classes"
     meanings: ClassVar[dict[str, str]] = CLASSES
+    needs: ClassVar[dict[str, Need]] = {
+        "class_dropout": Need(lambda run: run.label_column, "has no effect without --label_column")
+    }
 
     class_dropout: float = HfArg(
         default=0.1,

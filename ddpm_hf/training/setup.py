@@ -38,6 +38,7 @@ from .faults import end_together, track
 from .launcher import check_launcher, launched_precision, unused_settings
 from .loop import LOGS, Meter, StepPlan, TrainingState, let_old_go, load_checkpoint, register_model_hooks
 from .machine import usable_cores
+from .needs import without_effect
 from .ownership import (
     AUTOENCODER,
     KEPT_IN_PLACE,
@@ -492,6 +493,8 @@ def begin_training(
     Args:
         parts: what of the model is saved, by the name of its folder; by default the model, as `unet`.
     """
+    for line in without_effect(config, accelerator.device.type, SECRET_FLAGS):
+        log(accelerator, f"warning: {line}")
     parts = parts or {"unet": model}
     state = TrainingState(
         model=model,

@@ -316,14 +316,14 @@ def train(config: UnconditionalConfig) -> None:
     diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)  # an error is one line, and main says it
     written = layout("unet", "scheduler", *(["vae"] if config.vae_name_or_path else []))
     found = find_run(config, accelerator, written, (config.train_data_dir, config.dataset_name))
+    config.seed = agree_on_seed(config, found and found[1])
+    check_unchanged(config, found and found[1])
     source = source_of(config, found)
     vae = load_autoencoder(config.vae_name_or_path, revision_of_vae(config)) if config.vae_name_or_path else None
     scheduler = make_scheduler(config, config, vae is not None, source)
     size, fresh = model_size(config, vae, source), source is not None and found is None
     log(accelerator, settle_resolution(config, *size, usual="64", trained=fresh))
     arguments = unet_arguments(config, config, vae, source)
-    config.seed = agree_on_seed(config, found and found[1])
-    check_unchanged(config, found and found[1])
 
     channels = arguments["in_channels"] if vae is None else vae.config.in_channels
     images = open_images(config, config, channels, accelerator, classes=found and found[1].get("classes"))

@@ -150,10 +150,12 @@ class ScheduleFlags:
     title: ClassVar[str] = "Diffusion"
     meanings: ClassVar[dict[str, str]] = SCHEDULE
 
-    ddpm_num_steps: int = HfArg(default=1000, help="T, the diffusion's timesteps.")
-    ddpm_beta_schedule: str = HfArg(default="linear", help=f"{', '.join(BETA_SCHEDULES)}.")
+    ddpm_num_steps: int = HfArg(resume=FIXED, default=1000, help="T, the diffusion's timesteps.")
+    ddpm_beta_schedule: str = HfArg(resume=FIXED, default="linear", help=f"{', '.join(BETA_SCHEDULES)}.")
     rescale_betas_zero_snr: bool = HfArg(
-        default=False, help="Zero terminal SNR: x_T is pure noise. Wants --prediction_type v_prediction or sample."
+        resume=FIXED,
+        default=False,
+        help="Zero terminal SNR: x_T is pure noise. Wants --prediction_type v_prediction or sample.",
     )
 
     def check_schedule(self) -> None:

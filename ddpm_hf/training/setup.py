@@ -300,10 +300,15 @@ def check_unchanged(config: TrainingConfig, resumed: dict[str, Any] | None) -> N
 
 
 def _was_moved(was: Any, now: Any) -> bool:
-    """Whether two names may be of one local file or folder: of which the first is there no more, or the same."""
+    """Whether two names may be of one local file or folder: of which the first is there no more, or the same.
+
+    A name that is not absolute may be a relative path or one of the Hub: it moves to one that ends alike.
+    """
     if not (isinstance(was, str) and isinstance(now, str) and os.path.exists(now)):
         return False
-    return not os.path.exists(was) or os.path.samefile(was, now)
+    if os.path.exists(was):
+        return os.path.samefile(was, now)
+    return os.path.isabs(was) or Path(was).name == Path(now).resolve().name
 
 
 def check_resumable(

@@ -45,7 +45,7 @@ from typing import ClassVar, Literal
 from ddpm_hf.data.flags import CAPTION_COLUMN, DataFlags
 from ddpm_hf.flags import AUTOENCODER_FOLDER, AutoencoderFlags, ScheduleFlags, settle_resolution, use_xformers
 from ddpm_hf.names import LOSS_TYPES, PREDICTION_TYPES
-from ddpm_hf.training.config import FIXED, FREE, START, HfArg, TrainingConfig, UsageError, parse_layers
+from ddpm_hf.training.config import FIXED, FREE, START, HfArg, PipelineConfig, UsageError, parse_layers
 from ddpm_hf.training.meanings import names_elsewhere
 
 QUARTILES = ("loss_q1", "loss_q2", "loss_q3", "loss_q4")  # of the timesteps, from little noise to much
@@ -195,7 +195,7 @@ class PromptFlags:
 @dataclass
 class Text2ImageConfig(
     DataFlags, TextModelFlags, CaptionFlags, AutoencoderFlags, ScheduleFlags, TextObjectiveFlags, PromptFlags,
-    TrainingConfig
+    PipelineConfig
 ):  # fmt: skip
     """All flags; `--help` groups them in the order of the bases."""
 
@@ -629,6 +629,7 @@ def train(config: Text2ImageConfig) -> None:
             draw_prompts, pipeline_of=pipeline_of, prompts=prompts, config=config, accelerator=accelerator
         ),
         save=publisher.save,
+        saves_checkpoints=config.hub_strategy != "end",
         name_of=images.name_of,
         deadline=deadline,
     )

@@ -55,7 +55,7 @@ from ddpm_hf.flags import (
     unet_arguments,
     weaker_layers,
 )
-from ddpm_hf.training.config import HfArg, TrainingConfig, UsageError, parse_layers
+from ddpm_hf.training.config import HfArg, PipelineConfig, UsageError, parse_layers
 from ddpm_hf.training.meanings import names_elsewhere
 
 QUARTILES = ("loss_q1", "loss_q2", "loss_q3", "loss_q4")  # of the timesteps, from little noise to much
@@ -87,7 +87,7 @@ class ClassFlags:
 
 @dataclass
 class UnconditionalConfig(
-    DataFlags, UNetFlags, StartFlags, ScheduleFlags, ObjectiveFlags, ClassFlags, LatentFlags, TrainingConfig
+    DataFlags, UNetFlags, StartFlags, ScheduleFlags, ObjectiveFlags, ClassFlags, LatentFlags, PipelineConfig
 ):
     """All flags; `--help` groups them in the order of the bases."""
 
@@ -389,6 +389,7 @@ def train(config: UnconditionalConfig) -> None:
         validate=images.held_out and functools.partial(validation_loss, held_out=images.held_out, **shared),
         draw=functools.partial(draw_samples, pipeline_of=pipeline_of, config=config, accelerator=accelerator),
         save=publisher.save,
+        saves_checkpoints=config.hub_strategy != "end",
         name_of=images.name_of,
         deadline=deadline,
         advice=advice,

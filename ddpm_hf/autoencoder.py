@@ -14,7 +14,7 @@ from .functional import mean_flat
 from .loading import why_not_loaded
 from .saving import save_image, save_model
 from .training.checkpointing import find_checkpoint
-from .training.config import TrainingConfig, UsageError
+from .training.config import PipelineConfig, UsageError
 from .training.loop import Losses, averaged_weights, training_loop, unwrap
 from .training.ownership import AUTOENCODER, claim_files, layout, remove_unfinished
 from .training.randomness import StepKeys
@@ -139,14 +139,14 @@ def measure_scaling_factor(vae: AutoencoderKL, images: Images, batch_size: int, 
     return round(float(variance**-0.5), 5)
 
 
-def find_autoencoder_run(config: TrainingConfig) -> tuple[Path, dict] | None:
+def find_autoencoder_run(config: PipelineConfig) -> tuple[Path, dict] | None:
     """The newest checkpoint of the autoencoder's training, where a run got no further; for its seed."""
     return find_checkpoint(Path(config.output_dir) / AUTOENCODER, "latest", lambda line: None)
 
 
 def train_autoencoder(
     flags: AutoencoderFlags,
-    config: TrainingConfig,
+    config: PipelineConfig,
     images: Images,
     channels: int,
     size: tuple[int, int],

@@ -377,9 +377,26 @@ CLASSIFIER_DESCRIPTION = """Train a classifier of noised images, whose gradient 
 The images and the noise schedule must be those of the model that it is to guide."""
 
 
+# Flags that the training scripts have
+NO_CLASSIFIER = names_elsewhere("""
+a classifier is no pipeline, upload its folder with `hf upload`: push_to_hub hub_model_id hub_private_repo push upload
+a classifier is no pipeline, upload its folder with `hf upload`: hub_strategy hub_revision hub_license hub
+a classifier has one kind of weights, averaged with --use_ema: save_variants
+a classifier samples no grids: save_images_epochs save_images_steps validation_epochs validation_prompts
+a classifier samples no grids: ddpm_num_inference_steps num_inference_steps guidance_scale
+a classifier uses torch's attention, which is memory-efficient too: enable_xformers_memory_efficient_attention xformers
+a classifier predicts classes by cross-entropy: prediction_type variance_type objective loss_type snr_gamma vlb_weight
+a classifier sees each image with its class, at uniform timesteps: class_dropout timestep_sampler class_balanced
+a classifier reads pixels, not latents: vae_name_or_path cache_latents
+a classifier is trained from scratch: pretrained_model_name_or_path
+""")
+
+
 @dataclass
 class ClassifierConfig(DataFlags, UNetFlags, ScheduleFlags, TrainingConfig):
     """Flags of `ddpm-hf train-classifier`: those of data, schedule and training that the scripts have too."""
+
+    absent: ClassVar[dict[str, str]] = NO_CLASSIFIER
 
     def check(self) -> None:
         """Raise UsageError or DataError for a value out of range or a combination that cannot work."""
@@ -391,8 +408,6 @@ class ClassifierConfig(DataFlags, UNetFlags, ScheduleFlags, TrainingConfig):
             self.label_column = "label"
         if self.streaming and self.max_train_steps is None:
             raise UsageError("--streaming has no epochs to count: give --max_train_steps")
-        if self.push_to_hub:
-            raise UsageError("--push_to_hub: a classifier is no pipeline; upload its folder with `hf upload`")
 
 
 def parse_classifier_flags(argv: list[str]) -> ClassifierConfig:
@@ -481,7 +496,7 @@ def make_unet(arguments: dict[str, Any], variance_type: str, classes: int | None
     Args:
         variance_type: a learned variance doubles the output's channels.
         classes: embeddings to make for classes, with the null class; None for none.
-        config: the run's `TrainingConfig`.
+        config: the run's `PipelineConfig`.
     """
     import torch
 

@@ -28,7 +28,7 @@ from .model_card import (
 from .saving import save_half_precision, save_image, save_model, save_pipeline
 from .training.averaging import raw_weights
 from .training.checkpointing import SCRAP, write_whole
-from .training.config import TrainingConfig, UsageError
+from .training.config import PipelineConfig, UsageError
 from .training.ownership import GRIDS, LAYOUT, claim_files, matching, may_write
 from .training.setup import log, public_settings
 
@@ -265,7 +265,7 @@ def refuses(error: Exception) -> bool:
     return isinstance(error, (LocalTokenNotFoundError, HFValidationError)) or type(error) is ValueError
 
 
-def reserve_repository(config: TrainingConfig, held_out: bool, accelerator) -> str:
+def reserve_repository(config: PipelineConfig, held_out: bool, accelerator) -> str:
     """Before training: the name of the repository to upload to, once the Hub has said that it accepts the upload.
 
     It has the user's name too where it is to be uploaded. With --dry_run the repository is not created.
@@ -274,8 +274,11 @@ def reserve_repository(config: TrainingConfig, held_out: bool, accelerator) -> s
         held_out: whether images are held out.
 
     Raises:
-        UsageError: the Hub says no. Where it does not answer, training goes on; the upload is tried at its end.
+        UsageError: variants that cannot be saved, or the Hub says no. Where it does not answer, training goes on; the
+            upload is tried at its end.
     """
+    if accelerator.is_fsdp2 and "non_ema" in config.save_variants:
+        raise UsageError("--save_variants non_ema: not with FSDP; the checkpoints' unet/ holds these weights")
     if config.hub_strategy == "best" and not held_out:
         raise UsageError("--hub_strategy best requires held-out images: give --validation_split 0.1, for example")
     repository = config.hub_model_id or Path(config.output_dir).resolve().name
@@ -332,7 +335,7 @@ class Publisher:
 
     def __init__(
         self,
-        config: TrainingConfig,
+        config: PipelineConfig,
         state,
         pipeline_of: Callable,
         facts: dict[str, Any],
@@ -455,7 +458,7 @@ class Publisher:
 
 
 def describe_run(
-    config: TrainingConfig, images, plan, model, shown: tuple[str, ...], rows: list[str], base_model: str | None = None
+    config: PipelineConfig, images, plan, model, shown: tuple[str, ...], rows: list[str], base_model: str | None = None
 ) -> dict[str, Any]:
     """What is known of a run before it starts, for its card.
 

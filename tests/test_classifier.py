@@ -392,7 +392,6 @@ def assert_refused(run, *named):
     [
         ({"data": "unsorted"}, ("'label'", "image")),
         ({"label_column": "kind"}, ("'kind'", "label")),
-        ({"push_to_hub": True}, ("--push_to_hub", "hf upload")),
         ({"streaming": True, "max_train_steps": None}, ("--streaming", "--max_train_steps")),
         ({"data": "nothing"}, ("nothing", "--train_data_dir")),
         ({"learning_rate": -1}, ("--learning_rate",)),

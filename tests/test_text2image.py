@@ -33,7 +33,7 @@ from ddpm_hf.data import DataFlags, image_grid
 from ddpm_hf.latents import TensorTable
 from ddpm_hf.portable.pipeline_text2image_ddpm_hf import tokenize
 from ddpm_hf.training.checkpointing import read_manifest
-from ddpm_hf.training.config import TrainingConfig
+from ddpm_hf.training.config import PipelineConfig
 from ddpm_hf.training.ownership import MANIFEST
 from ddpm_hf.training.randomness import StepKeys
 from ddpm_hf.training.setup import public_settings, save_settings
@@ -993,7 +993,7 @@ ROWS = [
 def test_every_flag_of_the_script_is_seen_to_work():
     """Else a flag is declared that nobody shows to be read."""
     declared = {field.name for field in dataclasses.fields(train_text2image.Text2ImageConfig)}
-    shared = {field.name for cls in (TrainingConfig, DataFlags) for field in dataclasses.fields(cls)}
+    shared = {field.name for cls in (PipelineConfig, DataFlags) for field in dataclasses.fields(cls)}
     assert declared - shared <= {row.flag for row in ROWS} | {"aspect_ratio_buckets"}  # which test_buckets shows
 
 

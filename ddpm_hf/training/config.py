@@ -21,10 +21,10 @@ from typing import Any, ClassVar, Literal
 import yaml
 from transformers import HfArgumentParser, hf_argparser
 
-from .help import EPILOG, FlagFormatter, grouped, meanings_of, meant
+from .help import EPILOG, FlagFormatter, absent_of, bare_name, grouped, meanings_of, meant
 from .lines import one_line
 from .machine import accept_any_text
-from .meanings import TRAINING
+from .meanings import ATTENTION, GRIDS, PUBLISHING, TRAINING
 from .paths import expand_home
 
 SECRET_FLAGS = ("hub_token",)  # never written, shown or tracked
@@ -227,9 +227,6 @@ class HardwareFlags:
     gradient_checkpointing: bool = HfArg(
         resume=FREE, default=False, help="Recompute activations in the backward pass: less memory."
     )
-    enable_xformers_memory_efficient_attention: bool = HfArg(
-        default=False, help="xFormers' attention; torch's own is memory-efficient too."
-    )
     cpu_threads: int | None = HfArg(
         default=None, help="torch's threads; by default the machine's cores divided by the processes on it."
     )
@@ -261,18 +258,6 @@ class LoggingFlags:
 
     title: ClassVar[str] = "Samples and logging"
 
-    save_images_epochs: int = HfArg(
-        instead_of="save_images_steps",
-        resume=FREE,
-        default=10,
-        help="Epochs between sample grids (samples/*.png and the tracker); 0 turns them off.",
-    )
-    save_images_steps: int | None = HfArg(
-        instead_of="save_images_epochs",
-        resume=FREE,
-        default=None,
-        help="Optimizer steps between sample grids, instead of --save_images_epochs.",
-    )
     save_model_epochs: int = HfArg(resume=FREE, default=10, help="Epochs between saves of the whole pipeline.")
     validation_steps: int | None = HfArg(
         resume=FREE,
@@ -296,39 +281,14 @@ class LoggingFlags:
 
 @dataclass
 class HubFlags:
-    """Flags of what is saved and published."""
+    """Flags of access to the Hub."""
 
     title: ClassVar[str] = "Hugging Face Hub"
 
-    push_to_hub: bool = HfArg(resume=FREE, default=False, help="Upload the pipeline and its card when training ends.")
-    hub_model_id: str | None = HfArg(
-        resume=FREE,
-        default=None,
-        help="user/name of the repository; by default the output folder's name, under your user.",
-    )
     hub_token: str | None = HfArg(
-        resume=FREE, default=None, help="Token for the upload; by default your login (hf auth login)."
-    )
-    hub_private_repo: bool = HfArg(resume=FREE, default=False, help="Make the repository private.")
-    hub_strategy: Literal["end", "checkpoint", "best"] = HfArg(
-        resume=FREE,
-        default="end",
-        help="What is saved and uploaded: the model at the end; also at each checkpoint, in the background; or the"
-        " checkpoint with the lowest held-out loss (requires --validation_steps).",
-    )
-    hub_revision: str | None = HfArg(
         resume=FREE,
         default=None,
-        help="Tag of the last upload: from_pretrained(..., revision=TAG) goes on loading it.",
-    )
-    hub_license: str | None = HfArg(
-        resume=FREE, default=None, help="License that the model card names, such as apache-2.0."
-    )
-    save_variants: list[str] = HfArg(  # noqa: RUF009
-        resume=FREE,
-        default_factory=list,
-        help="Additional weights, for from_pretrained(..., variant=NAME): fp16, or with --use_ema"
-        " non_ema, those that are not averaged.",
+        help="Token for private datasets and models, and for uploads; by default your login (hf auth login).",
     )
 
 
@@ -355,17 +315,11 @@ class TrainingConfig(
         positive = [
             "train_batch_size", "eval_batch_size", "gradient_accumulation_steps", "num_epochs", "max_train_steps",
             "max_train_hours", "learning_rate", "adam_epsilon", "ema_inv_gamma", "ema_power", "checkpointing_steps",
-            "checkpoints_total_limit", "save_images_steps", "save_model_epochs", "validation_steps", "logging_steps",
-            "cpu_threads", "max_nonfinite_steps",
+            "checkpoints_total_limit", "save_model_epochs", "validation_steps", "logging_steps", "cpu_threads",
+            "max_nonfinite_steps",
         ]  # fmt: skip
-        not_negative = [
-            "dataloader_num_workers", "lr_warmup_steps", "adam_weight_decay", "max_grad_norm", "seed",
-            "save_images_epochs",
-        ]  # fmt: skip
-        for name in positive + not_negative:
-            value, least = getattr(self, name), "more than 0" if name in positive else "0 or more"
-            if value is not None and not (value > 0 if name in positive else value >= 0):
-                raise UsageError(f"--{name} {value}: must be {least}")
+        not_negative = ["dataloader_num_workers", "lr_warmup_steps", "adam_weight_decay", "max_grad_norm", "seed"]
+        self.check_numbers(positive, not_negative)
         if self.lr_scheduler not in LR_SCHEDULERS:
             raise UsageError(f"--lr_scheduler must be one of {', '.join(LR_SCHEDULERS)} (got {self.lr_scheduler!r})")
         for name in ("adam_beta1", "adam_beta2", "ema_max_decay", "ema_min_decay"):
@@ -373,6 +327,94 @@ class TrainingConfig(
                 raise UsageError(f"--{name} {getattr(self, name)}: must be at least 0 and less than 1")
         if self.ema_min_decay > self.ema_max_decay:
             raise UsageError(f"--ema_min_decay {self.ema_min_decay} is above --ema_max_decay {self.ema_max_decay}")
+        if self.seed is not None and self.seed >= 2**63:
+            raise UsageError(f"--seed {self.seed}: must be less than 2^63")
+
+    def check_numbers(self, positive: Iterable[str], not_negative: Iterable[str]) -> None:
+        """Raise UsageError for one of these flags whose number is too small; None is left out."""
+        for name in (*positive, *not_negative):
+            value, least = getattr(self, name), "more than 0" if name in positive else "0 or more"
+            if value is not None and not (value > 0 if name in positive else value >= 0):
+                raise UsageError(f"--{name} {value}: must be {least}")
+
+
+@dataclass
+class GridFlags:
+    """Flags of the sample grids."""
+
+    title: ClassVar[str] = "Samples and logging"
+    meanings: ClassVar[dict[str, str]] = GRIDS
+
+    save_images_epochs: int = HfArg(
+        instead_of="save_images_steps",
+        resume=FREE,
+        default=10,
+        help="Epochs between sample grids (samples/*.png and the tracker); 0 turns them off.",
+    )
+    save_images_steps: int | None = HfArg(
+        instead_of="save_images_epochs",
+        resume=FREE,
+        default=None,
+        help="Optimizer steps between sample grids, instead of --save_images_epochs.",
+    )
+
+
+@dataclass
+class AttentionFlags:
+    """Flags of the UNet's attention."""
+
+    title: ClassVar[str] = "Speed and memory"
+    meanings: ClassVar[dict[str, str]] = ATTENTION
+
+    enable_xformers_memory_efficient_attention: bool = HfArg(
+        default=False, help="xFormers' attention; torch's own is memory-efficient too."
+    )
+
+
+@dataclass
+class PublishingFlags:
+    """Flags of what is saved and published."""
+
+    title: ClassVar[str] = "Hugging Face Hub"
+    meanings: ClassVar[dict[str, str]] = PUBLISHING
+
+    push_to_hub: bool = HfArg(resume=FREE, default=False, help="Upload the pipeline and its card when training ends.")
+    hub_model_id: str | None = HfArg(
+        resume=FREE,
+        default=None,
+        help="user/name of the repository; by default the output folder's name, under your user.",
+    )
+    hub_private_repo: bool = HfArg(resume=FREE, default=False, help="Make the repository private.")
+    hub_strategy: Literal["end", "checkpoint", "best"] = HfArg(
+        resume=FREE,
+        default="end",
+        help="What is saved and uploaded: the model at the end; also at each checkpoint, in the background; or the"
+        " checkpoint with the lowest held-out loss (requires --validation_steps).",
+    )
+    hub_revision: str | None = HfArg(
+        resume=FREE,
+        default=None,
+        help="Tag of the last upload: from_pretrained(..., revision=TAG) goes on loading it.",
+    )
+    hub_license: str | None = HfArg(
+        resume=FREE, default=None, help="License that the model card names, such as apache-2.0."
+    )
+    save_variants: list[str] = HfArg(  # noqa: RUF009
+        resume=FREE,
+        default_factory=list,
+        help="Additional weights, for from_pretrained(..., variant=NAME): fp16, or with --use_ema"
+        " non_ema, those that are not averaged.",
+    )
+
+
+@dataclass
+class PipelineConfig(TrainingConfig, GridFlags, AttentionFlags, PublishingFlags):
+    """Flags of a training whose result is a pipeline: it is sampled from, saved in variants, and published."""
+
+    def check(self) -> None:
+        """Raise UsageError for a value out of range."""
+        super().check()
+        self.check_numbers(["save_images_steps"], ["save_images_epochs"])
         check_license("hub_license", self.hub_license)
         unknown = [name for name in self.save_variants if name not in VARIANTS]
         if unknown:
@@ -386,21 +428,19 @@ class TrainingConfig(
                 "--hub_strategy best requires the held-out loss of each checkpoint: give --validation_steps, of which"
                 f" --checkpointing_steps {self.checkpointing_steps} is a multiple"
             )
-        if self.seed is not None and self.seed >= 2**63:
-            raise UsageError(f"--seed {self.seed}: must be less than 2^63")
 
 
 class OneLineParser(HfArgumentParser):
     """Declares a dataclass's fields as flags; a mistake is one line and exit code 2.
 
     A dataclass, or a base of it, has a `title` for the group of its fields in `--help`, and `meanings`: what to
-    write here for names that its fields have elsewhere.
+    write here for names that its fields have elsewhere, and `absent`: why it lacks fields of other programs.
     """
 
     def __init__(self, dataclass_type, **kwargs):
         options = {"formatter_class": FlagFormatter, "epilog": EPILOG, **kwargs}
         super().__init__(dataclass_type, allow_abbrev=False, usage="%(prog)s [--flag value ...]", **options)
-        self.meanings = meanings_of(dataclass_type)
+        self.meanings, self.absent = meanings_of(dataclass_type), absent_of(dataclass_type)
         self.source = ""  # of the words that are parsed, where that is not the command line
 
     def format_help(self) -> str:
@@ -425,8 +465,9 @@ class OneLineParser(HfArgumentParser):
     def error(self, message: str):
         """End with exit code 2 and one line."""
         unknown = message.partition("unrecognized arguments: ")[2].split(" ")[0]
-        instead = self.meant(unknown) if unknown else None
-        hint = f"did you mean {instead}? " if instead else ""
+        reason = self.absent.get(bare_name(unknown))
+        instead = self.meant(unknown) if unknown and not reason else None
+        hint = f"{reason}; " if reason else f"did you mean {instead}? " if instead else ""
         source = f"{self.source}: " if self.source else ""
         self.exit(2, f"{self.prog}: error: {one_line(f'{source}{message} ({hint}see --help)')}\n")
 
@@ -455,7 +496,9 @@ class OneLineParser(HfArgumentParser):
         for name, value in values.items():
             flag = self.spelled(f"--{name}")
             if flag[2:] not in self.flags():
-                instead = self.meant(f"--{name}")
+                instead, reason = self.meant(f"--{name}"), self.absent.get(bare_name(name))
+                if reason:
+                    raise UsageError(f"{source}: unknown setting {name!r}; {reason}")
                 hint = f"; did you mean {instead if ' ' in instead else repr(instead[2:])}?" if instead else ""
                 raise UsageError(f"{source}: unknown setting {name!r}{hint}")
             if isinstance(value, list) and self._option_string_actions[flag].nargs in ("+", "*"):

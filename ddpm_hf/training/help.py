@@ -79,6 +79,21 @@ def meanings_of(dataclass_type: type) -> dict[str, str]:
     return {name: here for table in tables for name, here in table.items()}
 
 
+def absent_of(dataclass_type: type) -> dict[str, str]:
+    """Why a program lacks flags that similar ones have, by their names."""
+    tables = [one.__dict__.get("absent", {}) for one in reversed(dataclass_type.__mro__)]
+    return {name: reason for table in tables for name, reason in table.items()}
+
+
+def bare_name(word: str) -> str:
+    """A flag's name, without dashes, hyphens and a value.
+
+    >>> bare_name("--Learning-Rate=1")
+    'learning_rate'
+    """
+    return word.lstrip("-").partition("=")[0].replace("-", "_").lower()
+
+
 def meant(word: str, flags: Iterable[str], meanings: dict[str, str]) -> str | None:
     """What to write instead of an unknown word: by its meaning, else the flag that is spelled like it, else None.
 
@@ -92,7 +107,7 @@ def meant(word: str, flags: Iterable[str], meanings: dict[str, str]) -> str | No
     >>> meant("--learning-rat=1", ["learning_rate"], {})
     '--learning_rate'
     """
-    name = word.lstrip("-").partition("=")[0].replace("-", "_").lower()
+    name = bare_name(word)
     if not word.startswith("-") and "" in meanings:
         return f"{meanings['']} {word}"
     if name in meanings:

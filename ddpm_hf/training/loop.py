@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from .averaging import ema_weights, load_ema, save_ema, update_ema
 from .checkpointing import check_random_states, flush, load_tensors, read_manifest, rotate, save_tensors, seal
-from .config import SHORTER_TRAINING, TrainingConfig, UsageError
+from .config import SHORTER_TRAINING, PipelineConfig, TrainingConfig, UsageError
 from .faults import RunError, attempt, end_together, track, warn
 from .ownership import claim_files, let_go, release_files, replaces
 from .randomness import StepKeys, keyed_seed
@@ -484,6 +484,7 @@ def training_loop(
     validate: Callable[[torch.nn.Module], dict[str, float]] | None = None,
     draw: Callable[[torch.nn.Module, int], Path | None] | None = None,
     save: Callable[[torch.nn.Module, int], None] | None = None,
+    saves_checkpoints: bool = False,
     name_of: Callable[[int], str] = "sample {}".format,
     deadline: float | None = None,
     advice: str = SHORTER_TRAINING,
@@ -495,6 +496,7 @@ def training_loop(
         compute_loss: (model, batch, keys) -> `Losses`; what it draws, it draws from `keys`.
         validate, draw, save: given the model, in eval mode and with the EMA weights, the last two also the step.
             `validate` and `draw` run on all ranks, `save` on the main one. `draw` returns what it has written.
+        saves_checkpoints: whether `save` is called at each checkpoint too, before it is written.
         name_of: a row's name, for messages.
         deadline: on the monotonic clock; it counts once a step has been trained.
         advice: what to do where training takes long on a CPU.
@@ -575,7 +577,7 @@ def training_loop(
                 look(draw, state, model, stop, progress)
             checkpoint_due = done or (state.step % config.checkpointing_steps == 0 and not state.nonfinite_steps)
             save_due = epoch_ends and (epoch % config.save_model_epochs == 0 or done)
-            if save is not None and (save_due or (checkpoint_due and config.hub_strategy != "end")):
+            if save is not None and (save_due or (checkpoint_due and saves_checkpoints)):
                 with averaged_weights(state, model) as averaged:
                     fault = attempt(accelerator, functools.partial(save, averaged, state.step))
                 report(accelerator, fault, f"the model of step {state.step}", last=done)
@@ -592,7 +594,7 @@ def training_loop(
     return True
 
 
-def images_due(config: TrainingConfig, step: int, epoch: int, epoch_ends: bool, done: bool) -> bool:
+def images_due(config: PipelineConfig, step: int, epoch: int, epoch_ends: bool, done: bool) -> bool:
     """Whether pictures follow this step: at the end of training in any case, unless they are turned off."""
     if config.save_images_steps:
         return done or step % config.save_images_steps == 0

@@ -56,7 +56,6 @@ TRAINING = names_elsewhere(
 --allow_tf32: tf32 use_tf32
 --compile: torch_compile compile_model use_compile
 --gradient_checkpointing: grad_checkpointing grad_checkpoint use_checkpoint activation_checkpointing
---enable_xformers_memory_efficient_attention: xformers use_xformers flash_attn flash_attention
 --cpu_threads: threads num_threads
 accelerate launch --num_processes N: gpus num_gpus n_gpus n_gpu ngpu devices num_processes nproc nproc_per_node
 accelerate launch --num_processes N: world_size num_devices
@@ -70,9 +69,6 @@ accelerate launch --multi_gpu: multi_gpu distributed ddp
 --checkpointing_steps: checkpoint_interval checkpoint_steps save_and_sample_every checkpoint_freq save_ckpt_freq
 --checkpoints_total_limit: save_total_limit max_checkpoints keep_checkpoints total_limit keep_last
 
---save_images_steps: sample_interval sample_every sample_freq image_interval sample_steps preview_steps
---save_images_epochs: sample_epochs sample_every_n_epochs preview_epochs
---save_images_epochs 0: no_samples no_grids no_images no_previews no_sampling
 --save_model_epochs: save_epochs save_every_n_epochs
 --validation_steps: eval_steps val_steps eval_interval eval_every val_interval val_every validation_interval
 --logging_steps: log_interval log_every log_steps log_freq logging_interval print_every log_every_n_steps
@@ -82,11 +78,22 @@ accelerate launch --multi_gpu: multi_gpu distributed ddp
 --tracker_project_name: project project_name wandb_project run_name experiment exp_name
 --logging_dir: log_dir logdir tensorboard_dir
 
---hub_model_id: repo repo_id repository hub_repo hub_repo_id hub_id push_to_hub_model_id
 --hub_token: token hf_token use_auth_token
+""".replace("\n\n", "\n")
+)
+# Flags that only trainings of pipelines have
+GRIDS = names_elsewhere("""
+--save_images_steps: sample_interval sample_every sample_freq image_interval sample_steps preview_steps
+--save_images_epochs: sample_epochs sample_every_n_epochs preview_epochs
+--save_images_epochs 0: no_samples no_grids no_images no_previews no_sampling
+""")
+ATTENTION = names_elsewhere("""
+--enable_xformers_memory_efficient_attention: xformers use_xformers flash_attn flash_attention
+""")
+PUBLISHING = names_elsewhere("""
+--hub_model_id: repo repo_id repository hub_repo hub_repo_id hub_id push_to_hub_model_id
 --hub_private_repo: private private_repo hub_private
 --hub_license: license
 --push_to_hub: push upload hub
 --save_variants fp16: save_fp16 save_half
-""".replace("\n\n", "\n")
-)
+""")

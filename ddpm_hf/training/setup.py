@@ -112,8 +112,6 @@ def fit_engine(accelerator, config: TrainingConfig) -> None:
     kind = accelerator.distributed_type
     if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise UsageError("FSDP 1 is not supported: put `fsdp_version: 2` into Accelerate's config")
-    if kind == DistributedType.FSDP and "non_ema" in config.save_variants:
-        raise UsageError("--save_variants non_ema: not with FSDP; the checkpoints' unet/ holds these weights")
     if kind == DistributedType.DEEPSPEED:
         plugin = accelerator.state.deepspeed_plugin
         if plugin.zero_stage == 3:

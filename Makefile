@@ -12,7 +12,7 @@ help:
 	@echo "make test       run the tests"
 	@echo "make test-slow  run the tests that take minutes"
 	@echo "make test-isa   run the tests with the kernels of other processors, and with emulated rounding"
-	@echo "make quality    check format and lint"
+	@echo "make quality    check format, lint, and the types in the snippets of README.md and docs/"
 	@echo "make style      format"
 	@echo "make bench      run the benchmarks"
 
@@ -55,6 +55,7 @@ test-slow: $(VENV)/stamp $(SPACE)/stamp
 quality: $(VENV)/stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m tests.snippets
 
 style: $(VENV)/stamp
 	$(BIN)/ruff check --fix .

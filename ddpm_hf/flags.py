@@ -155,7 +155,7 @@ class ScheduleFlags:
     rescale_betas_zero_snr: bool = HfArg(
         resume=FIXED,
         default=False,
-        help="Zero terminal SNR: x_T is pure noise. Wants --prediction_type v_prediction or sample.",
+        help="Zero terminal SNR: x_T is pure noise. Requires --prediction_type v_prediction or sample.",
     )
 
     def check_schedule(self) -> None:

@@ -6,6 +6,7 @@ import shutil
 import diffusers
 import pytest
 import torch
+from diffusers.utils import logging as diffusers_logging
 
 import ddpm_hf
 from ddpm_hf import ClassConditionalDDPMPipeline, DDPMPipeline, DDPMScheduler, TextToImageDDPMPipeline
@@ -65,12 +66,24 @@ def folders(tmp_path_factory):
     return {name: root / name for name in saved}
 
 
+@pytest.fixture
+def warnings_of_diffusers(caplog):
+    """What Diffusers warns of."""
+    diffusers_logging.enable_propagation()
+    verbosity = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_warning()
+    yield caplog
+    diffusers_logging.set_verbosity(verbosity)
+    diffusers_logging.disable_propagation()
+
+
 @pytest.mark.parametrize("wrong", OURS)
 @pytest.mark.parametrize("right", OURS)
-def test_a_folder_loaded_by_another_class_names_its_own(right, wrong, folders):
+def test_a_folder_loaded_by_another_class_names_its_own(right, wrong, folders, warnings_of_diffusers):
     # Breaks if a user learns only in the middle of a call, in Diffusers' words, that the class is the wrong one.
     if right == wrong:
         assert type(OURS[wrong].from_pretrained(folders[right])) is OURS[wrong]
+        assert warnings_of_diffusers.text == ""
         return
     with pytest.raises(ValueError, match=rf"for {right}, not {wrong}.*ddpm_hf\.{right}\.from_pretrained") as caught:
         OURS[wrong].from_pretrained(folders[right])

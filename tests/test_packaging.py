@@ -251,7 +251,7 @@ def wheel(tmp_path_factory):
 
 def test_the_wheel_holds_the_package(wheel):
     """Else an installed package lacks a module, or the code that it is to copy into published folders."""
-    for path in [*PACKAGE.rglob("*.py"), PACKAGE / "space" / "requirements.txt"]:
+    for path in [*PACKAGE.rglob("*.py"), PACKAGE / "py.typed", PACKAGE / "space" / "requirements.txt"]:
         assert wheel[str(path.relative_to(ROOT))] == path.read_bytes()
     for path in SCRIPTS:
         assert path.name in wheel

@@ -4,7 +4,7 @@ This file is copied into published repositories: it imports torch, diffusers and
 """
 
 import numbers
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DModel
@@ -46,7 +46,7 @@ class ClassConditionalDDPMPipeline(SamplingMixin, PortablePipelineMixin, Diffusi
         self,
         unet: UNet2DModel,
         scheduler: SchedulerMixin,
-        id2label: Mapping[int | str, str] | None = None,
+        id2label: dict[int, str] | dict[str, str] | None = None,
         vae: AutoencoderKL | None = None,
         trained_classes: list[int] | None = None,
     ):
@@ -140,7 +140,7 @@ class ClassConditionalDDPMPipeline(SamplingMixin, PortablePipelineMixin, Diffusi
         callback_on_step_end_tensor_inputs: tuple[str, ...] = ("latents",),
         num_frames: int = 0,
         eta: float = 0.0,
-    ) -> DDPMPipelineOutput | tuple:
+    ) -> DDPMPipelineOutput:
         """Sample one image for each label.
 
         Args:
@@ -153,8 +153,8 @@ class ClassConditionalDDPMPipeline(SamplingMixin, PortablePipelineMixin, Diffusi
             guidance_interval: (low, high): guide only at these timesteps (Kynkäänniemi et al. 2024).
             classifier: (x_t, t) -> logits over the classes, trained on noised images, to guide by its gradient.
             classifier_scale: s of Dhariwal & Nichol 2021.
-            generator, num_inference_steps, output_type, latents, timesteps, callback_on_step_end, num_frames, eta: as
-                in `DDPMPipeline`.
+            generator, num_inference_steps, output_type, return_dict, latents, timesteps, callback_on_step_end,
+                num_frames, eta: as in `DDPMPipeline`.
 
         Raises:
             ValueError: a class that the model does not know, guidance without a null class, or what `DDPMPipeline`

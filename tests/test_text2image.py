@@ -1111,7 +1111,7 @@ REFUSED = {
     "by class": Bad({"label_column": "label"}, ("--label_column", "train_unconditional.py")),
     "all dropped": Bad({"caption_dropout": 1}, ("--caption_dropout 1", "less than 1")),
     "nan dropped": Bad({"caption_dropout": "nan"}, ("--caption_dropout nan",)),
-    "prediction": Bad({"prediction_type": "noise"}, ("--prediction_type 'noise'", "epsilon")),
+    "prediction": Bad({"prediction_type": "noise"}, ("--prediction_type must be one of epsilon", "'noise'")),
     "loss": Bad({"loss_type": "l3"}, ("'l3'", "huber")),
     "min-SNR": Bad({"snr_gamma": 0}, ("snr_gamma", "positive")),
     "offset": Bad({"noise_offset": -1}, ("--noise_offset -1",)),

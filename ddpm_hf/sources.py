@@ -77,7 +77,11 @@ class Place:
 
         inner = f"{self.subfolder}/{name}" if self.subfolder else name
         try:
-            return Path(hf_hub_download(self.root, inner, revision=self.revision, token=self.token))
+            # a request without an answer is repeated for half a minute: once is enough
+            cached = bool(self.unreachable)
+            return Path(
+                hf_hub_download(self.root, inner, revision=self.revision, token=self.token, local_files_only=cached)
+            )
         except LocalEntryNotFoundError as error:  # offline; it may be that the file does not exist
             self.unreachable.append(error.__class__.__name__)
         except EntryNotFoundError:

@@ -77,6 +77,13 @@ def parsers():
         yield
 
 
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    """Without a Hub: names that are not folders are not looked up."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Where the cases run, in which nothing may appear."""
@@ -186,13 +193,6 @@ def shop(tmp_path_factory):
 
 
 @pytest.fixture
-def offline(monkeypatch):
-    """Without a Hub: names that are no folders are looked up nowhere."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-
-
-@pytest.fixture
 def unmeasured(monkeypatch):
     """Dry runs that take no steps: models of any size are planned here."""
     monkeypatch.setattr(rehearsal, "_pass", lambda *_: None)
@@ -223,7 +223,7 @@ def dry_run(program: str, shop, folder, tally, *argv: str) -> None:
     assert files_below(shop) == before
 
 
-@pytest.mark.usefixtures("offline", "unmeasured")
+@pytest.mark.usefixtures("unmeasured")
 @generated(100)
 @given(pair=pairs())
 def test_what_is_accepted_prints_its_plan(pair, shop, folder, tally, monkeypatch):
@@ -232,7 +232,7 @@ def test_what_is_accepted_prints_its_plan(pair, shop, folder, tally, monkeypatch
     dry_run(pair[0], shop, folder, tally, *pair[1])
 
 
-@pytest.mark.usefixtures("offline", "unmeasured")
+@pytest.mark.usefixtures("unmeasured")
 @generated(60)
 @given(flag=st.sampled_from(SETTABLE), word=st.sampled_from(HOSTILE))
 def test_a_dry_run_of_any_word_is_a_plan_or_one_line(flag, word, shop, folder, tally, monkeypatch):

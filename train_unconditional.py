@@ -170,7 +170,7 @@ def warn_of_terminal_snr(config: UnconditionalConfig, scheduler: DDPMScheduler, 
             accelerator,
             f"warning: {config.ddpm_beta_schedule} with --ddpm_num_steps {config.ddpm_num_steps} leaves"
             f" ᾱ_T = {left:.2f} of the image in x_T; use more steps, --ddpm_beta_schedule cosine,"
-            " or --rescale_betas_zero_snr",
+            " or --rescale_betas_zero_snr with --prediction_type v_prediction",
         )
 
 

@@ -152,8 +152,10 @@ def find_run(
             this run would replace; a checkpoint that does not exist or is broken.
     """
     folder = Path(config.output_dir)
-    if os.path.lexists(folder) and not folder.is_dir():
-        raise UsageError(f"--output_dir {folder} is a file; name a folder")
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        what = "is a file" if there == folder.absolute() else f"lies in {there}, which is a file"
+        raise UsageError(f"--output_dir {folder} {what}; name a folder")
     if config.overwrite_output_dir and config.resume_from_checkpoint:
         raise UsageError(
             "--overwrite_output_dir would remove the run that --resume_from_checkpoint goes on from; give one of them"

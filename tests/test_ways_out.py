@@ -129,7 +129,7 @@ def shop(tmp_path_factory):
     tiny_unet(3, num_class_embeds=5).save_pretrained(root / "nameless")
     five = ClassConditionalDDPMPipeline(tiny_unet(3, num_class_embeds=5), scheduler, dict(enumerate("abcde")))
     five.save_pretrained(root / "named")
-    runs = {"run": {}, "averaged": {"use_ema": True}, "remembering": {"timestep_sampler": "loss_second_moment"}}
+    runs = {"run": {}, "averaged": {"use_ema": True}}
     for name, extra in runs.items():
         flags = {**BASES["unconditional"], "checkpointing_steps": 2, **extra}
         done = run_script(words(filled(flags, root, root / name)), root / name)
@@ -602,6 +602,14 @@ ROWS = [
         (leave_out,), True),
     Row("push", {"": "{shop}/run/checkpoint-2", "dry_run": True, "include": "*.json"},
         "--include is for a run's output folder", (leave_out,), True),
+    S("--revision {}: {} is a folder, which has no revisions; leave it out", leave_out, revision="v1"),
+    S("{} samples all images at once; leave it out", leave_out, shared_timestep=5, batch_size=2),
+    S("--negative-prompt has no effect without guidance", give(guidance_scale=2), model="text", prompt="x",
+      negative_prompt="y", guidance_scale=1),
+    S("{} has no effect without guidance; give a --guidance-scale above 1", give(guidance_scale=2), model="by-class",
+      guidance_rescale=0.5),
+    T("--{} is of the checkpoint: give --pretrained_model_name_or_path",
+      give(pretrained_model_name_or_path="{shop}/text"), variant="fp16", model_config_name_or_path=None),
     Row("push-space", {"": "{shop}/plain", "out": "{out}/app", "space": "me/app", "private": True},
         "--out uploads nothing; leave out --space and --private", (leave_out,), True),
     Row("push-space", {"": "{shop}/plain", "out": "{out}/app", "example": "x"}, "--example {}: {} reads no text",
@@ -626,9 +634,6 @@ ROWS = [
       dry=True, model_config_name_or_path="{shop}/text-rgb"),
     T("--model_config_name_or_path: {}", give(model_config_name_or_path="{shop}/text-unet"), dry=True,
       model_config_name_or_path="{shop}/text-odd"),
-    U("the checkpoint's timestep sampler remembers {} losses and this run {}; resume with the same --ddpm_num_steps",
-      lambda message, flags: [without(flags, flags_in(message))], dry=True, output_dir="{shop}/remembering",
-      resume_from_checkpoint="latest", ddpm_num_steps=500),
     U("--output_dir {} holds files that training would replace and that are not of an earlier run",
       give(output_dir="{out}/other"),
       change(lambda shop, out: shutil.copytree(shop / "mine", out / "run" / "moved"), output_dir="{out}/run"),
@@ -639,7 +644,7 @@ ROWS = [
       train_data_dir="{out}/copied"),
       dry=True, output_dir="{shop}/run", overwrite_output_dir=True, train_data_dir="{shop}/run/samples"),
     # warnings, and messages that are put together
-    W("--validation_split holds images out that are never used without --validation_steps", give(validation_steps=2),
+    W("holds out images that are never used without --validation_steps", give(validation_steps=2),
       validation_split=0.25),
     W("--pixel_range is for arrays and for images of more than 8 bits",
       lambda _, flags: [without(flags, ["pixel_range"])], pixel_range=[0, 255]),
@@ -686,6 +691,10 @@ EXCEPTIONS = {
     "column {} makes {} classes of {} images": "asks, and advises nothing: test_values.py",
     "--output_dir {} cannot be written": "needs a disk that refuses: test_faults.py",
     "ddpm-hf train-text2image --output_dir {} --resume_from_checkpoint latest": "needs a trained text run",
+    "has no effect": "of what a flag needs, which its field states: test_needs.py",
+    "uploads nothing without --push_to_hub": "of what a flag needs, which its field states",
+    "--guidance-rescale {}": "part of a message that has a row",
+    "--dataset_split {}": "part of a message that has a row",
     "out of memory": "needs memory to run out: test_faults.py",
     "token: none; log in": "test_commands.py, test_a_dry_run_without_a_token_says_so",
     "a process that reads the data was killed": "needs a worker that is killed: test_faults.py",
@@ -717,6 +726,7 @@ EXCEPTIONS = {
     "not with FSDP": "needs several processes",
     "--resume_from_checkpoint: the checkpoint's manifest has seed": "a damaged file, which has no way out",
     "--use_8bit_adam requires bitsandbytes": "needs a GPU",
+    "the checkpoint's timestep sampler remembers": "of checkpoints without settings; the flag is refused before",
     "has no EMA; resume without --use_ema": "of checkpoints without settings; the flag itself is refused before",
     "has an EMA, which would be lost": "of checkpoints without settings; the flag itself is refused before",
     "its text encoder {} trained": "of checkpoints without settings; the flag itself is refused before",

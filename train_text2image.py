@@ -36,6 +36,7 @@ one that `DiffusionPipeline.from_pretrained` loads anywhere, as Stable Diffusion
 
 import dataclasses
 import functools
+import json
 import math
 import sys
 from dataclasses import dataclass
@@ -300,7 +301,15 @@ from ddpm_hf.attention import choose_attention
 from ddpm_hf.autoencoder import downscaling, find_autoencoder_run, make_autoencoder, train_autoencoder
 from ddpm_hf.buckets import BucketedDataset, bucket_sizes, bucketed
 from ddpm_hf.captions import all_captions, encode_captions, warn_of_cut_captions
-from ddpm_hf.components import Components, build, draw_blueprint, fit_to_size, load_checkpoint_components
+from ddpm_hf.components import (
+    Components,
+    assemble,
+    build,
+    draw_blueprint,
+    fit_to_size,
+    load_checkpoint_components,
+    save_tokenizer,
+)
 from ddpm_hf.data import DIGIT_NAMES, DataError, should_cache
 from ddpm_hf.feeding import Images, make_batches, make_plan, open_images
 from ddpm_hf.latents import cache_embeddings, cached_latents, check_cacheable, x_start_of
@@ -423,21 +432,9 @@ def validation_loss(model, *, held_out, config: Text2ImageConfig, accelerator, *
 
 
 def make_pipeline(model: TextConditioned, components: Components) -> TextToImageDDPMPipeline:
-    """The pipeline that samples from the model; of a checkpoint, with its own sampler where that can."""
-    config = components.scheduler.config
-    sampler = components.others["sampler"]
-    if config.rescale_betas_zero_snr:  # which few samplers know, and only from the very end of the chain
-        sampler, config = DDPMScheduler, {**config, "timestep_spacing": "trailing"}
-    others = {name: value for name, value in components.others.items() if name != "sampler"}
-    return TextToImageDDPMPipeline(
-        components.vae,
-        model.text_encoder or components.text_encoder,
-        components.tokenizer,
-        model.unet,
-        sampler.from_config(config),
-        requires_safety_checker=others.get("safety_checker") is not None,
-        **others,
-    )
+    """The pipeline that samples from the model."""
+    text_encoder = model.text_encoder or components.text_encoder
+    return assemble(components._replace(unet=model.unet, text_encoder=text_encoder))
 
 
 def draw_prompts(
@@ -575,6 +572,7 @@ def train(config: Text2ImageConfig) -> None:
     facts = run_facts(config, images.count, plan, total_steps)
     check_resumable(found, config, model.unet, facts, accelerator)
     check_parts(found, parts)
+    facts["scheduler"] = json.loads(components.scheduler.to_json_string())  # so that a checkpoint can be sampled
     repository = reserve_repository(config, bool(images.held_out), accelerator)
     state = begin_training(config, accelerator, model, total_steps, QUARTILES, facts, found, parts=parts)
     if config.compile and not config.dry_run:  # compiling takes minutes
@@ -609,6 +607,8 @@ def train(config: Text2ImageConfig) -> None:
         images, null_embedding = cached(images, config, components, accelerator)
         batches = make_batches(images, config, config, plan, state.step, accelerator)
     tokenize(components.tokenizer, [""])  # it is saved as it was last used, which a run that only saves it did not
+    if checkpoint is None and accelerator.is_main_process:
+        save_tokenizer(components.tokenizer, config.output_dir)
 
     shared = {"config": config, "accelerator": accelerator, "components": components, "null_embedding": null_embedding}
     pipeline_of = functools.partial(make_pipeline, components=components)
@@ -639,8 +639,7 @@ def train(config: Text2ImageConfig) -> None:
                 publisher.finish(trained, state.step)
     else:
         publisher.stopped()
-    # a checkpoint holds the UNet alone, and no pipeline to sample with
-    sample = ["ddpm-hf", "sample", "--prompt", prompts[0]] if finished else None
+    sample = ["ddpm-hf", "sample", "--prompt", prompts[0]]
     log(accelerator, ending(config, state, f"accelerate launch {Path(__file__).name}", finished, sample))
     end_training(accelerator)
 

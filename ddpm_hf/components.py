@@ -1,10 +1,12 @@
 """What a text-to-image model consists of: of a Stable Diffusion checkpoint, or new, fitted to the images."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTokenizer
 
 from .autoencoder import downscaling, load_autoencoder
 from .captions import all_captions, fit_tokenizer, make_text_encoder
@@ -14,7 +16,9 @@ from .loading import why_not_loaded
 from .models import text_unet_config
 from .portable.pipeline_text2image_ddpm_hf import STABLE_DIFFUSION_SETTINGS, TextToImageDDPMPipeline
 from .portable.scheduling_ddpm_hf import DDPMScheduler
+from .saving import save_model
 from .training.config import UsageError
+from .training.ownership import AUTOENCODER
 from .training.setup import log
 
 TEXT_WIDTH = 128  # of a new text encoder
@@ -31,17 +35,21 @@ class Components(NamedTuple):
     others: dict  # its sampler and default guidance scale; of a checkpoint also what else it holds
 
 
-def load_checkpoint_components(config) -> Components:
+def load_checkpoint_components(config, **given) -> Components:
     """All of a Stable Diffusion checkpoint.
+
+    Args:
+        config: a run's, with `TextModelFlags`.
+        given: components to take in the place of the checkpoint's.
 
     Raises:
         UsageError: there is none.
     """
     name, options = config.pretrained_model_name_or_path, {"variant": config.variant, "use_safetensors": True}
     try:
-        pipeline = TextToImageDDPMPipeline.from_pretrained(name, revision=config.revision, **options)
+        pipeline = TextToImageDDPMPipeline.from_pretrained(name, revision=config.revision, **options, **given)
         unet = pipeline.unet
-        if config.non_ema_revision:
+        if config.non_ema_revision and "unet" not in given:
             unet = UNet2DConditionModel.from_pretrained(
                 name, subfolder="unet", revision=config.non_ema_revision, **options
             )
@@ -59,6 +67,24 @@ def load_checkpoint_components(config) -> Components:
     extra = {key: pipeline.components.get(key) for key in ("safety_checker", "feature_extractor", "image_encoder")}
     others = {"sampler": type(pipeline.scheduler), "guidance_scale": pipeline.config.guidance_scale, **extra}
     return Components(pipeline.vae, pipeline.text_encoder, pipeline.tokenizer, unet, scheduler, others)
+
+
+def assemble(components: Components) -> TextToImageDDPMPipeline:
+    """The pipeline that samples from the components; of a checkpoint, with its own sampler where that can."""
+    config = components.scheduler.config
+    sampler = components.others["sampler"]
+    if config.rescale_betas_zero_snr:  # which few samplers know, and only from the very end of the chain
+        sampler, config = DDPMScheduler, {**config, "timestep_spacing": "trailing"}
+    others = {name: value for name, value in components.others.items() if name != "sampler"}
+    return TextToImageDDPMPipeline(
+        components.vae,
+        components.text_encoder,
+        components.tokenizer,
+        components.unet,
+        sampler.from_config(config),
+        requires_safety_checker=others.get("safety_checker") is not None,
+        **others,
+    )
 
 
 def fit_to_size(components: Components, size: tuple[int, int]) -> None:
@@ -138,13 +164,18 @@ def build(blueprint: Blueprint, vae: AutoencoderKL, images: Images, seed: int) -
     return Components(vae, text_encoder, tokenizer, unet, blueprint.scheduler, {"sampler": DDPMScheduler})
 
 
+def save_tokenizer(tokenizer, output_dir: str | Path) -> None:
+    """Save a new model's tokenizer, as its pipeline will, so that a checkpoint of the run can be sampled before."""
+    save_model(tokenizer, Path(output_dir) / "tokenizer", within=output_dir)
+
+
 def load_text_encoder(name_or_path: str):
     """A tokenizer and its CLIPTextModel: by themselves, or of a pipeline.
 
     Raises:
         UsageError: there are none.
     """
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextModel
 
     of_pipeline = (Path(name_or_path) / "text_encoder").is_dir()
     folders = ("tokenizer", "text_encoder") if of_pipeline else ("", "")
@@ -174,3 +205,41 @@ def read_unet_config(name_or_path: str) -> dict:
         kind = loaded["_class_name"]
         raise UsageError(f"--model_config_name_or_path {name_or_path}: a {kind}, not a UNet2DConditionModel")
     return {name: value for name, value in loaded.items() if not name.startswith("_")}
+
+
+def components_of_run(
+    settings: dict[str, Any], run: Path, scheduler: dict[str, Any] | None, given: dict
+) -> Components:
+    """The components of a run that has not saved its pipeline yet, by its settings.
+
+    Args:
+        run: its folder, which holds what it made itself: an autoencoder, a tokenizer.
+        scheduler: its diffusion's config, where its checkpoint says it.
+        given: those that it trains, of the checkpoint.
+
+    Raises:
+        UsageError: a component that cannot be loaded, or that is not there.
+    """
+    config = SimpleNamespace(**settings)
+    if config.pretrained_model_name_or_path:
+        components = load_checkpoint_components(config, **given)
+        if config.guidance_scale is not None:
+            components.others["guidance_scale"] = config.guidance_scale
+        return components
+    tokenizer = text_encoder = None
+    if config.text_encoder_name_or_path:
+        tokenizer, text_encoder = load_text_encoder(config.text_encoder_name_or_path)
+    elif (run / "tokenizer").is_dir():
+        tokenizer = CLIPTokenizer.from_pretrained(run / "tokenizer")
+    text_encoder = given.get("text_encoder", text_encoder)
+    there = {
+        "autoencoder": config.vae_name_or_path or (run / AUTOENCODER / "config.json").is_file(),
+        "tokenizer": tokenizer,
+        "text encoder": text_encoder,
+        "scheduler": scheduler,
+    }
+    if missing := [name for name, value in there.items() if not value]:
+        raise UsageError(f"there is no {' and no '.join(missing)} of it in {run}")
+    vae = load_autoencoder(config.vae_name_or_path or str(run / AUTOENCODER))
+    others = {"sampler": DDPMScheduler, "guidance_scale": config.guidance_scale}
+    return Components(vae, text_encoder, tokenizer, given["unet"], DDPMScheduler.from_config(scheduler), others)

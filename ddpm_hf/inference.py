@@ -1,11 +1,12 @@
 """Loading a trained model of any kind: a pipeline, a checkpoint of a run, or a model on the Hub."""
 
 import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .loading import why_not_loaded
-from .sources import MODEL_CONFIG, MODEL_INDEX, UNET_FOLDERS, find_place, find_source
+from .sources import MANIFEST, MODEL_CONFIG, MODEL_INDEX, UNET_FOLDERS, find_place, find_source
 from .space import drawing
 
 if TYPE_CHECKING:
@@ -20,8 +21,9 @@ def load(
     """Load a model as the pipeline that it is for; no code of a repository is executed.
 
     Args:
-        name_or_path: a pipeline's folder, a `checkpoint-N` of an unconditional or class-conditional run, or a name on
-            the Hub.
+        name_or_path: a pipeline's folder, a `checkpoint-N` of a run, or a name on the Hub. A checkpoint of a
+            text-to-image run holds what was trained; the rest is taken from the run's folder, or from the model that
+            it started from.
         ema: of a checkpoint, whether to take the averaged weights; by default where it has them.
         revision: branch, tag or commit on the Hub.
         token: for a private model on the Hub; by default your login.
@@ -30,8 +32,7 @@ def load(
         ValueError: no model there, one of another kind, or no such weights.
     """
     path = Path(name_or_path)
-    of_a_run = any(os.path.isfile(path / part / MODEL_CONFIG) for part in UNET_FOLDERS)
-    if of_a_run and not os.path.isfile(path / MODEL_INDEX):
+    if is_checkpoint(path):
         return _load_checkpoint(path, ema)
     if ema is not None:
         raise ValueError(
@@ -40,8 +41,14 @@ def load(
     return drawing.load_pipeline(str(name_or_path), revision, token)
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder holds the UNet of a run's checkpoint, and no pipeline."""
+    has_unet = any(os.path.isfile(folder / part / MODEL_CONFIG) for part in UNET_FOLDERS)
+    return has_unet and not os.path.isfile(folder / MODEL_INDEX)
+
+
 def _load_checkpoint(checkpoint: Path, ema: bool | None) -> Any:
-    """The pipeline of a run's checkpoint, of the checkpoint alone."""
+    """The pipeline of a run's checkpoint."""
     from diffusers import UNet2DModel
 
     from .autoencoder import load_autoencoder
@@ -54,8 +61,12 @@ def _load_checkpoint(checkpoint: Path, ema: bool | None) -> Any:
             f"{checkpoint} has no averaged (EMA) weights, since it was trained without --use_ema; give ema=False"
             " (--no-ema)"
         )
+    place = find_place(str(checkpoint))
+    config = next(filter(None, ((place / part).json(MODEL_CONFIG) for part in UNET_FOLDERS)))
+    if config.get("_class_name") == "UNet2DConditionModel":
+        return _load_text_checkpoint(checkpoint, (place.json(MANIFEST) or {}), ema)
     try:
-        source = find_source(find_place(str(checkpoint)))
+        source = find_source(place)
     except ValueError as error:
         raise ValueError(f"{checkpoint} cannot be loaded: {error}") from error
     if source.scheduler is None:
@@ -70,3 +81,40 @@ def _load_checkpoint(checkpoint: Path, ema: bool | None) -> Any:
         return DDPMPipeline(unet, scheduler, vae)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
         raise ValueError(f"{checkpoint} cannot be loaded: {why_not_loaded(error)}") from error
+
+
+def _load_text_checkpoint(checkpoint: Path, manifest: dict[str, Any], ema: bool | None) -> Any:
+    """The pipeline of a text-to-image run's checkpoint, which holds what was trained alone.
+
+    The other components are those of the pipeline that the run has saved, or else those that it started from or made.
+    """
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    from .components import assemble, components_of_run
+    from .portable.pipeline_text2image_ddpm_hf import TextToImageDDPMPipeline
+
+    run = checkpoint.resolve().parent
+    averaged = "_ema" if (ema is not False and (checkpoint / "unet_ema").is_dir()) else ""
+    try:
+        given = {"unet": UNet2DConditionModel.from_pretrained(checkpoint / f"unet{averaged}", use_safetensors=True)}
+        if (checkpoint / "text_encoder").is_dir():
+            folder = checkpoint / f"text_encoder{averaged}"
+            given["text_encoder"] = CLIPTextModel.from_pretrained(folder, use_safetensors=True)
+        if (run / MODEL_INDEX).is_file():
+            return TextToImageDDPMPipeline.from_pretrained(run, use_safetensors=True, **given)
+        if not isinstance(manifest.get("settings"), dict):
+            raise ValueError(f"nothing says which model the rest is of, and {run} holds no pipeline")
+        return assemble(components_of_run(manifest["settings"], run, manifest.get("scheduler"), given))
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
+        resume = f"ddpm-hf train-text2image --output_dir {shlex.quote(str(run))} --resume_from_checkpoint latest"
+        way = (
+            f"`{resume}` ends with a complete pipeline"
+            if manifest
+            else "TextToImageDDPMPipeline.from_pretrained(BASE, unet=UNet2DConditionModel.from_pretrained("
+            f"{str(checkpoint / 'unet')!r})) takes the rest of the model that it was trained from"
+        )
+        raise ValueError(
+            f"{checkpoint} holds what was trained of a text-to-image model, and the rest cannot be loaded"
+            f" ({why_not_loaded(error)}); {way}"
+        ) from error

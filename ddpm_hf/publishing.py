@@ -18,6 +18,7 @@ from .model_card import (
     CHAIN,
     LOSS_CURVE,
     METRICS_FILE,
+    RESULTS_FILE,
     RUN_FILE,
     SAMPLES,
     make_card,
@@ -27,7 +28,7 @@ from .model_card import (
 )
 from .saving import save_half_precision, save_image, save_model, save_pipeline
 from .training.averaging import raw_weights
-from .training.checkpointing import SCRAP, write_whole
+from .training.checkpointing import MANIFEST, SCRAP, checkpoint_step, truncate_jsonl, write_whole
 from .training.config import PipelineConfig, UsageError
 from .training.ownership import GRIDS, LAYOUT, claim_files, matching, may_write
 from .training.setup import log, public_settings
@@ -214,6 +215,39 @@ def read_card(folder: Path) -> str:
     """The folder's `README.md`; empty where there is none."""
     path = folder / "README.md"
     return read_text(path) if path.is_file() else ""
+
+
+@contextlib.contextmanager
+def checkpoint_as_folder(checkpoint: Path, ema: bool | None) -> Iterator[Path]:
+    """A temporary folder with the pipeline of a run's checkpoint, and what its run knows up to that step.
+
+    Args:
+        ema: as for `inference.load`, which also says what is raised.
+    """
+    from .inference import load
+
+    run = checkpoint.resolve().parent
+    manifest = json.loads(read_text(checkpoint / MANIFEST)) if (checkpoint / MANIFEST).is_file() else {}
+    step = manifest.get("step", checkpoint_step(checkpoint.resolve()))
+    with tempfile.TemporaryDirectory(prefix="ddpm_hf-") as temporary:
+        folder = Path(temporary) / run.name
+        load(checkpoint, ema=ema).save_pretrained(folder)
+        for name in ("README.md", METRICS_FILE, RUN_FILE, RESULTS_FILE):
+            if (run / name).is_file():
+                shutil.copyfile(run / name, folder / name)
+        truncate_jsonl(folder / METRICS_FILE, step)
+        (folder / "samples").mkdir()
+        for path in (run / "samples").glob("*-*.png"):
+            if path.stem.rpartition("-")[2].isdecimal() and int(path.stem.rpartition("-")[2]) <= step:
+                shutil.copyfile(path, folder / "samples" / path.name)
+        if (folder / RUN_FILE).is_file():
+            facts = {
+                **json.loads(read_text(folder / RUN_FILE)),
+                "step": step,
+                "sessions": manifest.get("sessions", []),
+            }
+            write_whole(folder / RUN_FILE, json.dumps(facts, indent=1) + "\n")
+        yield folder
 
 
 def draw_missing_pictures(studio, folder: Path) -> None:

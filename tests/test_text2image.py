@@ -26,6 +26,7 @@ from diffusers.training_utils import compute_dream_and_update_latents
 from PIL import Image
 from safetensors.torch import load_file
 
+import ddpm_hf
 import train_text2image
 from ddpm_hf import autoencoder
 from ddpm_hf.captions import encode_captions
@@ -37,6 +38,7 @@ from ddpm_hf.training.config import PipelineConfig
 from ddpm_hf.training.ownership import MANIFEST
 from ddpm_hf.training.randomness import StepKeys
 from ddpm_hf.training.setup import public_settings, save_settings
+from tests.fixtures_cli import assert_one_line
 from tests.fixtures_pipeline import tiny_vae
 from tests.fixtures_text import (
     CAPTIONS,
@@ -1109,7 +1111,7 @@ REFUSED = {
     "by class": Bad({"label_column": "label"}, ("--label_column", "train_unconditional.py")),
     "all dropped": Bad({"caption_dropout": 1}, ("--caption_dropout 1", "less than 1")),
     "nan dropped": Bad({"caption_dropout": "nan"}, ("--caption_dropout nan",)),
-    "prediction": Bad({"prediction_type": "noise"}, ("--prediction_type 'noise'", "epsilon")),
+    "prediction": Bad({"prediction_type": "noise"}, ("--prediction_type must be one of epsilon", "'noise'")),
     "loss": Bad({"loss_type": "l3"}, ("'l3'", "huber")),
     "min-SNR": Bad({"snr_gamma": 0}, ("snr_gamma", "positive")),
     "offset": Bad({"noise_offset": -1}, ("--noise_offset -1",)),
@@ -1212,3 +1214,65 @@ def test_a_checkpoint_of_another_kind_is_not_resumed(trained, shop, tmp_path):
         run = run_text_script(command("checkpoint", shop, folder, **flags), folder)
         assert run.code == 2, fragment
         assert fragment in run.error()
+
+
+# Pipelines of checkpoints
+
+PROMPT = "a red square"
+
+
+def pixels_of(pipeline):
+    """A sample of a prompt, as an array."""
+    pipeline.set_progress_bar_config(disable=True)
+    seeds = torch.Generator().manual_seed(0)
+    return pipeline(PROMPT, num_inference_steps=2, generator=seeds, output_type="np").images
+
+
+@pytest.mark.parametrize(("start", "flags"), [("scratch", {"checkpointing_steps": 4}), ("checkpoint", {})])
+def test_the_last_checkpoint_samples_as_the_pipeline(start, flags, trained):
+    """Else a checkpoint's pipeline has other weights, another sampler or another autoencoder than its run's."""
+    folder = trained(start, **flags)
+    pipeline = ddpm_hf.load(folder / "checkpoint-6")
+    assert type(pipeline) is ddpm_hf.TextToImageDDPMPipeline
+    np.testing.assert_allclose(pixels_of(pipeline), pixels_of(ddpm_hf.load(folder)), atol=1e-5)
+
+
+def test_a_checkpoint_of_a_stopped_run_has_what_it_started_from(trained, tmp_path):
+    """Else a run that is not finished cannot be looked at; here nothing but the checkpoint is left of it."""
+    folder = trained("checkpoint")
+    shutil.copytree(folder / "checkpoint-6", tmp_path / "checkpoint-6")
+    moved = ddpm_hf.load(tmp_path / "checkpoint-6")
+    assert moved.config.guidance_scale == ddpm_hf.load(folder).config.guidance_scale
+    np.testing.assert_allclose(pixels_of(moved), pixels_of(ddpm_hf.load(folder)), atol=1e-5)
+
+
+def test_a_stopped_run_from_scratch_is_sampled_and_says_what_is_missing(shop, tmp_path, run):
+    """Else the tokenizer, which only a finished run saved, is gone, and an error speaks of files within Diffusers."""
+    with mock.patch.object(train_text2image.Publisher, "save", side_effect=OSError("the disk is full")):
+        done = run_text_script(command("scratch", shop, tmp_path / "run", checkpointing_steps=4), tmp_path / "run")
+    assert done.code != 0
+    checkpoint = tmp_path / "run/checkpoint-4"
+    assert not (tmp_path / "run/model_index.json").exists()
+    averaged, raw = (ddpm_hf.load(checkpoint, ema=ema) for ema in (True, False))
+    for part, pipeline in (("_ema", averaged), ("", raw)):
+        assert same(dict(pipeline.unet.state_dict()), weights(checkpoint, f"unet{part}"))
+        encoder = dict(pipeline.text_encoder.state_dict())
+        assert all(
+            torch.equal(encoder[name], value) for name, value in weights(checkpoint, f"text_encoder{part}").items()
+        )
+    assert averaged.tokenizer.model_max_length == averaged.text_encoder.config.max_position_embeddings
+    assert same(dict(averaged.vae.state_dict()), weights(tmp_path / "run/autoencoder", "."))
+    options = ["--prompt", PROMPT, "--num-images", "1", "--steps", "2", "--out", tmp_path / "out", "--no-ema"]
+    code, _, err = run("sample", checkpoint, *options)
+    assert code == 0, err
+    shutil.rmtree(tmp_path / "run/tokenizer")
+    result = run("sample", checkpoint, *options)
+    assert_one_line(result, "no tokenizer", "ddpm-hf train-text2image --output_dir", "--resume_from_checkpoint latest")
+    (checkpoint / "manifest.json").unlink()  # as of another program
+    assert_one_line(run("sample", checkpoint, *options), "TextToImageDDPMPipeline.from_pretrained(BASE, unet=")
+
+
+def test_a_run_without_averages_has_none_to_load(trained):
+    """Else --ema of a run without them is passed over in silence."""
+    with pytest.raises(ValueError, match=r"no averaged \(EMA\) weights"):
+        ddpm_hf.load(trained("checkpoint") / "checkpoint-6", ema=True)

@@ -1,5 +1,6 @@
 """`ddpm-hf push`: publish a saved pipeline."""
 
+import contextlib
 import enum
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +16,9 @@ ddpm-hf push photos-ddpm user/photos-ddpm --license apache-2.0
 
 ddpm-hf push photos-ddpm --dry-run
 
-ddpm-hf push photos-ddpm user/photos-ddpm --revision v1 --variant fp16"""
+ddpm-hf push photos-ddpm user/photos-ddpm --revision v1 --variant fp16
+
+ddpm-hf push photos-ddpm/checkpoint-5000 user/photos-ddpm --revision step-5000"""
 
 
 class Variant(str, enum.Enum):
@@ -25,9 +28,11 @@ class Variant(str, enum.Enum):
 
 
 def push(
-    folder: Annotated[Path, typer.Argument(help="A training run's output folder, or any saved pipeline of ours.")],
+    folder: Annotated[
+        Path, typer.Argument(help="A run's output folder or checkpoint-N, or any saved pipeline of ours.")
+    ],
     repository: Annotated[
-        str | None, typer.Argument(help="user/name on the Hub. Default: the folder's name, under your user.")
+        str | None, typer.Argument(help="user/name on the Hub. Default: the run's folder's name, under your user.")
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
     license_: Annotated[
@@ -42,6 +47,12 @@ def push(
     include: Annotated[
         list[str] | None, typer.Option(help="Pattern of more files of the folder to upload; repeat it for several.")
     ] = None,
+    ema: Annotated[
+        bool | None,
+        typer.Option(
+            "--ema/--no-ema", help="Of a checkpoint-N: the averaged weights or not. Default: if it has them."
+        ),
+    ] = None,
     message: Annotated[str, typer.Option(help="The commit's message.")] = "Upload the pipeline",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show files, repository, token and card; upload and write nothing.")
@@ -52,8 +63,11 @@ def push(
 ) -> None:
     """Publish a saved pipeline: weights, code, pictures and a model card, in one commit.
 
-    Checkpoints, optimizer states, logs and settings stay. Pushing again keeps what you wrote into the card.
+    Checkpoints, optimizer states, logs and settings stay. Pushing again keeps what you wrote into the card. Of a
+    checkpoint-N, the pipeline that samples from it is published, with the run's card, losses and grids up to its step.
     """
+    from ..inference import is_checkpoint
+    from ..publishing import checkpoint_as_folder
     from ..training.config import check_license
     from ..training.ownership import settle
 
@@ -64,14 +78,22 @@ def push(
     include = tuple(include or ())
     check_patterns(folder, include)
     quiet()
-    settle(folder)
-    name = repository or folder.resolve().name
-    if dry_run:
-        show_upload(folder, name, token, license_, include, variant is not None)
-        return
+    of_run = is_checkpoint(folder)
+    if ema is not None and not of_run:
+        raise ValueError(f"--{'' if ema else 'no-'}ema: {folder} is not a checkpoint-N of a run; leave it out")
+    if include and of_run:
+        raise ValueError("--include is for a run's output folder, and this is a checkpoint; leave it out")
+    settle(folder.resolve().parent if of_run else folder)
+    name = repository or (folder.resolve().parent if of_run else folder.resolve()).name
     state = [f"nothing was uploaded, and {folder} is complete"]
-    with says_what_is_left(lambda: state[-1]):
-        upload(folder, name, token, private, license_, revision, variant is not None, include, message, state)
+    with (
+        says_what_is_left(lambda: state[-1]),
+        checkpoint_as_folder(folder, ema) if of_run else contextlib.nullcontext(folder) as source,
+    ):
+        if dry_run:
+            show_upload(source, name, token, license_, include, variant is not None)
+        else:
+            upload(source, name, token, private, license_, revision, variant is not None, include, message, state)
 
 
 def check_patterns(folder: Path, include: tuple[str, ...]) -> None:
@@ -110,11 +132,11 @@ def upload(
         if half:
             save_half_precision(studio.pipeline, folder)
         draw_missing_pictures(studio, folder)
-        state.append(f"the upload is one commit: {name} has all of it or nothing; {folder} is complete")
+        state.append(f"the upload is one commit: {name} has all of it or nothing; your files are complete")
         options = {"license": license, "tag": tag, "message": message, "include": include}
         done = push_folder(folder, name, token, studio.pipeline, **options)
     except Exception as error:  # whatever the network does
-        raise ValueError(f"the upload to {name} failed ({reason_of(error)}); nothing of {folder} is lost") from error
+        raise ValueError(f"the upload to {name} failed ({reason_of(error)}); nothing is lost") from error
     list_files(done.files)
     typer.echo(f"published at {done.address}")
 

@@ -44,10 +44,18 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from ddpm_hf.data.flags import CAPTION_COLUMN, DataFlags
-from ddpm_hf.flags import AUTOENCODER_FOLDER, AutoencoderFlags, ScheduleFlags, settle_resolution, use_xformers
+from ddpm_hf.flags import (
+    AUTOENCODER_FOLDER,
+    ON_THE_HUB,
+    AutoencoderFlags,
+    ScheduleFlags,
+    settle_resolution,
+    use_xformers,
+)
 from ddpm_hf.names import LOSS_TYPES, PREDICTION_TYPES
-from ddpm_hf.training.config import FIXED, FREE, START, HfArg, PipelineConfig, UsageError, parse_layers
+from ddpm_hf.training.config import FIXED, FREE, START, HfArg, PipelineConfig, UsageError, has_grids, parse_layers
 from ddpm_hf.training.meanings import names_elsewhere
+from ddpm_hf.training.needs import Need
 
 QUARTILES = ("loss_q1", "loss_q2", "loss_q3", "loss_q4")  # of the timesteps, from little noise to much
 # The settings that the model card shows
@@ -113,6 +121,14 @@ class TextModelFlags:
 
     title: ClassVar[str] = "Model"
     meanings: ClassVar[dict[str, str]] = MODEL
+    needs: ClassVar[dict[str, Need]] = {
+        "revision": ON_THE_HUB,
+        "non_ema_revision": ON_THE_HUB,
+        "train_text_encoder": Need(
+            lambda run: run.pretrained_model_name_or_path or run.text_encoder_name_or_path,
+            "changes nothing: a new text encoder is trained in any case",
+        ),
+    }
 
     pretrained_model_name_or_path: str | None = HfArg(
         resume=FIXED,
@@ -160,6 +176,9 @@ class TextObjectiveFlags:
 
     title: ClassVar[str] = "Prediction and loss"
     meanings: ClassVar[dict[str, str]] = OBJECTIVE
+    needs: ClassVar[dict[str, Need]] = {
+        "dream_detail_preservation": Need(lambda run: run.dream_training, "has no effect without --dream_training")
+    }
 
     prediction_type: str | None = HfArg(
         default=None, help=f"{', '.join(PREDICTION_TYPES)}; by default the checkpoint's, or epsilon."
@@ -178,6 +197,10 @@ class PromptFlags:
 
     title: ClassVar[str] = "Samples and logging"
     meanings: ClassVar[dict[str, str]] = PROMPTS
+    needs: ClassVar[dict[str, Need]] = {
+        "validation_prompts": Need(has_grids, "is not sampled: sample grids are turned off"),
+        "num_inference_steps": Need(has_grids, "has no effect without sample grids"),
+    }
 
     validation_prompts: list[str] = HfArg(  # noqa: RUF009
         resume=FREE,
@@ -199,6 +222,11 @@ class Text2ImageConfig(
     PipelineConfig
 ):  # fmt: skip
     """All flags; `--help` groups them in the order of the bases."""
+
+    needs: ClassVar[dict[str, Need]] = dict.fromkeys(
+        ("ddpm_num_steps", "ddpm_beta_schedule"),
+        Need(lambda run: not run.pretrained_model_name_or_path, "has no effect: the diffusion is the checkpoint's"),
+    )
 
     # where Diffusers' script has other defaults than its unconditional one
     output_dir: str = HfArg(
@@ -255,6 +283,10 @@ class Text2ImageConfig(
             raise UsageError("--aspect_ratio_buckets needs the whole dataset; leave it or --streaming out")
         if self.aspect_ratio_buckets and not (self.pretrained_model_name_or_path or self.vae_name_or_path):
             raise UsageError("--aspect_ratio_buckets: give --vae_name_or_path; a new autoencoder trains on one size")
+        if not self.pretrained_model_name_or_path:
+            for name in ("revision", "variant", "non_ema_revision"):
+                if getattr(self, name) is not None:
+                    raise UsageError(f"--{name} is of the checkpoint: give --pretrained_model_name_or_path")
         if self.label_column is not None:
             raise UsageError("--label_column is for train_unconditional.py; here captions say what is to be seen")
         if self.pretrained_model_name_or_path:

@@ -57,6 +57,7 @@ from ddpm_hf.flags import (
 )
 from ddpm_hf.training.config import HfArg, PipelineConfig, UsageError, parse_layers
 from ddpm_hf.training.meanings import names_elsewhere
+from ddpm_hf.training.needs import Need
 
 QUARTILES = ("loss_q1", "loss_q2", "loss_q3", "loss_q4")  # of the timesteps, from little noise to much
 # The settings that the model card shows
@@ -77,6 +78,9 @@ class ClassFlags:
 
     title: ClassVar[str] = "Classes"
     meanings: ClassVar[dict[str, str]] = CLASSES
+    needs: ClassVar[dict[str, Need]] = {
+        "class_dropout": Need(lambda run: run.label_column, "has no effect without --label_column")
+    }
 
     class_dropout: float = HfArg(
         default=0.1,
@@ -166,7 +170,7 @@ def warn_of_terminal_snr(config: UnconditionalConfig, scheduler: DDPMScheduler, 
             accelerator,
             f"warning: {config.ddpm_beta_schedule} with --ddpm_num_steps {config.ddpm_num_steps} leaves"
             f" ᾱ_T = {left:.2f} of the image in x_T; use more steps, --ddpm_beta_schedule cosine,"
-            " or --rescale_betas_zero_snr",
+            " or --rescale_betas_zero_snr with --prediction_type v_prediction",
         )
 
 
@@ -312,14 +316,14 @@ def train(config: UnconditionalConfig) -> None:
     diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)  # an error is one line, and main says it
     written = layout("unet", "scheduler", *(["vae"] if config.vae_name_or_path else []))
     found = find_run(config, accelerator, written, (config.train_data_dir, config.dataset_name))
+    config.seed = agree_on_seed(config, found and found[1])
+    check_unchanged(config, found and found[1])
     source = source_of(config, found)
     vae = load_autoencoder(config.vae_name_or_path, revision_of_vae(config)) if config.vae_name_or_path else None
     scheduler = make_scheduler(config, config, vae is not None, source)
     size, fresh = model_size(config, vae, source), source is not None and found is None
     log(accelerator, settle_resolution(config, *size, usual="64", trained=fresh))
     arguments = unet_arguments(config, config, vae, source)
-    config.seed = agree_on_seed(config, found and found[1])
-    check_unchanged(config, found and found[1])
 
     channels = arguments["in_channels"] if vae is None else vae.config.in_channels
     images = open_images(config, config, channels, accelerator, classes=found and found[1].get("classes"))

@@ -9,6 +9,13 @@ from typing import TYPE_CHECKING
 from ._version import __version__
 
 if TYPE_CHECKING:  # what type checkers and editors see; at run time `__getattr__` imports it
+    from . import data as data
+    from . import evaluation as evaluation
+    from . import functional as functional
+    from . import models as models
+    from . import objectives as objectives
+    from . import portable as portable
+    from . import training as training
     from .evaluation.likelihood import bits_per_dim as bits_per_dim
     from .inference import load as load
     from .model_card import record_result as record_result
@@ -37,12 +44,14 @@ _SUBMODULES = ("data", "evaluation", "functional", "models", "objectives", "port
 __all__ = ["__version__", *_HOMES]
 
 
-def __getattr__(name: str):
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name], __name__), name)
-    if name in _SUBMODULES:
-        return importlib.import_module(f".{name}", __name__)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # else type checkers take any name for one of ours
+
+    def __getattr__(name: str):
+        if name in _HOMES:
+            return getattr(importlib.import_module(_HOMES[name], __name__), name)
+        if name in _SUBMODULES:
+            return importlib.import_module(f".{name}", __name__)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__():

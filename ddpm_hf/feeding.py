@@ -73,8 +73,6 @@ def open_images(
         )
     if rows.left_out:
         log(accelerator, f"{rows.name}: left out {rows.left_out}")
-    if flags.validation_split and not config.validation_steps:
-        log(accelerator, "warning: --validation_split holds images out that are never used without --validation_steps")
     for line in check_captions(rows):
         log(accelerator, f"warning: {line}")
     for part in (rows, held_out_rows):

@@ -1,6 +1,7 @@
 """The flags of model and diffusion, and what they build: a UNet, and a scheduler whose objective can train."""
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,9 @@ from .pretrained import (
     trained_settings,
 )
 from .sources import Source
-from .training.config import FIXED, FREE, SHORTER_TRAINING, HfArg, TrainingConfig, UsageError, parse_layers
+from .training.config import FIXED, FREE, SHORTER_TRAINING, HfArg, TrainingConfig, UsageError, has_grids, parse_layers
 from .training.meanings import names_elsewhere
+from .training.needs import Need
 
 if TYPE_CHECKING:  # else imported where it is used, so that --help is quick
     from .portable.scheduling_ddpm_hf import DDPMScheduler
@@ -102,12 +104,19 @@ class UNetFlags:
             raise UsageError("--model_preset and --model_config_name_or_path name two models; give one of them")
 
 
+ON_THE_HUB = Need(
+    lambda run: not os.path.isdir(run.pretrained_model_name_or_path or ""),
+    "has no effect on {pretrained_model_name_or_path}, which is a folder on this machine",
+)
+
+
 @dataclass
 class StartFlags:
     """Which trained weights to start from."""
 
     title: ClassVar[str] = "Starting from trained weights"
     meanings: ClassVar[dict[str, str]] = START_FROM
+    needs: ClassVar[dict[str, Need]] = {"revision": ON_THE_HUB}
 
     pretrained_model_name_or_path: str | None = HfArg(
         resume=FIXED,
@@ -141,10 +150,12 @@ class ScheduleFlags:
     title: ClassVar[str] = "Diffusion"
     meanings: ClassVar[dict[str, str]] = SCHEDULE
 
-    ddpm_num_steps: int = HfArg(default=1000, help="T, the diffusion's timesteps.")
-    ddpm_beta_schedule: str = HfArg(default="linear", help=f"{', '.join(BETA_SCHEDULES)}.")
+    ddpm_num_steps: int = HfArg(resume=FIXED, default=1000, help="T, the diffusion's timesteps.")
+    ddpm_beta_schedule: str = HfArg(resume=FIXED, default="linear", help=f"{', '.join(BETA_SCHEDULES)}.")
     rescale_betas_zero_snr: bool = HfArg(
-        default=False, help="Zero terminal SNR: x_T is pure noise. Requires --prediction_type v_prediction or sample."
+        resume=FIXED,
+        default=False,
+        help="Zero terminal SNR: x_T is pure noise. Requires --prediction_type v_prediction or sample.",
     )
 
     def check_schedule(self) -> None:
@@ -163,6 +174,10 @@ class ObjectiveFlags:
 
     title: ClassVar[str] = "Prediction and loss"
     meanings: ClassVar[dict[str, str]] = OBJECTIVE
+    needs: ClassVar[dict[str, Need]] = {
+        "vlb_weight": Need(lambda run: run.objective == "hybrid", "has no effect with --objective {objective}"),
+        "ddpm_num_inference_steps": Need(has_grids, "has no effect without sample grids"),
+    }
 
     ddpm_num_inference_steps: int = HfArg(resume=FREE, default=1000, help="Steps to sample the grids with.")
     prediction_type: str = HfArg(default="epsilon", help=f"What the model outputs: {', '.join(PREDICTION_TYPES)}.")
@@ -222,6 +237,13 @@ class AutoencoderFlags(LatentFlags):
     """Flags of the autoencoder, where a script trains one."""
 
     title: ClassVar[str] = "Autoencoder"
+    needs: ClassVar[dict[str, Need]] = dict.fromkeys(
+        ("vae_train_steps", "vae_learning_rate", "vae_kl_weight", "vae_latent_channels", "vae_widths"),
+        Need(
+            lambda run: not (run.vae_name_or_path or run.pretrained_model_name_or_path),
+            "has no effect: no autoencoder is trained, that of --vae_name_or_path or of the checkpoint is used",
+        ),
+    )
 
     vae_train_steps: int = HfArg(
         resume=FIXED, default=1500, help="Steps to train a new autoencoder for, where there is none."

@@ -375,8 +375,11 @@ def test_a_run_starts_from_them_and_resumes_without_them(shop, tmp_path):
     assert after.labels == {"a": 0, "b": 1, "c": 2}
     assert close(after.unet.class_embedding.weight, before.class_embedding.weight[[2, 3, 0, 3]])
     assert done.json("run.json")["base_model"] is None  # a path of this machine
-    shutil.rmtree(tmp_path / "base")
     flags |= {"max_train_steps": 2, "resume_from_checkpoint": "latest"}
+    other = start(shop, tmp_path / "run", "by-class", train_data_dir=str(shop / "photos"), **flags)
+    assert other.code == 2
+    assert f"--pretrained_model_name_or_path {shop / 'by-class'}: the run to resume was trained with" in other.error()
+    shutil.rmtree(tmp_path / "base")
     again = start(tmp_path, tmp_path / "run", "base", train_data_dir=str(shop / "photos"), **flags)
     assert again.code == 0, again.err
     assert "starting from" not in again.err

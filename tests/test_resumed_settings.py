@@ -189,6 +189,37 @@ def test_a_part_that_was_moved_is_the_same_part(tmp_path):
     check_unchanged(elsewhere, before)
 
 
+def test_a_name_on_the_hub_is_no_folder_that_was_moved(tmp_path, monkeypatch):
+    """Else a run that began with a model of the Hub is recorded to have begun with whatever folder is named."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "other").mkdir()
+    for kind, name in ((train_unconditional, "UnconditionalConfig"), (train_text2image, "Text2ImageConfig")):
+        config = getattr(kind, name)(pretrained_model_name_or_path="user/model")
+        before = {"settings": settings_that_go_on(config)}
+        check_unchanged(dataclasses.replace(config, pretrained_model_name_or_path=str(tmp_path / "model")), before)
+        for other_one in (str(tmp_path / "other"), "user/other", None):
+            with pytest.raises(UsageError, match=r"pretrained_model_name_or_path .* was trained with user/model"):
+                check_unchanged(dataclasses.replace(config, pretrained_model_name_or_path=other_one), before)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"ddpm_num_steps": 50},
+        {"ddpm_beta_schedule": "cosine"},
+        {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
+    ],
+    ids=lambda flags: next(iter(flags)),
+)
+def test_what_the_weights_depend_on_is_refused(changed, resume, begun):
+    """Else the rest of a run is trained on another diffusion, or is recorded to have begun with another model."""
+    run = resume(**changed)
+    assert run.code == 2
+    assert "the run to resume was trained with" in run.error()
+    assert any(f"--{name}" in run.error() for name in changed)
+    assert not (run.folder / "checkpoint-3").exists()
+
+
 # The run's own settings
 
 

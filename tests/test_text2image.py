@@ -491,6 +491,35 @@ def test_gradient_checkpointing_changes_no_number(trained):
     assert_close(weights(spared), weights(plain), rtol=0, atol=1e-4)
 
 
+def test_compiling_trains_the_compiled_model(shop, tmp_path):
+    """Else --compile is accepted and the model runs as it is, or what is saved is the wrapper."""
+    made = []
+
+    class Compiled(torch.nn.Module):
+        """What torch.compile returns: another module around the model, which it runs."""
+
+        def __init__(self, model, **options):
+            super().__init__()
+            self._orig_mod, self.options, self.calls = model, options, 0
+            made.append(self)
+
+        def forward(self, *args, **kwargs):
+            self.calls += self.training
+            return self._orig_mod(*args, **kwargs)
+
+    runs = [tmp_path / "plain", tmp_path / "compiled"]
+    train("checkpoint", shop, runs[0], max_train_steps=2)
+    with mock.patch.object(torch, "compile", Compiled):
+        train("checkpoint", shop, tmp_path / "dry", max_train_steps=2, dry_run=True, compile=True)
+        assert not made  # compiling takes minutes
+        train("checkpoint", shop, runs[1], max_train_steps=2, compile=True)
+    (one,) = made
+    assert isinstance(one._orig_mod, train_text2image.TextConditioned)
+    assert one.calls == 3  # the rehearsal's and two steps'
+    assert same(*map(weights, runs))
+    assert same(*(weights(last_checkpoint(run)) for run in runs))
+
+
 def test_looking_changes_nothing(trained):
     """Else drawing, saving or validating in between draws from the training's randomness, or leaves dropout off."""
     shared = {"validation_split": 0.25, "caption_dropout": 0.3, **EMA}

@@ -1,5 +1,7 @@
 """What several commands share."""
 
+import os
+
 
 def quiet() -> None:
     """Leave it to this command to say what matters."""
@@ -13,6 +15,12 @@ def quiet() -> None:
         library.disable_progress_bar()
     # Diffusers hands to the Hub's client an argument that it knows no more
     warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks.*")
+
+
+def check_revision(model: str, revision: str | None) -> None:
+    """Raise ValueError for a revision of a folder, which has none."""
+    if revision is not None and os.path.isdir(model):
+        raise ValueError(f"--revision {revision}: {model} is a folder, which has no revisions; leave it out")
 
 
 def own_token(token: str | None) -> str | None:

@@ -94,6 +94,8 @@ def _by_prompt(pipeline, prompts, negative_prompt, classes, classifier, guidance
     scale, rescale, interval = guidance
     scale = pipeline.config.guidance_scale if scale is None else scale
     options = _free_guidance(scale, rescale, interval)
+    if negative_prompt and scale == 1:
+        raise ValueError("--negative-prompt has no effect without guidance; give a --guidance-scale above 1")
     return Conditions(prompts, prompts, {**options, "negative_prompt": negative_prompt})
 
 
@@ -110,6 +112,9 @@ def _free_guidance(scale: float, rescale: float, interval: tuple[int, int] | Non
     from ..portable.guidance_ddpm_hf import FreeGuidance
 
     FreeGuidance(scale, rescale, interval).check()
+    if scale == 1 and (rescale or interval):
+        flag = f"--guidance-rescale {rescale:g}" if rescale else "--guidance-interval"
+        raise ValueError(f"{flag} has no effect without guidance; give a --guidance-scale above 1, such as 3")
     return {"guidance_scale": scale, "guidance_rescale": rescale, "guidance_interval": interval}
 
 

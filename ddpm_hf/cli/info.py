@@ -8,7 +8,7 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from .common import own_token
+from .common import check_revision, own_token
 
 EPILOG = """Examples:
 
@@ -76,6 +76,7 @@ def info(
     from ..training.config import check_word
 
     check_word("FOLDER_OR_NAME", model)
+    check_revision(model, revision)
     source = local_source(Path(model)) if Path(model).is_dir() else hub_source(model, revision, own_token(token))
     typer.echo("\n".join(describe(source)))
 

@@ -7,12 +7,12 @@ from typing import Annotated
 import typer
 
 from ..space.samplers import SAMPLERS
-from .common import own_token, quiet
+from .common import check_revision, own_token, quiet
 from .conditions import Conditions, read_conditions
 from .endings import says_what_is_left
 from .pictures import adm_arrays, check_out, write_pictures
 
-DEFAULT_IMAGES, DEFAULT_BETWEEN = 16, 11
+DEFAULT_IMAGES, DEFAULT_BETWEEN, DEFAULT_BATCH = 16, 11, 64
 
 Sampler = enum.Enum("Sampler", {name: name for name in SAMPLERS}, type=str)
 
@@ -120,7 +120,7 @@ def sample(
     seed: Annotated[
         int, option(HOW, "Image i depends on the seed and i alone, whatever the batch.", min=0, max=2**63 - 1)
     ] = 0,
-    batch_size: Annotated[int, option(HOW, "Images sampled at once.", min=1)] = 64,
+    batch_size: Annotated[int, option(HOW, "Images sampled at once.", min=1)] = DEFAULT_BATCH,
     precision: Annotated[
         Precision, option(HOW, "bf16 and fp16 are faster where the hardware supports them.")
     ] = "fp32",
@@ -156,8 +156,11 @@ def sample(
     for name, word in (("out", out), ("MODEL", model), ("classifier", classifier), ("revision", revision)):
         if word is not None:
             check_word(name, str(word))
+    check_revision(model, revision)
     special = "--interpolate" if interpolate else "--shared-timestep" if shared_timestep is not None else None
     check_together(special, timestep, sampler, eta, progressive, format, grid_only)
+    if special and batch_size != DEFAULT_BATCH:
+        raise ValueError(f"--batch-size {batch_size}: {special} samples all images at once; leave it out")
     quiet()
     use_all_cores()
     device = checked_device(device)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ..training.config import FREE, HfArg
 from ..training.meanings import names_elsewhere
+from ..training.needs import Need
 from .errors import DataError
 
 if TYPE_CHECKING:
@@ -110,6 +111,15 @@ class DataFlags(ImageFlags):
 
     title: ClassVar[str] = "Data"
     meanings: ClassVar[dict[str, str]] = DATA
+    needs: ClassVar[dict[str, Need]] = {
+        "validation_split": Need(
+            lambda run: run.validation_steps, "holds out images that are never used without --validation_steps"
+        ),
+        "cache_dir": Need(
+            lambda run: not run.embedded or getattr(run, "cache_latents", False),
+            "has no effect on the embedded digits",
+        ),
+    }
 
     dataset_name: str | None = HfArg(
         instead_of="train_data_dir",
@@ -160,6 +170,9 @@ class DataFlags(ImageFlags):
             raise DataError(f"--channels {self.channels}: the embedded digits have 1, and become up to 4")
         if self.embedded and self.pixel_range is not None:
             raise DataError("--pixel_range: the embedded digits have 8 bits, from 0 to 255; leave it out")
+        if self.embedded and (self.dataset_config_name or self.dataset_split != "train"):
+            flag = "--dataset_config_name" if self.dataset_config_name else f"--dataset_split {self.dataset_split}"
+            raise DataError(f"{flag}: the embedded digits have none to choose from; leave it out, or name a dataset")
         if not 0 <= self.validation_split < 1:
             raise DataError(f"--validation_split {self.validation_split}: must be at least 0 and less than 1")
         if self.dataset_name and self.train_data_dir and self.dataset_name not in KINDS:

@@ -25,6 +25,7 @@ from .help import EPILOG, FlagFormatter, absent_of, bare_name, grouped, meanings
 from .lines import one_line
 from .machine import accept_any_text
 from .meanings import ATTENTION, GRIDS, PUBLISHING, TRAINING
+from .needs import Need
 from .paths import expand_home
 
 SECRET_FLAGS = ("hub_token",)  # never written, shown or tracked
@@ -92,6 +93,11 @@ VARIANTS = ("fp16", "non_ema")  # of the weights, in addition to the pipeline's
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
 
+def has_grids(config) -> bool:
+    """Whether a training samples grids."""
+    return bool(getattr(config, "save_images_steps", None) or getattr(config, "save_images_epochs", None))
+
+
 @dataclass
 class RunFlags:
     """Flags of the run: its settings' file, its folder, its seed."""
@@ -131,6 +137,15 @@ class StepFlags:
     """Flags of the training's length and batches."""
 
     title: ClassVar[str] = "Training"
+    needs: ClassVar[dict[str, Need]] = {
+        "num_epochs": Need(
+            lambda run: run.max_train_steps is None, "has no effect with --max_train_steps {max_train_steps}"
+        ),
+        "eval_batch_size": Need(  # it is also the batch in which the latents of a new autoencoder are measured
+            lambda run: run.validation_steps or has_grids(run) or hasattr(run, "vae_train_steps"),
+            "has no effect without sample grids and without --validation_steps",
+        ),
+    }
 
     train_batch_size: int = HfArg(default=16, help="Samples a step and process, before accumulation.")
     eval_batch_size: int = HfArg(
@@ -166,6 +181,12 @@ class OptimizerFlags:
     """Flags of the optimizer and its learning rate."""
 
     title: ClassVar[str] = "Optimizer"
+    needs: ClassVar[dict[str, Need]] = {
+        "lr_warmup_steps": Need(
+            lambda run: run.lr_scheduler != "constant",
+            "has no effect with --lr_scheduler constant; constant_with_warmup has a warm-up",
+        )
+    }
 
     learning_rate: float = HfArg(default=1e-4, help="Peak learning rate.")
     scale_lr: bool = HfArg(
@@ -196,6 +217,15 @@ class EMAFlags:
     """Flags of the exponential moving average of the weights."""
 
     title: ClassVar[str] = "EMA"
+    needs: ClassVar[dict[str, Need]] = {
+        **dict.fromkeys(
+            ("ema_inv_gamma", "ema_power", "ema_max_decay", "ema_min_decay", "foreach_ema"),
+            Need(lambda run: run.use_ema, "has no effect without --use_ema"),
+        ),
+        "offload_ema": Need(
+            lambda run: run.use_ema and run.device == "cuda", "has no effect without --use_ema and a CUDA GPU"
+        ),
+    }
 
     use_ema: bool = HfArg(
         resume=FIXED,
@@ -218,6 +248,9 @@ class HardwareFlags:
     """Flags of speed, memory and hardware."""
 
     title: ClassVar[str] = "Speed and memory"
+    needs: ClassVar[dict[str, Need]] = {
+        "allow_tf32": Need(lambda run: run.device == "cuda", "has no effect without a CUDA GPU")
+    }
 
     mixed_precision: Literal["no", "fp16", "bf16"] = HfArg(
         default="no", help="Autocast the model to half precision; bf16 works on recent CPUs too."
@@ -257,6 +290,12 @@ class LoggingFlags:
     """Flags of pictures, figures and trackers."""
 
     title: ClassVar[str] = "Samples and logging"
+    needs: ClassVar[dict[str, Need]] = {
+        "logging_dir": Need(
+            lambda run: run.logger == "tensorboard", "has no effect with --logger {logger}; it is for tensorboard"
+        ),
+        "tracker_project_name": Need(lambda run: run.logger != "none", "has no effect with --logger none"),
+    }
 
     save_model_epochs: int = HfArg(resume=FREE, default=10, help="Epochs between saves of the whole pipeline.")
     validation_steps: int | None = HfArg(
@@ -279,11 +318,20 @@ class LoggingFlags:
     )
 
 
+USES_OF_THE_TOKEN = ("push_to_hub", "dataset_name", "pretrained_model_name_or_path")
+
+
 @dataclass
 class HubFlags:
     """Flags of access to the Hub."""
 
     title: ClassVar[str] = "Hugging Face Hub"
+    needs: ClassVar[dict[str, Need]] = {
+        "hub_token": Need(
+            lambda run: any(getattr(run, name, None) for name in USES_OF_THE_TOKEN),
+            "has no effect without --push_to_hub, --dataset_name or --pretrained_model_name_or_path",
+        )
+    }
 
     hub_token: str | None = HfArg(
         resume=FREE,
@@ -299,6 +347,7 @@ class TrainingConfig(
     """Flags of the loop, the optimizer, checkpoints and tracking; `--help` groups them in the order of the bases."""
 
     meanings: ClassVar[dict[str, str]] = TRAINING
+    given: ClassVar[frozenset[str]] = frozenset()  # of an instance: what the command line or --config sets
 
     def check(self) -> None:
         """Raise UsageError for a value out of range."""
@@ -344,6 +393,11 @@ class GridFlags:
 
     title: ClassVar[str] = "Samples and logging"
     meanings: ClassVar[dict[str, str]] = GRIDS
+    needs: ClassVar[dict[str, Need]] = {
+        "save_images_epochs": Need(
+            lambda run: run.save_images_steps is None, "has no effect with --save_images_steps {save_images_steps}"
+        )
+    }
 
     save_images_epochs: int = HfArg(
         instead_of="save_images_steps",
@@ -377,6 +431,10 @@ class PublishingFlags:
 
     title: ClassVar[str] = "Hugging Face Hub"
     meanings: ClassVar[dict[str, str]] = PUBLISHING
+    needs: ClassVar[dict[str, Need]] = dict.fromkeys(
+        ("hub_model_id", "hub_private_repo", "hub_revision"),
+        Need(lambda run: run.push_to_hub, "uploads nothing without --push_to_hub"),
+    )
 
     push_to_hub: bool = HfArg(resume=FREE, default=False, help="Upload the pipeline and its card when training ends.")
     hub_model_id: str | None = HfArg(
@@ -521,13 +579,16 @@ class OneLineParser(HfArgumentParser):
         """The dataclass's instance for these words; an unknown word ends with exit code 2."""
         return self.dataclass_types[0](**vars(self.parse_args(argv)))
 
-    def decided(self, words: list[str]) -> set[str]:
-        """The names of the flags that these words set, and of those that say the same in another way."""
+    def given(self, words: list[str]) -> list[dataclasses.Field]:
+        """The fields of the flags that these words set."""
         unset = object()
         fields = dataclasses.fields(self.dataclass_types[0])
         parsed = vars(self.parse_args(words, argparse.Namespace(**{one.name: unset for one in fields})))
-        given = [one for one in fields if parsed[one.name] is not unset]
-        return {name for one in given for name in (one.name, one.metadata.get("instead_of")) if name}
+        return [one for one in fields if parsed[one.name] is not unset]
+
+    def decided(self, words: list[str]) -> set[str]:
+        """The names of the flags that these words set, and of those that say the same in another way."""
+        return {name for one in self.given(words) for name in (one.name, one.metadata.get("instead_of")) if name}
 
     def below(self, values: dict[str, Any], source: str, words: list[str]) -> list[str]:
         """The words over weaker values: of these, those that the words do not decide."""
@@ -628,11 +689,16 @@ def parse_layers(
         words = argv
         if from_file.config:
             words = parser.below(read_config_file(from_file.config), f"--config {from_file.config}", words)
+        given, typed = parser.given(words), {one.name for one in parser.given(argv)}
         config = parser.parse(parser.over(weaker_layers, words))
         if config.resume_from_checkpoint:
             before = _trained_with(config, stages)
             words = parser.below(before, "--resume_from_checkpoint", [f"--output_dir={config.output_dir}", *words])
             config = parser.parse(parser.over(weaker_layers, words, decided=set(before)))
+        # a file may list all flags, so that its defaults ask for nothing
+        config.given = frozenset(
+            one.name for one in given if one.name in typed or getattr(config, one.name) != one.default
+        )
         return config
     except UsageError as error:
         parser.error(str(error))

@@ -38,6 +38,7 @@ from .faults import end_together, track
 from .launcher import check_launcher, launched_precision, unused_settings
 from .loop import LOGS, Meter, StepPlan, TrainingState, let_old_go, load_checkpoint, register_model_hooks
 from .machine import usable_cores
+from .needs import without_effect
 from .ownership import (
     AUTOENCODER,
     KEPT_IN_PLACE,
@@ -151,8 +152,10 @@ def find_run(
             this run would replace; a checkpoint that does not exist or is broken.
     """
     folder = Path(config.output_dir)
-    if os.path.lexists(folder) and not folder.is_dir():
-        raise UsageError(f"--output_dir {folder} is a file; name a folder")
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        what = "is a file" if there == folder.absolute() else f"lies in {there}, which is a file"
+        raise UsageError(f"--output_dir {folder} {what}; name a folder")
     if config.overwrite_output_dir and config.resume_from_checkpoint:
         raise UsageError(
             "--overwrite_output_dir would remove the run that --resume_from_checkpoint goes on from; give one of them"
@@ -299,10 +302,15 @@ def check_unchanged(config: TrainingConfig, resumed: dict[str, Any] | None) -> N
 
 
 def _was_moved(was: Any, now: Any) -> bool:
-    """Whether two names may be of one local file or folder: of which the first is there no more, or the same."""
+    """Whether two names may be of one local file or folder: of which the first is there no more, or the same.
+
+    A name that is not absolute may be a relative path or one of the Hub: it moves to one that ends alike.
+    """
     if not (isinstance(was, str) and isinstance(now, str) and os.path.exists(now)):
         return False
-    return not os.path.exists(was) or os.path.samefile(was, now)
+    if os.path.exists(was):
+        return os.path.samefile(was, now)
+    return os.path.isabs(was) or Path(was).name == Path(now).resolve().name
 
 
 def check_resumable(
@@ -492,6 +500,8 @@ def begin_training(
     Args:
         parts: what of the model is saved, by the name of its folder; by default the model, as `unet`.
     """
+    for line in without_effect(config, accelerator.device.type, SECRET_FLAGS):
+        log(accelerator, f"warning: {line}")
     parts = parts or {"unet": model}
     state = TrainingState(
         model=model,

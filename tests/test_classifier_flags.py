@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -14,7 +15,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from ddpm_hf import classifier
-from ddpm_hf.flags import NO_CLASSIFIER, ClassifierConfig
+from ddpm_hf.flags import NO_CLASSIFIER, ClassifierConfig, parse_classifier_flags
 from ddpm_hf.training.config import PipelineConfig
 from tests.fixtures_unconditional import (
     Run,
@@ -368,6 +369,19 @@ def test_a_file_sets_flags(shop, tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("max_train_samples: 3\n")
     assert "3 images" in data(observe({**fill(BASE, shop), **DRY, "config": file}, tmp_path / "run"))
+
+
+def test_a_run_of_an_earlier_version_goes_on_with_its_settings(shop, tmp_path):
+    """Else flags that the program had once hide the settings of a run, which goes on with the defaults."""
+    folder = tmp_path / "run"
+    flags = {**fill(BASE, shop), "learning_rate": 3e-3, "max_train_steps": 2, "checkpointing_steps": 2}
+    assert observe(flags, folder).run.code == 0
+    for file in (folder / "training_config.json", folder / "checkpoint-2" / "manifest.json"):
+        saved = json.loads(file.read_text())
+        saved.get("settings", saved).update(save_variants="none", hub_strategy="end", push_to_hub=False)
+        file.write_text(json.dumps(saved))
+    config = parse_classifier_flags(["--output_dir", str(folder), "--resume_from_checkpoint", "latest"])
+    assert (config.learning_rate, config.train_batch_size) == (3e-3, 4)
 
 
 def test_a_dataset_on_the_hub_is_asked_for_as_the_flags_say(shop, tmp_path, monkeypatch):

@@ -116,7 +116,7 @@ def of_library(name: str, options: Options, is_local: bool, token: str | None = 
             dataset = datasets.load_dataset(
                 name, options.config_name, split=split, streaming=streaming and not part, **named
             )
-        except Exception as error:  # datasets has no common base for what can go wrong
+        except ValueError as error:  # of several configurations none was named; a network's errors are of other kinds
             configurations = _unnamed_configurations(name, options, named)
             if not configurations:
                 raise

@@ -652,6 +652,15 @@ def read_config_file(path: str) -> dict[str, Any]:
     return values
 
 
+def are_of_program(settings: dict[str, Any], dataclass_type: type) -> bool:
+    """Whether settings are those of a run of the program with these flags, in this version or an earlier one.
+
+    Flags that the program lacks for a reason may have been accepted by an earlier version.
+    """
+    names = {each.name for each in dataclasses.fields(dataclass_type)}
+    return names.union(absent_of(dataclass_type)).issuperset(settings)
+
+
 def _trained_with(config, stages: tuple[str, ...]) -> dict[str, Any]:
     """The settings in the checkpoint that --resume_from_checkpoint names: of this config's flags, those that go on."""
     from .checkpointing import settings_of  # which needs this module's UsageError
@@ -661,8 +670,8 @@ def _trained_with(config, stages: tuple[str, ...]) -> dict[str, Any]:
     folder = Path(config.output_dir)
     stages = (EARLIER, *stages) if comes_back(folder) else stages
     found = next(filter(None, (settings_of(folder / stage, config.resume_from_checkpoint) for stage in stages)), {})
-    if not {each.name for each in dataclasses.fields(config)}.issuperset(found):
-        return {}  # of another program: what is wrong with its checkpoint is said where it is read
+    if not are_of_program(found, type(config)):
+        return {}  # what is wrong with its checkpoint is said where it is read
     return {name: value for name, value in found.items() if name in names}
 
 

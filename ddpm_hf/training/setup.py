@@ -33,7 +33,7 @@ from .checkpointing import (
     truncate_jsonl,
     write_whole,
 )
-from .config import APPLIED, FIXED, SECRET_FLAGS, START, TrainingConfig, UsageError, flags_that
+from .config import APPLIED, FIXED, SECRET_FLAGS, START, TrainingConfig, UsageError, are_of_program, flags_that
 from .faults import end_together, track
 from .launcher import check_launcher, launched_precision, unused_settings
 from .loop import LOGS, Meter, StepPlan, TrainingState, let_old_go, load_checkpoint, register_model_hooks
@@ -290,8 +290,8 @@ def check_unchanged(config: TrainingConfig, resumed: dict[str, Any] | None) -> N
         resumed: the state of the checkpoint, or None.
     """
     before = (resumed or {}).get("settings", {})
-    if not {each.name for each in dataclasses.fields(config)}.issuperset(before):
-        return  # of another program, whose checkpoint `check_resumable` refuses
+    if not are_of_program(before, type(config)):
+        return  # `check_resumable` refuses the checkpoint
     for name in flags_that(config, FIXED):
         was, now = before.get(name), getattr(config, name)
         if name in before and was != now and not _was_moved(was, now):

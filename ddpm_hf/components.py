@@ -47,7 +47,7 @@ def load_checkpoint_components(config, **given) -> Components:
     """
     name, options = config.pretrained_model_name_or_path, {"variant": config.variant, "use_safetensors": True}
     try:
-        pipeline = TextToImageDDPMPipeline.from_pretrained(name, revision=config.revision, **options, **given)
+        pipeline = TextToImageDDPMPipeline.from_pretrained(name, revision=config.revision, **(options | given))
         unet = pipeline.unet
         if config.non_ema_revision and "unet" not in given:
             unet = UNet2DConditionModel.from_pretrained(

@@ -1,5 +1,6 @@
 """What every test process shares."""
 
+import functools
 import os
 import sys
 
@@ -12,6 +13,20 @@ from tests import other_rounding
 torch.set_num_threads(1)
 if os.environ.get("OTHER_ROUNDING"):
     other_rounding.install()
+
+
+@pytest.fixture(autouse=True)
+def one_loss_curve(monkeypatch):
+    """The card's curve is plotted once: for each tiny run anew, it would be a fifth of the run's time."""
+    from ddpm_hf import model_card
+
+    plot = model_card.loss_curve
+    monkeypatch.setattr(model_card, "loss_curve", lambda metrics: _plotted(plot))
+
+
+@functools.cache
+def _plotted(plot) -> bytes:
+    return plot([{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}])
 
 
 @pytest.fixture

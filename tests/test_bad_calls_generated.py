@@ -86,7 +86,7 @@ def makes_sense(scheduler) -> bool:
     return 0 < betas.numel() == scheduler.config.num_train_timesteps and bool(((betas > 0) & (betas <= 1)).all())
 
 
-@generated(500)
+@generated(250)
 @given(options=some_of(CONSTRUCTOR, 3))
 def test_a_scheduler_is_made_or_refused_in_words(options, tally):
     """Else a wrong argument is an error deep in numpy, or a table of NaN that no one notices."""
@@ -98,7 +98,7 @@ def test_a_scheduler_is_made_or_refused_in_words(options, tally):
 
 
 @pytest.mark.filterwarnings("ignore")
-@generated(300)
+@generated(150)
 @given(options=some_of({name: CONSTRUCTOR[name] for name in sorted(CONSTRUCTOR)}, 2))
 def test_what_stock_makes_ours_makes(options, tally):
     """Else who swaps the import finds that a config of theirs no longer loads."""
@@ -122,7 +122,7 @@ CHAIN = {
 }
 
 
-@generated(400)
+@generated(200)
 @given(options=some_of(CHAIN, 2), spacing=st.sampled_from(["leading", "linspace", "trailing"]))
 def test_a_chain_is_set_or_refused_in_words(options, spacing, tally):
     """Else a wrong number of steps is an IndexError while sampling, or silently another number of them."""
@@ -162,7 +162,7 @@ FORMULAS = ("add_noise", "get_velocity", "q_posterior_mean_variance", "predict_o
             "p_mean_variance", "training_target", "step")  # fmt: skip
 
 
-@generated(700)
+@generated(350)
 @given(
     name=st.sampled_from(FORMULAS),
     first=st.sampled_from(sorted(TENSORS)),
@@ -270,7 +270,7 @@ def tiny(made=[]):  # noqa: B006  (made once)
 
 
 @pytest.mark.filterwarnings("ignore")
-@generated(500)
+@generated(250)
 @given(call=wrong_calls())
 def test_a_pipeline_draws_or_says_what_is_wrong(call, pipelines, tally):
     """Else a wrong argument is an IndexError in torch, or black images of NaN."""
@@ -358,7 +358,7 @@ def test_every_option_takes_a_word_or_names_itself(option, loaded, tally):
 
 
 @pytest.mark.filterwarnings("ignore")
-@generated(120)
+@generated(60)
 @given(
     kind=st.sampled_from(["plain", "by class", "by text"]),
     first=st.sampled_from(sorted(OPTIONS)),

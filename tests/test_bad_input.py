@@ -373,7 +373,10 @@ READING = {
 }
 
 
-@pytest.mark.parametrize("how", READING)
+@pytest.mark.parametrize(
+    "how",
+    ["uncached", "workers", *(pytest.param(name, marks=pytest.mark.slow) for name in READING if "stream" in name)],
+)
 def test_an_image_that_breaks_while_training_is_one_line(how, shop, tmp_path):
     # Breaks if a worker process turns the one line into a traceback, or a progress bar swallows it.
     run = try_out({**READING[how], "train_data_dir": "{shop}/broken"}, shop, tmp_path / "run")

@@ -118,7 +118,7 @@ NUMBERS = st.one_of(
 TEXTS = st.one_of(NUMBERS, st.text(max_size=20), st.sampled_from(HOSTILE), st.just("a/" * 3000))
 
 
-@generated(700)
+@generated(350)
 @given(flag=st.sampled_from(FLAGS), word=TEXTS)
 def test_any_word_is_taken_or_named(flag, word, folder, tally):
     """Else there is a value that nobody thought of, and it ends in a traceback."""
@@ -170,7 +170,7 @@ def pairs(draw) -> tuple[str, list[str], list[str]]:
     return program, argv, [name for flag in chosen for name in flag.names]
 
 
-@generated(1000)
+@generated(500)
 @given(pair=pairs())
 def test_any_two_flags_go_together_or_one_is_named(pair, folder, tally):
     """Else two flags that exclude each other end in a traceback, or in a line about neither."""
@@ -224,7 +224,7 @@ def dry_run(program: str, shop, folder, tally, *argv: str) -> None:
 
 
 @pytest.mark.usefixtures("unmeasured")
-@generated(100)
+@generated(50)
 @given(pair=pairs())
 def test_what_is_accepted_prints_its_plan(pair, shop, folder, tally, monkeypatch):
     """Else a command line passes the checks, and ends in a traceback as soon as data and model are read."""
@@ -233,7 +233,7 @@ def test_what_is_accepted_prints_its_plan(pair, shop, folder, tally, monkeypatch
 
 
 @pytest.mark.usefixtures("unmeasured")
-@generated(60)
+@generated(40)
 @given(flag=st.sampled_from(SETTABLE), word=st.sampled_from(HOSTILE))
 def test_a_dry_run_of_any_word_is_a_plan_or_one_line(flag, word, shop, folder, tally, monkeypatch):
     """Else a name of a file, a column or a model that is none is found out by a traceback."""
@@ -330,7 +330,7 @@ VALUES = st.recursive(
 KEYS = st.one_of(st.sampled_from(sorted({flag.name for flag in FLAGS} - {"config"})), st.text(max_size=8))
 
 
-@generated(300)
+@generated(150)
 @given(
     settings=st.dictionaries(KEYS, VALUES, min_size=1, max_size=3) | VALUES,
     program=st.sampled_from(sorted(PROGRAMS)),
@@ -346,7 +346,7 @@ def test_any_file_is_taken_or_named(settings, program, ending, folder, tally, tm
     checked(program, ["--config", str(file)], folder, tally, file.name, *names)
 
 
-@generated(150)
+@generated(75)
 @given(damage=st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), min_size=1, max_size=4), cut=st.booleans())
 def test_a_damaged_file_is_taken_or_named(damage, cut, folder, tally, tmp_path_factory):
     """Else a file that was saved halfway, or got a stray byte, ends in a traceback."""

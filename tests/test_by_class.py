@@ -166,8 +166,11 @@ LABELS = {
 }
 
 
-@pytest.mark.parametrize(("dropout", "spelling"), [(0.1, "label_column"), (0, "dataset_class_label_column_name")])
-@pytest.mark.parametrize("kind", LABELS)
+KINDS = [pytest.param(kind, 0.1, "label_column", id=kind) for kind in LABELS]
+KINDS.append(pytest.param("strings", 0, "dataset_class_label_column_name", id="without dropout"))
+
+
+@pytest.mark.parametrize(("kind", "dropout", "spelling"), KINDS)
 def test_the_saved_names_are_those_of_the_labels(kind, dropout, spelling, world, batches, tmp_path):
     """Else whoever asks the saved model for a dog gets what was labelled a cat."""
     values, class_names, spoken, names = LABELS[kind]

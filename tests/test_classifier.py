@@ -426,7 +426,7 @@ def test_an_earlier_run_is_not_overwritten(world, tmp_path):
     run = train(world, tmp_path / "run", overwrite_output_dir=True, max_train_steps=2)
     before = run.files()
     longer = run_training(command(world, run.folder, resume_from_checkpoint="latest", ddpm_num_steps=30), run.folder)
-    assert_refused(longer, "checkpoint-2", "num_train_timesteps", "20", "30")
+    assert_refused(longer, "--ddpm_num_steps 30", "trained with 20")
     (run.folder / "checkpoint-2" / "classifier").rename(run.folder / "checkpoint-2" / "unet")
     other = run_training(command(world, run.folder, resume_from_checkpoint="checkpoint-2"), run.folder)
     assert_refused(other, "checkpoint-2", "classifier/")

@@ -144,6 +144,11 @@ def wrote(name):
     return lambda seen: name in seen.files()
 
 
+def pushed_weight(seen):
+    pipeline = seen.calls["push"][0][3]
+    return pipeline.unet.conv_in.weight.sum().item()
+
+
 CLASSES, TEXT, HUB = (
     {"model": "{shop}/classes"},
     {"model": "{shop}/text", "more": "--prompt red"},
@@ -181,6 +186,7 @@ ROWS = [
     Row("push", "variant", "--variant fp16", lambda seen: "half" in seen.calls, before=False, after=True),
     Row("push", "include", "--include notes.txt", handed("push", "include"), before=(), after=("notes.txt",)),
     Row("push", "message", "--message mine", handed("push", "message"), after="mine"),
+    Row("push", "ema", "--no-ema", pushed_weight, model="{shop}/checkpoint-2"),
     Row("push", "dry_run", "--dry-run", lambda seen: "push" in seen.calls, before=True, after=False),
     Row("push", "token", "--token hf_mine", handed("push", 2), before="hf_login", after="hf_mine"),
     Row("push-space", "space", "--space user/app", handed("space", 1), before="user/it", after="user/app", **HUB),

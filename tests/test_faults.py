@@ -157,7 +157,9 @@ def of_steps(*steps: int):
 def test_a_checkpoint_that_finds_no_room_is_left_out(room, shop, whole, tmp_path):
     """Else a full disk ends a run that could have gone on, or takes the last good checkpoint with it."""
     with without_room(loop, "save_checkpoint", of_steps(3, 4), room):
-        run = train(shop, tmp_path / "run", **SIX_STEPS, max_train_steps=5, checkpoints_total_limit=1)
+        run = train(
+            shop, tmp_path / "run", **SIX_STEPS | {"num_epochs": None}, max_train_steps=5, checkpoints_total_limit=1
+        )
         assert run.code == 0
     assert [line.split(" (")[0] for line in warnings(run)] == [
         f"warning: checkpoint-{step} cannot be written" for step in (3, 4)

@@ -20,6 +20,8 @@ from tests.fixtures_hub import ROOT, TOKEN, client_environment
 from tests.fixtures_pipeline import tiny_unet
 from tests.hub_server import Hub
 
+pytestmark = pytest.mark.slow  # `test_hub.py` does the same for one kind of model
+
 REPOSITORY = "user/model"
 SCENARIOS = {"to a new repository": [], "over another version": [], "with a tag": ["--revision", "v1"]}
 

@@ -12,6 +12,8 @@ from tests.fixtures_hub import DRAWING, ROOT, TOKEN, WITHOUT, run
 from tests.fixtures_unconditional import words
 from tests.hub_server import Hub
 
+pytestmark = pytest.mark.slow  # `test_hub.py` does the same for one kind of model
+
 # Who trains and publishes
 
 TRAINER = """

@@ -14,6 +14,8 @@ from tests.fixtures_pipeline import tiny_unet, tiny_vae
 from tests.fixtures_text import tiny_text_pipeline
 from tests.hub_server import Hub
 
+pytestmark = pytest.mark.slow  # `test_hub.py` does the same for one kind of model
+
 PORTABLE = Path(hub_ddpm_hf.__file__).parent
 # An earlier version of our code, which gave the image's negative
 OLDER = ("return self.image_processor.postprocess(latents.float()", "return self.image_processor.postprocess(-latents")

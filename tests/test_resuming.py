@@ -155,6 +155,7 @@ def on_two(world, tmp_path_factory):
     return SimpleNamespace(root=root, said=done.stderr)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ON_TWO)
 def test_two_ranks_resume_as_never_stopped(case, on_two):
     """Else a run on several processes that is interrupted is another run: other weights, metrics or moments."""
@@ -164,6 +165,7 @@ def test_two_ranks_resume_as_never_stopped(case, on_two):
     assert contents(resumed) == contents(whole)
 
 
+@pytest.mark.slow
 def test_two_ranks_go_on_where_one_stopped(on_two):
     """Else a run is tied to the number of processes that it began with, or goes on with other images unsaid."""
     whole, resumed = on_two.root / FROM_ONE / "whole", on_two.root / FROM_ONE / "resumed"

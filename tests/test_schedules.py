@@ -32,7 +32,7 @@ def previous_in_strided_chain(t):
 
 @pytest.mark.parametrize("previous", [previous_in_full_chain, previous_in_strided_chain])
 @pytest.mark.parametrize("rescale", [False, True], ids=["", "zero_snr"])
-@pytest.mark.parametrize("T", [10, 100, 1000, 4000])
+@pytest.mark.parametrize("T", [10, 100, 1000, pytest.param(4000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_tables_are_exact_to_rounding(name, T, rescale, previous):
     """Else a schedule is not the one it is named after, or a table loses digits before its one cast."""

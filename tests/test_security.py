@@ -466,7 +466,10 @@ def test_every_model_is_loaded_from_safetensors():
         for name, keywords, _, line in calls(path):
             if name.endswith(".from_pretrained") and "Tokenizer" not in name:
                 assert name.removesuffix(".from_pretrained") in LOADERS, f"{path.name}:{line}: {name}"
-                safe = keywords.get("use_safetensors") == "True" or keywords.get(None) == "options"
+                safe = keywords.get("use_safetensors") == "True" or keywords.get(None) in (
+                    "options",
+                    "options | given",
+                )
                 assert safe, f"{path.name}:{line}: {name}"
                 seen += 1
     assert seen >= 8

@@ -96,7 +96,7 @@ def settings(scheduler):
     return {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
 
 
-@pytest.mark.parametrize("place", ["in memory", "from disk"])
+@pytest.mark.parametrize("place", [pytest.param("in memory", marks=pytest.mark.slow), "from disk"])
 @pytest.mark.parametrize(("kind", "schedule"), kinds_and_schedules(OURS))
 def test_every_sampler_draws_and_leads_back(kind, schedule, place, tmp_path):
     """Else a try with another sampler fails, draws at other noise levels, or spoils the model for the next draw."""

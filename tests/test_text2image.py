@@ -560,6 +560,7 @@ def two_ranks(shop, tmp_path_factory):
     return root / "two", train("scratch", shop, root / "one", **flags, train_batch_size=8).folder
 
 
+@pytest.mark.slow
 def test_two_ranks_train_as_one_with_twice_the_batch(two_ranks):
     """Else ranks see the same images or noise, train two autoencoders, or cache each other's latents."""
     two, one = two_ranks
@@ -573,6 +574,7 @@ def test_two_ranks_train_as_one_with_twice_the_batch(two_ranks):
     assert scale[0] == pytest.approx(scale[1], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_two_ranks_draw_the_same_grids_and_leave_whole_files(two_ranks):
     """Else an image depends on the rank that drew it, or the ranks write over one another."""
     two, one = two_ranks

@@ -1,5 +1,6 @@
 """The text-to-image pipeline: Stable Diffusion's images from the same folder, both ways, and what only ours can."""
 
+import functools
 import json
 import math
 import os
@@ -177,13 +178,19 @@ def test_stock_loads_and_draws_without_a_warning(name, stranger):
     assert record["class"].startswith("diffusers.pipelines.stable_diffusion.")
 
 
+@functools.cache
+def loaded(folder):
+    """The folder's pipeline, loaded once."""
+    pipeline = TextToImageDDPMPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("name", [*MODELS, "again"])
 def test_stock_draws_our_images(name, call, saved, stranger):
     """Else a prompt shows one thing here, and another where the model was published."""
-    pipeline = TextToImageDDPMPipeline.from_pretrained(saved / name)
-    pipeline.set_progress_bar_config(disable=True)
-    own = draw(pipeline, call)
+    own = draw(loaded(saved / name), call)
     assert own.std() > 0.02  # the images show something
     np.testing.assert_allclose(np.load(stranger[1] / f"{name}.npz")[call], own, atol=1e-3)
 

@@ -572,7 +572,7 @@ def train(config: Text2ImageConfig) -> None:
     found = find_run(config, accelerator, written, (config.train_data_dir, config.dataset_name))
     begun = found or (config.resume_from_checkpoint and find_autoencoder_run(config))
     config.seed = agree_on_seed(config, begun and begun[1])
-    check_unchanged(config, found and found[1])
+    check_unchanged(config, begun and begun[1])
     checkpoint = load_checkpoint_components(config) if config.pretrained_model_name_or_path else None
     if checkpoint is not None:
         size = checkpoint.unet.config.sample_size, downscaling(checkpoint.vae)

@@ -319,11 +319,13 @@ def train(config: UnconditionalConfig) -> None:
     config.seed = agree_on_seed(config, found and found[1])
     check_unchanged(config, found and found[1])
     source = source_of(config, found)
-    vae = load_autoencoder(config.vae_name_or_path, revision_of_vae(config)) if config.vae_name_or_path else None
+    vae, token = None, config.hub_token
+    if config.vae_name_or_path:
+        vae = load_autoencoder(config.vae_name_or_path, revision_of_vae(config), token=token)
     scheduler = make_scheduler(config, config, vae is not None, source)
-    size, fresh = model_size(config, vae, source), source is not None and found is None
+    size, fresh = model_size(config, vae, source, token), source is not None and found is None
     log(accelerator, settle_resolution(config, *size, usual="64", trained=fresh))
-    arguments = unet_arguments(config, config, vae, source)
+    arguments = unet_arguments(config, config, vae, source, token)
 
     channels = arguments["in_channels"] if vae is None else vae.config.in_channels
     images = open_images(config, config, channels, accelerator, classes=found and found[1].get("classes"))

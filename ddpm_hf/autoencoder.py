@@ -22,7 +22,6 @@ from .training.rehearsal import rehearse
 from .training.setup import (
     begin_training,
     check_resumable,
-    check_unchanged,
     claim_output_dir,
     find_run,
     log,
@@ -31,18 +30,21 @@ from .training.setup import (
 )
 
 
-def load_autoencoder(name_or_path: str, revision: str | None = None, variant: str | None = None) -> AutoencoderKL:
+def load_autoencoder(
+    name_or_path: str, revision: str | None = None, variant: str | None = None, token: str | None = None
+) -> AutoencoderKL:
     """An autoencoder from a folder or the Hub: by itself, or as the `vae` of a pipeline.
 
     Raises:
         UsageError: there is none.
     """
-    options = {"revision": revision, "variant": variant}
+    options = {"revision": revision, "variant": variant, "token": token}
+    of_config = {"revision": revision, "token": token}
     try:
         try:
-            config, options["subfolder"] = AutoencoderKL.load_config(name_or_path, revision=revision), None
+            config, options["subfolder"] = AutoencoderKL.load_config(name_or_path, **of_config), None
         except OSError:  # no model by itself: a pipeline
-            config = AutoencoderKL.load_config(name_or_path, revision=revision, subfolder="vae")
+            config = AutoencoderKL.load_config(name_or_path, subfolder="vae", **of_config)
             options["subfolder"] = "vae"
         if config.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
             raise ValueError(f"it is a {config['_class_name']}")
@@ -163,8 +165,6 @@ def train_autoencoder(
     """
     folder = Path(config.output_dir) / AUTOENCODER
     if (folder / "config.json").is_file() and config.resume_from_checkpoint:
-        before = find_autoencoder_run(config)
-        check_unchanged(config, before and before[1])
         if accelerator.is_main_process and not rehearse_only:
             remove_unfinished(folder)
         return load_autoencoder(str(folder)).to(accelerator.device)

@@ -157,8 +157,8 @@ def train(config: ClassifierConfig) -> None:
     deadline = deadline_of(config.max_train_hours)
     accelerator = start_accelerator(config)
     diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)  # an error is one line, and main says it
-    log(accelerator, settle_resolution(config, *model_size(config), usual="64"))
-    arguments = unet_arguments(config, config)
+    log(accelerator, settle_resolution(config, *model_size(config, token=config.hub_token), usual="64"))
+    arguments = unet_arguments(config, config, token=config.hub_token)
     scheduler = DDPMScheduler(
         num_train_timesteps=config.ddpm_num_steps,
         beta_schedule=config.ddpm_beta_schedule,

@@ -46,6 +46,7 @@ def load_checkpoint_components(config, **given) -> Components:
         UsageError: there is none.
     """
     name, options = config.pretrained_model_name_or_path, {"variant": config.variant, "use_safetensors": True}
+    options["token"] = config.hub_token
     try:
         pipeline = TextToImageDDPMPipeline.from_pretrained(name, revision=config.revision, **(options | given))
         unet = pipeline.unet
@@ -109,12 +110,13 @@ def draw_blueprint(config, accelerator) -> Blueprint:
     Raises:
         UsageError: parts that are not there or do not fit together, or a size that cannot be halved.
     """
-    vae = load_autoencoder(config.vae_name_or_path) if config.vae_name_or_path else None
+    token = config.hub_token
+    vae = load_autoencoder(config.vae_name_or_path, token=token) if config.vae_name_or_path else None
     tokenizer = text_encoder = None
     if config.text_encoder_name_or_path:
-        tokenizer, text_encoder = load_text_encoder(config.text_encoder_name_or_path)
+        tokenizer, text_encoder = load_text_encoder(config.text_encoder_name_or_path, token)
     factor = downscaling(vae) if vae is not None else 2 ** (len(config.widths()) - 1)
-    given = read_unet_config(config.model_config_name_or_path) if config.model_config_name_or_path else None
+    given = read_unet_config(config.model_config_name_or_path, token) if config.model_config_name_or_path else None
     if given is not None:
         line = settle_resolution(config, given.get("sample_size"), factor, usual="32")
     else:
@@ -169,7 +171,7 @@ def save_tokenizer(tokenizer, output_dir: str | Path) -> None:
     save_model(tokenizer, Path(output_dir) / "tokenizer", within=output_dir)
 
 
-def load_text_encoder(name_or_path: str):
+def load_text_encoder(name_or_path: str, token: str | None = None):
     """A tokenizer and its CLIPTextModel: by themselves, or of a pipeline.
 
     Raises:
@@ -180,8 +182,8 @@ def load_text_encoder(name_or_path: str):
     of_pipeline = (Path(name_or_path) / "text_encoder").is_dir()
     folders = ("tokenizer", "text_encoder") if of_pipeline else ("", "")
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(name_or_path, subfolder=folders[0])
-        encoder = CLIPTextModel.from_pretrained(name_or_path, subfolder=folders[1], use_safetensors=True)
+        tokenizer = CLIPTokenizer.from_pretrained(name_or_path, subfolder=folders[0], token=token)
+        encoder = CLIPTextModel.from_pretrained(name_or_path, subfolder=folders[1], use_safetensors=True, token=token)
     except (OSError, ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
         reason = why_not_loaded(error)
         raise UsageError(
@@ -190,14 +192,14 @@ def load_text_encoder(name_or_path: str):
     return tokenizer, encoder
 
 
-def read_unet_config(name_or_path: str) -> dict:
+def read_unet_config(name_or_path: str, token: str | None = None) -> dict:
     """The arguments in a UNet2DConditionModel's config.
 
     Raises:
         UsageError: there is none.
     """
     try:
-        loaded = UNet2DConditionModel.load_config(name_or_path)
+        loaded = UNet2DConditionModel.load_config(name_or_path, token=token)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UsageError(f"--model_config_name_or_path {name_or_path}: no config there ({reason})") from error
@@ -208,7 +210,7 @@ def read_unet_config(name_or_path: str) -> dict:
 
 
 def components_of_run(
-    settings: dict[str, Any], run: Path, scheduler: dict[str, Any] | None, given: dict
+    settings: dict[str, Any], run: Path, scheduler: dict[str, Any] | None, given: dict, token: str | None = None
 ) -> Components:
     """The components of a run that has not saved its pipeline yet, by its settings.
 
@@ -216,11 +218,13 @@ def components_of_run(
         run: its folder, which holds what it made itself: an autoencoder, a tokenizer.
         scheduler: its diffusion's config, where its checkpoint says it.
         given: those that it trains, of the checkpoint.
+        token: for what it started from on the Hub.
 
     Raises:
         UsageError: a component that cannot be loaded, or that is not there.
     """
-    config = SimpleNamespace(**settings)
+    # earlier versions did not record the scale
+    config = SimpleNamespace(**{"guidance_scale": None, **settings, "hub_token": token})
     if config.pretrained_model_name_or_path:
         components = load_checkpoint_components(config, **given)
         if config.guidance_scale is not None:
@@ -228,7 +232,7 @@ def components_of_run(
         return components
     tokenizer = text_encoder = None
     if config.text_encoder_name_or_path:
-        tokenizer, text_encoder = load_text_encoder(config.text_encoder_name_or_path)
+        tokenizer, text_encoder = load_text_encoder(config.text_encoder_name_or_path, token)
     elif (run / "tokenizer").is_dir():
         tokenizer = CLIPTokenizer.from_pretrained(run / "tokenizer")
     text_encoder = given.get("text_encoder", text_encoder)
@@ -240,6 +244,6 @@ def components_of_run(
     }
     if missing := [name for name, value in there.items() if not value]:
         raise UsageError(f"there is no {' and no '.join(missing)} of it in {run}")
-    vae = load_autoencoder(config.vae_name_or_path or str(run / AUTOENCODER))
+    vae = load_autoencoder(config.vae_name_or_path or str(run / AUTOENCODER), token=token)
     others = {"sampler": DDPMScheduler, "guidance_scale": config.guidance_scale}
     return Components(vae, text_encoder, tokenizer, given["unet"], DDPMScheduler.from_config(scheduler), others)

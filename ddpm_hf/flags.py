@@ -360,7 +360,9 @@ def settle_resolution(
     return None
 
 
-def model_size(flags: UNetFlags, vae=None, source: Source | None = None) -> tuple[int | Sequence[int] | None, int]:
+def model_size(
+    flags: UNetFlags, vae=None, source: Source | None = None, token: str | None = None
+) -> tuple[int | Sequence[int] | None, int]:
     """The sample size that the flags name a model of, None where they name none; and the pixels for each of these.
 
     Raises:
@@ -370,7 +372,7 @@ def model_size(flags: UNetFlags, vae=None, source: Source | None = None) -> tupl
         return source.size, 1
     factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
     if flags.model_config_name_or_path:
-        return _read_unet_config(flags.model_config_name_or_path).get("sample_size"), factor
+        return _read_unet_config(flags.model_config_name_or_path, token).get("sample_size"), factor
     if flags.model_preset:
         return MODEL_PRESETS[flags.model_preset].unet["sample_size"], factor
     return (None if vae is None else vae.config.sample_size), 1
@@ -439,11 +441,14 @@ def parse_classifier_flags(argv: list[str]) -> ClassifierConfig:
     )
 
 
-def unet_arguments(flags: UNetFlags, data: DataFlags, vae=None, source: Source | None = None) -> dict[str, Any]:
+def unet_arguments(
+    flags: UNetFlags, data: DataFlags, vae=None, source: Source | None = None, token: str | None = None
+) -> dict[str, Any]:
     """The UNet's arguments, fitted to the images' size and channels, or those of their latents.
 
     Args:
         source: the trained model to start from.
+        token: for a private config on the Hub.
 
     Raises:
         UsageError: a resolution that the UNet cannot halve, or a channel mismatch.
@@ -461,7 +466,7 @@ def unet_arguments(flags: UNetFlags, data: DataFlags, vae=None, source: Source |
         channels = data.channels or chosen["in_channels"] if vae is None else vae.config.latent_channels
         check_channels(source, channels, "images" if vae is None else "latents")
     elif flags.model_config_name_or_path:
-        chosen = dict(_read_unet_config(flags.model_config_name_or_path))
+        chosen = dict(_read_unet_config(flags.model_config_name_or_path, token))
         for key in ("num_class_embeds", "class_embed_type"):  # classes are the data's: --label_column
             chosen.pop(key, None)
         own = chosen.get("in_channels", 3)
@@ -497,11 +502,11 @@ def unet_arguments(flags: UNetFlags, data: DataFlags, vae=None, source: Source |
     return chosen
 
 
-def _read_unet_config(name_or_path: str) -> dict[str, Any]:
+def _read_unet_config(name_or_path: str, token: str | None = None) -> dict[str, Any]:
     from diffusers import UNet2DModel
 
     try:
-        loaded = UNet2DModel.load_config(name_or_path)
+        loaded = UNet2DModel.load_config(name_or_path, token=token)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UsageError(

@@ -26,14 +26,16 @@ def load(
             it started from.
         ema: of a checkpoint, whether to take the averaged weights; by default where it has them.
         revision: branch, tag or commit on the Hub.
-        token: for a private model on the Hub; by default your login.
+        token: for a private model on the Hub, also that which a run started from; by default your login.
 
     Raises:
-        ValueError: no model there, one of another kind, or no such weights.
+        ValueError: no model there, one of another kind, no such weights, or a revision of a folder.
     """
     path = Path(name_or_path)
+    if revision is not None and path.is_dir():
+        raise ValueError(f"revision={revision!r}: {path} is a folder, which has no revisions; leave it out")
     if is_checkpoint(path):
-        return _load_checkpoint(path, ema)
+        return _load_checkpoint(path, ema, token)
     if ema is not None:
         raise ValueError(
             f"ema={ema}: {name_or_path} is not a checkpoint-N folder, and only those hold both weights; leave ema out"
@@ -47,7 +49,7 @@ def is_checkpoint(folder: Path) -> bool:
     return has_unet and not os.path.isfile(folder / MODEL_INDEX)
 
 
-def _load_checkpoint(checkpoint: Path, ema: bool | None) -> Any:
+def _load_checkpoint(checkpoint: Path, ema: bool | None, token: str | None) -> Any:
     """The pipeline of a run's checkpoint."""
     from diffusers import UNet2DModel
 
@@ -61,10 +63,10 @@ def _load_checkpoint(checkpoint: Path, ema: bool | None) -> Any:
             f"{checkpoint} has no averaged (EMA) weights, since it was trained without --use_ema; give ema=False"
             " (--no-ema)"
         )
-    place = find_place(str(checkpoint))
+    place = find_place(str(checkpoint), token=token)
     config = next(filter(None, ((place / part).json(MODEL_CONFIG) for part in UNET_FOLDERS)))
     if config.get("_class_name") == "UNet2DConditionModel":
-        return _load_text_checkpoint(checkpoint, (place.json(MANIFEST) or {}), ema)
+        return _load_text_checkpoint(checkpoint, (place.json(MANIFEST) or {}), ema, token)
     try:
         source = find_source(place)
     except ValueError as error:
@@ -75,7 +77,7 @@ def _load_checkpoint(checkpoint: Path, ema: bool | None) -> Any:
     try:
         unet = UNet2DModel.from_pretrained(folder, use_safetensors=True)
         scheduler = DDPMScheduler.from_config(source.scheduler)
-        vae = load_autoencoder(source.vae) if source.vae else None
+        vae = load_autoencoder(source.vae, token=token) if source.vae else None
         if source.classes:
             return ClassConditionalDDPMPipeline(unet, scheduler, dict(enumerate(source.classes)), vae)
         return DDPMPipeline(unet, scheduler, vae)
@@ -83,7 +85,7 @@ def _load_checkpoint(checkpoint: Path, ema: bool | None) -> Any:
         raise ValueError(f"{checkpoint} cannot be loaded: {why_not_loaded(error)}") from error
 
 
-def _load_text_checkpoint(checkpoint: Path, manifest: dict[str, Any], ema: bool | None) -> Any:
+def _load_text_checkpoint(checkpoint: Path, manifest: dict[str, Any], ema: bool | None, token: str | None) -> Any:
     """The pipeline of a text-to-image run's checkpoint, which holds what was trained alone.
 
     The other components are those of the pipeline that the run has saved, or else those that it started from or made.
@@ -105,7 +107,7 @@ def _load_text_checkpoint(checkpoint: Path, manifest: dict[str, Any], ema: bool 
             return TextToImageDDPMPipeline.from_pretrained(run, use_safetensors=True, **given)
         if not isinstance(manifest.get("settings"), dict):
             raise ValueError(f"nothing says which model the rest is of, and {run} holds no pipeline")
-        return assemble(components_of_run(manifest["settings"], run, manifest.get("scheduler"), given))
+        return assemble(components_of_run(manifest["settings"], run, manifest.get("scheduler"), given, token))
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
         resume = f"ddpm-hf train-text2image --output_dir {shlex.quote(str(run))} --resume_from_checkpoint latest"
         way = (

@@ -27,6 +27,7 @@ from .model_card import (
     write_pictures,
 )
 from .saving import save_half_precision, save_image, save_model, save_pipeline
+from .sources import find_place
 from .training.averaging import raw_weights
 from .training.checkpointing import MANIFEST, SCRAP, checkpoint_step, truncate_jsonl, write_whole
 from .training.config import PipelineConfig, UsageError
@@ -227,12 +228,13 @@ def checkpoint_as_folder(checkpoint: Path, ema: bool | None) -> Iterator[Path]:
     from .inference import load
 
     run = checkpoint.resolve().parent
-    manifest = json.loads(read_text(checkpoint / MANIFEST)) if (checkpoint / MANIFEST).is_file() else {}
+    manifest = find_place(str(checkpoint)).json(MANIFEST) or {}
+    facts = find_place(str(run)).json(RUN_FILE)
     step = manifest.get("step", checkpoint_step(checkpoint.resolve()))
     with tempfile.TemporaryDirectory(prefix="ddpm_hf-") as temporary:
         folder = Path(temporary) / run.name
         load(checkpoint, ema=ema).save_pretrained(folder)
-        for name in ("README.md", METRICS_FILE, RUN_FILE, RESULTS_FILE):
+        for name in ("README.md", METRICS_FILE, RESULTS_FILE):
             if (run / name).is_file():
                 shutil.copyfile(run / name, folder / name)
         truncate_jsonl(folder / METRICS_FILE, step)
@@ -240,12 +242,8 @@ def checkpoint_as_folder(checkpoint: Path, ema: bool | None) -> Iterator[Path]:
         for path in (run / "samples").glob("*-*.png"):
             if path.stem.rpartition("-")[2].isdecimal() and int(path.stem.rpartition("-")[2]) <= step:
                 shutil.copyfile(path, folder / "samples" / path.name)
-        if (folder / RUN_FILE).is_file():
-            facts = {
-                **json.loads(read_text(folder / RUN_FILE)),
-                "step": step,
-                "sessions": manifest.get("sessions", []),
-            }
+        if facts is not None:
+            facts |= {"step": step, "sessions": manifest.get("sessions", [])}
             write_whole(folder / RUN_FILE, json.dumps(facts, indent=1) + "\n")
         yield folder
 

@@ -91,6 +91,35 @@ def test_a_folder_loaded_by_another_class_names_its_own(right, wrong, folders, w
     assert type(ddpm_hf.load(folders[right])) is OURS[right]  # the way out
 
 
+def test_stocks_pipeline_of_another_sampler_is_loaded_as_the_error_says(tmp_path):
+    # Breaks if the way out, ddpm_hf.load, knows fewer classes than the error that names it.
+    folder = tmp_path / "ddim"
+    diffusers.DDIMPipeline(tiny_unet(), diffusers.DDIMScheduler()).save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"for DDPMPipeline, not TextToImageDDPMPipeline.*ddpm_hf\.load\("):
+        TextToImageDDPMPipeline.from_pretrained(folder)
+    pipeline = ddpm_hf.load(folder)
+    assert type(pipeline) is DDPMPipeline
+    assert type(pipeline.scheduler) is diffusers.DDIMScheduler
+
+
+@pytest.mark.parametrize("name", [[], [["DDPMPipeline"]], {}, 3, None])
+def test_a_class_name_that_is_none_is_said_to_be(name, folders, tmp_path):
+    # Breaks if a malformed file is answered with Python's words about hashes.
+    shutil.copytree(folders["DDPMPipeline"], tmp_path / "bad")
+    path = tmp_path / "bad" / "model_index.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "_class_name": name}))
+    with pytest.raises(ValueError, match="_class_name"):
+        DDPMPipeline.from_pretrained(tmp_path / "bad")
+    with pytest.raises(ValueError, match=r"cannot be loaded: it is a .*must be one of DDPMPipeline"):
+        ddpm_hf.load(tmp_path / "bad")
+
+
+def test_a_folder_has_no_revisions(folders):
+    # Breaks if whatever lies in the folder is loaded for the revision that was asked for.
+    with pytest.raises(ValueError, match=r"revision='v1'.*is a folder"):
+        ddpm_hf.load(folders["DDPMPipeline"], revision="v1")
+
+
 def test_a_users_subclass_loads_what_its_base_does(folders):
     # Breaks if only our own names are known.
     class Mine(DDPMPipeline):

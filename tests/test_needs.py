@@ -3,11 +3,13 @@
 import dataclasses
 import shlex
 from typing import NamedTuple
+from unittest import mock
 
 import pytest
 
 import train_text2image
 import train_unconditional
+from ddpm_hf import classifier
 from ddpm_hf.flags import ClassifierConfig, parse_classifier_flags
 from ddpm_hf.training.config import SECRET_FLAGS
 from ddpm_hf.training.needs import needs_of, without_effect
@@ -130,6 +132,48 @@ def test_a_run_that_is_repeated_from_its_settings_says_nothing(program, tmp_path
     config = parse(["--train_data_dir", "x", "--output_dir", str(tmp_path)])
     save_settings(config)
     assert without_effect(parse(["--config", str(tmp_path / "training_config.json")]), "cpu") == []
+
+
+@pytest.mark.parametrize("flags", ["--use_ema False", "--lr_scheduler constant", NO_GRIDS])
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_what_a_recipe_set_asks_for_nothing_in_a_runs_settings_either(program, flags, tmp_path):
+    """Else a run whose recipe was turned off in part is answered with warnings about flags that nobody gave."""
+    config_class, parse = PROGRAMS[program]
+    if flags == NO_GRIDS and not hasattr(config_class, "save_images_epochs"):
+        pytest.skip("a classifier samples no grids")
+    config = parse(["--output_dir", str(tmp_path), *shlex.split(flags)])  # the embedded digits, which have a recipe
+    assert without_effect(config, "cpu") == []
+    save_settings(config)
+    assert without_effect(parse(["--config", str(tmp_path / "training_config.json")]), "cpu") == []
+
+
+TOKEN = "hf_secret"
+UNCONDITIONAL_MAIN, TEXT_MAIN = train_unconditional.main, train_text2image.main
+
+
+@pytest.mark.parametrize(
+    ("main", "flags", "reader"),
+    [
+        (UNCONDITIONAL_MAIN, "--vae_name_or_path user/it", "diffusers.AutoencoderKL.load_config"),
+        (UNCONDITIONAL_MAIN, "--model_config_name_or_path user/it", "diffusers.UNet2DModel.load_config"),
+        (classifier.main, "--model_config_name_or_path user/it", "diffusers.UNet2DModel.load_config"),
+        (TEXT_MAIN, CHECKPOINT, "ddpm_hf.TextToImageDDPMPipeline.from_pretrained"),
+        (TEXT_MAIN, "--vae_name_or_path user/it", "diffusers.AutoencoderKL.load_config"),
+        (TEXT_MAIN, "--text_encoder_name_or_path user/it", "transformers.CLIPTokenizer.from_pretrained"),
+        (TEXT_MAIN, "--model_config_name_or_path user/it", "diffusers.UNet2DConditionModel.load_config"),
+    ],
+    ids=lambda one: one if isinstance(one, str) else one.__module__,
+)
+def test_the_token_reads_whatever_is_on_the_hub(main, flags, reader, tmp_path, capsys):
+    """Else a private model is not found although the token that reads it was given."""
+    argv = shlex.split(f"{flags} --hub_token {TOKEN} --logger none --cpu_threads 1 --output_dir {tmp_path / 'run'}")
+    with mock.patch(reader, side_effect=OSError("not found")) as read, pytest.raises(SystemExit) as end:
+        main(argv)
+    said = capsys.readouterr()
+    assert end.value.code == 2, said.err
+    assert [call.kwargs.get("token") for call in read.call_args_list] == [TOKEN] * read.call_count
+    assert "has no effect" not in said.err
+    assert TOKEN not in said.err + said.out
 
 
 def test_a_file_asks_as_the_command_line_does(tmp_path):

@@ -128,6 +128,15 @@ def test_dry_run_shows_the_checkpoints_files(checkpoint, pushed, run, monkeypatc
     assert files_of(checkpoint.parent) == before
 
 
+@pytest.mark.parametrize("name", ["run.json", "checkpoint-4/manifest.json"])
+@pytest.mark.parametrize("text", ["[]", "{", "3"])
+def test_a_malformed_file_of_the_run_is_named(name, text, checkpoint, pushed, run):
+    # Breaks if a damaged file is a traceback.
+    (checkpoint.parent / name).write_text(text)
+    assert_one_line(run("push", checkpoint), name.rpartition("/")[2], "JSON")
+    assert not pushed
+
+
 def test_what_a_checkpoint_cannot_do_is_one_line(checkpoint, pushed, run):
     # Breaks if an option is passed over.
     assert_one_line(run("push", checkpoint.parent, "--no-ema"), "--no-ema", "not a checkpoint-N")

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -189,6 +190,24 @@ def test_a_part_that_was_moved_is_the_same_part(tmp_path):
     check_unchanged(elsewhere, before)
 
 
+@pytest.mark.parametrize("was", ["vae", "./models/vae/", "models\\vae", "C:\\models\\vae", ".", ".."])
+def test_a_relative_path_moves_with_the_folder_that_it_was_given_in(was, tmp_path, monkeypatch):
+    """Else a run that was begun in another folder, or on Windows, cannot go on with the same autoencoder."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "models/vae").mkdir(parents=True)
+    (tmp_path / "models/other").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    exists = os.path.exists
+    gone = {was, os.path.abspath(was)}  # there was something else in its place where the run began
+    monkeypatch.setattr("ddpm_hf.training.setup.os.path.exists", lambda path: path not in gone and exists(path))
+    config = train_unconditional.UnconditionalConfig(vae_name_or_path=was)
+    before = {"settings": settings_that_go_on(config)}
+    check_unchanged(dataclasses.replace(config, vae_name_or_path="../models/vae"), before)
+    if not was.startswith((".", "C:")) or was.endswith("vae/"):
+        with pytest.raises(UsageError, match="vae_name_or_path"):
+            check_unchanged(dataclasses.replace(config, vae_name_or_path="../models/other"), before)
+
+
 def test_a_name_on_the_hub_is_no_folder_that_was_moved(tmp_path, monkeypatch):
     """Else a run that began with a model of the Hub is recorded to have begun with whatever folder is named."""
     (tmp_path / "model").mkdir()
@@ -331,6 +350,9 @@ def test_text_to_image_goes_on_by_its_folder_alone_at_any_stage(tmp_path):
     stop, argv = ["--max_train_hours", "1e-9"], ["--output_dir", str(part), "--resume_from_checkpoint", "latest"]
     assert run_text_script([*words({**flags, "output_dir": part}), *stop], part).code == 0
     assert sorted(path.name for path in part.glob("*/checkpoint-*")) == ["checkpoint-1"]  # of the autoencoder
+    early = run_text_script([*argv, "--vae_kl_weight", "5"], part)
+    assert early.code == 2
+    assert "--vae_kl_weight 5.0: the run to resume was trained with 0.0001" in early.error()
     for more in (stop, ["--max_train_hours", "1"]):
         run = run_text_script([*argv, *more], part)
         assert run.code == 0, run.err

@@ -1275,6 +1275,12 @@ def test_a_checkpoint_of_a_stopped_run_has_what_it_started_from(trained, tmp_pat
     moved = ddpm_hf.load(tmp_path / "checkpoint-6")
     assert moved.config.guidance_scale == ddpm_hf.load(folder).config.guidance_scale
     np.testing.assert_allclose(pixels_of(moved), pixels_of(ddpm_hf.load(folder)), atol=1e-5)
+    manifest = tmp_path / "checkpoint-6" / "manifest.json"
+    state = read(manifest)
+    del state["settings"]["guidance_scale"]  # as of a version that did not record it: the checkpoint's
+    manifest.write_text(json.dumps(state))
+    start = ddpm_hf.load(state["settings"]["pretrained_model_name_or_path"])
+    assert ddpm_hf.load(tmp_path / "checkpoint-6").config.guidance_scale == start.config.guidance_scale
 
 
 def test_a_stopped_run_from_scratch_is_sampled_and_says_what_is_missing(shop, tmp_path, run):

@@ -144,9 +144,12 @@ class PortablePipelineMixin:
         """Raise ValueError, with the way out, for the `model_index.json` of a model that another pipeline samples."""
         saved_by = index.get("_class_name")
         saved_by = saved_by[-1] if isinstance(saved_by, list) and saved_by else saved_by
-        this = cls._portable_class().__name__
-        other = SAMPLED_BY.get(saved_by)
-        if other == this or saved_by is None:
+        if saved_by is None:
+            return
+        if not isinstance(saved_by, str):
+            raise ValueError(f"{name}: the _class_name in model_index.json must name a class (got {saved_by!r})")
+        this, other = cls._portable_class().__name__, SAMPLED_BY.get(saved_by)
+        if other == this:
             return
         if other == "DDPMPipeline" and this == "ClassConditionalDDPMPipeline":
             return  # whether its UNet embeds classes, its config says, and `__init__` reads it

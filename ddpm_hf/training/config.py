@@ -318,7 +318,10 @@ class LoggingFlags:
     )
 
 
-USES_OF_THE_TOKEN = ("push_to_hub", "dataset_name", "pretrained_model_name_or_path")
+USES_OF_THE_TOKEN = (
+    "push_to_hub", "dataset_name", "pretrained_model_name_or_path", "model_config_name_or_path", "vae_name_or_path",
+    "text_encoder_name_or_path",
+)  # fmt: skip
 
 
 @dataclass
@@ -329,7 +332,7 @@ class HubFlags:
     needs: ClassVar[dict[str, Need]] = {
         "hub_token": Need(
             lambda run: any(getattr(run, name, None) for name in USES_OF_THE_TOKEN),
-            "has no effect without --push_to_hub, --dataset_name or --pretrained_model_name_or_path",
+            "has no effect: nothing is read from the Hub, as by --dataset_name, or uploaded to it",
         )
     }
 
@@ -704,9 +707,13 @@ def parse_layers(
             before = _trained_with(config, stages)
             words = parser.below(before, "--resume_from_checkpoint", [f"--output_dir={config.output_dir}", *words])
             config = parser.parse(parser.over(weaker_layers, words, decided=set(before)))
-        # a file may list all flags, so that its defaults ask for nothing
+        # a file may list all flags, as a run's settings do: there, what they are without it asks for nothing
+        recipes = [values for _, values in weaker_layers(config)] if from_file.config else []
         config.given = frozenset(
-            one.name for one in given if one.name in typed or getattr(config, one.name) != one.default
+            one.name
+            for one in given
+            if one.name in typed
+            or getattr(config, one.name) not in (one.default, *(each.get(one.name) for each in recipes))
         )
         return config
     except UsageError as error:

@@ -9,7 +9,7 @@ import secrets
 import sys
 import tempfile
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
@@ -310,7 +310,9 @@ def _was_moved(was: Any, now: Any) -> bool:
         return False
     if os.path.exists(was):
         return os.path.samefile(was, now)
-    return os.path.isabs(was) or Path(was).name == Path(now).resolve().name
+    path = PureWindowsPath(was)  # which divides at either slash
+    absolute = os.path.isabs(was) or path.is_absolute()
+    return absolute or path.name in ("", "..", Path(now).resolve().name)
 
 
 def check_resumable(

@@ -22,6 +22,7 @@ from .training.rehearsal import rehearse
 from .training.setup import (
     begin_training,
     check_resumable,
+    check_unchanged,
     claim_output_dir,
     find_run,
     log,
@@ -165,6 +166,8 @@ def train_autoencoder(
     """
     folder = Path(config.output_dir) / AUTOENCODER
     if (folder / "config.json").is_file() and config.resume_from_checkpoint:
+        before = find_autoencoder_run(config)
+        check_unchanged(config, before and before[1])
         if accelerator.is_main_process and not rehearse_only:
             remove_unfinished(folder)
         return load_autoencoder(str(folder)).to(accelerator.device)

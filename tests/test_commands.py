@@ -1,6 +1,7 @@
 """The commands around sampling: train, info, presets, push --dry-run; how each ends, and what the package declares."""
 
 import ast
+import json
 import os
 import re
 import runpy
@@ -114,6 +115,34 @@ def test_info_says_what_a_pipeline_is_and_its_lines_run(run, model, tmp_path):
     assert run(*sample, "--out", tmp_path / "out", "--num-images", 1, "--steps", 1)[0] == 0
     load = re.search(r"^load:    (.+)$", said, re.MULTILINE)[1]
     assert type(eval(load, {"ddpm_hf": ddpm_hf})) is ClassConditionalDDPMPipeline
+
+
+@pytest.mark.parametrize(
+    ("part", "config", "program"),
+    [
+        ("unet", {"_class_name": "UNet2DModel"}, "train"),
+        ("unet", {"_class_name": "UNet2DConditionModel"}, "train-text2image"),
+        ("classifier", {"_class_name": "NoisyClassifier"}, "train-classifier"),
+    ],
+    ids=lambda one: one if isinstance(one, str) else "",
+)
+def test_info_of_a_run_without_a_model_yet_names_the_program_that_goes_on(part, config, program, run, tmp_path):
+    # Breaks if a stopped run is told to go on with another program, which refuses its checkpoint.
+    folder = tmp_path / "checkpoint-5"
+    (folder / part).mkdir(parents=True)
+    (folder / part / "config.json").write_text(json.dumps(config))
+    code, said, err = run("info", tmp_path)
+    assert code == 0, err
+    assert re.search(rf"^resume:  ddpm-hf {program} --output_dir ", said, re.MULTILINE)
+
+
+def test_info_of_stocks_pipeline_of_another_sampler_names_what_loads_it(run, tmp_path):
+    # Breaks if what `ddpm-hf sample` samples is called a stranger's.
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "DDIMPipeline"}))
+    code, said, err = run("info", tmp_path)
+    assert code == 0, err
+    assert "unconditional (DDIMPipeline)" in said
+    assert "ddpm_hf.DDPMPipeline.from_pretrained" in said
 
 
 def test_info_of_what_is_no_model_is_one_line(run, tmp_path):

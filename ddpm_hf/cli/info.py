@@ -17,10 +17,12 @@ ddpm-hf info ddpm-model-64
 ddpm-hf info user/photos-ddpm"""
 KINDS = {
     "DDPMPipeline": "unconditional",
+    "DDIMPipeline": "unconditional",
     "ClassConditionalDDPMPipeline": "by class",
     "TextToImageDDPMPipeline": "text to image",
     "StableDiffusionPipeline": "text to image",
 }
+LOADED_BY = {"DDIMPipeline": "DDPMPipeline", "StableDiffusionPipeline": "TextToImageDDPMPipeline"}  # of ours
 MODELS = {
     "NoisyClassifier": "a classifier of noised images, for `ddpm-hf sample --classifier`",
     "AutoencoderKL": "an autoencoder, for --vae_name_or_path",
@@ -146,10 +148,15 @@ def list_runs(source: Source) -> list[Path]:
 Rows = list[tuple[str, Any]]
 
 
+def class_name(index: dict[str, Any]) -> str:
+    """The name of the class that saved a pipeline."""
+    named = index.get("_class_name")
+    return str(named[-1] if isinstance(named, list) and named else named)
+
+
 def pipeline_rows(source: Source, index: dict[str, Any]) -> Rows:
     """What a pipeline is: its kind, networks, diffusion and classes."""
-    named = index.get("_class_name")
-    name = named[1] if isinstance(named, list) else named
+    name = class_name(index)
     unet, scheduler = source.json("unet/config.json"), source.json("scheduler/scheduler_config.json")
     latents = "vae/config.json" in source.paths
     kind = f"{KINDS.get(name, 'a pipeline that is not ours')} ({name}){', in latents' if latents else ''}"
@@ -265,10 +272,9 @@ def loss_rows(metrics: Iterable[dict[str, Any]]) -> Rows:
 def usage(source: Source, index: dict[str, Any], config: dict[str, Any], checkpoints: list[Path]) -> list[str]:
     """What to do with it, as lines to copy."""
     name, lines = source.name, []
-    named = index.get("_class_name")
-    if index and (isinstance(named, list) or named in KINDS):
-        cls = {"StableDiffusionPipeline": "TextToImageDDPMPipeline"}.get(named) if isinstance(named, str) else named[1]
-        cls = cls or named
+    named = class_name(index)
+    if index and (isinstance(index.get("_class_name"), list) or named in KINDS):
+        cls = LOADED_BY.get(named, named)
         classes = list((index.get("id2label") or {}).values())
         example = ["--class", classes[0]] if classes else ["--prompt", "a picture"] if "tokenizer" in index else []
         lines += [
@@ -280,8 +286,15 @@ def usage(source: Source, index: dict[str, Any], config: dict[str, Any], checkpo
     elif config:
         lines.append(f"load:    {config['_class_name']}.from_pretrained({name!r})")
     if checkpoints:
-        text = "tokenizer" in index or (checkpoints[-1] / "text_encoder").is_dir()
-        command = "train-text2image" if text else "train"
-        words = ["ddpm-hf", command, "--output_dir", name, "--resume_from_checkpoint", "latest"]
+        words = ["ddpm-hf", program_of(checkpoints[-1]), "--output_dir", name, "--resume_from_checkpoint", "latest"]
         lines.append(f"resume:  {shlex.join(words)}")
     return lines
+
+
+def program_of(checkpoint: Path) -> str:
+    """The command that goes on from a checkpoint, by what it holds."""
+    if (checkpoint / "classifier").is_dir():
+        return "train-classifier"
+    name = "unet/config.json"
+    unet = Source(str(checkpoint), {name: checkpoint / name} if (checkpoint / name).is_file() else {}).json(name)
+    return "train-text2image" if unet.get("_class_name") == "UNet2DConditionModel" else "train"

@@ -181,7 +181,7 @@ class TextObjectiveFlags:
     }
 
     prediction_type: str | None = HfArg(
-        default=None, help=f"{', '.join(PREDICTION_TYPES)}; by default the checkpoint's, or epsilon."
+        resume=FIXED, default=None, help=f"{', '.join(PREDICTION_TYPES)}; by default the checkpoint's, or epsilon."
     )
     loss_type: str = HfArg(default="l2", help=f"{', '.join(LOSS_TYPES)}.")
     snr_gamma: float | None = HfArg(default=None, help="Min-SNR weighting; 5 is usual.")
@@ -274,13 +274,13 @@ class Text2ImageConfig(
         if self.streaming and self.max_train_steps is None:
             raise UsageError("--streaming has no epochs to count: give --max_train_steps")
         if self.streaming and not (self.pretrained_model_name_or_path or self.vae_name_or_path):
-            raise UsageError("--streaming: an autoencoder is trained on a whole dataset; give --vae_name_or_path")
+            raise UsageError("--streaming: a new autoencoder requires all images at once; give --vae_name_or_path")
         if self.streaming and self.cache_latents:
-            raise UsageError("--cache_latents needs the whole dataset; leave it or --streaming out")
+            raise UsageError("--cache_latents requires all images at once; leave it or --streaming out")
         if self.streaming and not self.pretrained_model_name_or_path and not self.text_encoder_name_or_path:
             raise UsageError("--streaming: a tokenizer is fitted to all captions; give --text_encoder_name_or_path")
         if self.aspect_ratio_buckets and self.streaming:
-            raise UsageError("--aspect_ratio_buckets needs the whole dataset; leave it or --streaming out")
+            raise UsageError("--aspect_ratio_buckets requires all images at once; leave it or --streaming out")
         if self.aspect_ratio_buckets and not (self.pretrained_model_name_or_path or self.vae_name_or_path):
             raise UsageError("--aspect_ratio_buckets: give --vae_name_or_path; a new autoencoder trains on one size")
         if not self.pretrained_model_name_or_path:

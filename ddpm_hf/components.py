@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from .autoencoder import downscaling, load_autoencoder
 from .captions import all_captions, fit_tokenizer, make_text_encoder
@@ -177,8 +177,6 @@ def load_text_encoder(name_or_path: str, token: str | None = None):
     Raises:
         UsageError: there are none.
     """
-    from transformers import CLIPTextModel
-
     of_pipeline = (Path(name_or_path) / "text_encoder").is_dir()
     folders = ("tokenizer", "text_encoder") if of_pipeline else ("", "")
     try:

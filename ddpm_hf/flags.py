@@ -180,7 +180,9 @@ class ObjectiveFlags:
     }
 
     ddpm_num_inference_steps: int = HfArg(resume=FREE, default=1000, help="Steps to sample the grids with.")
-    prediction_type: str = HfArg(default="epsilon", help=f"What the model outputs: {', '.join(PREDICTION_TYPES)}.")
+    prediction_type: str = HfArg(
+        resume=FIXED, default="epsilon", help=f"What the model outputs: {', '.join(PREDICTION_TYPES)}."
+    )
     variance_type: str = HfArg(default="fixed_small", help=f"Of the reverse step: {', '.join(VARIANCE_TYPES)}.")
     objective: str = HfArg(default="simple", help=f"{', '.join(OBJECTIVES)}; hybrid trains a learned variance too.")
     loss_type: str = HfArg(default="l2", help=f"Of the simple objective: {', '.join(LOSS_TYPES)}.")

@@ -17,8 +17,9 @@ import typer.main
 
 import ddpm_hf
 from ddpm_hf import ClassConditionalDDPMPipeline, DDPMScheduler, cli, publishing, spaces
-from ddpm_hf.cli import train
+from ddpm_hf.cli import info, train
 from ddpm_hf.models import MODEL_PRESETS
+from ddpm_hf.portable.hub_ddpm_hf import SAMPLED_BY
 from tests.fixtures_cli import assert_one_line
 from tests.fixtures_pipeline import tiny_unet
 
@@ -115,6 +116,11 @@ def test_info_says_what_a_pipeline_is_and_its_lines_run(run, model, tmp_path):
     assert run(*sample, "--out", tmp_path / "out", "--num-images", 1, "--steps", 1)[0] == 0
     load = re.search(r"^load:    (.+)$", said, re.MULTILINE)[1]
     assert type(eval(load, {"ddpm_hf": ddpm_hf})) is ClassConditionalDDPMPipeline
+
+
+def test_info_names_the_class_that_loads():
+    """Else `info` advises a class that refuses the folder; it has a table of its own, for it imports no diffusers."""
+    assert {name: info.LOADED_BY.get(name, name) for name in info.KINDS} == SAMPLED_BY
 
 
 @pytest.mark.parametrize(

@@ -227,6 +227,7 @@ def test_a_name_on_the_hub_is_no_folder_that_was_moved(tmp_path, monkeypatch):
         {"ddpm_num_steps": 50},
         {"ddpm_beta_schedule": "cosine"},
         {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
+        {"prediction_type": "v_prediction"},
     ],
     ids=lambda flags: next(iter(flags)),
 )

@@ -83,8 +83,9 @@ def push(
         raise ValueError(f"--{'' if ema else 'no-'}ema: {folder} is not a checkpoint-N of a run; leave it out")
     if include and of_run:
         raise ValueError("--include is for a run's output folder, and this is a checkpoint; leave it out")
-    settle(folder.resolve().parent if of_run else folder)
-    name = repository or (folder.resolve().parent if of_run else folder.resolve()).name
+    run = folder.resolve().parent if of_run else folder.resolve()
+    settle(run)
+    name = repository or run.name
     state = [f"nothing was uploaded, and {folder} is complete"]
     with (
         says_what_is_left(lambda: state[-1]),

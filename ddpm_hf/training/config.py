@@ -479,7 +479,7 @@ class PipelineConfig(TrainingConfig, GridFlags, AttentionFlags, PublishingFlags)
         check_license("hub_license", self.hub_license)
         unknown = [name for name in self.save_variants if name not in VARIANTS]
         if unknown:
-            raise UsageError(f"--save_variants must be of {', '.join(VARIANTS)} (got {unknown[0]!r})")
+            raise UsageError(f"--save_variants: each must be one of {', '.join(VARIANTS)} (got {unknown[0]!r})")
         if "non_ema" in self.save_variants and not self.use_ema:
             raise UsageError("--save_variants non_ema requires --use_ema: without, there is one kind of weights")
         if self.hub_strategy == "best" and (
@@ -600,11 +600,11 @@ class OneLineParser(HfArgumentParser):
         weaker = {name: values[name] for name in values if actions[self.spelled(f"--{name}")].dest not in decided}
         return self.tokens(weaker, source) + words
 
-    def over(self, weaker_layers, words: list[str], decided: Iterable[str] = ()) -> list[str]:
-        """The words over a launcher's settings and the layers of `weaker_layers`, except for what is `decided`."""
+    def over(self, layers: list[tuple[str, dict]], words: list[str], decided: Iterable[str] = ()) -> list[str]:
+        """The words over a launcher's settings and these layers, except for what is `decided`."""
         from .launcher import launcher_settings  # which needs this module's UsageError
 
-        for source, values in reversed([*weaker_layers(self.parse(words)), *launcher_settings()]):
+        for source, values in reversed([*layers, *launcher_settings()]):
             # a recipe may set flags that only other commands have
             values = {name: values[name] for name in values if name in self.flags() and name not in decided}
             words = self.below(values, source, words)
@@ -702,18 +702,19 @@ def parse_layers(
         if from_file.config:
             words = parser.below(read_config_file(from_file.config), f"--config {from_file.config}", words)
         given, typed = parser.given(words), {one.name for one in parser.given(argv)}
-        config = parser.parse(parser.over(weaker_layers, words))
+        layers = weaker_layers(parser.parse(words))
+        config = parser.parse(parser.over(layers, words))
         if config.resume_from_checkpoint:
             before = _trained_with(config, stages)
             words = parser.below(before, "--resume_from_checkpoint", [f"--output_dir={config.output_dir}", *words])
-            config = parser.parse(parser.over(weaker_layers, words, decided=set(before)))
+            layers = weaker_layers(parser.parse(words))
+            config = parser.parse(parser.over(layers, words, decided=set(before)))
         # a file may list all flags, as a run's settings do: there, what they are without it asks for nothing
-        recipes = [values for _, values in weaker_layers(config)] if from_file.config else []
         config.given = frozenset(
             one.name
             for one in given
             if one.name in typed
-            or getattr(config, one.name) not in (one.default, *(each.get(one.name) for each in recipes))
+            or getattr(config, one.name) not in (one.default, *(values.get(one.name) for _, values in layers))
         )
         return config
     except UsageError as error:

@@ -1,12 +1,37 @@
 """What this machine is: its cores, its terminal."""
 
+import ctypes
 import os
 import sys
+from collections.abc import Callable
+
+# glibc's parameters (malloc.h), and the value that each has by default
+ALLOCATOR = {"trim_threshold": (-1, 128 << 10), "top_pad": (-2, 128 << 10), "mmap_max": (-4, 65536)}
+KEEP_FREED = {"trim_threshold": 2**31 - 1, "top_pad": 64 << 20, "mmap_max": 0}
 
 
 def usable_cores() -> int:
     """The cores that this process may run on; all of the machine's where the system does not tell (macOS, Windows)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def keep_freed_memory() -> Callable[[], None]:
+    """Let glibc keep freed memory for the next allocation; returns what undoes it. Elsewhere it does nothing.
+
+    By default glibc returns a large freed tensor to the system, and the next one costs a page fault for every 4 KiB:
+    on a CPU a training step, which allocates the same tensors again and again, loses 5% of its time to them.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:
+        return lambda: None
+    for name, value in KEEP_FREED.items():
+        mallopt(ALLOCATOR[name][0], value)
+
+    def undo():
+        for number, value in ALLOCATOR.values():
+            mallopt(number, value)
+
+    return undo
 
 
 def accept_any_text() -> None:

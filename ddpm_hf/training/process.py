@@ -12,6 +12,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from .config import UsageError
+from .machine import keep_freed_memory
 
 
 @contextlib.contextmanager
@@ -46,6 +47,8 @@ def check_accelerator(mixed_precision: str) -> None:
 def _of_torch() -> Iterator[Callable[[], object]]:
     threads = torch.get_num_threads()
     yield lambda: torch.set_num_threads(threads)
+    if not torch.accelerator.is_available():
+        yield keep_freed_memory()
     for place in (torch.backends.cuda.matmul, torch.backends.cudnn):
         yield _attribute(place, "allow_tf32")
     state = torch.get_rng_state()

@@ -33,16 +33,13 @@ from ddpm_hf.training.machine import keep_freed_memory
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(10):
-        torch.ones(64 << 18)
+        [torch.ones(2 << 20) for _ in range(8)]  # freed together, as a step's activations are
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 by_default = faults()
-undo = keep_freed_memory()
-torch.ones(64 << 18)
-kept = faults()
-undo()
-torch.ones(64 << 18)
-print(by_default, kept, faults())
+keep_freed_memory()
+faults()
+print(by_default, faults())
 """
 
 
@@ -50,9 +47,8 @@ print(by_default, kept, faults())
 def test_freed_memory_is_kept_for_the_next_allocation():
     """Else a training step on a CPU pays a page fault for every 4 KiB that it allocates."""
     run = subprocess.run([sys.executable, "-c", PAGE_FAULTS], capture_output=True, text=True, check=True)
-    by_default, kept, undone = map(int, run.stdout.split())
-    assert kept < 100 < by_default / 2
-    assert undone > by_default / 2
+    by_default, kept = map(int, run.stdout.split())
+    assert kept < 1000 < by_default
 
 
 @pytest.fixture

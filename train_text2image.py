@@ -43,19 +43,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from ddpm_hf.common.arguments import FIXED, FREE, START, HfArg, Need, has_grids, names_elsewhere
+from ddpm_hf.common.errors import UsageError
 from ddpm_hf.data.flags import CAPTION_COLUMN, DataFlags
-from ddpm_hf.flags import (
-    AUTOENCODER_FOLDER,
-    ON_THE_HUB,
-    AutoencoderFlags,
-    ScheduleFlags,
-    settle_resolution,
-    use_xformers,
-)
-from ddpm_hf.names import LOSS_TYPES, PREDICTION_TYPES
-from ddpm_hf.training.config import FIXED, FREE, START, HfArg, PipelineConfig, UsageError, has_grids, parse_layers
-from ddpm_hf.training.meanings import names_elsewhere
-from ddpm_hf.training.needs import Need
+from ddpm_hf.latents.flags import AUTOENCODER_FOLDER, AutoencoderFlags
+from ddpm_hf.models.acceleration import use_xformers
+from ddpm_hf.models.flags import ON_THE_HUB
+from ddpm_hf.models.sizes import settle_resolution
+from ddpm_hf.objectives.flags import ScheduleFlags
+from ddpm_hf.objectives.names import LOSS_TYPES, PREDICTION_TYPES
+from ddpm_hf.training.flags import PipelineConfig
+from ddpm_hf.training.parsing import parse_layers
 
 QUARTILES = ("loss_q1", "loss_q2", "loss_q3", "loss_q4")  # of the timesteps, from little noise to much
 # The settings that the model card shows
@@ -308,7 +306,7 @@ def weaker_layers(config: Text2ImageConfig) -> list:
     recipe = SCRATCH_RECIPE | ({"cache_latents": False} if config.streaming else {})
     layers = [("the recipe from scratch", recipe)]
     if config.embedded:
-        from ddpm_hf.training.setup import cpu_has_bf16
+        from ddpm_hf.common.machine import cpu_has_bf16
 
         half = {"mixed_precision": "bf16" if cpu_has_bf16() else "no"}
         layers.append(("the embedded recipe", {**DIGITS_RECIPE, **half}))
@@ -329,49 +327,46 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
-from ddpm_hf.attention import choose_attention
-from ddpm_hf.autoencoder import downscaling, find_autoencoder_run, make_autoencoder, train_autoencoder
-from ddpm_hf.buckets import BucketedDataset, bucket_sizes, bucketed
-from ddpm_hf.captions import all_captions, encode_captions, warn_of_cut_captions
-from ddpm_hf.components import (
-    Components,
-    assemble,
-    build,
-    draw_blueprint,
-    fit_to_size,
-    load_checkpoint_components,
-    save_tokenizer,
-)
-from ddpm_hf.data import DIGIT_NAMES, DataError, should_cache
-from ddpm_hf.feeding import Images, make_batches, make_plan, open_images
-from ddpm_hf.latents import cache_embeddings, cached_latents, check_cacheable, x_start_of
-from ddpm_hf.models import compiled, time_blindness
-from ddpm_hf.objectives import UniformTimestepSampler, check_objective, training_losses
+from ddpm_hf.common.errors import DataError
+from ddpm_hf.common.layout import COMPONENTS, layout
+from ddpm_hf.common.randomness import StepKeys
+from ddpm_hf.data import DIGIT_NAMES, should_cache
+from ddpm_hf.data.batches import Images, make_batches, make_plan, open_images
+from ddpm_hf.data.buckets import BucketedDataset, bucket_sizes, bucketed
+from ddpm_hf.inference.components import Components, assemble, load_checkpoint_components
+from ddpm_hf.latents.autoencoder import make_autoencoder
+from ddpm_hf.latents.cache import cache_embeddings, cached_latents, check_cacheable
+from ddpm_hf.latents.encoding import x_start_of
+from ddpm_hf.latents.training import find_autoencoder_run, train_autoencoder
+from ddpm_hf.models.acceleration import choose_attention, compiled
+from ddpm_hf.models.autoencoder import downscaling
+from ddpm_hf.models.unet import time_blindness
+from ddpm_hf.objectives.losses import check_objective, training_losses
+from ddpm_hf.objectives.timestep_samplers import UniformTimestepSampler
 from ddpm_hf.portable.pipeline_text2image_ddpm_hf import TextToImageDDPMPipeline, cut_off, tokenize
 from ddpm_hf.portable.scheduling_ddpm_hf import DDPMScheduler
-from ddpm_hf.previews import draw_grid
-from ddpm_hf.publishing import Publisher, describe_run, reserve_repository
-from ddpm_hf.training.faults import ends_in_one_line
-from ddpm_hf.training.loop import Losses, StepPlan, averaged_weights, sum_over_ranks, training_loop, unwrap
-from ddpm_hf.training.ownership import COMPONENTS, layout
-from ddpm_hf.training.randomness import StepKeys
+from ddpm_hf.publishing.publisher import Publisher, describe_run, reserve_repository
+from ddpm_hf.text.captions import all_captions, encode_captions, warn_of_cut_captions
+from ddpm_hf.text.components import build, draw_blueprint, fit_to_size, save_tokenizer
+from ddpm_hf.training.ending import ends_in_one_line
+from ddpm_hf.training.logs import end_training, log, start_trackers
+from ddpm_hf.training.loop import training_loop
+from ddpm_hf.training.meter import Losses, sum_over_ranks
+from ddpm_hf.training.plan import StepPlan
+from ddpm_hf.training.previews import draw_grid
 from ddpm_hf.training.rehearsal import measure_pace, rehearse
 from ddpm_hf.training.reporting import ending, run_lines, show, shows_bars, table
-from ddpm_hf.training.setup import (
-    agree_on_seed,
-    begin_training,
+from ddpm_hf.training.setup.accelerator import start_accelerator
+from ddpm_hf.training.setup.begin import begin_training, run_facts
+from ddpm_hf.training.setup.claiming import (
     check_resumable,
     check_unchanged,
     claim_output_dir,
     describe_start,
-    end_training,
     find_run,
-    log,
-    run_facts,
-    save_settings,
-    start_accelerator,
-    start_trackers,
 )
+from ddpm_hf.training.setup.settings import agree_on_seed, save_settings
+from ddpm_hf.training.state import averaged_weights, unwrap
 from ddpm_hf.training.stopping import deadline_of
 
 

@@ -40,24 +40,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from ddpm_hf.common.arguments import HfArg, Need, names_elsewhere
+from ddpm_hf.common.errors import UsageError
 from ddpm_hf.data.flags import DataFlags
-from ddpm_hf.flags import (
-    LatentFlags,
-    ObjectiveFlags,
-    ScheduleFlags,
-    StartFlags,
-    UNetFlags,
-    advice_on_a_cpu,
-    make_scheduler,
-    make_unet,
-    model_size,
-    settle_resolution,
-    unet_arguments,
-    weaker_layers,
-)
-from ddpm_hf.training.config import HfArg, PipelineConfig, UsageError, parse_layers
-from ddpm_hf.training.meanings import names_elsewhere
-from ddpm_hf.training.needs import Need
+from ddpm_hf.latents.flags import LatentFlags
+from ddpm_hf.models.diffusion import make_scheduler
+from ddpm_hf.models.flags import StartFlags, UNetFlags
+from ddpm_hf.models.recipes import advice_on_a_cpu, weaker_layers
+from ddpm_hf.models.sizes import model_size, settle_resolution, unet_arguments
+from ddpm_hf.models.unet import make_unet
+from ddpm_hf.objectives.flags import ObjectiveFlags, ScheduleFlags
+from ddpm_hf.training.flags import PipelineConfig
+from ddpm_hf.training.parsing import parse_layers
 
 QUARTILES = ("loss_q1", "loss_q2", "loss_q3", "loss_q4")  # of the timesteps, from little noise to much
 # The settings that the model card shows
@@ -125,40 +119,42 @@ import torch
 from diffusers import AutoencoderKL, UNet2DModel
 from diffusers.utils import logging as diffusers_logging
 
-from ddpm_hf.attention import choose_attention
-from ddpm_hf.autoencoder import load_autoencoder
-from ddpm_hf.data import DataError, ImageDataset
-from ddpm_hf.feeding import Images, make_batches, make_plan, open_images
-from ddpm_hf.latents import cached_latents, check_cacheable, x_start_of
-from ddpm_hf.models import compiled, time_blindness
-from ddpm_hf.objectives import TIMESTEP_SAMPLERS, UniformTimestepSampler, simple_losses, training_losses
+from ddpm_hf.common.errors import DataError
+from ddpm_hf.common.layout import layout
+from ddpm_hf.common.randomness import StepKeys
+from ddpm_hf.data import ImageDataset
+from ddpm_hf.data.batches import Images, make_batches, make_plan, open_images
+from ddpm_hf.latents.cache import cached_latents, check_cacheable
+from ddpm_hf.latents.encoding import x_start_of
+from ddpm_hf.models.acceleration import choose_attention, compiled
+from ddpm_hf.models.autoencoder import load_autoencoder
+from ddpm_hf.models.pretrained import differences, revision_of_vae, source_of, start_from
+from ddpm_hf.models.unet import time_blindness
+from ddpm_hf.objectives.losses import simple_losses, training_losses
+from ddpm_hf.objectives.timestep_samplers import TIMESTEP_SAMPLERS, UniformTimestepSampler
 from ddpm_hf.portable.pipeline_class_conditional_ddpm_hf import ClassConditionalDDPMPipeline
 from ddpm_hf.portable.pipeline_ddpm_hf import DDPMPipeline
 from ddpm_hf.portable.scheduling_ddpm_hf import DDPMScheduler
-from ddpm_hf.pretrained import differences, revision_of_vae, source_of, start_from
-from ddpm_hf.previews import draw_grid
-from ddpm_hf.publishing import Publisher, describe_run, reserve_repository
-from ddpm_hf.training.faults import ends_in_one_line
-from ddpm_hf.training.loop import Losses, StepPlan, averaged_weights, sum_over_ranks, training_loop, unwrap
-from ddpm_hf.training.ownership import layout
-from ddpm_hf.training.randomness import StepKeys
+from ddpm_hf.publishing.publisher import Publisher, describe_run, reserve_repository
+from ddpm_hf.training.ending import ends_in_one_line
+from ddpm_hf.training.logs import end_training, log, start_trackers
+from ddpm_hf.training.loop import training_loop
+from ddpm_hf.training.meter import Losses, sum_over_ranks
+from ddpm_hf.training.plan import StepPlan
+from ddpm_hf.training.previews import draw_grid
 from ddpm_hf.training.rehearsal import measure_pace, rehearse
 from ddpm_hf.training.reporting import ending, run_lines, show, shows_bars, table, weights_memory
-from ddpm_hf.training.setup import (
-    agree_on_seed,
-    begin_training,
+from ddpm_hf.training.setup.accelerator import start_accelerator
+from ddpm_hf.training.setup.begin import begin_training, run_facts
+from ddpm_hf.training.setup.claiming import (
     check_resumable,
     check_unchanged,
     claim_output_dir,
     describe_start,
-    end_training,
     find_run,
-    log,
-    run_facts,
-    save_settings,
-    start_accelerator,
-    start_trackers,
 )
+from ddpm_hf.training.setup.settings import agree_on_seed, save_settings
+from ddpm_hf.training.state import averaged_weights, unwrap
 from ddpm_hf.training.stopping import deadline_of
 
 

@@ -16,7 +16,7 @@ from digit_quality import real_digits
 from tqdm.auto import tqdm
 
 from ddpm_hf import DDPMPipeline, DDPMScheduler, bits_per_dim
-from ddpm_hf.training.machine import usable_cores
+from ddpm_hf.common.machine import usable_cores
 
 
 class Remembered(torch.nn.Module):

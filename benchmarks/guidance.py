@@ -18,9 +18,9 @@ from sklearn.svm import SVC
 from tqdm.auto import tqdm
 
 from ddpm_hf import ClassConditionalDDPMPipeline, DDPMPipeline, DDPMScheduler
-from ddpm_hf.classifier import NoisyClassifier
-from ddpm_hf.data import image_grid
-from ddpm_hf.training.machine import usable_cores
+from ddpm_hf.common.machine import usable_cores
+from ddpm_hf.common.pictures import image_grid
+from ddpm_hf.models.classifier import NoisyClassifier
 
 
 class StockDDIM(DDIMScheduler):

@@ -293,7 +293,8 @@ def scraps(run: Path) -> set[tuple[str, int]]:
 
 def complete_checkpoints(run: Path) -> list[int]:
     """The newest step, of each stage, that `latest` would resume."""
-    from ddpm_hf.training.checkpointing import checkpoint_step, find_checkpoint, list_checkpoints
+    from ddpm_hf.common.checkpoints import checkpoint_step, list_checkpoints
+    from ddpm_hf.training.checkpointing import find_checkpoint
 
     steps = []
     for folder in (run / "autoencoder", run):

@@ -18,8 +18,9 @@ from sklearn.svm import SVC
 from tqdm.auto import tqdm
 
 from ddpm_hf import TextToImageDDPMPipeline
-from ddpm_hf.data import DIGIT_CAPTIONS, DIGIT_NAMES, image_grid
-from ddpm_hf.training.machine import usable_cores
+from ddpm_hf.common.machine import usable_cores
+from ddpm_hf.common.pictures import image_grid
+from ddpm_hf.data import DIGIT_CAPTIONS, DIGIT_NAMES
 
 PARAPHRASES = ("a picture of a handwritten {}", "the handwritten number {}")
 

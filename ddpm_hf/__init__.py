@@ -17,27 +17,27 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time `__getattr_
     from . import portable as portable
     from . import training as training
     from .evaluation.likelihood import bits_per_dim as bits_per_dim
-    from .inference import load as load
-    from .model_card import record_result as record_result
-    from .objectives import training_losses as training_losses
+    from .evaluation.results import record_result as record_result
+    from .inference.loading import load as load
+    from .objectives.losses import training_losses as training_losses
     from .portable.pipeline_class_conditional_ddpm_hf import (
         ClassConditionalDDPMPipeline as ClassConditionalDDPMPipeline,
     )
     from .portable.pipeline_ddpm_hf import DDPMPipeline as DDPMPipeline
     from .portable.pipeline_text2image_ddpm_hf import TextToImageDDPMPipeline as TextToImageDDPMPipeline
-    from .portable.scheduling_ddpm_hf import BETA_SCHEDULES as BETA_SCHEDULES
+    from .portable.schedules_ddpm_hf import BETA_SCHEDULES as BETA_SCHEDULES
     from .portable.scheduling_ddpm_hf import DDPMScheduler as DDPMScheduler
 
 _HOMES = {
-    "BETA_SCHEDULES": ".portable.scheduling_ddpm_hf",
+    "BETA_SCHEDULES": ".portable.schedules_ddpm_hf",
     "DDPMScheduler": ".portable.scheduling_ddpm_hf",
     "ClassConditionalDDPMPipeline": ".portable.pipeline_class_conditional_ddpm_hf",
     "DDPMPipeline": ".portable.pipeline_ddpm_hf",
     "TextToImageDDPMPipeline": ".portable.pipeline_text2image_ddpm_hf",
     "bits_per_dim": ".evaluation.likelihood",
-    "load": ".inference",
-    "record_result": ".model_card",
-    "training_losses": ".objectives",
+    "load": ".inference.loading",
+    "record_result": ".evaluation.results",
+    "training_losses": ".objectives.losses",
 }
 _SUBMODULES = ("data", "evaluation", "functional", "models", "objectives", "portable", "training")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ddpm_hf import ClassConditionalDDPMPipeline, DDPMPipeline, DDPMScheduler
-from ddpm_hf.training.randomness import keyed_seed
+from ddpm_hf.common.randomness import keyed_seed
 from tests.fixtures_pipeline import tiny_unet
 from tests.fixtures_text import stable_diffusion_scheduler, tiny_text_pipeline
 from tests.hub_server import LARGE, Blob, Hub, Repository

@@ -9,9 +9,9 @@ import torch
 from diffusers import UNet2DConditionModel
 
 import train_text2image
-from ddpm_hf.captions import fit_tokenizer, make_text_encoder
 from ddpm_hf.portable.pipeline_text2image_ddpm_hf import STABLE_DIFFUSION_SETTINGS, TextToImageDDPMPipeline
 from ddpm_hf.portable.scheduling_ddpm_hf import DDPMScheduler
+from ddpm_hf.text.captions import fit_tokenizer, make_text_encoder
 from tests import fixtures_unconditional
 from tests.fixtures_pipeline import tiny_vae
 from tests.fixtures_unconditional import Run, encoded, random_pixels

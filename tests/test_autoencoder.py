@@ -18,26 +18,18 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from PIL import Image
 from safetensors.torch import load_file
 
-from ddpm_hf import autoencoder
-from ddpm_hf.autoencoder import (
-    AutoencoderFlags,
-    Reconstruction,
-    compute_loss,
-    downscaling,
-    load_autoencoder,
-    make_autoencoder,
-    measure_scaling_factor,
-    train_autoencoder,
-)
+from ddpm_hf.common.errors import UsageError
+from ddpm_hf.common.randomness import StepKeys
 from ddpm_hf.data import ImageDataset, ImageTransform, Rows, to_model_range
-from ddpm_hf.feeding import Images, open_images
-from ddpm_hf.training.config import UsageError
-from ddpm_hf.training.randomness import StepKeys
-from ddpm_hf.training.setup import start_accelerator
+from ddpm_hf.data.batches import Images, open_images
+from ddpm_hf.latents import autoencoder
+from ddpm_hf.latents.autoencoder import AutoencoderFlags, make_autoencoder
+from ddpm_hf.latents.training import Reconstruction, compute_loss, measure_scaling_factor, train_autoencoder
+from ddpm_hf.models.autoencoder import downscaling, load_autoencoder
+from ddpm_hf.training.setup.accelerator import start_accelerator
+from tests.fixtures_pipeline import tiny_vae
+from tests.fixtures_unconditional import encoded, image_rows, quiet, random_pixels, write_rows
 from train_text2image import Text2ImageConfig
-
-from .fixtures_pipeline import tiny_vae
-from .fixtures_unconditional import encoded, image_rows, quiet, random_pixels, write_rows
 
 PIXELS = random_pixels(22, 8, 8)
 

@@ -8,11 +8,11 @@ import torch
 from diffusers.training_utils import EMAModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from ddpm_hf.common.errors import UsageError
 from ddpm_hf.training.averaging import ema_weights, load_ema, make_ema, save_ema, update_ema
-from ddpm_hf.training.config import TrainingConfig, UsageError
-from ddpm_hf.training.setup import make_optimizer
-
-from .fixtures_pipeline import tiny_unet
+from ddpm_hf.training.flags import TrainingConfig
+from ddpm_hf.training.setup.optimizer import make_optimizer
+from tests.fixtures_pipeline import tiny_unet
 
 CPU = torch.device("cpu")
 

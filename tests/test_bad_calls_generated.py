@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ddpm_hf import ClassConditionalDDPMPipeline, DDPMPipeline, DDPMScheduler, cli
-from ddpm_hf.portable.scheduling_ddpm_hf import BETA_SCHEDULES, PREDICTION_TYPES, VARIANCE_TYPES
-from ddpm_hf.space import drawing
+from ddpm_hf.inference import studio as drawing
+from ddpm_hf.portable.schedules_ddpm_hf import BETA_SCHEDULES
+from ddpm_hf.portable.scheduling_ddpm_hf import PREDICTION_TYPES, VARIANCE_TYPES
 from tests.fixtures_generated import HOSTILE, TIMES, Tally, ended, generated, report
 from tests.fixtures_pipeline import generators, randn, tiny_unet
 from tests.fixtures_text import tiny_text_pipeline

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file
 
 import train_unconditional
-from ddpm_hf import publishing
 from ddpm_hf.data import embedded_digits
+from ddpm_hf.publishing import hub as publishing
 from tests.fixtures_unconditional import (
     BASE,
     TINY_UNET,
@@ -133,7 +133,7 @@ def test_every_choice_that_help_lists_is_accepted(shop, tmp_path, capsys):
 
 def parser():
     """The script's flags."""
-    from ddpm_hf.training.config import OneLineParser
+    from ddpm_hf.training.parsing import OneLineParser
 
     return OneLineParser(train_unconditional.UnconditionalConfig)
 

@@ -22,11 +22,13 @@ from hypothesis import strategies as st
 
 import train_text2image
 import train_unconditional
-from ddpm_hf import classifier
-from ddpm_hf.models import MODEL_PRESETS
-from ddpm_hf.objectives import LOSS_TYPES, OBJECTIVES, TIMESTEP_SAMPLERS
-from ddpm_hf.portable.scheduling_ddpm_hf import BETA_SCHEDULES, PREDICTION_TYPES, VARIANCE_TYPES
-from ddpm_hf.training import config as configuration
+from ddpm_hf.cli import classifier_training as classifier
+from ddpm_hf.models.presets import MODEL_PRESETS
+from ddpm_hf.objectives.losses import LOSS_TYPES, OBJECTIVES
+from ddpm_hf.objectives.timestep_samplers import TIMESTEP_SAMPLERS
+from ddpm_hf.portable.schedules_ddpm_hf import BETA_SCHEDULES
+from ddpm_hf.portable.scheduling_ddpm_hf import PREDICTION_TYPES, VARIANCE_TYPES
+from ddpm_hf.training import flags as configuration
 from ddpm_hf.training import rehearsal
 from tests import fixtures_unconditional
 from tests.fixtures_generated import HOSTILE, TIMES, Tally, ended, files_below, generated, report

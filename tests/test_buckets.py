@@ -6,10 +6,10 @@ import datasets
 import numpy as np
 import pytest
 
-from ddpm_hf.buckets import bucket_sizes, bucketed, nearest_bucket
 from ddpm_hf.data import ImageDataset, ImageTransform, Rows
-from ddpm_hf.training.loop import KeyedBatchSampler, StepPlan
-from ddpm_hf.training.randomness import bucketed_length, keyed_bucketed_order
+from ddpm_hf.data.buckets import bucket_sizes, bucketed, nearest_bucket
+from ddpm_hf.data.orders import bucketed_length, keyed_bucketed_order
+from ddpm_hf.training.plan import KeyedBatchSampler, StepPlan
 from tests.fixtures_text import run_text_script, tiny_text_pipeline
 from tests.fixtures_unconditional import encoded, image_rows, quiet, words
 

@@ -20,10 +20,12 @@ from safetensors.torch import load_file
 
 import train_unconditional
 from ddpm_hf import ClassConditionalDDPMPipeline, DDPMPipeline
-from ddpm_hf.data import image_grid, to_model_range
-from ddpm_hf.feeding import make_batches, open_images
-from ddpm_hf.training.loop import StepPlan
-from ddpm_hf.training.randomness import StepKeys, keyed_balanced_order, keyed_seed
+from ddpm_hf.common.pictures import image_grid
+from ddpm_hf.common.randomness import StepKeys, keyed_seed
+from ddpm_hf.data import to_model_range
+from ddpm_hf.data.batches import make_batches, open_images
+from ddpm_hf.data.orders import keyed_balanced_order
+from ddpm_hf.training.plan import StepPlan
 from tests.fixtures_pipeline import tiny_unet
 from tests.fixtures_unconditional import (
     encoded,

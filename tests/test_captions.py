@@ -15,11 +15,10 @@ from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from ddpm_hf.captions import END, START, all_captions, encode_captions, fit_tokenizer, make_text_encoder
+from ddpm_hf.common.errors import DataError
 from ddpm_hf.data import (
     DIGIT_CAPTIONS,
     DIGIT_NAMES,
-    DataError,
     DataFlags,
     ImageDataset,
     ImageTransform,
@@ -31,11 +30,11 @@ from ddpm_hf.data import (
     load_rows,
     read_dataset,
 )
-from ddpm_hf.training.loop import KeyedBatchSampler, StepPlan
-from ddpm_hf.training.randomness import keyed_permutation
-
-from .fixtures_pipeline import tiny_vae
-from .fixtures_unconditional import encoded, image_rows, quiet, write_rows
+from ddpm_hf.data.orders import keyed_permutation
+from ddpm_hf.text.captions import END, START, all_captions, encode_captions, fit_tokenizer, make_text_encoder
+from ddpm_hf.training.plan import KeyedBatchSampler, StepPlan
+from tests.fixtures_pipeline import tiny_vae
+from tests.fixtures_unconditional import encoded, image_rows, quiet, write_rows
 
 CPU = torch.device("cpu")
 DIGITS = sorted(caption.format(name) for caption in DIGIT_CAPTIONS for name in DIGIT_NAMES)

@@ -17,10 +17,12 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 
-from ddpm_hf import ClassConditionalDDPMPipeline, DDPMPipeline, DDPMScheduler, classifier, cli
-from ddpm_hf.classifier import AttentionPool, NoisyClassifier, compute_loss, validation_accuracy
+from ddpm_hf import ClassConditionalDDPMPipeline, DDPMPipeline, DDPMScheduler, cli
+from ddpm_hf.cli import classifier_training as classifier
+from ddpm_hf.cli.classifier_training import compute_loss, validation_accuracy
+from ddpm_hf.common.randomness import StepKeys
+from ddpm_hf.models.classifier import AttentionPool, NoisyClassifier
 from ddpm_hf.training.checkpointing import read_manifest
-from ddpm_hf.training.randomness import StepKeys
 from tests.fixtures_pipeline import randn, tiny_unet, tiny_unet_config
 from tests.fixtures_unconditional import run_script, words, write_images, write_unet
 

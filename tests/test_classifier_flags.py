@@ -14,9 +14,9 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from ddpm_hf import classifier
-from ddpm_hf.flags import NO_CLASSIFIER, ClassifierConfig, parse_classifier_flags
-from ddpm_hf.training.config import PipelineConfig
+from ddpm_hf.cli import classifier_training as classifier
+from ddpm_hf.cli.classifier_flags import NO_CLASSIFIER, ClassifierConfig, parse_classifier_flags
+from ddpm_hf.training.flags import PipelineConfig
 from tests.fixtures_unconditional import (
     Run,
     encoded,

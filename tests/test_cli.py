@@ -14,9 +14,9 @@ from PIL import Image
 
 from ddpm_hf import DDPMPipeline, DDPMScheduler, TextToImageDDPMPipeline
 from ddpm_hf.cli.conditions import class_ids
-from ddpm_hf.space.samplers import SAMPLERS
-from ddpm_hf.training.ownership import MANIFEST
-from ddpm_hf.training.randomness import keyed_seed
+from ddpm_hf.common.ownership import MANIFEST
+from ddpm_hf.common.randomness import keyed_seed
+from ddpm_hf.inference.samplers import SAMPLERS
 from tests.fixtures_cli import assert_one_line, images
 from tests.fixtures_pipeline import tiny_unet
 from tests.fixtures_text import tiny_text_pipeline

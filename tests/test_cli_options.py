@@ -65,8 +65,11 @@ class Seen(NamedTuple):
 @pytest.fixture
 def observe(shop, tmp_path, run, monkeypatch):
     """Runs a command in a new folder; what would reach the Hub goes nowhere, and is noted."""
-    from ddpm_hf import inference, publishing, saving, spaces
     from ddpm_hf.cli import info, sample
+    from ddpm_hf.inference import loading as inference
+    from ddpm_hf.models import saving
+    from ddpm_hf.publishing import hub as publishing
+    from ddpm_hf.publishing import spaces
 
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_login")
@@ -294,6 +297,6 @@ def test_the_version(observe):
 
 def test_presets_lists_all(observe):
     """Else a preset is there that nobody finds."""
-    from ddpm_hf.models import MODEL_PRESETS
+    from ddpm_hf.models.presets import MODEL_PRESETS
 
     assert all(name in observe("presets").out for name in MODEL_PRESETS)

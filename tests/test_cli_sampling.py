@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 from ddpm_hf import ClassConditionalDDPMPipeline, DDPMPipeline, DDPMScheduler, TextToImageDDPMPipeline
+from ddpm_hf.common.randomness import keyed_seed
+from ddpm_hf.inference.samplers import SAMPLERS, usable_samplers
+from ddpm_hf.inference.studio import Studio
 from ddpm_hf.portable.guidance_ddpm_hf import find_class
-from ddpm_hf.space.drawing import Studio
-from ddpm_hf.space.samplers import SAMPLERS, usable_samplers
-from ddpm_hf.training.randomness import keyed_seed
 from tests.fixtures_cli import assert_one_line, images
 from tests.fixtures_pipeline import tiny_unet
 from tests.fixtures_text import tiny_text_pipeline

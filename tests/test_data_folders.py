@@ -16,7 +16,8 @@ import pandas
 import pytest
 from PIL import Image
 
-from ddpm_hf.data import DataError, DataFlags, ImageDataset, ImageTransform, decode_row, load_rows, read_dataset
+from ddpm_hf.common.errors import DataError
+from ddpm_hf.data import DataFlags, ImageDataset, ImageTransform, decode_row, load_rows, read_dataset
 from ddpm_hf.data.formats import register_plugins
 from tests.fixtures_unconditional import encoded, image_rows, quiet
 

@@ -21,11 +21,12 @@ from accelerate.utils import DistributedType
 from diffusers import UNet2DModel
 
 import train_unconditional
-from ddpm_hf import publishing
+from ddpm_hf.common.errors import UsageError
+from ddpm_hf.publishing import hub as publishing
 from ddpm_hf.training import loop
 from ddpm_hf.training.checkpointing import read_manifest
-from ddpm_hf.training.config import TrainingConfig, UsageError
-from ddpm_hf.training.setup import fit_engine
+from ddpm_hf.training.flags import TrainingConfig
+from ddpm_hf.training.setup.accelerator import fit_engine
 from ddpm_hf.training.stopping import Stop
 from tests.fixtures_pipeline import tiny_vae
 from tests.fixtures_unconditional import (
@@ -260,7 +261,7 @@ def test_latents_that_find_no_room(shop, tmp_path):
         "vae_name_or_path": tmp_path / "vae", "cache_latents": True, "center_crop": True, "resolution": 16,
         "model_config_name_or_path": tmp_path / "unet",
     }  # fmt: skip
-    from ddpm_hf.latents import TensorTable
+    from ddpm_hf.latents.table import TensorTable
 
     with without_room(TensorTable, "add"):
         run = train(shop, tmp_path / "run", **flags)

@@ -25,9 +25,9 @@ from diffusers import UNet2DModel
 from PIL import Image
 
 import train_unconditional
-from ddpm_hf import publishing
-from ddpm_hf.models import MODEL_PRESETS
-from ddpm_hf.training.setup import public_settings, save_settings
+from ddpm_hf.models.presets import MODEL_PRESETS
+from ddpm_hf.publishing import hub as publishing
+from ddpm_hf.training.setup.settings import public_settings, save_settings
 from tests.fixtures_unconditional import (
     BASE,
     Run,
@@ -546,7 +546,7 @@ def test_local_rank_is_what_an_old_launcher_says(environment, wanted, base, tmp_
 
     with (
         mock.patch.dict(os.environ, {**launcher, **environment}),
-        mock.patch("ddpm_hf.training.setup.Accelerator", started),
+        mock.patch("ddpm_hf.training.setup.begin.Accelerator", started),
     ):
         run = run_script(words({**base, "local_rank": 1, "output_dir": tmp_path / "run"}), tmp_path / "run")
     assert "enough seen" in run.err

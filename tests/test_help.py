@@ -12,10 +12,12 @@ import pytest
 
 import train_text2image
 import train_unconditional
-from ddpm_hf import names, objectives
-from ddpm_hf.flags import ClassifierConfig
+from ddpm_hf.cli.classifier_flags import ClassifierConfig
+from ddpm_hf.common.errors import UsageError
+from ddpm_hf.objectives import losses as objectives
+from ddpm_hf.objectives import names
 from ddpm_hf.portable import scheduling_ddpm_hf
-from ddpm_hf.training.config import OneLineParser, UsageError
+from ddpm_hf.training.parsing import OneLineParser
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = {

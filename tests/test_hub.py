@@ -9,7 +9,7 @@ import urllib.request
 import numpy as np
 import pytest
 
-from ddpm_hf.training.ownership import MANIFEST
+from ddpm_hf.common.ownership import MANIFEST
 from tests.fixtures_hub import ROOT, STRANGERS, TOKEN, WRONG, run
 from tests.hub_server import ATTRIBUTES, Hub
 

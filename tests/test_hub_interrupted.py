@@ -38,7 +38,7 @@ import io, json, os, sys, time, traceback
 from pathlib import Path
 from huggingface_hub.utils import _http
 import huggingface_hub.hf_api
-import ddpm_hf.cli, ddpm_hf.publishing
+import ddpm_hf.cli, ddpm_hf.publishing.hub
 
 class Impatient:
     sleep = staticmethod(lambda seconds: None)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_hf.training.ownership import MANIFEST
+from ddpm_hf.common.ownership import MANIFEST
 from tests.fixtures_hub import DRAWING, ROOT, TOKEN, WITHOUT, run
 from tests.fixtures_unconditional import words
 from tests.hub_server import Hub

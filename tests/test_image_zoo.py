@@ -23,8 +23,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from ddpm_hf.buckets import aspect_ratios
-from ddpm_hf.data import DataError, ImageDataset, ImageTransform, Rows, label_ids, read_dataset, to_model_range
+from ddpm_hf.common.errors import DataError
+from ddpm_hf.data import ImageDataset, ImageTransform, Rows, label_ids, read_dataset, to_model_range
+from ddpm_hf.data.buckets import aspect_ratios
 from tests.fixtures_generated import Tally, generated, report
 from tests.fixtures_unconditional import encoded, quiet, random_pixels, write_images
 

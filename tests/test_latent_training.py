@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from ddpm_hf import ClassConditionalDDPMPipeline, DDPMPipeline
-from ddpm_hf.autoencoder import load_autoencoder
-from ddpm_hf.training.randomness import StepKeys
+from ddpm_hf.common.randomness import StepKeys
+from ddpm_hf.models.autoencoder import load_autoencoder
 from tests.fixtures_pipeline import tiny_vae
 from tests.fixtures_unconditional import encoded, fill, random_pixels, run_script, words, write_rows, write_unet
 

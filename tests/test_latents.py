@@ -14,29 +14,27 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddpm_hf import latents
-from ddpm_hf.captions import all_captions, encode_captions, fit_tokenizer, make_text_encoder
+from ddpm_hf.common.errors import UsageError
+from ddpm_hf.common.randomness import StepKeys
 from ddpm_hf.data import ImageDataset, ImageTransform, Rows, augmentation_uniforms, to_model_range
-from ddpm_hf.feeding import Images, make_batches
-from ddpm_hf.latents import (
+from ddpm_hf.data.batches import Images, make_batches
+from ddpm_hf.latents import cache as latents
+from ddpm_hf.latents.cache import (
     LatentDataset,
-    TensorTable,
     cache_embeddings,
     cache_latents,
     caption_key,
-    digest,
-    draw_latents,
     flipped,
     image_keys,
     weights_digest,
-    x_start_of,
 )
-from ddpm_hf.training.config import TrainingConfig, UsageError
-from ddpm_hf.training.loop import StepPlan
-from ddpm_hf.training.randomness import StepKeys
-
-from .fixtures_pipeline import randn, tiny_vae
-from .fixtures_unconditional import encoded, image_rows, quiet, random_pixels
+from ddpm_hf.latents.encoding import draw_latents, x_start_of
+from ddpm_hf.latents.table import TensorTable, digest
+from ddpm_hf.text.captions import all_captions, encode_captions, fit_tokenizer, make_text_encoder
+from ddpm_hf.training.flags import TrainingConfig
+from ddpm_hf.training.plan import StepPlan
+from tests.fixtures_pipeline import randn, tiny_vae
+from tests.fixtures_unconditional import encoded, image_rows, quiet, random_pixels
 
 CPU = torch.device("cpu")
 PIXELS = random_pixels(24, 8, 8)

@@ -14,9 +14,9 @@ from accelerate import Accelerator, notebook_launcher
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 import train_unconditional
-from ddpm_hf.flags import parse_classifier_flags
-from ddpm_hf.models import compiled
-from ddpm_hf.training import setup
+from ddpm_hf.cli.classifier_flags import parse_classifier_flags
+from ddpm_hf.models.acceleration import compiled
+from ddpm_hf.training.setup import begin as setup
 from tests.fixtures_text import parse_text
 from tests.fixtures_unconditional import (
     encoded,

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from ddpm_hf import DDPMScheduler, bits_per_dim
-from ddpm_hf.objectives import prior_bpd, vb_terms_bpd
+from ddpm_hf.objectives.bound import prior_bpd, vb_terms_bpd
 
 LOG2 = math.log(2)
 N = 30_000  # images of 4 dimensions: this leaves standard errors of 0.005 bits/dim

@@ -14,22 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ddpm_hf import ClassConditionalDDPMPipeline, DDPMPipeline, DDPMScheduler
-from ddpm_hf.model_card import (
-    SECTIONS,
-    Facts,
-    all_results,
-    loss_curve,
-    make_card,
-    merge_metadata,
-    merge_sections,
-    newer_card,
-    personal_text,
-    read_facts,
-    read_metrics,
-    record_result,
-    use,
-    was_edited,
-)
+from ddpm_hf.evaluation.results import read_metrics, record_result
+from ddpm_hf.publishing.card.facts import Facts, all_results, read_facts
+from ddpm_hf.publishing.card.illustrations import loss_curve
+from ddpm_hf.publishing.card.merging import make_card, merge_sections, newer_card, personal_text, was_edited
+from ddpm_hf.publishing.card.metadata import merge_metadata
+from ddpm_hf.publishing.card.sections import SECTIONS, use
 from tests.fixtures_pipeline import tiny_unet
 from tests.fixtures_text import tiny_text_pipeline
 

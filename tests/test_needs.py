@@ -9,11 +9,11 @@ import pytest
 
 import train_text2image
 import train_unconditional
-from ddpm_hf import classifier
-from ddpm_hf.flags import ClassifierConfig, parse_classifier_flags
-from ddpm_hf.training.config import SECRET_FLAGS
+from ddpm_hf.cli import classifier_training as classifier
+from ddpm_hf.cli.classifier_flags import ClassifierConfig, parse_classifier_flags
+from ddpm_hf.common.arguments import SECRET_FLAGS
 from ddpm_hf.training.needs import needs_of, without_effect
-from ddpm_hf.training.setup import save_settings
+from ddpm_hf.training.setup.settings import save_settings
 from tests.fixtures_unconditional import encoded, random_pixels, run_script, words, write_rows, write_unet
 
 PROGRAMS = {

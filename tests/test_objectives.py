@@ -10,16 +10,15 @@ from hypothesis import strategies as st
 from torch.distributions import Normal, kl_divergence
 
 from ddpm_hf import DDPMScheduler
-from ddpm_hf.functional import approx_standard_normal_cdf, discretized_gaussian_log_likelihood, mean_flat, normal_kl
-from ddpm_hf.objectives import (
-    LossSecondMomentSampler,
-    UniformTimestepSampler,
-    check_objective,
-    min_snr_weights,
-    prior_bpd,
-    training_losses,
-    vb_terms_bpd,
+from ddpm_hf.objectives.bound import prior_bpd, vb_terms_bpd
+from ddpm_hf.objectives.gaussians import (
+    approx_standard_normal_cdf,
+    discretized_gaussian_log_likelihood,
+    mean_flat,
+    normal_kl,
 )
+from ddpm_hf.objectives.losses import check_objective, min_snr_weights, training_losses
+from ddpm_hf.objectives.timestep_samplers import LossSecondMomentSampler, UniformTimestepSampler
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "posterior_mean")
 LOSSES = {"l2": F.mse_loss, "l1": F.l1_loss, "huber": F.huber_loss}

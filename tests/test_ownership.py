@@ -18,27 +18,20 @@ from PIL import Image
 
 import train_text2image
 import train_unconditional
-from ddpm_hf import portable, publishing
+from ddpm_hf import portable
 from ddpm_hf.cli import pictures
-from ddpm_hf.model_card import record_result
-from ddpm_hf.saving import save_half_precision
-from ddpm_hf.spaces import Model, write_space
-from ddpm_hf.training import checkpointing, ownership
-from ddpm_hf.training.checkpointing import discard, rotate, seal
-from ddpm_hf.training.config import UsageError
-from ddpm_hf.training.ownership import (
-    COMPONENTS,
-    EARLIER,
-    LAYOUT,
-    MANIFEST,
-    claim_files,
-    layout,
-    listed,
-    matching,
-    run_files,
-    set_aside,
-    settle,
-)
+from ddpm_hf.common import ownership
+from ddpm_hf.common.checkpoints import discard, seal
+from ddpm_hf.common.errors import UsageError
+from ddpm_hf.common.layout import COMPONENTS, EARLIER, LAYOUT, layout, matching
+from ddpm_hf.common.ownership import MANIFEST, claim_files, listed, run_files
+from ddpm_hf.evaluation.results import record_result
+from ddpm_hf.models.saving import save_half_precision
+from ddpm_hf.publishing import hub as publishing
+from ddpm_hf.publishing.spaces import Model, write_space
+from ddpm_hf.training import checkpointing
+from ddpm_hf.training.checkpointing import rotate
+from ddpm_hf.training.earlier_run import set_aside, settle
 from tests.fixtures_unconditional import BASE, fill, random_pixels, run_script, words, write_images, write_unet
 
 QUICK = {**BASE, "max_train_steps": 2, "eval_batch_size": 2, "save_images_epochs": 100}
@@ -555,7 +548,7 @@ def test_all_is_checked_before_an_autoencoder_is_trained(
 def test_an_autoencoder_that_stops_gives_the_earlier_run_back(shop, trained, earlier, tmp_path):
     """Else a stop within the first of two trainings costs the model that was there."""
     data = captioned(tmp_path / "data", ["a", "b", "c"])
-    from ddpm_hf import autoencoder
+    from ddpm_hf.latents import autoencoder
 
     compute = autoencoder.compute_loss
 

@@ -81,26 +81,32 @@ def unit(module):
 
 
 GROUND = {
-    "ddpm_hf.functional",
+    "ddpm_hf.objectives.gaussians",
     "ddpm_hf.loading",
     "ddpm_hf.portable",
-    "ddpm_hf.models",
+    "ddpm_hf.models.presets",
     "ddpm_hf.training",
     "ddpm_hf._version",
-    "ddpm_hf._package",
+    "ddpm_hf.common.package",
 }
 TOP = {"ddpm_hf.cli", "ddpm_hf.__main__", *(path.stem for path in SCRIPTS)}
-DIFFUSION = {"ddpm_hf.functional", "ddpm_hf.portable", "ddpm_hf.objectives", "ddpm_hf.models", "ddpm_hf.evaluation"}
-MATH = ["ddpm_hf.functional", "ddpm_hf.objectives", "ddpm_hf.portable.scheduling_ddpm_hf"]
+DIFFUSION = {
+    "ddpm_hf.objectives.gaussians",
+    "ddpm_hf.portable",
+    "ddpm_hf.objectives.losses",
+    "ddpm_hf.models.presets",
+    "ddpm_hf.evaluation",
+}
+MATH = ["ddpm_hf.objectives.gaussians", "ddpm_hf.objectives.losses", "ddpm_hf.portable.scheduling_ddpm_hf"]
 
 
 def test_the_house_is_where_it_is_looked_for():
     """Else the tests below look at nothing."""
     assert {"ddpm_hf.training.loop", "ddpm_hf.cli", "train_unconditional", *MATH} <= set(FILES)
     assert {unit(module) for module in FILES} >= GROUND
-    assert "ddpm_hf.functional" in own_imports("ddpm_hf.objectives")
+    assert "ddpm_hf.objectives.gaussians" in own_imports("ddpm_hf.objectives.losses")
     assert "ddpm_hf.training.loop" in own_imports("train_unconditional")
-    assert "torch" in imports_of("ddpm_hf.functional")
+    assert "torch" in imports_of("ddpm_hf.objectives.gaussians")
 
 
 @pytest.mark.parametrize("module", [module for module in FILES if unit(module) in GROUND])
@@ -112,7 +118,11 @@ def test_the_ground_imports_nothing_of_the_package(module):
 def test_data_imports_training_alone():
     """Else reading images depends on diffusion."""
     for module in [module for module in FILES if unit(module) == "ddpm_hf.data"]:
-        assert {unit(name) for name in own_imports(module)} <= {"ddpm_hf.data", "ddpm_hf.training", "ddpm_hf._package"}
+        assert {unit(name) for name in own_imports(module)} <= {
+            "ddpm_hf.data",
+            "ddpm_hf.training",
+            "ddpm_hf.common.package",
+        }
 
 
 def test_imports_run_downward_only():
@@ -168,7 +178,7 @@ def test_no_folder_is_called_as_a_pipeline_of_diffusers():
 # For machines with a GPU: the flag that wants one says how to install it
 OFFERED = {"bitsandbytes"}
 # A Space brings it, by the version that its README names; it wants an older Pillow than the rest is tested with
-PAGE, OF_SPACES = "ddpm_hf.space.page", {"gradio"}
+PAGE, OF_SPACES = "ddpm_hf.publishing.space.page", {"gradio"}
 
 
 def test_what_is_imported_is_declared(setup_cfg):

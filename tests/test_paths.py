@@ -8,8 +8,8 @@ import pytest
 import train_text2image
 import train_unconditional
 from ddpm_hf import cli
-from ddpm_hf.flags import ClassifierConfig
-from ddpm_hf.training.config import OneLineParser, parse_layers
+from ddpm_hf.cli.classifier_flags import ClassifierConfig
+from ddpm_hf.training.parsing import OneLineParser, parse_layers
 
 CONFIGS = [train_unconditional.UnconditionalConfig, train_text2image.Text2ImageConfig, ClassifierConfig]
 PATHS = {"output_dir", "logging_dir", "cache_dir", "train_data_dir", "dataset_name", "resume_from_checkpoint"}

@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from ddpm_hf.training import checkpointing, machine
-from ddpm_hf.training.loop import Losses, Meter
+from ddpm_hf.common import machine
+from ddpm_hf.training import checkpointing
+from ddpm_hf.training.meter import Losses, Meter
 from tests.fixtures_unconditional import BASE, fill, run_script, words, write_images, write_unet
 
 

@@ -13,8 +13,9 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 
 from ddpm_hf import ClassConditionalDDPMPipeline, DDPMPipeline, DDPMScheduler
-from ddpm_hf.pretrained import fit_classes, fit_variance, load_weights, read_source, trained_settings
-from ddpm_hf.sources import Source, find_place, find_source
+from ddpm_hf.common.places import find_place
+from ddpm_hf.models.pretrained import fit_classes, fit_variance, load_weights, read_source, trained_settings
+from ddpm_hf.models.sources import Source, find_source
 from tests.fixtures_pipeline import randn, tiny_unet, tiny_vae
 from tests.fixtures_unconditional import (
     BASE,

@@ -16,10 +16,13 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 
 from ddpm_hf import DDPMPipeline, DDPMScheduler
+from ddpm_hf.common.pictures import save_image
 from ddpm_hf.data import Rows, read_dataset
-from ddpm_hf.model_card import write_pictures
-from ddpm_hf.publishing import Publisher, attributes, files_to_publish, frozen_copy, outdated, read_remote
-from ddpm_hf.saving import save_half_precision, save_image, save_model, save_pipeline
+from ddpm_hf.models.saving import save_half_precision, save_model, save_pipeline
+from ddpm_hf.publishing.card.illustrations import write_pictures
+from ddpm_hf.publishing.folder import files_to_publish, frozen_copy
+from ddpm_hf.publishing.hub import attributes, outdated, read_remote
+from ddpm_hf.publishing.publisher import Publisher
 from tests.fixtures_hub import STRANGERS, TOKEN, WRONG, run
 from tests.fixtures_pipeline import tiny_unet
 from tests.fixtures_unconditional import random_pixels, write_images

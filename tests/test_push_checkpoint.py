@@ -6,8 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm_hf import DDPMPipeline, DDPMScheduler, publishing
-from ddpm_hf.model_card import make_card, read_facts
+from ddpm_hf import DDPMPipeline, DDPMScheduler
+from ddpm_hf.publishing import hub as publishing
+from ddpm_hf.publishing.card.facts import read_facts
+from ddpm_hf.publishing.card.merging import make_card
 from tests.fixtures_cli import assert_one_line
 from tests.fixtures_pipeline import tiny_unet
 

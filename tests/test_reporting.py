@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ddpm_hf import flags
-from ddpm_hf.models import MODEL_PRESETS
+from ddpm_hf.models import flags
+from ddpm_hf.models.presets import MODEL_PRESETS
 from ddpm_hf.training import reporting
 from ddpm_hf.training.reporting import Progress, duration, table
 from tests.fixtures_unconditional import BASE, fill, random_pixels, run_script, words, write_images, write_unet

@@ -12,15 +12,12 @@ import torch
 
 import train_text2image
 import train_unconditional
-from ddpm_hf.flags import ClassifierConfig, parse_classifier_flags
-from ddpm_hf.training.config import APPLIED, FIXED, FREE, SECRET_FLAGS, START, UsageError, flags_that
-from ddpm_hf.training.setup import (
-    check_resumable,
-    check_unchanged,
-    make_lr_scheduler,
-    make_optimizer,
-    settings_that_go_on,
-)
+from ddpm_hf.cli.classifier_flags import ClassifierConfig, parse_classifier_flags
+from ddpm_hf.common.arguments import APPLIED, FIXED, FREE, SECRET_FLAGS, START, flags_that
+from ddpm_hf.common.errors import UsageError
+from ddpm_hf.training.setup.claiming import check_resumable, check_unchanged
+from ddpm_hf.training.setup.optimizer import make_lr_scheduler, make_optimizer
+from ddpm_hf.training.setup.settings import settings_that_go_on
 from tests.fixtures_pipeline import tiny_unet
 from tests.fixtures_text import run_text_script, write_captioned, write_text_unet
 from tests.fixtures_unconditional import encoded, parse, random_pixels, run_script, words, write_rows, write_unet
@@ -168,7 +165,7 @@ def test_each_flag_is_free_applied_or_fixed(kind, tmp_path):
         check_unchanged(changed, before)
         now = {**facts, "settings": settings_that_go_on(changed)}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("ddpm_hf.training.setup.log", lambda _, line: said.append(line))
+            patch.setattr("ddpm_hf.training.logs.log", lambda _, line: said.append(line))
             check_resumable((tmp_path, before), changed, model, now, speaker)
         assert bool(said) == (name in flags_that(config, APPLIED)), (name, said)
         assert all(f"{name} was" in line for line in said)
@@ -199,7 +196,7 @@ def test_a_relative_path_moves_with_the_folder_that_it_was_given_in(was, tmp_pat
     monkeypatch.chdir(tmp_path / "here")
     exists = os.path.exists
     gone = {was, os.path.abspath(was)}  # there was something else in its place where the run began
-    monkeypatch.setattr("ddpm_hf.training.setup.os.path.exists", lambda path: path not in gone and exists(path))
+    monkeypatch.setattr("ddpm_hf.training.setup.begin.os.path.exists", lambda path: path not in gone and exists(path))
     config = train_unconditional.UnconditionalConfig(vae_name_or_path=was)
     before = {"settings": settings_that_go_on(config)}
     check_unchanged(dataclasses.replace(config, vae_name_or_path="../models/vae"), before)

@@ -17,16 +17,17 @@ import torch
 from diffusers import UNet2DModel
 from safetensors.torch import load_file
 
-from ddpm_hf import autoencoder
+from ddpm_hf.common.checkpoints import list_checkpoints, seal
+from ddpm_hf.common.ownership import claim_files
 from ddpm_hf.data import ImageTransform, StreamingBatches, read_dataset
-from ddpm_hf.latents import TensorTable
-from ddpm_hf.publishing import save_model
+from ddpm_hf.data.orders import keyed_permutation
+from ddpm_hf.latents import autoencoder
+from ddpm_hf.latents.table import TensorTable
+from ddpm_hf.publishing.hub import save_model
 from ddpm_hf.training import checkpointing
-from ddpm_hf.training.checkpointing import find_checkpoint, list_checkpoints, read_manifest, rotate, seal
-from ddpm_hf.training.config import TrainingConfig
-from ddpm_hf.training.loop import KeyedBatchSampler, StepPlan
-from ddpm_hf.training.ownership import claim_files
-from ddpm_hf.training.randomness import keyed_permutation
+from ddpm_hf.training.checkpointing import find_checkpoint, read_manifest, rotate
+from ddpm_hf.training.flags import TrainingConfig
+from ddpm_hf.training.plan import KeyedBatchSampler, StepPlan
 from tests.fixtures_pipeline import tiny_unet
 from tests.fixtures_unconditional import encoded, random_pixels, run_script, words, write_rows, write_unet
 

@@ -21,7 +21,7 @@ import torch
 import train_text2image
 import train_unconditional
 from ddpm_hf import ClassConditionalDDPMPipeline, DDPMPipeline, DDPMScheduler, cli
-from ddpm_hf.training.config import UsageError, one_line
+from ddpm_hf.common.errors import UsageError, one_line
 from tests import fixtures_unconditional
 from tests.fixtures_generated import ended
 from tests.fixtures_pipeline import tiny_unet

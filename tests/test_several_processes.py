@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ddpm_hf.training.checkpointing import list_checkpoints, read_manifest
+from ddpm_hf.common.checkpoints import list_checkpoints
+from ddpm_hf.training.checkpointing import read_manifest
 from tests.fixtures_ranks import ROOT, errors, launch
 from tests.fixtures_unconditional import BASE, encoded, fill, random_pixels, run_script, words, write_rows, write_unet
 

@@ -7,9 +7,10 @@ import pytest
 from diffusers import AutoencoderKL
 from PIL import Image
 
+from ddpm_hf.common.errors import UsageError
 from ddpm_hf.data import DataFlags
-from ddpm_hf.flags import UNetFlags, model_size, settle_resolution
-from ddpm_hf.training.config import UsageError
+from ddpm_hf.models.flags import UNetFlags
+from ddpm_hf.models.sizes import model_size, settle_resolution
 from tests.fixtures_pipeline import tiny_vae
 from tests.fixtures_text import run_text_script, tiny_text_pipeline, write_captioned
 from tests.fixtures_unconditional import encoded, random_pixels, run_script, words, write_rows, write_unet

@@ -10,8 +10,8 @@ import torch
 from diffusers.utils import dynamic_modules_utils
 
 from ddpm_hf import ClassConditionalDDPMPipeline, DDPMPipeline, DDPMScheduler
-from ddpm_hf.classifier import NoisyClassifier
-from ddpm_hf.saving import save_half_precision
+from ddpm_hf.models.classifier import NoisyClassifier
+from ddpm_hf.models.saving import save_half_precision
 from tests.fixtures_pipeline import tiny_unet, tiny_unet_config
 from tests.fixtures_text import tiny_text_pipeline
 from tests.fixtures_unconditional import quiet, write_images

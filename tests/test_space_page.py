@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_hf import spaces
-from ddpm_hf.space.drawing import MOMENTS
+from ddpm_hf.inference.studio import MOMENTS
+from ddpm_hf.publishing import spaces
 from tests.fixtures_browser import browser, need_browser
 from tests.fixtures_spaces import TOKEN, environment, put, seeded, tiny_pipelines
 from tests.hub_server import Hub

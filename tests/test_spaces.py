@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import yaml
 
-from ddpm_hf import spaces
-from ddpm_hf.space.drawing import MOMENTS, MOST_IMAGES, Studio, Wish, followed, load_pipeline
-from ddpm_hf.space.page import EVERY_CLASS, NO_CLASS, ROWS, captions_of, chain_picture, thumbnail, wish_of
-from ddpm_hf.space.samplers import SAMPLERS
+from ddpm_hf.inference.kinds import load_pipeline
+from ddpm_hf.inference.samplers import SAMPLERS
+from ddpm_hf.inference.studio import MOMENTS, MOST_IMAGES, Studio, Wish, followed
+from ddpm_hf.publishing import spaces
+from ddpm_hf.publishing.space.page import EVERY_CLASS, NO_CLASS, ROWS, captions_of, chain_picture, thumbnail, wish_of
 from tests.fixtures_spaces import CLASSES, STEPS, STRANGERS, TOKEN, WRONG, environment, put, seeded, tiny_pipelines
 from tests.hub_server import Hub
 

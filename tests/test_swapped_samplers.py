@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ddpm_hf import ClassConditionalDDPMPipeline, DDPMPipeline, DDPMScheduler
-from ddpm_hf.portable.scheduling_ddpm_hf import BETA_SCHEDULE_ALIASES, BETA_SCHEDULES
+from ddpm_hf.portable.schedules_ddpm_hf import BETA_SCHEDULE_ALIASES, BETA_SCHEDULES
 from tests.fixtures_pipeline import tiny_unet
 from tests.fixtures_text import stable_diffusion_scheduler, stock_pipeline, tiny_text_pipeline
 

@@ -28,16 +28,17 @@ from safetensors.torch import load_file
 
 import ddpm_hf
 import train_text2image
-from ddpm_hf import autoencoder
-from ddpm_hf.captions import encode_captions
-from ddpm_hf.data import DataFlags, image_grid
-from ddpm_hf.latents import TensorTable
+from ddpm_hf.common.ownership import MANIFEST
+from ddpm_hf.common.pictures import image_grid
+from ddpm_hf.common.randomness import StepKeys
+from ddpm_hf.data import DataFlags
+from ddpm_hf.latents import autoencoder
+from ddpm_hf.latents.table import TensorTable
 from ddpm_hf.portable.pipeline_text2image_ddpm_hf import tokenize
+from ddpm_hf.text.captions import encode_captions
 from ddpm_hf.training.checkpointing import read_manifest
-from ddpm_hf.training.config import PipelineConfig
-from ddpm_hf.training.ownership import MANIFEST
-from ddpm_hf.training.randomness import StepKeys
-from ddpm_hf.training.setup import public_settings, save_settings
+from ddpm_hf.training.flags import PipelineConfig
+from ddpm_hf.training.setup.settings import public_settings, save_settings
 from tests.fixtures_cli import assert_one_line
 from tests.fixtures_pipeline import tiny_vae
 from tests.fixtures_text import (
@@ -236,7 +237,7 @@ def test_captions_are_the_default_prompts_also_of_cached_latents(shop, tmp_path)
 
 def test_a_grid_shows_the_prompts_row_by_row(trained, shop):
     """Else a picture in the grid is of another prompt than its row's."""
-    from ddpm_hf.training.randomness import keyed_seed
+    from ddpm_hf.common.randomness import keyed_seed
 
     folder = trained("checkpoint")
     pipeline = train_text2image.TextToImageDDPMPipeline.from_pretrained(folder)

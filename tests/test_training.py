@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 
 import train_unconditional
 from ddpm_hf import DDPMPipeline
-from ddpm_hf.data import image_grid
+from ddpm_hf.common.pictures import image_grid
+from ddpm_hf.common.randomness import keyed_seed
 from ddpm_hf.training.checkpointing import read_manifest
-from ddpm_hf.training.randomness import keyed_seed
 from tests.fixtures_unconditional import encoded, random_pixels, run_script, words, write_rows, write_unet
 
 SCRIPT = Path(train_unconditional.__file__)

@@ -11,11 +11,10 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from ddpm_hf import ClassConditionalDDPMPipeline, DDPMPipeline
-from ddpm_hf.captions import fit_tokenizer, warn_of_cut_captions
 from ddpm_hf.cli import app
 from ddpm_hf.cli.conditions import read_conditions
+from ddpm_hf.common.errors import DataError, ImageMismatchError
 from ddpm_hf.data import (
-    DataError,
     ImageDataset,
     ImageTransform,
     Rows,
@@ -26,13 +25,14 @@ from ddpm_hf.data import (
     label_ids,
     label_warnings,
 )
-from ddpm_hf.data.errors import ImageMismatchError
 from ddpm_hf.data.labels import classes_of_resumed, name_classes
 from ddpm_hf.data.reading import _as_named
-from ddpm_hf.latents import SMALL_FILE, file_key
-from ddpm_hf.model_card import first_class, limits, read_facts, use
+from ddpm_hf.inference.studio import Studio
+from ddpm_hf.latents.cache import SMALL_FILE, file_key
 from ddpm_hf.portable.pipeline_text2image_ddpm_hf import cut_off, tokenize
-from ddpm_hf.space.drawing import Studio
+from ddpm_hf.publishing.card.facts import read_facts
+from ddpm_hf.publishing.card.sections import first_class, limits, use
+from ddpm_hf.text.captions import fit_tokenizer, warn_of_cut_captions
 from tests.fixtures_text import tiny_text_pipeline
 from tests.fixtures_unconditional import (
     encoded,

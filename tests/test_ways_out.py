@@ -26,10 +26,9 @@ import ddpm_hf
 import train_text2image
 import train_unconditional
 from ddpm_hf import ClassConditionalDDPMPipeline, DDPMPipeline, DDPMScheduler, cli
-from ddpm_hf.classifier import NoisyClassifier
-from ddpm_hf.data.errors import DataError
-from ddpm_hf.flags import ClassifierConfig, parse_classifier_flags
-from ddpm_hf.training.config import UsageError
+from ddpm_hf.cli.classifier_flags import ClassifierConfig, parse_classifier_flags
+from ddpm_hf.common.errors import DataError, UsageError
+from ddpm_hf.models.classifier import NoisyClassifier
 from tests.fixtures_pipeline import tiny_unet, tiny_unet_config, tiny_vae
 from tests.fixtures_text import run_text_script, tiny_text_pipeline, write_captioned, write_text_unet
 from tests.fixtures_unconditional import (

@@ -8,7 +8,7 @@ import sys
 import typer
 
 from .._version import __version__
-from ..training.machine import accept_any_text
+from ..common.machine import accept_any_text
 from . import info, presets, push, push_space, sample, train, train_classifier
 from .endings import HandOver, run
 

@@ -29,7 +29,7 @@ def own_token(token: str | None) -> str | None:
     Raises:
         ValueError: it cannot be one; it is not shown.
     """
-    from ..training.config import check_token
+    from ..common.arguments import check_token
 
     token = token and token.strip()
     check_token("token", token or None)

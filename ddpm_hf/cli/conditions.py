@@ -171,8 +171,8 @@ def load_classifier(folder: Path, pipeline):
     Raises:
         ValueError: no classifier there, or one of other images.
     """
-    from ..classifier import NoisyClassifier
-    from ..loading import why_not_loaded
+    from ..common.errors import why_not_loaded
+    from ..models.classifier import NoisyClassifier
 
     try:
         classifier = NoisyClassifier.from_pretrained(folder, use_safetensors=True).eval()

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 import typer
 from typer.core import TyperCommand
 
-from ..training.lines import one_line
-from ..training.meanings import names_elsewhere
-from ..training.paths import expand_home
+from ..common.arguments import names_elsewhere
+from ..common.errors import one_line
+from ..common.files import expand_home
 
 ClickException = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
 

@@ -75,7 +75,7 @@ def info(
     token: Annotated[str | None, typer.Option(help="For a private model.", envvar="HF_TOKEN")] = None,
 ) -> None:
     """Describe a model or a run: kind, sizes, diffusion, classes, data, losses, checkpoints, and how to use it."""
-    from ..training.config import check_word
+    from ..common.arguments import check_word
 
     check_word("FOLDER_OR_NAME", model)
     check_revision(model, revision)
@@ -103,7 +103,7 @@ def hub_source(name: str, revision: str | None, token: str | None) -> Source:
     """
     from huggingface_hub import HfApi, hf_hub_download
 
-    from ..space.drawing import said_in_a_line
+    from ..common.errors import said_in_a_line
 
     with said_in_a_line(name):
         listed = {file.rfilename for file in HfApi(token=token).model_info(name, revision=revision).siblings}
@@ -140,7 +140,7 @@ def describe(source: Source) -> list[str]:
 
 def list_runs(source: Source) -> list[Path]:
     """The complete checkpoints of a local run, oldest first."""
-    from ..training.checkpointing import list_checkpoints
+    from ..common.checkpoints import list_checkpoints
 
     return list_checkpoints(source.folder) if source.folder else []
 

@@ -14,7 +14,7 @@ ANIMATED, CHAINS = 16, 8  # images whose chains the GIF and the strip show
 
 def check_out(out: Path) -> None:
     """Raise ValueError for a folder that cannot be written to, or with such files of somebody else's."""
-    from ..training.ownership import check_replaceable
+    from ..common.ownership import check_replaceable
 
     parent = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     if not (parent.is_dir() and os.access(parent, os.W_OK)):
@@ -41,7 +41,7 @@ def write_pictures(
 
     Returns: what was written, for people.
     """
-    from ..training.ownership import replace_files
+    from ..common.ownership import replace_files
 
     shown = images[:MOST_IN_GRID]
     files: dict[str, Callable[[], bytes]] = {"grid.png": lambda: encoded(grid(shown, names, columns))}
@@ -69,7 +69,7 @@ def grid(images: list, names: Sequence[str] = (), columns: int | None = None):
     """PIL images as one picture; a row for each of several names, which the images have in turn."""
     from PIL import Image
 
-    from ..data import image_grid
+    from ..common.pictures import image_grid
 
     rows = min(len(names), len(images))
     if rows < 2:
@@ -88,7 +88,7 @@ def scale_of(images: list) -> int:
 
 def strip_of(frames: list, images: list, names: Sequence[str] = ()):
     """x̂_0 along the chains of the first images, as one image."""
-    from ..data import image_grid
+    from ..common.pictures import image_grid
 
     shown = min(CHAINS, len(images))
     moments = frames[:: max(1, len(frames) // 10)][-9:] + frames[-1:]

@@ -10,7 +10,7 @@ EPILOG = "Example: ddpm-hf train --model_preset small-64 --train_data_dir photos
 
 def presets() -> None:
     """List the models that `--model_preset` builds: resolution, parameters, and the training flags that they set."""
-    from ..models import MODEL_PRESETS
+    from ..models.presets import MODEL_PRESETS
 
     lines = []
     for name, preset in MODEL_PRESETS.items():

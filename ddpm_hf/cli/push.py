@@ -66,10 +66,10 @@ def push(
     Checkpoints, optimizer states, logs and settings stay. Pushing again keeps what you wrote into the card. Of a
     checkpoint-N, the pipeline that samples from it is published, with the run's card, losses and grids up to its step.
     """
-    from ..inference import is_checkpoint
-    from ..publishing import checkpoint_as_folder
-    from ..training.config import check_license
-    from ..training.ownership import settle
+    from ..common.arguments import check_license
+    from ..inference.loading import is_checkpoint
+    from ..publishing.folder import checkpoint_as_folder
+    from ..training.earlier_run import settle
 
     check_license("license", license_)
     if not folder.is_dir():
@@ -123,9 +123,10 @@ def upload(
         half: whether to make weights in half precision first.
         state: gets what is true if the work stops at any moment.
     """
-    from ..publishing import draw_missing_pictures, open_repository, push_folder, reason_of
-    from ..saving import save_half_precision
-    from ..space.drawing import Studio
+    from ..inference.studio import Studio
+    from ..models.saving import save_half_precision
+    from ..publishing.folder import draw_missing_pictures
+    from ..publishing.hub import open_repository, push_folder, reason_of
 
     studio = Studio(str(folder))
     try:
@@ -153,9 +154,12 @@ def show_upload(
     folder: Path, name: str, token: str | None, license: str | None, include: tuple[str, ...], half: bool
 ) -> None:
     """Print what `upload` would do, as far as the network tells; write nothing."""
-    from ..model_card import SAMPLES, make_card, read_facts
-    from ..publishing import files_to_publish, read_card
-    from ..space.drawing import load_pipeline
+    from ..common.layout import SAMPLES
+    from ..inference.kinds import load_pipeline
+    from ..publishing.card.facts import read_facts
+    from ..publishing.card.merging import make_card
+    from ..publishing.folder import files_to_publish
+    from ..publishing.hub import read_card
 
     pipeline = load_pipeline(str(folder))
     card = make_card(read_facts(folder, name, pipeline, license), read_card(folder))
@@ -175,7 +179,7 @@ def look_at_hub(name: str, token: str | None, kind: str) -> list[str]:
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
-    from ..publishing import reason_of
+    from ..publishing.hub import reason_of
 
     api, lines = HfApi(token=token), []
     try:

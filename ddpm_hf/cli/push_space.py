@@ -34,7 +34,7 @@ def push_space(
     """Publish an app that samples from a model, as a Space: classes or a prompt, samplers, the chain as it runs."""
     from huggingface_hub.utils import disable_progress_bars
 
-    from .. import spaces
+    from ..publishing import spaces
 
     if out and (space or private):
         raise ValueError("--out uploads nothing; leave out --space and --private")

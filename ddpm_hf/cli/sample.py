@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ..space.samplers import SAMPLERS
+from ..inference.samplers import SAMPLERS
 from .common import check_revision, own_token, quiet
 from .conditions import Conditions, read_conditions
 from .endings import says_what_is_left
@@ -149,9 +149,9 @@ def sample(
 
     Several classes or prompts have a row of the grid each, with a legend.
     """
-    from ..inference import load
-    from ..training.config import check_word
-    from ..training.ownership import settle
+    from ..common.arguments import check_word
+    from ..inference.loading import load
+    from ..training.earlier_run import settle
 
     for name, word in (("out", out), ("MODEL", model), ("classifier", classifier), ("revision", revision)):
         if word is not None:
@@ -223,7 +223,7 @@ def use_all_cores() -> None:
 
     import torch
 
-    from ..training.machine import usable_cores
+    from ..common.machine import usable_cores
 
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(usable_cores())
@@ -254,7 +254,7 @@ def set_sampler(pipeline, sampler: str, steps: int | None) -> int:
     Raises:
         ValueError: more steps than the model has timesteps.
     """
-    from ..space.samplers import swap_sampler
+    from ..inference.samplers import swap_sampler
 
     usual_steps = swap_sampler(pipeline, sampler)
     timesteps = pipeline.scheduler.config.num_train_timesteps
@@ -286,7 +286,7 @@ def sample_images(
     """PIL images, batch by batch, and the frames of the first batch's chains."""
     from tqdm.auto import tqdm
 
-    from ..space.drawing import keyed_generators
+    from ..inference.studio import keyed_generators
 
     pipeline.set_progress_bar_config(desc="steps", leave=False, disable=num_images > batch_size)
     images, frames = [], []
@@ -313,7 +313,7 @@ def images_between(pipeline, files: tuple[Path, Path], timestep: int, count: int
     from PIL import Image, UnidentifiedImageError
 
     from ..data import prepare_image
-    from ..space.drawing import keyed_generators
+    from ..inference.studio import keyed_generators
 
     ends = []
     for path in files:
@@ -332,7 +332,7 @@ def images_between(pipeline, files: tuple[Path, Path], timestep: int, count: int
 
 def images_from_shared(pipeline, count: int, timestep: int, seed: int, steps: int) -> list:
     """PIL images that have the chain down to a timestep in common (Ho et al. 2020, fig. 7)."""
-    from ..space.drawing import keyed_generators
+    from ..inference.studio import keyed_generators
 
     (generator,) = keyed_generators(pipeline.device, seed, [0])
     return pipeline.sample_from_shared(count, timestep, generator, num_inference_steps=steps).images

@@ -5,9 +5,9 @@ import typer
 
 def train_classifier(context: typer.Context) -> None:
     """Train a classifier of noised images, to guide sampling; its --help lists the flags."""
-    from ..flags import parse_classifier_flags
+    from .classifier_flags import parse_classifier_flags
 
     config = parse_classifier_flags(context.args)  # before torch is imported, so that --help is quick
-    from ..classifier import run
+    from .classifier_training import run
 
     run(config)

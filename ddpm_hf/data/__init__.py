@@ -12,18 +12,13 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ..common.errors import DataError
+    from ..common.pictures import image_grid
     from .dataset import ImageDataset, RowDecoder, StreamingBatches, describe_pixels, identity, should_cache
     from .digits import CAPTION_COLUMN, DIGIT_CAPTIONS, DIGIT_NAMES, EMBEDDED_DATASET, IMAGE_COLUMN, embedded_digits
-    from .errors import DataError, broken_image, unreadable
+    from .errors import broken_image, unreadable
     from .flags import DataFlags
-    from .images import (
-        ImageTransform,
-        augmentation_uniforms,
-        choose_caption,
-        decode_row,
-        image_grid,
-        to_model_range,
-    )
+    from .images import ImageTransform, augmentation_uniforms, choose_caption, decode_row, to_model_range
     from .labels import classes_of_resumed, label_ids, label_warnings, trained_classes
     from .pixels import prepare_image
     from .reading import load_rows, read_dataset
@@ -40,16 +35,17 @@ _HOMES = {
         "IMAGE_COLUMN",
         "embedded_digits",
     ),
-    "errors": ("DataError", "broken_image", "unreadable"),
+    "..common.errors": ("DataError",),
+    "errors": ("broken_image", "unreadable"),
     "flags": ("DataFlags",),
     "images": (
         "ImageTransform",
         "augmentation_uniforms",
         "choose_caption",
         "decode_row",
-        "image_grid",
         "to_model_range",
     ),
+    "..common.pictures": ("image_grid",),
     "labels": ("classes_of_resumed", "label_ids", "label_warnings", "trained_classes"),
     "pixels": ("prepare_image",),
     "reading": ("load_rows", "read_dataset"),
@@ -98,7 +94,7 @@ def __getattr__(name: str):
     home = next((module for module, names in _HOMES.items() if name in names), None)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{home}", __name__), name)
+    return getattr(importlib.import_module(home if home.startswith(".") else f".{home}", __name__), name)
 
 
 def __dir__():

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .errors import DataError, ImageMismatchError, broken_image, unreadable
+from ..common.errors import DataError, ImageMismatchError
+from .errors import broken_image, unreadable
 from .images import ImageTransform, augmentation_uniforms, choose_caption, decode_row, peek, reason_of
 from .labels import label_ids
 from .pixels import PixelRange, has_alpha, is_deep, kind_of, prepare_image, range_of

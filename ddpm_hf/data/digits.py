@@ -6,8 +6,8 @@ import io
 import numpy as np
 from PIL import Image
 
-from .._package import install_command
-from .errors import DataError
+from ..common.errors import DataError
+from ..common.package import install_command
 from .flags import CAPTION_COLUMN
 from .rows import Rows
 

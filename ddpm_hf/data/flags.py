@@ -5,10 +5,8 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from ..training.config import FREE, HfArg
-from ..training.meanings import names_elsewhere
-from ..training.needs import Need
-from .errors import DataError
+from ..common.arguments import FREE, HfArg, Need, names_elsewhere
+from ..common.errors import DataError
 
 if TYPE_CHECKING:
     from .images import ImageTransform

@@ -16,8 +16,8 @@ from typing import Any
 import datasets
 import pyarrow as pa
 
-from ..training.ownership import MANIFEST, has_manifest
-from .errors import DataError
+from ..common.errors import DataError
+from ..common.ownership import MANIFEST, has_manifest
 from .formats import PLUGINS, begins_like_an_image, image_suffixes, suffix_of
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import DataError
+from ..common.errors import DataError
 from .rows import Rows
 
 SHOWN = 8  # names in a message

@@ -14,7 +14,8 @@ import datasets
 import yaml
 from huggingface_hub.repocard import metadata_load
 
-from .errors import DataError, unreadable
+from ..common.errors import DataError
+from .errors import unreadable
 from .folders import Listing, image_splits, list_folder
 from .formats import image_suffixes, suffix_of
 

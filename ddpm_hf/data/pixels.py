@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from .errors import DataError, ImageMismatchError
+from ..common.errors import DataError, ImageMismatchError
 
 PixelRange = tuple[float, float]  # the values that become black and white, -1 and 1 to the model
 

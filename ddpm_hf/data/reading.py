@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..common.errors import DataError
 from .digits import EMBEDDED_DATASET, embedded_digits
-from .errors import DataError
 from .flags import DataFlags
 from .labels import name_classes
 from .rows import Rows, split_rows, usable_share

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from .errors import DataError, unreadable
+from ..common.errors import DataError
+from .errors import unreadable
 from .pixels import array_type
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from .errors import DataError
+from ..common.errors import DataError
 from .rows import Rows
 
 TEXTS = ("string", "large_string", "string_view", "null")  # what `datasets` calls the type of a text

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from tqdm.auto import tqdm
 
-from ..functional import mean_flat
-from ..objectives import prior_bpd, vb_terms_bpd
+from ..objectives.bound import prior_bpd, vb_terms_bpd
+from ..objectives.gaussians import mean_flat
 from ..portable.scheduling_ddpm_hf import DDPMScheduler
 
 

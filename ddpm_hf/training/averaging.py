@@ -8,8 +8,8 @@ import torch
 from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
 
-from .checkpointing import write_whole
-from .config import TrainingConfig
+from ..common.files import write_whole
+from .flags import TrainingConfig
 from .sharded import cut_like
 
 SCALARS = "ema.json"  # where a model of transformers keeps what Diffusers' models keep in their config

@@ -1,128 +1,30 @@
 """Checkpoints that are complete or absent: each is written to a scratch folder and renamed; then old ones go."""
 
-import contextlib
-import hashlib
 import json
 import os
-import re
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils.other import load
 from safetensors.torch import load_file, save_file
 
-from .config import UsageError
-
-MANIFEST = "manifest.json"
-SETTINGS = "training_config.json"  # in the folder of the checkpoints
-SCRAP = ".partial"  # how the name of a file or folder ends until it is complete
-
-
-def write_whole(path: Path, data: str | bytes) -> None:
-    """Write a file completely, flushed to the disk, or not at all."""
-    data = data.encode() if isinstance(data, str) else data
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=SCRAP)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def checkpoint_step(path: Path) -> int:
-    """N of `checkpoint-N`, or -1 for another name.
-
-    >>> checkpoint_step(Path("run/checkpoint-500")), checkpoint_step(Path("run/checkpoint-500.partial"))
-    (500, -1)
-    """
-    match = re.fullmatch(r"checkpoint-(\d+)", path.name)
-    return int(match[1]) if match else -1
-
-
-def list_checkpoints(output_dir: Path, complete: bool = False) -> list[Path]:
-    """The checkpoints in a folder, oldest first: all by name, or those alone that a run of ours has completed."""
-    found = [path for path in output_dir.glob("checkpoint-*") if path.is_dir() and checkpoint_step(path) >= 0]
-    return sorted((path for path in found if not complete or is_sealed(path)), key=checkpoint_step)
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else hashlib.sha256(file.read()).hexdigest()
-        )
-
-
-def flush(path: Path) -> None:
-    """Wait until a file's content, or a folder's list of names, is on the disk."""
-    if not path.is_dir():
-        with open(path, "r+b") as file:  # Windows flushes only what may be written to
-            os.fsync(file.fileno())
-        return
-    try:
-        handle = os.open(path, os.O_RDONLY)
-    except PermissionError:  # Windows: a folder cannot be opened, and its file system journals renames by itself
-        return
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def flush_tree(folder: Path) -> None:
-    """`flush` a folder and all that is in it."""
-    for path in (*folder.rglob("*"), folder):
-        flush(path)
-
-
-def is_sealed(folder: Path) -> bool:
-    """Whether a folder has the manifest that completes a checkpoint of ours; its files are not looked at."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return isinstance(manifest["files"], dict) and type(manifest["step"]) is int
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return False
-
-
-def strangers(checkpoint: Path) -> list[str]:
-    """The files within a complete checkpoint that are not listed in its manifest, as posix paths."""
-    if checkpoint.is_symlink() or not is_sealed(checkpoint):
-        return []
-    known = {*json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"], MANIFEST}
-    found = sorted(path for path in checkpoint.rglob("*") if path.is_symlink() or not path.is_dir())
-    return [name for path in found if (name := path.relative_to(checkpoint).as_posix()) not in known]
-
-
-def discard(folder: Path) -> None:
-    """Remove a folder of ours so that a partly deleted checkpoint is never loaded, wherever that is cut off.
-
-    Of a link, the link alone; and of a checkpoint, what its manifest lists.
-    """
-    if folder.is_symlink():
-        folder.unlink()
-        return
-    if kept := strangers(folder):
-        (folder / MANIFEST).unlink()
-        for path in sorted(folder.rglob("*"), reverse=True):  # what is in a folder before the folder
-            if path.is_dir() and not path.is_symlink():
-                if not any(path.iterdir()):
-                    path.rmdir()
-            elif path.relative_to(folder).as_posix() not in kept:
-                path.unlink()
-        return
-    doomed = folder if folder.name.endswith(".partial") else folder.with_name(f"{folder.name}.partial")
-    if doomed != folder:
-        shutil.rmtree(doomed, ignore_errors=True)
-        os.replace(folder, doomed)
-    shutil.rmtree(doomed)
+from ..common.checkpoints import (
+    MANIFEST,
+    SETTINGS,
+    checkpoint_step,
+    discard,
+    file_digest,
+    is_sealed,
+    list_checkpoints,
+    seal,
+)
+from ..common.errors import UsageError
+from ..common.files import flush
+from ..common.ownership import claim_files, release_files
+from .earlier_run import let_go, replaces
+from .faults import attempt, warn
+from .state import TrainingState, set_rates
 
 
 def set_aside_later(output_dir: Path, step: int) -> list[Path]:
@@ -137,22 +39,6 @@ def set_aside_later(output_dir: Path, step: int) -> list[Path]:
             discard(aside)
         os.replace(path, aside)
     return later
-
-
-def seal(partial: Path, final: Path, state: dict[str, Any]) -> None:
-    """Make a written folder the checkpoint: manifest with checksums and the run's state, flush, rename.
-
-    Where there is one of the same step already, that one stays: replacing it would leave a moment with neither.
-    """
-    if final.exists():
-        discard(partial)
-        return
-    files = sorted(path for path in partial.rglob("*") if path.is_file())
-    manifest = {**state, "files": {path.relative_to(partial).as_posix(): _digest(path) for path in files}}
-    write_whole(partial / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-    flush_tree(partial)
-    os.replace(partial, final)
-    flush(final.parent)
 
 
 def made_by_diffusers(checkpoint: Path) -> str | None:
@@ -194,7 +80,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         path = checkpoint / name.replace("\\", "/")  # as Windows wrote it
         if not path.resolve().is_relative_to(checkpoint.resolve()):
             raise UsageError(f"{checkpoint}: the manifest names {name!r}, outside the checkpoint")
-        if not path.is_file() or _digest(path) != digest:
+        if not path.is_file() or file_digest(path) != digest:
             raise UsageError(f"{checkpoint} is not a complete checkpoint: {name} is missing or damaged")
     if not (type(manifest.get("step", 0)) is int and isinstance(manifest.get("settings", {}), dict)):
         raise UsageError(f"{checkpoint} is not a complete checkpoint: its {MANIFEST} says no step, or no settings")
@@ -239,20 +125,6 @@ def find_checkpoint(output_dir: Path, wanted: str, warn) -> tuple[Path, dict[str
     raise UsageError(f"--resume_from_checkpoint {wanted}: no such checkpoint in {output_dir} (there: {there})")
 
 
-def settings_of(output_dir: Path, wanted: str) -> dict[str, Any]:
-    """The settings that the run of a checkpoint was last started with; nothing where there is no such checkpoint.
-
-    They lie in the checkpoint's parent folder, and within it for one that was copied without its run. `wanted` is as
-    for `find_checkpoint`, which reads all files to compare their checksums; this does not.
-    """
-    named = [path for path in (output_dir / wanted, Path(wanted)) if os.path.isfile(path / MANIFEST)]
-    for path in reversed(list_checkpoints(output_dir)) if wanted == "latest" else named:
-        for file, read in ((path.parent / SETTINGS, dict), (path / MANIFEST, lambda found: dict(found["settings"]))):
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                return read(json.loads(file.read_text(encoding="utf-8")))
-    return {}
-
-
 def rotate(output_dir: Path, limit: int | None) -> list[Path]:
     """Remove all but the newest `limit` checkpoints, and those set aside that the run has written anew; which ones.
 
@@ -286,16 +158,103 @@ def load_tensors(directory: Path, states: dict[str, Any]) -> None:
         item.load_state_dict(load_file(path))
 
 
-def truncate_jsonl(path: Path, step: int) -> None:
-    """Drop the lines after a step: what a run logged between its last checkpoint and its end."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] > step:
-                continue
-        except (ValueError, KeyError, TypeError):
-            continue  # a line cut off in the middle
-        kept.append(line + "\n")
-    write_whole(path, "".join(kept))
+LOGS = ("metrics.jsonl", "timings.jsonl")
+
+
+def save_checkpoint(accelerator, state: TrainingState, output_dir: Path, limit: int | None) -> str | None:
+    """Write `checkpoint-N`, whole or not at all, then let the oldest go. All ranks take part.
+
+    Returns:
+        What kept it from being written, for all ranks; then nothing of it is left, and no other has gone.
+    """
+    partial, final = (output_dir / f"checkpoint-{state.step}{suffix}" for suffix in (".partial", ""))
+    meter = state.meter.gathered(accelerator)
+
+    def begin():
+        claim_files(output_dir, [f"{final.name}/"])
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()  # and no parent: where the folder has gone, as with a disk, another would fill in its place
+
+    def finish():
+        save_tensors(partial, state.extra)
+        for log in LOGS:  # a checkpoint that outlives a power cut must find all that was logged before it
+            if (output_dir / log).is_file():
+                flush(output_dir / log)
+        seal(
+            partial,
+            final,
+            {
+                "step": state.step,
+                "nonfinite_steps": state.nonfinite_steps,
+                "grid_due": state.grid_due,
+                "meter": meter,
+                "sessions": state.sessions.until(state.step),
+                "lr_scheduler": json.loads(json.dumps(state.lr_scheduler.state_dict(), default=lambda _: None)),
+                **state.facts,
+            },
+        )
+
+    fault = attempt(accelerator, begin)
+    fault = fault or attempt(accelerator, lambda: accelerator.save_state(str(partial)), on_all=True)
+    fault = fault or attempt(accelerator, finish)
+    if fault is not None and accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+    if fault is None:
+        let_earlier_run_go(accelerator, output_dir)
+        let_old_go(accelerator, output_dir, limit)
+    return fault
+
+
+def let_earlier_run_go(accelerator, output_dir: Path) -> None:
+    """Delete the run that this one replaces, now that it has a checkpoint. All ranks take part.
+
+    An autoencoder's checkpoint counts: its folder lies within that of the run.
+    """
+
+    def remove():
+        for folder in (output_dir, output_dir.parent):
+            if replaces(folder):
+                let_go(folder)
+
+    if stuck := attempt(accelerator, remove):
+        warn(accelerator, f"the earlier run cannot be removed: {stuck}")
+
+
+def let_old_go(accelerator, output_dir: Path, limit: int | None) -> None:
+    """Remove the checkpoints that are too many. All ranks take part."""
+
+    def remove():
+        release_files(output_dir, [f"{path.name}/" for path in rotate(output_dir, limit)])
+
+    if stuck := attempt(accelerator, remove):
+        warn(accelerator, f"an old checkpoint cannot be removed: {stuck}")
+
+
+def load_checkpoint(accelerator, state: TrainingState, checkpoint: Path) -> None:
+    """Take over a checkpoint: weights, moments, averages and counts. The settings of optimizer, schedule and EMA stay.
+
+    The manifest has been verified.
+
+    Raises:
+        UsageError: it holds what no checkpoint of this run does. What is pickled is read with weights_only=True.
+    """
+    manifest = read_manifest(checkpoint)
+    groups = state.optimizer.param_groups
+    settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
+    try:
+        check_random_states(checkpoint, accelerator.process_index)
+        accelerator.load_state(str(checkpoint))
+        load_tensors(checkpoint, state.extra)
+        state.lr_scheduler.load_state_dict({**manifest["lr_scheduler"], "base_lrs": state.lr_scheduler.base_lrs})
+        set_rates(state, settings)
+        state.meter.restore(manifest["meter"], accelerator)
+        state.step, state.nonfinite_steps = manifest["step"], int(manifest["nonfinite_steps"])
+        state.sessions.resume(manifest.get("sessions", []), state.step)
+        state.grid_due = bool(manifest.get("grid_due", False))
+    except UsageError:
+        raise
+    except Exception as error:  # whatever a stranger's file makes the libraries raise
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"{checkpoint} cannot be resumed: it holds what no checkpoint does ({type(error).__name__}: {reason})"
+        ) from error

@@ -9,7 +9,7 @@ import os
 import sys
 from typing import Any, NamedTuple
 
-from .config import UsageError
+from ..common.errors import UsageError
 
 ON = ("1", "true", "yes", "on")
 

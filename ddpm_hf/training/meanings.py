@@ -1,15 +1,6 @@
 """What other training programs call the flags that every script has: what to write here, and the names elsewhere."""
 
-
-def names_elsewhere(table: str) -> dict[str, str]:
-    """A table of lines "what to write here: names elsewhere ..." as a mapping from each of these names.
-
-    >>> names_elsewhere("--learning_rate: lr adam_lr")
-    {'lr': '--learning_rate', 'adam_lr': '--learning_rate'}
-    """
-    rows = [line.split(": ") for line in table.strip().splitlines()]
-    return {name: here.strip() for here, names in rows for name in names.split()}
-
+from ..common.arguments import names_elsewhere
 
 # Among them those of lucidrains' denoising-diffusion-pytorch, OpenAI's improved-diffusion and guided-diffusion,
 # transformers' Trainer and Lightning

@@ -2,22 +2,9 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-
-class Need(NamedTuple):
-    """What a flag needs to have the effect that it says.
-
-    A dataclass of flags has a table `needs`, from the name of a flag to its need; it replaces rows of its bases.
-
-    Args:
-        met: whether a config has it; the config then also has `device`, the kind of the run's ("cpu", "cuda").
-        otherwise: what becomes of the flag, after its name; flags in braces stand for their values.
-    """
-
-    met: Callable[[Any], bool]
-    otherwise: str
+from ..common.arguments import Need
 
 
 def needs_of(dataclass_type: type) -> dict[str, Need]:

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
-from .config import UsageError
-from .machine import keep_freed_memory
+from ..common.errors import UsageError
+from ..common.machine import keep_freed_memory
 
 
 @contextlib.contextmanager

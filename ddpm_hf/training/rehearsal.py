@@ -9,11 +9,16 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 
-from .config import SHORTER_TRAINING, TrainingConfig, UsageError
-from .faults import end_together, explained
-from .loop import StepPlan, TrainingState, take_step
-from .randomness import StepKeys, keyed_seed
+from ..common.arguments import SHORTER_TRAINING
+from ..common.errors import UsageError
+from ..common.randomness import StepKeys, keyed_seed
+from .ending import explained
+from .faults import end_together
+from .flags import TrainingConfig
+from .plan import StepPlan
 from .reporting import LONG_ON_A_CPU, pace, peak_memory
+from .state import TrainingState
+from .step import take_step
 
 MOST_STEPS, MOST_SECONDS = 3, 20.0  # of what is measured
 

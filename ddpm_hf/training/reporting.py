@@ -16,7 +16,7 @@ import psutil
 import torch
 from tqdm.auto import tqdm
 
-from .config import SHORTER_TRAINING
+from ..common.arguments import SHORTER_TRAINING
 from .sessions import hardware
 
 FEW_STEPS, FEW_SECONDS = 10, 5.0  # what is measured before the time of a step is said

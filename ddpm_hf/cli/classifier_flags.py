@@ -1,0 +1,59 @@
+"""The flags of `ddpm-hf train-classifier`."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..common.arguments import names_elsewhere
+from ..common.errors import UsageError
+from ..data.flags import DataFlags
+from ..models.flags import UNetFlags
+from ..models.recipes import weaker_layers
+from ..objectives.flags import ScheduleFlags
+from ..training.flags import TrainingConfig
+from ..training.parsing import parse_layers
+
+CLASSIFIER_PROGRAM = "ddpm-hf train-classifier"
+CLASSIFIER_DESCRIPTION = """Train a classifier of noised images, whose gradient guides sampling towards a class.
+
+    ddpm-hf train-classifier --train_data_dir photos --label_column label --output_dir classifier
+    ddpm-hf sample MODEL --class cat --classifier classifier
+
+The images and the noise schedule must be those of the model that it is to guide."""
+# Flags that the training scripts have
+NO_CLASSIFIER = names_elsewhere("""
+a classifier is no pipeline, upload its folder with `hf upload`: push_to_hub hub_model_id hub_private_repo push upload
+a classifier is no pipeline, upload its folder with `hf upload`: hub_strategy hub_revision hub_license hub
+a classifier has one kind of weights, averaged with --use_ema: save_variants
+a classifier samples no grids: save_images_epochs save_images_steps validation_epochs validation_prompts
+a classifier samples no grids: ddpm_num_inference_steps num_inference_steps guidance_scale
+a classifier uses torch's attention, which is memory-efficient too: enable_xformers_memory_efficient_attention xformers
+a classifier predicts classes by cross-entropy: prediction_type variance_type objective loss_type snr_gamma vlb_weight
+a classifier sees each image with its class, at uniform timesteps: class_dropout timestep_sampler class_balanced
+a classifier reads pixels, not latents: vae_name_or_path cache_latents
+a classifier is trained from scratch: pretrained_model_name_or_path
+""")
+
+
+@dataclass
+class ClassifierConfig(DataFlags, UNetFlags, ScheduleFlags, TrainingConfig):
+    """Flags of `ddpm-hf train-classifier`: those of data, schedule and training that the scripts have too."""
+
+    absent: ClassVar[dict[str, str]] = NO_CLASSIFIER
+
+    def check(self) -> None:
+        """Raise UsageError or DataError for a value out of range or a combination that cannot work."""
+        super().check()
+        self.check_data()
+        self.check_unet()
+        self.check_schedule()
+        if self.label_column is None:
+            self.label_column = "label"
+        if self.streaming and self.max_train_steps is None:
+            raise UsageError("--streaming has no epochs to count: give --max_train_steps")
+
+
+def parse_classifier_flags(argv: list[str]) -> ClassifierConfig:
+    """The settings of `ddpm-hf train-classifier` for a command line; a mistake is one line and exit code 2."""
+    return parse_layers(
+        ClassifierConfig, argv, weaker_layers, prog=CLASSIFIER_PROGRAM, description=CLASSIFIER_DESCRIPTION
+    )

@@ -1,0 +1,97 @@
+"""How a flag is declared: its value, its help, what it needs, what a resumed run may change of it."""
+
+import dataclasses
+import os
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from .errors import UsageError
+
+SECRET_FLAGS = ("hub_token",)  # never written, shown or tracked
+# What becomes of a flag where a run is resumed
+START = "start"  # of this start alone: neither recorded nor taken over
+FREE = "free"  # may change, and what is learned does not
+APPLIED = "applied"  # may change: counts from the resumed step on, and a line says so
+FIXED = "fixed"  # may not change: the run was built on it
+
+
+def HfArg(
+    *,
+    help: str,
+    aliases: list[str] | None = None,
+    resume: str = APPLIED,
+    instead_of: str | None = None,
+    **default: Any,
+) -> Any:
+    """A field of a dataclass that `transformers.HfArgumentParser` makes a flag of.
+
+    Args:
+        help: for `--help`.
+        aliases: other spellings.
+        resume: what becomes of the flag where a run is resumed, one of the four above.
+        instead_of: a flag that says the same in another way: given to a resumed run, this one replaces it.
+        default: `default` or `default_factory` of `dataclasses.field`.
+    """
+    metadata = {"resume": resume, "instead_of": instead_of, "help": help, "aliases": aliases}
+    return dataclasses.field(metadata={key: value for key, value in metadata.items() if value is not None}, **default)
+
+
+def flags_that(config, resume: str) -> list[str]:
+    """The names of a config's flags that are `START`, `FREE`, `APPLIED` or `FIXED`."""
+    return [one.name for one in dataclasses.fields(config) if one.metadata.get("resume", APPLIED) == resume]
+
+
+def check_token(name: str, value: str | None) -> None:
+    """Raise UsageError, which does not show it, for what cannot be a token."""
+    if value is not None and not re.fullmatch("[!-~]+", value):
+        raise UsageError(f"--{name}: a token has letters and digits alone, and this has others or none")
+
+
+def check_license(name: str, value: str | None) -> None:
+    """Raise UsageError for what the Hub does not take for a license's name."""
+    if value is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", value):
+        raise UsageError(
+            f"--{name} {value!r}: give the Hub's name for it, in small letters, such as apache-2.0 or mit"
+        )
+
+
+def check_word(name: str, value: str) -> None:
+    """Raise UsageError for a text that can be neither a name nor a path."""
+    if not value.strip():
+        raise UsageError(f"--{name} {value!r} is empty; leave the flag out, or give a value")
+    if "\0" in value or len(value) > 4000 or any(len(os.fsencode(part)) > 255 for part in value.split("/")):
+        raise UsageError(f"--{name} {value!r} is too long for a name or a path, or holds a zero byte")
+
+
+# What to do where training takes long on a CPU
+SHORTER_TRAINING = "train for fewer --max_train_steps, at a smaller --resolution, or on a GPU"
+
+
+def has_grids(config) -> bool:
+    """Whether a training samples grids."""
+    return bool(getattr(config, "save_images_steps", None) or getattr(config, "save_images_epochs", None))
+
+
+def names_elsewhere(table: str) -> dict[str, str]:
+    """A table of lines "what to write here: names elsewhere ..." as a mapping from each of these names.
+
+    >>> names_elsewhere("--learning_rate: lr adam_lr")
+    {'lr': '--learning_rate', 'adam_lr': '--learning_rate'}
+    """
+    rows = [line.split(": ") for line in table.strip().splitlines()]
+    return {name: here.strip() for here, names in rows for name in names.split()}
+
+
+class Need(NamedTuple):
+    """What a flag needs to have the effect that it says.
+
+    A dataclass of flags has a table `needs`, from the name of a flag to its need; it replaces rows of its bases.
+
+    Args:
+        met: whether a config has it; the config then also has `device`, the kind of the run's ("cpu", "cuda").
+        otherwise: what becomes of the flag, after its name; flags in braces stand for their values.
+    """
+
+    met: Callable[[Any], bool]
+    otherwise: str

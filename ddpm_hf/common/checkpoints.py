@@ -1,0 +1,112 @@
+"""What a complete checkpoint is: a folder whose manifest lists its files and their checksums."""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from .files import flush, flush_tree, write_whole
+
+MANIFEST = "manifest.json"
+SETTINGS = "training_config.json"  # in the folder of the checkpoints
+
+
+def checkpoint_step(path: Path) -> int:
+    """N of `checkpoint-N`, or -1 for another name.
+
+    >>> checkpoint_step(Path("run/checkpoint-500")), checkpoint_step(Path("run/checkpoint-500.partial"))
+    (500, -1)
+    """
+    match = re.fullmatch(r"checkpoint-(\d+)", path.name)
+    return int(match[1]) if match else -1
+
+
+def list_checkpoints(output_dir: Path, complete: bool = False) -> list[Path]:
+    """The checkpoints in a folder, oldest first: all by name, or those alone that a run of ours has completed."""
+    found = [path for path in output_dir.glob("checkpoint-*") if path.is_dir() and checkpoint_step(path) >= 0]
+    return sorted((path for path in found if not complete or is_sealed(path)), key=checkpoint_step)
+
+
+def file_digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else hashlib.sha256(file.read()).hexdigest()
+        )
+
+
+def is_sealed(folder: Path) -> bool:
+    """Whether a folder has the manifest that completes a checkpoint of ours; its files are not looked at."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return isinstance(manifest["files"], dict) and type(manifest["step"]) is int
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+
+def strangers(checkpoint: Path) -> list[str]:
+    """The files within a complete checkpoint that are not listed in its manifest, as posix paths."""
+    if checkpoint.is_symlink() or not is_sealed(checkpoint):
+        return []
+    known = {*json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"], MANIFEST}
+    found = sorted(path for path in checkpoint.rglob("*") if path.is_symlink() or not path.is_dir())
+    return [name for path in found if (name := path.relative_to(checkpoint).as_posix()) not in known]
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder of ours so that a partly deleted checkpoint is never loaded, wherever that is cut off.
+
+    Of a link, the link alone; and of a checkpoint, what its manifest lists.
+    """
+    if folder.is_symlink():
+        folder.unlink()
+        return
+    if kept := strangers(folder):
+        (folder / MANIFEST).unlink()
+        for path in sorted(folder.rglob("*"), reverse=True):  # what is in a folder before the folder
+            if path.is_dir() and not path.is_symlink():
+                if not any(path.iterdir()):
+                    path.rmdir()
+            elif path.relative_to(folder).as_posix() not in kept:
+                path.unlink()
+        return
+    doomed = folder if folder.name.endswith(".partial") else folder.with_name(f"{folder.name}.partial")
+    if doomed != folder:
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.replace(folder, doomed)
+    shutil.rmtree(doomed)
+
+
+def seal(partial: Path, final: Path, state: dict[str, Any]) -> None:
+    """Make a written folder the checkpoint: manifest with checksums and the run's state, flush, rename.
+
+    Where there is one of the same step already, that one stays: replacing it would leave a moment with neither.
+    """
+    if final.exists():
+        discard(partial)
+        return
+    files = sorted(path for path in partial.rglob("*") if path.is_file())
+    manifest = {**state, "files": {path.relative_to(partial).as_posix(): file_digest(path) for path in files}}
+    write_whole(partial / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    flush_tree(partial)
+    os.replace(partial, final)
+    flush(final.parent)
+
+
+def settings_of(output_dir: Path, wanted: str) -> dict[str, Any]:
+    """The settings that the run of a checkpoint was last started with; nothing where there is no such checkpoint.
+
+    They lie in the checkpoint's parent folder, and within it for one that was copied without its run. `wanted` is as
+    for `find_checkpoint`, which reads all files to compare their checksums; this does not.
+    """
+    named = [path for path in (output_dir / wanted, Path(wanted)) if os.path.isfile(path / MANIFEST)]
+    for path in reversed(list_checkpoints(output_dir)) if wanted == "latest" else named:
+        for file, read in ((path.parent / SETTINGS, dict), (path / MANIFEST, lambda found: dict(found["settings"]))):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                return read(json.loads(file.read_text(encoding="utf-8")))
+    return {}

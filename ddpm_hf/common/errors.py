@@ -1,0 +1,69 @@
+"""Messages as lines, without the libraries behind them."""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def one_line(message: Any) -> str:
+    """A message as one printable line of bearable length: what it quotes may be anything, also a token.
+
+    >>> one_line("no such\\ncolumn, and hf_aSecretToken")
+    'no such column, and hf_...'
+    """
+    line = re.sub(r"\bhf_\w{8,}", "hf_...", " ".join(str(message).split()))
+    line = re.sub(r"\S{400,}", lambda word: f"{word[0][:100]}...{word[0][-20:]}", line)
+    line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
+    return line if len(line) <= 1000 else f"{line[:600]} ... {line[-300:]}"
+
+
+class DataError(ValueError):
+    """A dataset or an image that cannot be used; the message names it and the way out."""
+
+    def __init__(self, message: str):
+        if "Original Traceback" in message:  # torch's DataLoader wraps what a worker raised
+            message = message.strip().rpartition(f"{type(self).__name__}: ")[2]
+        super().__init__(message)
+
+
+class ImageMismatchError(DataError):
+    """An image that the settings do not fit: the dataset's range of values, or the model's channels; never skipped."""
+
+
+def why_not_loaded(error: Exception) -> str:
+    """Why a model cannot be loaded, and the way out where there are but pickled weights, which can run code."""
+    reason = " ".join(str(error).split())[:250]
+    if ".safetensors" in reason and "no file" in reason.lower():
+        reason += (
+            "; weights are read from safetensors alone: load pickled ones with the library that wrote them, if you"
+            " trust them, and save_pretrained(folder, safe_serialization=True)"
+        )
+    return reason
+
+
+@contextlib.contextmanager
+def said_in_a_line(model: str) -> Iterator[None]:
+    """What goes wrong with a model becomes a ValueError that names it and the way out."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        yield
+    except HfHubHTTPError.__bases__ as error:  # OSError, and what the client's library for HTTP raises
+        if Path(model).is_dir():
+            raise ValueError(f"{model} cannot be loaded: {why_not_loaded(error)}") from error
+        raise ValueError(
+            f"{model} is neither a folder nor a model that can be reached on the Hub ({error.__class__.__name__});"
+            " check the name, your network, and --token for a private one"
+        ) from error
+    except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, NotImplementedError) as error:
+        raise ValueError(f"{model} cannot be loaded: {why_not_loaded(error)}") from error
+
+
+class UsageError(ValueError):
+    """Something that the user can mend: a script prints its one line and ends with exit code 2."""
+
+
+class RunError(RuntimeError):
+    """The machine failed, not the command line: one line and exit code 1."""

@@ -1,0 +1,153 @@
+"""The one table of what a run writes into its output folder."""
+
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .checkpoints import SETTINGS, is_sealed
+
+RUN_FILE, RESULTS_FILE, METRICS_FILE = "run.json", "evaluation.json", "metrics.jsonl"
+SAMPLES, CHAIN, LOSS_CURVE = "assets/samples.png", "assets/chain.png", "assets/loss.png"
+EARLIER = "earlier-run"  # where a run that is being replaced waits
+AUTOENCODER = "autoencoder"  # the folder of a run of its own, within that of the model that it is for
+
+
+def json_or_none(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def _has(*keys: str) -> Callable[[Path], bool]:
+    """A test whether a file is a JSON object with these keys."""
+
+    def test(path: Path) -> bool:
+        value = json_or_none(path)
+        return isinstance(value, dict) and set(keys) <= set(value)
+
+    return test
+
+
+def _logs(*keys: str) -> Callable[[Path], bool]:
+    """A test whether the first line of a file is a JSON object with these keys."""
+
+    def test(path: Path) -> bool:
+        try:
+            with open(path, encoding="utf-8") as file:
+                line = json.loads(file.readline())
+        except (OSError, ValueError):
+            return False
+        return isinstance(line, dict) and set(keys) <= set(line)
+
+    return test
+
+
+def _is_results(path: Path) -> bool:
+    results = json_or_none(path)
+    return isinstance(results, list) and all(isinstance(one, dict) and "metric" in one for one in results)
+
+
+def _is_card(path: Path) -> bool:
+    try:
+        return "<!-- ddpm_hf" in path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False
+
+
+def _is_model(path: Path) -> bool:
+    """Whether it is the config of a model that is trained by itself."""
+    config = json_or_none(path)
+    return isinstance(config, dict) and config.get("_class_name") in ("NoisyClassifier", "AutoencoderKL")
+
+
+def _is_file(path: Path) -> bool:
+    return path.is_file()
+
+
+class Entry(NamedTuple):
+    """A kind of file in an output folder.
+
+    Attributes:
+        pattern: its path; `*` stands for any characters but a slash, `#` for digits; a folder ends with a slash.
+        published: whether it is uploaded with the model.
+        recognised: how a file is recognised as a run's where the run is older than the manifest.
+    """
+
+    pattern: str
+    published: bool = False
+    recognised: Callable[[Path], bool] = _is_file
+
+
+CHECKPOINT = Entry("checkpoint-#/", recognised=is_sealed)
+TRAINING_CONFIG = Entry(SETTINGS, recognised=_has("output_dir", "checkpointing_steps"))
+STEPS = Entry("metrics.jsonl", published=True, recognised=_logs("step", "epoch"))
+TIMINGS = Entry("timings.jsonl", recognised=_logs("step", "seconds"))
+GRIDS = "samples/step-#.png"
+TRAINING = (
+    CHECKPOINT,
+    Entry("checkpoint-#.superseded/", recognised=is_sealed),
+    Entry("checkpoint-#.partial/", recognised=Path.is_dir),
+    TRAINING_CONFIG,
+    STEPS,
+    TIMINGS,
+    Entry(GRIDS),
+    Entry("samples/chain-#.png"),
+)
+PIPELINE = (
+    Entry("model_index.json", published=True, recognised=_has("_class_name", "scheduler")),
+    Entry("pipeline_*ddpm_hf.py", published=True),
+    *(
+        Entry(f"{name}_ddpm_hf.py", published=True)
+        for name in ("hub", "guidance", "sampling", "scheduling", "schedules", "operators")
+    ),
+    Entry("run.json", published=True, recognised=_has("sessions")),
+    Entry("evaluation.json", published=True, recognised=_is_results),
+    Entry("README.md", published=True, recognised=_is_card),
+    Entry("assets/samples.png", published=True),
+    Entry("assets/chain.png", published=True),
+    Entry("assets/loss.png", published=True),
+)
+# Of a single model, and of each component of a pipeline
+WEIGHTS = ("diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model*.index*.json")
+MODEL = (Entry("config.json", recognised=_is_model), *map(Entry, WEIGHTS))
+COMPONENTS = (
+    "unet", "vae", "scheduler", "text_encoder", "tokenizer", "safety_checker", "feature_extractor", "image_encoder",
+)  # fmt: skip
+COMPONENT_FILES = (
+    "config.json", *WEIGHTS, "model*.safetensors", "model*.index*.json", "scheduler_config.json",
+    "preprocessor_config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json",
+    "merges.txt", "special_tokens_map.json", "added_tokens.json",
+)  # fmt: skip
+KEPT_IN_PLACE = ("README.md",)  # people write into it: its own sections are renewed, and the rest stays
+
+
+def layout(*components: str, autoencoder: bool = False, model: bool = False) -> tuple[Entry, ...]:
+    """What a training writes.
+
+    Args:
+        components: of the pipeline that it saves.
+        autoencoder: whether it trains one first.
+        model: whether it saves a single model instead of a pipeline.
+    """
+    entries = TRAINING + (MODEL if model else PIPELINE)
+    entries += tuple(Entry(f"{name}/{file}") for name in components for file in COMPONENT_FILES)
+    if autoencoder:
+        nested = (one._replace(pattern=f"{AUTOENCODER}/{one.pattern}", published=False) for one in TRAINING + MODEL)
+        entries += tuple(nested)
+    return entries
+
+
+LAYOUT = layout(*COMPONENTS, autoencoder=True) + MODEL
+
+
+def matching(folder: Path, pattern: str) -> list[str]:
+    """The names in a folder that an entry's pattern matches, as posix paths; a folder's ends with a slash."""
+    bare = pattern.removesuffix("/")
+    expression = re.escape(bare).replace(r"\*", "[^/]*").replace(r"\#", r"\d+").replace("#", r"\d+")
+    found = folder.glob(bare.replace("#", "*")) if set(bare) & set("*#") else [folder / bare]
+    names = [path.relative_to(folder).as_posix() for path in found if os.path.lexists(path)]
+    return sorted(name + pattern[len(bare) :] for name in names if re.fullmatch(expression, name))

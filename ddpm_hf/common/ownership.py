@@ -1,0 +1,251 @@
+"""Which files in a folder are ours: a manifest lists each file before it is written, and no other file is removed.
+
+`LAYOUT` is the one table of what a run writes into its output folder. A run that replaces an earlier one first sets it
+aside, in a folder within the output folder; it is deleted once the new run has a checkpoint, and brought back if the
+new run ends before that. Every step of this can be interrupted: `settle` completes it.
+"""
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from .checkpoints import discard, is_sealed
+from .errors import UsageError
+from .files import write_whole
+from .layout import (
+    AUTOENCODER,
+    CHECKPOINT,
+    COMPONENTS,
+    MODEL,
+    TIMINGS,
+    TRAINING,
+    TRAINING_CONFIG,
+    _is_model,
+    json_or_none,
+    layout,
+    matching,
+)
+
+MANIFEST = "ddpm_hf_files.json"
+ABOUT = "Files that ddpm_hf wrote here. It replaces and removes no others."
+RUN = "run"  # the manifest's part for a model and its training; other programs have parts of their own
+
+_lock = threading.Lock()  # uploads in the background write too
+
+
+# What a run writes
+
+
+# The manifest
+
+
+def _load(folder: Path) -> dict[str, Any]:
+    """A folder's manifest, checked; empty where there is none.
+
+    Raises:
+        UsageError: it is malformed, or lists a path outside the folder.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        return {}
+    manifest = json_or_none(path)
+    parts = manifest.get("files") if isinstance(manifest, dict) else None
+    names = None
+    if isinstance(parts, dict) and all(isinstance(part, dict) for part in parts.values()):
+        names = [name for part in parts.values() for name in part]
+    if names is None or any(not _is_local(name) for name in names):
+        raise UsageError(f"{path} is malformed; remove it, or name another folder")
+    return manifest
+
+
+def _is_local(name: str) -> bool:
+    parts = PurePosixPath(name).parts
+    return bool(parts) and not name.startswith("/") and ".." not in parts and not set("\\:\0") & set(name)
+
+
+def _save(folder: Path, manifest: dict[str, Any]) -> None:
+    parts = {part: dict(sorted(files.items())) for part, files in manifest.get("files", {}).items() if files}
+    if parts or manifest.get("replaces"):
+        manifest = {"about": ABOUT, **manifest, "files": parts}
+        write_whole(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    else:
+        (folder / MANIFEST).unlink(missing_ok=True)
+
+
+def listed(folder: str | Path, part: str = RUN) -> dict[str, str | None]:
+    """The files that the manifest of a folder lists for a part, each with the digest of its content if that is known.
+
+    Raises:
+        UsageError: the manifest is malformed.
+    """
+    return dict(_load(Path(folder)).get("files", {}).get(part, {}))
+
+
+def claim_files(folder: str | Path, names: Iterable[str] | Mapping[str, str | None], part: str = RUN) -> None:
+    """List files in the folder's manifest, before they are written; their digests may follow."""
+    _update(
+        Path(folder), part, lambda files: files.update(names if isinstance(names, Mapping) else dict.fromkeys(names))
+    )
+
+
+def release_files(folder: str | Path, names: Iterable[str], part: str = RUN) -> None:
+    """Take files off the manifest, after they have been removed."""
+    gone = set(names)
+    _update(Path(folder), part, lambda files: [files.pop(name, None) for name in gone])
+
+
+def _update(folder: Path, part: str, change: Callable[[dict], Any]) -> None:
+    with _lock:
+        manifest = _load(folder)
+        parts = manifest.setdefault("files", {})
+        before, files = parts.get(part, {}), dict(parts.get(part, {}))
+        change(files)
+        if files != before:
+            parts[part] = files
+            _save(folder, manifest)
+
+
+# What is in a folder
+
+
+def run_files(folder: Path) -> list[str]:
+    """The files of a run that exist in a folder, those of its autoencoder's training too.
+
+    They are listed, or, for a run of a version without manifests, recognised.
+    """
+    names = _listed_or_recognised(folder)
+    nested = folder / AUTOENCODER
+    if nested.is_dir() and not nested.is_symlink():
+        names += [f"{AUTOENCODER}/{name}" for name in _listed_or_recognised(nested)]
+        if (nested / MANIFEST).is_file():
+            names.append(f"{AUTOENCODER}/{MANIFEST}")
+    return [name for name in names if os.path.lexists(folder / name)]
+
+
+def has_manifest(folder: Path) -> bool:
+    """Whether a folder's manifest lists files of a run."""
+    return bool(listed(folder))
+
+
+def _listed_or_recognised(folder: Path) -> list[str]:
+    if not has_manifest(folder):
+        return recognise(folder)
+    copied = {n for one in TRAINING[:3] for n in matching(folder, one.pattern) if is_sealed(folder / n)}
+    names = {**listed(folder), **dict.fromkeys(sorted(copied))}
+    kinds = (".partial/", ".superseded/", ".superseded.partial/")  # of a checkpoint under way, or that went
+    return list(dict.fromkeys([*names, *(name[:-1] + kind for name in names if name.endswith("/") for kind in kinds)]))
+
+
+def recognise(folder: Path) -> list[str]:
+    """The files of a run of a version without manifests; empty where nothing proves that there was one."""
+    proofs = (CHECKPOINT, TRAINING_CONFIG, TIMINGS)
+    if not any(one.recognised(folder / name) for one in proofs for name in matching(folder, one.pattern)):
+        return []
+    index = json_or_none(folder / "model_index.json")
+    components = [name for name in COMPONENTS if isinstance(index, dict) and name in index]
+    entries = layout(*components) + (MODEL if _is_model(folder / "config.json") else ())
+    return [n for one in entries for n in matching(folder, one.pattern) if one.recognised(folder / n)]
+
+
+def may_write(folder: str | Path, name: str) -> bool:
+    """Whether a name in a folder is free, or holds a file of a run's."""
+    return not os.path.lexists(Path(folder) / name) or name in run_files(Path(folder))
+
+
+def is_within(folder: Path, name: str) -> bool:
+    """Whether a file lies in the folder itself, and not behind a link to elsewhere."""
+    return (folder / name).parent.resolve().is_relative_to(folder.resolve())
+
+
+def remove(folder: Path, name: str) -> None:
+    """Remove a file or checkpoint of ours, never through a link, and the folders that are empty then."""
+    path = folder / name
+    if not os.path.lexists(path) or not is_within(folder, name):
+        return
+    if path.is_dir() and not path.is_symlink():
+        discard(path)
+    else:
+        path.unlink()
+    remove_empty_parents(folder, name)
+
+
+def remove_empty_folders(folder: Path) -> None:
+    """Remove a folder and those within it, as far as they are empty."""
+    for path in (*sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True), folder):
+        if not path.is_symlink() and not any(path.iterdir()):
+            path.rmdir()
+
+
+def remove_empty_parents(folder: Path, name: str) -> None:
+    """Remove the folders of a file that was removed, as far as they are empty."""
+    for parent in (folder / name).parents:
+        if parent == folder or parent.is_symlink() or not parent.is_dir() or any(parent.iterdir()):
+            return
+        parent.rmdir()
+
+
+# Files that a program writes anew each time, such as sampled images
+
+
+def digest(data: bytes) -> str:
+    """What tells a file's content from another."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def check_replaceable(folder: str | Path, part: str, patterns: Sequence[str], flag: str) -> None:
+    """Raise UsageError for files that a program would replace or mix its own with, and that it did not write.
+
+    Args:
+        part: the program's part of the manifest.
+        patterns: what it may write, as in `Entry`.
+        flag: the one that names the folder, for the message.
+    """
+    folder = Path(folder)
+    ours = listed(folder, part)
+    names = {name for pattern in patterns for name in matching(folder, pattern)} | set(ours)
+    there = [name for name in sorted(names) if os.path.lexists(folder / name)]
+    foreign = [name for name in there if name not in ours or _was_edited(folder / name, ours[name])]
+    if foreign:
+        raise UsageError(
+            f"--{flag} {folder} holds files that would be replaced and that are not ours, or were edited since"
+            f" ({some(foreign)}); move them, or name another folder"
+        )
+
+
+def _was_edited(path: Path, known: str | None) -> bool:
+    return not path.is_file() or (known is not None and digest(path.read_bytes()) != known)
+
+
+def replace_files(folder: str | Path, part: str, files: Mapping[str, Callable[[], bytes]]) -> None:
+    """Write files, each whole, in the place of all that the program wrote into the folder before.
+
+    Args:
+        part: the program's part of the manifest.
+        files: what makes the content of each, by its posix path.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    before = [name for name in listed(folder, part) if name not in files]
+    claim_files(folder, dict.fromkeys(files), part)
+    for name in before:
+        remove(folder, name)
+    digests = {}
+    for name, content in files.items():
+        data = content()
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / name, data)
+        digests[name] = digest(data)
+    release_files(folder, before, part)
+    claim_files(folder, digests, part)
+
+
+def some(names: Sequence[str]) -> str:
+    """Some of many names, for a message."""
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if names[4:] else "")
+
+
+# Replacing an earlier run

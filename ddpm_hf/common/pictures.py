@@ -1,0 +1,73 @@
+"""Grids of images with legends, and pictures on disk."""
+
+import io
+import math
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from .files import write_whole
+
+LEGEND_LINE = 24  # characters, beyond which a label of a grid goes on in its next line
+LEGEND_FONT = 12  # pixels
+
+
+def image_grid(
+    images: list[Image.Image],
+    columns: int | None = None,
+    scale: int = 1,
+    gap: int = 2,
+    legend: Sequence[str] | None = None,
+) -> Image.Image:
+    """PIL images of one size as one picture, row by row; small ones enlarged `scale` times without smoothing.
+
+    Args:
+        legend: one label for each row, written at its left; long ones are wrapped, and cut off where the row ends.
+
+    >>> image_grid([Image.new("L", (8, 8))] * 6, columns=3, gap=1).size
+    (28, 19)
+    """
+    columns = columns or int(np.ceil(np.sqrt(len(images))))
+    rows = -(-len(images) // columns)
+    width, height = images[0].width * scale, images[0].height * scale
+    labels = [_label(text, height) for text in legend or []]
+    left = max((label.width + 2 * gap for label in labels), default=0)
+    size = (left + gap + columns * (width + gap), gap + rows * (height + gap))
+    canvas = Image.new(images[0].mode, size, "white")
+    for place, image in enumerate(images):
+        row, column = divmod(place, columns)
+        enlarged = image.resize((width, height), Image.Resampling.NEAREST)
+        canvas.paste(enlarged, (left + gap + column * (width + gap), gap + row * (height + gap)))
+    for row, label in enumerate(labels[:rows]):
+        top = gap + row * (height + gap) + max(0, height - label.height) // 2
+        canvas.paste(label.convert(canvas.mode), (left - gap - label.width, top))
+    return canvas
+
+
+def _label(text: str, most_height: int) -> Image.Image:
+    """A text in black on white, wrapped, and no higher than a row of a grid if one line fits into it.
+
+    Characters that the font lacks become boxes.
+    """
+    import matplotlib
+
+    # knows more scripts than Pillow's default font, and is there where matplotlib is
+    font = ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", LEGEND_FONT)
+    text = text.encode("utf-8", "replace").decode("utf-8")
+    lines = textwrap.wrap(text, LEGEND_LINE, max_lines=max(1, most_height // (LEGEND_FONT + 4)), placeholder="…")
+    text = "\n".join(lines)
+    _, _, right, bottom = ImageDraw.Draw(Image.new("L", (1, 1))).multiline_textbbox((0, 0), text, font)
+    label = Image.new("L", (max(1, math.ceil(right)), max(1, math.ceil(bottom))), "white")
+    ImageDraw.Draw(label).multiline_text((0, 0), text, "black", font)
+    return label
+
+
+def save_image(image, path: Path) -> None:
+    """Write a PIL picture whole, in the format that the name says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    image.save(buffer, format=path.suffix[1:].upper())
+    write_whole(path, buffer.getvalue())

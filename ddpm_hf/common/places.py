@@ -1,0 +1,132 @@
+"""A folder on this machine, or a folder of a repository on the Hub, and the files in it."""
+
+import json
+import os
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+MODEL_INDEX, MODEL_CONFIG, MANIFEST = "model_index.json", "config.json", "manifest.json"
+UNET_FOLDERS = ("unet_ema", "unet")  # of a checkpoint, the averaged weights first
+OTHER_WEIGHTS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".pkl")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder on this machine, or a folder of a repository on the Hub.
+
+    Args:
+        root: the folder, or the repository's user/name.
+        local: whether it is on this machine.
+        subfolder: within the repository.
+        revision: branch, tag or commit of the repository.
+        unreachable: why files were not looked for on the Hub; of all places made from one.
+    """
+
+    root: str
+    local: bool
+    subfolder: str = ""
+    revision: str | None = None
+    token: str | None = None
+    unreachable: list[str] = field(default_factory=list, compare=False)
+
+    def __str__(self) -> str:
+        return f"{self.root}/{self.subfolder}" if self.subfolder else self.root
+
+    def __truediv__(self, name: str) -> "Place":
+        if self.local:
+            return replace(self, root=str(Path(self.root) / name))
+        return replace(self, subfolder=f"{self.subfolder}/{name}" if self.subfolder else name)
+
+    @property
+    def parent(self) -> "Place | None":
+        """The folder around it; None around a repository."""
+        if self.local:
+            return replace(self, root=str(Path(self.root).resolve().parent))
+        return replace(self, subfolder=self.subfolder.rpartition("/")[0]) if self.subfolder else None
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return Path(self.root).resolve().name if self.local else str(self).rpartition("/")[2]
+
+    def file(self, name: str) -> Path | None:
+        """A file's path on this machine, downloaded if need be; None where there is none.
+
+        Raises:
+            ValueError: no such repository, or no access to it.
+        """
+        if self.local:
+            path = Path(self.root) / name
+            return path if path.is_file() else None
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import (
+            EntryNotFoundError,
+            HfHubHTTPError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+        )
+
+        inner = f"{self.subfolder}/{name}" if self.subfolder else name
+        try:
+            # a request without an answer is repeated for half a minute: once is enough
+            cached = bool(self.unreachable)
+            return Path(
+                hf_hub_download(self.root, inner, revision=self.revision, token=self.token, local_files_only=cached)
+            )
+        except LocalEntryNotFoundError as error:  # offline; it may be that the file does not exist
+            self.unreachable.append(error.__class__.__name__)
+        except EntryNotFoundError:
+            pass
+        except (HFValidationError, *HfHubHTTPError.__bases__) as error:
+            raise ValueError(
+                f"neither a folder nor a model that can be reached on the Hub ({error.__class__.__name__}); check the"
+                " name, the revision and your network, and log in with `hf auth login` for a private one"
+            ) from error
+        return None
+
+    def json(self, name: str) -> dict[str, Any] | None:
+        """A file's JSON object; None where there is no such file.
+
+        Raises:
+            ValueError: it is not a JSON object, or what `file` raises.
+        """
+        path = self.file(name)
+        if path is None:
+            return None
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{name} is not JSON ({' '.join(str(error).split())[:100]})") from error
+        if not isinstance(value, dict):
+            raise ValueError(f"{name} is not a JSON object")
+        return value
+
+
+def find_place(
+    name: str, revision: str | None = None, subfolder: str | None = None, token: str | None = None
+) -> Place:
+    """A folder or a repository by its name.
+
+    Raises:
+        ValueError: a file, or what can be neither a folder nor a name on the Hub.
+    """
+    if os.path.isfile(name):
+        raise ValueError(f"a file; {way_out(name)}")
+    if not os.path.isdir(name) and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise ValueError("no such folder, and not a name on the Hub, which is user/name")
+    place = Place(name, os.path.isdir(name), revision=revision, token=token)
+    place = place / subfolder.strip("/") if subfolder else place
+    if place.local and not os.path.isdir(place.root):
+        raise ValueError(f"no folder {subfolder} in it")
+    return place
+
+
+def way_out(name: str) -> str:
+    """What to give instead of another program's file of weights."""
+    return (
+        "give the folder of a pipeline (model_index.json), of a checkpoint (checkpoint-N) or of a UNet2DModel"
+        " (config.json and safetensors)"
+        + ("; weights of other programs are not converted" if name.endswith(OTHER_WEIGHTS) else "")
+    )

@@ -1,0 +1,58 @@
+"""Randomness that is keyed, not carried: each draw is a function of the seed and of what it is for.
+
+Nothing then depends on what was drawn before. A run that resumes at any step goes on bit for bit, two ranks train as
+one with twice the batch, and sampling in between changes nothing. The numbers come from Philox, a counter-based
+generator (Salmon et al. 2011): the counter names the draw, so there is no state to keep.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+# The purposes that draw, one stream each: two streams share no number. New ones go to the end.
+PURPOSES = (
+    "order", "dropout", "noise", "timestep", "class_dropout", "validation_noise", "validation_timestep", "sample",
+    "posterior", "validation_posterior", "caption_dropout", "noise_offset", "input_perturbation",
+)  # fmt: skip
+STREAMS = {name: number for number, name in enumerate(PURPOSES)}
+
+
+def keyed_blocks(seed: int, stream: str, step: int, first: int, count: int) -> np.ndarray:
+    """Random uint64 [count, 4]: row i belongs to (seed, stream, step, first + i), whoever asks and whenever."""
+    counter = [first, step, STREAMS[stream], 0]
+    return np.random.Philox(key=[seed, 0], counter=counter).random_raw(4 * count).reshape(count, 4)
+
+
+def keyed_seed(seed: int, stream: str, step: int, index: int = 0) -> int:
+    """One 63-bit seed for a generator, keyed by (seed, stream, step, index)."""
+    return int(keyed_blocks(seed, stream, step, index, 1)[0, 0] >> np.uint64(1))
+
+
+class StepKeys(NamedTuple):
+    """The randomness of a batch: samples `first`.. of the global batch of an optimizer step."""
+
+    seed: int
+    step: int
+    first: int
+    count: int
+    validation: bool = False  # validation draws the same at every step, and never what training draws
+    valid: int | None = None  # the first so many are samples; the rest stands in where a rank has none (None: all)
+
+    def _stream(self, name: str) -> str:
+        return f"validation_{name}" if self.validation else name
+
+    def uniform(self, name: str) -> torch.Tensor:
+        """Numbers in [0, 1), one a sample: float64 [count], on the CPU."""
+        blocks = keyed_blocks(self.seed, self._stream(name), self.step, self.first, self.count)
+        return torch.from_numpy((blocks[:, 0] >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+
+    def normal_like(self, reference: torch.Tensor, name: str = "noise") -> torch.Tensor:
+        """Standard normal noise of the reference's shape [count, ...], dtype and device."""
+        blocks = keyed_blocks(self.seed, self._stream(name), self.step, self.first, self.count)
+        generator = torch.Generator(reference.device)
+        # contiguous, whatever the reference's layout in memory: the numbers are drawn in that order
+        noise = torch.empty(reference.shape, dtype=reference.dtype, device=reference.device)
+        for sample, seed in zip(noise, (blocks[:, 0] >> np.uint64(1)).tolist()):
+            sample.normal_(generator=generator.manual_seed(seed))
+        return noise

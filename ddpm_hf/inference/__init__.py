@@ -1,0 +1,1 @@
+"""Loading models and sampling from them; nothing here needs what a Space lacks."""

@@ -1,0 +1,159 @@
+"""Load a model and sample from it. Heavy libraries are imported where they are used, for a fast command line."""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+from .kinds import load_pipeline
+from .samplers import swapped, usable_samplers
+
+MOST_IMAGES = 16
+MOMENTS = 10  # at which a chain is shown
+
+
+def keyed_generators(device, seed: int, indices) -> list:
+    """A generator for each image: image i depends on the seed and i alone, whatever the batch."""
+    import torch
+
+    from ..common.randomness import keyed_seed
+
+    return [torch.Generator(device).manual_seed(keyed_seed(seed, "sample", 0, index)) for index in indices]
+
+
+class Wish(NamedTuple):
+    """A request for samples."""
+
+    count: int = 4
+    sampler: str = "ddpm"
+    steps: int | None = None  # None: all of T
+    seed: int = 0
+    class_labels: list[str | None] | None = None  # in turn; None: all of them. One that is None: no class
+    prompt: str = ""
+    negative_prompt: str = ""
+    guidance_scale: float | None = None  # None: as the pipeline has it
+
+
+class Step(NamedTuple):
+    """How far a chain has come."""
+
+    done: int
+    total: int
+    timestep: int
+    predictions: list | None  # x̂_0 as PIL images, at `MOMENTS` moments
+
+
+class Studio:
+    """A model and what may be asked of it.
+
+    Args:
+        model: a folder, or its name on the Hub.
+        device: by default the best there is.
+
+    Raises:
+        ValueError: what `load_pipeline` raises.
+    """
+
+    def __init__(self, model: str, token: str | None = None, device: str | None = None):
+        self.pipeline = load_pipeline(model, token=token).to(device or best_device())
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.scheduler = self.pipeline.scheduler
+        self.by_text = hasattr(self.pipeline, "tokenizer")
+        self.classes = trained_class_names(self.pipeline)
+        self.knows_no_class = getattr(self.pipeline, "null_class", None) is not None
+        self.guided = self.by_text or self.knows_no_class
+        self.guidance_scale = self.pipeline.config.guidance_scale if self.by_text else 1.0  # by default
+        self.longest = self.scheduler.config.num_train_timesteps
+        self.samplers = usable_samplers(self.pipeline)
+        self._alone = threading.Lock()  # a pipeline's sampler is in one chain at a time
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(width, height) in pixels."""
+        _, height, width = self.pipeline.sample_shape
+        vae = self.pipeline.vae
+        factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+        return width * factor, height * factor
+
+    def draw(self, wish: Wish, watch: Callable[[Step], None] | None = None) -> list:
+        """PIL images, one for each index.
+
+        Args:
+            watch: hears of each step.
+
+        Raises:
+            ValueError: an unsupported request.
+        """
+        if not 1 <= wish.count <= MOST_IMAGES:
+            raise ValueError(f"{wish.count} images: ask for 1 to {MOST_IMAGES}")
+        if self.by_text and not wish.prompt.strip():
+            raise ValueError("this model samples from a text: give a prompt")
+        with self._alone, swapped(self.pipeline, wish.sampler):
+            return self._drawn(wish, watch)
+
+    def _drawn(self, wish: Wish, watch: Callable[[Step], None] | None) -> list:
+        """The images of a checked request."""
+        generators = keyed_generators(self.pipeline._execution_device, wish.seed, range(wish.count))
+        options: dict[str, Any] = {"generator": generators, "num_inference_steps": wish.steps}
+        options["output_type"] = "preview"
+        if self.guided and wish.guidance_scale is not None:
+            options["guidance_scale"] = wish.guidance_scale
+        if watch is not None:
+            options["callback_on_step_end"] = self._reporter(watch)
+            options["callback_on_step_end_tensor_inputs"] = ("pred_original_sample",)
+        if self.by_text:
+            negative = wish.negative_prompt or None
+            return self.pipeline([wish.prompt] * wish.count, negative_prompt=negative, **options).images
+        if self.classes:
+            labels = wish.class_labels or self.classes
+            return self.pipeline([labels[i % len(labels)] for i in range(wish.count)], **options).images
+        return self.pipeline(wish.count, **options).images
+
+    @staticmethod
+    def _reporter(watch: Callable[[Step], None]) -> Callable:
+        """`callback_on_step_end` that tells `watch` of each step."""
+
+        def report(pipeline, index: int, timestep, tensors: dict) -> dict:
+            total = len(pipeline.scheduler.timesteps)
+            shown = {round(number * (total - 1) / (MOMENTS - 1)) for number in range(MOMENTS)}
+            predictions = pipeline.decode(tensors["pred_original_sample"], "preview") if index in shown else None
+            watch(Step(index + 1, total, int(timestep), predictions))
+            return {}
+
+        return report
+
+
+def trained_class_names(pipeline) -> list[str]:
+    """The classes to offer: those that training images had; empty for a model without classes."""
+    return [pipeline.config.id2label[str(number)] for number in getattr(pipeline, "default_classes", [])]
+
+
+def best_device() -> str:
+    """cuda or mps where there is one, or cpu."""
+    import torch
+
+    return next((name for name in ("cuda", "mps") if getattr(torch, name).is_available()), "cpu")
+
+
+def followed(draw: Callable[[Callable[[Any], None]], Any]) -> Iterator[Any]:
+    """Run `draw(watch)` in a thread; yield what `watch` receives, then what `draw` returns.
+
+    Closing the iterator cancels sampling at the next step; what `draw` raises is raised here.
+    """
+    heard, left = queue.SimpleQueue(), threading.Event()
+
+    def watch(word: Any) -> None:
+        if left.is_set():
+            raise InterruptedError("nobody listens any more")
+        heard.put([word])
+
+    with ThreadPoolExecutor(1) as pool:
+        drawn = pool.submit(draw, watch)
+        drawn.add_done_callback(lambda _: heard.put([]))
+        try:
+            while word := heard.get():
+                yield word[0]
+        finally:
+            left.set()
+        yield drawn.result()

@@ -1,0 +1,188 @@
+"""Training an autoencoder of one's own images (Rombach et al. 2022, sec. 3.1)."""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+
+from ..common.errors import UsageError
+from ..common.layout import AUTOENCODER, layout
+from ..common.ownership import claim_files
+from ..common.pictures import save_image
+from ..common.randomness import StepKeys
+from ..data import to_model_range
+from ..data.batches import Images, make_batches, make_plan
+from ..models.autoencoder import load_autoencoder
+from ..models.saving import save_model
+from ..objectives.gaussians import mean_flat
+from ..training.checkpointing import find_checkpoint
+from ..training.earlier_run import remove_unfinished
+from ..training.flags import PipelineConfig
+from ..training.logs import log, track_image
+from ..training.loop import training_loop
+from ..training.meter import Losses
+from ..training.rehearsal import rehearse
+from ..training.setup.begin import begin_training, run_facts
+from ..training.setup.claiming import check_resumable, check_unchanged, claim_output_dir, find_run
+from ..training.state import averaged_weights, unwrap
+from .autoencoder import make_autoencoder
+from .flags import AutoencoderFlags
+
+
+class Reconstruction(torch.nn.Module):
+    """The autoencoder as what is trained: images and noise to what came out, and the latents' KL."""
+
+    def __init__(self, vae: AutoencoderKL):
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, images: torch.Tensor, noise_of) -> tuple[torch.Tensor, torch.Tensor]:
+        """[N, C, H, W] -> the same, and nats [N]; `noise_of` samples noise in a tensor's shape."""
+        posterior = self.vae.encode(images).latent_dist
+        latents = posterior.mean + posterior.std * noise_of(posterior.mean)
+        return self.vae.decode(latents).sample, posterior.kl()
+
+
+def compute_loss(model, batch: dict, keys: StepKeys, *, kl_weight: float, accelerator) -> Losses:
+    """Mean absolute error, and the KL a pixel (Rombach et al. 2022, Eq. 25, without the adversary)."""
+    images = to_model_range(batch["images"].to(accelerator.device, non_blocking=True))  # [N, C, H, W]
+    output, kl = model(images, functools.partial(keys.normal_like, name="posterior"))
+    return Losses(mean_flat((output.float() - images).abs()) + kl_weight * kl.float() / images[0].numel())
+
+
+@torch.no_grad()
+def draw_reconstructions(model, step: int, *, images: Images, folder: Path, accelerator) -> Path | None:
+    """A picture of eight images, and what the autoencoder makes of them."""
+    from diffusers.image_processor import VaeImageProcessor
+
+    from ..common.pictures import image_grid
+
+    if not accelerator.is_main_process:
+        return None
+    shown = images.held_out or images.dataset
+    batch = shown.__getitems__([(0, index) for index in range(min(8, len(shown)))])
+    originals = to_model_range(batch["images"].to(accelerator.device))
+    with accelerator.autocast():
+        rebuilt = model.vae.decode(model.vae.encode(originals).latent_dist.mode()).sample.float()
+    gray = originals.shape[1] == 1
+    processor = VaeImageProcessor(vae_scale_factor=1, do_convert_grayscale=gray, do_convert_rgb=not gray)
+    shown_channels = originals.shape[1] if originals.shape[1] <= 4 else 3  # PIL has no more than four
+    both = processor.postprocess(torch.cat([originals, rebuilt])[:, :shown_channels], output_type="pil")
+    picture = image_grid(both, len(originals), scale=max(1, 64 // both[0].width))
+    path = folder / "samples" / f"step-{step:06d}.png"
+    claim_files(folder, [f"samples/{path.name}"])
+    save_image(picture, path)
+    track_image(accelerator, "reconstructions", picture, step)
+    return path
+
+
+@torch.no_grad()
+def measure_scaling_factor(vae: AutoencoderKL, images: Images, batch_size: int, seed: int) -> float:
+    """1 / the standard deviation of the latents, so that the diffusion's data has unit variance (Rombach, app. G)."""
+    count = min(len(images.dataset), 2048)
+    total = torch.zeros(3, dtype=torch.float64)
+    for first in range(0, count, batch_size):
+        places = range(first, min(first + batch_size, count))
+        batch = images.dataset.__getitems__([(0, index) for index in places])
+        posterior = vae.encode(to_model_range(batch["images"].to(vae.device))).latent_dist
+        noise = StepKeys(seed, 0, first, len(places), validation=True).normal_like(posterior.mean)
+        latents = (posterior.mean + posterior.std * noise).cpu().double()
+        total += torch.tensor([latents.numel(), latents.sum(), (latents**2).sum()])
+    variance = total[2] / total[0] - (total[1] / total[0]) ** 2
+    return round(float(variance**-0.5), 5)
+
+
+def find_autoencoder_run(config: PipelineConfig) -> tuple[Path, dict] | None:
+    """The newest checkpoint of the autoencoder's training, where a run got no further; for its seed."""
+    return find_checkpoint(Path(config.output_dir) / AUTOENCODER, "latest", lambda line: None)
+
+
+def train_autoencoder(
+    flags: AutoencoderFlags,
+    config: PipelineConfig,
+    images: Images,
+    channels: int,
+    size: tuple[int, int],
+    accelerator,
+    deadline: float | None = None,
+    rehearse_only: bool = False,
+) -> AutoencoderKL | None:
+    """Train an autoencoder in a folder within the run's, or take the one that was finished there; None if stopped.
+
+    With `rehearse_only` it is not trained: only its first batch is computed.
+
+    Raises:
+        UsageError: a stream, whose steps nobody can repeat here, or a size that the autoencoder cannot halve.
+    """
+    folder = Path(config.output_dir) / AUTOENCODER
+    if (folder / "config.json").is_file() and config.resume_from_checkpoint:
+        before = find_autoencoder_run(config)
+        check_unchanged(config, before and before[1])
+        if accelerator.is_main_process and not rehearse_only:
+            remove_unfinished(folder)
+        return load_autoencoder(str(folder)).to(accelerator.device)
+    factor = 2 ** (len(flags.widths()) - 1)
+    if size[0] % factor or size[1] % factor:
+        raise UsageError(f"--resolution {size[0]}x{size[1]}: the autoencoder requires multiples of {factor}")
+    training = dataclasses.replace(
+        config,
+        output_dir=str(folder),
+        max_train_steps=flags.vae_train_steps,
+        learning_rate=flags.vae_learning_rate,
+        lr_scheduler="cosine",
+        lr_warmup_steps=min(100, flags.vae_train_steps // 10),
+        gradient_accumulation_steps=1,
+        overwrite_output_dir=False,  # the model's own run, with all in this folder, has been set aside
+        resume_from_checkpoint=config.resume_from_checkpoint and "latest",
+        save_images_epochs=0,
+        save_images_steps=max(1, flags.vae_train_steps // 4)
+        if config.save_images_epochs or config.save_images_steps
+        else None,
+        validation_steps=None,
+        use_ema=True,
+        ema_max_decay=0.995,
+        ema_min_decay=0.0,
+    )
+    written = layout(model=True)
+    found = find_run(training, accelerator, written)
+    vae = make_autoencoder(flags, channels, size, config.seed)
+    plan, total_steps = make_plan(images, training, accelerator.num_processes)
+    facts = run_facts(config, images.count, plan, total_steps)
+    check_resumable(found, config, vae, facts, accelerator, "vae")
+    parameters = sum(parameter.numel() for parameter in vae.parameters())
+    log(accelerator, f"training an autoencoder first: {parameters:,} parameters, {total_steps} steps")
+    model = Reconstruction(vae)
+    state = begin_training(training, accelerator, model, total_steps, (), facts, found, parts={"vae": vae})
+    loss_of = functools.partial(compute_loss, kl_weight=flags.vae_kl_weight, accelerator=accelerator)
+    batches = make_batches(images, training, training, plan, state.step, accelerator)
+    batches = rehearse(training, accelerator, state, plan, batches, loss_of)
+    if rehearse_only:
+        return vae.requires_grad_(False)
+    claim_output_dir(training, accelerator, written, state.step)
+    finished = training_loop(
+        training,
+        accelerator,
+        state,
+        plan,
+        batches,
+        total_steps,
+        compute_loss=loss_of,
+        draw=functools.partial(draw_reconstructions, images=images, folder=folder, accelerator=accelerator),
+        name_of=images.name_of,
+        deadline=deadline,
+    )
+    if not finished:
+        return None
+    with averaged_weights(state, unwrap(accelerator, state.model)) as averaged:
+        trained = AutoencoderKL.from_config(vae.config).to(accelerator.device)
+        trained.load_state_dict(averaged.vae.state_dict())
+    trained.eval().requires_grad_(False)
+    scale = measure_scaling_factor(trained, images, config.eval_batch_size, config.seed)
+    trained.register_to_config(scaling_factor=scale)
+    if accelerator.is_main_process:
+        save_model(trained, folder, within=folder)
+    accelerator.wait_for_everyone()
+    log(accelerator, f"autoencoder saved to {folder}, scaling factor {scale}")
+    return trained

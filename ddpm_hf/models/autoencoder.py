@@ -1,0 +1,34 @@
+"""Trained autoencoders."""
+
+from diffusers import AutoencoderKL
+
+from ..common.errors import UsageError, why_not_loaded
+
+
+def load_autoencoder(
+    name_or_path: str, revision: str | None = None, variant: str | None = None, token: str | None = None
+) -> AutoencoderKL:
+    """An autoencoder from a folder or the Hub: by itself, or as the `vae` of a pipeline.
+
+    Raises:
+        UsageError: there is none.
+    """
+    options = {"revision": revision, "variant": variant, "token": token}
+    of_config = {"revision": revision, "token": token}
+    try:
+        try:
+            config, options["subfolder"] = AutoencoderKL.load_config(name_or_path, **of_config), None
+        except OSError:  # no model by itself: a pipeline
+            config = AutoencoderKL.load_config(name_or_path, subfolder="vae", **of_config)
+            options["subfolder"] = "vae"
+        if config.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
+            raise ValueError(f"it is a {config['_class_name']}")
+        return AutoencoderKL.from_pretrained(name_or_path, use_safetensors=True, **options)
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        reason = why_not_loaded(error)
+        raise UsageError(f"--vae_name_or_path {name_or_path}: no AutoencoderKL there ({reason})") from error
+
+
+def downscaling(vae: AutoencoderKL) -> int:
+    """How many pixels a latent stands for, in each direction."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)

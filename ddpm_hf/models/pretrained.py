@@ -1,0 +1,315 @@
+"""Starting a training from trained weights: what they decide, and how they are fitted to classes and variances."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..common.errors import UsageError, why_not_loaded
+from ..common.places import find_place
+from ..objectives.names import TRAINED_BETAS
+from .sources import Source, find_source
+
+if TYPE_CHECKING:  # else imported where it is used, so that --help is quick
+    import torch
+
+    from ..portable.scheduling_ddpm_hf import DDPMScheduler
+
+FLAG = "--pretrained_model_name_or_path"
+SAID_ELSEWHERE = ("objective", "variance_type", "resolution")  # where they differ from the trained model's
+SHOWN = 6  # class names in a line
+
+
+def read_source(config) -> Source:
+    """The trained model that `--pretrained_model_name_or_path` names.
+
+    Raises:
+        UsageError: there is none, or it is no unconditional or class-conditional model of a diffusion by betas.
+    """
+    name = config.pretrained_model_name_or_path
+    try:
+        source = find_source(find_place(name, config.revision, config.subfolder, config.hub_token))
+        check_source(source)
+    except ValueError as error:
+        raise UsageError(f"{FLAG} {name}: {error}") from error
+    return source
+
+
+def source_of(config, resumed: tuple[Path, dict[str, Any]] | None) -> Source | None:
+    """The trained model to start from, or None; of a run that is resumed, its checkpoint, which needs no other.
+
+    Raises:
+        UsageError: what `read_source` raises.
+    """
+    if not config.pretrained_model_name_or_path:
+        return None
+    return find_source(find_place(str(resumed[0]))) if resumed else read_source(config)
+
+
+def revision_of_vae(config) -> str | None:
+    """The revision of --vae_name_or_path: that of the model to start from, where it is a part of that."""
+    return config.revision if config.vae_name_or_path == config.pretrained_model_name_or_path else None
+
+
+def check_source(source: Source) -> None:
+    """Raise ValueError for a model that cannot be trained here."""
+    from ..portable.scheduling_ddpm_hf import DDPMScheduler
+
+    inputs, outputs = source.unet["in_channels"], source.unet["out_channels"]
+    if outputs not in (inputs, 2 * inputs):
+        raise ValueError(
+            f"its UNet reads {inputs} channels and predicts {outputs}; an unconditional one predicts as many as it"
+            " reads, or twice as many with a learned variance"
+        )
+    if source.unet["class_embed_type"] is not None:
+        raise ValueError(f"its UNet has class_embed_type {source.unet['class_embed_type']!r}, which is not supported")
+    kind = (source.scheduler or {}).get("_class_name", "DDPMScheduler")
+    if kind not in {"DDPMScheduler", *DDPMScheduler._compatibles}:
+        raise ValueError(f"it was trained with {kind}, which is not a diffusion by betas")
+
+
+def trained_scheduler(source: Source) -> "DDPMScheduler | None":
+    """The diffusion that the model was trained with; None where nothing is known of it.
+
+    Raises:
+        UsageError: one that no scheduler can be made of.
+    """
+    from ..portable.scheduling_ddpm_hf import DDPMScheduler
+
+    if source.scheduler is None:
+        return None
+    try:
+        return DDPMScheduler.from_config(source.scheduler)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise UsageError(f"{FLAG}: the scheduler of {source.title}: {' '.join(str(error).split())}") from error
+
+
+def trained_settings(source: Source) -> dict[str, Any]:
+    """What a trained model decides where the flags say nothing, by flag."""
+    from ..portable.scheduling_ddpm_hf import LEARNED_VARIANCE_TYPES
+
+    settings: dict[str, Any] = {}
+    scheduler = trained_scheduler(source)
+    if scheduler is not None:
+        settings = {flag: scheduler.config[key] for flag, key in CONFIG_KEYS.items()}
+        settings["ddpm_beta_schedule"] = _schedule_name(scheduler)
+        settings["variance_type"] = scheduler.variance_type
+        if scheduler.variance_type in LEARNED_VARIANCE_TYPES:
+            settings["objective"] = "hybrid"  # the simple one does not train the variance
+    if source.vae is not None:
+        settings["vae_name_or_path"] = source.vae
+    if source.size is not None:
+        height, width = source.size
+        settings["resolution"] = str(height) if height == width else f"{height}x{width}"
+    return settings
+
+
+CONFIG_KEYS = {
+    "ddpm_num_steps": "num_train_timesteps",
+    "ddpm_beta_schedule": "beta_schedule",
+    "prediction_type": "prediction_type",
+    "variance_type": "variance_type",
+    "rescale_betas_zero_snr": "rescale_betas_zero_snr",
+}  # of a scheduler, by flag
+
+
+def changed_scheduler(trained: "DDPMScheduler", before: Mapping[str, Any], now: Mapping[str, Any]) -> "DDPMScheduler":
+    """The trained model's diffusion with what the flags change of it.
+
+    Args:
+        before: what `trained_settings` says of it.
+        now: the flags.
+
+    Raises:
+        UsageError: changes that cannot be made.
+    """
+    changes = {key: now[flag] for flag, key in CONFIG_KEYS.items() if now[flag] != before[flag]}
+    if now["ddpm_beta_schedule"] == TRAINED_BETAS:
+        if "beta_schedule" in changes:
+            raise UsageError(
+                f"--ddpm_beta_schedule {TRAINED_BETAS}: {FLAG}'s model has the named schedule"
+                f" {before['ddpm_beta_schedule']}; leave the flag out"
+            )
+        if "num_train_timesteps" in changes:
+            raise UsageError(
+                f"--ddpm_num_steps {now['ddpm_num_steps']}: the diffusion of {FLAG} is a list of"
+                f" {before['ddpm_num_steps']} betas; leave the flag out, or name a --ddpm_beta_schedule"
+            )
+    elif "beta_schedule" in changes:
+        changes["trained_betas"] = None
+    try:
+        return trained.from_config(trained.config, **changes)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise UsageError(" ".join(str(error).split())) from error
+
+
+def _schedule_name(scheduler: "DDPMScheduler") -> str:
+    """The name that a scheduler's betas go by, also where its config lists them for other samplers."""
+    from ..portable.schedules_ddpm_hf import BETA_SCHEDULES
+
+    config = scheduler.config
+    if config.beta_schedule not in BETA_SCHEDULES:
+        return TRAINED_BETAS
+    named = scheduler if config.trained_betas is None else scheduler.from_config(config, trained_betas=None)
+    return config.beta_schedule if named.betas.equal(scheduler.betas) else TRAINED_BETAS
+
+
+def differences(config, source: Source) -> list[str]:
+    """Warnings for flags that say something else than the trained model.
+
+    Args:
+        config: the run's, with `StartFlags`, `ScheduleFlags`, `ObjectiveFlags` and `LatentFlags`.
+    """
+    trained = trained_settings(source)
+    lines = []
+    if config.model_preset:
+        lines.append(
+            f"warning: --model_preset {config.model_preset}: only its recipe counts, the UNet is that of {FLAG}"
+        )
+    if source.scheduler is None:
+        lines.append(f"warning: nothing says which diffusion {source.title} was trained with: the flags decide")
+    for name, value in trained.items():
+        now = getattr(config, name)
+        if name in SAID_ELSEWHERE or now == value:
+            continue
+        lines.append(f"warning: --{name} {now}: {source.title} was trained with {value}")
+    if source.vae is None and config.vae_name_or_path:
+        lines.append(f"warning: {source.title} is a model of pixels; in latents, it learns most of it anew")
+    return lines
+
+
+def check_channels(source: Source, channels: int, of: str) -> None:
+    """Raise UsageError for images or latents that the model cannot read."""
+    trained = source.unet["in_channels"]
+    if channels != trained:
+        way = f"leave --channels out (images are converted to {trained})" if of == "images" else "use its autoencoder"
+        raise UsageError(
+            f"{FLAG}: {source.title} reads {trained} channels, and the {of} have {channels}; weights are not fitted to"
+            f" other channels: {way}"
+        )
+
+
+def load_weights(source: Source, variant: str | None = None) -> dict[str, "torch.Tensor"]:
+    """The state of the trained UNet, in float32.
+
+    Raises:
+        UsageError: no safetensors there, or not all of the weights.
+    """
+    from diffusers import UNet2DModel
+
+    place = source.place
+    options = {"variant": variant, "use_safetensors": True, "output_loading_info": True}
+    if not place.local:
+        options |= {"subfolder": place.subfolder or None, "revision": place.revision, "token": place.token}
+    try:
+        model, info = UNet2DModel.from_pretrained(place.root, **options)
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
+        raise UsageError(f"{FLAG} {place}: cannot be loaded ({why_not_loaded(error)})") from error
+    absent = [*info["missing_keys"], *(str(one) for one in info["mismatched_keys"])]
+    if absent:
+        raise UsageError(f"{FLAG} {place}: the weights are incomplete, {absent[0]} and {len(absent) - 1} more missing")
+    return model.float().state_dict()
+
+
+def start_from(model, source: Source, class_names: Sequence[str], scheduler: "DDPMScheduler", config) -> list[str]:
+    """Give a new UNet the trained weights, fitted to its classes and its variance.
+
+    Args:
+        model: a `UNet2DModel` of the trained one's config, but for size, class embeddings and a learned variance.
+        class_names: by id; empty for an unconditional model. Where it embeds one more, that is the null class.
+        scheduler: of this run.
+        config: the run's, with `StartFlags`.
+
+    Returns:
+        What was fitted, in lines to log.
+
+    Raises:
+        UsageError: weights that cannot be loaded, or classes that cannot be mapped.
+    """
+    weights = load_weights(source, config.variant)
+    lines = [f"starting from {source.title}"]
+    lines += fit_classes(weights, source, class_names, model.config.num_class_embeds or 0)
+    lines += fit_variance(weights, source, model.config.out_channels, scheduler)
+    model.load_state_dict(weights)
+    return lines
+
+
+def fit_classes(
+    weights: dict[str, "torch.Tensor"], source: Source, class_names: Sequence[str], embeddings: int
+) -> list[str]:
+    """Fit the class embeddings in a UNet's state to other classes; what was done, in lines.
+
+    The embedding of a class is added to that of the timestep. So zeros make an unconditional model of every class,
+    and a class that is always the same is a bias.
+    """
+    import torch
+
+    key, bias = "class_embedding.weight", "time_embedding.linear_2.bias"
+    before = weights.pop(key, None)  # [K or K + 1, D]
+    if before is None and not class_names:
+        return []
+    if before is None:
+        weights[key] = torch.zeros(embeddings, len(weights[bias]))
+        return [f"{len(class_names)} classes are new: each begins as the unconditional model"]
+    names = source.classes
+    named = class_names if names is None and class_names else names  # without names, they are the same by their ids
+    count = len(before) if named is None else len(named)
+    if len(before) not in (count, count + 1):
+        how = "without names" if names is None else f"and names {len(names)}"
+        raise UsageError(
+            f"{FLAG}: {source.title} embeds {len(before)} classes {how}, and the images have {len(class_names)};"
+            " start from a pipeline's folder, which names them, or leave --label_column out"
+        )
+    has_null = len(before) == count + 1
+    no_class = before[-1] if has_null else before.mean(dim=0)  # [D]
+    what = "the null class" if has_null else "the mean of the classes"
+    if not class_names:
+        weights[bias] = weights[bias] + no_class
+        return [f"the model was trained by class and goes on without: it begins as {what}"]
+    rows = dict(zip(named, before))
+    new = [name for name in class_names if name not in rows]
+    weights[key] = torch.stack(
+        [rows.get(name, no_class) for name in class_names] + [no_class] * (embeddings - len(class_names))
+    )
+    gone = len(rows) - (len(class_names) - len(new))
+    parts = [f"{len(class_names) - len(new)} classes kept" + (" by their ids" if names is None else "")]
+    if new:
+        parts.append(f"{len(new)} new, which begin as {what} ({_some(new)})")
+    if gone:
+        parts.append(f"{gone} left out ({_some([name for name in rows if name not in class_names])})")
+    return [", ".join(parts)]
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
+def fit_variance(
+    weights: dict[str, "torch.Tensor"], source: Source, outputs: int, scheduler: "DDPMScheduler"
+) -> list[str]:
+    """Fit the output of a UNet's state to a variance that is learned, no more, or otherwise; what was done, in lines.
+
+    A new variance begins as the one that the model was sampled with: at an end of the range of `learned_range`
+    (Nichol & Dhariwal 2021, Eq. 15), or for `learned`, whose range has none, at its mean over the timesteps.
+    """
+    import torch
+
+    channels, trained = source.unet["in_channels"], trained_scheduler(source)
+    kept = {name: weights[name][:channels] for name in ("conv_out.weight", "conv_out.bias")}
+    before = trained.config.variance_type if trained is not None else None
+    now = scheduler.config.variance_type
+    if outputs == channels:
+        weights |= kept
+        return ["the learned variance is left out"] if source.unet["out_channels"] > channels else []
+    if source.unet["out_channels"] == outputs and before in (now, None):
+        return []
+    large = before in ("fixed_large", "fixed_large_log")
+    if now == "learned_range":
+        value = 1.0 if large else -1.0
+    else:
+        everywhere = torch.arange(len(scheduler))
+        zeros = torch.zeros(len(scheduler), 1, dtype=torch.float64)
+        posterior = scheduler.q_posterior_mean_variance(zeros, zeros, everywhere).log_variance
+        value = float(scheduler.betas.double().log().mean() if large else posterior.mean())
+    weights["conv_out.weight"] = torch.cat([kept["conv_out.weight"], torch.zeros_like(kept["conv_out.weight"])])
+    weights["conv_out.bias"] = torch.cat([kept["conv_out.bias"], torch.full_like(kept["conv_out.bias"], value)])
+    return [f"the variance is {now} and was {before or 'not learned'}: it begins as {'β' if large else 'β̃'}"]

@@ -1,0 +1,97 @@
+"""Models, pipelines and pictures on disk, whole; and the variants of their weights."""
+
+import copy
+import json
+import os
+import shutil
+import tempfile
+from fnmatch import fnmatch
+from pathlib import Path
+
+import torch
+
+from ..common.errors import UsageError
+from ..common.files import SCRAP, flush, flush_tree, write_whole
+from ..common.ownership import claim_files, listed, may_write, release_files, remove
+
+
+def save_model(model, folder: str | Path, only: str = "*", within: str | Path | None = None, **options) -> list[Path]:
+    """Save what has a `save_pretrained` such that each file is complete: written to a scratch folder, then moved.
+
+    Args:
+        only: of the files that it writes, those whose names match.
+        within: the output folder whose manifest lists them, if there is one.
+        options: for `save_pretrained`.
+
+    Returns: what was written, relative to the folder.
+
+    Raises:
+        UsageError: a file there is somebody else's.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=folder, prefix=".saving-", suffix=SCRAP))
+    try:
+        model.save_pretrained(scratch, **options)
+        for path in scratch.rglob("config.json"):
+            forget_origin(path)
+        flush_tree(scratch)
+        places = [path.relative_to(scratch) for path in scratch.rglob(only) if path.is_file()]
+        if within is not None:
+            claim_places(Path(within), [(folder / place).relative_to(within).as_posix() for place in places])
+        for last in (False, True):  # a config says that the weights are there: it goes last
+            moved = [place for place in places if (place.suffix == ".json") == last]
+            for place in moved:
+                (folder / place).parent.mkdir(parents=True, exist_ok=True)
+                os.chmod(scratch / place, 0o644)  # safetensors' own are for their owner alone
+                os.replace(scratch / place, folder / place)
+            for parent in {(folder / place).parent for place in moved} | {folder}:
+                flush(parent)
+        return places
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def claim_places(folder: Path, names: list[str]) -> None:
+    """List files in the manifest of an output folder, but refuse to replace what is not of a run there."""
+    for name in names:
+        if not may_write(folder, name):
+            raise UsageError(f"{folder / name} is not of a run and would be replaced; move it, or remove it")
+    claim_files(folder, names)
+
+
+def forget_origin(config: Path) -> None:
+    """Drop where a model was loaded from: a path of this machine, or another one where its training was resumed."""
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    if settings.pop("_name_or_path", None) is not None:
+        write_whole(config, json.dumps(settings, indent=2, sort_keys=True) + "\n")
+
+
+def save_pipeline(pipeline, folder: str | Path) -> None:
+    """Save a pipeline as `save_model` does; variants of its weights that were saved before go: they are of others."""
+    written = {place.as_posix() for place in save_model(pipeline, folder, within=folder)}
+    outdated = [
+        name
+        for name in listed(folder)
+        if name not in written
+        and name.split("/")[0] in networks(pipeline)
+        and (name.endswith(".safetensors") or fnmatch(name, "*.index*.json"))
+    ]
+    for name in outdated:
+        remove(Path(folder), name)
+    release_files(folder, outdated)
+
+
+def networks(pipeline) -> dict[str, torch.nn.Module]:
+    """The components of a pipeline that have weights, by the names of their folders."""
+    return {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+
+
+def save_half_precision(pipeline, folder: str | Path) -> None:
+    """Beside a saved pipeline's weights, the same in fp16: `from_pretrained(..., variant="fp16")` loads them.
+
+    The pipeline itself stays as it is.
+    """
+    for name, part in networks(pipeline).items():
+        half = copy.deepcopy(part).to("cpu", torch.float16)
+        save_model(half, Path(folder) / name, only="*.fp16[.-]*", within=folder, variant="fp16")

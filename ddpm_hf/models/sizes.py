@@ -1,0 +1,146 @@
+"""The size of images, latents and UNet, fitted to one another."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from ..common.errors import UsageError
+from .flags import UNetFlags
+from .presets import MODEL_PRESETS, preset_unet_config
+from .pretrained import check_channels
+from .sources import Source
+from .unet import smallest_sample_side, stock_unet_defaults
+
+# The peer's model where neither preset nor config is named, so that its command lines train the same here
+DEFAULT_UNET = {
+    "layers_per_block": 2,
+    "block_out_channels": (128, 128, 256, 256, 512, 512),
+    "down_block_types": ("DownBlock2D",) * 4 + ("AttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "AttnUpBlock2D") + ("UpBlock2D",) * 4,
+}
+
+
+def settle_resolution(
+    data, sample_size: int | Sequence[int] | None, factor: int, usual: str, trained: bool = False
+) -> str | None:
+    """Set a --resolution that was not given to the size of the model, or to the usual one.
+
+    Args:
+        sample_size: of the UNet, as its config has it: a side, (height, width), or None where nothing is known.
+        factor: pixels for each of these in each direction: the autoencoder's, or 1.
+        usual: where the model has no size yet.
+        trained: whether the model has weights, which learned images of that size.
+
+    Returns:
+        A line to log where the size is another than the user expects.
+
+    Raises:
+        UsageError: a sample size that is not one.
+    """
+    own = None
+    if sample_size is not None:
+        sides = [sample_size] * 2 if isinstance(sample_size, int) else sample_size
+        if not (isinstance(sides, (list, tuple)) and len(sides) == 2 and all(type(side) is int for side in sides)):
+            raise UsageError(f"the model's config has sample_size {sample_size!r}, which is not a size")
+        height, width = (side * factor for side in sides)
+        own = str(height) if height == width else f"{height}x{width}"
+    if data.resolution is None:
+        data.resolution = own or usual
+        return None if data.resolution == usual else f"resolution {own}, the size of the model"
+    if trained and own and data.size() != (height, width):
+        return f"warning: --resolution {data.resolution}: the model was trained at {own} (--resolution {own})"
+    return None
+
+
+def model_size(
+    flags: UNetFlags, vae=None, source: Source | None = None, token: str | None = None
+) -> tuple[int | Sequence[int] | None, int]:
+    """The sample size that the flags name a model of, None where they name none; and the pixels for each of these.
+
+    Raises:
+        UsageError: no config there.
+    """
+    if source is not None:
+        return source.size, 1
+    factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+    if flags.model_config_name_or_path:
+        return read_unet_config(flags.model_config_name_or_path, token).get("sample_size"), factor
+    if flags.model_preset:
+        return MODEL_PRESETS[flags.model_preset].unet["sample_size"], factor
+    return (None if vae is None else vae.config.sample_size), 1
+
+
+def unet_arguments(
+    flags: UNetFlags, data, vae=None, source: Source | None = None, token: str | None = None
+) -> dict[str, Any]:
+    """The UNet's arguments, fitted to the images' size and channels, or those of their latents.
+
+    Args:
+        source: the trained model to start from.
+        token: for a private config on the Hub.
+
+    Raises:
+        UsageError: a resolution that the UNet cannot halve, or a channel mismatch.
+    """
+    height, width = data.size()
+    if vae is not None:
+        if data.channels not in (None, vae.config.in_channels):
+            raise UsageError(f"--channels {data.channels}: the autoencoder reads images of {vae.config.in_channels}")
+        factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        if height % factor or width % factor:
+            raise UsageError(f"--resolution {data.resolution}: the autoencoder requires multiples of {factor}")
+        height, width = height // factor, width // factor
+    if source is not None:
+        chosen = {**source.unet, "num_class_embeds": None}  # classes are the data's: --label_column
+        channels = data.channels or chosen["in_channels"] if vae is None else vae.config.latent_channels
+        check_channels(source, channels, "images" if vae is None else "latents")
+    elif flags.model_config_name_or_path:
+        chosen = dict(read_unet_config(flags.model_config_name_or_path, token))
+        for key in ("num_class_embeds", "class_embed_type"):  # classes are the data's: --label_column
+            chosen.pop(key, None)
+        own = chosen.get("in_channels", 3)
+        channels = vae.config.latent_channels if vae is not None else data.channels or own
+        if own != channels:
+            raise UsageError(
+                f"--model_config_name_or_path has {own} input channels and the"
+                f" {'images' if vae is None else 'latents'} {channels}"
+                + (
+                    f"; pass --channels {own}, or use a config of {channels}"
+                    if vae is None
+                    else "; use a config of as many"
+                )
+            )
+    else:
+        chosen = preset_unet_config(flags.model_preset) if flags.model_preset else dict(DEFAULT_UNET)
+        channels = data.channels or (1 if data.embedded else 3)
+        channels = channels if vae is None else vae.config.latent_channels
+    if vae is None and data.embedded and channels > 4:
+        raise UsageError(f"the UNet has {channels} channels, and the embedded digits become up to 4; name your data")
+    chosen |= {
+        "sample_size": height if height == width else (height, width),
+        "in_channels": channels,
+        "out_channels": channels,
+    }
+    step = smallest_sample_side(chosen)
+    if height % step or width % step:
+        raise UsageError(
+            f"--resolution {data.resolution}: this UNet halves the {'image' if vae is None else 'latent'}"
+            f" {int(math.log2(step))} times, so both sides"
+            f" must be multiples of {step * (1 if vae is None else factor)}"
+        )
+    return chosen
+
+
+def read_unet_config(name_or_path: str, token: str | None = None) -> dict[str, Any]:
+    from diffusers import UNet2DModel
+
+    try:
+        loaded = UNet2DModel.load_config(name_or_path, token=token)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"--model_config_name_or_path {name_or_path}: no UNet2DModel config there ({reason})"
+        ) from error
+    if loaded.get("_class_name", "UNet2DModel") != "UNet2DModel":
+        raise UsageError(f"--model_config_name_or_path {name_or_path}: a {loaded['_class_name']}, not a UNet2DModel")
+    return {**stock_unet_defaults(), **{name: value for name, value in loaded.items() if not name.startswith("_")}}

@@ -1,0 +1,112 @@
+"""Building UNets from their configs."""
+
+import inspect
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..common.errors import UsageError
+from .acceleration import use_xformers
+
+if TYPE_CHECKING:  # else imported where it is used, so that --help is quick
+    from diffusers import UNet2DModel
+
+
+def make_unet(arguments: dict[str, Any], variance_type: str, classes: int | None, config):
+    """The UNet, initialised from the seed, with the flags that concern its execution applied.
+
+    Args:
+        variance_type: a learned variance doubles the output's channels.
+        classes: embeddings to make for classes, with the null class; None for none.
+        config: the run's `PipelineConfig`.
+    """
+    import torch
+
+    from ..portable.scheduling_ddpm_hf import LEARNED_VARIANCE_TYPES
+
+    learned = variance_type in LEARNED_VARIANCE_TYPES
+    arguments = {**arguments, "out_channels": arguments["in_channels"] * (2 if learned else 1)}
+    if classes is not None:
+        arguments["num_class_embeds"] = classes
+    torch.manual_seed(config.seed)
+    try:
+        model = build_unet(arguments)
+    except (ValueError, TypeError) as error:
+        raise UsageError(" ".join(str(error).split())) from error
+    if config.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    if config.enable_xformers_memory_efficient_attention:
+        use_xformers(model)
+    return model
+
+
+def stock_unet_defaults() -> dict[str, Any]:
+    """The arguments of a `UNet2DModel` whose config does not name them."""
+    from diffusers import UNet2DModel
+
+    parameters = inspect.signature(UNet2DModel.__init__).parameters.values()
+    return {one.name: one.default for one in parameters if one.default is not inspect.Parameter.empty}
+
+
+def build_unet(config: dict[str, Any]) -> "UNet2DModel":
+    """A `UNet2DModel` from its arguments; those left out are Diffusers' defaults.
+
+    It maps x_t [N, in_channels, H, W] and t to [N, out_channels, H, W].
+
+    Args:
+        config: such as `MODEL_PRESETS["small-32"].unet`; the resolution is its `sample_size`.
+
+    Raises:
+        ValueError: norm groups that do not divide the channels at some width.
+    """
+    from diffusers import UNet2DModel
+
+    config = {**stock_unet_defaults(), **config}
+    groups = config["norm_num_groups"]
+    for width in config["block_out_channels"]:
+        if not isinstance(groups, int) or groups < 1 or width % groups:
+            raise ValueError(
+                f"norm_num_groups={groups} with {width} channels: the groups must divide the channels of each level;"
+                f" for {width} channels, {max(1, width // 4)} is usual"
+            )
+    return UNet2DModel(**config)
+
+
+def time_blindness(config: Mapping[str, Any]) -> str | None:
+    """A warning where a UNet's norm groups hold one channel each, or None.
+
+    The time embedding is added before the norm, which subtracts each group's mean, and so all of the embedding.
+    """
+    groups = config.get("norm_num_groups", 32)
+    widths = [width for width in config["block_out_channels"] if width == groups]
+    if not widths or config.get("resnet_time_scale_shift", "default") != "default":
+        return None
+    return (
+        f"warning: norm_num_groups={groups} with {groups} channels: each group holds one channel, so the levels of"
+        f" that width do not see the timestep; norm_num_groups={max(1, groups // 4)} trains better"
+    )
+
+
+def smallest_sample_side(config: dict[str, Any]) -> int:
+    """What height and width must be a multiple of: the model halves them once between each two levels."""
+    return 2 ** (len(config["block_out_channels"]) - 1)
+
+
+def text_unet_config(channels: int, size: tuple[int, int], text_width: int) -> dict[str, Any]:
+    """A small `UNet2DConditionModel` for latents [channels, *size]; all levels but the finest read the text."""
+    height, width = size
+    widths = (64, 128) if min(size) < 16 else (64, 128, 256)
+    step = 2 ** (len(widths) - 1)
+    if height % step or width % step:
+        raise ValueError(f"latents of {height}x{width}: both sides must be multiples of {step}")
+    return {
+        "sample_size": height if height == width else (height, width),
+        "in_channels": channels,
+        "out_channels": channels,
+        "layers_per_block": 1,
+        "block_out_channels": widths,
+        "down_block_types": ("DownBlock2D", *("CrossAttnDownBlock2D",) * (len(widths) - 1)),
+        "up_block_types": (*("CrossAttnUpBlock2D",) * (len(widths) - 1), "UpBlock2D"),
+        "cross_attention_dim": text_width,
+        "attention_head_dim": tuple(max(1, each // 64) for each in widths),  # the number of heads, whatever it says
+        "norm_num_groups": 8,
+    }

@@ -1,0 +1,103 @@
+"""Flags of the diffusion and its objective."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..common.arguments import FIXED, FREE, HfArg, Need, has_grids, names_elsewhere
+from ..common.errors import UsageError
+from .names import (
+    BETA_SCHEDULES,
+    LOSS_TYPES,
+    OBJECTIVES,
+    PREDICTION_TYPES,
+    TIMESTEP_SAMPLERS,
+    TRAINED_BETAS,
+    VARIANCE_TYPES,
+)
+
+SCHEDULE = names_elsewhere("""
+--ddpm_num_steps: timesteps num_timesteps t diffusion_steps num_diffusion_steps num_train_timesteps n_timesteps
+--ddpm_num_steps: ddpm_timesteps diffusion_timesteps num_diffusion_timesteps noise_steps
+--ddpm_beta_schedule: beta_schedule noise_schedule schedule beta_schedule_type
+--rescale_betas_zero_snr: zero_snr rescale_betas zero_terminal_snr
+""")
+OBJECTIVE = names_elsewhere("""
+--variance_type learned_range --objective hybrid: learn_sigma learned_variance learned_sigma learn_variance
+--variance_type fixed_small: sigma_small
+--variance_type: var_type variance
+--prediction_type: parameterization pred_type predict target
+--prediction_type sample: predict_xstart predict_x0 pred_x0
+--prediction_type v_prediction: v_prediction v_pred v_parameterization
+--objective vlb: use_kl rescale_learned_sigmas
+--loss_type: loss loss_fn criterion
+--timestep_sampler: schedule_sampler
+--snr_gamma 5: min_snr min_snr_loss_weight
+--snr_gamma: min_snr_gamma
+--ddpm_num_inference_steps: sampling_timesteps num_inference_steps inference_steps sampling_steps timestep_respacing
+--ddpm_num_inference_steps: num_sampling_steps sample_timesteps
+""")
+
+
+@dataclass
+class ScheduleFlags:
+    """Which forward process."""
+
+    title: ClassVar[str] = "Diffusion"
+    meanings: ClassVar[dict[str, str]] = SCHEDULE
+
+    ddpm_num_steps: int = HfArg(resume=FIXED, default=1000, help="T, the diffusion's timesteps.")
+    ddpm_beta_schedule: str = HfArg(resume=FIXED, default="linear", help=f"{', '.join(BETA_SCHEDULES)}.")
+    rescale_betas_zero_snr: bool = HfArg(
+        resume=FIXED,
+        default=False,
+        help="Zero terminal SNR: x_T is pure noise. Requires --prediction_type v_prediction or sample.",
+    )
+
+    def check_schedule(self) -> None:
+        """Raise UsageError for an unknown name or a number out of range."""
+        trained = getattr(self, "pretrained_model_name_or_path", None) and self.ddpm_beta_schedule == TRAINED_BETAS
+        if self.ddpm_beta_schedule not in BETA_SCHEDULES and not trained:
+            known = ", ".join(BETA_SCHEDULES)
+            raise UsageError(f"--ddpm_beta_schedule {self.ddpm_beta_schedule!r}: must be one of {known}")
+        if not 1 <= self.ddpm_num_steps <= 1_000_000:
+            raise UsageError(f"--ddpm_num_steps {self.ddpm_num_steps}: must be from 1 to 1,000,000")
+
+
+@dataclass
+class ObjectiveFlags:
+    """What the model predicts, and by which loss it learns to."""
+
+    title: ClassVar[str] = "Prediction and loss"
+    meanings: ClassVar[dict[str, str]] = OBJECTIVE
+    needs: ClassVar[dict[str, Need]] = {
+        "vlb_weight": Need(lambda run: run.objective == "hybrid", "has no effect with --objective {objective}"),
+        "ddpm_num_inference_steps": Need(has_grids, "has no effect without sample grids"),
+    }
+
+    ddpm_num_inference_steps: int = HfArg(resume=FREE, default=1000, help="Steps to sample the grids with.")
+    prediction_type: str = HfArg(
+        resume=FIXED, default="epsilon", help=f"What the model outputs: {', '.join(PREDICTION_TYPES)}."
+    )
+    variance_type: str = HfArg(default="fixed_small", help=f"Of the reverse step: {', '.join(VARIANCE_TYPES)}.")
+    objective: str = HfArg(default="simple", help=f"{', '.join(OBJECTIVES)}; hybrid trains a learned variance too.")
+    loss_type: str = HfArg(default="l2", help=f"Of the simple objective: {', '.join(LOSS_TYPES)}.")
+    snr_gamma: float | None = HfArg(default=None, help="Min-SNR weighting of the simple objective; 5 is usual.")
+    vlb_weight: float = HfArg(default=0.001, help="The bound's weight in the hybrid objective.")
+    timestep_sampler: str = HfArg(
+        resume=FIXED, default="uniform", help=f"{', '.join(TIMESTEP_SAMPLERS)}; the second is for --objective vlb."
+    )
+
+    def check_objective_flags(self) -> None:
+        """Raise UsageError for an unknown name or a number out of range."""
+        choices = {
+            "prediction_type": PREDICTION_TYPES,
+            "variance_type": VARIANCE_TYPES,
+            "timestep_sampler": TIMESTEP_SAMPLERS,
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise UsageError(f"--{name} must be one of {', '.join(known)} (got {getattr(self, name)!r})")
+        if self.ddpm_num_inference_steps < 1:
+            raise UsageError(f"--ddpm_num_inference_steps {self.ddpm_num_inference_steps}: must be 1 or more")
+        if not self.vlb_weight >= 0:
+            raise UsageError(f"--vlb_weight {self.vlb_weight}: must be 0 or more")

@@ -1,0 +1,150 @@
+"""Training losses, the terms of the variational bound, and the samplers of training timesteps.
+
+Sources: Ho et al. 2020 (the simple objective and the bound), Nichol & Dhariwal 2021 (the hybrid objective and
+importance sampling of t), Hang et al. 2023 (min-SNR weighting).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from ..portable.scheduling_ddpm_hf import LEARNED_VARIANCE_TYPES, DDPMScheduler
+from .bound import vb_terms_bpd
+from .gaussians import mean_flat
+
+# The variational bound
+
+
+# The simple objective: a loss between output and target, and its weight by signal-to-noise ratio
+
+# name -> elementwise loss(output, target)
+LOSS_TYPES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "l2": lambda output, target: (output - target) ** 2,
+    "l1": lambda output, target: (output - target).abs(),
+    "huber": lambda output, target: F.huber_loss(output, target, reduction="none"),
+}
+
+
+def min_snr_weights(
+    scheduler: DDPMScheduler, timesteps: torch.Tensor, snr_gamma: float, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """Weights [N] that make a squared error weigh min(SNR, γ) on x_0 (Hang et al. 2023, Eq. 6).
+
+    An error of the output is an error of x̂_0 times its factor k in x̂_0, so the weight is min(SNR, γ)·k²: the known
+    min(SNR, γ)/SNR for epsilon and min(SNR, γ)/(SNR + 1) for v_prediction.
+    """
+    one = torch.ones(len(timesteps), 1, device=timesteps.device, dtype=dtype)
+    signal = scheduler.q_mean_variance(one, timesteps)
+    snr = (signal.mean**2 / signal.variance).flatten()
+    if scheduler.config.prediction_type == "epsilon":
+        return torch.where(snr > 0, snr.clamp(max=snr_gamma) / snr, 1.0)  # the limit, where SNR is 0
+    _, from_output = scheduler.x0_coefficients(timesteps, one)
+    return snr.clamp(max=snr_gamma) * from_output.flatten() ** 2
+
+
+def simple_losses(
+    scheduler: DDPMScheduler,
+    output: torch.Tensor,
+    x_start: torch.Tensor,
+    noise: torch.Tensor,
+    timesteps: torch.Tensor,
+    loss_type: str = "l2",
+    snr_gamma: float | None = None,
+) -> torch.Tensor:
+    """The mean loss between output and target (Ho et al., Eq. 14), [N]; with `snr_gamma`, weighted by min-SNR."""
+    losses = mean_flat(LOSS_TYPES[loss_type](output, scheduler.training_target(x_start, noise, timesteps)))
+    if snr_gamma is not None:
+        losses = losses * min_snr_weights(scheduler, timesteps, snr_gamma, losses.dtype)
+    return losses
+
+
+# Objectives: name -> losses(scheduler, model_output, x_start, noise, timesteps, options) [N]
+
+
+class LossOptions(NamedTuple):
+    """What refines an objective; see `training_losses`."""
+
+    loss_type: str = "l2"
+    snr_gamma: float | None = None
+    vlb_weight: float = 0.001
+
+
+def _simple(scheduler, model_output, x_start, noise, timesteps, options: LossOptions):
+    output = model_output[:, : x_start.shape[1]]  # a learned variance's half gets no gradient
+    return simple_losses(scheduler, output, x_start, noise, timesteps, options.loss_type, options.snr_gamma)
+
+
+def _vlb(scheduler, model_output, x_start, noise, timesteps, options: LossOptions):
+    x_t = scheduler.add_noise(x_start, noise, timesteps)
+    return (
+        len(scheduler) * vb_terms_bpd(scheduler, model_output, x_start, x_t, timesteps, clip_sample=False).bits_per_dim
+    )
+
+
+def _hybrid(scheduler, model_output, x_start, noise, timesteps, options: LossOptions):
+    mean, variance = model_output.chunk(2, dim=1)
+    variance_alone = torch.cat([mean.detach(), variance], dim=1)  # Nichol & Dhariwal, sec. 3.1
+    bound = _vlb(scheduler, variance_alone, x_start, noise, timesteps, options)
+    return _simple(scheduler, model_output, x_start, noise, timesteps, options) + options.vlb_weight * bound
+
+
+OBJECTIVES = {"simple": _simple, "vlb": _vlb, "hybrid": _hybrid}
+
+
+def check_objective(
+    scheduler: DDPMScheduler, objective: str, loss_type: str = "l2", snr_gamma: float | None = None
+) -> None:
+    """Raise ValueError, with the way out, for a name that does not exist or a combination that cannot train."""
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)} (got {objective!r})")
+    if loss_type not in LOSS_TYPES:
+        raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)} (got {loss_type!r})")
+    learned = scheduler.variance_type in LEARNED_VARIANCE_TYPES
+    if objective == "hybrid" and not learned:
+        raise ValueError(
+            f"objective='hybrid' trains a learned variance and variance_type is {scheduler.variance_type!r};"
+            " use variance_type='learned_range', or objective='simple'"
+        )
+    if objective == "vlb" and (loss_type != "l2" or snr_gamma is not None):
+        raise ValueError("objective='vlb' has no loss_type or snr_gamma; leave them out, or use objective='simple'")
+    if snr_gamma is not None and not snr_gamma > 0:
+        raise ValueError(f"snr_gamma={snr_gamma} must be positive; 5 is the paper's")
+
+
+def training_losses(
+    scheduler: DDPMScheduler,
+    model_output: torch.Tensor,
+    x_start: torch.Tensor,
+    noise: torch.Tensor,
+    timesteps: torch.Tensor,
+    *,
+    objective: str = "simple",
+    loss_type: str = "l2",
+    snr_gamma: float | None = None,
+    vlb_weight: float = 0.001,
+) -> torch.Tensor:
+    """The loss of each sample, [N].
+
+    Args:
+        model_output: the network at x_t = scheduler.add_noise(x_start, noise, timesteps): [N, C, ...], or
+            [N, 2C, ...] with a learned variance.
+        x_start: images in [-1, 1], or latents, [N, C, ...].
+        noise: the ε of x_t, [N, C, ...].
+        timesteps: LongTensor [N].
+        objective: `simple` (mean loss to the target), `vlb` (T times the bound's term at t, in bits/dim, an unbiased
+            estimate of the bound less its prior term under uniform t), or `hybrid` (simple plus `vlb_weight` times
+            vlb, with the mean's gradient stopped in the second).
+        loss_type: of `simple`: `l2`, `l1` or `huber`.
+        snr_gamma: γ of min-SNR weighting, for `simple`.
+
+    Raises:
+        ValueError: an unknown name, or a combination that cannot train.
+    """
+    check_objective(scheduler, objective, loss_type, snr_gamma)
+    options = LossOptions(loss_type, snr_gamma, vlb_weight)
+    return OBJECTIVES[objective](scheduler, model_output, x_start, noise, timesteps, options)
+
+
+# Timestep samplers: from uniform numbers in [0, 1) to timesteps and the weights that keep the loss unbiased

@@ -1,0 +1,15 @@
+"""The names that flags choose from, without the libraries behind them, so that `--help` takes no time.
+
+A test compares them with the tables of `portable.scheduling_ddpm_hf` and `objectives`, which define them.
+"""
+
+BETA_SCHEDULES = (
+    "linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "sigmoid_alpha_bar", "laplace", "const", "jsd",
+    "warmup10", "warmup50", "quadratic", "cosine",
+)  # fmt: skip
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "posterior_mean")
+VARIANCE_TYPES = ("fixed_small", "fixed_large", "fixed_small_log", "fixed_large_log", "learned", "learned_range")
+OBJECTIVES = ("simple", "vlb", "hybrid")
+LOSS_TYPES = ("l2", "l1", "huber")
+TRAINED_BETAS = "trained_betas"  # of --ddpm_beta_schedule: a list in the model's scheduler, which no name stands for
+TIMESTEP_SAMPLERS = ("uniform", "loss_second_moment")

@@ -1,0 +1,1 @@
+"""From a trained pipeline to a repository that a stranger can use."""

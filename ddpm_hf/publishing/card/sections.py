@@ -1,0 +1,271 @@
+"""The model card: what is known of a run, section by section, and what people wrote into it, which stays."""
+
+import json
+import re
+import shlex
+from typing import Any
+
+from ...common.layout import CHAIN, LOSS_CURVE, SAMPLES
+from ...common.package import package_url
+from ...inference.samplers import SAMPLERS, usable_samplers
+from .facts import Facts, all_results
+from .metadata import after_comma
+
+# Pictures
+
+
+# Metadata
+
+
+# Sections: each a function from Facts to Markdown, or to nothing
+
+
+def about(facts: Facts) -> str:
+    """What the model is."""
+    what = {
+        "unconditional-image-generation": "samples images",
+        "class-conditional-image-generation": "samples images of a class",
+        "text-to-image": "samples images from a text",
+    }[facts.kind]
+    height, width = image_size(facts.pipeline)
+    dataset = facts.dataset.get("name")
+    like = f" like those of {_linked(facts.dataset)}" if dataset else ""
+    space = " in the latents of an autoencoder" if getattr(facts.pipeline, "vae", None) is not None else ""
+    base = facts.run.get("base_model")
+    start = f", fine-tuned from [{base}](https://huggingface.co/{base})" if base else ""
+    title = facts.repository.split("/")[-1]
+    return (
+        f"# {title}\n\nThis diffusion model {what}{like}, at {height}×{width} pixels. It is a DDPM"
+        f" ([Ho et al. 2020](https://arxiv.org/abs/2006.11239)){space}, trained with ddpm_hf{start}."
+    )
+
+
+def _linked(dataset: dict[str, Any]) -> str:
+    name = dataset["name"]
+    return f"[{name}](https://huggingface.co/datasets/{name})" if dataset.get("on_hub") else name
+
+
+def image_size(pipeline) -> tuple[int, int]:
+    """(height, width) of the images that a pipeline samples by default."""
+    size = pipeline.unet.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    vae = getattr(pipeline, "vae", None)
+    factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+    return height * factor, width * factor
+
+
+def pictures(facts: Facts) -> str:
+    """What it samples."""
+    shown = []
+    if facts.has(SAMPLES):
+        rows = ", ".join(f"“{_as_text(name)}”" for name in facts.run.get("rows", []))
+        by_row = f" One row each for {rows}." if rows else ""
+        drawn = facts.run.get("pictures_step")
+        when = f" at step {drawn:,}" if drawn not in (None, facts.run.get("step")) else ""
+        shown.append(f"![Samples]({SAMPLES})\n\nSamples{when}, not chosen by hand.{by_row}")
+    if shown and not has_pictures(facts):
+        shown[0] += f" They show the first three of {facts.pipeline.image_channels} channels."
+    if facts.has(CHAIN):
+        shown.append(
+            f"![The predicted image along the chain]({CHAIN})\n\nThe predicted x̂₀ along the chain, from pure noise"
+            " (left) to the image (right)."
+        )
+    return "\n\n".join(shown)
+
+
+def _as_text(words: str) -> str:
+    """Words of a dataset as Markdown that means nothing but them."""
+    return re.sub(r"([\\`*_{}\[\]<>|#!&])", r"\\\1", " ".join(words.split()))
+
+
+def _as_string(words: str) -> str:
+    """A Python string that does not end a block of code."""
+    return json.dumps(words, ensure_ascii=False).replace("`", "\\u0060")
+
+
+def use(facts: Facts) -> str:
+    """The ways to load it, as code that runs as it stands."""
+    call = f"pipeline({call_arguments(facts)}).images[0]"
+    lines = ["## Use", ""]
+    if facts.pipeline.stock_class_name():
+        lines += ["With Diffusers alone:", "", *_python(facts, "", call), ""]
+    lines += [
+        f"With the package `ddpm_hf`{_where_to_get_it()}, which adds previews along the chain and more:",
+        "",
+        "```python",
+        f"from ddpm_hf import {facts.class_name}",
+        "",
+        f'pipeline = {facts.class_name}.from_pretrained("{facts.repository}")',
+        f"image = {call}",
+        saving(facts),
+        "```",
+        "",
+    ]
+    module = facts.pipeline._portable_class().__module__.rpartition(".")[2]
+    if (facts.folder / f"{module}.py").is_file():
+        custom = f', custom_pipeline="{module}"' if facts.pipeline.stock_class_name() else ""
+        trusted = f"{custom}, trust_remote_code=True"
+        lines += ["With the same code from this repository:", "", *_python(facts, trusted, call), ""]
+    example = {
+        "class-conditional-image-generation": ["--class", first_class(facts.pipeline)],
+        "text-to-image": ["--prompt", first_prompt(facts)],
+    }.get(facts.kind, [])
+    lines += [
+        "From the shell:",
+        "",
+        "```bash",
+        shlex.join(["ddpm-hf", "sample", facts.repository, *example, "--num-images", "16", "--out", "pictures"]),
+        "```",
+        "",
+        samplers(facts),
+    ]
+    return "\n".join(lines)
+
+
+def samplers(facts: Facts) -> str:
+    """Which samplers run the model, by their names on the command line."""
+    usable = [f"`{name}` ({SAMPLERS[name].title})" for name in usable_samplers(facts.pipeline)]
+    return f"Samplers that run it, for `--sampler`: {', '.join(usable)}."
+
+
+def _where_to_get_it() -> str:
+    """How to install the package, in brackets, where its address is known."""
+    url = package_url()
+    return f" (`pip install '{url}'`)" if url else ""
+
+
+def _python(facts: Facts, options: str, call: str) -> list[str]:
+    load = f'pipeline = DiffusionPipeline.from_pretrained("{facts.repository}"{options})'
+    code = ["from diffusers import DiffusionPipeline", "", load, f"image = {call}", saving(facts)]
+    return ["```python", *code, "```"]
+
+
+def call_arguments(facts: Facts) -> str:
+    """What to call the pipeline with, so that any of the classes that load it samples an image."""
+    T = facts.pipeline.scheduler.config.num_train_timesteps
+    if facts.kind == "text-to-image":
+        usual = [] if T >= 50 else [f"num_inference_steps={T - 1}"]
+        # Stable Diffusion's pipeline does not read the default that ours saves
+        scale = facts.pipeline.config.guidance_scale
+        usual += [] if scale == 7.5 else [f"guidance_scale={scale:g}"]
+        return ", ".join([_as_string(first_prompt(facts)), *usual])
+    by_class = facts.kind == "class-conditional-image-generation"
+    classes = [f"[{_as_string(first_class(facts.pipeline))}]"] if by_class else []
+    # stock's pipeline would take 1000 steps
+    steps = [f"num_inference_steps={T}"] if T != 1000 else []
+    return ", ".join(classes + steps + ([] if has_pictures(facts) else ['output_type="np"']))
+
+
+def has_pictures(facts: Facts) -> bool:
+    """Whether PIL and PNG have as many channels as the images."""
+    return facts.pipeline.image_channels <= 4
+
+
+def saving(facts: Facts) -> str:
+    """The code that saves the image that a call gave."""
+    if has_pictures(facts):
+        return 'image.save("sample.png")'
+    return 'import numpy\n\nnumpy.save("sample.npy", image)  # [height, width, channels] in [0, 1]'
+
+
+def first_prompt(facts: Facts) -> str:
+    """A prompt like those it was trained on."""
+    return " ".join(next(iter(facts.run.get("rows", [])), "").split()) or "a picture"
+
+
+def first_class(pipeline) -> str:
+    """The name of its first class that was trained; "0" for a model without classes."""
+    return pipeline.config.id2label[str(pipeline.default_classes[0])] if hasattr(pipeline, "default_classes") else "0"
+
+
+def training(facts: Facts) -> str:
+    """How it was trained: data, settings, time, hardware, loss."""
+    if not facts.run:
+        return ""
+    dataset, sessions = facts.dataset, facts.run.get("sessions", [])
+    images = f"{dataset['images']:,} images" if dataset.get("images") else "a stream"
+    rows = {
+        "dataset": f"{_linked(dataset)}, {images}",
+        "data fingerprint": f"`{dataset['fingerprint']}`" if dataset.get("fingerprint") else None,
+        "steps": f"{facts.run['step']:,}",
+        "batch": facts.run.get("batch"),
+        "parameters": f"{facts.run['parameters']:,}",
+        "seed": facts.run.get("seed"),
+        **facts.run.get("settings", {}),
+        "time": duration(sum(one["seconds"] for one in sessions)),
+        "hardware": "; ".join(dict.fromkeys(one["hardware"] for one in sessions)),
+        "versions": ", ".join(f"{name} {number}" for name, number in sessions[-1]["versions"].items()),
+    }
+    table = [f"| {name} | {value} |" for name, value in rows.items() if value is not None]
+    text = ["## Training", "", "| | |", "|---|---|", *table]
+    if len(sessions) > 1:
+        text += ["", "It was resumed; its sessions were", "", "| steps | on | took | hardware |", "|---|---|---|---|"]
+        text += [
+            f"| {one['first_step']:,} to {one['last_step']:,} | {one['date']} | {duration(one['seconds'])}"
+            f" | {one['hardware']} |"
+            for one in sessions
+        ]
+    if facts.has(LOSS_CURVE):
+        text += ["", f"![Loss over the steps]({LOSS_CURVE})"]
+    return "\n".join(text)
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds.
+
+    >>> duration(59.4), duration(3601), duration(90061)
+    ('59 s', '1 h 0 min', '25 h 1 min')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def evaluation(facts: Facts) -> str:
+    """What was measured, with the number of images."""
+    results = all_results(facts)
+    if not results:
+        return ""
+    rows = [
+        f"| {one['metric']} | {one['value']:.4g} | {one['samples']:,} | {one['dataset']}, {one['split']}"
+        f"{after_comma(one['settings'])} |"
+        for one in results
+    ]
+    return "\n".join(["## Evaluation", "", "| metric | value | images | on |", "|---|---|---|---|", *rows])
+
+
+def limits(facts: Facts) -> str:
+    """What it is not for."""
+    dataset = facts.dataset.get("name", "its training data")
+    words = {
+        "text-to-image": " It knows the words of its captions, and no others.",
+        "class-conditional-image-generation": " It knows its classes, and no others.",
+    }.get(facts.kind, "")
+    untrained = facts.pipeline.untrained() if hasattr(facts.pipeline, "untrained") else []
+    if untrained:
+        words += f" These classes had no training image and are untrained: {', '.join(map(_as_text, untrained))}."
+    few = facts.dataset.get("images") or 0
+    memory = (
+        f" With {few:,} images it may reproduce some of them: compare before sharing, if any of them is private."
+        if 0 < few < 50_000
+        else " It may reproduce images that its data holds many times."
+    )
+    return (
+        f"## Limits\n\nThe model knows {dataset} and nothing else: what is rare there is rare here, what is missing"
+        f" cannot be sampled, and its biases are kept.{words}{memory}\n\nIt is not for presenting its images as"
+        " photographs or records of real people, places or events, nor for decisions about people, medical or legal"
+        " evidence, or content that deceives or harms. Nothing filters its output."
+    )
+
+
+SECTIONS = {
+    "about": about,
+    "pictures": pictures,
+    "use": use,
+    "training": training,
+    "evaluation": evaluation,
+    "limits": limits,
+}
+
+
+# The whole card, over what is there already

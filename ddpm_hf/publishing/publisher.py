@@ -1,0 +1,228 @@
+"""Uploading a run while it trains and when it ends."""
+
+import contextlib
+import json
+import math
+import os
+import shlex
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..common.errors import UsageError
+from ..common.files import write_whole
+from ..common.layout import METRICS_FILE, RUN_FILE
+from ..common.ownership import claim_files
+from ..models.saving import save_half_precision, save_model, save_pipeline
+from ..training.averaging import raw_weights
+from ..training.flags import PipelineConfig
+from ..training.logs import log
+from ..training.setup.settings import public_settings
+from .card.facts import read_facts
+from .card.illustrations import write_pictures
+from .card.merging import make_card
+from .folder import publishable
+from .hub import Upload, check_account, check_tag, open_repository, push_files, read_card, reason_of, refuses
+
+
+def reserve_repository(config: PipelineConfig, held_out: bool, accelerator) -> str:
+    """Before training: the name of the repository to upload to, once the Hub has said that it accepts the upload.
+
+    It has the user's name too where it is to be uploaded. With --dry_run the repository is not created.
+
+    Args:
+        held_out: whether images are held out.
+
+    Raises:
+        UsageError: variants that cannot be saved, or the Hub says no. Where it does not answer, training goes on; the
+            upload is tried at its end.
+    """
+    if accelerator.is_fsdp2 and "non_ema" in config.save_variants:
+        raise UsageError("--save_variants non_ema: not with FSDP; the checkpoints' unet/ holds these weights")
+    if config.hub_strategy == "best" and not held_out:
+        raise UsageError("--hub_strategy best requires held-out images: give --validation_split 0.1, for example")
+    repository = config.hub_model_id or Path(config.output_dir).resolve().name
+    if not config.push_to_hub or not accelerator.is_main_process:
+        return repository
+    try:
+        if config.dry_run:
+            check_account(repository, config.hub_token)
+            return repository
+        repository = open_repository(repository, config.hub_token, config.hub_private_repo)
+        if config.hub_revision and not config.resume_from_checkpoint:
+            check_tag(repository, config.hub_revision, config.hub_token)
+    except Exception as error:
+        if refuses(error):
+            raise UsageError(
+                f"--push_to_hub: {repository} cannot be written to ({reason_of(error)}); see --hub_model_id,"
+                " --hub_token, --hub_private_repo and --hub_revision, or log in with `hf auth login`"
+            ) from error
+        log(accelerator, f"warning: the Hub does not answer ({reason_of(error)}); trying again at the end")
+    return repository
+
+
+class Publisher:
+    """Saves the pipeline of a run while it trains and at its end, and uploads it as the flags say.
+
+    Args:
+        config: a script's, with `DataFlags`.
+        state: the run's `TrainingState`.
+        pipeline_of: trained model -> pipeline.
+        facts: what `describe_run` gave.
+        total_steps: of the whole training.
+    """
+
+    def __init__(
+        self,
+        config: PipelineConfig,
+        state,
+        pipeline_of: Callable,
+        facts: dict[str, Any],
+        total_steps: int,
+        repository: str,
+        accelerator,
+    ):
+        self.config, self.state, self.pipeline_of, self.facts = config, state, pipeline_of, facts
+        self.total_steps, self.accelerator = total_steps, accelerator
+        self.folder, self.repository = Path(config.output_dir), repository
+        self.saved_at: int | None = None
+        self.uploading: threading.Thread | None = None
+
+    def save(self, model, step: int) -> None:
+        """Save the pipeline if `--hub_strategy` asks for this one, and upload it if it asks for that too."""
+        config, at_checkpoint = self.config, step % self.config.checkpointing_steps == 0
+        none_yet = not (self.folder / "model_index.json").is_file()
+        if config.hub_strategy == "best" and not self.is_best(step) and not (none_yet and step == self.total_steps):
+            return
+        pipeline = self.pipeline_of(model)
+        save_pipeline(pipeline, self.folder)
+        if "fp16" in config.save_variants:
+            save_half_precision(pipeline, self.folder)
+        if "non_ema" in config.save_variants:
+            for name, part in self.state.parts.items():
+                with raw_weights(self.state.emas[name], part):
+                    save_model(part, self.folder / name, "*.non_ema[.-]*", within=self.folder, variant="non_ema")
+        run = {**self.facts, "step": step, "sessions": self.state.sessions.until(step)}
+        claim_files(self.folder, [RUN_FILE])
+        write_whole(self.folder / RUN_FILE, json.dumps(run, indent=1) + "\n")
+        self.saved_at = step
+        if config.push_to_hub and config.hub_strategy != "end" and at_checkpoint and step < self.total_steps:
+            self.upload_beside(pipeline, step)
+
+    def is_best(self, step: int) -> bool:
+        """Whether the held-out loss at a checkpoint is the lowest of those at checkpoints so far."""
+        lines = [json.loads(line) for line in (self.folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
+        every = self.config.checkpointing_steps
+        losses = {
+            line["step"]: line["validation_loss"]
+            for line in lines
+            if math.isfinite(line.get("validation_loss", math.nan))
+            and (line["step"] % every == 0 or line["step"] == step)
+        }
+        return step in losses and losses[step] <= min(losses.values())
+
+    def upload_beside(self, pipeline, step: int) -> None:
+        """Upload while training goes on; an upload that is still under way is not waited for."""
+        if self.uploading is not None and self.uploading.is_alive():
+            log(self.accelerator, f"step {step}: the last upload is still under way, so this one is left out")
+            return
+
+        files = contextlib.ExitStack()
+        frozen = files.enter_context(publishable(self.folder))  # before training writes there again
+
+        def upload() -> None:
+            with files:
+                try:
+                    self.push(pipeline, f"Step {step}", frozen)
+                except Exception as error:  # training is not to end by it
+                    log(self.accelerator, f"warning: the upload at step {step} failed ({reason_of(error)})")
+
+        self.uploading = threading.Thread(target=upload, daemon=True)
+        self.uploading.start()
+
+    def finish(self, model, step: int) -> None:
+        """Save what is not saved yet, write the card, and upload it if that was asked for; a failure loses nothing.
+
+        Raises:
+            UsageError: the upload failed; how to repeat it.
+        """
+        config = self.config
+        if self.saved_at != step:
+            self.save(model, step)
+        pipeline = self.pipeline_of(model)
+        try:
+            write_pictures(self.folder)
+            facts = read_facts(self.folder, self.repository, pipeline, config.hub_license)
+            claim_files(self.folder, ["README.md"])
+            write_whole(self.folder / "README.md", make_card(facts, read_card(self.folder), to_hub=False))
+        except ValueError as error:
+            raise UsageError(f"the model is saved to {self.folder}, but not its card: {error}") from error
+        how = "" if pipeline.stock_class_name() else ", trust_remote_code=True"
+        log(
+            self.accelerator,
+            f"saved to {self.folder}: DiffusionPipeline.from_pretrained('{self.folder}'{how}) loads it",
+        )
+        if not config.push_to_hub:
+            return
+        if self.uploading is not None:
+            self.uploading.join()
+        try:
+            self.repository = open_repository(self.repository, config.hub_token, config.hub_private_repo)
+            with publishable(self.folder) as files:
+                upload = self.push(pipeline, "Upload the pipeline", files, config.hub_revision)
+        except Exception as error:  # whatever the network does, the trained model is on disk
+            raise UsageError(
+                f"the upload to {self.repository} failed ({reason_of(error)}); {self.folder} is complete:"
+                f" `{self.command()}` uploads it"
+            ) from error
+        log(self.accelerator, f"published at {upload.address}")
+
+    def stopped(self) -> None:
+        """Where training ends before its end: say what becomes of a background upload."""
+        if self.uploading is not None and self.uploading.is_alive():
+            log(self.accelerator, f"an upload was under way and is given up; `{self.command()}` repeats it")
+
+    def command(self) -> str:
+        """What uploads the folder as the flags say; the token is not shown."""
+        config = self.config
+        options = ["--private"] * config.hub_private_repo
+        for name, value in (("--license", config.hub_license), ("--revision", config.hub_revision)):
+            options += [name, value] if value else []
+        return shlex.join(["ddpm-hf", "push", str(self.folder), self.repository, *options])
+
+    def push(self, pipeline, message: str, files: dict[str, Path], tag: str | None = None) -> Upload:
+        """Upload the files to the run's repository."""
+        options = {"license": self.config.hub_license, "tag": tag, "message": message}
+        return push_files(files, self.folder, self.repository, self.config.hub_token, pipeline, **options)
+
+
+def describe_run(
+    config: PipelineConfig, images, plan, model, shown: tuple[str, ...], rows: list[str], base_model: str | None = None
+) -> dict[str, Any]:
+    """What is known of a run before it starts, for its card.
+
+    Args:
+        config: a script's, with `DataFlags`.
+        images: what it trains on, as `open_images` gave it.
+        shown: the settings that the card lists.
+        rows: what the rows of its grids show: classes or prompts.
+        base_model: the checkpoint that it starts from.
+    """
+    local = config.train_data_dir or (config.dataset_name if os.path.exists(config.dataset_name or "") else None)
+    settings = {name: value for name, value in public_settings(config).items() if name in shown}
+    return {
+        "dataset": {
+            "name": Path(local).resolve().name if local else images.rows.name,
+            "on_hub": bool(config.dataset_name and not local),
+            "images": images.count,
+            "fingerprint": images.rows.fingerprint(),
+        },
+        "held_out": len(images.held_out) if images.held_out else 0,
+        "seed": config.seed,
+        "batch": plan.global_batch * plan.accumulation,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "rows": rows,
+        "base_model": None if os.path.exists(base_model or "") else base_model,
+        "settings": {name: value for name, value in settings.items() if value is not None},
+    }

@@ -1,0 +1,207 @@
+"""The page of a Space: what to sample on the left, the images as they form on the right, their chains below.
+
+Gradio comes with the Space (`sdk_version` in its README); this module imports it when the page is made.
+"""
+
+import base64
+import functools
+import io
+import json
+import random
+import time
+from pathlib import Path
+
+from ...inference.samplers import SAMPLERS
+from ...inference.studio import MOMENTS, MOST_IMAGES, Step, Studio, Wish, followed
+
+EVERY_CLASS, NO_CLASS = "every", "none"  # in addition to "class NAME"
+DEFAULT_IMAGES = 8
+SMALL = 128  # pixels, below which they are shown as squares
+ROWS = 4  # images whose chain is shown
+THUMBNAIL = 96  # pixels of an image in a chain
+CHAIN_HEADING = "### How they formed\nWhat the model took the image for at timesteps from noise to the end."
+
+CSS = """
+.gradio-container {width: 100% !important; max-width: 1180px !important; margin: auto}
+.small-images img {image-rendering: pixelated}
+#images .caption-label {font-size: 11px; padding: 1px 6px}
+#images .grid-wrap {min-height: 0; max-height: none; overflow: hidden}
+@media (max-width: 640px) {#images .grid-container {grid-template-columns: repeat(2, minmax(0, 1fr)) !important}}
+#progress {min-height: 76px; overflow: hidden; font-size: 13px; opacity: .8}
+.chain {display: grid; gap: 3px; margin-top: 4px}
+.chain img {width: 100%; border-radius: 3px; display: block}
+.chain span {font-size: 11px; text-align: center; opacity: .65; white-space: nowrap}
+"""
+
+
+def thumbnail(image) -> str:
+    """A PIL image as a data URI of at most `THUMBNAIL` pixels."""
+    small = image.copy()
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    buffer = io.BytesIO()
+    small.save(buffer, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def chain_picture(moments: list[tuple[int, list[str]]], columns: int) -> str:
+    """HTML of chains, a row for each image and a column for each moment: (timestep, thumbnails)."""
+    heads = [f"<span>{timestep}</span>" for timestep, _ in moments] + ["<span></span>"] * (columns - len(moments))
+    cells = []
+    for row in range(len(moments[0][1])):
+        cells += [f'<img src="{images[row]}" alt="image {row} at t = {timestep}">' for timestep, images in moments]
+        cells += ["<span></span>"] * (columns - len(moments))
+    style = f"grid-template-columns: repeat({columns}, minmax(0, 1fr))"
+    return f'<div class="chain" style="{style}">{"".join(heads + cells)}</div>'
+
+
+def introduction(studio: Studio, settings: dict) -> str:
+    """Markdown: which model it is and what it does."""
+    width, height = studio.image_size
+    what = "from a text" if studio.by_text else f"of {len(studio.classes)} classes" if studio.classes else ""
+    name, address = settings["model"], settings.get("address")
+    title = settings["title"]
+    model = f"[{name}]({address})" if address else f"`{Path(name).name}`"
+    return (
+        f"# {title}\n{model} samples images {what} in {width}×{height} pixels by denoising diffusion"
+        " ([DDPM](https://arxiv.org/abs/2006.11239)): from pure noise, step by step."
+    ).replace("  ", " ")
+
+
+def what_controls(gr, studio: Studio, settings: dict) -> dict:
+    """The controls of what to sample, by the names that `wish_of` reads."""
+    asked = {}
+    if studio.by_text:
+        examples = settings.get("examples", [])
+        first = examples[0] if examples else ""
+        asked["prompt"] = gr.Textbox(first, label="Prompt", placeholder="What to show", elem_id="prompt")
+        if len(examples) > 1:
+            gr.Examples(examples, asked["prompt"])
+    if studio.classes:
+        choices = [("Every class in turn", EVERY_CLASS), *((name, f"class {name}") for name in studio.classes)]
+        choices += [("No class", NO_CLASS)] * studio.knows_no_class
+        asked["class"] = gr.Dropdown(choices, value=EVERY_CLASS, label="Class", elem_id="class")
+    asked["count"] = gr.Slider(1, MOST_IMAGES, DEFAULT_IMAGES, step=1, label="Images", elem_id="count")
+    return asked
+
+
+def how_controls(gr, studio: Studio) -> dict:
+    """The controls of how to sample, by the names that `wish_of` reads; only what the model supports."""
+    asked = {}
+    titles = [(SAMPLERS[name].title, name) for name in studio.samplers]
+    chosen = "ddim" if "ddim" in studio.samplers else titles[0][1]
+    asked["sampler"] = gr.Dropdown(titles, value=chosen, label="Sampler", elem_id="sampler")
+    most_steps = max(2, studio.longest)
+    asked["steps"] = gr.Slider(1, most_steps, studio.samplers[chosen], step=1, label="Steps", elem_id="steps")
+    usual_steps = f"name => ({json.dumps(studio.samplers)})[name]"  # at once, or it would undo a later choice
+    asked["sampler"].input(None, asked["sampler"], asked["steps"], js=usual_steps, api_visibility="private")
+    if studio.guided:
+        most = 15 if studio.by_text else 8
+        scale = min(max(studio.guidance_scale, 1), most)
+        about = f"1 disables guidance; higher values follow the {'text' if studio.by_text else 'class'} more strongly."
+        asked["guidance"] = gr.Slider(1, most, scale, step=0.5, label="Guidance", info=about, elem_id="guidance")
+    if studio.by_text:
+        asked["negative"] = gr.Textbox(label="Negative prompt", placeholder="What not to show", elem_id="negative")
+    asked["random"] = gr.Checkbox(True, label="A new seed each time", elem_id="random")
+    asked["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed")
+    return asked
+
+
+def wish_of(values: dict, studio: Studio) -> Wish:
+    """The request that the controls' values, by their names, make; a random seed is chosen here.
+
+    Each image has a label in turn: the class chosen, or all of them, or that of no class.
+    """
+    chosen = values.get("class", EVERY_CLASS)
+    labels = {EVERY_CLASS: None, NO_CLASS: [None]}.get(chosen, [chosen.removeprefix("class ")])
+    return Wish(
+        count=int(values["count"]),
+        sampler=values["sampler"],
+        steps=int(values["steps"]),
+        seed=random.randrange(2**31) if values["random"] else int(values["seed"] or 0),
+        class_labels=labels,
+        prompt=values.get("prompt") or "",
+        negative_prompt=values.get("negative") or "",
+        guidance_scale=values.get("guidance"),
+    )
+
+
+def captions_of(wish: Wish, studio: Studio) -> list[str | None]:
+    """What to write below each image: its class."""
+    if not studio.classes:
+        return [None] * wish.count
+    labels = wish.class_labels or studio.classes
+    return [labels[index % len(labels)] for index in range(wish.count)]
+
+
+def make_page(studio: Studio, settings: dict):
+    """The page, as Gradio's `Blocks`."""
+    import gradio as gr
+
+    small = ["small-images"] if max(studio.image_size) < SMALL else []
+    with gr.Blocks(
+        title=settings["title"], analytics_enabled=False, delete_cache=(3600, 3600), fill_width=True
+    ) as page:
+        gr.Markdown(introduction(studio, settings))
+        with gr.Row():
+            with gr.Column(scale=3, min_width=300):
+                asked = what_controls(gr, studio, settings)
+                with gr.Row():
+                    button = gr.Button("Sample", variant="primary", elem_id="draw", min_width=100)
+                    stop = gr.Button("Stop", elem_id="stop", min_width=60)
+                asked |= how_controls(gr, studio)
+            with gr.Column(scale=7, min_width=300):
+                gallery = gr.Gallery(
+                    show_label=False, format="png", columns=4, height="auto", object_fit="contain", interactive=False,
+                    elem_id="images", elem_classes=small,
+                )  # fmt: skip
+                progress_bar = gr.HTML(elem_id="progress")
+                gr.Markdown(CHAIN_HEADING)
+                chain = gr.HTML(elem_id="chain", elem_classes=small)
+
+        def draw(values: dict, progress=gr.Progress()):  # noqa: B008  (Gradio finds it by its default)
+            wish = wish_of({name: values[component] for name, component in asked.items()}, studio)
+            captions, moments, begun = captions_of(wish, studio), [], time.monotonic()
+            try:
+                for word in followed(functools.partial(studio.draw, wish)):
+                    if not isinstance(word, Step):
+                        took = f"Seed {wish.seed}, {wish.steps} steps, {time.monotonic() - begun:.1f} seconds."
+                        yield {gallery: list(zip(word, captions)), asked["seed"]: wish.seed, progress_bar: took}
+                        break
+                    if word.predictions is not None:
+                        moments.append((word.timestep, [thumbnail(image) for image in word.predictions[:ROWS]]))
+                        seen = {chain: chain_picture(moments, min(MOMENTS, word.total)), progress_bar: ""}
+                        if word.done < word.total:  # the last are the images: one file must not be written twice
+                            seen |= {gallery: list(zip(word.predictions, captions)), asked["seed"]: wish.seed}
+                        yield seen
+                    progress((word.done, word.total), desc="Drawing")  # last: what is yielded hides the bar
+            except ValueError as error:
+                raise gr.Error(str(error), title="Not sampled", print_exception=False) from error
+
+        triggers = [button.click] + ([asked["prompt"].submit] if studio.by_text else [])
+        drawing = gr.on(
+            triggers,
+            draw,
+            set(asked.values()),
+            [gallery, chain, asked["seed"], progress_bar],
+            show_progress_on=progress_bar,
+            concurrency_limit=1,  # a pipeline's sampler is in one chain at a time
+        )
+        stop.click(None, cancels=[drawing])
+    return page
+
+
+def main(folder: Path) -> None:
+    """Serve the page of the Space that a folder holds."""
+    import gradio as gr
+    from diffusers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    settings = json.loads((folder / "space.json").read_text(encoding="utf-8"))
+    try:
+        studio = Studio(settings["model"])
+    except ValueError as error:
+        raise SystemExit(f"{error} (a Space reads a private model with its secret HF_TOKEN)") from error
+    plain = ("system-ui", "sans-serif")
+    theme = gr.themes.Soft(primary_hue="indigo", font=plain, font_mono=("ui-monospace", "monospace"))
+    make_page(studio, settings).queue(max_size=32).launch(theme=theme, css=CSS)

@@ -1,0 +1,230 @@
+"""A Space for a published model: the folder of its app, and its upload."""
+
+import contextlib
+import functools
+import inspect
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from .._version import __version__
+from ..common.ownership import MANIFEST, check_replaceable, listed, replace_files
+from ..inference.kinds import pipeline_class
+from ..training.earlier_run import settle
+
+PACKAGE = Path(__file__).parent
+GRADIO_VERSION = "6.31.0"  # what the app was tested with
+PYTHON_VERSION = "3.11"
+PART = "space"  # of the manifest of the folder
+CODE = "ddpm_hf_space"  # the folder, and package, of what is copied
+COPIED = ("loading.py", "portable/*.py", "space/*.py", "training/__init__.py", "training/randomness.py")
+
+APP = f'''"""The Space's page; what it does lies in {CODE}/."""
+
+from pathlib import Path
+
+from {CODE}.space.page import main
+
+if __name__ == "__main__":
+    main(Path(__file__).parent)
+'''
+README = """# {title}
+
+An app that samples from {model}, made by `ddpm-hf push-space`: denoising diffusion (DDPM) in the Hugging Face
+ecosystem.
+
+To run it on your own machine, from this folder:
+
+```bash
+pip install -r requirements.txt gradio=={gradio}
+python app.py
+```
+"""
+NEEDED_IN_README = ("sdk", "sdk_version", "python_version", "app_file", "models")  # the rest is its owner's to edit
+
+
+class Model(NamedTuple):
+    """What a Space needs to know of a model."""
+
+    name: str  # on the Hub, or its folder
+    address: str | None = None  # its page; None for a folder
+    private: bool = False
+    license: str | None = None  # as its card says
+
+
+def look_up(name: str, token: str | None = None, examples: Sequence[str] = ()) -> Model:
+    """A model of ours, on the Hub or in a folder.
+
+    Raises:
+        ValueError: none can be reached by the name, or it is not one of ours, or it does not read the examples.
+    """
+    from huggingface_hub import HfApi, ModelCard, constants
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    settle(name)
+    reads_text = "prompt" in inspect.signature(pipeline_class(name, token=token).__call__).parameters
+    if examples and not reads_text:
+        raise ValueError(f"--example {examples[0]}: {name} reads no text; leave it out")
+    if Path(name).is_dir():
+        return Model(str(Path(name).resolve()))
+    with said_in_a_line(f"{name} could not be looked up"):
+        info = HfApi(token=token).model_info(name)
+        try:
+            license = ModelCard.load(name, token=token, ignore_metadata_errors=True).data.license
+        except RemoteEntryNotFoundError:
+            license = None
+    return Model(info.id, f"{constants.ENDPOINT}/{info.id}", bool(info.private), license)
+
+
+def write_space(folder: str | Path, model: Model, examples: Sequence[str] = ()) -> None:
+    """Write a Space's folder, whole or not at all.
+
+    Args:
+        folder: is made; if it is there, it must be empty, or hold an app that this wrote.
+        examples: prompts to offer, the first of which is filled in.
+
+    Raises:
+        ValueError: there are other files in the folder already, or files of the app that were edited since.
+    """
+    folder = Path(folder).resolve()
+    files = {name: text.encode() for name, text in space_files(model, examples).items()}
+    if folder.is_dir() and listed(folder, PART):
+        check_replaceable(folder, PART, list(files), "out")
+        replace_files(folder, PART, {name: functools.partial(bytes, data) for name, data in files.items()})
+        return
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is there and not empty; name a new folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        replace_files(scratch, PART, {name: functools.partial(bytes, data) for name, data in files.items()})
+        scratch.chmod(0o755)
+        if folder.is_dir():
+            folder.rmdir()
+        os.replace(scratch, folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def space_files(model: Model, examples: Sequence[str] = ()) -> dict[str, str]:
+    """The files of a Space, by their paths in it."""
+    from huggingface_hub import SpaceCardData
+
+    title = Path(model.name).name
+    card = SpaceCardData(
+        title=title,
+        emoji="🎲",
+        colorFrom="indigo",
+        colorTo="gray",
+        sdk="gradio",
+        sdk_version=GRADIO_VERSION,
+        python_version=PYTHON_VERSION,
+        app_file="app.py",
+        license=model.license,
+        models=[model.name] if model.address else None,
+        tags=["ddpm", "ddpm_hf", "diffusers"],
+    )
+    named = f"[{model.name}]({model.address})" if model.address else title
+    text = README.format(title=title, model=named, gradio=GRADIO_VERSION)
+    settings = {"model": model.name, "title": title, "address": model.address, "examples": list(examples)}
+    files = {
+        "app.py": APP,
+        "README.md": f"---\n{card.to_yaml()}\n---\n\n{text}",
+        "requirements.txt": (PACKAGE / "space" / "requirements.txt").read_text(encoding="utf-8"),
+        "space.json": json.dumps({name: value for name, value in settings.items() if value}, indent=2) + "\n",
+        f"{CODE}/__init__.py": f'"""The parts of ddpm_hf {__version__} that the app needs."""\n',
+    }
+    for path in sorted(path for pattern in COPIED for path in PACKAGE.glob(pattern)):
+        files[f"{CODE}/{path.relative_to(PACKAGE).as_posix()}"] = path.read_text(encoding="utf-8")
+    return files
+
+
+def push_space(
+    model: Model, space: str, token: str | None = None, private: bool = False, examples: Sequence[str] = ()
+) -> str:
+    """Upload a Space in one commit, a new one or over an earlier app of ours; its address.
+
+    What its owner wrote into an earlier app's README stays.
+
+    Args:
+        space: its name, user/name or in the token's account. A private model's Space is made private too.
+
+    Raises:
+        ValueError: the model is in a folder; the Space holds another app, or is public where it is to be private; the
+            Hub cannot be reached, or says no.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+    if model.address is None:
+        raise ValueError(
+            f"{model.name} is a folder, which a Space cannot read: publish the model and give its name, or write the"
+            " app for yourself with --out"
+        )
+    api = HfApi(token=token)
+    with said_in_a_line(f"the Space {space} could not be uploaded"), tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "space"
+        write_space(folder, model, examples)
+        name = open_space(api, space, private or model.private, folder / "README.md")
+        files = {
+            path.relative_to(folder).as_posix(): path
+            for path in folder.rglob("*")
+            if path.is_file() and path.name != MANIFEST
+        }
+        there = api.list_repo_files(name, repo_type="space")
+        operations = [CommitOperationAdd(path, str(file)) for path, file in files.items()]
+        operations += [CommitOperationDelete(path) for path in there if is_outdated(path, files)]
+        # upload_folder may make several commits, and the Space would start with half of an app
+        api.create_commit(name, operations, repo_type="space", commit_message="Upload the app")
+    return f"{api.endpoint}/spaces/{name}"
+
+
+def is_outdated(path: str, files) -> bool:
+    """Whether a file of the Space is code of an earlier version, which this one has no more."""
+    return path.startswith(f"{CODE}/") and path not in files
+
+
+def open_space(api, space: str, private: bool, readme: Path) -> str:
+    """Create the Space, or look at the one that is there and take over its README; its full name.
+
+    Raises:
+        ValueError: it holds another app, or is public where it is to be private.
+    """
+    from huggingface_hub import SpaceCard
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    name = space if "/" in space else f"{api.whoami()['name']}/{space}"
+    try:
+        info = api.space_info(name)
+    except RepositoryNotFoundError:
+        api.create_repo(name, repo_type="space", space_sdk="gradio", private=private or None, exist_ok=True)
+        return name
+    if private and not info.private:
+        raise ValueError(f"the Space {name} exists and is public; make it private on the Hub, or name another --space")
+    paths = {file.rfilename for file in info.siblings}
+    if f"{CODE}/__init__.py" in paths:
+        if "README.md" in paths:
+            card, new = SpaceCard.load(name, token=api.token), SpaceCard.load(readme)
+            for key in NEEDED_IN_README:
+                setattr(card.data, key, new.data.get(key))
+            card.save(readme)
+    elif paths - {".gitattributes", "README.md"}:
+        raise ValueError(f"the Space {name} exists and holds another app; name another --space")
+    return name
+
+
+@contextlib.contextmanager
+def said_in_a_line(what: str) -> Iterator[None]:
+    """Whatever the network or the Hub does becomes a ValueError that says what failed, and why."""
+    try:
+        yield
+    except ValueError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()).partition(" For more information")[0][:300]
+        raise ValueError(
+            f"{what} ({error.__class__.__name__}: {reason}); check the name, your network, and --token"
+        ) from error

@@ -1,0 +1,121 @@
+"""What a text-to-image model consists of: of a Stable Diffusion checkpoint, or new, fitted to the images."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+
+from ..common.errors import UsageError
+from ..data.batches import Images
+from ..inference.components import Components, load_text_encoder
+from ..models.autoencoder import downscaling, load_autoencoder
+from ..models.saving import save_model
+from ..models.sizes import settle_resolution
+from ..models.unet import text_unet_config
+from ..portable.pipeline_text2image_ddpm_hf import STABLE_DIFFUSION_SETTINGS
+from ..portable.scheduling_ddpm_hf import DDPMScheduler
+from ..training.logs import log
+from .captions import all_captions, fit_tokenizer, make_text_encoder
+
+TEXT_WIDTH = 128  # of a new text encoder
+
+
+def fit_to_size(components: Components, size: tuple[int, int]) -> None:
+    """Let the UNet's config say the size (height, width) that it is trained at, which it is then sampled at."""
+    height, width = (side // downscaling(components.vae) for side in size)
+    components.unet.register_to_config(sample_size=height if height == width else (height, width))
+
+
+class Blueprint(NamedTuple):
+    """What of a new model is known, and has been checked, before anything is trained."""
+
+    vae: AutoencoderKL | None  # None: to be trained
+    text_encoder: Any | None  # None: to be made, with its tokenizer
+    tokenizer: Any | None
+    unet: dict[str, Any]  # arguments of UNet2DConditionModel
+    scheduler: DDPMScheduler
+
+
+def draw_blueprint(config, accelerator) -> Blueprint:
+    """The parts of a new model that are given, and the plan of the others.
+
+    Raises:
+        UsageError: parts that are not there or do not fit together, or a size that cannot be halved.
+    """
+    token = config.hub_token
+    vae = load_autoencoder(config.vae_name_or_path, token=token) if config.vae_name_or_path else None
+    tokenizer = text_encoder = None
+    if config.text_encoder_name_or_path:
+        tokenizer, text_encoder = load_text_encoder(config.text_encoder_name_or_path, token)
+    factor = downscaling(vae) if vae is not None else 2 ** (len(config.widths()) - 1)
+    given = read_unet_config(config.model_config_name_or_path, token) if config.model_config_name_or_path else None
+    if given is not None:
+        line = settle_resolution(config, given.get("sample_size"), factor, usual="32")
+    else:
+        line = settle_resolution(config, vae and vae.config.sample_size, 1, usual="32")
+    log(accelerator, line)
+    if any(side % factor for side in config.size()):
+        raise UsageError(f"--resolution {config.resolution}: the autoencoder requires multiples of {factor}")
+    height, width = (side // factor for side in config.size())
+    channels = vae.config.latent_channels if vae is not None else config.vae_latent_channels
+    context = text_encoder.config.hidden_size if text_encoder is not None else TEXT_WIDTH
+    if given is not None:
+        unet = given
+        unet["sample_size"] = height if height == width else (height, width)
+        for name, wanted in (("in_channels", channels), ("out_channels", channels), ("cross_attention_dim", context)):
+            if unet.setdefault(name, wanted) != wanted:
+                raise UsageError(f"--model_config_name_or_path: {name} is {unet[name]} and must be {wanted} here")
+        try:
+            with torch.device("meta"):
+                UNet2DConditionModel(**unet)
+        except (ValueError, TypeError) as error:
+            raise UsageError(f"--model_config_name_or_path: {' '.join(str(error).split())}") from error
+    else:
+        try:
+            unet = text_unet_config(channels, (height, width), context)
+        except ValueError as error:
+            raise UsageError(f"--resolution {config.resolution}: {error}") from error
+    scheduler = DDPMScheduler(
+        num_train_timesteps=config.ddpm_num_steps,
+        beta_schedule=config.ddpm_beta_schedule,
+        prediction_type=config.prediction_type or "epsilon",
+        rescale_betas_zero_snr=config.rescale_betas_zero_snr,
+        timestep_spacing="trailing" if config.rescale_betas_zero_snr else "leading",
+        **STABLE_DIFFUSION_SETTINGS,
+    )
+    return Blueprint(vae, text_encoder, tokenizer, unet, scheduler)
+
+
+def build(blueprint: Blueprint, vae: AutoencoderKL, images: Images, seed: int) -> Components:
+    """A new UNet in the latents of the autoencoder, with a new text encoder where none was given."""
+    tokenizer, text_encoder = blueprint.tokenizer, blueprint.text_encoder
+    if text_encoder is None:
+        tokenizer = fit_tokenizer(all_captions(images.dataset.captions, images.rows.name))
+        torch.manual_seed(seed)
+        text_encoder = make_text_encoder(tokenizer, TEXT_WIDTH)
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel(**blueprint.unet)
+    return Components(vae, text_encoder, tokenizer, unet, blueprint.scheduler, {"sampler": DDPMScheduler})
+
+
+def save_tokenizer(tokenizer, output_dir: str | Path) -> None:
+    """Save a new model's tokenizer, as its pipeline will, so that a checkpoint of the run can be sampled before."""
+    save_model(tokenizer, Path(output_dir) / "tokenizer", within=output_dir)
+
+
+def read_unet_config(name_or_path: str, token: str | None = None) -> dict:
+    """The arguments in a UNet2DConditionModel's config.
+
+    Raises:
+        UsageError: there is none.
+    """
+    try:
+        loaded = UNet2DConditionModel.load_config(name_or_path, token=token)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(f"--model_config_name_or_path {name_or_path}: no config there ({reason})") from error
+    if loaded.get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel":
+        kind = loaded["_class_name"]
+        raise UsageError(f"--model_config_name_or_path {name_or_path}: a {kind}, not a UNet2DConditionModel")
+    return {name: value for name, value in loaded.items() if not name.startswith("_")}

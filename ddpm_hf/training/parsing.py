@@ -1,0 +1,256 @@
+"""How flags get their values: the command line over a file, a resumed run, the launcher, a preset, a recipe."""
+
+import argparse
+import collections
+import copy
+import dataclasses
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+from ..common.arguments import APPLIED, FIXED, FREE, SECRET_FLAGS, flags_that
+from ..common.errors import UsageError, one_line
+from ..common.files import expand_home
+from ..common.machine import accept_any_text
+from .help import EPILOG, FlagFormatter, absent_of, bare_name, grouped, meanings_of, meant
+
+
+def _is_like_a_flag(word: str) -> bool:
+    """Whether argparse takes a word of a list for a flag: one with a dash in front that is no number."""
+    return word.startswith("-") and not re.fullmatch(r"-(\d+|\d*\.\d+)", word)
+
+
+class OneLineParser(HfArgumentParser):
+    """Declares a dataclass's fields as flags; a mistake is one line and exit code 2.
+
+    A dataclass, or a base of it, has a `title` for the group of its fields in `--help`, and `meanings`: what to
+    write here for names that its fields have elsewhere, and `absent`: why it lacks fields of other programs.
+    """
+
+    def __init__(self, dataclass_type, **kwargs):
+        options = {"formatter_class": FlagFormatter, "epilog": EPILOG, **kwargs}
+        super().__init__(dataclass_type, allow_abbrev=False, usage="%(prog)s [--flag value ...]", **options)
+        self.meanings, self.absent = meanings_of(dataclass_type), absent_of(dataclass_type)
+        self.source = ""  # of the words that are parsed, where that is not the command line
+
+    def format_help(self) -> str:
+        """The flags in groups."""
+        formatter = self.formatter_class(prog=self.prog)
+        formatter.add_usage(self.usage, self._actions, [])
+        formatter.add_text(self.description)
+        for title, actions in grouped(self._actions, self.dataclass_types[0]).items():
+            formatter.start_section(title)
+            formatter.add_arguments(actions)
+            formatter.end_section()
+        formatter.add_text(self.epilog)
+        return formatter.format_help()
+
+    @staticmethod
+    def _parse_dataclass_field(parser, field):
+        """Declare a field's flag; argparse takes what it knows of the metadata alone."""
+        plain = copy.copy(field)
+        plain.metadata = {name: value for name, value in field.metadata.items() if name in ("help", "aliases")}
+        HfArgumentParser._parse_dataclass_field(parser, plain)
+
+    def error(self, message: str):
+        """End with exit code 2 and one line."""
+        unknown = message.partition("unrecognized arguments: ")[2].split(" ")[0]
+        reason = self.absent.get(bare_name(unknown))
+        instead = self.meant(unknown) if unknown and not reason else None
+        hint = f"{reason}; " if reason else f"did you mean {instead}? " if instead else ""
+        source = f"{self.source}: " if self.source else ""
+        self.exit(2, f"{self.prog}: error: {one_line(f'{source}{message} ({hint}see --help)')}\n")
+
+    def meant(self, word: str) -> str | None:
+        """What to write instead of a word that is no flag; None if nothing comes near."""
+        return meant(word, self.flags(), self.meanings)
+
+    def flags(self) -> set[str]:
+        """The names that a config file may set: all flags, by any of their spellings."""
+        return {option[2:] for option in self._option_string_actions if option.startswith("--")} - {"help", "config"}
+
+    def spelled(self, word: str) -> str:
+        """A word of the command line, with a flag's hyphens as underscores where it has no spelling with hyphens."""
+        flag, equals, value = word.partition("=")
+        underscored = f"--{flag[2:].replace('-', '_')}"
+        known = self._option_string_actions
+        return underscored + equals + value if flag not in known and underscored in known else word
+
+    def parse_known_args(self, args=None, namespace=None):
+        """As argparse, with hyphens for underscores in any flag, and `~` in any value."""
+        return super().parse_known_args([expand_home(self.spelled(word)) for word in args or []], namespace)
+
+    def tokens(self, values: dict[str, Any], source: str) -> list[str]:
+        """Values as command-line words, which argparse has checked like the user's own."""
+        words = []
+        for name, value in values.items():
+            flag = self.spelled(f"--{name}")
+            if flag[2:] not in self.flags():
+                instead, reason = self.meant(f"--{name}"), self.absent.get(bare_name(name))
+                if reason:
+                    raise UsageError(f"{source}: unknown setting {name!r}; {reason}")
+                hint = f"; did you mean {instead if ' ' in instead else repr(instead[2:])}?" if instead else ""
+                raise UsageError(f"{source}: unknown setting {name!r}{hint}")
+            if isinstance(value, list) and self._option_string_actions[flag].nargs in ("+", "*"):
+                if any(isinstance(one, (dict, list)) or _is_like_a_flag(str(one)) for one in value):
+                    raise UsageError(
+                        f"{source}: {name!r} takes a list of numbers, or of texts that do not begin with a dash"
+                    )
+                words += [flag, *map(str, value)] if value else []
+                continue
+            if isinstance(value, (dict, list)):
+                raise UsageError(f"{source}: {name!r} takes one value, not a {type(value).__name__}")
+            if value not in (None, "", "null", "~"):
+                words.append(f"{flag}={ {'on': 'true', 'off': 'false'}.get(value, value) }")  # YAML's booleans
+        self.source = source
+        self.parse_args(words)
+        self.source = ""
+        return words
+
+    def parse(self, argv: list[str]):
+        """The dataclass's instance for these words; an unknown word ends with exit code 2."""
+        return self.dataclass_types[0](**vars(self.parse_args(argv)))
+
+    def given(self, words: list[str]) -> list[dataclasses.Field]:
+        """The fields of the flags that these words set."""
+        unset = object()
+        fields = dataclasses.fields(self.dataclass_types[0])
+        parsed = vars(self.parse_args(words, argparse.Namespace(**{one.name: unset for one in fields})))
+        return [one for one in fields if parsed[one.name] is not unset]
+
+    def decided(self, words: list[str]) -> set[str]:
+        """The names of the flags that these words set, and of those that say the same in another way."""
+        return {name for one in self.given(words) for name in (one.name, one.metadata.get("instead_of")) if name}
+
+    def below(self, values: dict[str, Any], source: str, words: list[str]) -> list[str]:
+        """The words over weaker values: of these, those that the words do not decide."""
+        self.tokens(values, source)  # what is wrong is said of all of them
+        decided, actions = self.decided(words), self._option_string_actions
+        weaker = {name: values[name] for name in values if actions[self.spelled(f"--{name}")].dest not in decided}
+        return self.tokens(weaker, source) + words
+
+    def over(self, layers: list[tuple[str, dict]], words: list[str], decided: Iterable[str] = ()) -> list[str]:
+        """The words over a launcher's settings and these layers, except for what is `decided`."""
+        from .launcher import launcher_settings  # which needs this module's UsageError
+
+        for source, values in reversed([*layers, *launcher_settings()]):
+            # a recipe may set flags that only other commands have
+            values = {name: values[name] for name in values if name in self.flags() and name not in decided}
+            words = self.below(values, source, words)
+        return words
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A mapping of (key, value) pairs; raises ValueError where the second of two values would quietly win."""
+    twice = [name for name, count in collections.Counter(name for name, _ in pairs).items() if count > 1]
+    if twice:
+        raise ValueError(f"{twice[0]!r} is there twice")
+    return dict(pairs)
+
+
+def _read_yaml(text: str) -> Any:
+    """What YAML says, with the words of a mapping as they stand: no is "no", 1e-4 a number."""
+    values = yaml.safe_load(text)
+    if isinstance(values, dict):
+        node = yaml.compose(text, yaml.SafeLoader)
+        _each_key_once([(str(key.value), None) for key, _ in node.value])
+        values = yaml.load(text, yaml.BaseLoader)
+    return values
+
+
+def read_config_file(path: str) -> dict[str, Any]:
+    """The mapping in a YAML or JSON file.
+
+    Raises:
+        UsageError: no such file, not readable as either, a key that is there twice, or not a mapping.
+    """
+    try:
+        with open(path, "rb") as file:
+            data = file.read(2**20 + 1)
+        text = data.decode("utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--config {path}: cannot be read ({error.__class__.__name__})") from error
+    if len(data) > 2**20:
+        raise UsageError(f"--config {path}: more than a mebibyte, which no list of flags is")
+    try:
+        json_given = path.endswith(".json")
+        values = json.loads(text, object_pairs_hook=_each_key_once) if json_given else _read_yaml(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: also an impossible date, or number
+        raise UsageError(f"--config {path}: not YAML or JSON ({' '.join(str(error).split())})") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UsageError(f"--config {path}: must map flags to values, and is a {type(values).__name__}")
+    return values
+
+
+def are_of_program(settings: dict[str, Any], dataclass_type: type) -> bool:
+    """Whether settings are those of a run of the program with these flags, in this version or an earlier one.
+
+    Flags that the program lacks for a reason may have been accepted by an earlier version.
+    """
+    names = {each.name for each in dataclasses.fields(dataclass_type)}
+    return names.union(absent_of(dataclass_type)).issuperset(settings)
+
+
+def _trained_with(config, stages: tuple[str, ...]) -> dict[str, Any]:
+    """The settings in the checkpoint that --resume_from_checkpoint names: of this config's flags, those that go on."""
+    from ..common.checkpoints import settings_of  # which needs this module's UsageError
+    from ..common.layout import EARLIER
+    from .earlier_run import comes_back
+
+    names = {name for kind in (FREE, APPLIED, FIXED) for name in flags_that(config, kind)} - set(SECRET_FLAGS)
+    folder = Path(config.output_dir)
+    stages = (EARLIER, *stages) if comes_back(folder) else stages
+    found = next(filter(None, (settings_of(folder / stage, config.resume_from_checkpoint) for stage in stages)), {})
+    if not are_of_program(found, type(config)):
+        return {}  # what is wrong with its checkpoint is said where it is read
+    return {name: value for name, value in found.items() if name in names}
+
+
+def parse_layers(
+    dataclass_type,
+    argv: list[str],
+    weaker_layers,
+    prog: str | None = None,
+    description: str | None = None,
+    stages: tuple[str, ...] = ("",),
+):
+    """Parse `argv` over a `--config` file, over what a resumed run was trained with, over what `weaker_layers` gives.
+
+    Args:
+        weaker_layers: called with the instance that the stronger layers alone make; returns a list of
+            (source, values), weakest first, such as a recipe and a preset.
+        stages: the folders within the output folder whose checkpoints tell what a run was trained with; of the first
+            that has one.
+    """
+    accept_any_text()
+    parser = OneLineParser(dataclass_type, prog=prog, description=description)
+    try:
+        from_file, _ = parser.parse_known_args(argv)
+        words = argv
+        if from_file.config:
+            words = parser.below(read_config_file(from_file.config), f"--config {from_file.config}", words)
+        given, typed = parser.given(words), {one.name for one in parser.given(argv)}
+        layers = weaker_layers(parser.parse(words))
+        config = parser.parse(parser.over(layers, words))
+        if config.resume_from_checkpoint:
+            before = _trained_with(config, stages)
+            words = parser.below(before, "--resume_from_checkpoint", [f"--output_dir={config.output_dir}", *words])
+            layers = weaker_layers(parser.parse(words))
+            config = parser.parse(parser.over(layers, words, decided=set(before)))
+        # a file may list all flags, as a run's settings do: there, what they are without it asks for nothing
+        config.given = frozenset(
+            one.name
+            for one in given
+            if one.name in typed
+            or getattr(config, one.name) not in (one.default, *(values.get(one.name) for _, values in layers))
+        )
+        return config
+    except UsageError as error:
+        parser.error(str(error))

@@ -1,0 +1,254 @@
+"""The output folder: what is resumed, what may be replaced, what is refused."""
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+from accelerate.utils import gather_object
+
+from ...common.arguments import APPLIED, FIXED, flags_that
+from ...common.checkpoints import list_checkpoints
+from ...common.errors import UsageError
+from ...common.layout import AUTOENCODER, KEPT_IN_PLACE, STEPS, TIMINGS, TRAINING_CONFIG, Entry
+from ...common.ownership import claim_files, has_manifest, run_files, some
+from ..checkpointing import find_checkpoint, let_old_go, made_by_diffusers
+from ..earlier_run import (
+    cannot_be_moved,
+    forget_removed_checkpoints,
+    in_the_way,
+    remove_unfinished,
+    set_aside,
+    settle,
+    waiting,
+)
+from ..faults import end_together
+from ..flags import TrainingConfig
+from ..logs import log
+from ..parsing import are_of_program
+from .begin import forget_later
+
+
+def find_run(
+    config: TrainingConfig, accelerator, entries: Sequence[Entry], data: Sequence[str | None] = ()
+) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint to resume from and its state, or None; an earlier run that waits for one that ended comes back.
+
+    Args:
+        entries: what this run is to write, as `ownership.layout` gives it.
+        data: the folders that it reads.
+
+    Raises:
+        UsageError: the folder holds an earlier run and neither resuming nor overwriting was asked for, or files that
+            this run would replace; a checkpoint that does not exist or is broken.
+    """
+    folder = Path(config.output_dir)
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        what = "is a file" if there == folder.absolute() else f"lies in {there}, which is a file"
+        raise UsageError(f"--output_dir {folder} {what}; name a folder")
+    if config.overwrite_output_dir and config.resume_from_checkpoint:
+        raise UsageError(
+            "--overwrite_output_dir would remove the run that --resume_from_checkpoint goes on from; give one of them"
+        )
+    if not config.dry_run:
+        settle_earlier_run(folder, accelerator)
+    ours = [*run_files(folder), *waiting(folder)]
+    if not ours:
+        refuse_other_runs(folder)
+    refuse_foreign_files(config, entries, ours)
+    if config.resume_from_checkpoint:
+        found = find_checkpoint(folder, config.resume_from_checkpoint, lambda line: log(accelerator, line))
+        if found is None:
+            log(accelerator, f"no checkpoint in {folder} yet: training from the beginning")
+        return found
+    if ours and not config.overwrite_output_dir:
+        raise UsageError(
+            f"--output_dir {folder} holds an earlier run ({some(ours)}); go on with"
+            " --resume_from_checkpoint latest, replace it with --overwrite_output_dir, or name another folder"
+        )
+    refuse_to_remove_data(folder, ours, data)
+    return None
+
+
+def settle_earlier_run(folder: Path, accelerator) -> None:
+    """Complete what a program that was killed left half done in the folder. All ranks take part."""
+    error = None
+    if accelerator.is_main_process:
+        try:
+            settle(folder, training=True)
+        except (UsageError, OSError) as problem:
+            error = problem
+    if any(gather_object([error is not None])):
+        end_together(accelerator, error)
+
+
+def refuse_other_runs(folder: Path) -> None:
+    """Raise UsageError for a folder with a run of Diffusers' scripts."""
+    for checkpoint in reversed(list_checkpoints(folder)):
+        line = made_by_diffusers(checkpoint)
+        if line is not None:
+            raise UsageError(line)
+
+
+def refuse_foreign_files(config: TrainingConfig, entries: Sequence[Entry], ours: Sequence[str]) -> None:
+    """Raise UsageError for files that the run would replace and that are not of an earlier one."""
+    folder, resuming = Path(config.output_dir), config.resume_from_checkpoint
+    if resuming and ours and not has_manifest(folder):  # of a version without manifests, which wrote over such files
+        return
+    foreign = in_the_way(folder, entries, ours)
+    if resuming and ours:  # a card that a person began is completed
+        foreign = [name for name in foreign if name not in KEPT_IN_PLACE]
+    if config.overwrite_output_dir:
+        foreign += cannot_be_moved(folder, entries, ours)
+    if foreign:
+        raise UsageError(
+            f"--output_dir {folder} holds files that training would replace and that are not of an earlier run"
+            f" ({some(foreign)}); move them, or name another folder"
+        )
+
+
+def refuse_to_remove_data(folder: Path, ours: Sequence[str], data: Sequence[str | None]) -> None:
+    """Raise UsageError for files of an earlier run that lie in a folder of training data within the output folder."""
+    for name in data:
+        path = Path(name or "")
+        if not name or not path.is_dir() or path.resolve() not in map(Path.resolve, _folders_within(folder, ours)):
+            continue
+        raise UsageError(
+            f"--overwrite_output_dir would remove the training data in {path}, which an earlier run wrote; copy them"
+            " to another folder, or name another --output_dir"
+        )
+
+
+def _folders_within(folder: Path, names: Sequence[str]) -> set[Path]:
+    """All folders between a folder and files within it."""
+    return {folder / parent for name in names for parent in Path(name).parents if parent != Path(".")}
+
+
+def describe_start(config: TrainingConfig, found: tuple[Path, dict[str, Any]] | None) -> str:
+    """What a start would do with the output folder, for --dry_run."""
+    folder = Path(config.output_dir)
+    if found is not None:
+        line = f"goes on from {found[0]}, step {found[1].get('step', 0):,}"
+    elif earlier := [*run_files(folder), *waiting(folder)]:
+        line = f"replaces the earlier run in {folder} ({some(earlier)}) once there is a checkpoint"
+    else:
+        line = "from the beginning"
+    return f"     start  {line}; the first batch has been through the model and back"
+
+
+def claim_output_dir(config: TrainingConfig, accelerator, entries: Sequence[Entry], step: int = 0) -> None:
+    """Make the output folder this run's, once all else has been checked; an earlier run is set aside.
+
+    Args:
+        step: the one that the run goes on from: what was done in the folder after it counts no more.
+
+    Raises:
+        UsageError: a folder that cannot be written.
+    """
+    folder = Path(config.output_dir)
+    error = None
+    if accelerator.is_main_process:
+        try:
+            _claim(folder, config, entries)
+        except OSError as problem:
+            error = UsageError(f"--output_dir {folder} cannot be written: {problem.strerror}; name another folder")
+    if any(gather_object([error is not None])):
+        end_together(accelerator, error)
+    forget_later(folder, step, accelerator)
+    if step:  # the run may have been killed before it could
+        let_old_go(accelerator, folder, config.checkpoints_total_limit)
+
+
+def _claim(folder: Path, config: TrainingConfig, entries: Sequence[Entry]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):  # or it cannot be written, and nothing is moved
+        ours = run_files(folder)
+    if ours and config.overwrite_output_dir:
+        set_aside(folder, ours)
+    elif ours and not has_manifest(folder):  # a run of a version without manifests goes on
+        ours += in_the_way(folder, entries, ours)
+        claim_files(folder, [name for name in ours if not name.startswith(f"{AUTOENCODER}/")])
+    remove_unfinished(folder)
+    forget_removed_checkpoints(folder)
+    claim_files(folder, [entry.pattern for entry in (TRAINING_CONFIG, STEPS, TIMINGS)])
+
+
+def check_unchanged(config: TrainingConfig, resumed: dict[str, Any] | None) -> None:
+    """Raise UsageError for a setting that the run to resume was built on, and that is another one now.
+
+    Args:
+        resumed: the state of the checkpoint, or None.
+    """
+    before = (resumed or {}).get("settings", {})
+    if not are_of_program(before, type(config)):
+        return  # `check_resumable` refuses the checkpoint
+    for name in flags_that(config, FIXED):
+        was, now = before.get(name), getattr(config, name)
+        if name in before and was != now and not _was_moved(was, now):
+            raise UsageError(
+                f"--{name} {now}: the run to resume was trained with {was}, which its weights depend on; leave the"
+                " flag out, or train anew in another --output_dir"
+            )
+
+
+def _was_moved(was: Any, now: Any) -> bool:
+    """Whether two names may be of one local file or folder: of which the first is there no more, or the same.
+
+    A name that is not absolute may be a relative path or one of the Hub: it moves to one that ends alike.
+    """
+    if not (isinstance(was, str) and isinstance(now, str) and os.path.exists(now)):
+        return False
+    if os.path.exists(was):
+        return os.path.samefile(was, now)
+    path = PureWindowsPath(was)  # which divides at either slash
+    absolute = os.path.isabs(was) or path.is_absolute()
+    return absolute or path.name in ("", "..", Path(now).resolve().name)
+
+
+def check_resumable(
+    found: tuple[Path, dict[str, Any]] | None,
+    config: TrainingConfig,
+    model,
+    facts: dict[str, Any],
+    accelerator,
+    name: str = "unet",
+) -> None:
+    """Say what is another than in the run to resume, and counts from here on.
+
+    Args:
+        model: the one to train, of Diffusers.
+        facts: what `run_facts` gave.
+        name: the model's folder in a checkpoint.
+
+    Raises:
+        UsageError: a checkpoint of another model.
+    """
+    if found is None:
+        return
+    checkpoint, manifest = found
+    if not (checkpoint / name / "config.json").is_file():
+        raise UsageError(f"{checkpoint} is of another kind of run: it has no {name}/")
+    try:
+        saved = dict(json.loads((checkpoint / name / "config.json").read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{checkpoint}: {name}/config.json is no model's config") from error
+    own = json.loads(model.to_json_string())
+    for key in own:
+        if not key.startswith("_") and own[key] != saved.get(key):
+            raise UsageError(
+                f"{checkpoint} is of another model: its {key} is {saved.get(key)}, this run's {own[key]}; resume with"
+                " the flags that it was trained with"
+            )
+    counts = {*facts, *flags_that(config, APPLIED)} - {"settings"}
+    flat, before = ({**each, **each.get("settings", {})} for each in (facts, manifest))
+    for name in (name for name in flat if name in counts and name in before and before[name] != flat[name]):
+        log(accelerator, f"warning: {name} was {before[name]} and is {flat[name]}: not an exact continuation")
+    if facts["processes"] != before["processes"] and facts["global_batch"] != before["global_batch"]:
+        log(
+            accelerator,
+            f"each step saw {before['global_batch']} images and sees {facts['global_batch']}; the order goes on where"
+            " it was if processes × --train_batch_size × --gradient_accumulation_steps stays the same",
+        )

@@ -1,0 +1,37 @@
+"""AdamW and the learning rate's schedule."""
+
+import torch
+from diffusers.optimization import get_scheduler
+
+from ...common.errors import UsageError
+from ..flags import TrainingConfig
+
+
+def make_optimizer(config: TrainingConfig, model: torch.nn.Module, world: int) -> torch.optim.Optimizer:
+    """AdamW with the config's settings, over what of the model is trained."""
+    scale = world * config.train_batch_size * config.gradient_accumulation_steps if config.scale_lr else 1
+    make, options = torch.optim.AdamW, {"fused": True}
+    if config.use_8bit_adam:
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError as error:
+            raise UsageError("--use_8bit_adam requires bitsandbytes: pip install bitsandbytes") from error
+        make, options = AdamW8bit, {}
+    return make(
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        lr=config.learning_rate * scale,
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.adam_weight_decay,
+        eps=config.adam_epsilon,
+        **options,
+    )
+
+
+def make_lr_scheduler(config: TrainingConfig, optimizer, total_steps: int):
+    """The learning rate's schedule over optimizer steps, whatever the processes and the accumulation."""
+    return get_scheduler(
+        config.lr_scheduler,
+        optimizer=optimizer,
+        num_warmup_steps=min(config.lr_warmup_steps, total_steps),
+        num_training_steps=total_steps,
+    )

@@ -1,0 +1,69 @@
+"""One optimizer step."""
+
+import contextlib
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from ..common.randomness import StepKeys, keyed_seed
+from .averaging import update_ema
+from .flags import TrainingConfig
+from .meter import Losses
+from .plan import StepPlan
+from .state import TrainingState
+
+
+class StepResult(NamedTuple):
+    """What an optimizer step came to."""
+
+    norm: float  # of the gradient; NaN where the engine does not say it
+    finite: bool  # whether it was taken; else weights, moments and EMA are as before
+    taken: list[tuple[torch.Tensor | None, torch.Tensor]]  # of each batch: its samples' rows, and their losses
+
+
+def take_step(
+    config: TrainingConfig,
+    accelerator,
+    state: TrainingState,
+    plan: StepPlan,
+    fetched: list[dict[str, torch.Tensor]],
+    compute_loss: Callable[[torch.nn.Module, dict, StepKeys], Losses],
+) -> StepResult:
+    """The optimizer step after `state.step`: losses and gradients of its batches, clipping, update, EMA."""
+    step, seed, meter = state.step, config.seed, state.meter
+    window, in_window = plan.batches(step), plan.samples_in(step)
+    taken = []
+    for micro, (number, batch) in enumerate(zip(window, fetched)):
+        begin, end = plan.own_samples(number, accelerator.process_index)
+        count = len(next(iter(batch.values())))
+        first = micro * plan.global_batch + accelerator.process_index * plan.batch_size
+        torch.manual_seed(keyed_seed(seed, "dropout", plan.batches_before(step) + micro, first))
+        accelerator.sync_gradients = last = micro == len(window) - 1
+        with contextlib.nullcontext() if last else accelerator.no_sync(state.model):
+            with accelerator.autocast():
+                result = compute_loss(state.model, batch, StepKeys(seed, step, first, count, valid=end - begin))
+            # The mean over the step's samples, whatever parts they come in; ranks average what each sums.
+            loss = result.losses[: end - begin].sum() if end > begin else 0.0 * result.losses.sum()
+            spoils = 1 + 0 * loss.detach()  # NaN of a loss that is not finite: then so is the gradient of all
+            accelerator.backward(loss * (spoils * (accelerator.num_processes / in_window)))
+        meter.add(result, end - begin)
+        taken.append((batch.get("index"), result.losses.detach()[: end - begin or None]))
+
+    norm = accelerator.clip_grad_norm_(state.model.parameters(), config.max_grad_norm or math.inf)
+    norm = float("nan") if norm is None else float(norm)
+    if math.isfinite(norm) or accelerator.scaler is not None or not _known_norm(accelerator):
+        state.optimizer.step()  # a loss scaler skips what overflowed by itself
+    finite = math.isfinite(norm) or not _known_norm(accelerator)
+    state.optimizer.zero_grad(set_to_none=True)
+    state.lr_scheduler.step()
+    if finite:
+        for name, ema in state.emas.items():
+            update_ema(ema, state.parts[name])
+    return StepResult(norm, finite, taken)
+
+
+def _known_norm(accelerator) -> bool:
+    """Whether the gradient's norm is ours to judge: DeepSpeed clips and skips by itself."""
+    return str(accelerator.distributed_type) != "DistributedType.DEEPSPEED"

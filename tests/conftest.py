@@ -18,10 +18,10 @@ if os.environ.get("OTHER_ROUNDING"):
 @pytest.fixture(autouse=True)
 def one_loss_curve(monkeypatch):
     """The card's curve is plotted once: for each tiny run anew, it would be a fifth of the run's time."""
-    from ddpm_hf.publishing.card import sections as model_card
+    from ddpm_hf.publishing.card import illustrations
 
-    plot = model_card.loss_curve
-    monkeypatch.setattr(model_card, "loss_curve", lambda metrics: _plotted(plot))
+    plot = illustrations.loss_curve
+    monkeypatch.setattr(illustrations, "loss_curve", lambda metrics: _plotted(plot))
 
 
 @functools.cache

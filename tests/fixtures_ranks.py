@@ -83,7 +83,7 @@ def shard(script) -> None:
     from accelerate import Accelerator, PartialState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
-    from ddpm_hf.training.setup import begin as setup
+    from ddpm_hf.training.setup import accelerator as setup
 
     def accelerator(**options):
         made = Accelerator(**options)

@@ -22,7 +22,7 @@ from ddpm_hf.common.errors import UsageError
 from ddpm_hf.common.randomness import StepKeys
 from ddpm_hf.data import ImageDataset, ImageTransform, Rows, to_model_range
 from ddpm_hf.data.batches import Images, open_images
-from ddpm_hf.latents import autoencoder
+from ddpm_hf.latents import training as autoencoder
 from ddpm_hf.latents.autoencoder import AutoencoderFlags, make_autoencoder
 from ddpm_hf.latents.training import Reconstruction, compute_loss, measure_scaling_factor, train_autoencoder
 from ddpm_hf.models.autoencoder import downscaling, load_autoencoder

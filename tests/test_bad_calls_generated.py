@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ddpm_hf import ClassConditionalDDPMPipeline, DDPMPipeline, DDPMScheduler, cli
-from ddpm_hf.inference import studio as drawing
+from ddpm_hf.inference import kinds as drawing
 from ddpm_hf.portable.schedules_ddpm_hf import BETA_SCHEDULES
 from ddpm_hf.portable.scheduling_ddpm_hf import PREDICTION_TYPES, VARIANCE_TYPES
 from tests.fixtures_generated import HOSTILE, TIMES, Tally, ended, generated, report

@@ -29,7 +29,7 @@ from ddpm_hf.objectives.timestep_samplers import TIMESTEP_SAMPLERS
 from ddpm_hf.portable.schedules_ddpm_hf import BETA_SCHEDULES
 from ddpm_hf.portable.scheduling_ddpm_hf import PREDICTION_TYPES, VARIANCE_TYPES
 from ddpm_hf.training import flags as configuration
-from ddpm_hf.training import rehearsal
+from ddpm_hf.training import parsing, rehearsal
 from tests import fixtures_unconditional
 from tests.fixtures_generated import HOSTILE, TIMES, Tally, ended, files_below, generated, report
 from tests.fixtures_text import tiny_text_pipeline
@@ -74,8 +74,8 @@ def tally(request):
 @pytest.fixture(autouse=True)
 def parsers():
     """Each program's parser, made once: making one takes longer than any case."""
-    made = functools.lru_cache(configuration.OneLineParser)
-    with mock.patch.object(configuration, "OneLineParser", made):
+    made = functools.lru_cache(parsing.OneLineParser)
+    with mock.patch.object(parsing, "OneLineParser", made):
         yield
 
 
@@ -365,7 +365,7 @@ def test_a_damaged_file_is_taken_or_named(damage, cut, folder, tally, tmp_path_f
 def test_no_flag_is_left_out():
     """Else a flag is declared where these tests do not look."""
     for program, (_, cls) in PROGRAMS.items():
-        parser = configuration.OneLineParser(cls)
+        parser = parsing.OneLineParser(cls)
         declared = {action.dest for action in parser._actions} - {"help"}
         own = {flag.name for flag in FLAGS if flag.program == program}
         assert declared == own

@@ -20,6 +20,7 @@ from ddpm_hf import ClassConditionalDDPMPipeline, DDPMScheduler, cli
 from ddpm_hf.cli import info, train
 from ddpm_hf.models.presets import MODEL_PRESETS
 from ddpm_hf.portable.hub_ddpm_hf import SAMPLED_BY
+from ddpm_hf.publishing import folder as published_folder
 from ddpm_hf.publishing import hub as publishing
 from ddpm_hf.publishing import spaces
 from tests.fixtures_cli import assert_one_line
@@ -203,7 +204,7 @@ def test_a_stopped_sample_says_so(number, run, model, tmp_path, monkeypatch):
 def test_a_stopped_push_says_what_the_hub_has(number, at, left, run, model, monkeypatch):
     # Breaks if the user cannot tell whether the model is published.
     monkeypatch.setattr(publishing, "open_repository", lambda name, *_: f"user/{name}")
-    monkeypatch.setattr(publishing, "draw_missing_pictures", lambda *_: None)
+    monkeypatch.setattr(published_folder, "draw_missing_pictures", lambda *_: None)
     monkeypatch.setattr(publishing, at, lambda *_, **__: signal.raise_signal(number))
     assert_stopped(run("push", model, "--token", "hf_some"), number, left)
 

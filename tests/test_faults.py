@@ -22,7 +22,7 @@ from diffusers import UNet2DModel
 
 import train_unconditional
 from ddpm_hf.common.errors import UsageError
-from ddpm_hf.publishing import hub as publishing
+from ddpm_hf.publishing import publisher
 from ddpm_hf.training import loop
 from ddpm_hf.training.checkpointing import read_manifest
 from ddpm_hf.training.flags import TrainingConfig
@@ -215,13 +215,13 @@ def test_a_pipeline_that_finds_no_room(shop, whole, tmp_path):
     """Else a save in between ends the run, or the last one is lost without a word."""
     calls = []
     flags = {**SIX_STEPS, "save_model_epochs": 1}
-    first = without_room(publishing, "save_pipeline", lambda *_: calls.append(0) or len(calls) == 1)
+    first = without_room(publisher, "save_pipeline", lambda *_: calls.append(0) or len(calls) == 1)
     with first:
         run = train(shop, tmp_path / "run", **flags)
     assert run.code == 0
     assert "the model of step 2 cannot be written" in warnings(run)[0]
     check_same_run(run, train(shop, tmp_path / "clean", **flags))
-    with without_room(publishing, "save_pipeline"):
+    with without_room(publisher, "save_pipeline"):
         run = train(shop, tmp_path / "never", **SIX_STEPS)
     check_one_line(run, 1, "the model of step 6 cannot be written", "checkpoint-5 is whole")
     assert not (run.folder / "model_index.json").exists()

@@ -27,6 +27,7 @@ from PIL import Image
 import train_unconditional
 from ddpm_hf.models.presets import MODEL_PRESETS
 from ddpm_hf.publishing import hub as publishing
+from ddpm_hf.publishing import publisher
 from ddpm_hf.training.setup.settings import public_settings, save_settings
 from tests.fixtures_unconditional import (
     BASE,
@@ -176,7 +177,7 @@ def observe(flags: dict, folder: Path) -> Seen:
         "create": (publishing, "open_repository", lambda name, *a: name),
         "tags": (publishing, "check_tag", lambda *a: 0),
         "upload": (publishing, "push_files", lambda *a, **k: SimpleNamespace(address="https://hub/it")),
-        "save": (publishing, "save_pipeline", None),
+        "save": (publisher, "save_pipeline", None),
         "loader": (torch.utils.data.DataLoader, "__init__", None),
         "compile": (torch, "compile", lambda model, **k: model),
         "xformers": (UNet2DModel, "enable_xformers_memory_efficient_attention", lambda *a, **k: 0),
@@ -546,7 +547,7 @@ def test_local_rank_is_what_an_old_launcher_says(environment, wanted, base, tmp_
 
     with (
         mock.patch.dict(os.environ, {**launcher, **environment}),
-        mock.patch("ddpm_hf.training.setup.begin.Accelerator", started),
+        mock.patch("ddpm_hf.training.setup.accelerator.Accelerator", started),
     ):
         run = run_script(words({**base, "local_rank": 1, "output_dir": tmp_path / "run"}), tmp_path / "run")
     assert "enough seen" in run.err

@@ -12,9 +12,9 @@ import pytest
 
 import train_text2image
 import train_unconditional
+from ddpm_hf import objectives
 from ddpm_hf.cli.classifier_flags import ClassifierConfig
 from ddpm_hf.common.errors import UsageError
-from ddpm_hf.objectives import losses as objectives
 from ddpm_hf.objectives import names
 from ddpm_hf.portable import scheduling_ddpm_hf
 from ddpm_hf.training.parsing import OneLineParser

@@ -18,7 +18,7 @@ from ddpm_hf.common.errors import UsageError
 from ddpm_hf.common.randomness import StepKeys
 from ddpm_hf.data import ImageDataset, ImageTransform, Rows, augmentation_uniforms, to_model_range
 from ddpm_hf.data.batches import Images, make_batches
-from ddpm_hf.latents import cache as latents
+from ddpm_hf.latents import table as tables
 from ddpm_hf.latents.cache import (
     LatentDataset,
     cache_embeddings,
@@ -213,7 +213,7 @@ def filled(table, count, accelerator=None, seen=None):
 @pytest.mark.parametrize("writes", [0, 1, 3])
 def test_a_table_is_taken_up_where_it_was_killed(writes, monkeypatch, tmp_path):
     """Else a kill while encoding a large dataset costs all of it, or leaves a table that cannot be read."""
-    monkeypatch.setattr(latents, "ROWS_A_FILE", 4)
+    monkeypatch.setattr(tables, "ROWS_A_FILE", 4)
     left, replace = [writes], os.replace
 
     def replace_or_die(source, target):
@@ -223,7 +223,7 @@ def test_a_table_is_taken_up_where_it_was_killed(writes, monkeypatch, tmp_path):
         replace(source, target)
 
     with monkeypatch.context() as killed:
-        killed.setattr(latents.os, "replace", replace_or_die)
+        killed.setattr(tables.os, "replace", replace_or_die)
         with pytest.raises(KeyboardInterrupt):
             filled(TensorTable(tmp_path / "table"), 18)
     assert not list((tmp_path / "table").glob(".writing-*"))

@@ -15,8 +15,8 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 
 import train_unconditional
 from ddpm_hf.cli.classifier_flags import parse_classifier_flags
+from ddpm_hf.common import machine
 from ddpm_hf.models.acceleration import compiled
-from ddpm_hf.training.setup import begin as setup
 from tests.fixtures_text import parse_text
 from tests.fixtures_unconditional import (
     encoded,
@@ -85,7 +85,7 @@ def test_the_launchers_precision_is_the_default(program, monkeypatch, tmp_path):
 
 def test_a_launcher_wins_over_the_recipe_unless_it_says_nothing(monkeypatch):
     """Else the embedded digits train in another precision than asked for, or in float32 under any launcher."""
-    monkeypatch.setattr(setup, "cpu_has_bf16", lambda: True)
+    monkeypatch.setattr(machine, "cpu_has_bf16", lambda: True)
     assert parse([]).mixed_precision == "bf16"
     for said, used in (("fp16", "fp16"), ("no", "bf16"), ("", "bf16")):  # `no` is what launchers say by default
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", said)

@@ -20,7 +20,6 @@ import train_text2image
 import train_unconditional
 from ddpm_hf import portable
 from ddpm_hf.cli import pictures
-from ddpm_hf.common import ownership
 from ddpm_hf.common.checkpoints import discard, seal
 from ddpm_hf.common.errors import UsageError
 from ddpm_hf.common.layout import COMPONENTS, EARLIER, LAYOUT, layout, matching
@@ -28,8 +27,10 @@ from ddpm_hf.common.ownership import MANIFEST, claim_files, listed, run_files
 from ddpm_hf.evaluation.results import record_result
 from ddpm_hf.models.saving import save_half_precision
 from ddpm_hf.publishing import hub as publishing
+from ddpm_hf.publishing.card.illustrations import write_pictures
+from ddpm_hf.publishing.folder import PUBLISHED
 from ddpm_hf.publishing.spaces import Model, write_space
-from ddpm_hf.training import checkpointing
+from ddpm_hf.training import checkpointing, earlier_run
 from ddpm_hf.training.checkpointing import rotate
 from ddpm_hf.training.earlier_run import set_aside, settle
 from tests.fixtures_unconditional import BASE, fill, random_pixels, run_script, words, write_images, write_unet
@@ -375,7 +376,7 @@ def test_a_run_that_is_replaced_goes_with_the_first_checkpoint_even_if_that_is_c
         folder = shutil.copytree(tmp_path / "run", tmp_path / f"again-{number}")
         done = cut_off(lambda folder=folder: settle(folder), number)
         settle(folder)
-        ownership.remove_unfinished(folder)
+        earlier_run.remove_unfinished(folder)
         assert set(content(folder)) == {
             MANIFEST, "README.md", "metrics.jsonl", "timings.jsonl", "samples/step-9.png", "samples/a.png",
             "checkpoint-1/manifest.json", "checkpoint-1/weights.bin",
@@ -391,8 +392,8 @@ def test_a_run_is_not_taken_from_a_process_that_trains(tmp_path):
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
         import psutil
 
-        process = {**ownership.this_process(), "pid": other.pid, "started": psutil.Process(other.pid).create_time()}
-        with mock.patch.object(ownership, "this_process", return_value=process):
+        process = {**earlier_run.this_process(), "pid": other.pid, "started": psutil.Process(other.pid).create_time()}
+        with mock.patch.object(earlier_run, "this_process", return_value=process):
             begin_new(tmp_path / "run")
         before = content(tmp_path / "run")
         settle(tmp_path / "run")
@@ -548,7 +549,7 @@ def test_all_is_checked_before_an_autoencoder_is_trained(
 def test_an_autoencoder_that_stops_gives_the_earlier_run_back(shop, trained, earlier, tmp_path):
     """Else a stop within the first of two trainings costs the model that was there."""
     data = captioned(tmp_path / "data", ["a", "b", "c"])
-    from ddpm_hf.latents import autoencoder
+    from ddpm_hf.latents import training as autoencoder
 
     compute = autoencoder.compute_loss
 
@@ -724,7 +725,7 @@ def test_pushing_keeps_what_a_user_put_there(earlier):
     for name in ("training_config.json", "timings.jsonl"):
         (earlier / name).unlink()
     put(earlier, "assets/loss.png", "evaluation.json", "unet/diffusion_pytorch_model.fp16.safetensors")
-    publishing.write_pictures(earlier)
+    write_pictures(earlier)
     with pytest.raises(UsageError, match="fp16"):
         save_half_precision(DDPMPipeline.from_pretrained(earlier), earlier)
     with pytest.raises(ValueError, match=r"evaluation\.json"):
@@ -742,12 +743,12 @@ def test_scraps_of_other_programs_stay(tmp_path):
         "checkpoint-notes.partial/n",
         ".metrics.jsonl.a1b2c3d4.partial",
     )
-    ownership.remove_unfinished(tmp_path)
+    earlier_run.remove_unfinished(tmp_path)
     assert set(content(tmp_path)) == {".film.mp4.partial", "data/.x.a1b2c3d4.partial", "checkpoint-notes.partial/n"}
 
 
 def test_the_table_is_what_is_published():
     """Else the upload and the manifest know different files."""
-    assert set(publishing.PUBLISHED) == {e.pattern for e in LAYOUT if e.published} - {"README.md"} | {"LICENSE*"}
+    assert set(PUBLISHED) == {e.pattern for e in LAYOUT if e.published} - {"README.md"} | {"LICENSE*"}
     assert set(COMPONENTS) == {e.pattern.split("/")[0] for e in LAYOUT if e.pattern.endswith("/merges.txt")}
     assert checkpointing.SETTINGS in {entry.pattern for entry in LAYOUT}

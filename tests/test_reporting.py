@@ -8,8 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ddpm_hf.models import flags
+from ddpm_hf.models.flags import UNetFlags
 from ddpm_hf.models.presets import MODEL_PRESETS
+from ddpm_hf.models.recipes import advice_on_a_cpu
+from ddpm_hf.models.unet import smallest_sample_side
 from ddpm_hf.training import reporting
 from ddpm_hf.training.reporting import Progress, duration, table
 from tests.fixtures_unconditional import BASE, fill, random_pixels, run_script, words, write_images, write_unet
@@ -110,15 +112,15 @@ FITTING = [
 @pytest.mark.parametrize(("size", "preset"), FITTING)
 def test_the_preset_that_is_suggested_fits_the_images(size, preset):
     # Breaks if a user who follows the advice is refused for a side that the preset's UNet cannot halve.
-    advice = flags.advice_on_a_cpu(flags.UNetFlags(), size)
+    advice = advice_on_a_cpu(UNetFlags(), size)
     assert f"--model_preset {preset};" in advice
-    step = flags.smallest_sample_side(MODEL_PRESETS[preset].unet)
+    step = smallest_sample_side(MODEL_PRESETS[preset].unet)
     assert all(side % step == 0 for side in ([size] if isinstance(size, int) else size))
 
 
 def test_a_preset_that_is_small_already_is_not_suggested():
     # Breaks if the advice is what the user has done.
-    assert "--model_preset" not in flags.advice_on_a_cpu(flags.UNetFlags(model_preset="small-32"), 64)
+    assert "--model_preset" not in advice_on_a_cpu(UNetFlags(model_preset="small-32"), 64)
 
 
 @pytest.mark.parametrize("seconds", [0, 59.4, 59.6, 3599.6, 47.99 * 3600, 1e7])

@@ -196,7 +196,9 @@ def test_a_relative_path_moves_with_the_folder_that_it_was_given_in(was, tmp_pat
     monkeypatch.chdir(tmp_path / "here")
     exists = os.path.exists
     gone = {was, os.path.abspath(was)}  # there was something else in its place where the run began
-    monkeypatch.setattr("ddpm_hf.training.setup.begin.os.path.exists", lambda path: path not in gone and exists(path))
+    monkeypatch.setattr(
+        "ddpm_hf.training.setup.claiming.os.path.exists", lambda path: path not in gone and exists(path)
+    )
     config = train_unconditional.UnconditionalConfig(vae_name_or_path=was)
     before = {"settings": settings_that_go_on(config)}
     check_unchanged(dataclasses.replace(config, vae_name_or_path="../models/vae"), before)

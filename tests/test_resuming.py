@@ -17,13 +17,17 @@ import torch
 from diffusers import UNet2DModel
 from safetensors.torch import load_file
 
+import ddpm_hf
 from ddpm_hf.common.checkpoints import list_checkpoints, seal
+from ddpm_hf.common.layout import AUTOENCODER
 from ddpm_hf.common.ownership import claim_files
 from ddpm_hf.data import ImageTransform, StreamingBatches, read_dataset
 from ddpm_hf.data.orders import keyed_permutation
-from ddpm_hf.latents import autoencoder
+from ddpm_hf.latents.autoencoder import make_autoencoder
+from ddpm_hf.latents.flags import AutoencoderFlags
 from ddpm_hf.latents.table import TensorTable
-from ddpm_hf.publishing.hub import save_model
+from ddpm_hf.latents.training import train_autoencoder
+from ddpm_hf.models.saving import save_model
 from ddpm_hf.training import checkpointing
 from ddpm_hf.training.checkpointing import find_checkpoint, read_manifest, rotate
 from ddpm_hf.training.flags import TrainingConfig
@@ -147,7 +151,7 @@ def on_two(world, tmp_path_factory):
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
     done = subprocess.run(
         [sys.executable, *launch, str(root / "rank.py"), str(root / "jobs.json")],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(autoencoder.__file__).parents[1])},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(ddpm_hf.__file__).parents[1])},
         capture_output=True,
         text=True,
         timeout=600,
@@ -493,12 +497,12 @@ def test_a_saved_model_does_not_tell_where_it_was_loaded_from(tmp_path):
 
 def test_scraps_beside_a_finished_autoencoder_go(tmp_path):
     """Else a run killed while its autoencoder was saved keeps a second copy of it."""
-    folder = tmp_path / autoencoder.AUTOENCODER
+    folder = tmp_path / AUTOENCODER
     folder.mkdir()
     leave_scraps(folder)
     claim_files(folder, ["checkpoint-4/"])
     flags = TrainingConfig(output_dir=str(tmp_path), resume_from_checkpoint="latest")
-    save_model(autoencoder.make_autoencoder(autoencoder.AutoencoderFlags(vae_widths="8,16"), 1, (8, 8), 0), folder)
+    save_model(make_autoencoder(AutoencoderFlags(vae_widths="8,16"), 1, (8, 8), 0), folder)
     accelerator = SimpleNamespace(is_main_process=True, device=torch.device("cpu"))
-    autoencoder.train_autoencoder(flags, flags, None, 1, (8, 8), accelerator)
+    train_autoencoder(flags, flags, None, 1, (8, 8), accelerator)
     assert scraps(folder) == [".gitignore", ".mine"]

@@ -32,7 +32,7 @@ from ddpm_hf.common.ownership import MANIFEST
 from ddpm_hf.common.pictures import image_grid
 from ddpm_hf.common.randomness import StepKeys
 from ddpm_hf.data import DataFlags
-from ddpm_hf.latents import autoencoder
+from ddpm_hf.latents import training as autoencoder
 from ddpm_hf.latents.table import TensorTable
 from ddpm_hf.portable.pipeline_text2image_ddpm_hf import tokenize
 from ddpm_hf.text.captions import encode_captions

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..common.errors import why_not_loaded
 from ..common.places import MANIFEST, MODEL_CONFIG, MODEL_INDEX, UNET_FOLDERS, find_place
 from ..models.sources import find_source
-from . import studio as drawing
+from . import kinds
 
 if TYPE_CHECKING:
     from ..portable.pipeline_class_conditional_ddpm_hf import ClassConditionalDDPMPipeline
@@ -41,7 +41,7 @@ def load(
         raise ValueError(
             f"ema={ema}: {name_or_path} is not a checkpoint-N folder, and only those hold both weights; leave ema out"
         )
-    return drawing.load_pipeline(str(name_or_path), revision, token)
+    return kinds.load_pipeline(str(name_or_path), revision, token)
 
 
 def is_checkpoint(folder: Path) -> bool:

@@ -19,11 +19,12 @@ from ..training.averaging import raw_weights
 from ..training.flags import PipelineConfig
 from ..training.logs import log
 from ..training.setup.settings import public_settings
+from . import hub
 from .card.facts import read_facts
 from .card.illustrations import write_pictures
 from .card.merging import make_card
 from .folder import publishable
-from .hub import Upload, check_account, check_tag, open_repository, push_files, read_card, reason_of, refuses
+from .hub import Upload, read_card, reason_of, refuses
 
 
 def reserve_repository(config: PipelineConfig, held_out: bool, accelerator) -> str:
@@ -47,11 +48,11 @@ def reserve_repository(config: PipelineConfig, held_out: bool, accelerator) -> s
         return repository
     try:
         if config.dry_run:
-            check_account(repository, config.hub_token)
+            hub.check_account(repository, config.hub_token)
             return repository
-        repository = open_repository(repository, config.hub_token, config.hub_private_repo)
+        repository = hub.open_repository(repository, config.hub_token, config.hub_private_repo)
         if config.hub_revision and not config.resume_from_checkpoint:
-            check_tag(repository, config.hub_revision, config.hub_token)
+            hub.check_tag(repository, config.hub_revision, config.hub_token)
     except Exception as error:
         if refuses(error):
             raise UsageError(
@@ -168,7 +169,7 @@ class Publisher:
         if self.uploading is not None:
             self.uploading.join()
         try:
-            self.repository = open_repository(self.repository, config.hub_token, config.hub_private_repo)
+            self.repository = hub.open_repository(self.repository, config.hub_token, config.hub_private_repo)
             with publishable(self.folder) as files:
                 upload = self.push(pipeline, "Upload the pipeline", files, config.hub_revision)
         except Exception as error:  # whatever the network does, the trained model is on disk
@@ -194,7 +195,7 @@ class Publisher:
     def push(self, pipeline, message: str, files: dict[str, Path], tag: str | None = None) -> Upload:
         """Upload the files to the run's repository."""
         options = {"license": self.config.hub_license, "tag": tag, "message": message}
-        return push_files(files, self.folder, self.repository, self.config.hub_token, pipeline, **options)
+        return hub.push_files(files, self.folder, self.repository, self.config.hub_token, pipeline, **options)
 
 
 def describe_run(

@@ -39,11 +39,11 @@ test-isa: $(VENV)/stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # A Space's environment, as the Hub makes it: Gradio wants an older Pillow than the package is tested with.
-$(SPACE)/stamp: ddpm_hf/space/requirements.txt constraints.txt
+$(SPACE)/stamp: ddpm_hf/publishing/space/requirements.txt constraints.txt
 	$(PYTHON) -m venv $(SPACE)
 	grep -v '^pillow==' constraints.txt > $(SPACE)/constraints.txt
 	$(SPACE)/bin/python -m pip install --quiet --disable-pip-version-check -c $(SPACE)/constraints.txt \
-		-r ddpm_hf/space/requirements.txt gradio
+		-r ddpm_hf/publishing/space/requirements.txt gradio
 	touch $@
 
 # The page of a Space is looked at in Chromium; without it, and no right to install it, those tests are skipped.

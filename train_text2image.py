@@ -338,7 +338,8 @@ from ddpm_hf.latents.autoencoder import make_autoencoder
 from ddpm_hf.latents.cache import cache_embeddings, cached_latents, check_cacheable
 from ddpm_hf.latents.encoding import x_start_of
 from ddpm_hf.latents.training import find_autoencoder_run, train_autoencoder
-from ddpm_hf.models.acceleration import choose_attention, compiled
+from ddpm_hf.models.acceleration import compiled
+from ddpm_hf.models.attention import choose_attention
 from ddpm_hf.models.autoencoder import downscaling
 from ddpm_hf.models.unet import time_blindness
 from ddpm_hf.objectives.losses import check_objective, training_losses

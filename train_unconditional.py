@@ -126,7 +126,8 @@ from ddpm_hf.data import ImageDataset
 from ddpm_hf.data.batches import Images, make_batches, make_plan, open_images
 from ddpm_hf.latents.cache import cached_latents, check_cacheable
 from ddpm_hf.latents.encoding import x_start_of
-from ddpm_hf.models.acceleration import choose_attention, compiled
+from ddpm_hf.models.acceleration import compiled
+from ddpm_hf.models.attention import choose_attention
 from ddpm_hf.models.autoencoder import load_autoencoder
 from ddpm_hf.models.pretrained import differences, revision_of_vae, source_of, start_from
 from ddpm_hf.models.unet import time_blindness

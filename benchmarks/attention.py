@@ -1,7 +1,8 @@
 """Attention by plain matrix products against the fused kernel, on a CPU: forward and backward pass of one layer.
 
 For each number of heads, width and resolution: the median, over rounds in turn, of the fused kernel's time over the
-plain one's; above 1 the plain one is faster. `AttentionBySize` (ddpm_hf/models/acceleration.py) takes its rule from this table.
+plain one's; above 1 the plain one is faster. `AttentionBySize`
+(ddpm_hf/models/attention.py) takes its rule from this table.
 """
 
 import argparse

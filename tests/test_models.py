@@ -9,7 +9,7 @@ import torch
 from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention
 
-from ddpm_hf.models.acceleration import AttentionBySize, choose_attention
+from ddpm_hf.models.attention import AttentionBySize, choose_attention
 from ddpm_hf.models.presets import MODEL_PRESETS, preset_unet_config
 from ddpm_hf.models.sizes import DEFAULT_UNET, model_size, settle_resolution
 from ddpm_hf.models.unet import build_unet, smallest_sample_side, stock_unet_defaults, time_blindness

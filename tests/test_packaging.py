@@ -80,59 +80,62 @@ def unit(module):
     return ".".join(module.split(".")[:2])
 
 
-GROUND = {
-    "ddpm_hf.objectives.gaussians",
-    "ddpm_hf.loading",
-    "ddpm_hf.portable",
-    "ddpm_hf.models.presets",
-    "ddpm_hf.training",
-    "ddpm_hf._version",
-    "ddpm_hf.common.package",
+# What each package imports of the others, a floor after the other
+FLOORS = {
+    "common": "",
+    "portable": "",
+    "objectives": "common portable",
+    "models": "common objectives portable",
+    "inference": "common models portable",
+    "training": "common",
+    "data": "common training",
+    "evaluation": "common objectives portable",
+    "publishing": "common evaluation inference models portable training",
+    "latents": "common data models objectives training",
+    "text": "common data inference models portable training",
 }
+ROOTS = {"ddpm_hf", "ddpm_hf._version", "ddpm_hf.functional", "ddpm_hf.__main__"}
 TOP = {"ddpm_hf.cli", "ddpm_hf.__main__", *(path.stem for path in SCRIPTS)}
-DIFFUSION = {
+DIFFUSION = {f"ddpm_hf.{name}" for name in ("portable", "objectives", "models", "inference", "evaluation", "latents")}
+MATH = [
     "ddpm_hf.objectives.gaussians",
-    "ddpm_hf.portable",
+    "ddpm_hf.objectives.bound",
     "ddpm_hf.objectives.losses",
-    "ddpm_hf.models.presets",
-    "ddpm_hf.evaluation",
-}
-MATH = ["ddpm_hf.objectives.gaussians", "ddpm_hf.objectives.losses", "ddpm_hf.portable.scheduling_ddpm_hf"]
+    "ddpm_hf.portable.scheduling_ddpm_hf",
+]
 
 
 def test_the_house_is_where_it_is_looked_for():
     """Else the tests below look at nothing."""
     assert {"ddpm_hf.training.loop", "ddpm_hf.cli", "train_unconditional", *MATH} <= set(FILES)
-    assert {unit(module) for module in FILES} >= GROUND
+    assert {unit(module) for module in FILES} == {f"ddpm_hf.{name}" for name in FLOORS} | ROOTS | TOP
     assert "ddpm_hf.objectives.gaussians" in own_imports("ddpm_hf.objectives.losses")
     assert "ddpm_hf.training.loop" in own_imports("train_unconditional")
     assert "torch" in imports_of("ddpm_hf.objectives.gaussians")
 
 
-@pytest.mark.parametrize("module", [module for module in FILES if unit(module) in GROUND])
-def test_the_ground_imports_nothing_of_the_package(module):
-    """Else what others stand on stands on them."""
-    assert {unit(name) for name in own_imports(module)} <= {unit(module)}
+def test_every_package_imports_those_below_it_that_the_table_names():
+    """Else two packages need each other, and neither can be read alone."""
+    below = set()
+    for name, imported in FLOORS.items():
+        inside = [module for module in FILES if unit(module) == f"ddpm_hf.{name}"]
+        found = {unit(other) for module in inside for other in own_imports(module)} - {"ddpm_hf._version"}
+        assert found - {f"ddpm_hf.{name}"} == {f"ddpm_hf.{one}" for one in imported.split()}
+        assert set(imported.split()) <= below
+        below.add(name)
 
 
-def test_data_imports_training_alone():
-    """Else reading images depends on diffusion."""
-    for module in [module for module in FILES if unit(module) == "ddpm_hf.data"]:
-        assert {unit(name) for name in own_imports(module)} <= {
-            "ddpm_hf.data",
-            "ddpm_hf.training",
-            "ddpm_hf.common.package",
-        }
+def test_contributing_shows_the_floors():
+    """Else a newcomer learns another house."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \d \| `(\w+)` \| (.*?) ?\|$", text, re.M)
+    shown = {name: imported.replace("`", "") for name, imported in rows}
+    assert shown == {**FLOORS, "cli": "any of these"}
 
 
-def test_imports_run_downward_only():
-    """Else two modules need each other, and neither can be read alone."""
-    below = {}
-    for module in FILES:
-        if module != "ddpm_hf":
-            below.setdefault(unit(module), set()).update(unit(name) for name in own_imports(module))
-    for name in below:
-        below[name].discard(name)
+def test_no_two_files_import_each_other():
+    """Else neither can be read alone; a package's `__init__`, which hands names on, is left out."""
+    below = {module: own_imports(module) for module, path in FILES.items() if path.name != "__init__.py"}
     while below:
         ground = {name for name, needs in below.items() if not needs & set(below)}
         assert ground, f"a circle among {sorted(below)}"
@@ -261,7 +264,7 @@ def wheel(tmp_path_factory):
 
 def test_the_wheel_holds_the_package(wheel):
     """Else an installed package lacks a module, or the code that it is to copy into published folders."""
-    for path in [*PACKAGE.rglob("*.py"), PACKAGE / "py.typed", PACKAGE / "space" / "requirements.txt"]:
+    for path in [*PACKAGE.rglob("*.py"), PACKAGE / "py.typed", PACKAGE / "publishing/space/requirements.txt"]:
         assert wheel[str(path.relative_to(ROOT))] == path.read_bytes()
     for path in SCRIPTS:
         assert path.name in wheel

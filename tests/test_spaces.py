@@ -300,7 +300,7 @@ def test_the_requirements_are_those_of_the_package(space):
 
 def test_every_file_is_a_copy_or_says_nothing_of_the_machine(space, models):
     """Else a Space lacks code, or publishes its owner's folders."""
-    for pattern in ("portable/*.py", "space/*.py"):
+    for pattern in ("portable/*.py", "publishing/space/*.py"):
         for path in (ROOT / "ddpm_hf").glob(pattern):
             copy = space / spaces.CODE / path.relative_to(ROOT / "ddpm_hf")
             assert copy.read_bytes() == path.read_bytes()

@@ -12,7 +12,8 @@ from ..common.layout import layout
 from ..common.randomness import StepKeys
 from ..data import ImageDataset, to_model_range
 from ..data.batches import make_batches, make_plan, open_images
-from ..models.acceleration import choose_attention, compiled
+from ..models.acceleration import compiled
+from ..models.attention import choose_attention
 from ..models.classifier import NoisyClassifier
 from ..models.recipes import advice_on_a_cpu
 from ..models.saving import save_model

@@ -1,12 +1,10 @@
-"""What this machine is: its cores, its terminal."""
+"""What this machine is: its cores, its memory, its terminal."""
 
 import ctypes
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-
-import torch
 
 # glibc's parameters (malloc.h), and the value that each has by default
 ALLOCATOR = {"trim_threshold": (-1, 128 << 10), "top_pad": (-2, 128 << 10), "mmap_max": (-4, 65536)}
@@ -46,6 +44,8 @@ def accept_any_text() -> None:
 
 def cpu_has_bf16() -> bool:
     """Whether bf16 is fast here: on the GPU if there is one, else on the CPU."""
+    import torch
+
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
     if not torch.backends.mkldnn.is_available():  # as on macOS

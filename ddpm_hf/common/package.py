@@ -22,7 +22,7 @@ def package_url() -> str:
 
 def runs_from_source() -> bool:
     """Whether the package lies in a clone, with the files that build it."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     return (root / "setup.cfg").is_file() and (root / "pyproject.toml").is_file()
 
 

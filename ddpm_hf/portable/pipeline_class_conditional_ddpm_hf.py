@@ -13,6 +13,7 @@ from diffusers.utils import logging
 from .guidance_ddpm_hf import ClassifierGuidance, FreeGuidance, classifier_free_guidance, find_class
 from .hub_ddpm_hf import PortablePipelineMixin
 from .sampling_ddpm_hf import DDPMPipelineOutput, SamplingMixin, StepCallback, adopt_scheduler
+from .schedules_ddpm_hf import BETA_SCHEDULES  # noqa: F401  Diffusers fetches what a pipeline imports itself
 from .scheduling_ddpm_hf import DDPMScheduler  # noqa: F401  (only direct imports are copied with this file)
 
 logger = logging.get_logger(__name__)

@@ -20,6 +20,7 @@ from .sampling_ddpm_hf import (
     output_channels,
     stock_samples_alike,
 )
+from .schedules_ddpm_hf import BETA_SCHEDULES  # noqa: F401  Diffusers fetches what a pipeline imports itself
 from .scheduling_ddpm_hf import DDPMScheduler
 
 

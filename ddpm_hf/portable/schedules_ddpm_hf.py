@@ -1,5 +1,7 @@
 """Beta schedules: pure functions (num_train_timesteps, beta_start, beta_end) -> float64 array [T].
 
+Where β = 1 - ᾱ_t/ᾱ_{t-1}, the ratio is rewritten so that nothing cancels.
+
 This file is copied into published repositories: it imports numpy alone.
 """
 
@@ -7,9 +9,8 @@ import math
 
 import numpy as np
 
-MAX_BETA = (
-    0.999  # where a schedule is given by ᾱ, the last β would be 1 and x_T carry nothing (Nichol & Dhariwal, sec. 3.2)
-)
+# Where a schedule is given by ᾱ, the last β would be 1 and x_T carry nothing (Nichol & Dhariwal 2021, sec. 3.2)
+MAX_BETA = 0.999
 
 
 def linear(num_train_timesteps: int, beta_start: float, beta_end: float) -> np.ndarray:

@@ -37,11 +37,6 @@ logger = logging.get_logger(__name__)
 
 Timesteps = int | torch.Tensor  # one for all samples, or a LongTensor [N]
 
-
-# Beta schedules: pure functions (num_train_timesteps, beta_start, beta_end) -> float64 array [T].
-# Where β = 1 - ᾱ_t/ᾱ_{t-1}, the ratio is rewritten so that nothing cancels.
-
-
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "posterior_mean")
 FIXED_VARIANCE_TYPES = ("fixed_small", "fixed_large", "fixed_small_log", "fixed_large_log")
 LEARNED_VARIANCE_TYPES = ("learned", "learned_range")

@@ -16,18 +16,24 @@ from ..common.ownership import MANIFEST, check_replaceable, listed, replace_file
 from ..inference.kinds import pipeline_class
 from ..training.earlier_run import settle
 
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parents[1]
 GRADIO_VERSION = "6.31.0"  # what the app was tested with
 PYTHON_VERSION = "3.11"
 PART = "space"  # of the manifest of the folder
 CODE = "ddpm_hf_space"  # the folder, and package, of what is copied
-COPIED = ("loading.py", "portable/*.py", "space/*.py", "training/__init__.py", "training/randomness.py")
+COPIED = (
+    *(f"common/{name}.py" for name in ("__init__", "errors", "randomness")),
+    "portable/*.py",
+    *(f"inference/{name}.py" for name in ("__init__", "kinds", "samplers", "studio")),
+    "publishing/__init__.py",
+    "publishing/space/*.py",
+)
 
 APP = f'''"""The Space's page; what it does lies in {CODE}/."""
 
 from pathlib import Path
 
-from {CODE}.space.page import main
+from {CODE}.publishing.space.page import main
 
 if __name__ == "__main__":
     main(Path(__file__).parent)
@@ -134,7 +140,7 @@ def space_files(model: Model, examples: Sequence[str] = ()) -> dict[str, str]:
     files = {
         "app.py": APP,
         "README.md": f"---\n{card.to_yaml()}\n---\n\n{text}",
-        "requirements.txt": (PACKAGE / "space" / "requirements.txt").read_text(encoding="utf-8"),
+        "requirements.txt": (PACKAGE / "publishing/space/requirements.txt").read_text(encoding="utf-8"),
         "space.json": json.dumps({name: value for name, value in settings.items() if value}, indent=2) + "\n",
         f"{CODE}/__init__.py": f'"""The parts of ddpm_hf {__version__} that the app needs."""\n',
     }

@@ -534,8 +534,8 @@ DRAWING = """
 import json, sys
 sys.modules["ddpm_hf"] = None  # as where it is not installed
 sys.path.insert(0, ".")  # as of a script
-from ddpm_hf_space.space.drawing import Studio, Wish
-from ddpm_hf_space.space.page import main
+from ddpm_hf_space.inference.studio import Studio, Wish
+from ddpm_hf_space.publishing.space.page import main
 
 settings = json.load(open("space.json"))
 images = Studio(settings["model"], device="cpu").draw(Wish(**json.loads(sys.argv[1])))

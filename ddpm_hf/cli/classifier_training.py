@@ -1,4 +1,4 @@
-"""A classifier of noised images, whose gradient guides sampling (Dhariwal & Nichol 2021, sec. 4), and its training."""
+"""Training a classifier of noised images, whose gradient guides sampling (Dhariwal & Nichol 2021, sec. 4)."""
 
 import functools
 import shlex

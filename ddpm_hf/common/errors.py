@@ -10,7 +10,7 @@ from typing import Any
 def one_line(message: Any) -> str:
     """A message as one printable line of bearable length: what it quotes may be anything, also a token.
 
-    >>> one_line("no such\\ncolumn, and hf_aSecretToken")
+    >>> one_line("no such\\ncolumn, and hf_" + 9 * "a")
     'no such column, and hf_...'
     """
     line = re.sub(r"\bhf_\w{8,}", "hf_...", " ".join(str(message).split()))

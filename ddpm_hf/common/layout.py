@@ -58,7 +58,7 @@ def _is_card(path: Path) -> bool:
         return False
 
 
-def _is_model(path: Path) -> bool:
+def is_model_config(path: Path) -> bool:
     """Whether it is the config of a model that is trained by itself."""
     config = json_or_none(path)
     return isinstance(config, dict) and config.get("_class_name") in ("NoisyClassifier", "AutoencoderKL")
@@ -113,7 +113,7 @@ PIPELINE = (
 )
 # Of a single model, and of each component of a pipeline
 WEIGHTS = ("diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model*.index*.json")
-MODEL = (Entry("config.json", recognised=_is_model), *map(Entry, WEIGHTS))
+MODEL = (Entry("config.json", recognised=is_model_config), *map(Entry, WEIGHTS))
 COMPONENTS = (
     "unet", "vae", "scheduler", "text_encoder", "tokenizer", "safety_checker", "feature_extractor", "image_encoder",
 )  # fmt: skip

@@ -31,6 +31,7 @@ def keep_freed_memory() -> Callable[[], None]:
     def undo():
         for number, value in ALLOCATOR.values():
             mallopt(number, value)
+        ctypes.CDLL(None).malloc_trim(0)
 
     return undo
 

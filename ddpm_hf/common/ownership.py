@@ -1,9 +1,4 @@
-"""Which files in a folder are ours: a manifest lists each file before it is written, and no other file is removed.
-
-`LAYOUT` is the one table of what a run writes into its output folder. A run that replaces an earlier one first sets it
-aside, in a folder within the output folder; it is deleted once the new run has a checkpoint, and brought back if the
-new run ends before that. Every step of this can be interrupted: `settle` completes it.
-"""
+"""Which files in a folder are ours: a manifest lists each file before it is written, and no other file is removed."""
 
 import hashlib
 import json
@@ -24,7 +19,7 @@ from .layout import (
     TIMINGS,
     TRAINING,
     TRAINING_CONFIG,
-    _is_model,
+    is_model_config,
     json_or_none,
     layout,
     matching,
@@ -34,16 +29,13 @@ MANIFEST = "ddpm_hf_files.json"
 ABOUT = "Files that ddpm_hf wrote here. It replaces and removes no others."
 RUN = "run"  # the manifest's part for a model and its training; other programs have parts of their own
 
-_lock = threading.Lock()  # uploads in the background write too
-
-
-# What a run writes
+manifest_lock = threading.Lock()  # uploads in the background write too
 
 
 # The manifest
 
 
-def _load(folder: Path) -> dict[str, Any]:
+def load_manifest(folder: Path) -> dict[str, Any]:
     """A folder's manifest, checked; empty where there is none.
 
     Raises:
@@ -57,17 +49,17 @@ def _load(folder: Path) -> dict[str, Any]:
     names = None
     if isinstance(parts, dict) and all(isinstance(part, dict) for part in parts.values()):
         names = [name for part in parts.values() for name in part]
-    if names is None or any(not _is_local(name) for name in names):
+    if names is None or any(not is_local_name(name) for name in names):
         raise UsageError(f"{path} is malformed; remove it, or name another folder")
     return manifest
 
 
-def _is_local(name: str) -> bool:
+def is_local_name(name: str) -> bool:
     parts = PurePosixPath(name).parts
     return bool(parts) and not name.startswith("/") and ".." not in parts and not set("\\:\0") & set(name)
 
 
-def _save(folder: Path, manifest: dict[str, Any]) -> None:
+def save_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     parts = {part: dict(sorted(files.items())) for part, files in manifest.get("files", {}).items() if files}
     if parts or manifest.get("replaces"):
         manifest = {"about": ABOUT, **manifest, "files": parts}
@@ -82,7 +74,7 @@ def listed(folder: str | Path, part: str = RUN) -> dict[str, str | None]:
     Raises:
         UsageError: the manifest is malformed.
     """
-    return dict(_load(Path(folder)).get("files", {}).get(part, {}))
+    return dict(load_manifest(Path(folder)).get("files", {}).get(part, {}))
 
 
 def claim_files(folder: str | Path, names: Iterable[str] | Mapping[str, str | None], part: str = RUN) -> None:
@@ -99,14 +91,14 @@ def release_files(folder: str | Path, names: Iterable[str], part: str = RUN) -> 
 
 
 def _update(folder: Path, part: str, change: Callable[[dict], Any]) -> None:
-    with _lock:
-        manifest = _load(folder)
+    with manifest_lock:
+        manifest = load_manifest(folder)
         parts = manifest.setdefault("files", {})
         before, files = parts.get(part, {}), dict(parts.get(part, {}))
         change(files)
         if files != before:
             parts[part] = files
-            _save(folder, manifest)
+            save_manifest(folder, manifest)
 
 
 # What is in a folder
@@ -147,7 +139,7 @@ def recognise(folder: Path) -> list[str]:
         return []
     index = json_or_none(folder / "model_index.json")
     components = [name for name in COMPONENTS if isinstance(index, dict) and name in index]
-    entries = layout(*components) + (MODEL if _is_model(folder / "config.json") else ())
+    entries = layout(*components) + (MODEL if is_model_config(folder / "config.json") else ())
     return [n for one in entries for n in matching(folder, one.pattern) if one.recognised(folder / n)]
 
 
@@ -246,6 +238,3 @@ def replace_files(folder: str | Path, part: str, files: Mapping[str, Callable[[]
 def some(names: Sequence[str]) -> str:
     """Some of many names, for a message."""
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if names[4:] else "")
-
-
-# Replacing an earlier run

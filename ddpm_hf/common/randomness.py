@@ -16,12 +16,23 @@ PURPOSES = (
     "posterior", "validation_posterior", "caption_dropout", "noise_offset", "input_perturbation",
 )  # fmt: skip
 STREAMS = {name: number for number, name in enumerate(PURPOSES)}
+# The second word of the key: a draw of more numbers than a block of 4 has a generator of its own.
+BLOCKS = 0
+GENERATORS = {
+    "epoch_order": 1, "augmentation": 2, "split": 3, "balanced_order": 4, "subset": 5, "bucketed_order": 6,
+}  # fmt: skip
 
 
 def keyed_blocks(seed: int, stream: str, step: int, first: int, count: int) -> np.ndarray:
     """Random uint64 [count, 4]: row i belongs to (seed, stream, step, first + i), whoever asks and whenever."""
     counter = [first, step, STREAMS[stream], 0]
-    return np.random.Philox(key=[seed, 0], counter=counter).random_raw(4 * count).reshape(count, 4)
+    return np.random.Philox(key=[seed, BLOCKS], counter=counter).random_raw(4 * count).reshape(count, 4)
+
+
+def keyed_generator(seed: int, purpose: str, *counter: int) -> np.random.Generator:
+    """A generator of its own for a purpose in `GENERATORS`, keyed by up to four more numbers."""
+    words = [*counter, 0, 0, 0, 0][:4]
+    return np.random.Generator(np.random.Philox(key=[seed, GENERATORS[purpose]], counter=words))
 
 
 def keyed_seed(seed: int, stream: str, step: int, index: int = 0) -> int:

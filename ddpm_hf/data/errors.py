@@ -1,4 +1,4 @@
-"""Errors of data that a user can mend."""
+"""Errors that name the image or the dataset that cannot be read."""
 
 from ..common.errors import DataError
 

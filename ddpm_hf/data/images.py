@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..common.errors import DataError
+from ..common.randomness import keyed_generator
 from .errors import broken_image
 from .formats import EXECUTED, register_plugins
 from .pixels import PixelRange, channel_axis, check_array, is_deep, prepare_image
@@ -78,7 +79,7 @@ class ImageTransform(NamedTuple):
 
 def augmentation_uniforms(seed: int, epoch: int, sample: int) -> np.ndarray:
     """Four numbers in [0, 1) that are a function of (seed, epoch, sample): for crop, flip and caption."""
-    return np.random.Generator(np.random.Philox(key=[seed, 2], counter=[0, sample, epoch, 0])).random(4)
+    return keyed_generator(seed, "augmentation", 0, sample, epoch).random(4)
 
 
 def choose_caption(value: Any, uniform: float, name: str) -> str:

@@ -2,13 +2,12 @@
 
 import numpy as np
 
-from ..common.randomness import STREAMS
+from ..common.randomness import STREAMS, keyed_generator
 
 
 def keyed_permutation(seed: int, epoch: int, length: int) -> np.ndarray:
     """The order of an epoch's samples: a permutation of 0..length-1."""
-    bits = np.random.Philox(key=[seed, 1], counter=[0, epoch, STREAMS["order"], 0])
-    return np.random.Generator(bits).permutation(length)
+    return keyed_generator(seed, "epoch_order", 0, epoch, STREAMS["order"]).permutation(length)
 
 
 def keyed_balanced_order(seed: int, epoch: int, labels: np.ndarray) -> np.ndarray:
@@ -16,8 +15,7 @@ def keyed_balanced_order(seed: int, epoch: int, labels: np.ndarray) -> np.ndarra
 
     Small classes repeat, each time in a new order; large ones show another part of themselves each epoch.
     """
-    bits = np.random.Philox(key=[seed, 4], counter=[0, epoch, STREAMS["order"], 0])
-    generator = np.random.Generator(bits)
+    generator = keyed_generator(seed, "balanced_order", 0, epoch, STREAMS["order"])
     classes = generator.permutation(np.unique(labels))
     drawn = []
     for place, one in enumerate(classes):
@@ -38,8 +36,7 @@ def keyed_bucketed_order(seed: int, epoch: int, group_sizes: list[int], batch_si
 
     What does not fill a batch is left out, others each epoch; a group of less than a batch repeats.
     """
-    bits = np.random.Philox(key=[seed, 6], counter=[0, epoch, STREAMS["order"], 0])
-    generator = np.random.Generator(bits)
+    generator = keyed_generator(seed, "bucketed_order", 0, epoch, STREAMS["order"])
     batches, start = [], 0
     for size in group_sizes:
         wanted = max(1, size // batch_size) * batch_size

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..common.errors import DataError
+from ..common.randomness import keyed_generator
 from .digits import EMBEDDED_DATASET, embedded_digits
 from .flags import DataFlags
 from .labels import name_classes
@@ -103,7 +104,7 @@ def _limited(rows: Rows, most: int | None, seed: int) -> Rows:
     """The rows, or a random subset of `most`."""
     if most is None or most >= len(rows.dataset):
         return rows
-    order = np.random.Generator(np.random.Philox(key=[seed, 5])).permutation(len(rows.dataset))
+    order = keyed_generator(seed, "subset").permutation(len(rows.dataset))
     return rows.part(np.sort(order[:most]))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..common.errors import DataError
+from ..common.randomness import keyed_generator
 from .errors import unreadable
 from .pixels import array_type
 
@@ -115,5 +116,5 @@ def split_rows(rows: Rows, held_out: float, seed: int) -> tuple[Rows, Rows]:
         raise DataError(
             f"--validation_split {held_out} of {count} images leaves nothing to train on or to hold out; {way_out}"
         )
-    order = np.random.Generator(np.random.Philox(key=[seed, 3])).permutation(count)
+    order = keyed_generator(seed, "split").permutation(count)
     return rows.part(np.sort(order[test:])), rows.part(np.sort(order[:test]))

@@ -1,4 +1,4 @@
-"""Load a model and sample from it. Heavy libraries are imported where they are used, for a fast command line."""
+"""Sampling as a sequence of steps, for a page or a command. Heavy libraries are imported where they are used."""
 
 import queue
 import threading

@@ -1,4 +1,4 @@
-"""An autoencoder of one's own images (Rombach et al. 2022, sec. 3.1), to diffuse in its latents, and its training."""
+"""A new autoencoder for one's own images (Rombach et al. 2022, sec. 3.1)."""
 
 import torch
 from diffusers import AutoencoderKL

@@ -1,4 +1,4 @@
-"""The flags of model and diffusion, and what they build: a UNet, and a scheduler whose objective can train."""
+"""The flags of the UNet, and of trained weights to start from."""
 
 import os
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Where trained weights lie, and what is known of them: a pipeline, a checkpoint or a UNet, in a folder or on the Hub.
+"""Trained weights, and what is known of their training: of a pipeline, a checkpoint or a UNet.
 
 Only JSON files are read here. Other programs' layouts are understood too: Diffusers' training script leaves
 `checkpoint-N/unet`, and old repositories of the Hub hold the UNet at their root.

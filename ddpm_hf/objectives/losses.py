@@ -1,4 +1,4 @@
-"""Training losses, the terms of the variational bound, and the samplers of training timesteps.
+"""Training losses: the simple objective and its weights, the bound, and both together.
 
 Sources: Ho et al. 2020 (the simple objective and the bound), Nichol & Dhariwal 2021 (the hybrid objective and
 importance sampling of t), Hang et al. 2023 (min-SNR weighting).
@@ -13,9 +13,6 @@ import torch.nn.functional as F
 from ..portable.scheduling_ddpm_hf import LEARNED_VARIANCE_TYPES, DDPMScheduler
 from .bound import vb_terms_bpd
 from .gaussians import mean_flat
-
-# The variational bound
-
 
 # The simple objective: a loss between output and target, and its weight by signal-to-noise ratio
 
@@ -145,6 +142,3 @@ def training_losses(
     check_objective(scheduler, objective, loss_type, snr_gamma)
     options = LossOptions(loss_type, snr_gamma, vlb_weight)
     return OBJECTIVES[objective](scheduler, model_output, x_start, noise, timesteps, options)
-
-
-# Timestep samplers: from uniform numbers in [0, 1) to timesteps and the weights that keep the loss unbiased

@@ -1,4 +1,4 @@
-"""From a trained pipeline to a repository that a stranger can use."""
+"""Uploading a pipeline's folder to a repository that a stranger can use, as one commit."""
 
 from fnmatch import fnmatch
 from pathlib import Path

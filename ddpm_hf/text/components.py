@@ -1,4 +1,4 @@
-"""What a text-to-image model consists of: of a Stable Diffusion checkpoint, or new, fitted to the images."""
+"""A new text-to-image model: its parts planned and checked before training, then built to fit the images."""
 
 from pathlib import Path
 from typing import Any, NamedTuple

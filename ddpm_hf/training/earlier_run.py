@@ -1,4 +1,8 @@
-"""Replacing an earlier run: set aside, deleted once the new one has a checkpoint, else brought back."""
+"""Replacing an earlier run.
+
+It is first set aside, in a folder within the output folder; it is deleted once the new run has a checkpoint, and
+brought back if the new run ends before that. Every step of this can be interrupted: `settle` completes it.
+"""
 
 import json
 import os
@@ -16,17 +20,17 @@ from ..common.layout import AUTOENCODER, EARLIER, KEPT_IN_PLACE, LAYOUT, Entry, 
 from ..common.ownership import (
     MANIFEST,
     RUN,
-    _is_local,
-    _load,
-    _lock,
-    _save,
+    is_local_name,
     is_within,
     listed,
+    load_manifest,
+    manifest_lock,
     release_files,
     remove,
     remove_empty_folders,
     remove_empty_parents,
     run_files,
+    save_manifest,
 )
 
 
@@ -82,8 +86,8 @@ def set_aside(folder: Path, names: Sequence[str]) -> None:
     """Move an earlier run's files into a folder of their own, from which `settle` brings them back or deletes them."""
     aside = folder / EARLIER
     aside.mkdir()
-    with _lock:
-        manifest = _load(folder)
+    with manifest_lock:
+        manifest = load_manifest(folder)
         record = {"by": this_process(), "manifest": manifest, "names": sorted(names)}
         write_whole(aside / MANIFEST, json.dumps(record, indent=1) + "\n")
         for name in names:
@@ -94,7 +98,7 @@ def set_aside(folder: Path, names: Sequence[str]) -> None:
         flush(aside)
         kept = {name: None for name in names if name in KEPT_IN_PLACE}
         # from here on the folder's manifest is the new run's
-        _save(folder, {"replaces": EARLIER, "files": {**manifest.get("files", {}), RUN: kept}})
+        save_manifest(folder, {"replaces": EARLIER, "files": {**manifest.get("files", {}), RUN: kept}})
 
 
 def _record(folder: Path) -> dict[str, Any] | None:
@@ -103,7 +107,7 @@ def _record(folder: Path) -> dict[str, Any] | None:
     if not isinstance(record, dict) or not all(isinstance(record.get(key), dict) for key in ("by", "manifest")):
         return None
     names = record.get("names")
-    return record if isinstance(names, list) and all(isinstance(n, str) and _is_local(n) for n in names) else None
+    return record if isinstance(names, list) and all(isinstance(n, str) and is_local_name(n) for n in names) else None
 
 
 def waiting(folder: str | Path) -> list[str]:
@@ -122,15 +126,15 @@ def let_go(folder: str | Path) -> None:
     """Delete the run that was set aside, wherever this is cut off."""
     folder = Path(folder)
     discard(folder / EARLIER)
-    with _lock:
-        _save(folder, {key: value for key, value in _load(folder).items() if key != "replaces"})
+    with manifest_lock:
+        save_manifest(folder, {key: value for key, value in load_manifest(folder).items() if key != "replaces"})
 
 
 def bring_back(folder: str | Path) -> None:
     """Put the run that was set aside in its place again; the files of the run that was to replace it go."""
     folder = Path(folder)
     aside, record = folder / EARLIER, _record(folder)
-    for name in run_files(folder) if _load(folder).get("replaces") else ():
+    for name in run_files(folder) if load_manifest(folder).get("replaces") else ():
         if name not in record["names"]:
             remove(folder, name)
     for name in record["names"]:
@@ -140,8 +144,8 @@ def bring_back(folder: str | Path) -> None:
             os.replace(aside / name, folder / name)
             remove_empty_parents(aside, name)
     flush(folder)
-    with _lock:
-        _save(folder, {key: value for key, value in record["manifest"].items() if key != "replaces"})
+    with manifest_lock:
+        save_manifest(folder, {key: value for key, value in record["manifest"].items() if key != "replaces"})
     (aside / MANIFEST).unlink()
     remove_empty_folders(aside)
 
@@ -153,7 +157,7 @@ def comes_back(folder: str | Path) -> bool:
         return False
     steps = [part / name for part in (folder, folder / AUTOENCODER) for name in listed(part)]
     has_checkpoint = any(checkpoint_step(one) >= 0 and is_sealed(one) for one in steps)
-    return not (_load(folder).get("replaces") and has_checkpoint)
+    return not (load_manifest(folder).get("replaces") and has_checkpoint)
 
 
 def end_replacing(folder: str | Path) -> None:

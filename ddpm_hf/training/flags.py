@@ -1,4 +1,4 @@
-"""The flags that every training script has, and how flags get their values.
+"""The flags that every training script has.
 
 What decides, strongest first: the command line, the `--config` file, what a resumed run was trained with, Accelerate's
 launcher or configuration, the preset, the recipe for the embedded data, the default. A flag is declared once, here or

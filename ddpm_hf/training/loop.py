@@ -1,4 +1,4 @@
-"""The training loop: one function that reads from top to bottom, and the plan of steps and batches that it follows."""
+"""The training loop: one function that reads from top to bottom."""
 
 import contextlib
 import functools

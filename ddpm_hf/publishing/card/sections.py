@@ -1,4 +1,4 @@
-"""The model card: what is known of a run, section by section, and what people wrote into it, which stays."""
+"""The sections of a model card: each is a function from `Facts` to Markdown, or to nothing."""
 
 import json
 import re
@@ -10,14 +10,6 @@ from ...common.package import package_url
 from ...inference.samplers import SAMPLERS, usable_samplers
 from .facts import Facts, all_results
 from .metadata import after_comma
-
-# Pictures
-
-
-# Metadata
-
-
-# Sections: each a function from Facts to Markdown, or to nothing
 
 
 def about(facts: Facts) -> str:
@@ -266,6 +258,3 @@ SECTIONS = {
     "evaluation": evaluation,
     "limits": limits,
 }
-
-
-# The whole card, over what is there already

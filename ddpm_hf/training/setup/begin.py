@@ -1,4 +1,4 @@
-"""What a script does before the loop: processes and threads, seed, output folder, optimizer, EMA, tracker."""
+"""What a training consists of before its first step: model, EMA, optimizer, learning rate, checkpoint."""
 
 from pathlib import Path
 from typing import Any

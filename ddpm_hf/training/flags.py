@@ -1,9 +1,4 @@
-"""The flags that every training script has.
-
-What decides, strongest first: the command line, the `--config` file, what a resumed run was trained with, Accelerate's
-launcher or configuration, the preset, the recipe for the embedded data, the default. A flag is declared once, here or
-in the script's class that extends this one.
-"""
+"""The flags that every training script has. A flag is declared once, here or in the script's class that extends this."""
 
 import dataclasses
 import math

@@ -1,4 +1,8 @@
-"""How flags get their values: the command line over a file, a resumed run, the launcher, a preset, a recipe."""
+"""How flags get their values.
+
+What decides, strongest first: the command line, the `--config` file, what a resumed run was trained with, Accelerate's
+launcher or configuration, the preset, the recipe for the embedded data, the default.
+"""
 
 import argparse
 import collections

@@ -23,7 +23,7 @@ from diffusers import UNet2DModel
 import train_unconditional
 from ddpm_hf.common.errors import UsageError
 from ddpm_hf.publishing import publisher
-from ddpm_hf.training import loop
+from ddpm_hf.training import output
 from ddpm_hf.training.checkpointing import read_manifest
 from ddpm_hf.training.flags import TrainingConfig
 from ddpm_hf.training.setup.accelerator import fit_engine
@@ -157,7 +157,7 @@ def of_steps(*steps: int):
 @pytest.mark.parametrize("room", [0, 30_000])
 def test_a_checkpoint_that_finds_no_room_is_left_out(room, shop, whole, tmp_path):
     """Else a full disk ends a run that could have gone on, or takes the last good checkpoint with it."""
-    with without_room(loop, "save_checkpoint", of_steps(3, 4), room):
+    with without_room(output, "save_checkpoint", of_steps(3, 4), room):
         run = train(
             shop, tmp_path / "run", **SIX_STEPS | {"num_epochs": None}, max_train_steps=5, checkpoints_total_limit=1
         )
@@ -166,7 +166,7 @@ def test_a_checkpoint_that_finds_no_room_is_left_out(room, shop, whole, tmp_path
         f"warning: checkpoint-{step} cannot be written" for step in (3, 4)
     ]
     assert checkpoints(run) == [5]
-    with without_room(loop, "save_checkpoint", of_steps(3, 4), room):
+    with without_room(output, "save_checkpoint", of_steps(3, 4), room):
         run = train(shop, tmp_path / "again", **SIX_STEPS)
     assert checkpoints(run) == [1, 2, 5, 6]
     check_same_run(run, whole)
@@ -175,7 +175,7 @@ def test_a_checkpoint_that_finds_no_room_is_left_out(room, shop, whole, tmp_path
 def test_a_last_checkpoint_that_finds_no_room_is_an_error(shop, whole, tmp_path):
     """Else a run claims to be complete and cannot be gone on with, or the older checkpoint is lost too."""
     flags = {**SIX_STEPS, "checkpoints_total_limit": 1}
-    with without_room(loop, "save_checkpoint", of_steps(6)):
+    with without_room(output, "save_checkpoint", of_steps(6)):
         run = train(shop, tmp_path / "run", **flags)
     check_one_line(run, 1, "checkpoint-6 cannot be written", "checkpoint-5", "--resume_from_checkpoint latest")
     assert checkpoints(run) == [5]
@@ -184,7 +184,10 @@ def test_a_last_checkpoint_that_finds_no_room_is_an_error(shop, whole, tmp_path)
 
 def test_a_stop_that_cannot_save_is_an_error(shop, tmp_path):
     """Else a queue takes a preempted job for one that has saved its state."""
-    with without_room(loop, "save_checkpoint", of_steps(3)), at_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+    with (
+        without_room(output, "save_checkpoint", of_steps(3)),
+        at_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM)),
+    ):
         run = train(shop, tmp_path / "run", num_epochs=3, checkpointing_steps=2)
     check_one_line(run, 1, "checkpoint-3 cannot be written", "checkpoint-2 is whole")
     assert checkpoints(run) == [2]
@@ -231,7 +234,7 @@ def test_a_pipeline_that_finds_no_room(shop, whole, tmp_path):
 def test_metrics_that_find_no_room_end_the_run(shop, whole, tmp_path):
     """Else figures are lost, and the run is no longer the one that was never interrupted."""
     of_step = lambda path, record: path.name == "metrics.jsonl" and record["step"] == 4  # noqa: E731
-    with without_room(loop, "append_jsonl", of_step, room=100):
+    with without_room(output, "append_jsonl", of_step, room=100):
         run = train(shop, tmp_path / "run", **SIX_STEPS)
     check_one_line(run, 1, "metrics.jsonl cannot be written", "checkpoint-3 is whole")
     assert checkpoints(run) == [1, 2, 3]
@@ -241,7 +244,7 @@ def test_metrics_that_find_no_room_end_the_run(shop, whole, tmp_path):
 def test_timings_and_pictures_that_find_no_room_are_left_out(shop, whole, tmp_path):
     """Else a picture that cannot be written ends a run of days, or each step says it again."""
     with (
-        without_room(loop, "append_jsonl", lambda path, record: path.name == "timings.jsonl"),
+        without_room(output, "append_jsonl", lambda path, record: path.name == "timings.jsonl"),
         without_room(train_unconditional, "draw_samples"),
     ):
         run = train(shop, tmp_path / "run", **SIX_STEPS)

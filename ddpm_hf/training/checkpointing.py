@@ -200,12 +200,12 @@ def save_checkpoint(accelerator, state: TrainingState, output_dir: Path, limit: 
     if fault is not None and accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
     if fault is None:
-        let_earlier_run_go(accelerator, output_dir)
-        let_old_go(accelerator, output_dir, limit)
+        remove_earlier_run(accelerator, output_dir)
+        rotate_checkpoints(accelerator, output_dir, limit)
     return fault
 
 
-def let_earlier_run_go(accelerator, output_dir: Path) -> None:
+def remove_earlier_run(accelerator, output_dir: Path) -> None:
     """Delete the run that this one replaces, now that it has a checkpoint. All ranks take part.
 
     An autoencoder's checkpoint counts: its folder lies within that of the run.
@@ -220,7 +220,7 @@ def let_earlier_run_go(accelerator, output_dir: Path) -> None:
         warn(accelerator, f"the earlier run cannot be removed: {stuck}")
 
 
-def let_old_go(accelerator, output_dir: Path, limit: int | None) -> None:
+def rotate_checkpoints(accelerator, output_dir: Path, limit: int | None) -> None:
     """Remove the checkpoints that are too many. All ranks take part."""
 
     def remove():

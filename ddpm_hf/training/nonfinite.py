@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite: which samples, and when to give up."""
+"""Steps whose loss or gradient is not finite: they are skipped; which samples were in them, and when to give up."""
 
 import math
 from collections.abc import Callable
@@ -7,7 +7,58 @@ import torch
 from accelerate.utils import gather_object
 
 from ..common.errors import UsageError
+from .faults import end_together, warn
 from .flags import TrainingConfig
+from .output import TrainingOutput
+from .state import Snapshot, TrainingState
+from .step import StepResult
+
+
+class NonfiniteGuard:
+    """Judges each step; what a skipped one changed after all, such as the learning rate, can be put back.
+
+    Args:
+        name_of: the name of a sample by its row, for messages.
+    """
+
+    def __init__(self, config: TrainingConfig, accelerator, state: TrainingState, name_of: Callable[[int], str]):
+        self.config, self.accelerator, self.state, self.name_of = config, accelerator, state, name_of
+        self.good = Snapshot(state)  # of the last step that was finite
+        self.rows: list[int] = []  # samples that were not, since then
+
+    def before_step(self) -> None:
+        """Remember a good state."""
+        if not self.state.nonfinite_steps:
+            self.good, self.rows = Snapshot(self.state), []
+
+    def put_back(self) -> None:
+        """Make the state that of before the steps that were skipped last."""
+        if self.state.nonfinite_steps:
+            self.good.put_back(self.state)
+
+    def judge(self, result: StepResult, output: TrainingOutput) -> None:
+        """Count the step that has been taken, and say what was not finite in it.
+
+        Raises:
+            UsageError: it is one of `--max_nonfinite_steps` in a row; what came before them is saved.
+        """
+        if result.finite:
+            self.state.nonfinite_steps = 0
+            return
+        self.state.nonfinite_steps += 1
+        self.state.meter.sums = self.good.sums.clone()
+        rows = bad_samples(result.taken, self.accelerator)
+        self.rows += [row for row in rows if row not in self.rows]
+        what = f"not finite: {named(rows, self.name_of)}"
+        warn(self.accelerator, f"step {self.state.step}: loss or gradient is {what}; step skipped")
+        count = self.state.nonfinite_steps
+        if count >= self.config.max_nonfinite_steps:
+            given_back = output.earlier_run_waits()
+            if not given_back:
+                self.put_back()
+                output.save_before_exit()
+            error = diverged(self.config, count, self.good.step, named(self.rows, self.name_of), given_back)
+            end_together(self.accelerator, error if self.accelerator.is_main_process else None)
 
 
 def bad_samples(taken: list[tuple[torch.Tensor | None, torch.Tensor]], accelerator) -> list[int]:

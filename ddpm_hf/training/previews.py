@@ -13,7 +13,7 @@ from ..common.randomness import keyed_seed
 from .faults import out_of_memory, storage_fault, warn
 from .flags import TrainingConfig
 from .logs import track_image
-from .stopping import InterruptedLookError
+from .stopping import InterruptedSamplingError
 
 INTERRUPTED = "interrupted"
 
@@ -40,7 +40,7 @@ def draw_grid(
         legend: a label for each row, such as its class or prompt.
 
     Raises:
-        InterruptedLookError: on all ranks, if one was asked to stop meanwhile.
+        InterruptedSamplingError: on all ranks, if one was asked to stop meanwhile.
     """
     own = list(range(accelerator.process_index, count, accelerator.num_processes))
     shown = set(range(0, count, columns or 1)[:CHAIN_ROWS])
@@ -55,7 +55,7 @@ def draw_grid(
                 [frame.prediction[i] for frame in output.frames or [] if own[i] in shown] for i in range(len(own))
             ]
             drawn = list(zip(own, output.images, chains))
-    except InterruptedLookError:
+    except InterruptedSamplingError:
         fault = INTERRUPTED
     except Exception as error:
         if not out_of_memory(error):
@@ -64,7 +64,7 @@ def draw_grid(
     parts = gather_object([(fault, drawn)])  # of all ranks, whatever happened to this one
     faults = [fault for fault, _ in parts if fault is not None]
     if INTERRUPTED in faults:
-        raise InterruptedLookError
+        raise InterruptedSamplingError
     if not faults and accelerator.is_main_process:
         drawn = sorted((one for _, part in parts for one in part), key=lambda one: one[0])
         scale, folder = max(1, 64 // drawn[0][1].width), Path(config.output_dir) / "samples"

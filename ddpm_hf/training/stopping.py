@@ -15,7 +15,7 @@ REASONS = ("", "the time limit of --max_train_hours", "SIGTERM", "SIGINT")  # by
 FAILED = len(REASONS)
 
 
-class InterruptedLookError(Exception):
+class InterruptedSamplingError(Exception):
     """A grid was being sampled when the run was asked to stop."""
 
 
@@ -92,11 +92,11 @@ class Stop:
 
     @contextlib.contextmanager
     def interrupting(self, networks: Iterable[torch.nn.Module]):
-        """Within, a network that is called after this rank was asked to stop raises `InterruptedLookError`."""
+        """Within, a network that is called after this rank was asked to stop raises `InterruptedSamplingError`."""
 
         def check(*_):
             if self.code():
-                raise InterruptedLookError
+                raise InterruptedSamplingError
 
         hooks = [network.register_forward_pre_hook(check) for network in networks]
         try:

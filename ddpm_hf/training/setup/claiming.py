@@ -14,7 +14,7 @@ from ...common.checkpoints import list_checkpoints
 from ...common.errors import UsageError
 from ...common.layout import AUTOENCODER, KEPT_IN_PLACE, STEPS, TIMINGS, TRAINING_CONFIG, Entry
 from ...common.ownership import claim_files, has_manifest, run_files, some
-from ..checkpointing import find_checkpoint, let_old_go, made_by_diffusers
+from ..checkpointing import find_checkpoint, made_by_diffusers, rotate_checkpoints
 from ..earlier_run import (
     cannot_be_moved,
     forget_removed_checkpoints,
@@ -159,7 +159,7 @@ def claim_output_dir(config: TrainingConfig, accelerator, entries: Sequence[Entr
         end_together(accelerator, error)
     forget_later(folder, step, accelerator)
     if step:  # the run may have been killed before it could
-        let_old_go(accelerator, folder, config.checkpoints_total_limit)
+        rotate_checkpoints(accelerator, folder, config.checkpoints_total_limit)
 
 
 def _claim(folder: Path, config: TrainingConfig, entries: Sequence[Entry]) -> None:

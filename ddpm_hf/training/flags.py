@@ -1,4 +1,4 @@
-"""The flags that every training script has. A flag is declared once, here or in the script's class that extends this."""
+"""The flags that every training script has, each declared once, here or in the script's class that extends this."""
 
 import dataclasses
 import math

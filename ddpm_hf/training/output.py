@@ -1,4 +1,4 @@
-"""What a training writes while it runs: figures, pictures, models, checkpoints; and what becomes of it if that fails."""
+"""What a training writes while it runs: figures, pictures, models, checkpoints; and what follows if that fails."""
 
 import contextlib
 import json

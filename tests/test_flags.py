@@ -61,7 +61,7 @@ PEER_DEFAULTS = {
 }  # fmt: skip
 
 
-# The peer's command lines; its resolution of 64 is that of its own model, which test_sizes shows
+# Command lines of Diffusers' scripts; its resolution of 64 is that of its own model, which test_sizes shows
 
 
 def test_the_peers_flags_are_all_here():
@@ -99,7 +99,7 @@ ALIASES = {
 
 @pytest.mark.parametrize("alias", ALIASES)
 def test_both_spellings_work(alias, tmp_path):
-    # Breaks if a flag of another of the peer's scripts is unknown here, on the command line or in a config file.
+    # Breaks if a flag of another of Diffusers' scripts is unknown here, on the command line or in a config file.
     name, value = ALIASES[alias]
     file = tmp_path / "run.yaml"
     file.write_text(f"{alias}: {value}\ntrain_data_dir: x\n")
@@ -455,7 +455,7 @@ def base(shop):
 
 
 def test_output_dir(base, tmp_path, monkeypatch):
-    # Breaks if results land elsewhere than --output_dir, or than the peer's default where there is none.
+    # Breaks if results land elsewhere than --output_dir, or than the default of Diffusers' script where there is none.
     monkeypatch.chdir(tmp_path)
     for folder, flags in (("ddpm-model-64", []), ("deep/er", ["--output_dir", "deep/er"])):
         run = run_script([*words(base), *flags], tmp_path / folder)
@@ -767,7 +767,7 @@ def test_the_token_is_written_nowhere(base, tmp_path, monkeypatch):
 
 
 def test_what_the_peer_leaves_on_disk_is_here(seen_of):
-    # Breaks if a folder lacks what the peer's users load: the pipeline, and the model under checkpoint-N/unet.
+    # Breaks if a folder lacks what users of Diffusers' script load: the pipeline, and the model under checkpoint-N/unet.
     seen = seen_of({"use_ema": True, "checkpointing_steps": 3})
     for name in ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json"):
         assert (seen.run.folder / name).is_file()

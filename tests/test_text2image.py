@@ -197,7 +197,7 @@ def test_stock_loads_the_result_and_draws_our_images(start, trained):
 
 @pytest.mark.parametrize(("start", "ema"), [("scratch", True), ("checkpoint", False)])
 def test_a_checkpoint_loads_by_its_subfolder(start, ema, trained):
-    """Else a run's checkpoints are of no use to code written for the peer's."""
+    """Else a run's checkpoints are of no use to code written for Diffusers' script."""
     folder = trained(start, checkpointing_steps=4) if start == "scratch" else trained(start)
     loaded = UNet2DConditionModel.from_pretrained(folder, subfolder="checkpoint-6/unet")
     assert same(dict(loaded.state_dict()), weights(folder / "checkpoint-6"))
@@ -683,7 +683,7 @@ def test_the_loss_is_a_few_lines_of_stock(prediction_type, along):
 
 @pytest.mark.parametrize("power", [1.0, 0.5])
 def test_dream_is_diffusers_own(power):
-    """Else --dream_training moves noise and target otherwise than the peer's (Zhou et al. 2023)."""
+    """Else --dream_training moves noise and target otherwise than Diffusers' script (Zhou et al. 2023)."""
     one = bench(dream_training=True, dream_detail_preservation=power)
     x_start, noise, timesteps, text = one.drawn()
     stock = diffusers.DDPMScheduler()
@@ -705,7 +705,7 @@ def test_dream_is_diffusers_own(power):
 
 
 def test_dream_is_one_thing_whatever_is_predicted():
-    """Else DREAM of a v-prediction, which the peer refuses, trains on noise that no epsilon stands for."""
+    """Else DREAM of a v-prediction, which Diffusers' script refuses, trains on noise that no epsilon stands for."""
     one = bench(prediction_type="v_prediction", dream_training=True)
     x_start, noise, timesteps, text = one.drawn()
     x_t = one.components.scheduler.add_noise(x_start, noise, timesteps)
@@ -804,7 +804,7 @@ def test_one_of_several_captions_is_drawn_each_epoch():
     assert set(drawn) == set(several)
 
 
-# The peer's command lines
+# Command lines of Diffusers' scripts
 
 NAMED = {"pretrained_model_name_or_path": "x", "train_data_dir": "x"}
 PEER_DEFAULTS = {
@@ -864,7 +864,7 @@ def float_or_text(value):
 
 
 def test_several_prompts_on_one_line():
-    """Else the peer's `--validation_prompts "a" "b"` is an error, or one prompt."""
+    """Else Diffusers' `--validation_prompts "a" "b"` is an error, or one prompt."""
     config = parse_text([*words(NAMED), "--validation_prompts", "a cat", "a dog", "--seed", "1"])
     assert config.validation_prompts == ["a cat", "a dog"]
 

@@ -98,7 +98,7 @@ def main() -> None:
         f"DDIM as stock steps it, {arguments.ddim_steps} steps": (StockDDIM, arguments.ddim_steps, (1.0, 2.0, 4.0)),
     }
     if arguments.conditional:
-        print("| classifier-free guidance | read as their label | diversity |\n|---|---|---|")
+        print("| classifier-free guidance | classified as requested | diversity |\n|---|---|---|")
         pipeline = ClassConditionalDDPMPipeline.from_pretrained(arguments.conditional)
         config = pipeline.scheduler.config
         for name, (sampler, steps, scales) in samplers.items():
@@ -111,7 +111,7 @@ def main() -> None:
         guided = DDPMPipeline.from_pretrained(arguments.unconditional)
         config = guided.scheduler.config
         classifier = NoisyClassifier.from_pretrained(arguments.classifier).eval()
-        print("\n| classifier guidance, unconditional model | read as their label | diversity |\n|---|---|---|")
+        print("\n| classifier guidance, unconditional model | classified as requested | diversity |\n|---|---|---|")
         for name, (sampler, steps, _) in list(samplers.items())[:2]:
             guided.scheduler = sampler.from_config(config)
             for scale in CLASSIFIER_SCALES:
@@ -142,7 +142,7 @@ def plot(results: dict, samplers: list[str], real_accuracy: float, path: str) ->
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    for place, (axis, title) in enumerate(zip(axes, ("read as their label", "diversity, real digits = 1"))):
+    for place, (axis, title) in enumerate(zip(axes, ("classified as requested", "diversity, real digits = 1"))):
         for name in samplers:
             axis.plot(SCALES, [results[name, scale][place] for scale in SCALES], "o-", label=name)
         axis.axhline((real_accuracy, 1.0)[place], color="gray", linestyle=":", label="held-out digits")

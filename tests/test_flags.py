@@ -767,7 +767,7 @@ def test_the_token_is_written_nowhere(base, tmp_path, monkeypatch):
 
 
 def test_what_the_peer_leaves_on_disk_is_here(seen_of):
-    # Breaks if a folder lacks what users of Diffusers' script load: the pipeline, and the model under checkpoint-N/unet.
+    # Breaks if a folder lacks what Diffusers' users load: the pipeline, and the model under checkpoint-N/unet.
     seen = seen_of({"use_ema": True, "checkpointing_steps": 3})
     for name in ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json"):
         assert (seen.run.folder / name).is_file()

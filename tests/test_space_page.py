@@ -250,7 +250,7 @@ def test_a_new_seed_each_time_is_shown_and_can_be_drawn_again(opened):
 
 
 def test_what_cannot_be_drawn_is_said_to_the_visitor(opened):
-    """Else a wish that the model cannot fulfil is a page that does nothing."""
+    """Else a request that the model cannot fulfil is a page that does nothing."""
     _, page = opened
     page.choose("sampler", "DPM-Solver++")
     page.type("steps", 60)  # all of T: it would visit one twice

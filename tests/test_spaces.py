@@ -14,9 +14,17 @@ import yaml
 
 from ddpm_hf.inference.kinds import load_pipeline
 from ddpm_hf.inference.samplers import SAMPLERS
-from ddpm_hf.inference.studio import MOMENTS, MOST_IMAGES, Studio, Wish, followed
+from ddpm_hf.inference.studio import MOMENTS, MOST_IMAGES, SampleRequest, Studio, followed
 from ddpm_hf.publishing import spaces
-from ddpm_hf.publishing.space.page import EVERY_CLASS, NO_CLASS, ROWS, captions_of, chain_picture, thumbnail, wish_of
+from ddpm_hf.publishing.space.page import (
+    EVERY_CLASS,
+    NO_CLASS,
+    ROWS,
+    captions_of,
+    chain_picture,
+    request_of,
+    thumbnail,
+)
 from tests.fixtures_spaces import CLASSES, STEPS, STRANGERS, TOKEN, WRONG, environment, put, seeded, tiny_pipelines
 from tests.hub_server import Hub
 
@@ -47,24 +55,24 @@ def pixels(images):
 # What the app draws
 
 WISHES = {
-    "plain": Wish(3, "ddpm", 12, seed=5),
-    "by-class": Wish(5, "ddpm", 12, seed=5, class_labels=["dog", None], guidance_scale=3.0),
-    "text": Wish(2, "ddpm", 6, seed=5, prompt="a red square", negative_prompt="a dog", guidance_scale=4.0),
+    "plain": SampleRequest(3, "ddpm", 12, seed=5),
+    "by-class": SampleRequest(5, "ddpm", 12, seed=5, class_labels=["dog", None], guidance_scale=3.0),
+    "text": SampleRequest(2, "ddpm", 6, seed=5, prompt="a red square", negative_prompt="a dog", guidance_scale=4.0),
 }
 
 
 def by_hand(models, kind, count=None):
     """The images of `WISHES[kind]`, by the pipeline itself."""
-    pipeline, wish = load_pipeline(str(models[kind])), WISHES[kind]
+    pipeline, request = load_pipeline(str(models[kind])), WISHES[kind]
     pipeline.set_progress_bar_config(disable=True)
-    count = count or wish.count
-    options = {"generator": seeded(wish.seed, count), "num_inference_steps": wish.steps}
+    count = count or request.count
+    options = {"generator": seeded(request.seed, count), "num_inference_steps": request.steps}
     if kind == "plain":
         return pixels(pipeline(count, **options).images)
-    options["guidance_scale"] = wish.guidance_scale
+    options["guidance_scale"] = request.guidance_scale
     if kind == "text":
-        return pixels(pipeline([wish.prompt] * count, negative_prompt=wish.negative_prompt, **options).images)
-    return pixels(pipeline((wish.class_labels * count)[:count], **options).images)
+        return pixels(pipeline([request.prompt] * count, negative_prompt=request.negative_prompt, **options).images)
+    return pixels(pipeline((request.class_labels * count)[:count], **options).images)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -76,21 +84,21 @@ def test_the_app_draws_what_the_pipeline_draws(kind, models, studios):
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_image_depends_on_the_seed_and_its_place_alone(kind, studios):
     """Else more images of a seed are others, and nobody can have one again."""
-    wish = WISHES[kind]
-    many, few = (pixels(studios[kind].draw(wish._replace(count=count))) for count in (6, 2))
+    request = WISHES[kind]
+    many, few = (pixels(studios[kind].draw(request._replace(count=count))) for count in (6, 2))
     assert np.abs(many[:2] - few).max() <= 1
-    other = pixels(studios[kind].draw(wish._replace(count=2, seed=6)))
+    other = pixels(studios[kind].draw(request._replace(count=2, seed=6)))
     assert np.abs(other - few).max() > 20
     assert np.abs(few[0] - few[1]).max() > 20
 
 
 def test_without_a_class_all_are_drawn_in_turn(models, studios):
     """Else the page's first picture shows one class, or none."""
-    wish = Wish(5, "ddpm", 12, seed=1)
-    drawn = pixels(studios["by-class"].draw(wish))
+    request = SampleRequest(5, "ddpm", 12, seed=1)
+    drawn = pixels(studios["by-class"].draw(request))
     names = list(CLASSES.values())
     for index, name in enumerate((names * 2)[:5]):
-        own = pixels(studios["by-class"].draw(wish._replace(class_labels=[name])))[index]
+        own = pixels(studios["by-class"].draw(request._replace(class_labels=[name])))[index]
         assert np.abs(drawn[index] - own).max() <= 1
 
 
@@ -98,12 +106,12 @@ def test_without_a_class_all_are_drawn_in_turn(models, studios):
 def test_a_sampler_leaves_nothing_behind_for_the_next(sampler, models, studios):
     """Else a visitor's images depend on what the one before chose."""
     studio = studios["plain"]
-    wish = Wish(2, sampler, 10)
+    request = SampleRequest(2, sampler, 10)
     fresh = Studio(str(models["plain"]), device="cpu")
-    expected = pixels(fresh.draw(wish))
+    expected = pixels(fresh.draw(request))
     for other in SAMPLERS:
-        studio.draw(Wish(1, other, 5))
-    np.testing.assert_array_equal(pixels(studio.draw(wish)), expected)
+        studio.draw(SampleRequest(1, other, 5))
+    np.testing.assert_array_equal(pixels(studio.draw(request)), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -112,7 +120,7 @@ def test_every_sampler_offered_draws_with_its_usual_steps(sampler, kind, studios
     """Else the page's defaults end in an error, or in NaN, which is black."""
     studio = studios[kind]
     assert 1 <= studio.samplers[sampler] <= STEPS
-    assert np.ptp(pixels(studio.draw(Wish(1, sampler, studio.samplers[sampler], prompt="a dog")))) > 20
+    assert np.ptp(pixels(studio.draw(SampleRequest(1, sampler, studio.samplers[sampler], prompt="a dog")))) > 20
 
 
 def test_samplers_that_cannot_run_the_model_are_not_offered(tmp_path):
@@ -129,9 +137,9 @@ def test_samplers_that_cannot_run_the_model_are_not_offered(tmp_path):
 @pytest.mark.parametrize("steps", [4, 25])
 def test_watching_hears_of_every_step_and_changes_nothing(kind, steps, models, studios):
     """Else the bar jumps, the chain is not that of the images, or looking changes them."""
-    wish, heard = WISHES[kind]._replace(steps=steps), []
-    watched = pixels(studios[kind].draw(wish, heard.append))
-    np.testing.assert_array_equal(watched, pixels(studios[kind].draw(wish)))
+    request, heard = WISHES[kind]._replace(steps=steps), []
+    watched = pixels(studios[kind].draw(request, heard.append))
+    np.testing.assert_array_equal(watched, pixels(studios[kind].draw(request)))
     assert [step.done for step in heard] == list(range(1, steps + 1))
     assert {step.total for step in heard} == {steps}
     timesteps = [step.timestep for step in heard]
@@ -140,7 +148,7 @@ def test_watching_hears_of_every_step_and_changes_nothing(kind, steps, models, s
     assert len(shown) == min(MOMENTS, steps)
     assert shown[0] is heard[0]
     assert shown[-1] is heard[-1]
-    assert all(len(step.predictions) == wish.count for step in shown)
+    assert all(len(step.predictions) == request.count for step in shown)
     np.testing.assert_array_equal(pixels(shown[-1].predictions), watched)  # the last x̂_0 is x_0
 
 
@@ -150,7 +158,7 @@ def test_the_moments_are_those_of_the_pipelines_frames(models, studios):
     pipeline.set_progress_bar_config(disable=True)
     frames = pipeline(2, seeded(5, 2), num_inference_steps=MOMENTS, num_frames=MOMENTS).frames
     heard = []
-    studios["plain"].draw(Wish(2, "ddpm", MOMENTS, seed=5), heard.append)
+    studios["plain"].draw(SampleRequest(2, "ddpm", MOMENTS, seed=5), heard.append)
     for frame, step in zip(frames, heard):
         assert frame.timestep == step.timestep
         np.testing.assert_array_equal(pixels(frame.prediction), pixels(step.predictions))
@@ -168,7 +176,7 @@ def test_the_moments_are_those_of_the_pipelines_frames(models, studios):
     ],
 )
 def test_what_cannot_be_drawn_is_said(kind, change, says, studios):
-    """Else a visitor's wish is a crash, or takes the machine for an hour."""
+    """Else a visitor's request is a crash, or takes the machine for an hour."""
     with pytest.raises(ValueError, match=says):
         studios[kind].draw(WISHES[kind]._replace(**change))
 
@@ -224,26 +232,26 @@ def test_the_controls_become_a_wish(studios):
     """Else the page draws something else than it shows."""
     values = {"count": 3, "sampler": "ddim", "steps": 7, "random": False, "seed": 9, "class": "class none"}
     studio = studios["by-class"]
-    wish = wish_of({**values, "guidance": 2.5}, studio)
-    assert wish == Wish(3, "ddim", 7, 9, ["none"], guidance_scale=2.5)  # also a class of that name
-    assert captions_of(wish, studio) == ["none"] * 3
-    wish = wish_of({**values, "class": NO_CLASS}, studio)
-    assert wish.class_labels == [None]
-    assert captions_of(wish, studio) == [None] * 3
-    assert captions_of(wish_of({**values, "class": EVERY_CLASS, "count": 4}, studio), studio) == [
+    request = request_of({**values, "guidance": 2.5}, studio)
+    assert request == SampleRequest(3, "ddim", 7, 9, ["none"], guidance_scale=2.5)  # also a class of that name
+    assert captions_of(request, studio) == ["none"] * 3
+    request = request_of({**values, "class": NO_CLASS}, studio)
+    assert request.class_labels == [None]
+    assert captions_of(request, studio) == [None] * 3
+    assert captions_of(request_of({**values, "class": EVERY_CLASS, "count": 4}, studio), studio) == [
         *CLASSES.values(),
         "cat",
     ]
     values = {"count": 1, "sampler": "ddpm", "steps": 2, "random": True, "seed": 9, "prompt": "x", "negative": "y"}
-    wishes = [wish_of(values, studios["text"]) for _ in range(8)]
-    assert len({wish.seed for wish in wishes}) > 1
-    assert {(wish.prompt, wish.negative_prompt) for wish in wishes} == {("x", "y")}
+    requests = [request_of(values, studios["text"]) for _ in range(8)]
+    assert len({request.seed for request in requests}) > 1
+    assert {(request.prompt, request.negative_prompt) for request in requests} == {("x", "y")}
 
 
 def test_the_chain_has_a_row_for_each_image_and_a_column_for_each_moment(studios):
     """Else chains are mixed up, or shift while they grow."""
     heard = []
-    studios["plain"].draw(Wish(2, "ddpm", 5), heard.append)
+    studios["plain"].draw(SampleRequest(2, "ddpm", 5), heard.append)
     moments = [(step.timestep, [thumbnail(image) for image in step.predictions]) for step in heard[:3]]
     found = re.findall(r'<img src="([^"]+)"|<span>([^<]*)</span>', chain_picture(moments, 5))
     cells = [image or text for image, text in found]
@@ -534,11 +542,11 @@ DRAWING = """
 import json, sys
 sys.modules["ddpm_hf"] = None  # as where it is not installed
 sys.path.insert(0, ".")  # as of a script
-from ddpm_hf_space.inference.studio import Studio, Wish
+from ddpm_hf_space.inference.studio import Studio, SampleRequest
 from ddpm_hf_space.publishing.space.page import main
 
 settings = json.load(open("space.json"))
-images = Studio(settings["model"], device="cpu").draw(Wish(**json.loads(sys.argv[1])))
+images = Studio(settings["model"], device="cpu").draw(SampleRequest(**json.loads(sys.argv[1])))
 for index, image in enumerate(images):
     image.save(f"{index}.png")
 print(json.dumps([name for name in sys.modules if name.startswith(("diffusers_modules", "gradio"))]))
@@ -552,9 +560,9 @@ def test_the_spaces_code_draws_without_the_package_and_without_trust(world, mode
     for path, text in world.files("by-class").items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(text)
-    wish = json.dumps(WISHES["by-class"]._asdict())
+    request = json.dumps(WISHES["by-class"]._asdict())
     kept = environment(world.hub, tmp_path / "home", HF_TOKEN=TOKEN)
-    command = [sys.executable, "-I", "-c", DRAWING, wish]
+    command = [sys.executable, "-I", "-c", DRAWING, request]
     done = subprocess.run(command, cwd=tmp_path, env=kept, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == []

@@ -160,5 +160,5 @@ def image_size(image: Image.Image | np.ndarray, channels: int) -> tuple[int, int
 def reason_of(error: Exception) -> str:
     """Why an image cannot be read, in the same words each time."""
     if isinstance(error, UnidentifiedImageError):  # whose text shows an address in memory
-        return "it is no image, or its beginning is damaged"
+        return "not an image, or its header is corrupt"
     return " ".join(str(error).split()) or error.__class__.__name__

@@ -22,7 +22,7 @@ def keyed_generators(device, seed: int, indices) -> list:
     return [torch.Generator(device).manual_seed(keyed_seed(seed, "sample", 0, index)) for index in indices]
 
 
-class Wish(NamedTuple):
+class SampleRequest(NamedTuple):
     """A request for samples."""
 
     count: int = 4
@@ -76,7 +76,7 @@ class Studio:
         factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
         return width * factor, height * factor
 
-    def draw(self, wish: Wish, watch: Callable[[Step], None] | None = None) -> list:
+    def draw(self, request: SampleRequest, watch: Callable[[Step], None] | None = None) -> list:
         """PIL images, one for each index.
 
         Args:
@@ -85,30 +85,30 @@ class Studio:
         Raises:
             ValueError: an unsupported request.
         """
-        if not 1 <= wish.count <= MOST_IMAGES:
-            raise ValueError(f"{wish.count} images: ask for 1 to {MOST_IMAGES}")
-        if self.by_text and not wish.prompt.strip():
+        if not 1 <= request.count <= MOST_IMAGES:
+            raise ValueError(f"{request.count} images: ask for 1 to {MOST_IMAGES}")
+        if self.by_text and not request.prompt.strip():
             raise ValueError("this model samples from a text: give a prompt")
-        with self._alone, swapped(self.pipeline, wish.sampler):
-            return self._drawn(wish, watch)
+        with self._alone, swapped(self.pipeline, request.sampler):
+            return self._drawn(request, watch)
 
-    def _drawn(self, wish: Wish, watch: Callable[[Step], None] | None) -> list:
+    def _drawn(self, request: SampleRequest, watch: Callable[[Step], None] | None) -> list:
         """The images of a checked request."""
-        generators = keyed_generators(self.pipeline._execution_device, wish.seed, range(wish.count))
-        options: dict[str, Any] = {"generator": generators, "num_inference_steps": wish.steps}
+        generators = keyed_generators(self.pipeline._execution_device, request.seed, range(request.count))
+        options: dict[str, Any] = {"generator": generators, "num_inference_steps": request.steps}
         options["output_type"] = "preview"
-        if self.guided and wish.guidance_scale is not None:
-            options["guidance_scale"] = wish.guidance_scale
+        if self.guided and request.guidance_scale is not None:
+            options["guidance_scale"] = request.guidance_scale
         if watch is not None:
             options["callback_on_step_end"] = self._reporter(watch)
             options["callback_on_step_end_tensor_inputs"] = ("pred_original_sample",)
         if self.by_text:
-            negative = wish.negative_prompt or None
-            return self.pipeline([wish.prompt] * wish.count, negative_prompt=negative, **options).images
+            negative = request.negative_prompt or None
+            return self.pipeline([request.prompt] * request.count, negative_prompt=negative, **options).images
         if self.classes:
-            labels = wish.class_labels or self.classes
-            return self.pipeline([labels[i % len(labels)] for i in range(wish.count)], **options).images
-        return self.pipeline(wish.count, **options).images
+            labels = request.class_labels or self.classes
+            return self.pipeline([labels[i % len(labels)] for i in range(request.count)], **options).images
+        return self.pipeline(request.count, **options).images
 
     @staticmethod
     def _reporter(watch: Callable[[Step], None]) -> Callable:

@@ -11,7 +11,7 @@ from .pretrained import check_channels
 from .sources import Source
 from .unet import smallest_sample_side, stock_unet_defaults
 
-# The model of Diffusers' script where neither preset nor config is named, so that its command lines train the same here
+# That of Diffusers' script where neither preset nor config is named, so that its command lines train the same
 DEFAULT_UNET = {
     "layers_per_block": 2,
     "block_out_channels": (128, 128, 256, 256, 512, 512),

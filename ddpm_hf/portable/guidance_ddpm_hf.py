@@ -17,7 +17,7 @@ MOST = 1e4  # of a scale: far beyond use, and far from where float32 overflows
 class FreeGuidance(NamedTuple):
     """Where and how strongly classifier-free guidance acts.
 
-    Raises, by `check`: ValueError for a number that is none, or an interval without a timestep.
+    Raises, by `check`: ValueError for a number that is not finite, or an interval without a timestep.
     """
 
     scale: float

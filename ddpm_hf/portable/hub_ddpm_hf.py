@@ -212,7 +212,7 @@ class PortablePipelineMixin:
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict:
-        """`[file, class]` becomes the class's name: who names our class has it, and need not trust remote code."""
+        """`[file, class]` becomes the class's name: callers of our class have its code, so no trust is needed."""
         index = super()._dict_from_json_file(json_file)
         cls.check_class(index, model_name(Path(json_file)))
         named = index.get("_class_name")

@@ -148,8 +148,8 @@ class ClassConditionalDDPMPipeline(SamplingMixin, PortablePipelineMixin, Diffusi
             class_labels: ids or names (in upper or lower case), also mixed; None for an image of no class. By default
                 each class once that training images had; another one is sampled with a warning, as its embedding is
                 untrained.
-            guidance_scale: 1 is the conditional model, in a single pass; more insists on the class, 0 is the
-                unconditional model (Ho & Salimans 2022; their w is this less 1).
+            guidance_scale: 1 is the conditional model, in a single pass; higher values follow the class more
+                strongly, 0 is the unconditional model (Ho & Salimans 2022; their w is this less 1).
             guidance_rescale: from 0 to 1, against over-exposure at high scales (Lin et al. 2023).
             guidance_interval: (low, high): guide only at these timesteps (Kynkäänniemi et al. 2024).
             classifier: (x_t, t) -> logits over the classes, trained on noised images, to guide by its gradient.

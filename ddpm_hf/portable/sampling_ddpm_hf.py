@@ -123,7 +123,7 @@ class SamplingMixin:
     scheduler: Any  # ours, or another sampler of Diffusers
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Adopt a scheduler; ours gets back a learned variance that a sampler in between did without."""
+        """Adopt a scheduler; restores a learned `variance_type` that another sampler dropped."""
         if name == "scheduler" and value is not None:
             given = value.config.get("variance_type")
             value = adopt_scheduler(value)

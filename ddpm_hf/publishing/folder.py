@@ -113,7 +113,7 @@ def draw_missing_pictures(studio, folder: Path) -> None:
     from tqdm.auto import tqdm
 
     from ..common.pictures import image_grid
-    from ..inference.studio import MOST_IMAGES, Wish
+    from ..inference.studio import MOST_IMAGES, SampleRequest
 
     if studio.by_text or (folder / SAMPLES).is_file() or matching(folder, GRIDS):
         return
@@ -125,7 +125,7 @@ def draw_missing_pictures(studio, folder: Path) -> None:
             bar.update(1)
             moments.extend([step.predictions] if step.predictions else [])
 
-        images = studio.draw(Wish(MOST_IMAGES, sampler, studio.samplers[sampler]), watch)
+        images = studio.draw(SampleRequest(MOST_IMAGES, sampler, studio.samplers[sampler]), watch)
     scale = max(1, 64 // images[0].width)
     chains = [moment[i] for i in range(CHAIN_ROWS) for moment in moments]
     for name, grid in (

@@ -236,7 +236,7 @@ def load_checkpoint(accelerator, state: TrainingState, checkpoint: Path) -> None
     The manifest has been verified.
 
     Raises:
-        UsageError: it holds what no checkpoint of this run does. What is pickled is read with weights_only=True.
+        UsageError: a malformed checkpoint, or one of another run. What is pickled is read with weights_only=True.
     """
     manifest = read_manifest(checkpoint)
     groups = state.optimizer.param_groups
@@ -256,5 +256,5 @@ def load_checkpoint(accelerator, state: TrainingState, checkpoint: Path) -> None
     except Exception as error:  # whatever a stranger's file makes the libraries raise
         reason = " ".join(str(error).split())[:200]
         raise UsageError(
-            f"{checkpoint} cannot be resumed: it holds what no checkpoint does ({type(error).__name__}: {reason})"
+            f"{checkpoint} cannot be resumed: malformed checkpoint ({type(error).__name__}: {reason})"
         ) from error

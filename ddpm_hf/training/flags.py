@@ -164,7 +164,9 @@ class EMAFlags:
     ema_inv_gamma: float = HfArg(default=1.0, help="EMA warm-up: decay = 1 - (1 + step/inv_gamma)^-power.")
     ema_power: float = HfArg(default=0.75, help="EMA warm-up's power.")
     ema_max_decay: float = HfArg(default=0.9999, help="The EMA's decay after its warm-up.")
-    ema_min_decay: float = HfArg(default=0.0, help="Its least decay; equal to --ema_max_decay the EMA is constant.")
+    ema_min_decay: float = HfArg(
+        default=0.0, help="Minimum EMA decay; if equal to --ema_max_decay, the decay is constant."
+    )
 
     foreach_ema: bool = HfArg(resume=FREE, default=True, help="Update the EMA in a few fused operations.")
     offload_ema: bool = HfArg(

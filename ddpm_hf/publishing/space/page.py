@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from ...inference.samplers import SAMPLERS
-from ...inference.studio import MOMENTS, MOST_IMAGES, Step, Studio, Wish, followed
+from ...inference.studio import MOMENTS, MOST_IMAGES, SampleRequest, Step, Studio, followed
 
 EVERY_CLASS, NO_CLASS = "every", "none"  # in addition to "class NAME"
 DEFAULT_IMAGES = 8
@@ -68,7 +68,7 @@ def introduction(studio: Studio, settings: dict) -> str:
 
 
 def what_controls(gr, studio: Studio, settings: dict) -> dict:
-    """The controls of what to sample, by the names that `wish_of` reads."""
+    """The controls of what to sample, by the names that `request_of` reads."""
     asked = {}
     if studio.by_text:
         examples = settings.get("examples", [])
@@ -85,7 +85,7 @@ def what_controls(gr, studio: Studio, settings: dict) -> dict:
 
 
 def how_controls(gr, studio: Studio) -> dict:
-    """The controls of how to sample, by the names that `wish_of` reads; only what the model supports."""
+    """The controls of how to sample, by the names that `request_of` reads; only what the model supports."""
     asked = {}
     titles = [(SAMPLERS[name].title, name) for name in studio.samplers]
     chosen = "ddim" if "ddim" in studio.samplers else titles[0][1]
@@ -106,14 +106,14 @@ def how_controls(gr, studio: Studio) -> dict:
     return asked
 
 
-def wish_of(values: dict, studio: Studio) -> Wish:
+def request_of(values: dict, studio: Studio) -> SampleRequest:
     """The request that the controls' values, by their names, make; a random seed is chosen here.
 
     Each image has a label in turn: the class chosen, or all of them, or that of no class.
     """
     chosen = values.get("class", EVERY_CLASS)
     labels = {EVERY_CLASS: None, NO_CLASS: [None]}.get(chosen, [chosen.removeprefix("class ")])
-    return Wish(
+    return SampleRequest(
         count=int(values["count"]),
         sampler=values["sampler"],
         steps=int(values["steps"]),
@@ -125,12 +125,12 @@ def wish_of(values: dict, studio: Studio) -> Wish:
     )
 
 
-def captions_of(wish: Wish, studio: Studio) -> list[str | None]:
+def captions_of(request: SampleRequest, studio: Studio) -> list[str | None]:
     """What to write below each image: its class."""
     if not studio.classes:
-        return [None] * wish.count
-    labels = wish.class_labels or studio.classes
-    return [labels[index % len(labels)] for index in range(wish.count)]
+        return [None] * request.count
+    labels = request.class_labels or studio.classes
+    return [labels[index % len(labels)] for index in range(request.count)]
 
 
 def make_page(studio: Studio, settings: dict):
@@ -159,19 +159,19 @@ def make_page(studio: Studio, settings: dict):
                 chain = gr.HTML(elem_id="chain", elem_classes=small)
 
         def draw(values: dict, progress=gr.Progress()):  # noqa: B008  (Gradio finds it by its default)
-            wish = wish_of({name: values[component] for name, component in asked.items()}, studio)
-            captions, moments, begun = captions_of(wish, studio), [], time.monotonic()
+            request = request_of({name: values[component] for name, component in asked.items()}, studio)
+            captions, moments, begun = captions_of(request, studio), [], time.monotonic()
             try:
-                for word in followed(functools.partial(studio.draw, wish)):
+                for word in followed(functools.partial(studio.draw, request)):
                     if not isinstance(word, Step):
-                        took = f"Seed {wish.seed}, {wish.steps} steps, {time.monotonic() - begun:.1f} seconds."
-                        yield {gallery: list(zip(word, captions)), asked["seed"]: wish.seed, progress_bar: took}
+                        took = f"Seed {request.seed}, {request.steps} steps, {time.monotonic() - begun:.1f} seconds."
+                        yield {gallery: list(zip(word, captions)), asked["seed"]: request.seed, progress_bar: took}
                         break
                     if word.predictions is not None:
                         moments.append((word.timestep, [thumbnail(image) for image in word.predictions[:ROWS]]))
                         seen = {chain: chain_picture(moments, min(MOMENTS, word.total)), progress_bar: ""}
                         if word.done < word.total:  # the last are the images: one file must not be written twice
-                            seen |= {gallery: list(zip(word.predictions, captions)), asked["seed"]: wish.seed}
+                            seen |= {gallery: list(zip(word.predictions, captions)), asked["seed"]: request.seed}
                         yield seen
                     progress((word.done, word.total), desc="Drawing")  # last: what is yielded hides the bar
             except ValueError as error:

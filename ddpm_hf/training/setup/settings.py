@@ -24,7 +24,9 @@ def agree_on_seed(config: TrainingConfig, resumed: dict[str, Any] | None) -> int
     if resumed is not None:
         seed = resumed.get("seed")
         if type(seed) is not int:
-            raise UsageError(f"--resume_from_checkpoint: the checkpoint's manifest has seed {seed!r}, which is none")
+            raise UsageError(
+                f"--resume_from_checkpoint: the seed in the checkpoint's manifest is not an integer ({seed!r})"
+            )
         if config.seed not in (None, seed):
             raise UsageError(f"--seed {config.seed}: the run to resume has seed {seed}; leave --seed out")
         return seed

@@ -8,6 +8,7 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
+from ..inference.kinds import KINDS, SAMPLED_BY
 from .common import check_revision, own_token
 
 EPILOG = """Examples:
@@ -15,14 +16,6 @@ EPILOG = """Examples:
 ddpm-hf info ddpm-model-64
 
 ddpm-hf info user/photos-ddpm"""
-KINDS = {
-    "DDPMPipeline": "unconditional",
-    "DDIMPipeline": "unconditional",
-    "ClassConditionalDDPMPipeline": "by class",
-    "TextToImageDDPMPipeline": "text to image",
-    "StableDiffusionPipeline": "text to image",
-}
-LOADED_BY = {"DDIMPipeline": "DDPMPipeline", "StableDiffusionPipeline": "TextToImageDDPMPipeline"}  # of ours
 MODELS = {
     "NoisyClassifier": "a classifier of noised images, for `ddpm-hf sample --classifier`",
     "AutoencoderKL": "an autoencoder, for --vae_name_or_path",
@@ -159,7 +152,8 @@ def pipeline_rows(source: Source, index: dict[str, Any]) -> Rows:
     name = class_name(index)
     unet, scheduler = source.json("unet/config.json"), source.json("scheduler/scheduler_config.json")
     latents = "vae/config.json" in source.paths
-    kind = f"{KINDS.get(name, 'a pipeline that is not ours')} ({name}){', in latents' if latents else ''}"
+    title = KINDS[SAMPLED_BY[name]].title if name in SAMPLED_BY else "a pipeline that is not ours"
+    kind = f"{title} ({name}){', in latents' if latents else ''}"
     rows = [("kind", kind), *model_rows(source, "unet", unet, source.json("vae/config.json"))]
     rows += diffusion_rows(scheduler)
     classes = list((index.get("id2label") or {}).values())
@@ -273,8 +267,8 @@ def usage(source: Source, index: dict[str, Any], config: dict[str, Any], checkpo
     """What to do with it, as lines to copy."""
     name, lines = source.name, []
     named = class_name(index)
-    if index and (isinstance(index.get("_class_name"), list) or named in KINDS):
-        cls = LOADED_BY.get(named, named)
+    if index and (isinstance(index.get("_class_name"), list) or named in SAMPLED_BY):
+        cls = SAMPLED_BY.get(named, named)
         classes = list((index.get("id2label") or {}).values())
         example = ["--class", classes[0]] if classes else ["--prompt", "a picture"] if "tokenizer" in index else []
         lines += [

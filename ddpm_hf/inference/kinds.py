@@ -1,8 +1,44 @@
-"""Which pipeline class a model is for, and loading it."""
+"""The kinds of pipelines, one row each; which a model is for, and loading it."""
 
+import importlib
 from pathlib import Path
+from typing import NamedTuple
 
 from ..common.errors import said_in_a_line
+
+
+class Kind(NamedTuple):
+    """A kind of pipeline.
+
+    Args:
+        file: of its class, in `portable/`.
+        title: for people.
+        task: for the tags of a model card.
+        known_task: whether the Hub has a category for the task.
+        stock: the classes of Diffusers whose models it samples too.
+    """
+
+    file: str
+    title: str
+    task: str
+    known_task: bool
+    stock: tuple[str, ...] = ()
+
+
+# by the name of the class
+KINDS = {
+    "DDPMPipeline": Kind(
+        "pipeline_ddpm_hf", "unconditional", "unconditional-image-generation", True, ("DDIMPipeline",)
+    ),
+    "ClassConditionalDDPMPipeline": Kind(
+        "pipeline_class_conditional_ddpm_hf", "by class", "class-conditional-image-generation", False
+    ),
+    "TextToImageDDPMPipeline": Kind(
+        "pipeline_text2image_ddpm_hf", "text to image", "text-to-image", True, ("StableDiffusionPipeline",)
+    ),
+}
+# The class of ours, by the class that saved a model: `hub_ddpm_hf.SAMPLED_BY`, which imports diffusers, says the same
+SAMPLED_BY = {saved_by: name for name, kind in KINDS.items() for saved_by in (name, *kind.stock)}
 
 
 def pipeline_class(model: str, revision: str | None = None, token: str | None = None) -> type:
@@ -13,20 +49,15 @@ def pipeline_class(model: str, revision: str | None = None, token: str | None = 
     """
     from diffusers import DiffusionPipeline
 
-    from ..portable.hub_ddpm_hf import SAMPLED_BY
-    from ..portable.pipeline_class_conditional_ddpm_hf import ClassConditionalDDPMPipeline
-    from ..portable.pipeline_ddpm_hf import DDPMPipeline
-    from ..portable.pipeline_text2image_ddpm_hf import TextToImageDDPMPipeline
-
     if Path(model).is_dir() and not (Path(model) / "model_index.json").is_file():
         raise ValueError(f"{model} holds no pipeline (no model_index.json); give the --output_dir of a training run")
-    ours = {cls.__name__: cls for cls in (DDPMPipeline, ClassConditionalDDPMPipeline, TextToImageDDPMPipeline)}
     with said_in_a_line(model):
         name = DiffusionPipeline.load_config(model, revision=revision, token=token).get("_class_name")
         name = name[-1] if isinstance(name, list) and name else name  # [file, class] of our repositories' code
         if not isinstance(name, str) or name not in SAMPLED_BY:
             raise ValueError(f"it is a {name}, and must be one of {', '.join(SAMPLED_BY)}")
-        return ours[SAMPLED_BY[name]]
+        file = KINDS[SAMPLED_BY[name]].file
+        return getattr(importlib.import_module(f"..portable.{file}", __package__), SAMPLED_BY[name])
 
 
 def load_pipeline(model: str, revision: str | None = None, token: str | None = None):

@@ -8,12 +8,7 @@ from typing import Any
 from ...common.files import read_json
 from ...common.layout import RESULTS_FILE, RUN_FILE
 from ...evaluation.results import read_metrics
-
-KINDS = {
-    "DDPMPipeline": "unconditional-image-generation",
-    "ClassConditionalDDPMPipeline": "class-conditional-image-generation",
-    "TextToImageDDPMPipeline": "text-to-image",
-}
+from ...inference.kinds import KINDS
 
 
 @dataclass(frozen=True)
@@ -46,7 +41,7 @@ class Facts:
     @property
     def kind(self) -> str:
         """What it is conditioned on: nothing, a class or a text."""
-        return KINDS[self.class_name]
+        return KINDS[self.class_name].task
 
     @property
     def dataset(self) -> dict[str, Any]:

@@ -3,9 +3,10 @@
 import re
 from typing import Any
 
-from .facts import KINDS, Facts, all_results
+from ...inference.kinds import KINDS
+from .facts import Facts, all_results
 
-PIPELINE_TAGS = ("unconditional-image-generation", "text-to-image")  # those of ours that the Hub knows
+PIPELINE_TAGS = {kind.task for kind in KINDS.values() if kind.known_task}
 
 
 def metadata(facts: Facts) -> dict[str, Any]:
@@ -50,7 +51,7 @@ def merge_metadata(own: dict[str, Any], before: dict[str, Any], model: str = "")
     merged = {name: value for name, value in before.items() if name != "model-index"}
     if merged.get("pipeline_tag") in PIPELINE_TAGS and "pipeline_tag" not in own:
         del merged["pipeline_tag"]
-    other_kinds = set(KINDS.values()) - set(own.get("tags") or [])
+    other_kinds = {kind.task for kind in KINDS.values()} - set(own.get("tags") or [])
     for name, value in ((name, value) for name, value in own.items() if name != "model-index"):
         there = before.get(name)
         if isinstance(value, list) and there is not None:

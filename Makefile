@@ -31,7 +31,7 @@ test: $(VENV)/stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # Kernels round differently on other processors: the suite must pass with theirs, and where every layer's last bits depend
-# on alignment and batch size (tests/other_rounding.py).
+# on alignment and batch size (tests/support/other_rounding.py).
 test-isa: $(VENV)/stamp
 	ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
@@ -55,7 +55,7 @@ test-slow: $(VENV)/stamp $(SPACE)/stamp
 quality: $(VENV)/stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m tests.snippets
+	$(BIN)/python -m tests.support.snippets
 
 style: $(VENV)/stamp
 	$(BIN)/ruff check --fix .

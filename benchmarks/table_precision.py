@@ -18,7 +18,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ddpm_hf import BETA_SCHEDULES, DDPMScheduler
-from tests.reference_tables import checked_timesteps, our_tables, reference_betas, reference_tables, relative_errors
+from tests.support.reference_tables import (
+    checked_timesteps,
+    our_tables,
+    reference_betas,
+    reference_tables,
+    relative_errors,
+)
 
 STOCK_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from tests import other_rounding
+from tests.support import other_rounding
 
 # Tests run in several processes at once, and torch's threads would wait for each other.
 torch.set_num_threads(1)

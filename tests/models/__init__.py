@@ -1,0 +1,1 @@
+"""Presets, UNets, trained weights."""

@@ -1,0 +1,1 @@
+"""The scheduler, schedules, sampling and pipelines."""

@@ -1,0 +1,1 @@
+"""What crosses packages: resume, faults, bad input, security, several processes, packaging."""

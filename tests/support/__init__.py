@@ -1,0 +1,1 @@
+"""Fixtures, the Hub of the tests, reference tables."""

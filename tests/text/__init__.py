@@ -1,0 +1,1 @@
+"""Captions, text to image."""

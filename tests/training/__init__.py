@@ -1,0 +1,1 @@
+"""Flags, the loop, checkpoints."""

@@ -26,10 +26,10 @@ from ddpm_hf.latents import training as autoencoder
 from ddpm_hf.latents.autoencoder import AutoencoderFlags, make_autoencoder
 from ddpm_hf.latents.training import Reconstruction, compute_loss, measure_scaling_factor, train_autoencoder
 from ddpm_hf.models.autoencoder import downscaling, load_autoencoder
+from ddpm_hf.text.flags import Text2ImageConfig
 from ddpm_hf.training.setup.accelerator import start_accelerator
 from tests.support.fixtures_pipeline import tiny_vae
 from tests.support.fixtures_unconditional import encoded, image_rows, quiet, random_pixels, write_rows
-from train_text2image import Text2ImageConfig
 
 PIXELS = random_pixels(22, 8, 8)
 

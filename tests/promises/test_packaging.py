@@ -92,7 +92,7 @@ FLOORS = {
     "evaluation": "common objectives portable",
     "publishing": "common evaluation inference models portable training",
     "latents": "common data models objectives training",
-    "text": "common data inference models portable training",
+    "text": "common data inference latents models objectives portable training",
 }
 ROOTS = {"ddpm_hf", "ddpm_hf._version", "ddpm_hf.functional", "ddpm_hf.__main__"}
 TOP = {"ddpm_hf.cli", "ddpm_hf.__main__", *(path.stem for path in SCRIPTS)}

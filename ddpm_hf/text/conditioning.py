@@ -1,0 +1,69 @@
+"""The network that is trained on captions, and the captions as its input."""
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from ..common.randomness import StepKeys
+from ..inference.components import Components
+from ..models.acceleration import use_xformers
+from ..models.attention import choose_attention
+from ..portable.pipeline_text2image_ddpm_hf import tokenize
+from .captions import encode_captions
+from .flags import Text2ImageConfig
+
+
+class TextConditioned(torch.nn.Module):
+    """What is trained: the UNet, and the text encoder where it learns too."""
+
+    def __init__(self, unet: UNet2DConditionModel, text_encoder: torch.nn.Module | None):
+        super().__init__()
+        self.unet, self.text_encoder = unet, text_encoder
+
+    def forward(self, x_t: torch.Tensor, timesteps: torch.Tensor, text: torch.Tensor, mask=None) -> torch.Tensor:
+        """x_t [N, C, h, w], t [N], and ids [N, L] or embeddings [N, L, D] -> the prediction [N, C, h, w]."""
+        if not text.is_floating_point():
+            text = self.text_encoder(text, attention_mask=mask)[0]
+        return self.unet(x_t, timesteps, encoder_hidden_states=text).sample
+
+
+def caption_input(
+    batch: dict, keys: StepKeys, config: Text2ImageConfig, components: Components, null_embedding, accelerator
+) -> torch.Tensor:
+    """The captions as ids [N, L] for a text encoder that learns, else as embeddings [N, L, D]; some left out."""
+    count = len(batch["captions"])
+    dropped = torch.zeros(count, dtype=torch.bool)
+    if not keys.validation:
+        dropped = keys.uniform("caption_dropout") < config.caption_dropout
+    if "embeddings" in batch:
+        embedded = torch.where(dropped[:, None, None], null_embedding, batch["embeddings"])
+        return embedded.to(accelerator.device, non_blocking=True)
+    captions = ["" if drop else caption for drop, caption in zip(dropped.tolist(), batch["captions"])]
+    if config.trains_text_encoder:
+        return tokenize(components.tokenizer, captions)[0].to(accelerator.device)
+    with torch.no_grad():
+        return encode_captions(components.text_encoder, components.tokenizer, captions, accelerator.device)
+
+
+@torch.no_grad()
+def dream_noise(model, scheduler, x_start, noise, timesteps, text, power: float) -> torch.Tensor:
+    """The noise moved by λ times the model's own error, λ = √(1-ᾱ)^p (Zhou et al. 2023, Algorithm 1)."""
+    x_t = scheduler.add_noise(x_start, noise, timesteps)
+    predicted = scheduler.predict_original_sample(model(x_t, timesteps, text).float(), timesteps, x_t)
+    epsilon = scheduler.predict_epsilon(predicted, timesteps, x_t)
+    variance = scheduler.q_mean_variance(x_start, timesteps).variance  # 1 - ᾱ, [N, 1, 1, 1]
+    return noise + variance ** (0.5 * power) * (noise - epsilon)
+
+
+def trained_model(config: Text2ImageConfig, components: Components, accelerator) -> TextConditioned:
+    """What is trained of the components, with the flags that concern its execution applied."""
+    text_encoder = components.text_encoder if config.trains_text_encoder else None
+    model = TextConditioned(components.unet, text_encoder).requires_grad_(True)
+    if config.gradient_checkpointing:
+        model.unet.enable_gradient_checkpointing()
+        if text_encoder is not None:
+            text_encoder.gradient_checkpointing_enable()
+    if config.enable_xformers_memory_efficient_attention:
+        use_xformers(model.unet)
+    if accelerator.device.type == "cpu":
+        choose_attention(model.unet)
+    return model

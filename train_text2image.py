@@ -74,7 +74,7 @@ from ddpm_hf.data.batches import Images, make_batches, make_plan, open_images
 from ddpm_hf.inference.components import Components, assemble, load_checkpoint_components
 from ddpm_hf.latents.autoencoder import make_autoencoder
 from ddpm_hf.latents.encoding import x_start_of
-from ddpm_hf.latents.training import find_autoencoder_run, train_autoencoder
+from ddpm_hf.latents.training import autoencoder_of, find_autoencoder_run, take_over_autoencoder, train_autoencoder
 from ddpm_hf.models.acceleration import compiled
 from ddpm_hf.models.autoencoder import downscaling
 from ddpm_hf.models.unet import time_blindness
@@ -220,6 +220,8 @@ def train(config: Text2ImageConfig) -> None:
     begun = found or (config.resume_from_checkpoint and find_autoencoder_run(config))
     config.seed = agree_on_seed(config, begun and begun[1])
     check_unchanged(config, begun and begun[1])
+    if new_autoencoder and found is not None:
+        autoencoder_of(found[0])
     checkpoint = load_checkpoint_components(config) if config.pretrained_model_name_or_path else None
     if checkpoint is not None:
         size = checkpoint.unet.config.sample_size, downscaling(checkpoint.vae)
@@ -238,7 +240,7 @@ def train(config: Text2ImageConfig) -> None:
 
     # all of the model, so that its first batch is computed before an autoencoder is trained: with a stand-in for that
     vae = start.vae or make_autoencoder(config, channels, config.size(), config.seed)
-    components = checkpoint or build(start, vae, images, config.seed)
+    components = checkpoint or build(start, vae, images, config.seed, found and found[0])
     if config.guidance_scale is not None:
         components.others["guidance_scale"] = config.guidance_scale
     for frozen in (components.vae, components.text_encoder):
@@ -275,6 +277,8 @@ def train(config: Text2ImageConfig) -> None:
     if accelerator.is_main_process:
         save_settings(config)
     log(accelerator, table(lines))
+    if new_autoencoder and found is not None:
+        take_over_autoencoder(found[0], config, accelerator)
     if new_autoencoder:
         own = start_accelerator(config)
         vae = train_autoencoder(config, config, images, channels, config.size(), own, deadline)

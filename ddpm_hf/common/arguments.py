@@ -22,6 +22,7 @@ def HfArg(
     aliases: list[str] | None = None,
     resume: str = APPLIED,
     instead_of: str | None = None,
+    joins: tuple[str, ...] = (),
     **default: Any,
 ) -> Any:
     """A field of a dataclass that `transformers.HfArgumentParser` makes a flag of.
@@ -31,9 +32,10 @@ def HfArg(
         aliases: other spellings.
         resume: what becomes of the flag where a run is resumed, one of the four above.
         instead_of: a flag that says the same in another way: given to a resumed run, this one replaces it.
+        joins: values that go together with that flag, and so neither replace it nor are replaced by it.
         default: `default` or `default_factory` of `dataclasses.field`.
     """
-    metadata = {"resume": resume, "instead_of": instead_of, "help": help, "aliases": aliases}
+    metadata = {"resume": resume, "instead_of": instead_of, "joins": joins, "help": help, "aliases": aliases}
     return dataclasses.field(metadata={key: value for key, value in metadata.items() if value is not None}, **default)
 
 

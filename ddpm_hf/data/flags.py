@@ -121,6 +121,7 @@ class DataFlags(ImageFlags):
 
     dataset_name: str | None = HfArg(
         instead_of="train_data_dir",
+        joins=KINDS,
         default=None,
         help="A dataset on the Hub, or a local path; with --train_data_dir the kind of its files, such as imagefolder."
         " Without any dataset: the embedded digits.",

@@ -17,7 +17,7 @@ import datasets
 import pyarrow as pa
 
 from ..common.errors import DataError
-from ..common.ownership import MANIFEST, has_manifest
+from ..common.ownership import MANIFEST, has_manifest, written_by_us
 from .formats import PLUGINS, begins_like_an_image, image_suffixes, suffix_of
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
@@ -29,11 +29,13 @@ SPLIT_NAMES = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 SPLIT_OF = {name: split for split, names in SPLIT_NAMES.items() for name in names}
-# Names in which `datasets` sees a split too, such as train_images or seg_test
-SOUNDS_LIKE_A_SPLIT = re.compile(rf"(?:^|[-._ 0-9])({'|'.join(SPLIT_OF)})(?:[-._ 0-9]|$)", re.IGNORECASE)
+# Names in which people see a split too, such as train_images, seg_test or trainset
+SOUNDS_LIKE_A_SPLIT = re.compile(rf"(?:^|[-._ 0-9])({'|'.join(SPLIT_OF)})(?:set)?(?:[-._ 0-9]|$)", re.IGNORECASE)
 UNMENTIONED = ("thumbs.db", "desktop.ini", "readme", "readme.md", "readme.txt", "license", "license.txt")
 HINTS = {".zip": "unpack it", **{suffix: f"pip install {plugin[0]}" for suffix, plugin in PLUGINS.items()}}
-# What a run leaves in an output folder that is the folder of images too
+# What a run leaves in an output folder that is the folder of images too, besides the files in its manifest
+RUN_FOLDERS = re.compile(r"checkpoint-\d+.*|autoencoder|earlier-run")
+# The same for a run of a version without manifests
 RUN_ENTRIES = re.compile(
     r"checkpoint-\d+|samples|assets|logs|unet|scheduler|vae|text_encoder|tokenizer|latents|autoencoder|earlier-run|.*\.json|(metrics|timings)\.jsonl"
 )
@@ -50,7 +52,8 @@ class Listing:
     images: list[str] = field(default_factory=list)
     metadata: list[str] = field(default_factory=list)
     tables: list[str] = field(default_factory=list)
-    outputs: list[str] = field(default_factory=list)  # folders of runs
+    outputs: list[str] = field(default_factory=list)  # folders and files of runs
+    ours: set[str] = field(default_factory=set)  # what the manifests of our programs list
     unclear: list[str] = field(default_factory=list)  # folders that may be those of splits or those of classes
     left_out: collections.Counter = field(default_factory=collections.Counter)  # a description -> how many
 
@@ -135,18 +138,26 @@ def _entries(listing: Listing, name: str) -> list[os.DirEntry]:
             raise
         listing.left_out[f"{name}/ (cannot be read: {error.strerror})"] += 1
         return []
-    is_output = _holds_run(listing.path(name), {entry.name for entry in entries})
+    names = {entry.name for entry in entries}
+    is_output = _holds_run(listing.path(name), names)
     if is_output and name:
         listing.outputs.append(name)
         listing.left_out[f"{name}/ (the output of a run)"] += 1
         return []
+    ours = written_by_us(Path(listing.path(name))) if MANIFEST in names else set()
+    listing.ours |= {f"{name}/{one}" if name else one for one in ours}
     kept = []
     for entry in entries:
+        inner = f"{name}/{entry.name}" if name else entry.name
         if entry.name.startswith(".") or (entry.name.startswith("__") and entry.is_dir()):
             if _holds_images(entry):
                 listing.left_out[f"hidden {'folder' if entry.is_dir() else 'file'}"] += 1
-        elif is_output and RUN_ENTRIES.fullmatch(entry.name):
-            listing.outputs.append(entry.name)
+        elif inner in listing.ours or f"{inner}/" in listing.ours:
+            listing.outputs.append(inner)
+            if not is_output and entry.is_file():
+                listing.left_out[f"file that ddpm_hf wrote to {name or '.'}/"] += 1
+        elif is_output and (RUN_FOLDERS if ours else RUN_ENTRIES).fullmatch(entry.name):
+            listing.outputs.append(inner)
         else:
             kept.append(entry)
     return kept
@@ -214,7 +225,8 @@ def _unclear(folders: set[str]) -> list[str]:
     """Folders in one folder whose names sound like different splits."""
     together = collections.defaultdict(dict)
     for folder in sorted(folders):
-        heard = SOUNDS_LIKE_A_SPLIT.search(posixpath.basename(folder))
+        words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", posixpath.basename(folder))  # trainA, TrainImages
+        heard = SOUNDS_LIKE_A_SPLIT.search(words)
         if heard:
             together[posixpath.dirname(folder)][folder] = SPLIT_OF[heard[1].lower()]
     return next((list(found) for found in together.values() if len(set(found.values())) > 1), [])

@@ -146,6 +146,9 @@ def _unnamed_configurations(name: str, options: Options, named: dict[str, Any]) 
 def _of_kind(path: Path, options: Options) -> Source | None:
     """A folder of files of a kind that was asked for, or a configuration that was."""
     if options.kind not in (None, "imagefolder"):
+        listing = list_folder(path)
+        if listing.images and options.kind in KIND_OF.values():  # which `datasets` would read as tables
+            return _tables(path, listing, options, options.kind)
         return of_library(options.kind, options, True, data_dir=str(path))
     return of_library(str(path), options, True) if options.config_name is not None else None
 
@@ -241,15 +244,20 @@ def _refusing(source: Source, path: Path, unclear: list[str]) -> Source:
     return source._replace(read=read)
 
 
-def _tables(path: Path, listing: Listing, options: Options) -> Source:
-    """A folder of tables, as `datasets` reads it; without the outputs of runs, whose JSON files are tables too."""
-    if not listing.outputs and not glob.has_magic(listing.root):
+def _tables(path: Path, listing: Listing, options: Options, wanted: str | None = None) -> Source:
+    """A folder of tables, as `datasets` reads it; without the outputs of runs, whose JSON files are tables too.
+
+    Args:
+        wanted: the kind of the tables to read; by default all of them.
+    """
+    if wanted is None and not listing.outputs and not glob.has_magic(listing.root):
         return of_library(listing.root, options, True)
     from datasets.data_files import _get_data_files_patterns, resolve_pattern
     from datasets.load import infer_module_for_data_files
 
     def matching(pattern: str) -> list[str]:
-        found = resolve_pattern(pattern, glob.escape(listing.root), list(KIND_OF))
+        suffixes = [suffix for suffix, kind in KIND_OF.items() if wanted in (None, kind)]
+        found = resolve_pattern(pattern, glob.escape(listing.root), suffixes)
         outputs = [os.path.join(listing.path(name), "") for name in listing.outputs]
         return [file for file in found if not os.path.join(file, "").startswith(tuple(outputs))]
 

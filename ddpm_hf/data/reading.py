@@ -85,7 +85,8 @@ def _validation_rows(dataset: "OpenDataset", flags: DataFlags, rows: Rows) -> Ro
             f"--validation_steps requires held-out images, and {rows.name} has no validation split"
             f" (it has {', '.join(splits)}); {way_out}"
         )
-    if {"all", validation} & set(split_names(flags.dataset_split)):
+    # a single dataset that was saved as a split can be called `train`, and is that split all the same
+    if {"all", validation} & set(split_names(flags.dataset_split)) or list(splits) == [validation]:
         raise DataError(
             f"--dataset_split {flags.dataset_split} trains on the split {validation!r}, which --validation_steps would"
             f" validate on; {way_out}"
@@ -282,4 +283,4 @@ def _find_image_column(features: dict, columns: list[str], wanted: str | None, s
     found = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     if not found:
         raise DataError(f"no image column in {source}; name one of {', '.join(columns)} with --image_column")
-    return found[0]
+    return "image" if "image" in found else found[0]

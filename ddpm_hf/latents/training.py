@@ -99,6 +99,30 @@ def find_autoencoder_run(config: PipelineConfig) -> tuple[Path, dict] | None:
     return find_checkpoint(Path(config.output_dir) / AUTOENCODER, "latest", lambda line: None)
 
 
+def autoencoder_of(checkpoint: Path) -> Path:
+    """The folder of the autoencoder that a checkpoint's model was trained in: no other has the same latents.
+
+    Raises:
+        UsageError: there is none in the folder of the checkpoint's run.
+    """
+    run = checkpoint.resolve().parent
+    for name in (AUTOENCODER, "vae"):
+        if (run / name / "config.json").is_file():
+            return run / name
+    raise UsageError(
+        f"{checkpoint}: its UNet was trained in the latents of its run's autoencoder, and neither {run / AUTOENCODER}"
+        f" nor {run / 'vae'} is there; resume where the whole run lies"
+    )
+
+
+def take_over_autoencoder(checkpoint: Path, config: PipelineConfig, accelerator) -> None:
+    """Copy the autoencoder that a checkpoint's model was trained in into the output folder, where it is not there."""
+    folder = Path(config.output_dir) / AUTOENCODER
+    if accelerator.is_main_process and not (folder / "config.json").is_file():
+        save_model(load_autoencoder(str(autoencoder_of(checkpoint))), folder, within=folder)
+    accelerator.wait_for_everyone()
+
+
 def train_autoencoder(
     flags: AutoencoderFlags,
     config: PipelineConfig,

@@ -212,6 +212,8 @@ def describe_run(
     """
     local = config.train_data_dir or (config.dataset_name if os.path.exists(config.dataset_name or "") else None)
     settings = {name: value for name, value in public_settings(config).items() if name in shown}
+    if config.scale_lr and "learning_rate" in settings:  # the one that it trains with
+        settings["learning_rate"] *= plan.global_batch * plan.accumulation
     return {
         "dataset": {
             "name": Path(local).resolve().name if local else images.rows.name,

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTokenizer
 
 from ..common.errors import UsageError
 from ..data.batches import Images
@@ -87,16 +88,46 @@ def draw_blueprint(config, accelerator) -> Blueprint:
     return Blueprint(vae, text_encoder, tokenizer, unet, scheduler)
 
 
-def build(blueprint: Blueprint, vae: AutoencoderKL, images: Images, seed: int) -> Components:
-    """A new UNet in the latents of the autoencoder, with a new text encoder where none was given."""
+def build(
+    blueprint: Blueprint, vae: AutoencoderKL, images: Images, seed: int, checkpoint: Path | None = None
+) -> Components:
+    """A new UNet in the latents of the autoencoder, with a new text encoder where none was given.
+
+    Args:
+        checkpoint: of the run that goes on: its text encoder was trained with the tokenizer in the run's folder.
+
+    Raises:
+        UsageError: there is no tokenizer there.
+    """
     tokenizer, text_encoder = blueprint.tokenizer, blueprint.text_encoder
     if text_encoder is None:
-        tokenizer = fit_tokenizer(all_captions(images.dataset.captions, images.rows.name))
+        if checkpoint is None:
+            tokenizer = fit_tokenizer(all_captions(images.dataset.captions, images.rows.name))
+        else:
+            tokenizer = CLIPTokenizer.from_pretrained(part_of_run(checkpoint, "tokenizer", "tokenizer_config.json"))
         torch.manual_seed(seed)
         text_encoder = make_text_encoder(tokenizer, TEXT_WIDTH)
     torch.manual_seed(seed)
     unet = UNet2DConditionModel(**blueprint.unet)
     return Components(vae, text_encoder, tokenizer, unet, blueprint.scheduler, {"sampler": DDPMScheduler})
+
+
+def part_of_run(checkpoint: Path, name: str, *files: str) -> Path:
+    """The folder of a part that a checkpoint's networks were trained with, and that lies in the folder of its run.
+
+    Args:
+        files: that it must have.
+
+    Raises:
+        UsageError: there is no such folder.
+    """
+    run = checkpoint.resolve().parent
+    if all((run / name / file).is_file() for file in files):
+        return run / name
+    raise UsageError(
+        f"{checkpoint}: its networks were trained with the {name} of their run, which is not in {run}; resume where"
+        " the whole run lies"
+    )
 
 
 def save_tokenizer(tokenizer, output_dir: str | Path) -> None:

@@ -127,15 +127,22 @@ class OneLineParser(HfArgumentParser):
         parsed = vars(self.parse_args(words, argparse.Namespace(**{one.name: unset for one in fields})))
         return [one for one in fields if parsed[one.name] is not unset]
 
-    def decided(self, words: list[str]) -> set[str]:
-        """The names of the flags that these words set, and of those that say the same in another way."""
-        return {name for one in self.given(words) for name in (one.name, one.metadata.get("instead_of")) if name}
+    def replaced(self, words: list[str]) -> set[str]:
+        """The names of the flags that say in another way what these words set."""
+        values = vars(self.parse_args(words))
+        fields = [one for one in self.given(words) if values[one.name] not in one.metadata.get("joins", ())]
+        return {one.metadata["instead_of"] for one in fields if one.metadata.get("instead_of")}
 
     def below(self, values: dict[str, Any], source: str, words: list[str]) -> list[str]:
         """The words over weaker values: of these, those that the words do not decide."""
         self.tokens(values, source)  # what is wrong is said of all of them
-        decided, actions = self.decided(words), self._option_string_actions
-        weaker = {name: values[name] for name in values if actions[self.spelled(f"--{name}")].dest not in decided}
+        given, replaced = {one.name for one in self.given(words)}, self.replaced(words)
+        fields = {one.name: one for one in dataclasses.fields(self.dataclass_types[0])}
+        weaker = {}
+        for name, value in values.items():
+            field = fields[self._option_string_actions[self.spelled(f"--{name}")].dest]
+            if field.name not in given and (field.name not in replaced or value in field.metadata.get("joins", ())):
+                weaker[name] = value
         return self.tokens(weaker, source) + words
 
     def over(self, layers: list[tuple[str, dict]], words: list[str], decided: Iterable[str] = ()) -> list[str]:

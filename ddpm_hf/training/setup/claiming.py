@@ -10,10 +10,10 @@ from typing import Any
 from accelerate.utils import gather_object
 
 from ...common.arguments import APPLIED, FIXED, flags_that
-from ...common.checkpoints import list_checkpoints
+from ...common.checkpoints import checkpoint_step, list_checkpoints
 from ...common.errors import UsageError
 from ...common.layout import AUTOENCODER, KEPT_IN_PLACE, STEPS, TIMINGS, TRAINING_CONFIG, Entry
-from ...common.ownership import claim_files, has_manifest, run_files, some
+from ...common.ownership import claim_files, has_manifest, listed, run_files, some
 from ..checkpointing import find_checkpoint, made_by_diffusers, rotate_checkpoints
 from ..earlier_run import (
     cannot_be_moved,
@@ -62,7 +62,10 @@ def find_run(
     if config.resume_from_checkpoint:
         found = find_checkpoint(folder, config.resume_from_checkpoint, lambda line: log(accelerator, line))
         if found is None:
+            refuse_lost_checkpoints(folder)
             log(accelerator, f"no checkpoint in {folder} yet: training from the beginning")
+        else:
+            refuse_checkpoint_of_another_run(folder, found[0], ours)
         return found
     if ours and not config.overwrite_output_dir:
         raise UsageError(
@@ -71,6 +74,32 @@ def find_run(
         )
     refuse_to_remove_data(folder, ours, data)
     return None
+
+
+# What of a run is worth more than its logs
+MODELS = ("model_index.json", "config.json", f"{AUTOENCODER}/config.json")
+
+
+def refuse_lost_checkpoints(folder: Path) -> None:
+    """Raise UsageError for a run whose checkpoints somebody removed: from the beginning, it would lose its model."""
+    names = [name.removesuffix("/") for name in listed(folder) if checkpoint_step(folder / name) >= 0]
+    lost = [name for name in names if not any(folder.glob(f"{name}*"))]
+    if lost:
+        raise UsageError(
+            f"--resume_from_checkpoint latest: the checkpoints of the run in {folder} are gone ({some(lost)}); start"
+            f" from its weights with --pretrained_model_name_or_path {folder} and another --output_dir, or train anew"
+            " with --overwrite_output_dir"
+        )
+
+
+def refuse_checkpoint_of_another_run(folder: Path, checkpoint: Path, ours: Sequence[str]) -> None:
+    """Raise UsageError for a checkpoint from elsewhere where the output folder holds a run that would be lost."""
+    valuable = [name for name in ours if name in MODELS or name.startswith("checkpoint-")]
+    if valuable and checkpoint.resolve().parent != folder.resolve():
+        raise UsageError(
+            f"--resume_from_checkpoint {checkpoint} is of another run than that in --output_dir {folder}"
+            f" ({some(valuable)}); name another --output_dir, or go on there with --resume_from_checkpoint latest"
+        )
 
 
 def settle_earlier_run(folder: Path, accelerator) -> None:

@@ -32,6 +32,6 @@ def make_lr_scheduler(config: TrainingConfig, optimizer, total_steps: int):
     return get_scheduler(
         config.lr_scheduler,
         optimizer=optimizer,
-        num_warmup_steps=min(config.lr_warmup_steps, total_steps),
+        num_warmup_steps=min(config.lr_warmup_steps, total_steps),  # Diffusers' script would not reach the rate
         num_training_steps=total_steps,
     )

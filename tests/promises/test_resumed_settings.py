@@ -173,7 +173,7 @@ def test_each_flag_is_free_applied_or_fixed(kind, tmp_path):
         check_unchanged(changed, before)
         now = {**facts, "settings": settings_that_go_on(changed)}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("ddpm_hf.training.logs.log", lambda _, line: said.append(line))
+            patch.setattr("ddpm_hf.training.setup.claiming.log", lambda _, line: said.append(line))
             check_resumable((tmp_path, before), changed, model, now, speaker)
         assert bool(said) == (name in flags_that(config, APPLIED)), (name, said)
         assert all(f"{name} was" in line for line in said)

@@ -12,6 +12,7 @@ import train_unconditional
 from ddpm_hf.cli import classifier_training as classifier
 from ddpm_hf.cli.classifier_flags import ClassifierConfig, parse_classifier_flags
 from ddpm_hf.common.arguments import SECRET_FLAGS
+from ddpm_hf.common.errors import UsageError
 from ddpm_hf.training.needs import needs_of, without_effect
 from ddpm_hf.training.setup.settings import save_settings
 from tests.support.fixtures_unconditional import encoded, random_pixels, run_script, words, write_rows, write_unet
@@ -199,7 +200,7 @@ def test_a_revision_of_a_folder_is_none(tmp_path):
 def test_text_to_image_refuses_parts_of_a_checkpoint_without_one(flag):
     """Else a revision is recorded of a model that is trained from scratch."""
     config = train_text2image.parse(["--train_data_dir", "x", f"--{flag}", "v1"])
-    with pytest.raises(train_text2image.UsageError, match=f"--{flag} .* --pretrained_model_name_or_path"):
+    with pytest.raises(UsageError, match=f"--{flag} .* --pretrained_model_name_or_path"):
         config.check()
 
 

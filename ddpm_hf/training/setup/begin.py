@@ -40,10 +40,7 @@ def begin_training(
     for line in without_effect(config, accelerator.device.type, SECRET_FLAGS):
         log(accelerator, f"warning: {line}")
     if config.lr_warmup_steps > total_steps and "lr_warmup_steps" in config.given:
-        log(
-            accelerator,
-            f"warning: --lr_warmup_steps {config.lr_warmup_steps}: the warm-up takes all {total_steps} steps",
-        )
+        log(accelerator, f"the warm-up of --lr_warmup_steps {config.lr_warmup_steps} takes all {total_steps} steps")
     parts = parts or {"unet": model}
     state = TrainingState(
         model=model,

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import signal
 import sys
 
 import pytest
@@ -11,6 +12,8 @@ from tests.support import other_rounding
 
 # Tests run in several processes at once, and torch's threads would wait for each other.
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what runs in its background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 if os.environ.get("OTHER_ROUNDING"):
     other_rounding.install()
 

@@ -3,15 +3,18 @@
 import itertools
 import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from ..common.errors import UsageError
 from ..data import choose_caption
 from ..portable.pipeline_text2image_ddpm_hf import cut_off, tokenize
 
 START, END = "<|startoftext|>", "<|endoftext|>"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 LONGEST = 77  # tokens that CLIP reads, start and end included
 
 
@@ -67,6 +70,24 @@ def fit_tokenizer(captions: Iterable[str], vocabulary: int = 8192) -> CLIPTokeni
     tokenizer = CLIPTokenizer(vocab=vocab, merges=merges)
     longest = max(len(ids) for ids in tokenizer([*captions, ""]).input_ids)
     tokenizer.model_max_length = min(LONGEST, max(16, -(-longest // 8) * 8))
+    return tokenizer
+
+
+def read_tokenizer(folder: Path) -> CLIPTokenizer:
+    """The tokenizer of `fit_tokenizer` from where it was saved: it is saved again to the same bytes.
+
+    transformers' own `from_pretrained` keeps settings of the loading in the config.
+
+    Raises:
+        UsageError: it holds another tokenizer, or a damaged one.
+    """
+    try:
+        model, settings = (json.loads((folder / name).read_text(encoding="utf-8")) for name in TOKENIZER_FILES)
+        merges = [tuple(pair.split() if isinstance(pair, str) else pair) for pair in model["model"]["merges"]]
+        tokenizer = CLIPTokenizer(vocab=model["model"]["vocab"], merges=merges)
+        tokenizer.model_max_length = int(settings["model_max_length"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{folder} does not hold the tokenizer of a run ({type(error).__name__}: {error})") from error
     return tokenizer
 
 

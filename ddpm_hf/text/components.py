@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPTokenizer
 
 from ..common.errors import UsageError
 from ..data.batches import Images
@@ -17,7 +16,7 @@ from ..models.unet import text_unet_config
 from ..portable.pipeline_text2image_ddpm_hf import STABLE_DIFFUSION_SETTINGS
 from ..portable.scheduling_ddpm_hf import DDPMScheduler
 from ..training.logs import log
-from .captions import all_captions, fit_tokenizer, make_text_encoder
+from .captions import TOKENIZER_FILES, all_captions, fit_tokenizer, make_text_encoder, read_tokenizer
 
 TEXT_WIDTH = 128  # of a new text encoder
 
@@ -104,7 +103,7 @@ def build(
         if checkpoint is None:
             tokenizer = fit_tokenizer(all_captions(images.dataset.captions, images.rows.name))
         else:
-            tokenizer = CLIPTokenizer.from_pretrained(part_of_run(checkpoint, "tokenizer", "tokenizer_config.json"))
+            tokenizer = read_tokenizer(part_of_run(checkpoint, "tokenizer", *TOKENIZER_FILES))
         torch.manual_seed(seed)
         text_encoder = make_text_encoder(tokenizer, TEXT_WIDTH)
     torch.manual_seed(seed)

@@ -112,6 +112,7 @@ def test_a_text_model_goes_on_with_the_tokenizer_and_the_latents_that_it_learned
     run = train_text(shop, elsewhere, **flags)
     assert run.code == 0, run.err
     assert CLIPTokenizer.from_pretrained(elsewhere / "tokenizer").get_vocab() == ids
+    assert contents(elsewhere / "tokenizer") == contents(tmp_path / "run/tokenizer")
     assert (elsewhere / "vae" / weights).read_bytes() == vae
 
     shutil.copytree(tmp_path / "run/checkpoint-2", tmp_path / "alone/checkpoint-2")

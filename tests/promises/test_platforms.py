@@ -29,7 +29,7 @@ def test_cores_are_counted_where_the_system_tells_no_affinity(monkeypatch):
 
 PAGE_FAULTS = """
 import resource, sys, torch
-from ddpm_hf.training.machine import keep_freed_memory
+from ddpm_hf.common.machine import keep_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

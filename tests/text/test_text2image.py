@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 
 import ddpm_hf
 import train_text2image
+from ddpm_hf.common.errors import UsageError
 from ddpm_hf.common.ownership import MANIFEST
 from ddpm_hf.common.pictures import image_grid
 from ddpm_hf.common.randomness import StepKeys
@@ -1211,7 +1212,7 @@ def test_a_missing_revision_of_the_raw_weights_is_named(shop, tmp_path):
             mock.patch.object(
                 train_text2image.TextToImageDDPMPipeline, "from_pretrained", return_value=tiny_text_pipeline()
             ),
-            pytest.raises(train_text2image.UsageError, match="raw"),
+            pytest.raises(UsageError, match="raw"),
         ):
             train_text2image.load_checkpoint_components(config)
 

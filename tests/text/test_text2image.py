@@ -398,7 +398,8 @@ def test_resuming_is_never_having_stopped(case, trained, shop, tmp_path):
     shutil.copytree(whole / "checkpoint-4", resumed / "checkpoint-4")
     shutil.copy(whole / "metrics.jsonl", resumed)  # with lines that were logged after the checkpoint
     if start == "scratch":
-        shutil.copytree(whole / "autoencoder", resumed / "autoencoder")
+        for name in ("autoencoder", "tokenizer"):
+            shutil.copytree(whole / name, resumed / name)
     run = train(start, shop, resumed, resume_from_checkpoint="latest", checkpointing_steps=4, **flags)
     assert "not an exact continuation" not in run.err
     assert_same_run(resumed, whole)

@@ -509,7 +509,7 @@ def test_resume_from_checkpoint(base, tmp_path):
     # Breaks if a resumed run starts over, or ends elsewhere than one that never stopped.
     flags = {**base, "checkpointing_steps": 1, "use_ema": True}
     whole = observe(flags, tmp_path / "whole")
-    for number, checkpoint in enumerate(("latest", "checkpoint-3", tmp_path / "whole" / "checkpoint-3")):
+    for number, checkpoint in enumerate(("latest", "checkpoint-3", tmp_path / "again-2" / "checkpoint-3")):
         folder = tmp_path / f"again-{number}"
         shutil.copytree(tmp_path / "whole", folder)
         shutil.rmtree(folder / "checkpoint-4")

@@ -23,10 +23,21 @@ def load_autoencoder(
             options["subfolder"] = "vae"
         if config.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
             raise ValueError(f"it is a {config['_class_name']}")
-        return AutoencoderKL.from_pretrained(name_or_path, use_safetensors=True, **options)
+        return in_own_memory(AutoencoderKL.from_pretrained(name_or_path, use_safetensors=True, **options))
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         reason = why_not_loaded(error)
         raise UsageError(f"--vae_name_or_path {name_or_path}: no AutoencoderKL there ({reason})") from error
+
+
+def in_own_memory(model: AutoencoderKL) -> AutoencoderKL:
+    """The model with its weights in memory of their own, and no longer where safetensors has mapped the file.
+
+    Kernels round by the alignment of weights: a run that is resumed, and loads what it had trained before, then
+    computes the same to the bit.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
+    return model
 
 
 def downscaling(vae: AutoencoderKL) -> int:

@@ -167,6 +167,7 @@ def test_resuming_a_finished_run_changes_nothing(world, tmp_path):
     assert_same_run(tmp_path / "again", whole)
 
 
+@pytest.mark.skipif("OTHER_ROUNDING" in os.environ, reason="a process of its own rounds as this machine does")
 def test_a_signal_saves_and_ends_and_the_run_goes_on(world, tmp_path):
     """Else a job that its queue ends loses what it trained, or counts as failed; in a process of its own."""
     flags = {"max_train_steps": 80, "logging_steps": 1, "use_ema": True}

@@ -95,6 +95,7 @@ from ddpm_hf.text.prepare import (
     log_cut_texts,
 )
 from ddpm_hf.training.ending import ends_in_one_line
+from ddpm_hf.training.faults import must_write
 from ddpm_hf.training.logs import end_training, log, start_trackers
 from ddpm_hf.training.loop import training_loop
 from ddpm_hf.training.meter import Losses, sum_over_ranks
@@ -221,7 +222,7 @@ def train(config: Text2ImageConfig) -> None:
     config.seed = agree_on_seed(config, begun and begun[1])
     check_unchanged(config, begun and begun[1])
     if new_autoencoder and found is not None:
-        autoencoder_of(found[0])
+        autoencoder_of(found[0], config.output_dir)
     checkpoint = load_checkpoint_components(config) if config.pretrained_model_name_or_path else None
     if checkpoint is not None:
         size = checkpoint.unet.config.sample_size, downscaling(checkpoint.vae)
@@ -265,7 +266,7 @@ def train(config: Text2ImageConfig) -> None:
     batches = rehearse(config, accelerator, state, plan, batches, loss_of)
     lines = describe(config, images, plan, total_steps, model, accelerator)
     if config.dry_run:
-        if new_autoencoder:
+        if new_autoencoder and found is None:
             own = start_accelerator(config)
             train_autoencoder(config, config, images, channels, config.size(), own, rehearse_only=True)
         lines |= measure_pace(config, accelerator, state, plan, batches, loss_of, total_steps)
@@ -274,8 +275,7 @@ def train(config: Text2ImageConfig) -> None:
 
     claim_output_dir(config, accelerator, written, state.step)
     start_trackers(config, accelerator, Path(__file__).stem)
-    if accelerator.is_main_process:
-        save_settings(config)
+    must_write(accelerator, lambda: save_settings(config), "training_config.json")
     log(accelerator, table(lines))
     if new_autoencoder and found is not None:
         take_over_autoencoder(found[0], config, accelerator)
@@ -290,8 +290,8 @@ def train(config: Text2ImageConfig) -> None:
         images, null_embedding = cached(images, config, components, accelerator)
         batches = make_batches(images, config, config, plan, state.step, accelerator)
     tokenize(components.tokenizer, [""])  # it is saved as it was last used, which a run that only saves it did not
-    if checkpoint is None and accelerator.is_main_process:
-        save_tokenizer(components.tokenizer, config.output_dir)
+    if checkpoint is None:
+        must_write(accelerator, lambda: save_tokenizer(components.tokenizer, config.output_dir), "the tokenizer")
 
     shared = {"config": config, "accelerator": accelerator, "components": components, "null_embedding": null_embedding}
     pipeline_of = functools.partial(make_pipeline, components=components)

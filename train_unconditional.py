@@ -138,6 +138,7 @@ from ddpm_hf.portable.pipeline_ddpm_hf import DDPMPipeline
 from ddpm_hf.portable.scheduling_ddpm_hf import DDPMScheduler
 from ddpm_hf.publishing.publisher import Publisher, describe_run, reserve_repository
 from ddpm_hf.training.ending import ends_in_one_line
+from ddpm_hf.training.faults import must_write
 from ddpm_hf.training.logs import end_training, log, start_trackers
 from ddpm_hf.training.loop import training_loop
 from ddpm_hf.training.meter import Losses, sum_over_ranks
@@ -365,8 +366,7 @@ def train(config: UnconditionalConfig) -> None:
         return
     claim_output_dir(config, accelerator, written, state.step)
     start_trackers(config, accelerator, Path(__file__).stem)
-    if accelerator.is_main_process:
-        save_settings(config)
+    must_write(accelerator, lambda: save_settings(config), "training_config.json")
     log(accelerator, table(lines))
     if config.cache_latents:
         latents = cached_latents(images.dataset, vae, config.cache_folder(), accelerator)

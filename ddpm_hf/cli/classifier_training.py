@@ -22,6 +22,7 @@ from ..models.unet import time_blindness
 from ..objectives.timestep_samplers import UniformTimestepSampler
 from ..portable.scheduling_ddpm_hf import DDPMScheduler
 from ..training.ending import ends_in_one_line
+from ..training.faults import must_write
 from ..training.logs import end_training, log, start_trackers
 from ..training.loop import training_loop
 from ..training.meter import Losses, sum_over_ranks
@@ -140,8 +141,7 @@ def train(config: ClassifierConfig) -> None:
         return
     claim_output_dir(config, accelerator, written, state.step)
     start_trackers(config, accelerator, "train_classifier")
-    if accelerator.is_main_process:
-        save_settings(config)
+    must_write(accelerator, lambda: save_settings(config), "training_config.json")
     log(accelerator, table(lines))
 
     finished = training_loop(
@@ -161,8 +161,9 @@ def train(config: ClassifierConfig) -> None:
     )
     if finished:
         with averaged_weights(state, unwrap(accelerator, state.model)) as trained:
-            if accelerator.is_main_process:
-                save_model(trained, config.output_dir, within=config.output_dir)
+            must_write(
+                accelerator, lambda: save_model(trained, config.output_dir, within=config.output_dir), "the classifier"
+            )
         log(accelerator, f"saved to {config.output_dir}: NoisyClassifier.from_pretrained({config.output_dir!r})")
     guide = shlex.join(["ddpm-hf", "sample", "MODEL", "--class", names[0], "--classifier", config.output_dir])
     log(accelerator, ending(config, state, CLASSIFIER_PROGRAM, finished, looks=guide))

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from .errors import UsageError
 from .files import flush, flush_tree, write_whole
 
 MANIFEST = "manifest.json"
@@ -80,6 +81,26 @@ def discard(folder: Path) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
         os.replace(folder, doomed)
     shutil.rmtree(doomed)
+
+
+def part_of_run(checkpoint: Path, what: str, *files: str) -> Path:
+    """The folder of a part that a checkpoint's networks were trained with, and that lies in the folder of its run.
+
+    Args:
+        what: the part, for the message.
+        files: of the part, as paths in the folder of the run; where there are several, the first that exists counts.
+
+    Raises:
+        UsageError: there is none of them.
+    """
+    run = checkpoint.resolve().parent
+    for name in files:
+        if (run / name).is_file():
+            return (run / name).parent
+    raise UsageError(
+        f"{checkpoint}: its networks were trained with the {what} of their run, which is not in {run}; resume where"
+        " the whole run is"
+    )
 
 
 def seal(partial: Path, final: Path, state: dict[str, Any]) -> None:

@@ -9,13 +9,15 @@ from typing import Any, NamedTuple
 
 from .checkpoints import SETTINGS, is_sealed
 
-RUN_FILE, RESULTS_FILE, METRICS_FILE = "run.json", "evaluation.json", "metrics.jsonl"
+RUN_FILE, RESULTS_FILE = "run.json", "evaluation.json"
+METRICS_FILE, TIMINGS_FILE = "metrics.jsonl", "timings.jsonl"
 SAMPLES, CHAIN, LOSS_CURVE = "assets/samples.png", "assets/chain.png", "assets/loss.png"
 EARLIER = "earlier-run"  # where a run that is being replaced waits
 AUTOENCODER = "autoencoder"  # the folder of a run of its own, within that of the model that it is for
 
 
 def json_or_none(path: Path) -> Any:
+    """What a JSON file holds; None where it cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -84,8 +86,8 @@ class Entry(NamedTuple):
 
 CHECKPOINT = Entry("checkpoint-#/", recognised=is_sealed)
 TRAINING_CONFIG = Entry(SETTINGS, recognised=_has("output_dir", "checkpointing_steps"))
-STEPS = Entry("metrics.jsonl", published=True, recognised=_logs("step", "epoch"))
-TIMINGS = Entry("timings.jsonl", recognised=_logs("step", "seconds"))
+STEPS = Entry(METRICS_FILE, published=True, recognised=_logs("step", "epoch"))
+TIMINGS = Entry(TIMINGS_FILE, recognised=_logs("step", "seconds"))
 GRIDS = "samples/step-#.png"
 TRAINING = (
     CHECKPOINT,
@@ -104,12 +106,10 @@ PIPELINE = (
         Entry(f"{name}_ddpm_hf.py", published=True)
         for name in ("hub", "guidance", "sampling", "scheduling", "schedules", "operators")
     ),
-    Entry("run.json", published=True, recognised=_has("sessions")),
-    Entry("evaluation.json", published=True, recognised=_is_results),
+    Entry(RUN_FILE, published=True, recognised=_has("sessions")),
+    Entry(RESULTS_FILE, published=True, recognised=_is_results),
     Entry("README.md", published=True, recognised=_is_card),
-    Entry("assets/samples.png", published=True),
-    Entry("assets/chain.png", published=True),
-    Entry("assets/loss.png", published=True),
+    *(Entry(picture, published=True) for picture in (SAMPLES, CHAIN, LOSS_CURVE)),
 )
 # Of a single model, and of each component of a pipeline
 WEIGHTS = ("diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model*.index*.json")

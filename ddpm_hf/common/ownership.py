@@ -123,11 +123,6 @@ def has_manifest(folder: Path) -> bool:
     return bool(listed(folder))
 
 
-def written_by_us(folder: Path) -> set[str]:
-    """All that a folder's manifest lists, of any of our programs; a folder's name ends with a slash."""
-    return {name for part in load_manifest(folder).get("files", {}).values() for name in part}
-
-
 def _listed_or_recognised(folder: Path) -> list[str]:
     if not has_manifest(folder):
         return recognise(folder)

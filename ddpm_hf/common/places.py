@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-MODEL_INDEX, MODEL_CONFIG, MANIFEST = "model_index.json", "config.json", "manifest.json"
+MODEL_INDEX, MODEL_CONFIG = "model_index.json", "config.json"
 UNET_FOLDERS = ("unet_ema", "unet")  # of a checkpoint, the averaged weights first
 OTHER_WEIGHTS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".pkl")
 

@@ -17,7 +17,7 @@ import datasets
 import pyarrow as pa
 
 from ..common.errors import DataError
-from ..common.ownership import MANIFEST, has_manifest, written_by_us
+from ..common.ownership import MANIFEST, RUN, load_manifest
 from .formats import PLUGINS, begins_like_an_image, image_suffixes, suffix_of
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
@@ -34,7 +34,7 @@ SOUNDS_LIKE_A_SPLIT = re.compile(rf"(?:^|[-._ 0-9])({'|'.join(SPLIT_OF)})(?:set)
 UNMENTIONED = ("thumbs.db", "desktop.ini", "readme", "readme.md", "readme.txt", "license", "license.txt")
 HINTS = {".zip": "unpack it", **{suffix: f"pip install {plugin[0]}" for suffix, plugin in PLUGINS.items()}}
 # What a run leaves in an output folder that is the folder of images too, besides the files in its manifest
-RUN_FOLDERS = re.compile(r"checkpoint-\d+.*|autoencoder|earlier-run")
+RUN_FOLDERS = re.compile(r"checkpoint-\d+(\.superseded|\.partial)+|earlier-run")
 # The same for a run of a version without manifests
 RUN_ENTRIES = re.compile(
     r"checkpoint-\d+|samples|assets|logs|unet|scheduler|vae|text_encoder|tokenizer|latents|autoencoder|earlier-run|.*\.json|(metrics|timings)\.jsonl"
@@ -139,12 +139,13 @@ def _entries(listing: Listing, name: str) -> list[os.DirEntry]:
         listing.left_out[f"{name}/ (cannot be read: {error.strerror})"] += 1
         return []
     names = {entry.name for entry in entries}
-    is_output = _holds_run(listing.path(name), names)
+    manifest = load_manifest(Path(listing.path(name))).get("files", {}) if MANIFEST in names else {}
+    is_output = bool(manifest.get(RUN)) or _held_a_run(listing.path(name), names)
     if is_output and name:
         listing.outputs.append(name)
         listing.left_out[f"{name}/ (the output of a run)"] += 1
         return []
-    ours = written_by_us(Path(listing.path(name))) if MANIFEST in names else set()
+    ours = {one for part in manifest.values() for one in part}
     listing.ours |= {f"{name}/{one}" if name else one for one in ours}
     kept = []
     for entry in entries:
@@ -163,10 +164,8 @@ def _entries(listing: Listing, name: str) -> list[os.DirEntry]:
     return kept
 
 
-def _holds_run(folder: str, names: set[str]) -> bool:
-    """Whether a folder is the output of a run: its manifest says so, or it has settings and log, or a checkpoint."""
-    if MANIFEST in names and has_manifest(Path(folder)):
-        return True
+def _held_a_run(folder: str, names: set[str]) -> bool:
+    """Whether a folder is the output of a run without a manifest: it has settings and log, or a checkpoint."""
     if "training_config.json" in names and names & {"run.json", "metrics.jsonl"}:
         return True
     checkpoints = [name for name in names if re.fullmatch(r"checkpoint-\d+", name)]

@@ -146,8 +146,8 @@ def _unnamed_configurations(name: str, options: Options, named: dict[str, Any]) 
 def _of_kind(path: Path, options: Options) -> Source | None:
     """A folder of files of a kind that was asked for, or a configuration that was."""
     if options.kind not in (None, "imagefolder"):
-        listing = list_folder(path)
-        if listing.images and options.kind in KIND_OF.values():  # which `datasets` would read as tables
+        listing = list_folder(path) if path.is_dir() and options.kind in KIND_OF.values() else None
+        if listing and listing.images:  # which `datasets` would read as tables
             return _tables(path, listing, options, options.kind)
         return of_library(options.kind, options, True, data_dir=str(path))
     return of_library(str(path), options, True) if options.config_name is not None else None

@@ -5,8 +5,9 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..common.checkpoints import MANIFEST
 from ..common.errors import why_not_loaded
-from ..common.places import MANIFEST, MODEL_CONFIG, MODEL_INDEX, UNET_FOLDERS, find_place
+from ..common.places import MODEL_CONFIG, MODEL_INDEX, UNET_FOLDERS, find_place
 from ..models.sources import find_source
 from . import kinds
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 
+from ..common.checkpoints import part_of_run
 from ..common.errors import UsageError
 from ..common.layout import AUTOENCODER, layout
 from ..common.ownership import claim_files
@@ -19,6 +20,7 @@ from ..models.saving import save_model
 from ..objectives.gaussians import mean_flat
 from ..training.checkpointing import find_checkpoint
 from ..training.earlier_run import remove_unfinished
+from ..training.faults import must_write
 from ..training.flags import PipelineConfig
 from ..training.logs import log, track_image
 from ..training.loop import training_loop
@@ -28,6 +30,7 @@ from ..training.setup.begin import begin_training, run_facts
 from ..training.setup.claiming import check_resumable, check_unchanged, claim_output_dir, find_run
 from ..training.state import averaged_weights, unwrap
 from .autoencoder import make_autoencoder
+from .cache import network_digest
 from .flags import AutoencoderFlags
 
 
@@ -99,28 +102,27 @@ def find_autoencoder_run(config: PipelineConfig) -> tuple[Path, dict] | None:
     return find_checkpoint(Path(config.output_dir) / AUTOENCODER, "latest", lambda line: None)
 
 
-def autoencoder_of(checkpoint: Path) -> Path:
+def autoencoder_of(checkpoint: Path, output_dir: str | Path) -> Path:
     """The folder of the autoencoder that a checkpoint's model was trained in: no other has the same latents.
 
     Raises:
-        UsageError: there is none in the folder of the checkpoint's run.
+        UsageError: there is none in the folder of the checkpoint's run, or the output folder holds another one.
     """
-    run = checkpoint.resolve().parent
-    for name in (AUTOENCODER, "vae"):
-        if (run / name / "config.json").is_file():
-            return run / name
-    raise UsageError(
-        f"{checkpoint}: its UNet was trained in the latents of its run's autoencoder, and neither {run / AUTOENCODER}"
-        f" nor {run / 'vae'} is there; resume where the whole run lies"
-    )
+    there = part_of_run(checkpoint, "autoencoder", f"{AUTOENCODER}/config.json", "vae/config.json")
+    here = Path(output_dir).resolve() / AUTOENCODER
+    if here == there or not (here / "config.json").is_file():
+        return there
+    if len({network_digest(load_autoencoder(str(folder))) for folder in (here, there)}) > 1:
+        raise UsageError(f"{here} is another autoencoder than that of {checkpoint}; name another --output_dir")
+    return there
 
 
 def take_over_autoencoder(checkpoint: Path, config: PipelineConfig, accelerator) -> None:
-    """Copy the autoencoder that a checkpoint's model was trained in into the output folder, where it is not there."""
+    """Copy the autoencoder of a checkpoint's run into the output folder, if it has none. All ranks take part."""
     folder = Path(config.output_dir) / AUTOENCODER
-    if accelerator.is_main_process and not (folder / "config.json").is_file():
-        save_model(load_autoencoder(str(autoencoder_of(checkpoint))), folder, within=folder)
-    accelerator.wait_for_everyone()
+    if not (folder / "config.json").is_file():
+        vae = load_autoencoder(str(autoencoder_of(checkpoint, config.output_dir)))
+        must_write(accelerator, lambda: save_model(vae, folder, within=folder), "the autoencoder")
 
 
 def train_autoencoder(
@@ -205,8 +207,6 @@ def train_autoencoder(
     trained.eval().requires_grad_(False)
     scale = measure_scaling_factor(trained, images, config.eval_batch_size, config.seed)
     trained.register_to_config(scaling_factor=scale)
-    if accelerator.is_main_process:
-        save_model(trained, folder, within=folder)
-    accelerator.wait_for_everyone()
+    must_write(accelerator, lambda: save_model(trained, folder, within=folder), "the autoencoder")
     log(accelerator, f"autoencoder saved to {folder}, scaling factor {scale}")
     return trained

@@ -8,8 +8,8 @@ import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from ..common.checkpoints import MANIFEST
 from ..common.places import (
-    MANIFEST,
     MODEL_CONFIG,
     MODEL_INDEX,
     OTHER_WEIGHTS,

@@ -3,8 +3,9 @@
 The names are imported when they are first used, so that `--help`, which needs the flags alone, is quick.
 """
 
-import importlib
 from typing import TYPE_CHECKING
+
+from ..common.lazy import handed_on
 
 if TYPE_CHECKING:
     from .bound import VariationalTerms as VariationalTerms
@@ -22,31 +23,27 @@ if TYPE_CHECKING:
     from .timestep_samplers import UniformTimestepSampler as UniformTimestepSampler
 
 _HOMES = {
-    "VariationalTerms": "bound",
-    "prior_bpd": "bound",
-    "vb_terms_bpd": "bound",
-    "LOSS_TYPES": "losses",
-    "OBJECTIVES": "losses",
-    "LossOptions": "losses",
-    "check_objective": "losses",
-    "min_snr_weights": "losses",
-    "simple_losses": "losses",
-    "training_losses": "losses",
-    "TIMESTEP_SAMPLERS": "timestep_samplers",
-    "LossSecondMomentSampler": "timestep_samplers",
-    "UniformTimestepSampler": "timestep_samplers",
+    ".bound": (
+        "VariationalTerms",
+        "prior_bpd",
+        "vb_terms_bpd",
+    ),
+    ".losses": (
+        "LOSS_TYPES",
+        "OBJECTIVES",
+        "LossOptions",
+        "check_objective",
+        "min_snr_weights",
+        "simple_losses",
+        "training_losses",
+    ),
+    ".timestep_samplers": (
+        "TIMESTEP_SAMPLERS",
+        "LossSecondMomentSampler",
+        "UniformTimestepSampler",
+    ),
 }
+__all__ = [name for names in _HOMES.values() for name in names]
 
-__all__ = [*_HOMES]
-
-
-if not TYPE_CHECKING:
-
-    def __getattr__(name: str):
-        if name not in _HOMES:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
-
-
-def __dir__():
-    return sorted([*globals(), *__all__])
+if not TYPE_CHECKING:  # else type checkers take any name for one of ours
+    __getattr__, __dir__ = handed_on(__name__, _HOMES)

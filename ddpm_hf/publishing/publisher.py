@@ -18,6 +18,7 @@ from ..models.saving import save_half_precision, save_model, save_pipeline
 from ..training.averaging import raw_weights
 from ..training.flags import PipelineConfig
 from ..training.logs import log
+from ..training.setup.optimizer import scaled_learning_rate
 from ..training.setup.settings import public_settings
 from . import hub
 from .card.facts import read_facts
@@ -212,8 +213,8 @@ def describe_run(
     """
     local = config.train_data_dir or (config.dataset_name if os.path.exists(config.dataset_name or "") else None)
     settings = {name: value for name, value in public_settings(config).items() if name in shown}
-    if config.scale_lr and "learning_rate" in settings:  # the one that it trains with
-        settings["learning_rate"] *= plan.global_batch * plan.accumulation
+    if "learning_rate" in settings:
+        settings["learning_rate"] = scaled_learning_rate(config, plan.world)
     return {
         "dataset": {
             "name": Path(local).resolve().name if local else images.rows.name,

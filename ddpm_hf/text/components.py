@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
+from ..common.checkpoints import part_of_run
 from ..common.errors import UsageError
 from ..data.batches import Images
 from ..inference.components import Components, load_text_encoder
@@ -103,30 +104,12 @@ def build(
         if checkpoint is None:
             tokenizer = fit_tokenizer(all_captions(images.dataset.captions, images.rows.name))
         else:
-            tokenizer = read_tokenizer(part_of_run(checkpoint, "tokenizer", *TOKENIZER_FILES))
+            tokenizer = read_tokenizer(part_of_run(checkpoint, "tokenizer", f"tokenizer/{TOKENIZER_FILES[0]}"))
         torch.manual_seed(seed)
         text_encoder = make_text_encoder(tokenizer, TEXT_WIDTH)
     torch.manual_seed(seed)
     unet = UNet2DConditionModel(**blueprint.unet)
     return Components(vae, text_encoder, tokenizer, unet, blueprint.scheduler, {"sampler": DDPMScheduler})
-
-
-def part_of_run(checkpoint: Path, name: str, *files: str) -> Path:
-    """The folder of a part that a checkpoint's networks were trained with, and that lies in the folder of its run.
-
-    Args:
-        files: that it must have.
-
-    Raises:
-        UsageError: there is no such folder.
-    """
-    run = checkpoint.resolve().parent
-    if all((run / name / file).is_file() for file in files):
-        return run / name
-    raise UsageError(
-        f"{checkpoint}: its networks were trained with the {name} of their run, which is not in {run}; resume where"
-        " the whole run lies"
-    )
 
 
 def save_tokenizer(tokenizer, output_dir: str | Path) -> None:

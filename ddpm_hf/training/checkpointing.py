@@ -1,5 +1,6 @@
 """Checkpoints that are complete or absent: each is written to a scratch folder and renamed; then old ones go."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from ..common.checkpoints import (
 )
 from ..common.errors import UsageError
 from ..common.files import flush
+from ..common.layout import METRICS_FILE, TIMINGS_FILE
 from ..common.ownership import claim_files, release_files
 from .earlier_run import let_go, replaces
 from .faults import attempt, warn
@@ -158,7 +160,7 @@ def load_tensors(directory: Path, states: dict[str, Any]) -> None:
         item.load_state_dict(load_file(path))
 
 
-LOGS = ("metrics.jsonl", "timings.jsonl")
+LOGS = (METRICS_FILE, TIMINGS_FILE)
 
 
 def save_checkpoint(accelerator, state: TrainingState, output_dir: Path, limit: int | None) -> str | None:
@@ -199,6 +201,8 @@ def save_checkpoint(accelerator, state: TrainingState, output_dir: Path, limit: 
     fault = fault or attempt(accelerator, finish)
     if fault is not None and accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):  # nor may the disk take a new manifest
+            release_files(output_dir, [f"{final.name}/"])
     if fault is None:
         remove_earlier_run(accelerator, output_dir)
         rotate_checkpoints(accelerator, output_dir, limit)

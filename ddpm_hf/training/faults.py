@@ -12,6 +12,8 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
+from ..common.errors import RunError
+
 OUT_OF_MEMORY = (
     "out of memory: make --train_batch_size smaller (--gradient_accumulation_steps makes up for it), add"
     " --gradient_checkpointing or --mixed_precision bf16; where a grid was sampled, make --eval_batch_size smaller"
@@ -77,6 +79,23 @@ def attempt(accelerator, action: Callable[[], object], on_all: bool = False) -> 
             if fault is None:
                 raise
     return next((one for one in gather_object([fault]) if one), None)
+
+
+def must_write(accelerator, action: Callable[[], object], what: str) -> None:
+    """`attempt` to write what the run depends on.
+
+    Raises:
+        RunError: it cannot be written; on all ranks.
+    """
+    fault = attempt(accelerator, action)
+    if fault is not None:
+        end_unwritten(accelerator, what, fault)
+
+
+def end_unwritten(accelerator, what: str, fault: str) -> None:
+    """Raise RunError on all ranks: something that the run depends on could not be written."""
+    error = RunError(f"{what} cannot be written ({fault}); make room")
+    end_together(accelerator, error if accelerator.is_main_process else None)
 
 
 def track(accelerator, action: Callable[[object], object]) -> None:

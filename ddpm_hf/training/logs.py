@@ -9,7 +9,7 @@ from accelerate.utils import gather_object
 
 from ..common.errors import UsageError
 from ..common.ownership import claim_files
-from .faults import end_together, track
+from .faults import end_together, must_write, track
 from .flags import TrainingConfig
 from .setup.settings import public_settings
 
@@ -41,8 +41,11 @@ def start_trackers(config: TrainingConfig, accelerator, default_project: str) ->
         reason = next(one for one in reasons if one)
         error = UsageError(f"--logger {config.logger} does not start ({reason}); mend that, or pass --logger none")
         end_together(accelerator, error if accelerator.is_main_process else None)
-    if accelerator.is_main_process:
+
+    def claim():
         claim_files(config.output_dir, sorted(log_files(config, project) - before))
+
+    must_write(accelerator, claim, "the list of the run's files")
 
 
 def log_files(config: TrainingConfig, project: str) -> set[str]:

@@ -13,10 +13,10 @@ import torch
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from ..common.errors import RunError
+from ..common.layout import METRICS_FILE, TIMINGS_FILE
 from .checkpointing import save_checkpoint
 from .earlier_run import replaces
-from .faults import attempt, end_together, track, warn
+from .faults import attempt, end_unwritten, track, warn
 from .flags import TrainingConfig
 from .reporting import Progress
 from .state import TrainingState, averaged_weights
@@ -78,13 +78,13 @@ class TrainingOutput:
         timing = {"seconds": round(seconds, 3), "images_per_second": round(rate, 1)}
         state.figures |= self.progress.figures(epoch, record, state.lr_scheduler.get_last_lr()[0], rate)
         record = {"step": state.step, "epoch": epoch, **record}
-        fault = attempt(self.accelerator, lambda: append_jsonl(self.folder / "metrics.jsonl", record))
-        self.report(fault, "metrics.jsonl", last=True)
-        if "timings.jsonl" not in state.given_up:
+        fault = attempt(self.accelerator, lambda: append_jsonl(self.folder / METRICS_FILE, record))
+        self.report(fault, METRICS_FILE, last=True)
+        if TIMINGS_FILE not in state.given_up:
             timings = {"step": state.step, **timing}
-            fault = attempt(self.accelerator, lambda: append_jsonl(self.folder / "timings.jsonl", timings))
-            self.report(fault, "timings.jsonl", last=False)
-            state.given_up |= {"timings.jsonl"} if fault else set()
+            fault = attempt(self.accelerator, lambda: append_jsonl(self.folder / TIMINGS_FILE, timings))
+            self.report(fault, TIMINGS_FILE, last=False)
+            state.given_up |= {TIMINGS_FILE} if fault else set()
         scalars = {name: value for name, value in record.items() if name != "step"}
         track(self.accelerator, lambda tracker: tracker.log({**scalars, **timing}, step=state.step))
         self.since, self.samples = time.perf_counter(), 0
@@ -125,8 +125,7 @@ class TrainingOutput:
             RunError: the run's end depends on it.
         """
         if fault is not None and last:
-            error = RunError(f"{what} cannot be written ({fault}); make room")
-            end_together(self.accelerator, error if self.accelerator.is_main_process else None)
+            end_unwritten(self.accelerator, what, fault)
         if fault is not None:
             warn(self.accelerator, f"{what} cannot be written ({fault}); training goes on")
 
@@ -137,9 +136,7 @@ class TrainingOutput:
     def save_before_exit(self) -> None:
         """A checkpoint of a run that ends early, unless this step is on disk."""
         if self.state.step > self.saved:
-            limit = self.config.checkpoints_total_limit
-            fault = save_checkpoint(self.accelerator, self.state, self.folder, limit)
-            self.report(fault, f"checkpoint-{self.state.step}", last=True)
+            self.save_checkpoint(last=True)
 
     def say_how_to_go_on(self, why: str, given_back: bool) -> None:
         """The line of a run that was stopped.

@@ -1,11 +1,17 @@
 """Resuming where something of the run is gone, or another run lies: nothing is lost, and nothing is made up."""
 
+import contextlib
+import errno
 import json
 import shutil
+from unittest import mock
 
 import pytest
+from diffusers import AutoencoderKL
 from transformers import CLIPTokenizer
 
+from ddpm_hf.common.ownership import claim_files, listed
+from ddpm_hf.training.output import TrainingOutput
 from tests.support.fixtures_text import run_text_script, write_captioned, write_text_unet
 from tests.support.fixtures_unconditional import (
     BASE,
@@ -48,7 +54,7 @@ def finished(shop, tmp_path):
     return tmp_path / "run"
 
 
-def test_a_model_outlives_its_checkpoints(finished, shop):
+def test_a_model_outlives_its_checkpoints(finished, shop, tmp_path):
     """Else `latest`, in a folder whose checkpoints were removed to save space, trains over the finished model."""
     for path in finished.glob("checkpoint-*"):
         shutil.rmtree(path)
@@ -57,8 +63,24 @@ def test_a_model_outlives_its_checkpoints(finished, shop):
     assert run.code == 2
     assert "the checkpoints of the run in" in run.err
     assert contents(finished) == before
-    way_out = train(shop, finished, num_epochs=None, max_train_steps=2, overwrite_output_dir=True)
-    assert way_out.code == 0, way_out.err
+    start = {"model_config_name_or_path": None, "pretrained_model_name_or_path": finished}
+    assert f"--pretrained_model_name_or_path {finished}" in run.err
+    assert train(shop, tmp_path / "new", num_epochs=None, max_train_steps=1, **start).code == 0
+    assert train(shop, finished, num_epochs=None, max_train_steps=2, overwrite_output_dir=True).code == 0
+
+
+def test_a_checkpoint_that_was_never_written_is_not_missed(shop, tmp_path):
+    """Else a run whose disk was full at its first checkpoint cannot be started again by the same line."""
+    flags = {"num_epochs": None, "max_train_steps": 3, "checkpointing_steps": 1, "resume_from_checkpoint": "latest"}
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with mock.patch("ddpm_hf.training.checkpointing.save_tensors", full):
+        run = train(shop, tmp_path / "run", **flags)
+    assert run.code == 1  # the last one must be written
+    assert not [name for name in listed(tmp_path / "run") if name.startswith("checkpoint-")]
+    assert train(shop, tmp_path / "run", **flags).code == 0
 
 
 def test_a_model_outlives_another_runs_checkpoint(finished, shop, tmp_path):
@@ -70,8 +92,35 @@ def test_a_model_outlives_another_runs_checkpoint(finished, shop, tmp_path):
     assert run.code == 2
     assert "is of another run" in run.err
     assert contents(tmp_path / "other") == before
+    latest = {**flags, "resume_from_checkpoint": "latest"}
+    assert "with --resume_from_checkpoint latest" in run.err
+    assert train(shop, tmp_path / "other", **latest).code == 0
     assert train(shop, tmp_path / "new", **flags).code == 0
     assert train(shop, finished, **flags).code == 0  # its own
+
+
+def test_a_run_from_another_checkpoint_that_was_stopped_begins_again(finished, shop, tmp_path):
+    """Else a job that is started again by the same line is refused where it had saved a model before a checkpoint."""
+    flags = {"num_epochs": None, "max_train_steps": 4, "checkpointing_steps": 100, "save_model_epochs": 1}
+    flags["resume_from_checkpoint"] = finished / "checkpoint-1"
+    save = TrainingOutput.save_model
+
+    def save_and_end(*args, **kwargs):
+        save(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    with mock.patch.object(TrainingOutput, "save_model", save_and_end), contextlib.suppress(KeyboardInterrupt):
+        train(shop, tmp_path / "new", **flags)
+    assert (tmp_path / "new/model_index.json").is_file()
+    assert train(shop, tmp_path / "new", **flags).code == 0
+
+
+def test_a_warm_up_longer_than_the_training_is_named(shop, tmp_path):
+    """Else a flag that was given is cut without a word."""
+    run = train(shop, tmp_path / "run", num_epochs=None, max_train_steps=1, lr_warmup_steps=7)
+    assert "the warm-up of --lr_warmup_steps 7 takes all 1 steps" in run.err
+    default = train(shop, tmp_path / "default", num_epochs=None, max_train_steps=1)
+    assert "warm-up" not in default.err
 
 
 def test_a_card_says_the_learning_rate_that_was_used(shop, tmp_path):
@@ -123,3 +172,13 @@ def test_a_text_model_goes_on_with_the_tokenizer_and_the_latents_that_it_learned
         assert name in run.err
         shutil.copytree(tmp_path / "run" / name, tmp_path / "alone" / name)
     assert train_text(shop, tmp_path / "new", **flags).code == 0
+
+    other = tmp_path / "other"  # with an autoencoder of its own
+    AutoencoderKL.from_pretrained(tmp_path / "run/vae").save_pretrained(other / "autoencoder")
+    model = AutoencoderKL.from_pretrained(other / "autoencoder")
+    model.decoder.conv_out.bias.data += 1
+    model.save_pretrained(other / "autoencoder")
+    claim_files(other / "autoencoder", ["config.json", "diffusion_pytorch_model.safetensors"])
+    run = train_text(shop, other, **flags)
+    assert run.code == 2
+    assert "is another autoencoder than that of" in run.err

@@ -9,6 +9,7 @@ from ...common.arguments import SECRET_FLAGS
 from ...common.files import truncate_jsonl
 from ..averaging import make_ema
 from ..checkpointing import LOGS, load_checkpoint, set_aside_later
+from ..faults import must_write
 from ..flags import TrainingConfig
 from ..logs import log
 from ..meter import Meter
@@ -68,12 +69,14 @@ def begin_training(
 
 def forget_later(output_dir: Path, step: int, accelerator) -> None:
     """Let nothing count that an earlier run, which was killed or is resumed before its end, did after a step."""
-    if accelerator.is_main_process:
+
+    def forget():
         for path in set_aside_later(output_dir, step):
             log(accelerator, f"{path.name} is of a later step; it is removed once this run has got there")
         for name in LOGS:
             truncate_jsonl(output_dir / name, step)
-    accelerator.wait_for_everyone()
+
+    must_write(accelerator, forget, str(output_dir))
 
 
 def run_facts(

@@ -42,7 +42,7 @@ def find_run(
 
     Raises:
         UsageError: the folder holds an earlier run and neither resuming nor overwriting was asked for, or files that
-            this run would replace; a checkpoint that does not exist or is broken.
+            this run would replace; a checkpoint that does not exist, is broken, or is of another run than the folder.
     """
     folder = Path(config.output_dir)
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
@@ -62,10 +62,10 @@ def find_run(
     if config.resume_from_checkpoint:
         found = find_checkpoint(folder, config.resume_from_checkpoint, lambda line: log(accelerator, line))
         if found is None:
-            refuse_lost_checkpoints(folder)
+            refuse_lost_checkpoints(config)
             log(accelerator, f"no checkpoint in {folder} yet: training from the beginning")
         else:
-            refuse_checkpoint_of_another_run(folder, found[0], ours)
+            refuse_checkpoint_of_another_run(folder, found[0])
         return found
     if ours and not config.overwrite_output_dir:
         raise UsageError(
@@ -76,30 +76,42 @@ def find_run(
     return None
 
 
-# What of a run is worth more than its logs
-MODELS = ("model_index.json", "config.json", f"{AUTOENCODER}/config.json")
-
-
-def refuse_lost_checkpoints(folder: Path) -> None:
+def refuse_lost_checkpoints(config: TrainingConfig) -> None:
     """Raise UsageError for a run whose checkpoints somebody removed: from the beginning, it would lose its model."""
-    names = [name.removesuffix("/") for name in listed(folder) if checkpoint_step(folder / name) >= 0]
-    lost = [name for name in names if not any(folder.glob(f"{name}*"))]
-    if lost:
+    folder = Path(config.output_dir)
+    suffixes = ("", ".partial", ".superseded", ".superseded.partial")  # also while it is written or removed
+    there = {name for name in listed_checkpoints(folder) for end in suffixes if (folder / f"{name}{end}").is_dir()}
+    lost = [name for name in listed_checkpoints(folder) if name not in there]
+    if not lost:
+        return
+    start = f"start from its weights with --pretrained_model_name_or_path {folder} and another --output_dir, or "
+    can_start = hasattr(config, "pretrained_model_name_or_path") and (folder / "model_index.json").is_file()
+    raise UsageError(
+        f"--resume_from_checkpoint latest: the checkpoints of the run in {folder} are gone ({some(lost)});"
+        f" {start if can_start else ''}train anew with --overwrite_output_dir"
+    )
+
+
+def refuse_checkpoint_of_another_run(folder: Path, checkpoint: Path) -> None:
+    """Raise UsageError for a checkpoint from elsewhere where the output folder holds a run that would be lost.
+
+    A run without checkpoints may be one that began with this checkpoint and was stopped: it begins again.
+    """
+    if checkpoint.resolve().parent == folder.resolve():
+        return
+    there = list_checkpoints(folder, complete=True)
+    if there or listed_checkpoints(folder):
+        go_on = f", or go on from {there[-1].name} with --resume_from_checkpoint latest" if there else ""
         raise UsageError(
-            f"--resume_from_checkpoint latest: the checkpoints of the run in {folder} are gone ({some(lost)}); start"
-            f" from its weights with --pretrained_model_name_or_path {folder} and another --output_dir, or train anew"
-            " with --overwrite_output_dir"
+            f"--resume_from_checkpoint {checkpoint} is of another run than that in --output_dir {folder}; name another"
+            f" --output_dir{go_on}"
         )
 
 
-def refuse_checkpoint_of_another_run(folder: Path, checkpoint: Path, ours: Sequence[str]) -> None:
-    """Raise UsageError for a checkpoint from elsewhere where the output folder holds a run that would be lost."""
-    valuable = [name for name in ours if name in MODELS or name.startswith("checkpoint-")]
-    if valuable and checkpoint.resolve().parent != folder.resolve():
-        raise UsageError(
-            f"--resume_from_checkpoint {checkpoint} is of another run than that in --output_dir {folder}"
-            f" ({some(valuable)}); name another --output_dir, or go on there with --resume_from_checkpoint latest"
-        )
+def listed_checkpoints(folder: Path) -> list[str]:
+    """The names of the checkpoints that the manifest of a run lists."""
+    names = (name.removesuffix("/") for name in listed(folder))
+    return [name for name in names if "/" not in name and checkpoint_step(folder / name) >= 0]
 
 
 def settle_earlier_run(folder: Path, accelerator) -> None:

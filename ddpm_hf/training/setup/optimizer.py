@@ -7,9 +7,14 @@ from ...common.errors import UsageError
 from ..flags import TrainingConfig
 
 
+def scaled_learning_rate(config: TrainingConfig, world: int) -> float:
+    """The peak learning rate that is trained with: with --scale_lr, that of the flag times the samples of a step."""
+    scale = world * config.train_batch_size * config.gradient_accumulation_steps if config.scale_lr else 1
+    return config.learning_rate * scale
+
+
 def make_optimizer(config: TrainingConfig, model: torch.nn.Module, world: int) -> torch.optim.Optimizer:
     """AdamW with the config's settings, over what of the model is trained."""
-    scale = world * config.train_batch_size * config.gradient_accumulation_steps if config.scale_lr else 1
     make, options = torch.optim.AdamW, {"fused": True}
     if config.use_8bit_adam:
         try:
@@ -19,7 +24,7 @@ def make_optimizer(config: TrainingConfig, model: torch.nn.Module, world: int) -
         make, options = AdamW8bit, {}
     return make(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
-        lr=config.learning_rate * scale,
+        lr=scaled_learning_rate(config, world),
         betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.adam_weight_decay,
         eps=config.adam_epsilon,

@@ -27,17 +27,8 @@ from ddpm_hf.data.batches import make_batches, open_images
 from ddpm_hf.data.orders import keyed_balanced_order
 from ddpm_hf.training.plan import StepPlan
 from tests.support.fixtures_pipeline import tiny_unet
-from tests.support.fixtures_unconditional import (
-    encoded,
-    image_rows,
-    parse,
-    quiet,
-    random_pixels,
-    run_script,
-    words,
-    write_images,
-    write_unet,
-)
+from tests.support.pictures import encoded, image_rows, quiet, random_pixels, write_images, write_unet
+from tests.support.runs import parse, run_script, words
 
 
 def level(row: int) -> int:

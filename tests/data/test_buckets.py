@@ -11,7 +11,8 @@ from ddpm_hf.data.buckets import bucket_sizes, bucketed, nearest_bucket
 from ddpm_hf.data.orders import bucketed_length, keyed_bucketed_order
 from ddpm_hf.training.plan import KeyedBatchSampler, StepPlan
 from tests.support.fixtures_text import run_text_script, tiny_text_pipeline
-from tests.support.fixtures_unconditional import encoded, image_rows, quiet, words
+from tests.support.pictures import encoded, image_rows, quiet
+from tests.support.runs import words
 
 SHAPES = [(16, 16), (12, 20), (20, 12), (16, 17), (30, 18)]  # of the images, in turn
 

@@ -34,18 +34,8 @@ from ddpm_hf.publishing.card.facts import read_facts
 from ddpm_hf.publishing.card.sections import first_class, limits, use
 from ddpm_hf.text.captions import fit_tokenizer, warn_of_cut_captions
 from tests.support.fixtures_text import tiny_text_pipeline
-from tests.support.fixtures_unconditional import (
-    encoded,
-    image_rows,
-    parse,
-    quiet,
-    random_pixels,
-    run_script,
-    words,
-    write_images,
-    write_rows,
-    write_unet,
-)
+from tests.support.pictures import encoded, image_rows, quiet, random_pixels, write_images, write_rows, write_unet
+from tests.support.runs import parse, run_script, words
 
 FLAGS = {
     "resolution": 8, "train_batch_size": 4, "num_epochs": 1, "ddpm_num_steps": 10, "ddpm_num_inference_steps": 2,

@@ -11,15 +11,8 @@ from ddpm_hf import ClassConditionalDDPMPipeline, DDPMPipeline
 from ddpm_hf.common.randomness import StepKeys
 from ddpm_hf.models.autoencoder import load_autoencoder
 from tests.support.fixtures_pipeline import tiny_vae
-from tests.support.fixtures_unconditional import (
-    encoded,
-    fill,
-    random_pixels,
-    run_script,
-    words,
-    write_rows,
-    write_unet,
-)
+from tests.support.pictures import encoded, random_pixels, write_rows, write_unet
+from tests.support.runs import fill, run_script, words
 
 SETTINGS = {
     "train_data_dir": "{shop}/photos", "vae_name_or_path": "{shop}/vae", "model_config_name_or_path": "{shop}/unet",

@@ -14,7 +14,7 @@ from ddpm_hf.models.presets import MODEL_PRESETS, preset_unet_config
 from ddpm_hf.models.sizes import DEFAULT_UNET, model_size, settle_resolution
 from ddpm_hf.models.unet import build_unet, smallest_sample_side, stock_unet_defaults, time_blindness
 from ddpm_hf.portable.scheduling_ddpm_hf import DDPMScheduler
-from tests.support.fixtures_unconditional import parse
+from tests.support.runs import parse
 
 ROOT = Path(__file__).parents[2]
 SMALL = [name for name in MODEL_PRESETS if name.startswith("small-")]

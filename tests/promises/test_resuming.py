@@ -33,7 +33,8 @@ from ddpm_hf.training.checkpointing import find_checkpoint, read_manifest, rotat
 from ddpm_hf.training.flags import TrainingConfig
 from ddpm_hf.training.plan import KeyedBatchSampler, StepPlan
 from tests.support.fixtures_pipeline import tiny_unet
-from tests.support.fixtures_unconditional import encoded, random_pixels, run_script, words, write_rows, write_unet
+from tests.support.pictures import encoded, random_pixels, write_rows, write_unet
+from tests.support.runs import run_script, words
 
 
 @pytest.fixture(scope="module")

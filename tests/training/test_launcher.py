@@ -18,16 +18,8 @@ from ddpm_hf.cli.classifier_flags import parse_classifier_flags
 from ddpm_hf.common import machine
 from ddpm_hf.models.acceleration import compiled
 from tests.support.fixtures_text import parse_text
-from tests.support.fixtures_unconditional import (
-    encoded,
-    parse,
-    quiet,
-    random_pixels,
-    run_script,
-    words,
-    write_rows,
-    write_unet,
-)
+from tests.support.pictures import encoded, quiet, random_pixels, write_rows, write_unet
+from tests.support.runs import parse, run_script, words
 
 PARSERS = {"unconditional": parse, "text": parse_text, "classifier": parse_classifier_flags}
 DATA = ["--train_data_dir", "x"]

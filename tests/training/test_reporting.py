@@ -14,7 +14,8 @@ from ddpm_hf.models.recipes import advice_on_a_cpu
 from ddpm_hf.models.unet import smallest_sample_side
 from ddpm_hf.training import reporting
 from ddpm_hf.training.reporting import Progress, duration, table
-from tests.support.fixtures_unconditional import BASE, fill, random_pixels, run_script, words, write_images, write_unet
+from tests.support.pictures import random_pixels, write_images, write_unet
+from tests.support.runs import BASE, fill, run_script, words
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 

@@ -23,7 +23,8 @@ from ddpm_hf import DDPMPipeline
 from ddpm_hf.common.pictures import image_grid
 from ddpm_hf.common.randomness import keyed_seed
 from ddpm_hf.training.checkpointing import read_manifest
-from tests.support.fixtures_unconditional import encoded, random_pixels, run_script, words, write_rows, write_unet
+from tests.support.pictures import encoded, random_pixels, write_rows, write_unet
+from tests.support.runs import run_script, words
 
 SCRIPT = Path(train_unconditional.__file__)
 

@@ -1,6 +1,6 @@
 """Kill training runs (SIGKILL) at any moment, resume each, and compare byte for byte with runs that never stopped.
 
-    python benchmarks/kills.py [--kills 100] [--ranks 1|2] [--real 10] [--configurations plain text ...] [--seed 0]
+    python tests/support/kills.py [--kills 100] [--ranks 1|2] [--real 10] [--configurations plain text ...] [--seed 0]
 
 Each configuration trains once without interruption. Then it is begun again and again, with
 `--resume_from_checkpoint latest`, and killed at moments that take turns: at a random time of its life; a random time
@@ -31,7 +31,7 @@ from typing import NamedTuple
 
 import psutil
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 UNCONDITIONAL, TEXT = "train_unconditional.py", "train_text2image.py"
 LIMIT = 300  # seconds until a run that does not end counts as hanging
 BY_ITSELF = 30  # seconds that a rank has to notice that another has died, before a launcher would end it

@@ -120,7 +120,7 @@ def test_training_data_that_an_earlier_run_wrote_stays(how, shop, earlier):
     """Else training on a run's own samples deletes them."""
     put(earlier, "samples/x")
     (earlier / "samples" / "x").unlink()
-    shutil.copy(shop / "photos" / "0.png", earlier / "samples" / "step-000001.png")
+    shutil.copy(shop / "pictures" / "0.png", earlier / "samples" / "step-000001.png")
     claim_files(earlier, ["samples/step-000001.png"])
     before = content(earlier)
     name = "train_data_dir" if how == "trained on" else "dataset_name"

@@ -17,11 +17,10 @@ from ddpm_hf import ClassConditionalDDPMPipeline, DDPMPipeline, DDPMScheduler, c
 from ddpm_hf.cli import classifier_training as classifier
 from ddpm_hf.cli.classifier_training import compute_loss
 from ddpm_hf.models.classifier import NoisyClassifier
-from ddpm_hf.training.checkpointing import read_manifest
-from tests.support.classifier import NAMES, STEPS, WEIGHTS, run_training, tiny_classifier
+from tests.support.classifier import NAMES, STEPS, WEIGHTS, tiny_classifier, train_classifier
 from tests.support.fixtures_pipeline import tiny_unet
 from tests.support.pictures import write_images, write_unet
-from tests.support.runs import words
+from tests.support.runs import GRAY, assert_same_run, attempt, run_script, train
 
 # A training run
 
@@ -46,28 +45,16 @@ def world(tmp_path_factory):
     return root
 
 
-def command(world, output_dir, data="photos", unet="unet", **flags):
-    """The command line of a small run, with half of the images held out."""
-    settings = {
-        "train_data_dir": world / data, "model_config_name_or_path": world / unet, "output_dir": output_dir,
-        "resolution": 8, "channels": 1, "seed": 3, "train_batch_size": 4, "eval_batch_size": 5, "max_train_steps": 8,
-        "learning_rate": 1e-2, "lr_warmup_steps": 0, "ddpm_num_steps": STEPS, "ddpm_beta_schedule": "cosine",
-        "cpu_threads": 1, "logger": "none", "logging_steps": 2,
-    }  # fmt: skip
-    return words({**settings, **flags})
-
-
-def train(world, output_dir, **flags):
-    """Run the command to its end; what it left behind."""
-    run = run_training(command(world, output_dir, **flags), output_dir)
-    assert run.code == 0, run.err
-    return run
+USUAL = {
+    **GRAY, "train_data_dir": "{shop}/photos", "eval_batch_size": 5, "max_train_steps": 8, "learning_rate": 1e-2,
+    "lr_warmup_steps": 0, "logging_steps": 2, "ddpm_num_inference_steps": None,
+}  # fmt: skip  # half of the images are held out
 
 
 def test_training_lowers_the_loss_and_leaves_a_classifier(world, tmp_path):
     """Else the flagship command trains nothing, or what it writes cannot be loaded and used."""
     flags = {"max_train_steps": 60, "train_batch_size": 16, "use_ema": True}
-    run = train(world, tmp_path / "run", validation_split=0.25, validation_steps=20, **flags)
+    run = train(world, tmp_path / "run", USUAL, train_classifier, validation_split=0.25, validation_steps=20, **flags)
     assert {"config.json", WEIGHTS, "metrics.jsonl", "timings.jsonl", "training_config.json"} <= set(run.files())
     assert not [name for name in run.files() if name.endswith((".bin", ".pt", ".pkl")) and "checkpoint-" not in name]
     assert "3 classes" in run.err
@@ -103,10 +90,10 @@ def test_training_lowers_the_loss_and_leaves_a_classifier(world, tmp_path):
 
 def test_a_dry_run_writes_nothing(world, tmp_path):
     """Else looking at what would run, or at the flags, starts a run."""
-    run = train(world, tmp_path / "run", dry_run=True)
+    run = train(world, tmp_path / "run", USUAL, train_classifier, dry_run=True)
     assert "3 classes" in run.out
     assert not (tmp_path / "run").exists()
-    listed = run_training(["--help"], tmp_path / "run")
+    listed = run_script(["--help"], tmp_path / "run", train_classifier)
     assert listed.code == 0
     for word in ("ddpm-hf train-classifier", "--label_column", "--ddpm_beta_schedule", "--resume_from_checkpoint"):
         assert word in listed.out
@@ -116,34 +103,12 @@ def test_a_dry_run_writes_nothing(world, tmp_path):
 # Resuming
 
 
-def assert_same_tensors(ours, theirs):
-    assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
-        assert torch.equal(tensor, theirs[name]), name
-
-
-def assert_same_run(ours, theirs):
-    """Two output folders that hold the same run, bit for bit."""
-    assert (ours / "config.json").read_text() == (theirs / "config.json").read_text()
-    assert (ours / "metrics.jsonl").read_bytes() == (theirs / "metrics.jsonl").read_bytes()
-    assert_same_tensors(load_file(ours / WEIGHTS), load_file(theirs / WEIGHTS))
-    checkpoints = [one / "checkpoint-8" for one in (ours, theirs)]
-    tensors = [sorted(str(path.relative_to(one)) for path in one.rglob("*.safetensors")) for one in checkpoints]
-    assert tensors[0] == tensors[1] != []
-    for name in tensors[0]:
-        assert_same_tensors(*(load_file(one / name) for one in checkpoints))
-    moments = [torch.load(one / "optimizer.bin", weights_only=True)["state"] for one in checkpoints]
-    for index, state in moments[0].items():
-        assert_same_tensors(state, moments[1][index])
-    assert read_manifest(checkpoints[0])["meter"] == read_manifest(checkpoints[1])["meter"]
-
-
 RESUMED = {
     "plain": {},
     "streaming": {"streaming": True},
     "all at once": {
-        "unet": "unet-dropout", "use_ema": True, "gradient_accumulation_steps": 2, "random_flip": True,
-        "validation_split": 0.25, "validation_steps": 4, "logging_steps": 3,
+        "model_config_name_or_path": "{shop}/unet-dropout", "use_ema": True, "gradient_accumulation_steps": 2,
+        "random_flip": True, "validation_split": 0.25, "validation_steps": 4, "logging_steps": 3,
     },
 }  # fmt: skip
 
@@ -152,10 +117,10 @@ RESUMED = {
 def test_resuming_is_never_having_stopped(case, world, tmp_path):
     """Else an interrupted run is another run: other weights, other metrics."""
     flags = {"checkpointing_steps": 3, **RESUMED[case]}
-    whole, resumed = train(world, tmp_path / "whole", **flags).folder, tmp_path / "resumed"
+    whole, resumed = train(world, tmp_path / "whole", USUAL, train_classifier, **flags).folder, tmp_path / "resumed"
     shutil.copytree(whole / "checkpoint-3", resumed / "checkpoint-3")
     shutil.copy(whole / "metrics.jsonl", resumed)  # with lines that were logged after the checkpoint
-    run = train(world, resumed, resume_from_checkpoint="latest", **flags)
+    run = train(world, resumed, USUAL, train_classifier, resume_from_checkpoint="latest", **flags)
     assert "checkpoint-3" in next(line for line in run.err.splitlines() if line.startswith("resuming"))
     assert_same_run(resumed, whole)
 
@@ -170,13 +135,13 @@ def test_a_signal_saves_and_ends_and_the_run_goes_on(world, tmp_path):
         return compute_loss(model, batch, keys, **more)
 
     with mock.patch.object(classifier, "compute_loss", signalled):
-        stopped = train(world, tmp_path / "stopped")
+        stopped = train(world, tmp_path / "stopped", USUAL, train_classifier)
     assert "stopped at step 5" in stopped.err
     assert "--resume_from_checkpoint latest" in stopped.err
     assert [path.name for path in stopped.folder.glob("checkpoint-*")] == ["checkpoint-5"]
     assert not (stopped.folder / WEIGHTS).exists()  # half a training is no classifier
-    train(world, stopped.folder, resume_from_checkpoint="latest")
-    assert_same_run(stopped.folder, train(world, tmp_path / "whole").folder)
+    train(world, stopped.folder, USUAL, train_classifier, resume_from_checkpoint="latest")
+    assert_same_run(stopped.folder, train(world, tmp_path / "whole", USUAL, train_classifier).folder)
 
 
 # What a user can mend
@@ -194,10 +159,10 @@ def assert_refused(run, *named):
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        ({"data": "unsorted"}, ("'label'", "image")),
+        ({"train_data_dir": "{shop}/unsorted"}, ("'label'", "image")),
         ({"label_column": "kind"}, ("'kind'", "label")),
         ({"streaming": True, "max_train_steps": None}, ("--streaming", "--max_train_steps")),
-        ({"data": "nothing"}, ("nothing", "--train_data_dir")),
+        ({"train_data_dir": "{shop}/nothing"}, ("nothing", "--train_data_dir")),
         ({"learning_rate": -1}, ("--learning_rate",)),
         ({"prediction_type": "epsilon"}, ("--prediction_type",)),  # a classifier predicts no noise
         ({"ddpm_num_steps": 0}, ("--ddpm_num_steps",)),
@@ -211,7 +176,7 @@ def assert_refused(run, *named):
 )
 def test_mistakes_in_training_are_one_line_and_leave_nothing(flags, named, world, tmp_path):
     """Else a mistake is found after hours, in a traceback, or leaves a folder that the next run refuses."""
-    assert_refused(run_training(command(world, tmp_path / "run", **flags), tmp_path / "run"), *named)
+    assert_refused(attempt(world, tmp_path / "run", USUAL, train_classifier, **flags), *named)
     assert not (tmp_path / "run").exists()
 
 
@@ -221,18 +186,18 @@ def test_an_earlier_run_is_not_overwritten(world, tmp_path):
     for name in ("config.json", WEIGHTS):  # of a model that no training of ours saved
         (tmp_path / "model" / name).write_text("mine")
     for flags in ({}, {"overwrite_output_dir": True}):
-        refused = run_training(command(world, tmp_path / "model", **flags), tmp_path / "model")
+        refused = attempt(world, tmp_path / "model", USUAL, train_classifier, **flags)
         assert_refused(refused, tmp_path / "model", "config.json", WEIGHTS, "move them")
         assert [(refused.folder / name).read_text() for name in refused.files()] == ["mine", "mine"]
-    train(world, tmp_path / "run", max_train_steps=1)
-    again = run_training(command(world, tmp_path / "run"), tmp_path / "run")
+    train(world, tmp_path / "run", USUAL, train_classifier, max_train_steps=1)
+    again = attempt(world, tmp_path / "run", USUAL, train_classifier)
     assert_refused(again, tmp_path / "run", "--overwrite_output_dir")
-    run = train(world, tmp_path / "run", overwrite_output_dir=True, max_train_steps=2)
+    run = train(world, tmp_path / "run", USUAL, train_classifier, overwrite_output_dir=True, max_train_steps=2)
     before = run.files()
-    longer = run_training(command(world, run.folder, resume_from_checkpoint="latest", ddpm_num_steps=30), run.folder)
+    longer = attempt(world, run.folder, USUAL, train_classifier, resume_from_checkpoint="latest", ddpm_num_steps=30)
     assert_refused(longer, "--ddpm_num_steps 30", "trained with 20")
     (run.folder / "checkpoint-2" / "classifier").rename(run.folder / "checkpoint-2" / "unet")
-    other = run_training(command(world, run.folder, resume_from_checkpoint="checkpoint-2"), run.folder)
+    other = attempt(world, run.folder, USUAL, train_classifier, resume_from_checkpoint="checkpoint-2")
     assert_refused(other, "checkpoint-2", "classifier/")
     assert len(other.files()) == len(before)
 
@@ -423,7 +388,7 @@ def test_a_damaged_classifier_is_named(sample, shop, tmp_path):
 
 def test_a_trained_classifier_guides_towards_its_class(world, sample, shop, tmp_path):
     """From a folder of pictures to a guided picture; else the two commands do not fit together."""
-    folder = train(world, tmp_path / "classifier", max_train_steps=60).folder
+    folder = train(world, tmp_path / "classifier", USUAL, train_classifier, max_train_steps=60).folder
     likeness = []
     for name in NAMES:
         given = ("--classifier", folder, "--classifier-scale", 20, "--class", name)

@@ -14,10 +14,10 @@ from accelerate.state import AcceleratorState
 from ddpm_hf.cli import classifier_training as classifier
 from ddpm_hf.cli.classifier_flags import NO_CLASSIFIER, ClassifierConfig, parse_classifier_flags
 from ddpm_hf.training.flags import PipelineConfig
-from tests.support.classifier import run_training
+from tests.support.classifier import train_classifier
 from tests.support.flag_rows import Row, Seen, adam, checkpoints, digest, fits, logs, remembered, steps
 from tests.support.pictures import encoded, image_rows, quiet, random_pixels, write_images, write_rows, write_unet
-from tests.support.runs import fill, words
+from tests.support.runs import fill, run_script, words
 
 # A run of four steps, of which the second ends an epoch
 BASE = {
@@ -97,7 +97,7 @@ def observe(flags: dict, folder: Path) -> Seen:
         mock.patch.object(classifier, "StepKeys", keys_of_held_out),
         mock.patch.object(torch.utils.data.DataLoader, "__init__", made_loader),
     ):
-        run = run_training(words({**flags, "output_dir": folder}), folder)
+        run = run_script(words({**flags, "output_dir": folder}), folder, train_classifier)
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
     return Seen(run, batches, calls)
 
@@ -337,7 +337,7 @@ def test_a_flag_without_meaning_is_refused_with_the_reason(flag, how, shop, tmp_
     argv = words({**fill(BASE, shop), "output_dir": tmp_path / "run"})
     (tmp_path / "run.yaml").write_text(f"{flag}: 1\n")
     more = [f"--{flag.replace('_', '-')}", "1"] if how == "flag" else ["--config", str(tmp_path / "run.yaml")]
-    run = run_training([*argv, *more], tmp_path / "run")
+    run = run_script([*argv, *more], tmp_path / "run", train_classifier)
     assert run.code == 2
     (line,) = run.err.splitlines()
     assert line.startswith("ddpm-hf train-classifier: error: ")

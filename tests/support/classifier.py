@@ -7,7 +7,6 @@ import torch
 from ddpm_hf import DDPMScheduler, cli
 from ddpm_hf.models.classifier import NoisyClassifier
 from tests.support.fixtures_pipeline import tiny_unet_config
-from tests.support.runs import run_script
 
 NAMES = ("cat", "dog", "owl")
 
@@ -32,11 +31,7 @@ def tiny_classifier(channels=1, size=8, classes=3, seed=0, **more):
     return model
 
 
-def run_training(argv, folder):
-    """`ddpm-hf train-classifier` in this process."""
-
-    def main(argv):
-        with mock.patch("sys.argv", ["ddpm-hf", "train-classifier", *argv]):
-            cli.main()
-
-    return run_script(argv, folder, main)
+def train_classifier(argv: list[str]) -> None:
+    """`ddpm-hf train-classifier`."""
+    with mock.patch("sys.argv", ["ddpm-hf", "train-classifier", *argv]):
+        cli.main()

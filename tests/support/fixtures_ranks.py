@@ -15,19 +15,24 @@ from unittest import mock
 ROOT = Path(__file__).parents[2]
 
 
-def launch(happening: str, argv: list[str], folder: Path, ranks: int = 2, timeout: float = 400):
-    """Train by so many ranks, in which one of `HAPPENINGS` happens: (exit code of the launcher, stderr)."""
+def torchrun(*words, ranks: int = 2, timeout: float = 400, **environment: str) -> subprocess.CompletedProcess:
+    """A program and its words in so many processes, which can import what lies here."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(port)]
-    done = subprocess.run(
-        [sys.executable, *torchrun, __file__, happening, *argv],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "NOTES": str(folder)},
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(port)]
+    return subprocess.run(
+        [sys.executable, *launcher, *map(str, words)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment},
         capture_output=True,
         text=True,
         timeout=timeout,
     )
+
+
+def launch(happening: str, argv: list[str], folder: Path):
+    """Train by two ranks, in which one of `HAPPENINGS` happens: (exit code of the launcher, stderr)."""
+    done = torchrun(__file__, happening, *argv, NOTES=str(folder))
     return done.returncode, done.stderr
 
 

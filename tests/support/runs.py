@@ -26,6 +26,15 @@ BASE = {
 }  # fmt: skip  # fmt: skip
 
 
+# A run of ten steps on gray images of 8×8; {shop} holds images and a UNet
+GRAY = {
+    "train_data_dir": "{shop}/images", "model_config_name_or_path": "{shop}/unet", "resolution": 8, "channels": 1,
+    "seed": 3, "train_batch_size": 4, "eval_batch_size": 2, "max_train_steps": 10, "learning_rate": 1e-3,
+    "lr_warmup_steps": 3, "ddpm_num_steps": 20, "ddpm_num_inference_steps": 2, "ddpm_beta_schedule": "cosine",
+    "cpu_threads": 1, "logger": "none", "logging_steps": 3,
+}  # fmt: skip
+
+
 def fill(flags: dict, shop: Path) -> dict:
     """Flags with the place of datasets and models filled in."""
     return {name: value.format(shop=shop) if isinstance(value, str) else value for name, value in flags.items()}
@@ -139,6 +148,11 @@ def optimizer_state(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Adam's moments, as one flat dict of tensors."""
     state = torch.load(checkpoint / "optimizer.bin", weights_only=True)["state"]
     return {f"{index}.{name}": value for index, one in state.items() for name, value in one.items()}
+
+
+def same(ours: dict, theirs: dict) -> bool:
+    """Whether two dicts of tensors are equal to the bit."""
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def assert_same_tensors(ours: dict, theirs: dict, **tolerance) -> None:

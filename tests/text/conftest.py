@@ -15,7 +15,7 @@ from tests.support.fixtures_text import (
     write_captioned,
     write_text_unet,
 )
-from tests.support.text_runs import DIFFUSION, train
+from tests.support.text_runs import DIFFUSION, train_text
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +51,6 @@ def trained(shop, tmp_path_factory):
 
     @functools.cache
     def made(start: str, flags: tuple) -> Path:
-        return train(start, shop, root / str(made.cache_info().misses), **dict(flags)).folder
+        return train_text(start, shop, root / str(made.cache_info().misses), **dict(flags)).folder
 
     return lambda start, **flags: made(start, tuple(flags.items()))

@@ -22,7 +22,7 @@ from tests.support.fixtures_text import (
 )
 from tests.support.flag_rows import Row, Seen, digest, fits, has, last_grid, rates, remembered, scheduler
 from tests.support.runs import words
-from tests.support.text_runs import START, command, train
+from tests.support.text_runs import START, text_command, train_text
 
 # Command lines of Diffusers' scripts
 
@@ -134,7 +134,7 @@ def observe(start: str, flags: dict, folder: Path, shop: Path) -> Seen:
         mock.patch.object(UNet2DConditionModel, "from_pretrained", classmethod(load_unet)),
         mock.patch.object(train_text2image.TextToImageDDPMPipeline, "from_pretrained", classmethod(load_pipeline)),
     ):
-        run = run_text_script(command(start, shop, folder, **flags), folder)
+        run = run_text_script(text_command(start, shop, folder, **flags), folder)
     return Seen(run, batches, calls)
 
 
@@ -268,7 +268,7 @@ def test_a_run_can_be_repeated_from_what_it_wrote(prompts, tmp_path):
 
 def test_several_prompts_are_as_many_rows(shop, tmp_path):
     """Else only the first of the prompts is ever drawn."""
-    argv = command("checkpoint", shop, tmp_path, validation_prompts=None, max_train_steps=1, eval_batch_size=6)
+    argv = text_command("checkpoint", shop, tmp_path, validation_prompts=None, max_train_steps=1, eval_batch_size=6)
     run = run_text_script([*argv, "--validation_prompts", *CAPTIONS[:3]], tmp_path)
     grid = Image.open(run.folder / "samples" / "step-000001.png")
     expected = image_grid([Image.new("RGB", (16, 16))] * 6, 2, scale=4, legend=CAPTIONS[:3])
@@ -278,7 +278,7 @@ def test_several_prompts_are_as_many_rows(shop, tmp_path):
 @pytest.mark.parametrize("start", START)
 def test_a_dry_run_says_all_and_writes_nothing(start, shop, tmp_path):
     """Else looking at what would run costs a training, or hides what it would do."""
-    run = train(start, shop, tmp_path / "run", dry_run=True)
+    run = train_text(start, shop, tmp_path / "run", dry_run=True)
     assert not run.folder.exists()
     for fragment in (
         "8 images",

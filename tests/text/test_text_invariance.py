@@ -1,9 +1,5 @@
 """What must not change a run of train_text2image.py: caches, compilation, ranks, validation images."""
 
-import os
-import socket
-import subprocess
-import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -18,18 +14,9 @@ from PIL import Image
 import train_text2image
 from ddpm_hf.latents.table import TensorTable
 from ddpm_hf.training.checkpointing import read_manifest
-from tests.support.text_runs import (
-    EMA,
-    SCRIPT,
-    assert_close,
-    command,
-    last_checkpoint,
-    losses,
-    records,
-    same,
-    train,
-    weights,
-)
+from tests.support.fixtures_ranks import torchrun
+from tests.support.runs import assert_same_tensors, last_checkpoint, losses, records, same, weights
+from tests.support.text_runs import EMA, text_command, train_text
 
 # What must not matter
 
@@ -45,24 +32,24 @@ def test_cached_latents_train_as_computed_ones(start, flags, trained):
     """Else the cache holds another image's latent, or another caption's embedding, or no flips."""
     each, once = (trained(start, logging_steps=1, cache_latents=cached, **flags) for cached in (False, True))
     assert losses(once) == pytest.approx(losses(each), rel=1e-4)
-    assert_close(weights(once), weights(each), rtol=0, atol=1e-3)
+    assert_same_tensors(weights(once), weights(each), rtol=0, atol=1e-3)
 
 
 def test_a_cache_is_used_again_and_never_for_another_model(trained, shop, tmp_path):
     """Else every run encodes all images anew, or trains on the latents of another autoencoder."""
     flags = {"cache_latents": True, "center_crop": True, "cache_dir": tmp_path / "cache", "max_train_steps": 1}
-    first = train("checkpoint", shop, tmp_path / "first", **flags)
+    first = train_text("checkpoint", shop, tmp_path / "first", **flags)
     assert not (first.folder / "cache").exists()
     tables = {path.name for path in (tmp_path / "cache" / "ddpm_hf").iterdir()}
     assert len(tables) == 2
     with mock.patch.object(AutoencoderKL, "encode", autospec=True, side_effect=AutoencoderKL.encode) as encode:
-        again = train("checkpoint", shop, tmp_path / "again", **flags)
+        again = train_text("checkpoint", shop, tmp_path / "again", **flags)
     assert encode.call_count == 1  # the rehearsal's batch
     assert losses(again.folder) == losses(first.folder)
-    train("scratch", shop, tmp_path / "other", vae_name_or_path="{shop}/vae", **flags)
+    train_text("scratch", shop, tmp_path / "other", vae_name_or_path="{shop}/vae", **flags)
     assert {path.name for path in (tmp_path / "cache" / "ddpm_hf").iterdir()} == tables  # the same autoencoder
-    train("checkpoint", shop, tmp_path / "flips", random_flip=True, **flags)
-    train("scratch", shop, tmp_path / "new", **flags)
+    train_text("checkpoint", shop, tmp_path / "flips", random_flip=True, **flags)
+    train_text("scratch", shop, tmp_path / "new", **flags)
     assert len(list((tmp_path / "cache" / "ddpm_hf").iterdir())) == 3
 
 
@@ -71,7 +58,7 @@ def test_gradient_checkpointing_changes_no_number(trained):
     flags = {"train_text_encoder": True}
     plain, spared = (trained("checkpoint", **flags, gradient_checkpointing=on) for on in (False, True))
     assert losses(spared) == pytest.approx(losses(plain), rel=1e-5)
-    assert_close(weights(spared), weights(plain), rtol=0, atol=1e-4)
+    assert_same_tensors(weights(spared), weights(plain), rtol=0, atol=1e-4)
 
 
 def test_compiling_trains_the_compiled_model(shop, tmp_path):
@@ -91,11 +78,11 @@ def test_compiling_trains_the_compiled_model(shop, tmp_path):
             return self._orig_mod(*args, **kwargs)
 
     runs = [tmp_path / "plain", tmp_path / "compiled"]
-    train("checkpoint", shop, runs[0], max_train_steps=2)
+    train_text("checkpoint", shop, runs[0], max_train_steps=2)
     with mock.patch.object(torch, "compile", Compiled):
-        train("checkpoint", shop, tmp_path / "dry", max_train_steps=2, dry_run=True, compile=True)
+        train_text("checkpoint", shop, tmp_path / "dry", max_train_steps=2, dry_run=True, compile=True)
         assert not made  # compiling takes minutes
-        train("checkpoint", shop, runs[1], max_train_steps=2, compile=True)
+        train_text("checkpoint", shop, runs[1], max_train_steps=2, compile=True)
     (one,) = made
     assert isinstance(one._orig_mod, train_text2image.TextConditioned)
     assert one.calls == 3  # the rehearsal's and two steps'
@@ -128,19 +115,9 @@ def two_ranks(shop, tmp_path_factory):
         "cache_latents": True,
         "caption_dropout": 0.3,
     }
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
-    done = subprocess.run(
-        [*launch, str(SCRIPT), *command("scratch", shop, root / "two", **flags)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = torchrun(train_text2image.__file__, *text_command("scratch", shop, root / "two", **flags))
     assert done.returncode == 0, done.stderr
-    return root / "two", train("scratch", shop, root / "one", **flags, train_batch_size=8).folder
+    return root / "two", train_text("scratch", shop, root / "one", **flags, train_batch_size=8).folder
 
 
 @pytest.mark.slow
@@ -152,7 +129,7 @@ def test_two_ranks_train_as_one_with_twice_the_batch(two_ranks):
         for ours, theirs in zip(records(two / stage), records(one / stage), strict=True):
             assert ours == pytest.approx(theirs, rel=1e-3)
     for part in ("vae", "unet", "text_encoder"):
-        assert_close(weights(two, part), weights(one, part), rtol=1e-3, atol=1e-4)
+        assert_same_tensors(weights(two, part), weights(one, part), rtol=1e-3, atol=1e-4)
     scale = [AutoencoderKL.load_config(folder / "vae")["scaling_factor"] for folder in two_ranks]
     assert scale[0] == pytest.approx(scale[1], rel=1e-4)
 

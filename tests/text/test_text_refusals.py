@@ -14,7 +14,7 @@ from tests.support.fixtures_text import (
     run_text_script,
     tiny_text_pipeline,
 )
-from tests.support.text_runs import command
+from tests.support.text_runs import text_command
 
 # Bad input: flags on top of a start, and what the one line must say
 
@@ -96,7 +96,7 @@ def test_what_cannot_train_is_refused_in_one_line_before_any_work(name, shop, tm
         mock.patch.object(autoencoder, "training_loop", worked),
         mock.patch.object(train_text2image, "training_loop", worked),
     ):
-        run = run_text_script(command(start, shop, tmp_path / "run", **flags), tmp_path / "run")
+        run = run_text_script(text_command(start, shop, tmp_path / "run", **flags), tmp_path / "run")
     assert run.code == 2
     assert "Traceback" not in run.out + run.err
     line = run.error()
@@ -109,7 +109,7 @@ def test_a_missing_revision_of_the_raw_weights_is_named(shop, tmp_path):
     """Else training goes on from the averaged weights, although others were asked for."""
     missing = OSError("raw is not a valid git identifier")
     with mock.patch.object(UNet2DConditionModel, "from_pretrained", side_effect=missing):
-        config = parse_text(command("checkpoint", shop, tmp_path / "run", non_ema_revision="raw"))
+        config = parse_text(text_command("checkpoint", shop, tmp_path / "run", non_ema_revision="raw"))
         with (
             mock.patch.object(
                 train_text2image.TextToImageDDPMPipeline, "from_pretrained", return_value=tiny_text_pipeline()
@@ -122,7 +122,7 @@ def test_a_missing_revision_of_the_raw_weights_is_named(shop, tmp_path):
 def test_latents_of_random_crops_are_not_cached(shop, tmp_path):
     """Else an image is cropped once and for all where the user asked for crops at random."""
     run = run_text_script(
-        command("checkpoint", shop, tmp_path / "run", train_data_dir="{shop}/large", cache_latents=True),
+        text_command("checkpoint", shop, tmp_path / "run", train_data_dir="{shop}/large", cache_latents=True),
         tmp_path / "run",
     )
     assert run.code == 2

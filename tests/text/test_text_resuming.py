@@ -18,7 +18,8 @@ from tests.support.fixtures_cli import assert_one_line
 from tests.support.fixtures_text import (
     run_text_script,
 )
-from tests.support.text_runs import EMA, assert_same_run, command, read, same, train, weights
+from tests.support.runs import assert_same_run, same, weights
+from tests.support.text_runs import EMA, read, text_command, train_text
 
 RESUMED = {
     "from scratch": ("scratch", {}),
@@ -52,7 +53,7 @@ def test_resuming_is_never_having_stopped(case, trained, shop, tmp_path):
     if start == "scratch":
         for name in ("autoencoder", "tokenizer"):
             shutil.copytree(whole / name, resumed / name)
-    run = train(start, shop, resumed, resume_from_checkpoint="latest", checkpointing_steps=4, **flags)
+    run = train_text(start, shop, resumed, resume_from_checkpoint="latest", checkpointing_steps=4, **flags)
     assert "not an exact continuation" not in run.err
     assert_same_run(resumed, whole)
 
@@ -68,7 +69,7 @@ def stop_in_the_autoencoder(shop, folder, after=3, **flags):
         return compute_loss(*args, **kwargs)
 
     with mock.patch.object(autoencoder, "compute_loss", stopped):
-        return train("scratch", shop, folder, **flags)
+        return train_text("scratch", shop, folder, **flags)
 
 
 def test_a_run_stopped_in_its_autoencoder_goes_on(trained, shop, tmp_path):
@@ -78,7 +79,7 @@ def test_a_run_stopped_in_its_autoencoder_goes_on(trained, shop, tmp_path):
     assert "--resume_from_checkpoint latest" in run.err
     assert {path.name for path in run.folder.iterdir()} == {"autoencoder", "training_config.json", MANIFEST}
     assert (run.folder / "autoencoder" / "checkpoint-3").is_dir()
-    train("scratch", shop, run.folder, checkpointing_steps=4, resume_from_checkpoint="latest")
+    train_text("scratch", shop, run.folder, checkpointing_steps=4, resume_from_checkpoint="latest")
     assert (run.folder / "autoencoder" / "metrics.jsonl").read_bytes() == (
         whole / "autoencoder" / "metrics.jsonl"
     ).read_bytes()
@@ -87,7 +88,7 @@ def test_a_run_stopped_in_its_autoencoder_goes_on(trained, shop, tmp_path):
 
 def test_the_time_limit_counts_the_autoencoder(shop, tmp_path):
     """Else a queue's limit kills the run in its first stage, and it starts over each time."""
-    run = train("scratch", shop, tmp_path / "run", max_train_hours=1e-9)
+    run = train_text("scratch", shop, tmp_path / "run", max_train_hours=1e-9)
     assert "stopped at step 1 by the time limit of --max_train_hours" in run.err
     assert {path.name for path in run.folder.iterdir()} == {"autoencoder", "training_config.json", MANIFEST}
     assert read_manifest(run.folder / "autoencoder" / "checkpoint-1")["step"] == 1
@@ -98,7 +99,7 @@ def test_a_seed_that_was_drawn_survives_a_stop_in_the_autoencoder(shop, tmp_path
     folder = tmp_path / "run"
     stop_in_the_autoencoder(shop, folder, seed=None)
     drawn = read_manifest(folder / "autoencoder" / "checkpoint-3")["seed"]
-    train("scratch", shop, folder, seed=None, resume_from_checkpoint="latest", max_train_steps=1)
+    train_text("scratch", shop, folder, seed=None, resume_from_checkpoint="latest", max_train_steps=1)
     assert read_manifest(folder / "autoencoder" / "checkpoint-4")["seed"] == drawn
     assert read_manifest(folder / "checkpoint-1")["seed"] == drawn
 
@@ -118,7 +119,7 @@ def test_a_checkpoint_of_another_kind_is_not_resumed(trained, shop, tmp_path):
             manifest = folder / "checkpoint-4" / "manifest.json"
             manifest.write_text(json.dumps({**read(manifest), "settings": {}}))
         flags = {"resume_from_checkpoint": "latest", "use_ema": True, **flags}
-        run = run_text_script(command("checkpoint", shop, folder, **flags), folder)
+        run = run_text_script(text_command("checkpoint", shop, folder, **flags), folder)
         assert run.code == 2, fragment
         assert fragment in run.error()
 
@@ -162,7 +163,9 @@ def test_a_checkpoint_of_a_stopped_run_has_what_it_started_from(trained, tmp_pat
 def test_a_stopped_run_from_scratch_is_sampled_and_says_what_is_missing(shop, tmp_path, run):
     """Else the tokenizer, which only a finished run saved, is gone, and an error speaks of files within Diffusers."""
     with mock.patch.object(train_text2image.Publisher, "save", side_effect=OSError("the disk is full")):
-        done = run_text_script(command("scratch", shop, tmp_path / "run", checkpointing_steps=4), tmp_path / "run")
+        done = run_text_script(
+            text_command("scratch", shop, tmp_path / "run", checkpointing_steps=4), tmp_path / "run"
+        )
     assert done.code != 0
     checkpoint = tmp_path / "run/checkpoint-4"
     assert not (tmp_path / "run/model_index.json").exists()

@@ -13,7 +13,8 @@ from tests.support.fixtures_text import (
     CAPTIONS,
 )
 from tests.support.pictures import random_pixels
-from tests.support.text_runs import DIFFUSION, START, last_checkpoint, read, records, same, train, weights
+from tests.support.runs import last_checkpoint, records, same, weights
+from tests.support.text_runs import DIFFUSION, START, read, train_text
 
 # What is on disk
 
@@ -84,7 +85,7 @@ def test_captions_are_the_default_prompts_also_of_cached_latents(shop, tmp_path)
     """Else the first run that a user starts on a folder of captioned pictures dies after its autoencoder."""
     for start, flags in (("checkpoint", {}), ("checkpoint", {"cache_latents": True}), ("scratch", {})):
         folder = tmp_path / f"{start}-{len(flags)}"
-        run = train(start, shop, folder, validation_prompts=None, eval_batch_size=16, max_train_steps=2, **flags)
+        run = train_text(start, shop, folder, validation_prompts=None, eval_batch_size=16, max_train_steps=2, **flags)
         (grid,) = (run.folder / "samples").glob("step-*")
         assert Image.open(grid).height == 2 + 8 * 66  # a row for each of eight captions
 
@@ -104,9 +105,9 @@ def test_a_grid_shows_the_prompts_row_by_row(trained, shop):
 
 def test_overwriting_leaves_nothing_of_the_earlier_run(shop, tmp_path):
     """Else the autoencoder's log, or a component, is a mixture of two runs."""
-    first = train("scratch", shop, tmp_path / "run", seed=1)
+    first = train_text("scratch", shop, tmp_path / "run", seed=1)
     (first.folder / "notes.txt").write_text("mine")
-    train("scratch", shop, tmp_path / "run", overwrite_output_dir=True, max_train_steps=2, checkpointing_steps=2)
+    train_text("scratch", shop, tmp_path / "run", overwrite_output_dir=True, max_train_steps=2, checkpointing_steps=2)
     assert len(records(first.folder / "autoencoder")) == 4
     assert {path.name for path in first.folder.glob("checkpoint-*")} == {"checkpoint-2"}
     assert {path.name for path in (first.folder / "autoencoder").glob("checkpoint-*")} == {
@@ -164,14 +165,14 @@ def test_grays_are_trained_where_the_autoencoder_has_them(cached, shop, tmp_path
     """Else an autoencoder of gray images, such as the digits', crashes on the colours that it is given."""
     tiny_vae(scaling_factor=0.5, in_channels=1, out_channels=1).save_pretrained(tmp_path / "gray")
     flags = {"vae_name_or_path": tmp_path / "gray", "max_train_steps": 1, "cache_latents": cached}
-    run = train("scratch", shop, tmp_path / "run", **flags)
+    run = train_text("scratch", shop, tmp_path / "run", **flags)
     assert Image.open(run.folder / "samples" / "step-000001.png").mode == "L"
 
 
 def test_a_chain_shorter_than_the_grids_steps_is_drawn_whole(shop, tmp_path):
     """Else a model of few timesteps dies at its first grid, or its card's code fails."""
     flags = {"ddpm_num_steps": 10, "num_inference_steps": 50, "max_train_steps": 1, "vae_name_or_path": "{shop}/vae"}
-    folder = train("scratch", shop, tmp_path / "run", **flags).folder
+    folder = train_text("scratch", shop, tmp_path / "run", **flags).folder
     calls = {line for line in (folder / "README.md").read_text().splitlines() if "image = pipeline(" in line}
     pipeline = train_text2image.TextToImageDDPMPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
@@ -184,12 +185,12 @@ def test_a_stream_trains_a_new_unet_where_the_rest_is_given(shop, tmp_path):
     """Else the recipe from scratch, which caches latents, forbids a stream to a user who asked for no cache."""
     parts = {"text_encoder_name_or_path": "{shop}/stable", "vae_name_or_path": "{shop}/vae"}
     flags = {"model_config_name_or_path": "{shop}/narrow", "streaming": True, "max_train_steps": 2}
-    assert len(train("scratch", shop, tmp_path / "run", **flags, **parts).records()) == 2
+    assert len(train_text("scratch", shop, tmp_path / "run", **flags, **parts).records()) == 2
 
 
 def test_a_text_encoder_of_ones_own_is_taken_frozen(shop, tmp_path):
     """Else a CLIP text encoder named for a model from scratch is trained, or replaced by a new one."""
-    run = train(
+    run = train_text(
         "scratch",
         shop,
         tmp_path / "run",

@@ -10,7 +10,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 
 from ddpm_hf import DDPMPipeline, DDPMScheduler
 from ddpm_hf.portable.guidance_ddpm_hf import ClassifierGuidance
-from tests.support.fixtures_pipeline import GaussianNetwork, generators, randn
+from tests.support.fixtures_pipeline import GaussianNetwork, finished, generators, randn
 from tests.support.guidance import (
     LEARNED,
     MULTISTEP,
@@ -20,7 +20,6 @@ from tests.support.guidance import (
     by_hand,
     conditional,
     draw,
-    finished,
     unconditional,
 )
 

@@ -10,17 +10,16 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 
 from ddpm_hf import ClassConditionalDDPMPipeline, DDPMScheduler
 from ddpm_hf.portable.guidance_ddpm_hf import classifier_free_guidance
-from tests.support.fixtures_pipeline import GaussianNetwork, generators, randn, tiny_unet, tiny_vae
+from tests.support.fixtures_pipeline import GaussianNetwork, finished, generators, randn, tiny_unet, tiny_vae
 from tests.support.guidance import (
     MULTISTEP,
     STEPS,
-    Calls,
     LinearClassifier,
     by_class,
     by_hand,
     conditional,
     draw,
-    finished,
+    labelled_calls,
     unconditional,
 )
 
@@ -32,7 +31,7 @@ from tests.support.guidance import (
 def test_scale_one_is_the_conditional_model_in_one_pass(variance_type, sampler):
     """Else a user without guidance pays for two passes, or gets other images than the model's own."""
     pipeline = by_class(2, sampler=sampler, variance_type=variance_type)
-    with Calls(pipeline.unet) as calls:
+    with labelled_calls(pipeline.unet) as calls:
         drawn = draw(pipeline, [2, 0, 1])
     assert [(count, labels) for count, _, labels in calls] == [(3, [2, 0, 1])] * STEPS
     assert torch.equal(drawn, by_hand(pipeline, 3, conditional(pipeline, [2, 0, 1], 2 if sampler else None)))
@@ -42,7 +41,7 @@ def test_scale_one_is_the_conditional_model_in_one_pass(variance_type, sampler):
 def test_other_scales_run_class_and_null_class_in_one_batch(scale):
     """Else guidance takes more calls than one a step, or the null half is given a class."""
     pipeline = by_class()
-    with Calls(pipeline.unet) as calls:
+    with labelled_calls(pipeline.unet) as calls:
         draw(pipeline, [2, 0], scale)
     assert [(count, labels) for count, _, labels in calls] == [(4, [2, 0, 3, 3])] * STEPS
 
@@ -78,7 +77,7 @@ def test_names_ids_and_none_mix():
     assert pipeline.class_ids(torch.tensor([[2], [0]])).tolist() == [2, 0]
     assert [pipeline.class_ids(label).tolist() for label in ("owl", 2, None, range(3))] == [[2], [2], [3], [0, 1, 2]]
     mixed = draw(pipeline, ["dog", 0, None, "owl"], 2.0)
-    with Calls(pipeline.unet) as calls:
+    with labelled_calls(pipeline.unet) as calls:
         assert torch.equal(mixed, draw(pipeline, [1, "cat", None, 2], 2.0))
     assert calls[0][2] == [1, 0, 3, 2, 3, 3, 3, 3]
     assert torch.equal(draw(pipeline, torch.tensor([2, 0])), draw(pipeline, ["owl", "cat"]))
@@ -112,7 +111,7 @@ def test_ddim_outside_the_interval_is_the_conditional_model():
 def test_guidance_outside_its_interval_is_the_conditional_model():
     """Else the interval guides where it should not, or pays for two passes there."""
     pipeline = by_class()
-    with Calls(pipeline.unet) as calls:
+    with labelled_calls(pipeline.unet) as calls:
         outside = draw(pipeline, [0, 1], 4.0, guidance_interval=(1, 9))
     assert [count for count, _, _ in calls] == [2] * STEPS
     assert torch.equal(outside, draw(pipeline, [0, 1]))
@@ -128,7 +127,7 @@ def test_an_interval_that_holds_the_chain_is_none(sampler):
 def test_the_interval_holds_timesteps_and_its_ends():
     """Else it counts steps rather than timesteps, or one end is shut out."""
     pipeline = by_class()
-    with Calls(pipeline.unet) as calls:
+    with labelled_calls(pipeline.unet) as calls:
         guided = draw(pipeline, [0, 1], 4.0, guidance_interval=(10, 30))
     assert [(t, count) for count, t, _ in calls] == [(50, 2), (40, 2), (30, 4), (20, 4), (10, 4), (0, 2)]
     assert (guided - draw(pipeline, [0, 1])).abs().max() > 0.01
@@ -362,7 +361,7 @@ def test_an_unknown_class_is_named_with_those_there_are(label):
     """Else a typing mistake draws the null class, another class, or ends in an index error."""
     pipeline = by_class()
     says = r"class .* must be one of the model's 3.*'cat', 'dog', 'owl'"
-    with Calls(pipeline.unet) as calls, pytest.raises(ValueError, match=says):
+    with labelled_calls(pipeline.unet) as calls, pytest.raises(ValueError, match=says):
         draw(pipeline, label)
     assert calls == []
 
@@ -371,7 +370,10 @@ def test_guidance_without_a_null_class_names_the_way_out():
     """Else the guided image is made of noise, or of an index error."""
     pipeline = by_class(null=False)
     for call in (lambda: draw(pipeline, [0], 2.0), lambda: draw(pipeline, [0], 0.0)):
-        with Calls(pipeline.unet) as calls, pytest.raises(ValueError, match=r"--class_dropout.*guidance_scale=1"):
+        with (
+            labelled_calls(pipeline.unet) as calls,
+            pytest.raises(ValueError, match=r"--class_dropout.*guidance_scale=1"),
+        ):
             call()
         assert calls == []
     with pytest.raises(ValueError, match="None"):
@@ -384,7 +386,10 @@ def test_guidance_without_a_null_class_names_the_way_out():
 def test_a_classifier_wants_a_class_for_each_image(labels, count):
     """Else an unconditional model is guided nowhere, or one label is spread over images that were not asked for."""
     pipeline = unconditional()
-    with Calls(pipeline.unet) as calls, pytest.raises(ValueError, match=rf"requires 2 class_labels \(got {count}\)"):
+    with (
+        labelled_calls(pipeline.unet) as calls,
+        pytest.raises(ValueError, match=rf"requires 2 class_labels \(got {count}\)"),
+    ):
         pipeline(2, generators(0, 1), STEPS, classifier=LinearClassifier(), class_labels=labels)
     assert calls == []
 

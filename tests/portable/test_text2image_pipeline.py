@@ -11,7 +11,7 @@ from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 
 from ddpm_hf.portable.pipeline_text2image_ddpm_hf import tokenize
-from tests.support.fixtures_pipeline import generators, randn
+from tests.support.fixtures_pipeline import calls_of, generators, randn
 from tests.support.fixtures_text import CAPTIONS, WIDTH, stable_diffusion_scheduler, stock_pipeline, tiny_text_pipeline
 from tests.support.text_pipelines import BLUE, RED, draw, latents, make_pipeline
 
@@ -76,25 +76,16 @@ def test_the_attention_mask_is_stocks():
 # Guidance
 
 
-class Inputs:
-    """The batch sizes that a model is called with, while the context lasts."""
-
-    def __init__(self, model):
-        self.model, self.seen = model, []
-
-    def __enter__(self):
-        self.handle = self.model.register_forward_pre_hook(lambda module, inputs: self.seen.append(len(inputs[0])))
-        return self.seen
-
-    def __exit__(self, *exception):
-        self.handle.remove()
+def batches_of(model):
+    """The batch sizes that a model is called with."""
+    return calls_of(model, lambda inputs, _: len(inputs[0]))
 
 
 @pytest.mark.parametrize(("scale", "batch"), [(1.0, 4), (3.0, 8), (0.0, 8), (0.5, 8)])
 def test_guidance_is_one_pass_of_twice_the_batch_and_scale_1_none(scale, batch):
     """Else sampling takes twice the time where nothing is guided, or twice the passes where it is."""
     pipeline = tiny_text_pipeline()
-    with Inputs(pipeline.unet) as passes, Inputs(pipeline.text_encoder):
+    with batches_of(pipeline.unet) as passes, batches_of(pipeline.text_encoder):
         latents(pipeline, [RED, BLUE], 0, 1, 2, 3, num_images_per_prompt=2, guidance_scale=scale)
     assert passes == [batch] * 5
 
@@ -130,7 +121,7 @@ def test_a_negative_prompt_equal_to_the_prompt_guides_nowhere():
 def test_guidance_acts_within_its_interval_alone():
     """Else an interval of timesteps is read at the wrong end, or not at all."""
     pipeline = tiny_text_pipeline()
-    with Inputs(pipeline.unet) as passes:
+    with batches_of(pipeline.unet) as passes:
         latents(pipeline, RED, guidance_interval=(300, 700))
     steps = pipeline.scheduler.timesteps.tolist()
     assert passes == [2 if 300 <= t <= 700 else 1 for t in steps]
@@ -334,7 +325,7 @@ def test_what_cannot_be_drawn_is_named(name):
     """Else a slip ends in a trace from deep within, or draws something else than was asked for."""
     options, fragments = REFUSED[name]
     pipeline = tiny_text_pipeline()
-    with Inputs(pipeline.unet) as passes, pytest.raises(ValueError) as refused:  # noqa: PT011
+    with batches_of(pipeline.unet) as passes, pytest.raises(ValueError) as refused:  # noqa: PT011
         pipeline(**{"prompt": RED, "num_inference_steps": 5, **options})
     for fragment in fragments:
         assert fragment in str(refused.value)

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 import subprocess
 import sys
 import warnings
@@ -14,6 +13,7 @@ from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline
 
 from ddpm_hf.portable.pipeline_text2image_ddpm_hf import TextToImageDDPMPipeline
 from ddpm_hf.portable.scheduling_ddpm_hf import DDPMScheduler
+from tests.support.fixtures_hub import bare_environment
 from tests.support.fixtures_pipeline import tiny_vae
 from tests.support.fixtures_text import stable_diffusion_scheduler, tiny_text_pipeline
 from tests.support.text_pipelines import BLUE, CALLS, MODELS, RED, V, draw, make_pipeline, make_stock, read
@@ -95,8 +95,7 @@ attempt("trusted", DiffusionPipeline, "mean", calls, trust_remote_code=True)
 def stranger(saved, tmp_path_factory):
     """What a process without this package makes of the folders: the records, and where its images lie."""
     home = tmp_path_factory.mktemp("stranger")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_"))}
-    environment |= {"HF_HOME": str(home / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = bare_environment(home / "hf", HF_HUB_OFFLINE="1")
     arguments = [str(saved), str(home), json.dumps(CALLS), json.dumps([RED, BLUE])]
     subprocess.run(
         [sys.executable, "-I", "-c", STRANGER, *arguments], cwd=home, env=environment, check=True, timeout=300

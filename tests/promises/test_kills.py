@@ -8,15 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import kills
-
-HARNESS = Path(kills.__file__)
+ROOT = Path(__file__).parents[2]
 
 
 def kill(*words, seconds=900):
     """What the harness printed, and the kills that it counted: all, those within saving, and the runs compared."""
     done = subprocess.run(
-        [sys.executable, str(HARNESS), *words],
+        [sys.executable, "-m", "tests.support.kills", *words],
+        cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -15,12 +15,16 @@ from unittest import mock
 ROOT = Path(__file__).parents[2]
 
 
+def free_port() -> int:
+    """A port that nobody listens to."""
+    with socket.socket() as one:
+        one.bind(("localhost", 0))
+        return one.getsockname()[1]
+
+
 def torchrun(*words, ranks: int = 2, timeout: float = 400, **environment: str) -> subprocess.CompletedProcess:
     """A program and its words in so many processes, which can import what lies here."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(port)]
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(free_port())]
     return subprocess.run(
         [sys.executable, *launcher, *map(str, words)],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment},

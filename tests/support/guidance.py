@@ -1,30 +1,15 @@
 """Tiny models that are guided, and the guided chain by hand."""
 
-import diffusers
 import torch
 
-from ddpm_hf import ClassConditionalDDPMPipeline, DDPMPipeline, DDPMScheduler
-from tests.support.fixtures_pipeline import generators, randn, tiny_unet
+from ddpm_hf import ClassConditionalDDPMPipeline, DDPMScheduler
+from tests.support.fixtures_pipeline import calls_of, finished, generators, randn, tiny_pipeline, tiny_unet
 
 NAMES = {0: "cat", 1: "dog", 2: "owl"}
-
-
 STEPS = 6
-
-
 LEARNED = ("learned", "learned_range")
-
-
 # samplers that cannot re-derive the direction from a clipped x̂_0, as DDIM can
 MULTISTEP = ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
-
-
-def finished(pipeline, sampler=None, **config):
-    """The pipeline without a progress bar, and with another sampler if one is named."""
-    pipeline.set_progress_bar_config(disable=True)
-    if sampler is not None:
-        pipeline.scheduler = getattr(diffusers, sampler).from_config(pipeline.scheduler.config, **config)
-    return pipeline
 
 
 def by_class(channels=1, vae=None, sampler=None, null=True, size=8, **config):
@@ -36,9 +21,7 @@ def by_class(channels=1, vae=None, sampler=None, null=True, size=8, **config):
 
 
 def unconditional(channels=1, sampler=None, **config):
-    scheduler = DDPMScheduler(num_train_timesteps=60, **config)
-    outputs = 2 * channels if scheduler.variance_type in LEARNED else channels
-    return finished(DDPMPipeline(tiny_unet(channels, outputs), scheduler), sampler)
+    return finished(tiny_pipeline(channels, num_train_timesteps=60, **config), sampler)
 
 
 def draw(pipeline, labels, guidance_scale=1.0, **options):
@@ -66,22 +49,14 @@ def conditional(pipeline, ids, channels=None):
     return lambda x, t: pipeline.unet(x, t, class_labels=torch.tensor(ids)).sample[:, :channels]
 
 
-class Calls:
+def labelled_calls(model):
     """(images in the batch, t, class labels) of each call of a model, while the context lasts."""
 
-    def __init__(self, model):
-        self.model, self.seen = model, []
+    def call(inputs, more):
+        labels = more.get("class_labels")
+        return len(inputs[0]), int(inputs[1]), None if labels is None else labels.tolist()
 
-    def __enter__(self):
-        def note(module, inputs, more):
-            labels = more.get("class_labels")
-            self.seen.append((len(inputs[0]), int(inputs[1]), None if labels is None else labels.tolist()))
-
-        self.handle = self.model.register_forward_pre_hook(note, with_kwargs=True)
-        return self.seen
-
-    def __exit__(self, *exception):
-        self.handle.remove()
+    return calls_of(model, call)
 
 
 # Classifier guidance: the two algorithms of Dhariwal & Nichol 2021

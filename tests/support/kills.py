@@ -15,6 +15,7 @@ Runs are forked from a process that has imported everything, so that a kill cost
 
 import argparse
 import contextlib
+import json
 import os
 import random
 import re
@@ -291,8 +292,6 @@ UNCOMPARED = re.compile(r"timings\.jsonl|README\.md|run\.json|manifest\.json|ran
 
 def contents(run: Path) -> dict[str, bytes]:
     """All files that a run left but what tells times, by path; of a manifest, what does not follow from the rest."""
-    import json
-
     from ddpm_hf.training.checkpointing import read_manifest
 
     found = {}

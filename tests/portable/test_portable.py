@@ -3,7 +3,6 @@
 import ast
 import importlib
 import inspect
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from ddpm_hf import DDPMPipeline, DDPMScheduler
 from ddpm_hf.portable import hub_ddpm_hf
 from tests.support.fixtures_hub import bare_environment
 from tests.support.fixtures_pipeline import tiny_pipeline, tiny_vae
+from tests.support.runs import contents, read
 
 PORTABLE = Path(ddpm_hf.portable.__file__).parent
 FILES = sorted(path.name for path in PORTABLE.glob("*.py") if path.name != "__init__.py")
@@ -59,15 +59,6 @@ def saved(tmp_path_factory):
     for name in MODELS:
         make_pipeline(name).save_pretrained(root / name)
     return root
-
-
-def read(path):
-    return json.loads(Path(path).read_text())
-
-
-def contents(folder):
-    """Every file of a folder, by its path."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
 
 
 # What the folder says

@@ -16,7 +16,8 @@ from ddpm_hf.portable.scheduling_ddpm_hf import DDPMScheduler
 from tests.support.fixtures_hub import bare_environment
 from tests.support.fixtures_pipeline import tiny_vae
 from tests.support.fixtures_text import stable_diffusion_scheduler, tiny_text_pipeline
-from tests.support.text_pipelines import BLUE, CALLS, MODELS, RED, V, draw, make_pipeline, make_stock, read
+from tests.support.runs import read
+from tests.support.text_pipelines import BLUE, CALLS, MODELS, RED, V, draw, make_pipeline, make_stock
 
 
 @pytest.fixture(scope="module")

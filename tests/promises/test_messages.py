@@ -3,15 +3,12 @@
 import ast
 import dataclasses
 import re
-from pathlib import Path
 
 import typer.main
 
 from ddpm_hf import cli
+from tests.support import ROOT
 from tests.support.ways_out import CONFIGS, ROWS, flags_in
-
-ROOT = Path(__file__).parents[2]
-
 
 SOURCES = [
     *sorted((ROOT / "ddpm_hf").rglob("*.py")),

@@ -23,8 +23,8 @@ from ddpm_hf.publishing.folder import PUBLISHED
 from ddpm_hf.publishing.spaces import Model, write_space
 from ddpm_hf.training import checkpointing, earlier_run
 from ddpm_hf.training.checkpointing import rotate
-from tests.support.ownership import OVER, QUICK, content, cut_off, put, sealed
-from tests.support.runs import attempt, train
+from tests.support.ownership import OVER, QUICK, cut_off, put, sealed
+from tests.support.runs import attempt, contents, train
 
 # A user's files
 
@@ -40,23 +40,23 @@ PROJECT = (
 def test_a_project_is_no_run(flags, shop, tmp_path):
     """Else training in a project's folder deletes the project."""
     put(tmp_path, *PROJECT)
-    before = content(tmp_path)
+    before = contents(tmp_path)
     run = attempt(shop, tmp_path, QUICK, **flags)
     assert run.code == 2
     assert "README.md" in run.error()
     assert "move them, or name another folder" in run.error()
-    assert content(tmp_path) == before
+    assert contents(tmp_path) == before
 
 
 def test_the_way_out_of_a_project_works_and_leaves_it_alone(shop, tmp_path):
     """Else what the error advises fails, or a run, a resumed run or its replacement takes files of the user's."""
     put(tmp_path, *PROJECT)
     (tmp_path / "README.md").unlink()
-    before = content(tmp_path)
+    before = contents(tmp_path)
     steps = ({"checkpointing_steps": 1, "checkpoints_total_limit": 1}, {"resume_from_checkpoint": "latest"}, OVER)
     for flags in steps:
         train(shop, tmp_path, QUICK, **flags)
-        after = content(tmp_path)
+        after = contents(tmp_path)
         assert {name: after[name] for name in before} == before
     assert isinstance(DDPMPipeline.from_pretrained(tmp_path).unet, UNet2DModel)
 
@@ -75,12 +75,12 @@ def test_files_that_training_would_replace_are_named_before_it_starts(name, flag
     assert run.code == 2
     assert name.split("/")[0] in run.error()
     assert "move them, or name another folder" in run.error()
-    assert content(tmp_path) == {name: b"mine"}
+    assert contents(tmp_path) == {name: b"mine"}
 
 
 def test_every_kind_of_file_that_a_run_writes_is_in_the_table(trained):
     """Else a file is written that nobody checked for, or is removed by nobody."""
-    written = {name for name in content(trained) if not name.startswith("checkpoint-")} - {MANIFEST}
+    written = {name for name in contents(trained) if not name.startswith("checkpoint-")} - {MANIFEST}
     assert written == {name for name in listed(trained) if not name.endswith("/")}
     table = {name for entry in layout("unet", "scheduler") for name in matching(trained, entry.pattern)}
     assert written <= table
@@ -94,14 +94,14 @@ def test_every_kind_of_file_that_a_run_writes_is_in_the_table(trained):
 def test_files_within_an_earlier_run_stay(shop, earlier):
     """Else notes beside or within checkpoints go with them."""
     put(earlier, "notes.txt", "unet/notes.txt", "samples/mine.png", "checkpoint-notes/n.txt")
-    before = content(earlier)
+    before = contents(earlier)
     put(earlier, "checkpoint-1/notes.txt")
     refused = attempt(shop, earlier, QUICK, **OVER)
     assert refused.code == 2
     assert "checkpoint-1/notes.txt" in refused.error()
     (earlier / "checkpoint-1" / "notes.txt").unlink()
     train(shop, earlier, QUICK, **OVER)
-    kept = content(earlier)
+    kept = contents(earlier)
     for name in ("notes.txt", "unet/notes.txt", "samples/mine.png", "checkpoint-notes/n.txt"):
         assert kept[name] == before[name]
     assert not (earlier / EARLIER).exists()
@@ -122,12 +122,12 @@ def test_training_data_that_an_earlier_run_wrote_stays(how, shop, earlier):
     (earlier / "samples" / "x").unlink()
     shutil.copy(shop / "pictures" / "0.png", earlier / "samples" / "step-000001.png")
     claim_files(earlier, ["samples/step-000001.png"])
-    before = content(earlier)
+    before = contents(earlier)
     name = "train_data_dir" if how == "trained on" else "dataset_name"
     run = attempt(shop, earlier, QUICK, **{**OVER, "train_data_dir": None, name: str(earlier / "samples")})
     assert run.code == 2
     assert "training data" in run.error()
-    assert content(earlier) == before
+    assert contents(earlier) == before
 
 
 # Runs of a version without manifests
@@ -178,7 +178,7 @@ def test_rotation_counts_and_removes_our_checkpoints_alone(tmp_path):
     put(tmp_path, "checkpoint-2/notes/n.txt", "checkpoint-7/model.safetensors", "checkpoint-notes/n.txt")
     put(tmp_path, "checkpoint-notes.superseded/n.txt")
     assert [path.name for path in rotate(tmp_path, 1)] == ["checkpoint-1", "checkpoint-2"]
-    assert set(content(tmp_path)) == {
+    assert set(contents(tmp_path)) == {
         "checkpoint-2/notes/n.txt", "checkpoint-3/manifest.json", "checkpoint-3/weights.bin",
         "checkpoint-7/model.safetensors", "checkpoint-notes/n.txt", "checkpoint-notes.superseded/n.txt",
     }  # fmt: skip
@@ -191,18 +191,18 @@ def test_a_checkpoint_that_is_a_link_loses_the_link_alone(tmp_path):
     (tmp_path / "run" / "checkpoint-1").symlink_to(elsewhere, target_is_directory=True)
     discard(tmp_path / "run" / "checkpoint-1")
     assert not os.path.lexists(tmp_path / "run" / "checkpoint-1")
-    assert len(content(elsewhere)) == 2
+    assert len(contents(elsewhere)) == 2
 
 
 def test_nothing_behind_a_link_is_removed(shop, earlier, tmp_path):
     """Else --overwrite_output_dir follows a link out of the folder."""
     shutil.move(earlier / "unet", tmp_path / "elsewhere")
     (earlier / "unet").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
-    before = content(tmp_path / "elsewhere")
+    before = contents(tmp_path / "elsewhere")
     run = attempt(shop, earlier, QUICK, **OVER)
     assert run.code == 2
     assert "unet/" in run.error()
-    assert content(tmp_path / "elsewhere") == before
+    assert contents(tmp_path / "elsewhere") == before
 
 
 def test_a_folder_that_is_a_link_is_an_output_folder_like_any(shop, earlier, tmp_path):
@@ -243,10 +243,10 @@ def test_the_images_of_two_calls_never_mix(tmp_path):
     put(tmp_path, "notes.txt", "photo.png")
     write(tmp_path, 1, 2, 3)
     write(tmp_path, 4)
-    assert set(content(tmp_path)) == {"notes.txt", "photo.png", "0000.png", "grid.png", MANIFEST}
+    assert set(contents(tmp_path)) == {"notes.txt", "photo.png", "0000.png", "grid.png", MANIFEST}
     assert np.asarray(Image.open(tmp_path / "0000.png")).max() == 4
     write(tmp_path, 5, grid_only=True)
-    assert set(content(tmp_path)) == {"notes.txt", "photo.png", "grid.png", MANIFEST}
+    assert set(contents(tmp_path)) == {"notes.txt", "photo.png", "grid.png", MANIFEST}
 
 
 @pytest.mark.parametrize("name", ["0000.png", "0007.png", "grid.png", "chain.gif", "12345.png"])
@@ -255,7 +255,7 @@ def test_images_of_somebody_else_are_refused(name, tmp_path):
     put(tmp_path, name)
     with pytest.raises(UsageError, match=re.escape(name)):
         write(tmp_path, 1)
-    assert content(tmp_path) == {name: b"mine"}
+    assert contents(tmp_path) == {name: b"mine"}
 
 
 def test_an_image_that_was_edited_is_refused(tmp_path):
@@ -272,7 +272,7 @@ def test_images_that_a_kill_left_are_ours(tmp_path):
     for number in range(1, 12):
         cut_off(lambda: write(tmp_path, 1, 2), number)
         write(tmp_path, 3)
-        assert {name for name in content(tmp_path) if not name.startswith(".")} == {"0000.png", "grid.png", MANIFEST}
+        assert {name for name in contents(tmp_path) if not name.startswith(".")} == {"0000.png", "grid.png", MANIFEST}
 
 
 def test_samples_in_a_run_s_folder_are_not_the_run_s(shop, earlier):
@@ -325,7 +325,7 @@ def test_scraps_of_other_programs_stay(tmp_path):
         ".metrics.jsonl.a1b2c3d4.partial",
     )
     earlier_run.remove_unfinished(tmp_path)
-    assert set(content(tmp_path)) == {".film.mp4.partial", "data/.x.a1b2c3d4.partial", "checkpoint-notes.partial/n"}
+    assert set(contents(tmp_path)) == {".film.mp4.partial", "data/.x.a1b2c3d4.partial", "checkpoint-notes.partial/n"}
 
 
 def test_the_table_is_what_is_published():

@@ -8,13 +8,12 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
 
 import pytest
 
 import ddpm_hf
+from tests.support import ROOT
 
-ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "ddpm_hf"
 SCRIPTS = sorted(ROOT.glob("train_*.py"))
 

@@ -22,9 +22,9 @@ from ddpm_hf.common.ownership import MANIFEST, claim_files, run_files
 from ddpm_hf.publishing import hub as publishing
 from ddpm_hf.training import earlier_run
 from ddpm_hf.training.earlier_run import set_aside, settle
-from tests.support.ownership import OVER, QUICK, content, cut_off, put, sealed
+from tests.support.ownership import OVER, QUICK, cut_off, put, sealed
 from tests.support.pictures import random_pixels, write_images, write_unet
-from tests.support.runs import attempt, run_script, train, words
+from tests.support.runs import attempt, contents, run_script, train, words
 
 
 def a_run(folder: Path) -> None:
@@ -50,14 +50,14 @@ def test_a_run_that_is_replaced_comes_back_whenever_the_new_one_is_killed(with_m
         (tmp_path / "run" / MANIFEST).unlink()
         (tmp_path / "run" / "README.md").write_text("<!-- ddpm_hf -->")
         (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "epoch": 1}\n')
-    before = content(tmp_path / "run")
+    before = contents(tmp_path / "run")
     for first in range(1, 100):
         folder = shutil.copytree(tmp_path / "run", tmp_path / f"again-{first}")
         done = cut_off(lambda folder=folder: begin_new(folder), first)
         for second in (1 + first % 5, 3 + first % 7):  # bringing back is killed too
             cut_off(lambda folder=folder: settle(folder, training=True), second)
         settle(folder)
-        assert {n: c for n, c in content(folder).items() if not n.endswith(".partial")} == before
+        assert {n: c for n, c in contents(folder).items() if not n.endswith(".partial")} == before
         if done:
             break
     assert first > 10
@@ -74,7 +74,7 @@ def test_a_run_that_is_replaced_goes_with_the_first_checkpoint_even_if_that_is_c
         done = cut_off(lambda folder=folder: settle(folder), number)
         settle(folder)
         earlier_run.remove_unfinished(folder)
-        assert set(content(folder)) == {
+        assert set(contents(folder)) == {
             MANIFEST, "README.md", "metrics.jsonl", "timings.jsonl", "samples/step-9.png", "samples/a.png",
             "checkpoint-1/manifest.json", "checkpoint-1/weights.bin",
         }  # fmt: skip
@@ -92,9 +92,9 @@ def test_a_run_is_not_taken_from_a_process_that_trains(tmp_path):
         process = {**earlier_run.this_process(), "pid": other.pid, "started": psutil.Process(other.pid).create_time()}
         with mock.patch.object(earlier_run, "this_process", return_value=process):
             begin_new(tmp_path / "run")
-        before = content(tmp_path / "run")
+        before = contents(tmp_path / "run")
         settle(tmp_path / "run")
-        assert content(tmp_path / "run") == before
+        assert contents(tmp_path / "run") == before
         with pytest.raises(UsageError, match=f"process {other.pid} trains there"):
             settle(tmp_path / "run", training=True)
         other.communicate(b"\n")
@@ -139,7 +139,7 @@ def test_whatever_fails_early_leaves_the_earlier_model(name, shop, trained, earl
                 attempt(shop, earlier, QUICK, **OVER, **flags)
         else:
             assert attempt(shop, earlier, QUICK, **OVER, **flags).code == code
-    assert content(earlier) == content(trained)
+    assert contents(earlier) == contents(trained)
     assert isinstance(DDPMPipeline.from_pretrained(earlier).unet, UNet2DModel)
 
 
@@ -165,7 +165,7 @@ def test_a_run_that_stops_before_its_first_checkpoint_gives_the_earlier_one_back
     with at_step(1, action):
         run = attempt(shop, earlier, QUICK, **OVER, max_train_steps=4, seed=5)
     assert "the earlier run is back" in run.err or "is there again" in run.err
-    assert content(earlier) == content(trained)
+    assert contents(earlier) == contents(trained)
 
 
 def test_sigterm_before_the_loop_gives_the_earlier_run_back(shop, trained, earlier):
@@ -173,7 +173,7 @@ def test_sigterm_before_the_loop_gives_the_earlier_run_back(shop, trained, earli
     terminate = mock.Mock(side_effect=lambda config: os.kill(os.getpid(), signal.SIGTERM))
     with mock.patch.object(train_unconditional, "save_settings", terminate):
         assert attempt(shop, earlier, QUICK, **OVER).code == 143
-    assert content(earlier) == content(trained)
+    assert contents(earlier) == contents(trained)
 
 
 def test_a_run_that_stops_after_its_first_checkpoint_goes_on_from_it(shop, earlier):
@@ -197,7 +197,7 @@ def test_a_start_after_a_kill_begins_with_the_earlier_run(shop, trained, earlier
     run = attempt(shop, earlier, QUICK)
     assert run.code == 2
     assert "holds an earlier run" in run.error()
-    assert content(earlier) == content(trained)
+    assert contents(earlier) == contents(trained)
 
 
 # Text to image
@@ -239,7 +239,7 @@ def test_all_is_checked_before_an_autoencoder_is_trained(
         run = text(shop, earlier, data, **flags)
     assert run.code == 2
     assert says in run.error()
-    assert content(earlier) == content(trained)
+    assert contents(earlier) == contents(trained)
 
 
 def test_an_autoencoder_that_stops_gives_the_earlier_run_back(shop, trained, earlier, tmp_path):
@@ -257,7 +257,7 @@ def test_an_autoencoder_that_stops_gives_the_earlier_run_back(shop, trained, ear
     with mock.patch.object(autoencoder, "compute_loss", stopping):
         run = text(shop, earlier, data, vae_train_steps=4)
     assert "the earlier run is back" in run.err
-    assert content(earlier) == content(trained)
+    assert contents(earlier) == contents(trained)
 
 
 # Dry runs
@@ -279,7 +279,7 @@ def test_a_dry_run_finds_what_a_run_would(name, shop, trained, earlier):
     run = attempt(shop, earlier, QUICK, dry_run=True, **flags)
     assert run.code == 2
     assert says in run.error()
-    assert content(earlier) == content(trained)
+    assert contents(earlier) == contents(trained)
 
 
 def test_a_dry_run_says_what_becomes_of_the_folder(shop, trained, earlier, tmp_path):
@@ -292,7 +292,7 @@ def test_a_dry_run_says_what_becomes_of_the_folder(shop, trained, earlier, tmp_p
         run = attempt(shop, earlier, QUICK, dry_run=True, **flags)
         assert run.code == 0, run.err
         assert re.search(words_of_it, run.out)
-    assert content(earlier) == content(trained)
+    assert contents(earlier) == contents(trained)
     assert "from the beginning" in attempt(shop, tmp_path / "new", QUICK, dry_run=True).out
     assert not (tmp_path / "new").exists()
 
@@ -331,9 +331,9 @@ def test_the_rehearsal_changes_nothing(shop, tmp_path):
         train(shop, tmp_path / "without", QUICK, **flags, **again)
     train(shop, tmp_path / "resumed", QUICK, **flags, **again)
     for name in ("checkpoint-2", "checkpoint-3"):
-        left, right = (content(tmp_path / f / name) for f in ("without", "resumed"))
+        left, right = (contents(tmp_path / f / name) for f in ("without", "resumed"))
         compared = [n for n in left if n.endswith((".safetensors", ".bin"))]
         assert len(compared) >= 4
         assert {n: left[n] for n in compared} == {n: right[n] for n in compared}
-    one, two = (content(tmp_path / f / "checkpoint-2" / "unet") for f in ("with", "without"))
+    one, two = (contents(tmp_path / f / "checkpoint-2" / "unet") for f in ("with", "without"))
     assert one == two

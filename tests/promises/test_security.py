@@ -23,6 +23,7 @@ import train_unconditional
 from ddpm_hf import ClassConditionalDDPMPipeline, DDPMPipeline, DDPMScheduler, cli
 from ddpm_hf.common.errors import UsageError, one_line
 from tests.publishing.test_hub import TRAINER, run
+from tests.support import ROOT
 from tests.support.classifier import tiny_classifier
 from tests.support.fixtures_generated import ended
 from tests.support.fixtures_pipeline import tiny_unet
@@ -31,7 +32,6 @@ from tests.support.hub_server import Hub
 from tests.support.pictures import encoded, random_pixels, write_images, write_rows, write_unet
 from tests.support.runs import BASE, attempt
 
-ROOT = Path(__file__).parents[2]
 SOURCES = [*sorted((ROOT / "ddpm_hf").rglob("*.py")), *sorted(ROOT.glob("train_*.py"))]
 
 

@@ -19,6 +19,7 @@ from PIL import Image
 
 from ddpm_hf.inference.studio import MOMENTS
 from ddpm_hf.publishing import spaces
+from tests.support import ROOT
 from tests.support.fixtures_browser import browser, need_browser
 from tests.support.fixtures_hub import TOKEN, client_environment
 from tests.support.fixtures_ranks import free_port
@@ -26,7 +27,6 @@ from tests.support.fixtures_spaces import put, seeded, tiny_pipelines
 from tests.support.hub_server import Hub
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[2]
 PYTHON = Path(os.environ.get("SPACE_PYTHON", ROOT / ".venv-space" / "bin" / "python"))
 PATIENCE = 180  # seconds that anything may take on a busy machine
 STEPS = 40

@@ -25,11 +25,11 @@ from ddpm_hf.publishing.space.page import (
     request_of,
     thumbnail,
 )
+from tests.support import ROOT
 from tests.support.fixtures_hub import STRANGERS, TOKEN, WRONG, client_environment
 from tests.support.fixtures_spaces import CLASSES, STEPS, put, seeded, tiny_pipelines
 from tests.support.hub_server import Hub
 
-ROOT = Path(__file__).parents[2]
 KINDS = ("plain", "by-class", "text")
 
 

@@ -6,7 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.support import ROOT
+
 TOKEN, STRANGERS, WRONG = "hf_OwnersSecretToken", "hf_AnotherUsersToken", "hf_TokenOfNobody"
 
 

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-ROOT = Path(__file__).parents[2]
+from tests.support import ROOT
 
 
 def free_port() -> int:

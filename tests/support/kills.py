@@ -31,9 +31,9 @@ from typing import NamedTuple
 
 import psutil
 
+from tests.support import ROOT
 from tests.support.fixtures_ranks import free_port
 
-ROOT = Path(__file__).resolve().parents[2]
 UNCONDITIONAL, TEXT = "train_unconditional.py", "train_text2image.py"
 LIMIT = 300  # seconds until a run that does not end counts as hanging
 BY_ITSELF = 30  # seconds that a rank has to notice that another has died, before a launcher would end it

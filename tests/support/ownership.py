@@ -10,12 +10,6 @@ from tests.support.runs import BASE
 QUICK = {**BASE, "max_train_steps": 2, "eval_batch_size": 2, "save_images_epochs": 100}
 
 
-def content(folder: Path) -> dict[str, bytes]:
-    """All files in a folder, but for the manifest of a version that had none."""
-    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    return {name: path.read_bytes() for name, path in files.items()}
-
-
 def put(folder: Path, *names: str, text: str = "mine") -> None:
     """Write a user's files; a name that ends with a slash is a folder."""
     for name in names:

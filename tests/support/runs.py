@@ -117,6 +117,11 @@ def train(shop: Path, folder: Path, base: dict = BASE, main=None, **flags) -> Ru
     return run
 
 
+def read(path: Path):
+    """What a JSON file holds."""
+    return json.loads(Path(path).read_text())
+
+
 def records(folder: Path) -> list[dict]:
     """The lines of metrics.jsonl."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -1,7 +1,5 @@
 """Text-to-image pipelines of each kind of scheduler, and what they draw."""
 
-import json
-
 import diffusers
 import torch
 
@@ -68,10 +66,6 @@ def latents(pipeline, prompt=RED, *seeds, **options):
     """x_0 for one generator a seed."""
     options = {"num_inference_steps": 5, "output_type": "latent", "guidance_scale": 3.0, **options}
     return pipeline(prompt, generator=generators(*(seeds or (0,))), **options).images
-
-
-def read(path):
-    return json.loads(path.read_text())
 
 
 # From stock

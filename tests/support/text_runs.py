@@ -1,7 +1,5 @@
 """How runs of train_text2image.py start, for the tests of text to image."""
 
-import json
-
 import train_text2image
 from tests.support import runs
 from tests.support.runs import Run
@@ -36,7 +34,3 @@ def text_command(start: str, shop, folder, **flags) -> list[str]:
 def train_text(start: str, shop, folder, **flags) -> Run:
     """Such a run, which must succeed."""
     return runs.train(shop, folder, START[start], train_text2image.main, **flags)
-
-
-def read(path):
-    return json.loads(path.read_text())

@@ -18,8 +18,8 @@ from tests.support.fixtures_cli import assert_one_line
 from tests.support.fixtures_text import (
     run_text_script,
 )
-from tests.support.runs import assert_same_run, same, weights
-from tests.support.text_runs import EMA, read, text_command, train_text
+from tests.support.runs import assert_same_run, read, same, weights
+from tests.support.text_runs import EMA, text_command, train_text
 
 RESUMED = {
     "from scratch": ("scratch", {}),

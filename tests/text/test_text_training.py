@@ -13,8 +13,8 @@ from tests.support.fixtures_text import (
     CAPTIONS,
 )
 from tests.support.pictures import random_pixels
-from tests.support.runs import last_checkpoint, records, same, weights
-from tests.support.text_runs import DIFFUSION, START, read, train_text
+from tests.support.runs import last_checkpoint, read, records, same, weights
+from tests.support.text_runs import DIFFUSION, START, train_text
 
 # What is on disk
 

@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DModel
 from diffusers.utils import logging
 
+from .coefficients_ddpm_hf import Coefficients  # noqa: F401  Diffusers fetches what a pipeline imports itself
 from .guidance_ddpm_hf import ClassifierGuidance, FreeGuidance, find_class
 from .hub_ddpm_hf import PortablePipelineMixin
 from .sampling_ddpm_hf import DDPMPipelineOutput, SamplingMixin, StepCallback, adopt_scheduler

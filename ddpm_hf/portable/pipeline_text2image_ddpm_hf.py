@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DCo
 from diffusers.utils import logging
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from .coefficients_ddpm_hf import Coefficients  # noqa: F401  Diffusers fetches what a pipeline imports itself
 from .guidance_ddpm_hf import FreeGuidance
 from .hub_ddpm_hf import PortablePipelineMixin
 from .sampling_ddpm_hf import (

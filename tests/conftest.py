@@ -18,18 +18,34 @@ if os.environ.get("OTHER_ROUNDING"):
     other_rounding.install()
 
 
-@pytest.fixture(autouse=True)
-def one_loss_curve(monkeypatch):
-    """The card's curve is plotted once: for each tiny run anew, it would be a fifth of the run's time."""
-    from ddpm_hf.publishing.card import illustrations
+# Tests kill processes, and never the machine: no file has to reach the disk; waiting for it is a tenth of a tiny run.
+os.fsync = lambda handle: None
 
-    plot = illustrations.loss_curve
+
+@pytest.fixture(autouse=True)
+def one_card(monkeypatch):
+    """What a card shows is made once: for each tiny run anew, it would be a third of the run's time."""
+    from ddpm_hf.publishing.card import illustrations, sections
+
+    plot, usable = illustrations.loss_curve, sections.usable_samplers
     monkeypatch.setattr(illustrations, "loss_curve", lambda metrics: _plotted(plot))
+    monkeypatch.setattr(sections, "usable_samplers", lambda pipeline: _usable(usable, pipeline))
 
 
 @functools.cache
 def _plotted(plot) -> bytes:
     return plot([{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}])
+
+
+USABLE = {}
+
+
+def _usable(usable, pipeline) -> dict[str, int]:
+    scheduler = pipeline.scheduler
+    key = usable, type(scheduler), scheduler.to_json_string(), pipeline.unet.config.out_channels
+    if key not in USABLE:
+        USABLE[key] = usable(pipeline)
+    return USABLE[key]
 
 
 @pytest.fixture

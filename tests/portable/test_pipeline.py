@@ -321,8 +321,7 @@ def test_swapped_samplers_draw_the_data_with_a_learned_variance(sampler):
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("variance_type", ["fixed_large", "learned", "learned_range"])
-@pytest.mark.parametrize("channels", [1, 4])
+@pytest.mark.parametrize(("channels", "variance_type"), [(1, "fixed_large"), (1, "learned"), (4, "learned_range")])
 def test_swapping_a_sampler_in_and_back_changes_nothing(channels, variance_type, sampler):
     """Else a try with another sampler loses part of the model's config, and the old images cannot be drawn again."""
     pipeline = tiny_pipeline(
@@ -556,9 +555,9 @@ def test_more_steps_than_timesteps_are_refused_for_every_sampler(sampler):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_no_sampler_draws_nan(sampler, spacing):
     """Where the multistep samplers visit a timestep twice they divide by zero, and NaN is shown as black."""
-    pipeline = tiny_pipeline(num_train_timesteps=20, beta_schedule="squaredcos_cap_v2")
+    pipeline = tiny_pipeline(num_train_timesteps=10, beta_schedule="squaredcos_cap_v2")
     config = pipeline.scheduler.config
-    for steps in (1, 2, 10, 19, 20, None):
+    for steps in (1, 2, 5, 9, 10, None):
         pipeline.scheduler = getattr(diffusers, sampler).from_config(config, timestep_spacing=spacing)
         try:
             drawn = draw(pipeline, 0, num_inference_steps=steps)

@@ -90,7 +90,7 @@ class World:
         return [
             *["--output_dir", self.root / folder, "--model_config_name_or_path", self.root / "unet", "--seed", "3"],
             *["--resolution", "8", "--channels", "1", "--train_batch_size", "4", "--max_train_steps", "2"],
-            *["--eval_batch_size", "100", "--ddpm_num_steps", "10", "--ddpm_num_inference_steps", "2"],
+            *["--eval_batch_size", "9", "--ddpm_num_steps", "10", "--ddpm_num_inference_steps", "2"],
             *["--ddpm_beta_schedule", "cosine", "--mixed_precision", "no", "--cpu_threads", "1", "--use_ema"],
             *["--checkpointing_steps", "1", "--logging_steps", "1", "--push_to_hub", *more],
         ]

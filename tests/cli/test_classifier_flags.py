@@ -15,7 +15,7 @@ from ddpm_hf.cli import classifier_training as classifier
 from ddpm_hf.cli.classifier_flags import NO_CLASSIFIER, ClassifierConfig, parse_classifier_flags
 from ddpm_hf.training.flags import PipelineConfig
 from tests.support.classifier import train_classifier
-from tests.support.flag_rows import Row, Seen, adam, checkpoints, digest, fits, logs, remembered, steps
+from tests.support.flag_rows import Row, Seen, adam, checkpoints, digest, fits, flags_of, logs, remembered, steps
 from tests.support.pictures import encoded, image_rows, quiet, random_pixels, write_images, write_rows, write_unet
 from tests.support.runs import fill, run_script, words
 
@@ -254,8 +254,7 @@ def seen_of(shop, tmp_path_factory):
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.flag}-{row.value}".replace("{shop}/", ""))
 def test_a_flag_changes_what_is_seen(row, seen_of):
     """Else a flag is accepted and ignored, or does something else than it says."""
-    together = [one for one in ROWS if row.group and one.group == row.group] or [row]
-    without, given = seen_of(row.more), seen_of({**row.more, **row.also, **{one.flag: one.value for one in together}})
+    without, given = seen_of(row.more), seen_of(flags_of(row, ROWS))
     assert given.run.code in (0, without.run.code), given.run.err
     before, after = row.see(without), row.see(given)
     assert before != after

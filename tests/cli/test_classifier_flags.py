@@ -16,7 +16,9 @@ from accelerate.state import AcceleratorState
 
 from ddpm_hf.cli import classifier_training as classifier
 from ddpm_hf.cli.classifier_flags import NO_CLASSIFIER, ClassifierConfig, parse_classifier_flags
+from ddpm_hf.data import batches as data_batches
 from ddpm_hf.training.flags import PipelineConfig
+from ddpm_hf.training.setup import begin
 from tests.cli.test_classifier import run_training
 from tests.support.fixtures_unconditional import (
     Run,
@@ -81,7 +83,7 @@ def observe(flags: dict, folder: Path) -> Seen:
     """Run the command with spies where it hands things on; the rehearsal's batch is not watched."""
     batches, calls = [], []
     compute_loss, rehearse, save_model = classifier.compute_loss, classifier.rehearse, classifier.save_model
-    loader, keys = torch.utils.data.DataLoader.__init__, classifier.StepKeys
+    loader, keys = torch.utils.data.DataLoader.__init__, data_batches.StepKeys
 
     def watched_loss(model, batch, *args, **kwargs):
         batches.append(batch)
@@ -120,8 +122,8 @@ def observe(flags: dict, folder: Path) -> Seen:
         mock.patch.object(classifier, "compute_loss", watched_loss),
         mock.patch.object(classifier, "rehearse", unwatched_rehearsal),
         mock.patch.object(classifier, "save_model", saved),
-        mock.patch.object(classifier, "compiled", compile_nothing),
-        mock.patch.object(classifier, "StepKeys", keys_of_held_out),
+        mock.patch.object(begin, "compiled", compile_nothing),
+        mock.patch.object(data_batches, "StepKeys", keys_of_held_out),
         mock.patch.object(torch.utils.data.DataLoader, "__init__", made_loader),
     ):
         run = run_training(words({**flags, "output_dir": folder}), folder)

@@ -36,7 +36,9 @@ from ddpm_hf.data import (
 )
 from ddpm_hf.data.batches import Images, make_batches
 from ddpm_hf.data.orders import keyed_balanced_order, keyed_permutation
+from ddpm_hf.training.flags import TrainingConfig
 from ddpm_hf.training.plan import KeyedBatchSampler, StepPlan
+from ddpm_hf.training.run import Run
 from tests.support.fixtures_unconditional import encoded, image_rows, quiet, random_pixels, write_images, write_rows
 
 # Modes
@@ -362,9 +364,9 @@ def drawn_batches(cached: bool, workers: int, count: int = 5, first_step: int = 
     """The script's batches of 5 noise images, 3 a batch, cropped and flipped at random."""
     rows, transform = plain_rows(5), ImageTransform(8, 8, 3, random_flip=True, keep_precision=keep)
     dataset = ImageDataset(rows, transform, seed=7, cached=cached)
-    config = SimpleNamespace(dataloader_num_workers=workers, seed=7)
-    images = Images(rows, transform, dataset, None)
-    return list(itertools.islice(make_batches(images, None, config, StepPlan(5, 3, 1, 1), first_step, ALONE), count))
+    flags = TrainingConfig(dataloader_num_workers=workers)
+    run, images = Run(flags, flags, ALONE, seed=7), Images(rows, transform, dataset, None)
+    return list(itertools.islice(make_batches(run, images, StepPlan(5, 3, 1, 1), first_step), count))
 
 
 def same_batches(one: list[dict], other: list[dict]) -> bool:

@@ -151,7 +151,7 @@ def without_room(place, name: str, when=lambda *args: True, room: int = 0):
 
 def of_steps(*steps: int):
     """Whether a checkpoint is of one of the steps."""
-    return lambda accelerator, state, *more: state.step in steps
+    return lambda run, state, *more: state.step in steps
 
 
 @pytest.mark.parametrize("room", [0, 30_000])

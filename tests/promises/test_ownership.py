@@ -33,6 +33,7 @@ from ddpm_hf.publishing.spaces import Model, write_space
 from ddpm_hf.training import checkpointing, earlier_run
 from ddpm_hf.training.checkpointing import rotate
 from ddpm_hf.training.earlier_run import set_aside, settle
+from ddpm_hf.training.setup import claiming
 from tests.support.fixtures_unconditional import BASE, fill, random_pixels, run_script, words, write_images, write_unet
 
 QUICK = {**BASE, "max_train_steps": 2, "eval_batch_size": 2, "save_images_epochs": 100}
@@ -424,11 +425,11 @@ EARLY = {
     "a UNet of other channels": ({"model_config_name_or_path": "{shop}/five"}, None, 2),
     "best without a split": ({"hub_strategy": "best", "validation_steps": 500}, None, 2),
     "no data": ({"train_data_dir": "{shop}/nothing"}, None, 2),
-    "out of memory": ({}, ("compute_loss", torch.OutOfMemoryError("CUDA out of memory")), 2),
-    "a broken first batch": ({}, ("rehearse", UsageError("broken")), 2),
-    "Ctrl-C before the first step": ({}, ("training_loop", KeyboardInterrupt()), 130),
-    "a full disk": ({}, ("save_settings", OSError(28, "No space left on device")), 1),
-    "an error of ours": ({}, ("describe_run", AssertionError("a bug")), None),
+    "out of memory": ({}, (train_unconditional, "compute_loss", torch.OutOfMemoryError("CUDA out of memory")), 2),
+    "a broken first batch": ({}, (train_unconditional, "rehearse", UsageError("broken")), 2),
+    "Ctrl-C before the first step": ({}, (train_unconditional, "training_loop", KeyboardInterrupt()), 130),
+    "a full disk": ({}, (claiming, "save_settings", OSError(28, "No space left on device")), 1),
+    "an error of ours": ({}, (train_unconditional, "describe_run", AssertionError("a bug")), None),
 }
 
 
@@ -436,7 +437,7 @@ EARLY = {
 def test_whatever_fails_early_leaves_the_earlier_model(name, shop, trained, earlier):
     """Else a missing package, a mistake or a bug costs the model that was there."""
     flags, patch, code = EARLY[name]
-    with mock.patch.object(train_unconditional, patch[0], fail(patch[1])) if patch else mock.MagicMock():
+    with mock.patch.object(*patch[:2], fail(patch[2])) if patch else mock.MagicMock():
         if code is None:
             with pytest.raises(AssertionError, match="a bug"):
                 train(shop, earlier, {**OVER, **flags})
@@ -474,7 +475,7 @@ def test_a_run_that_stops_before_its_first_checkpoint_gives_the_earlier_one_back
 def test_sigterm_before_the_loop_gives_the_earlier_run_back(shop, trained, earlier):
     """Else a job that is ended as it starts has removed the model that it was to replace."""
     terminate = mock.Mock(side_effect=lambda config: os.kill(os.getpid(), signal.SIGTERM))
-    with mock.patch.object(train_unconditional, "save_settings", terminate):
+    with mock.patch.object(claiming, "save_settings", terminate):
         assert train(shop, earlier, OVER).code == 143
     assert content(earlier) == content(trained)
 
@@ -629,7 +630,7 @@ def test_the_rehearsal_changes_nothing(shop, tmp_path):
     flags["model_config_name_or_path"] = str(tmp_path / "dropout")
     assert train(shop, tmp_path / "with", flags).code == 0
     again = {"max_train_steps": 3, "resume_from_checkpoint": "latest"}
-    with mock.patch.object(train_unconditional, "rehearse", lambda c, a, s, p, batches, loss: batches):
+    with mock.patch.object(train_unconditional, "rehearse", lambda run, state, plan, batches, loss: batches):
         assert train(shop, tmp_path / "without", flags).code == 0
         shutil.copytree(tmp_path / "without", tmp_path / "resumed")
         assert train(shop, tmp_path / "without", {**flags, **again}).code == 0

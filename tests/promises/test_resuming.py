@@ -32,6 +32,7 @@ from ddpm_hf.training import checkpointing
 from ddpm_hf.training.checkpointing import find_checkpoint, read_manifest, rotate
 from ddpm_hf.training.flags import TrainingConfig
 from ddpm_hf.training.plan import KeyedBatchSampler, StepPlan
+from ddpm_hf.training.run import Run
 from tests.support.fixtures_pipeline import tiny_unet
 from tests.support.fixtures_unconditional import encoded, random_pixels, run_script, words, write_rows, write_unet
 
@@ -504,5 +505,5 @@ def test_scraps_beside_a_finished_autoencoder_go(tmp_path):
     flags = TrainingConfig(output_dir=str(tmp_path), resume_from_checkpoint="latest")
     save_model(make_autoencoder(AutoencoderFlags(vae_widths="8,16"), 1, (8, 8), 0), folder)
     accelerator = SimpleNamespace(is_main_process=True, device=torch.device("cpu"))
-    train_autoencoder(flags, flags, None, 1, (8, 8), accelerator)
+    train_autoencoder(Run(flags, flags, accelerator), None, None, (8, 8))
     assert scraps(folder) == [".gitignore", ".mine"]

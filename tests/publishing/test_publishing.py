@@ -23,6 +23,7 @@ from ddpm_hf.publishing.card.illustrations import write_pictures
 from ddpm_hf.publishing.folder import files_to_publish, frozen_copy
 from ddpm_hf.publishing.hub import attributes, outdated, read_remote
 from ddpm_hf.publishing.publisher import Publisher
+from ddpm_hf.training.run import Run
 from tests.support.fixtures_hub import STRANGERS, TOKEN, WRONG, run
 from tests.support.fixtures_pipeline import tiny_unet
 from tests.support.fixtures_unconditional import random_pixels, write_images
@@ -464,7 +465,7 @@ def publisher(folder, losses, total_steps=6):
         output_dir=str(folder), hub_model_id="user/my model", checkpointing_steps=2, hub_strategy="best",
         hub_private_repo=True, hub_license="mit", hub_revision="v1", hub_token=TOKEN,
     )  # fmt: skip
-    return Publisher(config, None, None, {}, total_steps, config.hub_model_id, None)
+    return Publisher(Run(config, config, None), None, None, {}, total_steps, config.hub_model_id)
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ from ddpm_hf.portable.pipeline_text2image_ddpm_hf import tokenize
 from ddpm_hf.text.captions import encode_captions
 from ddpm_hf.training.checkpointing import read_manifest
 from ddpm_hf.training.flags import PipelineConfig
-from ddpm_hf.training.run import Run
+from ddpm_hf.training.run import Run as TrainingRun
 from ddpm_hf.training.setup.settings import public_settings, save_settings
 from tests.support.fixtures_cli import assert_one_line
 from tests.support.fixtures_pipeline import tiny_vae
@@ -631,7 +631,7 @@ class Bench(NamedTuple):
             self.model,
             {**self.batch, **batch},
             keys or self.keys,
-            run=Run(self.config, self.config, SimpleNamespace(device=torch.device("cpu"))),
+            run=TrainingRun(self.config, self.config, SimpleNamespace(device=torch.device("cpu"))),
             config=self.config,
             components=self.components,
             null_embedding=None,

@@ -2,24 +2,9 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#     "torch>=2.6",
-#     "numpy>=1.26",
-#     "diffusers>=0.38",
-#     "accelerate>=1.10",
-#     "transformers>=5.0",
-#     "tokenizers>=0.20",
-#     "datasets>=4.0",
-#     "pandas>=2.0",
-#     "pyarrow>=15.0",
-#     "huggingface_hub>=1.0",
-#     "safetensors>=0.5",
-#     "pillow>=10.0",
-#     "psutil>=5.9",
-#     "pyyaml>=6.0",
-#     "tqdm>=4.66",
-#     "matplotlib>=3.8",
-#     "typer>=0.15",
-#     "tensorboard>=2.16",
+#     "torch>=2.6", "numpy>=1.26", "diffusers>=0.38", "accelerate>=1.10", "transformers>=5.0", "tokenizers>=0.20",
+#     "datasets>=4.0", "pandas>=2.0", "pyarrow>=15.0", "huggingface_hub>=1.0", "safetensors>=0.5", "pillow>=10.0",
+#     "psutil>=5.9", "pyyaml>=6.0", "tqdm>=4.66", "matplotlib>=3.8", "typer>=0.15", "tensorboard>=2.16",
 #     "mlxtend>=0.23",
 # ]
 # ///
@@ -41,40 +26,65 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from ddpm_hf.latents.flags import AUTOENCODER_FOLDER
-from ddpm_hf.models.sizes import settle_resolution
-from ddpm_hf.text.flags import Text2ImageConfig
+from ddpm_hf.common.layout import AUTOENCODER, COMPONENTS, layout
+from ddpm_hf.data.flags import DataFlags
+from ddpm_hf.latents.flags import AutoencoderFlags, LatentFlags, cache_folder
+from ddpm_hf.models.flags import AttentionFlags
+from ddpm_hf.objectives.flags import ScheduleFlags
+from ddpm_hf.publishing.flags import HubFlags, PublishingFlags
+from ddpm_hf.text.flags import (
+    DEFAULTS,
+    HELPS,
+    SPELLINGS,
+    CaptionFlags,
+    PromptFlags,
+    TextModelFlags,
+    TextObjectiveFlags,
+    check,
+)
 from ddpm_hf.text.recipes import weaker_layers
-from ddpm_hf.training.parsing import parse_layers
+from ddpm_hf.training.flags import Flags, GridFlags, TrainingFlags
+from ddpm_hf.training.parsing import Program, parse_flags
 
 QUARTILES = ("loss_q1", "loss_q2", "loss_q3", "loss_q4")  # of the timesteps, from little noise to much
 # The settings that the model card shows
 SHOWN = (
-    "resolution", "caption_dropout", "prediction_type", "loss_type", "snr_gamma",
-    "train_text_encoder", "train_batch_size", "learning_rate", "use_ema",
+    "use_ema", "learning_rate", "train_batch_size", "prediction_type", "loss_type", "snr_gamma", "caption_dropout",
+    "train_text_encoder", "resolution",
+)  # fmt: skip
+PROGRAM = Program(
+    (
+        DataFlags, TextModelFlags, CaptionFlags, AutoencoderFlags, LatentFlags, ScheduleFlags, TextObjectiveFlags,
+        PromptFlags, TrainingFlags, GridFlags, AttentionFlags, PublishingFlags, HubFlags,
+    ),
+    weaker_layers,
+    __doc__,
+    defaults=DEFAULTS,
+    helps=HELPS,
+    spellings=SPELLINGS,
+    stages=("", AUTOENCODER),
 )  # fmt: skip
 
 
-def parse(argv: list[str]) -> Text2ImageConfig:
+def parse(argv: list[str]) -> Flags:
     """The settings for a command line; a mistake is one line and exit code 2."""
-    stages = ("", AUTOENCODER_FOLDER)
-    return parse_layers(Text2ImageConfig, argv, weaker_layers, description=__doc__, stages=stages)
+    return parse_flags(PROGRAM, argv)
 
 
 if __name__ == "__main__":  # before torch is imported, so that --help and an unknown flag are answered at once
-    CONFIG = parse(sys.argv[1:])
+    FLAGS = parse(sys.argv[1:])
 
 import torch
 
 from ddpm_hf.common.errors import DataError
-from ddpm_hf.common.layout import AUTOENCODER, COMPONENTS, layout
 from ddpm_hf.common.randomness import StepKeys
 from ddpm_hf.data.batches import Images, held_out_means, make_batches, open_images, plan_steps
-from ddpm_hf.inference.components import Components, assemble, load_checkpoint_components
+from ddpm_hf.inference.components import Components, assemble, load_checkpoint_components, of_a_checkpoint
 from ddpm_hf.latents.autoencoder import make_autoencoder
 from ddpm_hf.latents.encoding import x_start_of
 from ddpm_hf.latents.training import autoencoder_of, take_over_autoencoder, train_autoencoder
 from ddpm_hf.models.autoencoder import downscaling
+from ddpm_hf.models.sizes import settle_resolution
 from ddpm_hf.models.unet import time_blindness
 from ddpm_hf.objectives.losses import training_losses
 from ddpm_hf.objectives.timestep_samplers import UniformTimestepSampler
@@ -111,26 +121,28 @@ def compute_loss(
     keys: StepKeys,
     *,
     run: Run,
-    config: Text2ImageConfig,
     components: Components,
     null_embedding: torch.Tensor | None,
+    caption_dropout: float,
+    learns: bool,
+    objective: TextObjectiveFlags,
 ) -> Losses:
     """Draw t and noise, add it to the latents, predict from the caption, compare (Rombach et al. 2022, Eq. 3)."""
     scheduler = components.scheduler
     x_start = x_start_of(batch, keys, components.vae, run.device)  # [N, C, h, w]
     timesteps = UniformTimestepSampler(len(scheduler)).sample(keys.uniform("timestep"))[0].to(x_start.device)
     noise = keys.normal_like(x_start)
-    text = caption_input(batch, keys, config, components, null_embedding, run.device)
-    if config.noise_offset and not keys.validation:
-        noise = noise + config.noise_offset * keys.normal_like(x_start[:, :, :1, :1].clone(), "noise_offset")
-    if config.dream_training and not keys.validation:
-        noise = dream_noise(model, scheduler, x_start, noise, timesteps, text, config.dream_detail_preservation)
+    text = caption_input(batch, keys, components, null_embedding, run.device, caption_dropout, learns)
+    if objective.noise_offset and not keys.validation:
+        noise = noise + objective.noise_offset * keys.normal_like(x_start[:, :, :1, :1].clone(), "noise_offset")
+    if objective.dream_training and not keys.validation:
+        noise = dream_noise(model, scheduler, x_start, noise, timesteps, text, objective.dream_detail_preservation)
     added = noise
-    if config.input_perturbation and not keys.validation:  # Ning et al. 2023
-        added = noise + config.input_perturbation * keys.normal_like(x_start, "input_perturbation")
+    if objective.input_perturbation and not keys.validation:  # Ning et al. 2023
+        added = noise + objective.input_perturbation * keys.normal_like(x_start, "input_perturbation")
     output = model(scheduler.add_noise(x_start, added, timesteps), timesteps, text).float()
     losses = training_losses(
-        scheduler, output, x_start, noise, timesteps, loss_type=config.loss_type, snr_gamma=config.snr_gamma
+        scheduler, output, x_start, noise, timesteps, loss_type=objective.loss_type, snr_gamma=objective.snr_gamma
     )
     return Losses(losses, groups=timesteps * 4 // len(scheduler))
 
@@ -163,95 +175,107 @@ def draw_prompts(
 
 
 def describe(
-    run: Run, config: Text2ImageConfig, images: Images, plan: StepPlan, model: TextConditioned
+    run: Run, data: DataFlags, model: TextModelFlags, latents: str, images: Images, plan: StepPlan, parameters: int
 ) -> dict[str, str]:
     """What runs: said at the start, and by --dry_run."""
-    count = "a stream" if images.dataset is None else f"{len(images.dataset):,} images"
-    start = config.pretrained_model_name_or_path or "from scratch"
-    vae = config.vae_name_or_path or f"a new one, {config.vae_widths}, {config.vae_train_steps} steps"
+    start = model.pretrained_model_name_or_path or "from scratch"
     return {
-        "data": f"{images.rows.name}: {count}, captions in {config.caption_column!r}",
-        "images": f"{images.transform.channels} × {' × '.join(map(str, config.size()))}",
-        "model": f"{start}, {sum(each.numel() for each in model.parameters()):,} parameters to train",
-        "latents": "of the checkpoint" if config.pretrained_model_name_or_path else vae,
-        "text": "trained along" if config.trains_text_encoder else "frozen",
+        "data": f"{images.rows.name}: {images.number()}, captions in {run.settings.caption_column!r}",
+        "images": f"{images.transform.channels} × {' × '.join(map(str, data.size()))}",
+        "model": f"{start}, {parameters:,} parameters to train",
+        "latents": latents,
+        "text": "trained along" if model.trains_text_encoder else "frozen",
         **run_lines(run, plan),
     }
 
 
-def train(config: Text2ImageConfig) -> None:
+def train(flags: Flags) -> None:
     """From flags to a trained, saved and, if asked, published pipeline."""
-    config.check()
-    new_autoencoder = not config.pretrained_model_name_or_path and not config.vae_name_or_path
+    check(flags)
+    (
+        data, model_flags, captions, autoencoder, latents, schedule, objective, prompt_flags, training, _, attention,
+        publishing, hub,
+    ) = flags  # fmt: skip
+    publishing.check_training(training.use_ema, training.validation_steps, training.checkpointing_steps)
+    base, token, learns = model_flags.pretrained_model_name_or_path, hub.hub_token, model_flags.trains_text_encoder
+    new_autoencoder = not base and not latents.vae_name_or_path
     written = layout(*COMPONENTS, autoencoder=new_autoencoder)
-    run = start_run(config, written, (config.train_data_dir, config.dataset_name), stages=[AUTOENCODER])
+    run = start_run(flags, written, (data.train_data_dir, data.dataset_name), stages=[AUTOENCODER])
     if new_autoencoder and run.resumed is not None:
         autoencoder_of(run.resumed.checkpoint, run.folder)
-    checkpoint = load_checkpoint_components(config) if config.pretrained_model_name_or_path else None
+    checkpoint = load_checkpoint_components(base, **of_a_checkpoint(flags.values()), token=token) if base else None
     if checkpoint is not None:
         size = checkpoint.unet.config.sample_size, downscaling(checkpoint.vae)
-        run.log(settle_resolution(config, *size, usual="512", trained=True))
-    start = checkpoint or draw_blueprint(run, config)
-    check_schedule(config, start.scheduler)
-    channels = image_channels(config, start.vae)
+        run.log(settle_resolution(data, *size, usual="512", trained=True))
+        start = checkpoint
+    else:
+        names = model_flags, latents.vae_name_or_path, autoencoder
+        start = draw_blueprint(run, data, *names, schedule, objective.prediction_type, token)
+    check_schedule(start.scheduler, objective.loss_type, objective.snr_gamma)
+    channels = image_channels(data, start.vae)
     if checkpoint is not None:
-        fit_to_size(checkpoint, config.size())
-    data = dataclasses.replace(config, cache_dataset="never") if config.aspect_ratio_buckets else config
-    images = open_images(run, data, channels, config.hub_token, config.caption_column)
-    if config.aspect_ratio_buckets:
-        images = in_buckets(run, images, config, start.vae, start.unet)
-    check_images(config, images, new_autoencoder)
+        fit_to_size(checkpoint, data.size())
+    read = dataclasses.replace(data, cache_dataset="never") if captions.aspect_ratio_buckets else data
+    images = open_images(run, read, channels, token, captions.caption_column)
+    if captions.aspect_ratio_buckets:
+        images = in_buckets(run, images, data, start.vae, start.unet)
+    check_images(images, latents.cache_latents, new_autoencoder)
     plan = plan_steps(run, images)
 
     # all of the model, so that its first batch is computed before an autoencoder is trained: with a stand-in for that
-    vae = start.vae or make_autoencoder(config, channels, config.size(), run.seed)
+    vae = start.vae or make_autoencoder(autoencoder, channels, data.size(), run.seed)
     components = checkpoint or build(start, vae, images, run.seed, run.resumed and run.resumed.checkpoint)
-    if config.guidance_scale is not None:
-        components.others["guidance_scale"] = config.guidance_scale
+    if prompt_flags.guidance_scale is not None:
+        components.others["guidance_scale"] = prompt_flags.guidance_scale
     for frozen in (components.vae, components.text_encoder):
         frozen.eval().requires_grad_(False).to(run.device)
-    log_cut_texts(run, config.validation_prompts, images, components.tokenizer)
+    log_cut_texts(run, prompt_flags.validation_prompts, images, components.tokenizer)
     if checkpoint is None:
         run.log(time_blindness(components.unet.config))
-    model = trained_model(config, components, run.device)
-    parts = {"unet": model.unet} | ({"text_encoder": model.text_encoder} if model.text_encoder is not None else {})
+    xformers = attention.enable_xformers_memory_efficient_attention
+    model = trained_model(components, learns, run.device, training.gradient_checkpointing, xformers)
     facts = run_facts(run, images.count, plan)
     check_resumable(run, model.unet, facts, "unet")
-    check_parts(run, parts)
+    check_parts(run, model.parts())
     facts["scheduler"] = json.loads(components.scheduler.to_json_string())  # so that a checkpoint can be sampled
-    repository = reserve_repository(run, bool(images.held_out))
+    repository = reserve_repository(run, publishing, token, bool(images.held_out))
 
-    state = begin_training(run, model, plan, facts, QUARTILES, parts=parts)
-    loss_of = functools.partial(compute_loss, run=run, config=config, components=components, null_embedding=None)
+    state = begin_training(run, model, plan, facts, model.parts(), QUARTILES)
+    shared = {"run": run, "caption_dropout": captions.caption_dropout, "learns": learns, "objective": objective}
+    loss_of = functools.partial(compute_loss, components=components, null_embedding=None, **shared)
     batches = rehearse(run, state, plan, make_batches(run, images, plan, state.step), loss_of)
-    lines = describe(run, config, images, plan, model)
-    if config.dry_run:
+    own = f"a new one, {autoencoder.vae_widths}, {autoencoder.vae_train_steps} steps"
+    vae_name = "of the checkpoint" if base else latents.vae_name_or_path or own
+    parameters = sum(each.numel() for each in model.parameters())
+    lines = describe(run, data, model_flags, vae_name, images, plan, parameters)
+    if training.dry_run:
         if new_autoencoder and run.resumed is None:
-            train_autoencoder(run, config, images, config.size(), rehearse_only=True)
+            train_autoencoder(run, autoencoder, images, data.size(), rehearse_only=True)
         show_dry_run(run, lines, state, plan, batches, loss_of)
         return
     start_writing(run, state.step, lines, Path(__file__).stem)
     if new_autoencoder and run.resumed is not None:
         take_over_autoencoder(run)
     if new_autoencoder:
-        vae = train_autoencoder(run, config, images, config.size())
+        vae = train_autoencoder(run, autoencoder, images, data.size())
         if vae is None:  # stopped, and said so
             return
         components = components._replace(vae=vae.eval().requires_grad_(False).to(run.device))
     null_embedding = None
-    if config.cache_latents:
-        images, null_embedding = cached(run, images, config, components)
+    if latents.cache_latents:
+        folder = cache_folder(data.cache_dir, training.output_dir)
+        images, null_embedding = cached(run, images, folder, components, with_captions=not learns)
         batches = make_batches(run, images, plan, state.step)
     tokenize(components.tokenizer, [""])  # it is saved as it was last used, which a run that only saves it did not
     if checkpoint is None:
         run.must_write(lambda: save_tokenizer(components.tokenizer, run.folder), "the tokenizer")
 
-    shared = {"run": run, "config": config, "components": components, "null_embedding": null_embedding}
+    shared |= {"components": components, "null_embedding": null_embedding}
     pipeline_of = functools.partial(make_pipeline, components=components)
-    prompts = default_prompts(config, images)
-    base = config.pretrained_model_name_or_path
-    about = describe_run(run, images, plan, model, SHOWN, prompts[: config.eval_batch_size], base)
-    publisher = Publisher(run, state, pipeline_of, about, plan.total, repository)
+    prompts = default_prompts(prompt_flags.validation_prompts, data.embedded, images)
+    about = describe_run(run, images, plan, model, SHOWN, prompts[: training.eval_batch_size])
+    publisher = Publisher(run, publishing, token, state, pipeline_of, about, plan.total, repository)
+    drawn = {"pipeline_of": pipeline_of, "prompts": prompts, "num_inference_steps": prompt_flags.num_inference_steps}
     finished = training_loop(
         run,
         state,
@@ -259,15 +283,9 @@ def train(config: Text2ImageConfig) -> None:
         batches,
         compute_loss=functools.partial(compute_loss, **shared),
         validate=images.held_out and functools.partial(validation_loss, held_out=images.held_out, **shared),
-        draw=functools.partial(
-            draw_prompts,
-            run=run,
-            pipeline_of=pipeline_of,
-            prompts=prompts,
-            num_inference_steps=config.num_inference_steps,
-        ),
+        draw=functools.partial(draw_prompts, run=run, **drawn),
         save=publisher.save,
-        saves_checkpoints=config.hub_strategy != "end",
+        saves_checkpoints=publishing.hub_strategy != "end",
         name_of=images.name_of,
     )
     publisher.close(finished)
@@ -275,10 +293,10 @@ def train(config: Text2ImageConfig) -> None:
     end_training(run, ending(run, state, f"accelerate launch {Path(__file__).name}", finished, sample))
 
 
-def run(config: Text2ImageConfig) -> None:
+def run(flags: Flags) -> None:
     """Train; a mistake that the user can mend is one line and exit code 2."""
-    with ends_in_one_line(Path(__file__).name, config.output_dir, DataError):
-        train(config)
+    with ends_in_one_line(Path(__file__).name, flags.output_dir, DataError):
+        train(flags)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -287,4 +305,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(CONFIG)
+    run(FLAGS)

@@ -48,6 +48,10 @@ class Images(NamedTuple):
         labels = None if self.dataset is None else self.dataset.labels
         return trained_classes(labels, len(self.rows.label_names))
 
+    def number(self) -> str:
+        """How many images there are, in words."""
+        return "a stream" if self.count is None else f"{self.count:,} images"
+
     def name_of(self, row: int) -> str:
         """What to call one of a batch's `index`: the image's file, or its number."""
         return f"{row} of {self.rows.name}" if self.dataset is None else self.dataset.name_of(row)

@@ -11,13 +11,21 @@ if TYPE_CHECKING:  # else imported where it is used, so that --help is quick
     from diffusers import UNet2DModel
 
 
-def make_unet(arguments: dict[str, Any], variance_type: str, classes: int | None, config):
+def make_unet(
+    arguments: dict[str, Any],
+    variance_type: str,
+    classes: int | None,
+    seed: int,
+    gradient_checkpointing: bool = False,
+    xformers: bool = False,
+) -> "UNet2DModel":
     """The UNet, initialised from the seed, with the flags that concern its execution applied.
 
     Args:
         variance_type: a learned variance doubles the output's channels.
         classes: embeddings to make for classes, with the null class; None for none.
-        config: the run's `PipelineConfig`.
+        gradient_checkpointing: whether to compute activations anew in the backward pass.
+        xformers: whether to use xFormers' attention.
     """
     import torch
 
@@ -27,14 +35,14 @@ def make_unet(arguments: dict[str, Any], variance_type: str, classes: int | None
     arguments = {**arguments, "out_channels": arguments["in_channels"] * (2 if learned else 1)}
     if classes is not None:
         arguments["num_class_embeds"] = classes
-    torch.manual_seed(config.seed)
+    torch.manual_seed(seed)
     try:
         model = build_unet(arguments)
     except (ValueError, TypeError) as error:
         raise UsageError(" ".join(str(error).split())) from error
-    if config.gradient_checkpointing:
+    if gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    if config.enable_xformers_memory_efficient_attention:
+    if xformers:
         use_xformers(model)
     return model
 

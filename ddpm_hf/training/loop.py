@@ -71,7 +71,7 @@ def training_loop(
             seconds = time.perf_counter() - output.since
             progress.done(state.step)
 
-            due, record = Due.after(state.step, run.flags, plan, result.finite), {}
+            due, record = Due.after(state.step, run, plan, result.finite), {}
             if due.log:
                 lr = state.lr_scheduler.get_last_lr()[0]
                 record = {**state.meter.means(run.accelerator), "lr": lr, "grad_norm": result.norm}

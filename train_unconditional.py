@@ -207,7 +207,7 @@ def describe(
     rows, flags = images.rows, run.settings
     parameters = sum(parameter.numel() for parameter in model.parameters())
     cache = None if images.dataset is None else images.dataset.cache
-    cache_bytes = sum(pixels.nbytes for pixels in cache or ())
+    cache_bytes = sum(pixels.nbytes for pixels in ([] if cache is None else cache))
     named = (flags.pretrained_model_name_or_path, flags.model_preset, flags.model_config_name_or_path)
     name = next(filter(None, named), "the default UNet")
     return {

@@ -27,10 +27,9 @@ from ddpm_hf.latents.autoencoder import AutoencoderFlags, make_autoencoder
 from ddpm_hf.latents.training import Reconstruction, compute_loss, measure_scaling_factor, train_autoencoder
 from ddpm_hf.models.autoencoder import downscaling, load_autoencoder
 from ddpm_hf.text.flags import Text2ImageConfig
-from ddpm_hf.training.run import Run
 from ddpm_hf.training.setup.accelerator import start_accelerator
 from tests.support.fixtures_pipeline import tiny_vae
-from tests.support.fixtures_unconditional import encoded, image_rows, quiet, random_pixels, write_rows
+from tests.support.pictures import encoded, image_rows, quiet, random_pixels, write_rows
 
 PIXELS = random_pixels(22, 8, 8)
 
@@ -227,9 +226,9 @@ def settings_of(data, output_dir, **more) -> Text2ImageConfig:
 def train(config: Text2ImageConfig) -> tuple[AutoencoderKL | None, Images]:
     """Train its autoencoder; the images, too."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    run = Run(config, config, start_accelerator(config), seed=config.seed)
-    images = open_images(run, config, 3, caption_column="text")
-    return train_autoencoder(run, config, images, config.size()), images
+    accelerator = start_accelerator(config)
+    images = open_images(config, config, 3, accelerator, "text")
+    return train_autoencoder(config, config, images, 3, config.size(), accelerator), images
 
 
 def tensors(folder, name="") -> dict[str, torch.Tensor]:

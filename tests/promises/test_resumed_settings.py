@@ -15,21 +15,13 @@ import train_unconditional
 from ddpm_hf.cli.classifier_flags import ClassifierConfig, parse_classifier_flags
 from ddpm_hf.common.arguments import APPLIED, FIXED, FREE, SECRET_FLAGS, START, flags_that
 from ddpm_hf.common.errors import UsageError
-from ddpm_hf.training.run import Resumed, Run
 from ddpm_hf.training.setup.claiming import check_resumable, check_unchanged
 from ddpm_hf.training.setup.optimizer import make_lr_scheduler, make_optimizer
 from ddpm_hf.training.setup.settings import settings_that_go_on
 from tests.support.fixtures_pipeline import tiny_unet
 from tests.support.fixtures_text import run_text_script, write_captioned, write_text_unet
-from tests.support.fixtures_unconditional import (
-    encoded,
-    parse,
-    random_pixels,
-    run_script,
-    words,
-    write_rows,
-    write_unet,
-)
+from tests.support.pictures import encoded, random_pixels, write_rows, write_unet
+from tests.support.runs import parse, run_script, words
 
 LATEST = {"resume_from_checkpoint": "latest"}
 CHECKPOINTS = ("checkpoint-2", "checkpoint-3")
@@ -164,6 +156,7 @@ def test_each_flag_is_free_applied_or_fixed(kind, tmp_path):
     before = {**facts, "settings": settings_that_go_on(config)}
     assert set(before["settings"]) == names - set(flags_that(config, START)) - set(SECRET_FLAGS)
     model.save_pretrained(tmp_path / "unet")
+    speaker = SimpleNamespace(is_main_process=True)
     for name in names - set(SECRET_FLAGS):
         changed = dataclasses.replace(config, **{name: other(config, name)})
         if name in flags_that(config, FIXED):
@@ -172,9 +165,9 @@ def test_each_flag_is_free_applied_or_fixed(kind, tmp_path):
             continue
         check_unchanged(changed, before)
         now = {**facts, "settings": settings_that_go_on(changed)}
-        run = Run(changed, changed, None, resumed=Resumed(tmp_path, before))
-        run.log = said.append
-        check_resumable(run, model, now, "unet")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("ddpm_hf.training.setup.claiming.log", lambda _, line: said.append(line))
+            check_resumable((tmp_path, before), changed, model, now, speaker)
         assert bool(said) == (name in flags_that(config, APPLIED)), (name, said)
         assert all(f"{name} was" in line for line in said)
         said.clear()

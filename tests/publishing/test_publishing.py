@@ -23,11 +23,10 @@ from ddpm_hf.publishing.card.illustrations import write_pictures
 from ddpm_hf.publishing.folder import files_to_publish, frozen_copy
 from ddpm_hf.publishing.hub import attributes, outdated, read_remote
 from ddpm_hf.publishing.publisher import Publisher
-from ddpm_hf.training.run import Run
 from tests.support.fixtures_hub import STRANGERS, TOKEN, WRONG, run
 from tests.support.fixtures_pipeline import tiny_unet
-from tests.support.fixtures_unconditional import random_pixels, write_images
 from tests.support.hub_server import Hub
+from tests.support.pictures import random_pixels, write_images
 
 # Each job is a command line of the script or, after "push", of `ddpm-hf push`
 COMMANDS = """
@@ -36,7 +35,8 @@ from pathlib import Path
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.utils import _http
 from ddpm_hf import cli
-from tests.support.fixtures_unconditional import random_pixels, run_script, write_images
+from tests.support.pictures import random_pixels, write_images
+from tests.support.runs import run_script
 
 _http.time.sleep = lambda seconds: None
 write_images(Path(sys.argv[2]) / "images", random_pixels(40, 8, 8, 0))
@@ -465,7 +465,7 @@ def publisher(folder, losses, total_steps=6):
         output_dir=str(folder), hub_model_id="user/my model", checkpointing_steps=2, hub_strategy="best",
         hub_private_repo=True, hub_license="mit", hub_revision="v1", hub_token=TOKEN,
     )  # fmt: skip
-    return Publisher(Run(config, config, None), None, None, {}, total_steps, config.hub_model_id)
+    return Publisher(config, None, None, {}, total_steps, config.hub_model_id, None)
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,6 @@ from ddpm_hf.text.flags import (
     PromptFlags,
     TextModelFlags,
     TextObjectiveFlags,
-    check,
 )
 from ddpm_hf.text.recipes import weaker_layers
 from ddpm_hf.training.flags import Flags, GridFlags, TrainingFlags
@@ -191,12 +190,11 @@ def describe(
 
 def train(flags: Flags) -> None:
     """From flags to a trained, saved and, if asked, published pipeline."""
-    check(flags)
+    flags.check()
     (
         data, model_flags, captions, autoencoder, latents, schedule, objective, prompt_flags, training, _, attention,
         publishing, hub,
     ) = flags  # fmt: skip
-    publishing.check_training(training.use_ema, training.validation_steps, training.checkpointing_steps)
     base, token, learns = model_flags.pretrained_model_name_or_path, hub.hub_token, model_flags.trains_text_encoder
     new_autoencoder = not base and not latents.vae_name_or_path
     written = layout(*COMPONENTS, autoencoder=new_autoencoder)

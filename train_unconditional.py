@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ddpm_hf.common.arguments import SHARE, HfArg, Need, check_values, names_elsewhere
+from ddpm_hf.common.arguments import SHARE, HfArg, Need, names_elsewhere
 from ddpm_hf.common.errors import UsageError
 from ddpm_hf.data.flags import DataFlags
 from ddpm_hf.latents.flags import LatentFlags, cache_folder
@@ -65,9 +65,10 @@ class ClassFlags:
     )
     class_balanced: bool = HfArg(default=False, help="Sample every class equally often, however many images it has.")
 
-    def check(self) -> None:
-        """Raise UsageError for a number out of range."""
-        check_values(self)
+    def check(self, flags: Flags) -> None:
+        """Raise UsageError for classes that cannot be balanced."""
+        if self.class_balanced and (flags.label_column is None or flags.streaming):
+            raise UsageError("--class_balanced needs --label_column, and a dataset that is not a stream")
 
 
 PROGRAM = Program(
@@ -78,23 +79,6 @@ PROGRAM = Program(
     weaker_layers,
     __doc__,
 )  # fmt: skip
-
-
-def check(flags: Flags) -> None:
-    """Raise UsageError or DataError for a value out of range or a combination that cannot work."""
-    flags.check()
-    flags[PublishingFlags].check_training(flags.use_ema, flags.validation_steps, flags.checkpointing_steps)
-    flags[ScheduleFlags].check_name(trained=flags.pretrained_model_name_or_path is not None)
-    if flags.model_config_name_or_path is not None and flags.pretrained_model_name_or_path is not None:
-        raise UsageError(
-            "--model_config_name_or_path and --pretrained_model_name_or_path name two models; give one of them"
-        )
-    if flags.streaming and flags.max_train_steps is None:
-        raise UsageError("--streaming has no epochs to count: give --max_train_steps")
-    if flags.cache_latents and (flags.streaming or not flags.vae_name_or_path):
-        raise UsageError("--cache_latents needs --vae_name_or_path, and a dataset that is not a stream")
-    if flags.class_balanced and (flags.label_column is None or flags.streaming):
-        raise UsageError("--class_balanced needs --label_column, and a dataset that is not a stream")
 
 
 def parse(argv: list[str]) -> Flags:
@@ -238,7 +222,7 @@ def make_pipeline(
 
 def train(flags: Flags) -> None:
     """From flags to a trained, saved and, if asked, published pipeline."""
-    check(flags)
+    flags.check()
     data, unet, start, schedule, objective, classes, latents, training, _, attention, publishing, hub = flags
     vae_name, token = latents.vae_name_or_path, hub.hub_token
     written = layout("unet", "scheduler", *(["vae"] if vae_name else []))

@@ -1,7 +1,6 @@
 """The flags of `ddpm-hf train-classifier`."""
 
 from ..common.arguments import names_elsewhere
-from ..common.errors import UsageError
 from ..data.flags import DataFlags
 from ..models.flags import UNetFlags
 from ..models.recipes import weaker_layers
@@ -40,14 +39,6 @@ CLASSIFIER = Program(
     defaults={"label_column": "label"},
     absent=NO_CLASSIFIER,
 )
-
-
-def check(flags: Flags) -> None:
-    """Raise UsageError or DataError for a value out of range or a combination that cannot work."""
-    flags.check()
-    flags[ScheduleFlags].check_name(trained=False)
-    if flags.streaming and flags.max_train_steps is None:
-        raise UsageError("--streaming has no epochs to count: give --max_train_steps")
 
 
 def parse_classifier_flags(argv: list[str]) -> Flags:

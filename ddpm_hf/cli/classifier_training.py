@@ -33,7 +33,7 @@ from ..training.run import Run
 from ..training.setup.begin import begin_training, run_facts, start_run
 from ..training.setup.claiming import check_resumable, start_writing
 from ..training.state import averaged_weights, unwrap
-from .classifier_flags import CLASSIFIER_PROGRAM, check, parse_classifier_flags
+from .classifier_flags import CLASSIFIER_PROGRAM, parse_classifier_flags
 
 QUARTILES = ("loss_q1", "loss_q2", "loss_q3", "loss_q4")
 
@@ -108,7 +108,7 @@ def make_classifier(
 
 def train(flags: Flags) -> None:
     """From flags to a saved classifier."""
-    check(flags)
+    flags.check()
     data, unet, schedule, training, hub = flags
     run = start_run(flags, layout(model=True), (data.train_data_dir, data.dataset_name))
     run.log(settle_resolution(data, *model_size(unet, token=hub.hub_token), usual="64"))

@@ -3,9 +3,9 @@
 import math
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ..common.arguments import FREE, HfArg, Need, check_values, names_elsewhere
+from ..common.arguments import FREE, HfArg, Need, names_elsewhere
 from ..common.errors import DataError
 
 if TYPE_CHECKING:
@@ -144,9 +144,8 @@ class DataFlags:
         """Whether no dataset is named, so that the embedded digits are meant."""
         return self.dataset_name is None and self.train_data_dir is None
 
-    def check(self) -> None:
+    def check(self, flags: Any) -> None:
         """Raise DataError for a value out of range or a combination that cannot work."""
-        check_values(self)
         if self.resolution is not None:
             self.size()
         if self.channels is not None and not 1 <= self.channels <= MOST_CHANNELS:
@@ -177,3 +176,5 @@ class DataFlags:
             raise DataError(f"--max_train_samples {self.max_train_samples}: 1 or more, and not of a stream")
         if self.streaming and (self.validation_split or self.cache_dataset == "always"):
             raise DataError("--streaming knows no --validation_split and no --cache_dataset always")
+        if self.streaming and flags.max_train_steps is None:
+            raise DataError("--streaming has no epochs to count: give --max_train_steps")

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from ..common.arguments import FIXED, FREE, NOT_NEGATIVE, POSITIVE, HfArg, Need, check_values, names_elsewhere
+from ..common.arguments import FIXED, FREE, NOT_NEGATIVE, POSITIVE, HfArg, Need, names_elsewhere
 from ..common.errors import UsageError
 
 LATENTS = names_elsewhere("""
@@ -31,9 +31,11 @@ class LatentFlags:
         help="Encode images, and captions where the text encoder is frozen, once and for all.",
     )
 
-    def check(self) -> None:
-        """Raise UsageError for a text that cannot be a name."""
-        check_values(self)
+    def check(self, flags: Any) -> None:
+        """Raise UsageError for latents that nothing computes, or that are never complete."""
+        autoencoder = self.vae_name_or_path or hasattr(flags, "vae_train_steps")  # which trains one
+        if self.cache_latents and (flags.streaming or not autoencoder):
+            raise UsageError("--cache_latents needs --vae_name_or_path, and a dataset that is not a stream")
 
 
 def cache_folder(cache_dir: str | None, output_dir: str) -> Path:
@@ -86,9 +88,8 @@ class AutoencoderFlags:
             )
         return tuple(widths)
 
-    def check(self) -> None:
+    def check(self, flags: Any) -> None:
         """Raise UsageError for a value out of range."""
-        check_values(self)
         self.widths()
         if self.vae_latent_channels > 1024:
             raise UsageError(f"--vae_latent_channels {self.vae_latent_channels}: must be 1024 or less")

@@ -2,9 +2,9 @@
 
 import os
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from ..common.arguments import FIXED, FREE, HfArg, Need, check_values, names_elsewhere
+from ..common.arguments import FIXED, FREE, HfArg, Need, names_elsewhere
 from ..common.errors import UsageError
 from .presets import MODEL_PRESETS
 
@@ -50,9 +50,8 @@ class UNetFlags:
         help="A UNet2DModel's config on the Hub or on disk; trained from scratch.",
     )
 
-    def check(self) -> None:
+    def check(self, flags: Any) -> None:
         """Raise UsageError for two models."""
-        check_values(self)
         if self.model_preset and self.model_config_name_or_path:
             raise UsageError("--model_preset and --model_config_name_or_path name two models; give one of them")
 
@@ -83,12 +82,16 @@ class StartFlags:
         resume=FIXED, default=None, help="The folder within it: checkpoint-500/unet, for example."
     )
 
-    def check(self) -> None:
-        """Raise UsageError for what only concerns a model to start from, where there is none."""
-        check_values(self)
+    def check(self, flags: Any) -> None:
+        """Raise UsageError for two models, and for what only concerns one to start from."""
+        starts = self.pretrained_model_name_or_path is not None
         for name in ("revision", "variant", "subfolder"):
-            if self.pretrained_model_name_or_path is None and getattr(self, name) is not None:
+            if not starts and getattr(self, name) is not None:
                 raise UsageError(f"--{name} is of the model to start from: give --pretrained_model_name_or_path")
+        if starts and flags.model_config_name_or_path is not None:
+            raise UsageError(
+                "--model_config_name_or_path and --pretrained_model_name_or_path name two models; give one of them"
+            )
 
 
 @dataclass
@@ -101,6 +104,3 @@ class AttentionFlags:
     enable_xformers_memory_efficient_attention: bool = HfArg(
         default=False, help="xFormers' attention; torch's own is memory-efficient too."
     )
-
-    def check(self) -> None:
-        """A switch has no value that cannot be."""

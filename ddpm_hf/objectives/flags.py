@@ -10,7 +10,6 @@ from ..common.arguments import (
     ONE_OR_MORE,
     HfArg,
     Need,
-    check_values,
     has_grids,
     names_elsewhere,
 )
@@ -63,21 +62,13 @@ class ScheduleFlags:
         help="Zero terminal SNR: x_T is pure noise. Requires --prediction_type v_prediction or sample.",
     )
 
-    def check_name(self, trained: bool) -> None:
-        """Raise UsageError for an unknown schedule.
-
-        Args:
-            trained: whether there is a trained model, which may have one of its own.
-        """
-        if self.ddpm_beta_schedule not in BETA_SCHEDULES and not (
-            trained and self.ddpm_beta_schedule == TRAINED_BETAS
-        ):
+    def check(self, flags: Any) -> None:
+        """Raise UsageError for an unknown schedule or a number out of range."""
+        # a trained model may have a schedule of its own
+        trained = self.ddpm_beta_schedule == TRAINED_BETAS and getattr(flags, "pretrained_model_name_or_path", None)
+        if self.ddpm_beta_schedule not in BETA_SCHEDULES and not trained:
             known = ", ".join(BETA_SCHEDULES)
             raise UsageError(f"--ddpm_beta_schedule {self.ddpm_beta_schedule!r}: must be one of {known}")
-
-    def check(self) -> None:
-        """Raise UsageError for a number out of range."""
-        check_values(self)
         if not 1 <= self.ddpm_num_steps <= 1_000_000:
             raise UsageError(f"--ddpm_num_steps {self.ddpm_num_steps}: must be from 1 to 1,000,000")
 
@@ -112,9 +103,8 @@ class ObjectiveFlags:
         """What `training_losses` takes of them."""
         return {name: getattr(self, name) for name in ("objective", "loss_type", "snr_gamma", "vlb_weight")}
 
-    def check(self) -> None:
-        """Raise UsageError for an unknown name or a number out of range."""
-        check_values(self)
+    def check(self, flags: Any) -> None:
+        """Raise UsageError for an unknown name."""
         choices = {
             "prediction_type": PREDICTION_TYPES,
             "variance_type": VARIANCE_TYPES,

@@ -1,9 +1,9 @@
 """Flags of access to the Hub, and of what is saved and published."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from ..common.arguments import FREE, HfArg, Need, check_license, check_values, names_elsewhere
+from ..common.arguments import FREE, HfArg, Need, check_license, names_elsewhere
 from ..common.errors import UsageError
 
 VARIANTS = ("fp16", "non_ema")  # of the weights, in addition to the pipeline's
@@ -62,22 +62,20 @@ class PublishingFlags:
         " non_ema, those that are not averaged.",
     )
 
-    def check(self) -> None:
-        """Raise UsageError for a name that is not known."""
-        check_values(self)
+    def check(self, flags: Any) -> None:
+        """Raise UsageError for a name that is not known, and for what a training with these flags does not give."""
         check_license("hub_license", self.hub_license)
         unknown = [name for name in self.save_variants if name not in VARIANTS]
         if unknown:
             raise UsageError(f"--save_variants: each must be one of {', '.join(VARIANTS)} (got {unknown[0]!r})")
-
-    def check_training(self, use_ema: bool, validation_steps: int | None, checkpointing_steps: int) -> None:
-        """Raise UsageError for what a training with these flags does not give."""
-        if "non_ema" in self.save_variants and not use_ema:
+        if "non_ema" in self.save_variants and not flags.use_ema:
             raise UsageError("--save_variants non_ema requires --use_ema: without, there is one kind of weights")
-        if self.hub_strategy == "best" and (not validation_steps or checkpointing_steps % validation_steps):
+        if self.hub_strategy == "best" and (
+            not flags.validation_steps or flags.checkpointing_steps % flags.validation_steps
+        ):
             raise UsageError(
                 "--hub_strategy best requires the held-out loss of each checkpoint: give --validation_steps, of which"
-                f" --checkpointing_steps {checkpointing_steps} is a multiple"
+                f" --checkpointing_steps {flags.checkpointing_steps} is a multiple"
             )
 
 
@@ -99,7 +97,3 @@ class HubFlags:
         default=None,
         help="Token for private datasets and models, and for uploads; by default your login (hf auth login).",
     )
-
-    def check(self) -> None:
-        """Raise UsageError, which does not show it, for what cannot be a token."""
-        check_values(self)

@@ -1,7 +1,7 @@
 """The flags of text to image."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ..common.arguments import (
     FIXED,
@@ -11,16 +11,13 @@ from ..common.arguments import (
     HfArg,
     Need,
     Range,
-    check_values,
     has_grids,
     names_elsewhere,
 )
 from ..common.errors import UsageError
 from ..data.flags import CAPTION_COLUMN
 from ..models.flags import ON_THE_HUB
-from ..objectives.flags import ScheduleFlags
 from ..objectives.names import LOSS_TYPES, PREDICTION_TYPES
-from ..training.flags import Flags
 
 NUMBER = Range(lambda value: value >= 0, "a number of 0 or more")
 
@@ -98,9 +95,32 @@ class TextModelFlags:
         """Whether the text encoder learns too: on request, and where it is a new one."""
         return self.train_text_encoder or not (self.pretrained_model_name_or_path or self.text_encoder_name_or_path)
 
-    def check(self) -> None:
-        """Raise UsageError for a text that cannot be a name."""
-        check_values(self)
+    def check(self, flags: Any) -> None:
+        """Raise UsageError for flags that do not go with a checkpoint, or with a new model."""
+        scratch = not self.pretrained_model_name_or_path
+        if flags.streaming:
+            self.check_streaming(flags, scratch)
+        if scratch and flags.aspect_ratio_buckets and not flags.vae_name_or_path:
+            raise UsageError("--aspect_ratio_buckets: give --vae_name_or_path; a new autoencoder trains on one size")
+        for name in ("revision", "variant", "non_ema_revision"):
+            if scratch and getattr(self, name) is not None:
+                raise UsageError(f"--{name} is of the checkpoint: give --pretrained_model_name_or_path")
+        if flags.label_column is not None:
+            raise UsageError("--label_column is for train_unconditional.py; here captions say what is to be seen")
+        for name in ("model_config_name_or_path", "text_encoder_name_or_path", "vae_name_or_path"):
+            if not scratch and getattr(flags, name):
+                raise UsageError(f"--{name} is for training from scratch; the checkpoint brings its own")
+
+    def check_streaming(self, flags: Any, scratch: bool) -> None:
+        """Raise UsageError for what a stream does not give."""
+        if scratch and not flags.vae_name_or_path:
+            raise UsageError("--streaming: a new autoencoder requires all images at once; give --vae_name_or_path")
+        if flags.cache_latents:
+            raise UsageError("--cache_latents requires all images at once; leave it or --streaming out")
+        if scratch and not self.text_encoder_name_or_path:
+            raise UsageError("--streaming: a tokenizer is fitted to all captions; give --text_encoder_name_or_path")
+        if flags.aspect_ratio_buckets:
+            raise UsageError("--aspect_ratio_buckets requires all images at once; leave it or --streaming out")
 
 
 @dataclass
@@ -121,10 +141,6 @@ class CaptionFlags:
         help="Crop each image to the nearest of several sizes of up to the resolution's area, at most twice as wide as"
         " high or the reverse; a batch holds one size. Needs an autoencoder that is trained already.",
     )
-
-    def check(self) -> None:
-        """Raise UsageError for a value out of range."""
-        check_values(self)
 
 
 @dataclass
@@ -153,9 +169,8 @@ class TextObjectiveFlags:
         range=NUMBER, default=1.0, help="DREAM's p: the higher, the more detail is kept."
     )
 
-    def check(self) -> None:
-        """Raise UsageError for an unknown name or a number out of range."""
-        check_values(self)
+    def check(self, flags: Any) -> None:
+        """Raise UsageError for an unknown name."""
         if self.prediction_type not in (None, *PREDICTION_TYPES):
             raise UsageError(
                 f"--prediction_type must be one of {', '.join(PREDICTION_TYPES)} (got {self.prediction_type!r})"
@@ -189,10 +204,6 @@ class PromptFlags:
         range=ONE_OR_MORE, resume=FREE, default=50, help="Steps to sample the grids with."
     )
 
-    def check(self) -> None:
-        """Raise UsageError for a value out of range."""
-        check_values(self)
-
 
 # Where Diffusers' script has other defaults than its unconditional one
 DEFAULTS = {
@@ -211,38 +222,3 @@ HELPS = {
     "tracker_project_name": "The tracker's project.",
 }
 SPELLINGS = {"save_images_epochs": ["--validation_epochs"]}
-
-
-def check(flags: Flags) -> None:
-    """Raise UsageError or DataError for a value out of range or a combination that cannot work."""
-    flags.check()
-    scratch = not flags.pretrained_model_name_or_path
-    flags[ScheduleFlags].check_name(trained=not scratch)
-    if flags.streaming:
-        check_streaming(flags, scratch)
-    if scratch and flags.aspect_ratio_buckets and not flags.vae_name_or_path:
-        raise UsageError("--aspect_ratio_buckets: give --vae_name_or_path; a new autoencoder trains on one size")
-    if scratch:
-        for name in ("revision", "variant", "non_ema_revision"):
-            if getattr(flags, name) is not None:
-                raise UsageError(f"--{name} is of the checkpoint: give --pretrained_model_name_or_path")
-    if flags.label_column is not None:
-        raise UsageError("--label_column is for train_unconditional.py; here captions say what is to be seen")
-    if not scratch:
-        for name in ("model_config_name_or_path", "text_encoder_name_or_path", "vae_name_or_path"):
-            if getattr(flags, name):
-                raise UsageError(f"--{name} is for training from scratch; the checkpoint brings its own")
-
-
-def check_streaming(flags: Flags, scratch: bool) -> None:
-    """Raise UsageError for what a stream does not give."""
-    if flags.max_train_steps is None:
-        raise UsageError("--streaming has no epochs to count: give --max_train_steps")
-    if scratch and not flags.vae_name_or_path:
-        raise UsageError("--streaming: a new autoencoder requires all images at once; give --vae_name_or_path")
-    if flags.cache_latents:
-        raise UsageError("--cache_latents requires all images at once; leave it or --streaming out")
-    if scratch and not flags.text_encoder_name_or_path:
-        raise UsageError("--streaming: a tokenizer is fitted to all captions; give --text_encoder_name_or_path")
-    if flags.aspect_ratio_buckets:
-        raise UsageError("--aspect_ratio_buckets requires all images at once; leave it or --streaming out")

@@ -217,9 +217,8 @@ class TrainingFlags:
         help="checkpoint-N, a path, or latest: go on from there, exactly as if never stopped.",
     )
 
-    def check(self) -> None:
-        """Raise UsageError for a value out of range."""
-        check_values(self)
+    def check(self, flags: "Flags") -> None:
+        """Raise UsageError for an unknown name or numbers that do not go together."""
         if self.lr_scheduler not in LR_SCHEDULERS:
             raise UsageError(f"--lr_scheduler must be one of {', '.join(LR_SCHEDULERS)} (got {self.lr_scheduler!r})")
         if self.ema_min_decay > self.ema_max_decay:
@@ -254,10 +253,6 @@ class GridFlags:
         default=None,
         help="Optimizer steps between sample grids, instead of --save_images_epochs.",
     )
-
-    def check(self) -> None:
-        """Raise UsageError for a number out of range."""
-        check_values(self)
 
 
 class Flags:
@@ -300,6 +295,12 @@ class Flags:
         return self.absent.union(self.values()).issuperset(settings)
 
     def check(self) -> None:
-        """Raise UsageError or DataError for a value out of range."""
+        """Raise UsageError or DataError for a value out of range or a combination that cannot work.
+
+        A dataclass of flags may have a method `check`, which is given all flags of the program.
+        """
         for part in self.parts:
-            part.check()
+            check_values(part)
+        for part in self.parts:
+            if hasattr(part, "check"):
+                part.check(self)

@@ -12,7 +12,7 @@ import pytest
 import train_text2image
 import train_unconditional
 from ddpm_hf import objectives
-from ddpm_hf.cli.classifier_flags import ClassifierConfig
+from ddpm_hf.cli.classifier_flags import CLASSIFIER
 from ddpm_hf.common.errors import UsageError
 from ddpm_hf.objectives import names
 from ddpm_hf.portable import scheduling_ddpm_hf
@@ -20,9 +20,9 @@ from ddpm_hf.training.parsing import OneLineParser
 from tests.support import ROOT
 
 CONFIGS = {
-    "train_unconditional": train_unconditional.UnconditionalConfig,
-    "train_text2image": train_text2image.Text2ImageConfig,
-    "train-classifier": ClassifierConfig,
+    "train_unconditional": train_unconditional.PROGRAM,
+    "train_text2image": train_text2image.PROGRAM,
+    "train-classifier": CLASSIFIER,
 }
 COMMANDS = {
     "train_unconditional": ["train_unconditional.py"],
@@ -150,7 +150,7 @@ MEANT = {
 @pytest.mark.parametrize("word", MEANT)
 def test_an_unknown_flag_is_answered_with_the_one_that_it_means(word, capsys):
     # Breaks if a user of another program is sent to read a hundred flags for one that is only called otherwise.
-    parser = OneLineParser(train_unconditional.UnconditionalConfig)
+    parser = OneLineParser(train_unconditional.PROGRAM)
     line = error_of(parser, [word], capsys)
     assert f"(did you mean {MEANT[word]}? see --help)" in line
     if word.startswith("-"):
@@ -161,7 +161,7 @@ def test_an_unknown_flag_is_answered_with_the_one_that_it_means(word, capsys):
 
 def test_a_word_that_means_nothing_gets_no_suggestion(capsys):
     # Breaks if --zoom is taken for whatever flag comes nearest.
-    assert "did you mean" not in error_of(OneLineParser(train_unconditional.UnconditionalConfig), ["--zoom"], capsys)
+    assert "did you mean" not in error_of(OneLineParser(train_unconditional.PROGRAM), ["--zoom"], capsys)
 
 
 @pytest.mark.parametrize("program", CONFIGS)
@@ -183,7 +183,7 @@ def test_each_suggestion_is_a_flag_and_a_value_that_the_program_takes(program):
 @pytest.mark.parametrize("spelling", ["dataset-image-column-name", "dataset_image_column_name", "image-column"])
 def test_hyphens_and_underscores_are_the_same(spelling, tmp_path):
     # Breaks if only some of a flag's spellings take hyphens, on the command line or in a config file.
-    parser = OneLineParser(train_unconditional.UnconditionalConfig)
+    parser = OneLineParser(train_unconditional.PROGRAM)
     assert parser.parse([f"--{spelling}", "photo"]).image_column == "photo"
     assert parser.parse([f"--{spelling}=photo-of"]).image_column == "photo-of"
     assert parser.tokens({spelling: "photo"}, "--config run.yaml")[0].endswith("=photo")

@@ -170,7 +170,7 @@ def test_the_upload_has_the_whole_contract(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "load_or_create_model_card", lambda *_, **__: None)
     monkeypatch.setattr(module, "populate_model_card", lambda *_, **__: type("Card", (), {"save": lambda *_: None})())
     monkeypatch.setattr(
-        DDPMPipeline, "_upload_folder", lambda self, folder, *_, **__: uploaded.update(contents(folder))
+        DDPMPipeline, "_upload_folder", lambda self, folder, *_, **__: uploaded.update(contents(Path(folder)))
     )
     pipeline = make_pipeline("posterior_mean")
     pipeline.save_pretrained(str(tmp_path / "pushed"), push_to_hub=True)

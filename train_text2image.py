@@ -25,6 +25,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ddpm_hf.common.layout import AUTOENCODER, COMPONENTS, layout
 from ddpm_hf.data.flags import DataFlags
@@ -45,7 +46,6 @@ from ddpm_hf.text.recipes import weaker_layers
 from ddpm_hf.training.flags import Flags, GridFlags, TrainingFlags
 from ddpm_hf.training.parsing import Program, parse_flags
 
-QUARTILES = ("loss_q1", "loss_q2", "loss_q3", "loss_q4")  # of the timesteps, from little noise to much
 # The settings that the model card shows
 SHOWN = (
     "use_ema", "learning_rate", "train_batch_size", "prediction_type", "loss_type", "snr_gamma", "caption_dropout",
@@ -77,6 +77,7 @@ import torch
 
 from ddpm_hf.common.errors import DataError
 from ddpm_hf.common.randomness import StepKeys
+from ddpm_hf.data import ImageDataset
 from ddpm_hf.data.batches import Images, held_out_means, make_batches, open_images, plan_steps
 from ddpm_hf.inference.components import Components, assemble, load_checkpoint_components, of_a_checkpoint
 from ddpm_hf.latents.autoencoder import make_autoencoder
@@ -85,7 +86,7 @@ from ddpm_hf.latents.training import autoencoder_of, take_over_autoencoder, trai
 from ddpm_hf.models.autoencoder import downscaling
 from ddpm_hf.models.sizes import settle_resolution
 from ddpm_hf.models.unet import time_blindness
-from ddpm_hf.objectives.losses import training_losses
+from ddpm_hf.objectives.losses import QUARTILES, quartile_of, training_losses
 from ddpm_hf.objectives.timestep_samplers import UniformTimestepSampler
 from ddpm_hf.portable.pipeline_text2image_ddpm_hf import TextToImageDDPMPipeline, tokenize
 from ddpm_hf.publishing.publisher import Publisher, describe_run, reserve_repository
@@ -143,17 +144,13 @@ def compute_loss(
     losses = training_losses(
         scheduler, output, x_start, noise, timesteps, loss_type=objective.loss_type, snr_gamma=objective.snr_gamma
     )
-    return Losses(losses, groups=timesteps * 4 // len(scheduler))
+    return Losses(losses, groups=quartile_of(timesteps, len(scheduler)))
 
 
-def validation_loss(model, *, run: Run, held_out, **options) -> dict[str, float]:
+def validation_loss(model, *, run: Run, held_out: ImageDataset, **options: Any) -> dict[str, float]:
     """The mean loss over the held-out images, at the same timesteps and noise each time, no caption left out."""
-
-    def measure(batch: dict, keys: StepKeys) -> list[torch.Tensor]:
-        with run.accelerator.autocast():
-            return [compute_loss(model, batch, keys, run=run, **options).losses]
-
-    return held_out_means(run, held_out, ["validation_loss"], measure)
+    loss_of = functools.partial(compute_loss, model, run=run, **options)
+    return held_out_means(run, held_out, ["validation_loss"], lambda batch, keys: [loss_of(batch, keys).losses])
 
 
 def make_pipeline(model: TextConditioned, components: Components) -> TextToImageDDPMPipeline:

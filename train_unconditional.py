@@ -37,7 +37,6 @@ from ddpm_hf.publishing.flags import HubFlags, PublishingFlags
 from ddpm_hf.training.flags import Flags, GridFlags, TrainingFlags
 from ddpm_hf.training.parsing import Program, parse_flags
 
-QUARTILES = ("loss_q1", "loss_q2", "loss_q3", "loss_q4")  # of the timesteps, from little noise to much
 # The settings that the model card shows
 SHOWN = (
     "use_ema", "learning_rate", "train_batch_size", "prediction_type", "variance_type", "objective", "loss_type",
@@ -99,13 +98,13 @@ from ddpm_hf.data import ImageDataset
 from ddpm_hf.data.batches import Images, held_out_means, make_batches, open_images, plan_steps
 from ddpm_hf.latents.cache import cached_latents, check_cacheable
 from ddpm_hf.latents.encoding import x_start_of
-from ddpm_hf.models.attention import choose_attention
+from ddpm_hf.models.acceleration import choose_execution
 from ddpm_hf.models.autoencoder import load_autoencoder
 from ddpm_hf.models.diffusion import make_scheduler, terminal_snr_warning
 from ddpm_hf.models.pretrained import differences, revision_of_vae, source_of, start_from
 from ddpm_hf.models.sizes import model_size, settle_resolution, unet_arguments
 from ddpm_hf.models.unet import make_unet, time_blindness
-from ddpm_hf.objectives.losses import simple_losses, training_losses
+from ddpm_hf.objectives.losses import QUARTILES, quartile_of, training_losses
 from ddpm_hf.objectives.timestep_samplers import TIMESTEP_SAMPLERS, LossSecondMomentSampler, UniformTimestepSampler
 from ddpm_hf.portable.pipeline_class_conditional_ddpm_hf import ClassConditionalDDPMPipeline
 from ddpm_hf.portable.pipeline_ddpm_hf import DDPMPipeline
@@ -142,34 +141,25 @@ def compute_loss(
     timesteps, weights = (one.to(x_start.device) for one in sampler.sample(keys.uniform("timestep")))
     noise = keys.normal_like(x_start)
     conditioning = {}
-    if "labels" in batch:  # a share of them become the null class (Ho & Salimans 2022, Algorithm 1)
-        dropped = keys.uniform("class_dropout") < class_dropout
-        conditioning["class_labels"] = torch.where(dropped, null_class, batch["labels"]).to(x_start.device)
+    if "labels" in batch:
+        labels = batch["labels"]
+        if not keys.validation:  # a share of them become the null class (Ho & Salimans 2022, Algorithm 1)
+            labels = torch.where(keys.uniform("class_dropout") < class_dropout, null_class, labels)
+        conditioning["class_labels"] = labels.to(x_start.device)
     output = model(scheduler.add_noise(x_start, noise, timesteps), timesteps, **conditioning).sample.float()
     losses = training_losses(scheduler, output, x_start, noise, timesteps, **loss_options)
     if model.training and not isinstance(sampler, UniformTimestepSampler):  # it learns from the losses of all ranks
         pairs = torch.stack([timesteps.float(), losses.detach().float()], dim=1)[: keys.valid]  # [N, 2]
         pairs = run.gather_rows(pairs, run.flags.train_batch_size)
         sampler.update_with_losses(pairs[:, 0].long(), pairs[:, 1])
-    return Losses(losses * weights, logged=losses, groups=timesteps * 4 // len(scheduler))
+    return Losses(losses * weights, logged=losses, groups=quartile_of(timesteps, len(scheduler)))
 
 
-def validation_loss(
-    model, *, run: Run, held_out: ImageDataset, scheduler: DDPMScheduler, vae: AutoencoderKL | None, loss_type: str
-) -> dict[str, float]:
-    """The mean simple loss over the held-out images, at the same timesteps and noise each time."""
-    uniform = UniformTimestepSampler(len(scheduler))
-
-    def measure(batch: dict, keys: StepKeys) -> list[torch.Tensor]:
-        x_start = x_start_of(batch, keys, vae, run.device)
-        timesteps = uniform.sample(keys.uniform("timestep"))[0].to(x_start.device)
-        noise = keys.normal_like(x_start)
-        conditioning = {"class_labels": batch["labels"].to(x_start.device)} if "labels" in batch else {}
-        with run.accelerator.autocast():
-            output = model(scheduler.add_noise(x_start, noise, timesteps), timesteps, **conditioning).sample.float()
-        return [simple_losses(scheduler, output[:, : x_start.shape[1]], x_start, noise, timesteps, loss_type)]
-
-    return held_out_means(run, held_out, ["validation_loss"], measure)
+def validation_loss(model, *, run: Run, held_out: ImageDataset, loss_type: str, **options: Any) -> dict[str, float]:
+    """The mean simple loss over the held-out images, at the same uniform timesteps and noise each time."""
+    options |= {"sampler": UniformTimestepSampler(len(options["scheduler"])), "loss_options": {"loss_type": loss_type}}
+    loss_of = functools.partial(compute_loss, model, run=run, **options)
+    return held_out_means(run, held_out, ["validation_loss"], lambda batch, keys: [loss_of(batch, keys).losses])
 
 
 def draw_samples(model, step: int, *, run: Run, pipeline_of: Callable, num_inference_steps: int) -> Path | None:
@@ -224,7 +214,11 @@ def train(flags: Flags) -> None:
     """From flags to a trained, saved and, if asked, published pipeline."""
     flags.check()
     data, unet, start, schedule, objective, classes, latents, training, _, attention, publishing, hub = flags
-    vae_name, token = latents.vae_name_or_path, hub.hub_token
+    vae_name, token, xformers = (
+        latents.vae_name_or_path,
+        hub.hub_token,
+        attention.enable_xformers_memory_efficient_attention,
+    )
     written = layout("unet", "scheduler", *(["vae"] if vae_name else []))
     run = start_run(flags, written, (data.train_data_dir, data.dataset_name))
     source = source_of(start, token, run.resumed and run.resumed.checkpoint)
@@ -240,18 +234,14 @@ def train(flags: Flags) -> None:
     images = open_images(run, data, arguments["in_channels"] if vae is None else vae.config.in_channels, token)
     class_names = images.rows.label_names if data.label_column else []
     embedded = len(class_names) + (classes.class_dropout > 0) if class_names else None
+    model = make_unet(arguments, objective.variance_type, embedded, run.seed)
     xformers = attention.enable_xformers_memory_efficient_attention
-    model = make_unet(
-        arguments, objective.variance_type, embedded, run.seed, training.gradient_checkpointing, xformers
-    )
-    if run.device.type == "cpu":
-        choose_attention(model)
+    choose_execution(model, run.device, training.gradient_checkpointing, xformers)
     if source is None:
         run.log(time_blindness(model.config))
     elif fresh:
-        run.log(
-            *start_from(model, source, class_names, scheduler, start.variant), *differences(flags.values(), source)
-        )
+        run.log(*start_from(model, source, class_names, scheduler, start.variant))
+        run.log(*differences(flags.values(), source))
     if latents.cache_latents:
         images.dataset.leave_out_broken()  # before the batches are planned
         check_cacheable(images.dataset)
@@ -265,15 +255,9 @@ def train(flags: Flags) -> None:
     sampler = TIMESTEP_SAMPLERS[objective.timestep_sampler](len(scheduler))
     extra = {} if isinstance(sampler, UniformTimestepSampler) else {"timestep_sampler": sampler}
     state = begin_training(run, model, plan, facts, {"unet": model}, QUARTILES, extra)
-    shared = {"run": run, "scheduler": scheduler, "vae": vae}
-    loss_of = functools.partial(
-        compute_loss,
-        sampler=sampler,
-        null_class=len(class_names),
-        class_dropout=classes.class_dropout,
-        loss_options=objective.loss_options(),
-        **shared,
-    )
+    by_class = {"null_class": len(class_names), "class_dropout": classes.class_dropout}
+    shared = {"run": run, "scheduler": scheduler, "vae": vae, **by_class}
+    loss_of = functools.partial(compute_loss, sampler=sampler, loss_options=objective.loss_options(), **shared)
     batches = make_batches(run, images, plan, state.step, classes.class_balanced)
     batches = rehearse(run, state, plan, batches, loss_of)
     lines = describe(run, images, data.size(), plan, model, vae_name)

@@ -12,13 +12,14 @@ from ..common.layout import layout
 from ..common.randomness import StepKeys
 from ..data import DataFlags, ImageDataset, to_model_range
 from ..data.batches import Images, held_out_means, make_batches, open_images, plan_steps
-from ..models.attention import choose_attention
+from ..models.acceleration import choose_execution
 from ..models.classifier import NoisyClassifier
 from ..models.flags import UNetFlags
 from ..models.recipes import advice_on_a_cpu
 from ..models.saving import save_model
 from ..models.sizes import model_size, settle_resolution, unet_arguments
 from ..models.unet import time_blindness
+from ..objectives.losses import QUARTILES, quartile_of
 from ..objectives.timestep_samplers import UniformTimestepSampler
 from ..portable.scheduling_ddpm_hf import DDPMScheduler
 from ..training.ending import ends_in_one_line
@@ -35,8 +36,6 @@ from ..training.setup.claiming import check_resumable, start_writing
 from ..training.state import averaged_weights, unwrap
 from .classifier_flags import CLASSIFIER_PROGRAM, parse_classifier_flags
 
-QUARTILES = ("loss_q1", "loss_q2", "loss_q3", "loss_q4")
-
 
 def compute_loss(model, batch: dict, keys: StepKeys, *, scheduler: DDPMScheduler, device: torch.device) -> Losses:
     """Cross-entropy (nats) of the class of a noised image, at uniform t."""
@@ -45,7 +44,7 @@ def compute_loss(model, batch: dict, keys: StepKeys, *, scheduler: DDPMScheduler
     x_t = scheduler.add_noise(x_start, keys.normal_like(x_start), timesteps)
     logits = model(x_t, timesteps).float()
     losses = F.cross_entropy(logits, batch["labels"].to(x_start.device), reduction="none")
-    return Losses(losses, groups=timesteps * 4 // len(scheduler))
+    return Losses(losses, groups=quartile_of(timesteps, len(scheduler)))
 
 
 def validation_accuracy(model, *, run: Run, held_out: ImageDataset, scheduler: DDPMScheduler) -> dict[str, float]:
@@ -56,8 +55,7 @@ def validation_accuracy(model, *, run: Run, held_out: ImageDataset, scheduler: D
         x_start, labels = to_model_range(batch["images"].to(run.device)), batch["labels"].to(run.device)
         timesteps = uniform.sample(keys.uniform("timestep"))[0].to(x_start.device)
         noised = scheduler.add_noise(x_start, keys.normal_like(x_start), timesteps)
-        with run.accelerator.autocast():
-            logits = model(x_start, torch.zeros_like(timesteps)), model(noised, timesteps)
+        logits = model(x_start, torch.zeros_like(timesteps)), model(noised, timesteps)
         return [one.argmax(dim=1) == labels for one in logits]
 
     return held_out_means(run, held_out, ("accuracy_clean", "accuracy_noised"), measure)
@@ -79,7 +77,7 @@ def describe(
 
 
 def make_classifier(
-    arguments: dict[str, Any], scheduler: DDPMScheduler, names: list[str], seed: int, device: torch.device
+    arguments: dict[str, Any], scheduler: DDPMScheduler, names: list[str], seed: int
 ) -> NoisyClassifier:
     """The classifier, initialised from the seed.
 
@@ -101,8 +99,6 @@ def make_classifier(
         )
     except (ValueError, TypeError) as error:
         raise UsageError(" ".join(str(error).split())) from error
-    if device.type == "cpu":
-        choose_attention(model)
     return model
 
 
@@ -120,10 +116,9 @@ def train(flags: Flags) -> None:
     )
     images = open_images(run, data, arguments["in_channels"], hub.hub_token)
     names = images.rows.label_names
-    model = make_classifier(arguments, scheduler, names, run.seed, run.device)
+    model = make_classifier(arguments, scheduler, names, run.seed)
+    choose_execution(model, run.device, training.gradient_checkpointing)
     run.log(time_blindness(arguments))
-    if training.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
     plan = plan_steps(run, images)
     facts = run_facts(run, images.count, plan, classes=names)
     check_resumable(run, model, facts, "classifier")

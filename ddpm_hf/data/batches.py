@@ -158,7 +158,8 @@ def held_out_means(
     for first in range(accelerator.process_index * size, len(held_out), accelerator.num_processes * size):
         indices = range(first, min(first + size, len(held_out)))
         batch = held_out.__getitems__([(0, index) for index in indices])
-        values = measure(batch, StepKeys(run.seed, 0, first, len(indices), validation=True))
+        with accelerator.autocast():
+            values = measure(batch, StepKeys(run.seed, 0, first, len(indices), validation=True))
         totals += torch.stack([*(one.cpu().double().sum() for one in values), torch.tensor(float(len(indices)))])
     *sums, count = sum_over_ranks(totals).tolist()
     return {name: total / count for name, total in zip(names, sums)}

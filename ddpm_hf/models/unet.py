@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..common.errors import UsageError
-from .acceleration import use_xformers
 
 if TYPE_CHECKING:  # else imported where it is used, so that --help is quick
     from diffusers import UNet2DModel
@@ -16,16 +15,12 @@ def make_unet(
     variance_type: str,
     classes: int | None,
     seed: int,
-    gradient_checkpointing: bool = False,
-    xformers: bool = False,
 ) -> "UNet2DModel":
-    """The UNet, initialised from the seed, with the flags that concern its execution applied.
+    """The UNet, initialised from the seed.
 
     Args:
         variance_type: a learned variance doubles the output's channels.
         classes: embeddings to make for classes, with the null class; None for none.
-        gradient_checkpointing: whether to compute activations anew in the backward pass.
-        xformers: whether to use xFormers' attention.
     """
     import torch
 
@@ -37,14 +32,9 @@ def make_unet(
         arguments["num_class_embeds"] = classes
     torch.manual_seed(seed)
     try:
-        model = build_unet(arguments)
+        return build_unet(arguments)
     except (ValueError, TypeError) as error:
         raise UsageError(" ".join(str(error).split())) from error
-    if gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-    if xformers:
-        use_xformers(model)
-    return model
 
 
 def stock_unet_defaults() -> dict[str, Any]:

@@ -5,8 +5,7 @@ from diffusers import UNet2DConditionModel
 
 from ..common.randomness import StepKeys
 from ..inference.components import Components
-from ..models.acceleration import use_xformers
-from ..models.attention import choose_attention
+from ..models.acceleration import choose_execution
 from ..portable.pipeline_text2image_ddpm_hf import tokenize
 from .captions import encode_captions
 
@@ -81,12 +80,7 @@ def trained_model(
     """
     text_encoder = components.text_encoder if with_text_encoder else None
     model = TextConditioned(components.unet, text_encoder).requires_grad_(True)
-    if checkpointing:
-        model.unet.enable_gradient_checkpointing()
-        if text_encoder is not None:
-            text_encoder.gradient_checkpointing_enable()
-    if xformers:
-        use_xformers(model.unet)
-    if device.type == "cpu":
-        choose_attention(model.unet)
+    choose_execution(model.unet, device, checkpointing, xformers)
+    if checkpointing and text_encoder is not None:
+        text_encoder.gradient_checkpointing_enable()
     return model

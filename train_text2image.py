@@ -109,7 +109,7 @@ from ddpm_hf.training.meter import Losses
 from ddpm_hf.training.plan import StepPlan
 from ddpm_hf.training.previews import draw_grid
 from ddpm_hf.training.rehearsal import rehearse, show_dry_run
-from ddpm_hf.training.reporting import ending, run_lines
+from ddpm_hf.training.reporting import ending, parameter_count, run_lines
 from ddpm_hf.training.run import Run
 from ddpm_hf.training.setup.begin import begin_training, run_facts, start_run
 from ddpm_hf.training.setup.claiming import check_resumable, start_writing
@@ -170,17 +170,16 @@ def draw_prompts(
     return draw_grid(run, pipeline, requests, columns, step, prompts, num_inference_steps=steps)
 
 
-def describe(
-    run: Run, data: DataFlags, model: TextModelFlags, latents: str, images: Images, plan: StepPlan, parameters: int
-) -> dict[str, str]:
+def describe(run: Run, images: Images, plan: StepPlan, parameters: int, learns: bool) -> dict[str, str]:
     """What runs: said at the start, and by --dry_run."""
-    start = model.pretrained_model_name_or_path or "from scratch"
+    flags = run.settings
+    base = flags.pretrained_model_name_or_path
+    new = f"a new one, {flags.vae_widths}, {flags.vae_train_steps} steps"
     return {
-        "data": f"{images.rows.name}: {images.number()}, captions in {run.settings.caption_column!r}",
-        "images": f"{images.transform.channels} × {' × '.join(map(str, data.size()))}",
-        "model": f"{start}, {parameters:,} parameters to train",
-        "latents": latents,
-        "text": "trained along" if model.trains_text_encoder else "frozen",
+        **images.lines(f"captions in {flags.caption_column!r}"),
+        "model": f"{base or 'from scratch'}, {parameters:,} parameters to train",
+        "latents": "of the checkpoint" if base else flags.vae_name_or_path or new,
+        "text": "trained along" if learns else "frozen",
         **run_lines(run, plan),
     }
 
@@ -239,10 +238,7 @@ def train(flags: Flags) -> None:
     shared = {"run": run, "caption_dropout": captions.caption_dropout, "learns": learns, "objective": objective}
     loss_of = functools.partial(compute_loss, components=components, null_embedding=None, **shared)
     batches = rehearse(run, state, plan, make_batches(run, images, plan, state.step), loss_of)
-    own = f"a new one, {autoencoder.vae_widths}, {autoencoder.vae_train_steps} steps"
-    vae_name = "of the checkpoint" if base else latents.vae_name_or_path or own
-    parameters = sum(each.numel() for each in model.parameters())
-    lines = describe(run, data, model_flags, vae_name, images, plan, parameters)
+    lines = describe(run, images, plan, parameter_count(model), learns)
     if training.dry_run:
         if new_autoencoder and run.resumed is None:
             train_autoencoder(run, autoencoder, images, data.size(), rehearse_only=True)

@@ -117,7 +117,7 @@ from ddpm_hf.training.meter import Losses
 from ddpm_hf.training.plan import StepPlan
 from ddpm_hf.training.previews import draw_grid
 from ddpm_hf.training.rehearsal import rehearse, show_dry_run
-from ddpm_hf.training.reporting import ending, run_lines, weights_memory
+from ddpm_hf.training.reporting import ending, parameter_count, run_lines, weights_memory
 from ddpm_hf.training.run import Run
 from ddpm_hf.training.setup.begin import begin_training, run_facts, start_run
 from ddpm_hf.training.setup.claiming import check_resumable, start_writing
@@ -174,25 +174,22 @@ def draw_samples(model, step: int, *, run: Run, pipeline_of: Callable, num_infer
     return draw_grid(run, pipeline, requests, columns, step, legend, num_inference_steps=num_inference_steps)
 
 
-def describe(
-    run: Run, images: Images, size: tuple[int, int], plan: StepPlan, model: UNet2DModel, vae_name: str | None
-) -> dict[str, str]:
+def describe(run: Run, images: Images, plan: StepPlan, parameters: int) -> dict[str, str]:
     """What runs: said at the start, and by --dry_run."""
     rows, flags = images.rows, run.settings
-    parameters = sum(parameter.numel() for parameter in model.parameters())
     cache = None if images.dataset is None else images.dataset.cache
     cache_bytes = sum(pixels.nbytes for pixels in ([] if cache is None else cache))
     named = (flags.pretrained_model_name_or_path, flags.model_preset, flags.model_config_name_or_path)
     name = next(filter(None, named), "the default UNet")
+    by_class = f", {len(rows.label_names)} classes in {rows.label_column!r}" if rows.label_column else ""
+    in_latents = f", in the latents of {flags.vae_name_or_path}" if flags.vae_name_or_path else ""
     return {
-        "data": f"{rows.name}: {images.number()}, column {rows.image_column!r}"
-        + (f", {len(rows.label_names)} classes in {rows.label_column!r}" if rows.label_column else ""),
-        "images": f"{images.transform.channels} × {size[0]} × {size[1]}, {'not ' * (cache is None)}kept decoded",
-        "model": f"{name}, {parameters:,} parameters" + (f", in the latents of {vae_name}" if vae_name else ""),
+        **images.lines(f"column {rows.image_column!r}{by_class}", f", {'not ' * (cache is None)}kept decoded"),
+        "model": f"{name}, {parameters:,} parameters{in_latents}",
         "diffusion": f"{flags.ddpm_beta_schedule}, T={flags.ddpm_num_steps}, {flags.prediction_type},"
         f" {flags.variance_type}, objective {flags.objective}",
         **run_lines(run, plan),
-        "memory": f"{weights_memory(parameters, run.flags.use_ema)}, {cache_bytes / 2**20:,.0f} MiB for images;"
+        "memory": f"{weights_memory(parameters, flags.use_ema)}, {cache_bytes / 2**20:,.0f} MiB for images;"
         " activations on top",
     }
 
@@ -260,7 +257,7 @@ def train(flags: Flags) -> None:
     loss_of = functools.partial(compute_loss, sampler=sampler, loss_options=objective.loss_options(), **shared)
     batches = make_batches(run, images, plan, state.step, classes.class_balanced)
     batches = rehearse(run, state, plan, batches, loss_of)
-    lines = describe(run, images, data.size(), plan, model, vae_name)
+    lines = describe(run, images, plan, parameter_count(model))
     advice = advice_on_a_cpu(unet.model_preset, arguments["sample_size"], trained=source is not None)
     if training.dry_run:
         show_dry_run(run, lines, state, plan, batches, loss_of, advice)

@@ -10,11 +10,10 @@ import torch.nn.functional as F
 from ..common.errors import DataError, UsageError
 from ..common.layout import layout
 from ..common.randomness import StepKeys
-from ..data import DataFlags, ImageDataset, to_model_range
-from ..data.batches import Images, held_out_means, make_batches, open_images, plan_steps
+from ..data import ImageDataset, to_model_range
+from ..data.batches import held_out_means, make_batches, open_images, plan_steps
 from ..models.acceleration import choose_execution
 from ..models.classifier import NoisyClassifier
-from ..models.flags import UNetFlags
 from ..models.recipes import advice_on_a_cpu
 from ..models.saving import save_model
 from ..models.sizes import model_size, settle_resolution, unet_arguments
@@ -27,9 +26,8 @@ from ..training.flags import Flags
 from ..training.logs import end_training
 from ..training.loop import training_loop
 from ..training.meter import Losses
-from ..training.plan import StepPlan
 from ..training.rehearsal import rehearse, show_dry_run
-from ..training.reporting import ending, run_lines, weights_memory
+from ..training.reporting import ending, parameter_count, run_lines, weights_memory
 from ..training.run import Run
 from ..training.setup.begin import begin_training, run_facts, start_run
 from ..training.setup.claiming import check_resumable, start_writing
@@ -59,21 +57,6 @@ def validation_accuracy(model, *, run: Run, held_out: ImageDataset, scheduler: D
         return [one.argmax(dim=1) == labels for one in logits]
 
     return held_out_means(run, held_out, ("accuracy_clean", "accuracy_noised"), measure)
-
-
-def describe(
-    run: Run, data: DataFlags, unet: UNetFlags, images: Images, plan: StepPlan, parameters: int
-) -> dict[str, str]:
-    """What runs: said at the start, and by --dry_run."""
-    name = unet.model_preset or unet.model_config_name_or_path or "the default UNet"
-    classes = f"{len(images.rows.label_names)} classes in {data.label_column!r}"
-    return {
-        "data": f"{images.rows.name}: {images.number()}, {classes}",
-        "images": f"{images.transform.channels} × {' × '.join(map(str, data.size()))}",
-        "model": f"the encoder of {name}, {parameters:,} parameters",
-        **run_lines(run, plan),
-        "memory": f"{weights_memory(parameters, run.flags.use_ema)}; activations on top",
-    }
 
 
 def make_classifier(
@@ -127,7 +110,14 @@ def train(flags: Flags) -> None:
     state = begin_training(run, model, plan, facts, {"classifier": model}, QUARTILES)
     loss_of = functools.partial(compute_loss, scheduler=scheduler, device=run.device)
     batches = rehearse(run, state, plan, make_batches(run, images, plan, state.step), loss_of)
-    lines = describe(run, data, unet, images, plan, sum(parameter.numel() for parameter in model.parameters()))
+    parameters = parameter_count(model)
+    name = unet.model_preset or unet.model_config_name_or_path or "the default UNet"
+    lines = {
+        **images.lines(f"{len(names)} classes in {data.label_column!r}"),
+        "model": f"the encoder of {name}, {parameters:,} parameters",
+        **run_lines(run, plan),
+        "memory": f"{weights_memory(parameters, training.use_ema)}; activations on top",
+    }
     advice = advice_on_a_cpu(unet.model_preset, arguments["sample_size"])
     if training.dry_run:
         show_dry_run(run, lines, state, plan, batches, loss_of, advice)

@@ -48,9 +48,16 @@ class Images(NamedTuple):
         labels = None if self.dataset is None else self.dataset.labels
         return trained_classes(labels, len(self.rows.label_names))
 
-    def number(self) -> str:
-        """How many images there are, in words."""
-        return "a stream" if self.count is None else f"{self.count:,} images"
+    def lines(self, of_rows: str, more: str = "") -> dict[str, str]:
+        """What a run says of its data at its start.
+
+        Args:
+            of_rows: what else its rows have.
+            more: on its images.
+        """
+        count = "a stream" if self.count is None else f"{self.count:,} images"
+        shape = self.transform.channels, self.transform.height, self.transform.width
+        return {"data": f"{self.rows.name}: {count}, {of_rows}", "images": f"{' × '.join(map(str, shape))}{more}"}
 
     def name_of(self, row: int) -> str:
         """What to call one of a batch's `index`: the image's file, or its number."""

@@ -25,6 +25,7 @@ from ..training.logs import track_image
 from ..training.loop import training_loop
 from ..training.meter import Losses
 from ..training.rehearsal import rehearse
+from ..training.reporting import parameter_count
 from ..training.run import Run
 from ..training.setup.accelerator import start_accelerator
 from ..training.setup.begin import begin_training, run_facts
@@ -157,8 +158,7 @@ def train_autoencoder(
     plan = plan_steps(run, images)
     facts = run_facts(run, images.count, plan)
     check_resumable(run, vae, facts, "vae")
-    parameters = sum(parameter.numel() for parameter in vae.parameters())
-    run.log(f"training an autoencoder first: {parameters:,} parameters, {plan.total} steps")
+    run.log(f"training an autoencoder first: {parameter_count(vae):,} parameters, {plan.total} steps")
     state = begin_training(run, Reconstruction(vae), plan, facts, {"vae": vae})
     loss_of = functools.partial(compute_loss, kl_weight=flags.vae_kl_weight, device=run.device)
     batches = rehearse(run, state, plan, make_batches(run, images, plan, state.step), loss_of)

@@ -17,6 +17,7 @@ from ..common.ownership import claim_files
 from ..models.saving import save_half_precision, save_model, save_pipeline
 from ..training.averaging import raw_weights
 from ..training.plan import StepPlan
+from ..training.reporting import parameter_count
 from ..training.run import Run
 from ..training.setup.optimizer import scaled_learning_rate
 from ..training.setup.settings import public_settings
@@ -230,7 +231,7 @@ def describe_run(run: Run, images, plan: StepPlan, model, shown: tuple[str, ...]
         "held_out": len(images.held_out) if images.held_out else 0,
         "seed": run.seed,
         "batch": plan.global_batch * plan.accumulation,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": parameter_count(model),
         "rows": rows,
         "base_model": None if os.path.exists(base_model or "") else base_model,
         "settings": {name: value for name, value in settings.items() if value is not None},

@@ -1,7 +1,6 @@
 """What becomes of each setting where a run is resumed: applied and recorded, refused, or taken from the run itself."""
 
 import contextlib
-import dataclasses
 import json
 import os
 import shutil
@@ -321,7 +320,7 @@ def test_without_a_checkpoint_the_flags_hold(tmp_path):
     """Else a command line that is started again and again fails, or loses its flags, the first time."""
     argv = ["--output_dir", str(tmp_path), "--train_data_dir", "x", "--learning_rate", "3e-3"]
     first, again = parse(argv), parse([*argv, "--resume_from_checkpoint", "latest"])
-    assert again == dataclasses.replace(first, resume_from_checkpoint="latest")
+    assert again.values() == {**first.values(), "resume_from_checkpoint": "latest"}
 
 
 @pytest.mark.parametrize("bad", [False, True])

@@ -10,12 +10,12 @@ from typing import Any
 from accelerate.utils import gather_object
 
 from ...common.arguments import APPLIED, FIXED, flags_that
-from ...common.checkpoints import SETTINGS, checkpoint_step, list_checkpoints
+from ...common.checkpoints import SETTINGS, checkpoint_step, list_checkpoints, made_by_diffusers
 from ...common.errors import UsageError
 from ...common.files import truncate_jsonl
 from ...common.layout import AUTOENCODER, KEPT_IN_PLACE, STEPS, TIMINGS, TRAINING_CONFIG, Entry
 from ...common.ownership import claim_files, has_manifest, listed, run_files, some
-from ..checkpointing import LOGS, find_checkpoint, made_by_diffusers, rotate_checkpoints, set_aside_later
+from ..checkpointing import LOGS, find_checkpoint, rotate_checkpoints, set_aside_later
 from ..earlier_run import (
     cannot_be_moved,
     forget_removed_checkpoints,
@@ -260,7 +260,7 @@ def check_unchanged(flags: Flags, resumed: dict[str, Any] | None) -> None:
 def _was_moved(was: Any, now: Any) -> bool:
     """Whether two names may be of one local file or folder: of which the first is there no more, or the same.
 
-    A name that is not absolute may be a relative path or one of the Hub: it moves to one that ends alike.
+    A name that is not absolute may be a relative path, or that of a download: it moves to one that ends alike.
     """
     if not (isinstance(was, str) and isinstance(now, str) and os.path.exists(now)):
         return False

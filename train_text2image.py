@@ -23,7 +23,6 @@ import dataclasses
 import functools
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +33,7 @@ from ddpm_hf.models.flags import AttentionFlags
 from ddpm_hf.objectives.flags import ScheduleFlags
 from ddpm_hf.publishing.flags import HubFlags, PublishingFlags
 from ddpm_hf.text.flags import (
-    DEFAULTS,
-    HELPS,
-    SPELLINGS,
+    OTHERWISE,
     CaptionFlags,
     PromptFlags,
     TextModelFlags,
@@ -58,9 +55,7 @@ PROGRAM = Program(
     ),
     weaker_layers,
     __doc__,
-    defaults=DEFAULTS,
-    helps=HELPS,
-    spellings=SPELLINGS,
+    **OTHERWISE,
     stages=("", AUTOENCODER),
 )  # fmt: skip
 
@@ -78,19 +73,17 @@ import torch
 from ddpm_hf.common.errors import DataError
 from ddpm_hf.common.randomness import StepKeys
 from ddpm_hf.data import ImageDataset
-from ddpm_hf.data.batches import Images, held_out_means, make_batches, open_images, plan_steps
+from ddpm_hf.data.batches import held_out_means, make_batches, open_images, plan_steps
 from ddpm_hf.inference.components import Components, assemble, load_checkpoint_components, of_a_checkpoint
 from ddpm_hf.latents.autoencoder import make_autoencoder
 from ddpm_hf.latents.encoding import x_start_of
 from ddpm_hf.latents.training import autoencoder_of, take_over_autoencoder, train_autoencoder
-from ddpm_hf.models.autoencoder import downscaling
-from ddpm_hf.models.sizes import settle_resolution
 from ddpm_hf.models.unet import time_blindness
 from ddpm_hf.objectives.losses import QUARTILES, quartile_of, training_losses
 from ddpm_hf.objectives.timestep_samplers import UniformTimestepSampler
 from ddpm_hf.portable.pipeline_text2image_ddpm_hf import TextToImageDDPMPipeline, tokenize
 from ddpm_hf.publishing.publisher import Publisher, describe_run, reserve_repository
-from ddpm_hf.text.components import build, draw_blueprint, fit_to_size, save_tokenizer
+from ddpm_hf.text.components import build, draw_blueprint, fit_to_checkpoint, save_tokenizer
 from ddpm_hf.text.conditioning import TextConditioned, caption_input, dream_noise, trained_model
 from ddpm_hf.text.prepare import (
     cached,
@@ -98,6 +91,8 @@ from ddpm_hf.text.prepare import (
     check_parts,
     check_schedule,
     default_prompts,
+    describe,
+    draw_prompts,
     image_channels,
     in_buckets,
     log_cut_texts,
@@ -106,10 +101,8 @@ from ddpm_hf.training.ending import ends_in_one_line
 from ddpm_hf.training.logs import end_training
 from ddpm_hf.training.loop import training_loop
 from ddpm_hf.training.meter import Losses
-from ddpm_hf.training.plan import StepPlan
-from ddpm_hf.training.previews import draw_grid
 from ddpm_hf.training.rehearsal import rehearse, show_dry_run
-from ddpm_hf.training.reporting import ending, parameter_count, run_lines
+from ddpm_hf.training.reporting import ending, parameter_count
 from ddpm_hf.training.run import Run
 from ddpm_hf.training.setup.begin import begin_training, run_facts, start_run
 from ddpm_hf.training.setup.claiming import check_resumable, start_writing
@@ -159,31 +152,6 @@ def make_pipeline(model: TextConditioned, components: Components) -> TextToImage
     return assemble(components._replace(unet=model.unet, text_encoder=text_encoder))
 
 
-def draw_prompts(
-    model, step: int, *, run: Run, pipeline_of: Callable, prompts: list[str], num_inference_steps: int
-) -> Path | None:
-    """A grid with a row for each prompt."""
-    pipeline, prompts = pipeline_of(model), prompts[: run.flags.eval_batch_size]
-    columns = run.flags.eval_batch_size // len(prompts)
-    requests = [prompt for prompt in prompts for _ in range(columns)]
-    steps = min(num_inference_steps, len(pipeline.scheduler))
-    return draw_grid(run, pipeline, requests, columns, step, prompts, num_inference_steps=steps)
-
-
-def describe(run: Run, images: Images, plan: StepPlan, parameters: int, learns: bool) -> dict[str, str]:
-    """What runs: said at the start, and by --dry_run."""
-    flags = run.settings
-    base = flags.pretrained_model_name_or_path
-    new = f"a new one, {flags.vae_widths}, {flags.vae_train_steps} steps"
-    return {
-        **images.lines(f"captions in {flags.caption_column!r}"),
-        "model": f"{base or 'from scratch'}, {parameters:,} parameters to train",
-        "latents": "of the checkpoint" if base else flags.vae_name_or_path or new,
-        "text": "trained along" if learns else "frozen",
-        **run_lines(run, plan),
-    }
-
-
 def train(flags: Flags) -> None:
     """From flags to a trained, saved and, if asked, published pipeline."""
     flags.check()
@@ -199,16 +167,11 @@ def train(flags: Flags) -> None:
         autoencoder_of(run.resumed.checkpoint, run.folder)
     checkpoint = load_checkpoint_components(base, **of_a_checkpoint(flags.values()), token=token) if base else None
     if checkpoint is not None:
-        size = checkpoint.unet.config.sample_size, downscaling(checkpoint.vae)
-        run.log(settle_resolution(data, *size, usual="512", trained=True))
-        start = checkpoint
-    else:
-        names = model_flags, latents.vae_name_or_path, autoencoder
-        start = draw_blueprint(run, data, *names, schedule, objective.prediction_type, token)
+        fit_to_checkpoint(run, data, checkpoint)
+    names = model_flags, latents.vae_name_or_path, autoencoder
+    start = checkpoint or draw_blueprint(run, data, *names, schedule, objective.prediction_type, token)
     check_schedule(start.scheduler, objective.loss_type, objective.snr_gamma)
     channels = image_channels(data, start.vae)
-    if checkpoint is not None:
-        fit_to_size(checkpoint, data.size())
     read = dataclasses.replace(data, cache_dataset="never") if captions.aspect_ratio_buckets else data
     images = open_images(run, read, channels, token, captions.caption_column)
     if captions.aspect_ratio_buckets:
@@ -284,16 +247,12 @@ def train(flags: Flags) -> None:
     end_training(run, ending(run, state, f"accelerate launch {Path(__file__).name}", finished, sample))
 
 
-def run(flags: Flags) -> None:
-    """Train; a mistake that the user can mend is one line and exit code 2."""
+def main(argv: list[str] | None = None, flags: Flags | None = None) -> None:
+    """Parse the flags, if they are not given, and train; what the user can mend is one line and exit code 2."""
+    flags = flags or parse(sys.argv[1:] if argv is None else argv)
     with ends_in_one_line(Path(__file__).name, flags.output_dir, DataError):
         train(flags)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Parse the flags and train."""
-    run(parse(sys.argv[1:] if argv is None else argv))
-
-
 if __name__ == "__main__":
-    run(FLAGS)
+    main(flags=FLAGS)

@@ -295,16 +295,12 @@ def train(flags: Flags) -> None:
     end_training(run, ending(run, state, f"accelerate launch {Path(__file__).name}", finished, sample))
 
 
-def run(flags: Flags) -> None:
-    """Train; a mistake that the user can mend is one line and exit code 2."""
+def main(argv: list[str] | None = None, flags: Flags | None = None) -> None:
+    """Parse the flags, if they are not given, and train; what the user can mend is one line and exit code 2."""
+    flags = flags or parse(sys.argv[1:] if argv is None else argv)
     with ends_in_one_line(Path(__file__).name, flags.output_dir, DataError):
         train(flags)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Parse the flags and train."""
-    run(parse(sys.argv[1:] if argv is None else argv))
-
-
 if __name__ == "__main__":
-    run(FLAGS)
+    main(flags=FLAGS)

@@ -26,10 +26,23 @@ from .flags import TextModelFlags
 TEXT_WIDTH = 128  # of a new text encoder
 
 
-def fit_to_size(components: Components, size: tuple[int, int]) -> None:
-    """Let the UNet's config say the size (height, width) that it is trained at, which it is then sampled at."""
-    height, width = (side // downscaling(components.vae) for side in size)
+def fit_to_checkpoint(run: Run, data: DataFlags, components: Components) -> None:
+    """Settle a --resolution that was not given; the UNet's config says what it is trained at, and then sampled at.
+
+    Raises:
+        UsageError: a size that the autoencoder cannot halve.
+    """
+    factor = downscaling(components.vae)
+    run.log(settle_resolution(data, components.unet.config.sample_size, factor, usual="512", trained=True))
+    check_multiples(data, factor)
+    height, width = (side // factor for side in data.size())
     components.unet.register_to_config(sample_size=height if height == width else (height, width))
+
+
+def check_multiples(data: DataFlags, factor: int) -> None:
+    """Raise UsageError for a --resolution that the autoencoder cannot halve."""
+    if any(side % factor for side in data.size()):
+        raise UsageError(f"--resolution {data.resolution}: the autoencoder requires multiples of {factor}")
 
 
 class Blueprint(NamedTuple):
@@ -72,8 +85,7 @@ def draw_blueprint(
     else:
         line = settle_resolution(data, vae and vae.config.sample_size, 1, usual="32")
     run.log(line)
-    if any(side % factor for side in data.size()):
-        raise UsageError(f"--resolution {data.resolution}: the autoencoder requires multiples of {factor}")
+    check_multiples(data, factor)
     height, width = (side // factor for side in data.size())
     channels = vae.config.latent_channels if vae is not None else autoencoder.vae_latent_channels
     context = text_encoder.config.hidden_size if text_encoder is not None else TEXT_WIDTH

@@ -205,20 +205,18 @@ class PromptFlags:
     )
 
 
-# Where Diffusers' script has other defaults than its unconditional one
-DEFAULTS = {
-    "output_dir": "sd-model-finetuned",
-    "image_interpolation_mode": "lanczos",
-    "lr_scheduler": "constant",
-    "adam_beta1": 0.9,
-    "adam_weight_decay": 1e-2,
-    "save_images_epochs": 5,
-    "tracker_project_name": "text2image-fine-tune",
-}
-HELPS = {
-    "resolution": "512, or HEIGHTxWIDTH such as 512x768; by default the size of the checkpoint, else 512; from scratch"
-    " 32.",
-    "save_images_epochs": "Epochs between grids of the validation prompts; 0 turns them off.",
-    "tracker_project_name": "The tracker's project.",
-}
-SPELLINGS = {"save_images_epochs": ["--validation_epochs"]}
+# Where Diffusers' script has other defaults than its unconditional one, and what `--help` says of them
+OTHERWISE: dict[str, Any] = {
+    "defaults": {
+        "output_dir": "sd-model-finetuned", "image_interpolation_mode": "lanczos", "lr_scheduler": "constant",
+        "adam_beta1": 0.9, "adam_weight_decay": 1e-2, "save_images_epochs": 5,
+        "tracker_project_name": "text2image-fine-tune",
+    },
+    "helps": {
+        "resolution": "512, or HEIGHTxWIDTH such as 512x768; by default the size of the checkpoint, else 512; from"
+        " scratch 32.",
+        "save_images_epochs": "Epochs between grids of the validation prompts; 0 turns them off.",
+        "tracker_project_name": "The tracker's project.",
+    },
+    "spellings": {"save_images_epochs": ["--validation_epochs"]},
+}  # fmt: skip

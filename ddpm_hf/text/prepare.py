@@ -1,6 +1,7 @@
-"""Checks of the parts of text to image, and images and captions made ready for training."""
+"""Checks of the parts of text to image; images and captions made ready for training; what is said and drawn of it."""
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,6 +17,9 @@ from ..models.autoencoder import downscaling
 from ..objectives.losses import check_objective
 from ..portable.pipeline_text2image_ddpm_hf import cut_off
 from ..portable.scheduling_ddpm_hf import DDPMScheduler
+from ..training.plan import StepPlan
+from ..training.previews import draw_grid
+from ..training.reporting import run_lines
 from ..training.run import Run
 from .captions import all_captions, encode_captions, warn_of_cut_captions
 
@@ -107,13 +111,10 @@ def image_channels(data: DataFlags, vae: AutoencoderKL | None) -> int:
     """What the autoencoder reads; where it is to be trained, as asked for: 1 for the digits, else 3.
 
     Raises:
-        UsageError: --channels or a --resolution that the autoencoder does not read.
+        UsageError: --channels that the autoencoder does not read.
     """
     if vae is None:
         return data.channels or (1 if data.embedded else 3)
-    factor = downscaling(vae)
-    if any(side % factor for side in data.size()):
-        raise UsageError(f"--resolution {data.resolution}: the autoencoder requires multiples of {factor}")
     if data.channels not in (None, vae.config.in_channels):
         raise UsageError(f"--channels {data.channels}: the autoencoder reads images of {vae.config.in_channels}")
     return vae.config.in_channels
@@ -126,3 +127,28 @@ def check_schedule(scheduler: DDPMScheduler, loss_type: str, snr_gamma: float | 
         scheduler.check_invertible(range(len(scheduler)))
     except ValueError as error:
         raise UsageError(str(error)) from error
+
+
+def draw_prompts(
+    model, step: int, *, run: Run, pipeline_of: Callable, prompts: list[str], num_inference_steps: int
+) -> Path | None:
+    """A grid with a row for each prompt."""
+    pipeline, prompts = pipeline_of(model), prompts[: run.flags.eval_batch_size]
+    columns = run.flags.eval_batch_size // len(prompts)
+    requests = [prompt for prompt in prompts for _ in range(columns)]
+    steps = min(num_inference_steps, len(pipeline.scheduler))
+    return draw_grid(run, pipeline, requests, columns, step, prompts, num_inference_steps=steps)
+
+
+def describe(run: Run, images: Images, plan: StepPlan, parameters: int, learns: bool) -> dict[str, str]:
+    """What runs: said at the start, and by --dry_run."""
+    flags = run.settings
+    base = flags.pretrained_model_name_or_path
+    new = f"a new one, {flags.vae_widths}, {flags.vae_train_steps} steps"
+    return {
+        **images.lines(f"captions in {flags.caption_column!r}"),
+        "model": f"{base or 'from scratch'}, {parameters:,} parameters to train",
+        "latents": "of the checkpoint" if base else flags.vae_name_or_path or new,
+        "text": "trained along" if learns else "frozen",
+        **run_lines(run, plan),
+    }

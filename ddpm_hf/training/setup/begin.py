@@ -59,7 +59,6 @@ def start_run(
         begun = next(filter(None, found), None)
     flags.seed = run.seed = agree_on_seed(flags.seed, begun and begun.manifest)
     check_unchanged(settings, begun and begun.manifest)
-    run.log(*(f"warning: {line}" for line in without_effect(settings, run.device.type)))
     return run
 
 
@@ -81,6 +80,8 @@ def begin_training(
         extra: more objects with a `state_dict()` that belong to the run.
     """
     flags, accelerator = run.flags, run.accelerator
+    if flags is run.settings[TrainingFlags]:  # else it is a stage, whose flags nobody gave
+        run.log(*(f"warning: {line}" for line in without_effect(run.settings, run.device.type)))
     if flags.lr_warmup_steps > plan.total and "lr_warmup_steps" in run.settings.given:
         run.log(f"the warm-up of --lr_warmup_steps {flags.lr_warmup_steps} takes all {plan.total} steps")
     state = TrainingState(

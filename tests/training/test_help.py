@@ -19,7 +19,7 @@ from ddpm_hf.portable import scheduling_ddpm_hf
 from ddpm_hf.training.parsing import OneLineParser
 from tests.support import ROOT
 
-CONFIGS = {
+PROGRAMS = {
     "train_unconditional": train_unconditional.PROGRAM,
     "train_text2image": train_text2image.PROGRAM,
     "train-classifier": CLASSIFIER,
@@ -60,13 +60,13 @@ def test_help_and_an_unknown_flag_are_answered_before_torch_is_imported(program)
     assert seconds < 4  # 1.6 at the time of writing, most of it `import transformers`
 
 
-@pytest.mark.parametrize("program", CONFIGS)
+@pytest.mark.parametrize("program", PROGRAMS)
 def test_help_shows_each_flag_once_and_in_a_group(program):
     # Breaks if a flag is missing from --help, is there twice, or stands under no title.
-    parser = OneLineParser(CONFIGS[program])
+    parser = OneLineParser(PROGRAMS[program])
     text = parser.format_help()
     shown = re.findall(r"^  (--?\w\S*)", text, re.MULTILINE)
-    fields = [field.name for field in dataclasses.fields(CONFIGS[program])]
+    fields = list(parser.fields)
     assert sorted(one.strip(",") for one in shown) == sorted(["-h", *(f"--{name}" for name in fields)])
     titles = re.findall(r"^(\S.*):$", text, re.MULTILINE)
     assert len(titles) == len(set(titles)) > 8
@@ -74,10 +74,10 @@ def test_help_shows_each_flag_once_and_in_a_group(program):
     assert not re.search(r"--\w+-\w+", re.sub(r"--flag\S*", "", text))  # the hyphened spellings are said once
 
 
-@pytest.mark.parametrize("program", CONFIGS)
+@pytest.mark.parametrize("program", PROGRAMS)
 def test_help_states_the_defaults_and_nothing_of_those_that_say_nothing(program):
     # Breaks if a default is no longer shown, or "(default: None)" and "(default: False)" fill the page again.
-    text = " ".join(OneLineParser(CONFIGS[program]).format_help().split())
+    text = " ".join(OneLineParser(PROGRAMS[program]).format_help().split())
     assert "Optimizer steps between checkpoints (checkpoint-N/). (default: 500)" in text
     assert "--foreach_ema, --no_foreach_ema Update the EMA in a few fused operations. (default: on)" in text
     assert "default: None" not in text
@@ -164,10 +164,10 @@ def test_a_word_that_means_nothing_gets_no_suggestion(capsys):
     assert "did you mean" not in error_of(OneLineParser(train_unconditional.PROGRAM), ["--zoom"], capsys)
 
 
-@pytest.mark.parametrize("program", CONFIGS)
+@pytest.mark.parametrize("program", PROGRAMS)
 def test_each_suggestion_is_a_flag_and_a_value_that_the_program_takes(program):
     # Breaks if a flag is renamed and another program's name for it still leads to the old one.
-    parser = OneLineParser(CONFIGS[program])
+    parser = OneLineParser(PROGRAMS[program])
     for name, instead in parser.meanings.items():
         if instead.startswith("accelerate launch"):
             continue

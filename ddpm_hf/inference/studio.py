@@ -71,10 +71,8 @@ class Studio:
     @property
     def image_size(self) -> tuple[int, int]:
         """(width, height) in pixels."""
-        _, height, width = self.pipeline.sample_shape
-        vae = self.pipeline.vae
-        factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
-        return width * factor, height * factor
+        height, width = self.pipeline.image_size
+        return width, height
 
     def draw(self, request: SampleRequest, watch: Callable[[Step], None] | None = None) -> list:
         """PIL images, one for each index.

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 
+from ..portable.sampling_ddpm_hf import downscaling
 from .unet import build_unet
 
 
@@ -54,7 +55,7 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         width = whole.config.block_out_channels[-1]
         size = whole.config.sample_size
         height, breadth = (size, size) if isinstance(size, int) else size
-        shrunk = 2 ** (len(whole.config.block_out_channels) - 1)
+        shrunk = downscaling(whole.config)
         self.norm = torch.nn.GroupNorm(whole.config.norm_num_groups, width)
         heads = max(count for count in range(1, max(1, width // 64) + 1) if width % count == 0)
         self.pool = AttentionPool(width, (height // shrunk) * (breadth // shrunk), heads)

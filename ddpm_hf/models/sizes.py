@@ -9,7 +9,7 @@ from .flags import UNetFlags
 from .presets import MODEL_PRESETS, preset_unet_config
 from .pretrained import check_channels
 from .sources import Source
-from .unet import smallest_sample_side, stock_unet_defaults
+from .unet import stock_unet_defaults
 
 # That of Diffusers' script where neither preset nor config is named, so that its command lines train the same
 DEFAULT_UNET = {
@@ -60,9 +60,11 @@ def model_size(
     Raises:
         UsageError: no config there.
     """
+    from ..portable.sampling_ddpm_hf import downscaling
+
     if source is not None:
         return source.size, 1
-    factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+    factor = 1 if vae is None else downscaling(vae.config)
     if flags.model_config_name_or_path:
         return read_unet_config(flags.model_config_name_or_path, token).get("sample_size"), factor
     if flags.model_preset:
@@ -82,11 +84,13 @@ def unet_arguments(
     Raises:
         UsageError: a resolution that the UNet cannot halve, or a channel mismatch.
     """
+    from ..portable.sampling_ddpm_hf import downscaling
+
     height, width = data.size()
     if vae is not None:
         if data.channels not in (None, vae.config.in_channels):
             raise UsageError(f"--channels {data.channels}: the autoencoder reads images of {vae.config.in_channels}")
-        factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        factor = downscaling(vae.config)
         if height % factor or width % factor:
             raise UsageError(f"--resolution {data.resolution}: the autoencoder requires multiples of {factor}")
         height, width = height // factor, width // factor
@@ -121,7 +125,7 @@ def unet_arguments(
         "in_channels": channels,
         "out_channels": channels,
     }
-    step = smallest_sample_side(chosen)
+    step = downscaling(chosen)
     if height % step or width % step:
         raise UsageError(
             f"--resolution {data.resolution}: this UNet halves the {'image' if vae is None else 'latent'}"

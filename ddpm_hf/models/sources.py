@@ -137,8 +137,9 @@ def _pipeline_facts(place: Place, index: dict[str, Any]) -> dict[str, Any]:
 
 def _factor(vae: Mapping[str, Any] | None) -> int | None:
     """How many pixels each of an autoencoder's latents stands for, in each direction, by its config."""
-    widths = (vae or {}).get("block_out_channels")
-    return 2 ** (len(widths) - 1) if isinstance(widths, list) else None
+    from ..portable.sampling_ddpm_hf import downscaling
+
+    return downscaling(vae) if vae and isinstance(vae.get("block_out_channels"), list) else None
 
 
 def _training_of(place: Place) -> dict[str, Any]:

@@ -121,7 +121,7 @@ class PortablePipelineMixin:
         return None
 
     @classmethod
-    def _portable_class(cls) -> type:
+    def portable_class(cls) -> type:
         """The class of ours that this pipeline is, also where a user derived from it."""
         for base in cls.__mro__:
             if base.__module__.endswith("_ddpm_hf") and issubclass(base, DiffusionPipeline):
@@ -148,7 +148,7 @@ class PortablePipelineMixin:
             return
         if not isinstance(saved_by, str):
             raise ValueError(f"{name}: the _class_name in model_index.json must name a class (got {saved_by!r})")
-        this, other = cls._portable_class().__name__, SAMPLED_BY.get(saved_by)
+        this, other = cls.portable_class().__name__, SAMPLED_BY.get(saved_by)
         if other == this:
             return
         if other == "DDPMPipeline" and this == "ClassConditionalDDPMPipeline":
@@ -181,7 +181,7 @@ class PortablePipelineMixin:
         """Write `model_index.json` and the code that it may name, before any upload."""
         directory = Path(save_directory)
         directory.mkdir(parents=True, exist_ok=True)
-        module = sys.modules[self._portable_class().__module__]
+        module = sys.modules[self.portable_class().__module__]
         for name, text in portable_sources(Path(module.__file__)).items():
             write_whole(directory / name, text)
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
@@ -200,7 +200,7 @@ class PortablePipelineMixin:
         for name in PRIVATE_SETTINGS:
             if name in index:
                 index[f"_{name}"] = index.pop(name)
-        cls = self._portable_class()
+        cls = self.portable_class()
         index["_class_name"] = self.stock_class_name() or [cls.__module__.rpartition(".")[2], cls.__name__]
         write_whole(Path(json_file_path), json.dumps(index, indent=2, sort_keys=True) + "\n")
 

@@ -5,7 +5,7 @@ This file is copied into published repositories: it imports torch, diffusers and
 
 import inspect
 import numbers
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -130,6 +130,16 @@ def output_channels(unet: torch.nn.Module) -> int:
     return unet.config.get("out_channels") or unet.config.in_channels
 
 
+def downscaling(config: Mapping[str, Any]) -> int:
+    """How many times a UNet or an autoencoder halves height and width, as the factor of each: from its config."""
+    return 2 ** (len(config["block_out_channels"]) - 1)
+
+
+def scale_latents(vae: torch.nn.Module, latents: torch.Tensor) -> torch.Tensor:
+    """An encoder's latents as x_0, of about unit variance; any shape."""
+    return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+
+
 class SamplingMixin:
     """What a pipeline with a `unet`, a `scheduler` and an optional `vae` needs in order to sample."""
 
@@ -154,6 +164,17 @@ class SamplingMixin:
         size = self.unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         return self.unet.config.in_channels, height, width
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """How many pixels a latent stands for, in each direction; 1 without a `vae`."""
+        return 1 if self.vae is None else downscaling(self.vae.config)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of an image in pixels."""
+        _, height, width = self.sample_shape
+        return height * self.vae_scale_factor, width * self.vae_scale_factor
 
     @property
     def image_channels(self) -> int:
@@ -337,10 +358,7 @@ class SamplingMixin:
 
     def encode(self, images: Any, generator: torch.Generator | None = None) -> torch.Tensor:
         """Images (PIL, numpy or tensor in [0, 1]) as x_0 [N, C, H, W]: in [-1, 1], or latents with a `vae`."""
-        _, height, width = self.sample_shape
-        if self.vae is not None:
-            factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-            height, width = height * factor, width * factor
+        height, width = self.image_size
         if hasattr(images, "convert") and self.image_channels in PIL_CHANNELS:  # a PIL image
             images = images.convert(PIL_CHANNELS[self.image_channels])
         pixels = self.image_processor.preprocess(images, height=height, width=width)
@@ -348,7 +366,7 @@ class SamplingMixin:
         if self.vae is None:
             return pixels
         latents = self.vae.encode(pixels).latent_dist.sample(generator)
-        return (latents - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
+        return scale_latents(self.vae, latents)
 
     def decode(self, latents: torch.Tensor, output_type: str = "pil") -> Any:
         """x_0 as images: "pil", "np" [N, H, W, C] or "pt" [N, C, H, W] in [0, 1], or "latent", x_0 itself.

@@ -1,6 +1,7 @@
 """The samplers of the command line, of the Space and of the model cards: one row each."""
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 
@@ -44,7 +45,7 @@ TEXT_STEPS = 50  # of ancestral sampling by text, as in Stable Diffusion's pipel
 QUICK_ANCESTRAL_STEPS = 100  # where someone waits: beyond them the images hardly change
 
 
-def swap_sampler(pipeline, name: str) -> int | None:
+def swap_sampler(pipeline: Any, name: str) -> int | None:
     """Put a sampler of `SAMPLERS` into the pipeline; its usual number of steps (None: all of T)."""
     import diffusers
 
@@ -65,7 +66,7 @@ def swap_sampler(pipeline, name: str) -> int | None:
 
 
 @contextlib.contextmanager
-def swapped(pipeline, name: str):
+def swapped(pipeline: Any, name: str) -> Iterator[int | None]:
     """A sampler, with its usual number of steps, in the pipeline; after it the pipeline's scheduler again."""
     before = pipeline.scheduler
     try:
@@ -74,7 +75,7 @@ def swapped(pipeline, name: str):
         pipeline.scheduler = before
 
 
-def usable_samplers(pipeline) -> dict[str, int]:
+def usable_samplers(pipeline: Any) -> dict[str, int]:
     """The samplers that can run the model, each with a number of steps for someone who waits."""
     usable = {}
     for name in SAMPLERS:

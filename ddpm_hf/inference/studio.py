@@ -2,18 +2,21 @@
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .kinds import load_pipeline
 from .samplers import swapped, usable_samplers
+
+if TYPE_CHECKING:
+    import torch
 
 MOST_IMAGES = 16
 MOMENTS = 10  # at which a chain is shown
 
 
-def keyed_generators(device, seed: int, indices) -> list:
+def keyed_generators(device: "torch.device", seed: int, indices: Iterable[int]) -> "list[torch.Generator]":
     """A generator for each image: image i depends on the seed and i alone, whatever the batch."""
     import torch
 
@@ -112,7 +115,7 @@ class Studio:
     def _reporter(watch: Callable[[Step], None]) -> Callable:
         """`callback_on_step_end` that tells `watch` of each step."""
 
-        def report(pipeline, index: int, timestep, tensors: dict) -> dict:
+        def report(pipeline: Any, index: int, timestep: float, tensors: dict) -> dict:
             total = len(pipeline.scheduler.timesteps)
             shown = {round(number * (total - 1) / (MOMENTS - 1)) for number in range(MOMENTS)}
             predictions = pipeline.decode(tensors["pred_original_sample"], "preview") if index in shown else None
@@ -122,7 +125,7 @@ class Studio:
         return report
 
 
-def trained_class_names(pipeline) -> list[str]:
+def trained_class_names(pipeline: Any) -> list[str]:
     """The classes to offer: those that training images had; empty for a model without classes."""
     return [pipeline.config.id2label[str(number)] for number in getattr(pipeline, "default_classes", [])]
 

@@ -7,15 +7,19 @@ import shutil
 import tempfile
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 
 from ..common.errors import UsageError
 from ..common.files import SCRAP, flush, flush_tree, write_whole
 from ..common.ownership import claim_files, listed, may_write, release_files, remove
 
 
-def save_model(model, folder: str | Path, only: str = "*", within: str | Path | None = None, **options) -> list[Path]:
+def save_model(
+    model: Any, folder: str | Path, only: str = "*", within: str | Path | None = None, **options: Any
+) -> list[Path]:
     """Save what has a `save_pretrained` such that each file is complete: written to a scratch folder, then moved.
 
     Args:
@@ -67,7 +71,7 @@ def forget_origin(config: Path) -> None:
         write_whole(config, json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
-def save_pipeline(pipeline, folder: str | Path) -> None:
+def save_pipeline(pipeline: DiffusionPipeline, folder: str | Path) -> None:
     """Save a pipeline as `save_model` does; variants of its weights that were saved before go: they are of others."""
     written = {place.as_posix() for place in save_model(pipeline, folder, within=folder)}
     outdated = [
@@ -82,12 +86,12 @@ def save_pipeline(pipeline, folder: str | Path) -> None:
     release_files(folder, outdated)
 
 
-def networks(pipeline) -> dict[str, torch.nn.Module]:
+def networks(pipeline: DiffusionPipeline) -> dict[str, torch.nn.Module]:
     """The components of a pipeline that have weights, by the names of their folders."""
     return {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
 
 
-def save_half_precision(pipeline, folder: str | Path) -> None:
+def save_half_precision(pipeline: DiffusionPipeline, folder: str | Path) -> None:
     """Beside a saved pipeline's weights, the same in fp16: `from_pretrained(..., variant="fp16")` loads them.
 
     The pipeline itself stays as it is.

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..common.errors import UsageError
 from .flags import UNetFlags
@@ -10,6 +10,9 @@ from .presets import MODEL_PRESETS, preset_unet_config
 from .pretrained import check_channels
 from .sources import Source
 from .unet import stock_unet_defaults
+
+if TYPE_CHECKING:  # else imported where it is used, so that --help is quick
+    from diffusers import AutoencoderKL
 
 # That of Diffusers' script where neither preset nor config is named, so that its command lines train the same
 DEFAULT_UNET = {
@@ -21,7 +24,7 @@ DEFAULT_UNET = {
 
 
 def settle_resolution(
-    data, sample_size: int | Sequence[int] | None, factor: int, usual: str, trained: bool = False
+    data: Any, sample_size: int | Sequence[int] | None, factor: int, usual: str, trained: bool = False
 ) -> str | None:
     """Set a --resolution that was not given to the size of the model, or to the usual one.
 
@@ -53,7 +56,7 @@ def settle_resolution(
 
 
 def model_size(
-    flags: UNetFlags, vae=None, source: Source | None = None, token: str | None = None
+    flags: UNetFlags, vae: "AutoencoderKL | None" = None, source: Source | None = None, token: str | None = None
 ) -> tuple[int | Sequence[int] | None, int]:
     """The sample size that the flags name a model of, None where they name none; and the pixels for each of these.
 
@@ -73,7 +76,11 @@ def model_size(
 
 
 def unet_arguments(
-    flags: UNetFlags, data, vae=None, source: Source | None = None, token: str | None = None
+    flags: UNetFlags,
+    data: Any,
+    vae: "AutoencoderKL | None" = None,
+    source: Source | None = None,
+    token: str | None = None,
 ) -> dict[str, Any]:
     """The UNet's arguments, fitted to the images' size and channels, or those of their latents.
 

@@ -14,6 +14,7 @@ import os
 import re
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,7 +52,7 @@ def portable_sources(module_file: Path) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def without_origins(components: dict):
+def without_origins(components: dict[str, Any]) -> Iterator[None]:
     """While it lasts, no component's config says where it was loaded from: often a path on its owner's machine."""
     configs = {}
     for name, component in components.items():
@@ -97,7 +98,7 @@ _LOADED: dict[str, str] = {}  # digests of the files that this process runs, whe
 class PortablePipelineMixin:
     """Saving for a `DiffusionPipeline` whose folder is to load anywhere. Put it before `DiffusionPipeline`."""
 
-    def __init_subclass__(cls, **kwargs):
+    def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse a mixture of two versions of this code, which Diffusers makes of two repositories in one process.
 
         It puts the files of both into one folder, and runs the second's pipeline file with what the first's imported.

@@ -5,13 +5,13 @@ This file is copied into published repositories: it imports torch, diffusers and
 
 import inspect
 import numbers
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import diffusers
 import torch
-from diffusers import ImagePipelineOutput
+from diffusers import ImagePipelineOutput, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -55,7 +55,7 @@ class DDPMPipelineOutput(ImagePipelineOutput):
     frames: list[Frame] = None  # type: ignore[assignment]  # Optional would make every caller that asked test it
 
 
-def adopt_scheduler(scheduler):
+def adopt_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
     """The scheduler that our pipelines work with: ours in place of stock's DDPM, any other as it is.
 
     A sampler that would itself cut off a learned variance (at a fixed number of channels) is told that there is none:
@@ -71,7 +71,7 @@ def adopt_scheduler(scheduler):
     return scheduler
 
 
-def check_sampler(scheduler, timesteps) -> None:
+def check_sampler(scheduler: SchedulerMixin, timesteps: Iterable[float]) -> None:
     """Raise ValueError, with the way out, where the sampler cannot run the model over the timesteps."""
     if isinstance(scheduler, DDPMScheduler):
         return scheduler.check_invertible(timesteps)
@@ -107,7 +107,7 @@ def check_sampler(scheduler, timesteps) -> None:
         )
 
 
-def stock_samples_alike(scheduler) -> bool:
+def stock_samples_alike(scheduler: SchedulerMixin) -> bool:
     """Whether stock's scheduler of the same config samples the same images as the sampler of ours.
 
     Not where it lacks a prediction or a variance, and not where a chain ends above t = 0: it then adds noise to the

@@ -37,7 +37,7 @@ KINDS = {
         "pipeline_text2image_ddpm_hf", "text to image", "text-to-image", True, ("StableDiffusionPipeline",)
     ),
 }
-# The class of ours, by the class that saved a model: `hub_ddpm_hf.SAMPLED_BY`, which imports diffusers, says the same
+# The class of ours, by the class that saved a model; `hub_ddpm_hf.SAMPLED_BY`, for Diffusers' classes, says the same
 SAMPLED_BY = {saved_by: name for name, kind in KINDS.items() for saved_by in (name, *kind.stock)}
 
 

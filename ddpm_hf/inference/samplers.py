@@ -10,7 +10,7 @@ class Sampler(NamedTuple):
 
     Args:
         title: for people.
-        scheduler: its class in Diffusers; None is our own DDPMScheduler.
+        scheduler: its class in Diffusers; None is our DDPMScheduler.
         steps: its usual number of steps; None is all of the model's timesteps.
         config: what its config says besides the model's.
         note: what to know before choosing it.
@@ -42,7 +42,7 @@ SAMPLERS = {
     ),
 }  # fmt: skip
 TEXT_STEPS = 50  # of ancestral sampling by text, as in Stable Diffusion's pipeline
-QUICK_ANCESTRAL_STEPS = 100  # where someone waits: beyond them the images hardly change
+QUICK_ANCESTRAL_STEPS = 100  # for interactive use: beyond them the images hardly change
 
 
 def swap_sampler(pipeline: Any, name: str) -> int | None:
@@ -76,7 +76,7 @@ def swapped(pipeline: Any, name: str) -> Iterator[int | None]:
 
 
 def usable_samplers(pipeline: Any) -> dict[str, int]:
-    """The samplers that can run the model, each with a number of steps for someone who waits."""
+    """The samplers that can run the model, each with a number of steps for interactive use."""
     usable = {}
     for name in SAMPLERS:
         # `check_sampler` says which cannot

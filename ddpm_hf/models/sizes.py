@@ -40,18 +40,21 @@ def settle_resolution(
     Raises:
         UsageError: a sample size that is not one.
     """
-    own = None
+    trained_size = None
     if sample_size is not None:
         sides = [sample_size] * 2 if isinstance(sample_size, int) else sample_size
         if not (isinstance(sides, (list, tuple)) and len(sides) == 2 and all(type(side) is int for side in sides)):
             raise UsageError(f"the model's config has sample_size {sample_size!r}, which is not a size")
         height, width = (side * factor for side in sides)
-        own = str(height) if height == width else f"{height}x{width}"
+        trained_size = str(height) if height == width else f"{height}x{width}"
     if data.resolution is None:
-        data.resolution = own or usual
-        return None if data.resolution == usual else f"resolution {own}, the size of the model"
-    if trained and own and data.size() != (height, width):
-        return f"warning: --resolution {data.resolution}: the model was trained at {own} (--resolution {own})"
+        data.resolution = trained_size or usual
+        return None if data.resolution == usual else f"resolution {trained_size}, the size of the model"
+    if trained and trained_size and data.size() != (height, width):
+        return (
+            f"warning: --resolution {data.resolution}: the model was trained at {trained_size} (--resolution"
+            f" {trained_size})"
+        )
     return None
 
 
@@ -109,14 +112,14 @@ def unet_arguments(
         chosen = dict(read_unet_config(flags.model_config_name_or_path, token))
         for key in ("num_class_embeds", "class_embed_type"):  # classes are the data's: --label_column
             chosen.pop(key, None)
-        own = chosen.get("in_channels", 3)
-        channels = vae.config.latent_channels if vae is not None else data.channels or own
-        if own != channels:
+        expected = chosen.get("in_channels", 3)
+        channels = vae.config.latent_channels if vae is not None else data.channels or expected
+        if expected != channels:
             raise UsageError(
-                f"--model_config_name_or_path has {own} input channels and the"
+                f"--model_config_name_or_path has {expected} input channels and the"
                 f" {'images' if vae is None else 'latents'} {channels}"
                 + (
-                    f"; pass --channels {own}, or use a config of {channels}"
+                    f"; pass --channels {expected}, or use a config of {channels}"
                     if vae is None
                     else "; use a config of as many"
                 )

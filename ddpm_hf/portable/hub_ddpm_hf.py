@@ -67,12 +67,10 @@ def without_origins(components: dict[str, Any]) -> Iterator[None]:
             components[name]._internal_dict = config
 
 
-# Which of our pipelines samples what another class saved; the parts of other folders decide
+# Which of our pipelines samples the models of a class of Diffusers
 SAMPLED_BY = {
     "DDPMPipeline": "DDPMPipeline",
     "DDIMPipeline": "DDPMPipeline",
-    "ClassConditionalDDPMPipeline": "ClassConditionalDDPMPipeline",
-    "TextToImageDDPMPipeline": "TextToImageDDPMPipeline",
     "StableDiffusionPipeline": "TextToImageDDPMPipeline",
 }
 
@@ -104,11 +102,11 @@ class PortablePipelineMixin:
         It puts the files of both into one folder, and runs the second's pipeline file with what the first's imported.
         """
         super().__init_subclass__(**kwargs)
-        folder, _, own = cls.__module__.rpartition(".")
-        if not (folder.startswith("diffusers_modules") and own.endswith("_ddpm_hf")):
+        folder, _, module = cls.__module__.rpartition(".")
+        if not (folder.startswith("diffusers_modules") and module.endswith("_ddpm_hf")):
             return
         sources = portable_sources(Path(sys.modules[cls.__module__].__file__))
-        del sources[f"{own}.py"]  # is run anew each time
+        del sources[f"{module}.py"]  # is run anew each time
         for name, text in sources.items():
             digest = hashlib.sha256(text.encode()).hexdigest()
             if _LOADED.setdefault(f"{folder}.{name}", digest) != digest:
@@ -143,13 +141,14 @@ class PortablePipelineMixin:
     @classmethod
     def check_class(cls, index: dict[str, Any], name: str) -> None:
         """Raise ValueError, with the way out, for the `model_index.json` of a model that another pipeline samples."""
-        saved_by = index.get("_class_name")
-        saved_by = saved_by[-1] if isinstance(saved_by, list) and saved_by else saved_by
+        entry = index.get("_class_name")
+        saved_by = entry[-1] if isinstance(entry, list) and entry else entry
         if saved_by is None:
             return
         if not isinstance(saved_by, str):
             raise ValueError(f"{name}: the _class_name in model_index.json must name a class (got {saved_by!r})")
-        this, other = cls.portable_class().__name__, SAMPLED_BY.get(saved_by)
+        ours = isinstance(entry, list) and str(entry[0]).endswith("_ddpm_hf")  # [file, class] of this code
+        this, other = cls.portable_class().__name__, saved_by if ours else SAMPLED_BY.get(saved_by)
         if other == this:
             return
         if other == "DDPMPipeline" and this == "ClassConditionalDDPMPipeline":
@@ -190,7 +189,7 @@ class PortablePipelineMixin:
     def to_json_file(self, json_file_path: str | os.PathLike) -> None:
         """The pipeline's config as a stock loader reads it."""
         index = json.loads(self.to_json_string())
-        index.pop("_name_or_path", None)  # a path on the machine of whoever trained
+        index.pop("_name_or_path", None)  # a path on the machine that trained it
         for name, entry in list(index.items()):
             if not (isinstance(entry, list) and len(entry) == 2):
                 continue

@@ -100,7 +100,7 @@ class TextToImageDDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPip
         return None if differs else "StableDiffusionPipeline"
 
     def encode_prompt(self, prompts: list[str]) -> torch.Tensor:
-        """Prompts as what the UNet attends to, [N, L, D]; what is beyond the tokenizer's L tokens is cut, and said."""
+        """Prompts as what the UNet attends to, [N, L, D]; cut off at the tokenizer's L tokens, with a warning."""
         if rest := [text for text in cut_off(self.tokenizer, prompts) if text]:
             logger.warning(
                 f"prompts are cut to the {self.tokenizer.model_max_length} tokens that the text encoder reads; not"

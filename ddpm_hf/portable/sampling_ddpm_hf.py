@@ -30,7 +30,7 @@ UNSUPPORTED_PREDICTIONS = {"PNDMScheduler": ("sample",)}
 
 @dataclass
 class ChainStep:
-    """A step of the chain, from x_t to x_s. Who iterates may replace `sample`, from which the chain goes on."""
+    """A step of the chain, from x_t to x_s. The chain continues from `sample`, which its consumer may replace."""
 
     index: int
     timestep: float  # t; an int but for samplers that visit timesteps in between
@@ -86,9 +86,9 @@ def check_sampler(scheduler: SchedulerMixin, timesteps: Iterable[float]) -> None
             f"{name} does not support prediction_type={scheduler.config.prediction_type!r}; sample with DDPMScheduler,"
             " DDIMScheduler or EulerDiscreteScheduler"
         )
-    own = DDPMScheduler.from_config(scheduler.config)
-    theirs = getattr(scheduler, "alphas_cumprod", own.alphas_cumprod)
-    if not torch.allclose(theirs.to(own.alphas_cumprod), own.alphas_cumprod, rtol=0, atol=1e-4):
+    ours = DDPMScheduler.from_config(scheduler.config)
+    theirs = getattr(scheduler, "alphas_cumprod", ours.alphas_cumprod)
+    if not torch.allclose(theirs.to(ours.alphas_cumprod), ours.alphas_cumprod, rtol=0, atol=1e-4):
         raise ValueError(
             f"{name} does not know rescale_betas_zero_snr and would denoise at other noise levels than the model's;"
             " sample with DDPMScheduler or DDIMScheduler"
@@ -97,10 +97,10 @@ def check_sampler(scheduler: SchedulerMixin, timesteps: Iterable[float]) -> None
     if name.startswith(("DPMSolver", "UniPC")) and len(set(visited)) < len(visited):
         raise ValueError(
             f"{name} would visit a timestep twice in {len(visited)} steps, and divide by zero; take fewer than the"
-            f" model's {len(own)}, or timestep_spacing='trailing'"
+            f" model's {len(ours)}, or timestep_spacing='trailing'"
         )
-    own.check_invertible(visited)
-    if name != "DDIMScheduler" and own.exact_tables.alphas_cumprod[max(visited)] == 0:
+    ours.check_invertible(visited)
+    if name != "DDIMScheduler" and ours.exact_tables.alphas_cumprod[max(visited)] == 0:
         raise ValueError(
             f"{name} works with log-SNR, which is -inf at timestep {max(visited)} of this zero-terminal-SNR schedule;"
             " sample with DDPMScheduler or DDIMScheduler"
@@ -283,7 +283,7 @@ class SamplingMixin:
             predict: (x_t as the sampler scales it, t on x's device) -> the model's output.
             take_step: (output, t, x_t) -> the sampler's output; see `sampler_step`.
 
-        Yields: each step; the chain goes on from its `sample`, which may be replaced.
+        Yields: each step; the chain continues from its `sample`, which may be replaced.
         """
         # The model reads t on its device, our scheduler as a Python int: neither then waits for the other.
         on_device = torch.as_tensor(timesteps).to(x.device)

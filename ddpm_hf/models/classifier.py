@@ -10,7 +10,7 @@ from .unet import build_unet
 
 
 class AttentionPool(torch.nn.Module):
-    """A feature map [N, C, H, W] as one vector [N, C]: its mean attends to all positions (as in CLIP's image encoder)."""
+    """A feature map [N, C, H, W] as one vector [N, C]: its mean attends to all positions (as in CLIP)."""
 
     def __init__(self, channels: int, positions: int, heads: int):
         super().__init__()

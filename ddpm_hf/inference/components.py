@@ -95,7 +95,7 @@ def assemble(components: Components) -> TextToImageDDPMPipeline:
     )
 
 
-def load_text_encoder(name_or_path: str, token: str | None = None):
+def load_text_encoder(name_or_path: str, token: str | None = None) -> tuple[CLIPTokenizer, CLIPTextModel]:
     """A tokenizer and its CLIPTextModel: by themselves, or of a pipeline.
 
     Raises:

@@ -8,7 +8,6 @@ from ..common.arguments import SHORTER_TRAINING
 from ..common.errors import UsageError
 from .presets import MODEL_PRESETS
 from .pretrained import read_source, trained_settings
-from .unet import smallest_sample_side
 
 # The recipe for the embedded digits: a grid worth looking at after four minutes on two cores
 EMBEDDED_RECIPE = {
@@ -69,11 +68,11 @@ def advice_on_a_cpu(preset: str | None, sample_size: int | Sequence[int], traine
         preset: that of the UNet, if it has one.
         trained: whether the UNet starts from trained weights, from which no preset would start.
     """
+    from ..portable.sampling_ddpm_hf import downscaling
+
     sides = [sample_size] if isinstance(sample_size, int) else list(sample_size)
     small = [name for name in MODEL_PRESETS if name.startswith("small-")]  # smallest first
-    fitting = [
-        name for name in small if all(side % smallest_sample_side(MODEL_PRESETS[name].unet) == 0 for side in sides)
-    ]
+    fitting = [name for name in small if not any(side % downscaling(MODEL_PRESETS[name].unet) for side in sides)]
     large_enough = [name for name in fitting if MODEL_PRESETS[name].unet["sample_size"] >= max(sides)]
     if trained or preset in small or not fitting:
         return SHORTER_TRAINING

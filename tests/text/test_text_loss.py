@@ -186,8 +186,8 @@ def test_validation_is_never_perturbed(flag):
 
 def text_input(one: Bench, keys: StepKeys, null=None):
     """What the model is given to read."""
-    device = SimpleNamespace(device=torch.device("cpu"))
-    return train_text2image.caption_input(one.batch, keys, one.config, one.components, null, device)
+    share, learns, device = one.flags.caption_dropout, one.flags.trains_text_encoder, torch.device("cpu")
+    return train_text2image.caption_input(one.batch, keys, one.components, null, device, share, learns)
 
 
 @pytest.mark.parametrize("how", ["ids", "embedded", "cached"])

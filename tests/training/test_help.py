@@ -6,6 +6,7 @@ import re
 import resource
 import subprocess
 import sys
+from typing import ClassVar
 
 import pytest
 
@@ -16,7 +17,7 @@ from ddpm_hf.cli.classifier_flags import CLASSIFIER
 from ddpm_hf.common.errors import UsageError
 from ddpm_hf.objectives import names
 from ddpm_hf.portable import scheduling_ddpm_hf
-from ddpm_hf.training.parsing import OneLineParser
+from ddpm_hf.training.parsing import OneLineParser, Program
 from tests.support import ROOT
 
 PROGRAMS = {
@@ -88,9 +89,12 @@ def test_a_percent_sign_in_a_help_text_is_shown_as_it_is():
     # Breaks if a flag whose help speaks of train[:80%] takes down --help of the program.
     @dataclasses.dataclass
     class Flags:
+        title: ClassVar[str] = "Data"
         split: str = dataclasses.field(default="train", metadata={"help": "Such as train[:80%]."})
 
-    assert "Such as train[:80%]. (default: train)" in OneLineParser(Flags).format_help()
+    assert (
+        "Such as train[:80%]. (default: train)" in OneLineParser(Program((Flags,), lambda flags: [], "")).format_help()
+    )
 
 
 def test_the_names_that_help_lists_are_those_of_the_tables():

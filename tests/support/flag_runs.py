@@ -51,7 +51,7 @@ def observe(flags: dict, folder: Path) -> Seen:
 
     def unwatched_rehearsal(*args):
         if flags.get("dry_run") and not flags.get("model_config_name_or_path"):
-            return args[4]  # a hundred million parameters are counted, and not tried
+            return args[3]  # a hundred million parameters are counted, and not tried
         seen = len(batches), len(calls)
         rehearsed = rehearse(*args)
         del batches[seen[0] :], calls[seen[1] :]

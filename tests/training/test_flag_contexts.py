@@ -254,6 +254,7 @@ def test_what_the_peer_leaves_on_disk_is_here(seen_of):
         UNet2DModel.from_pretrained(seen.run.folder, subfolder=subfolder)
 
 
+@pytest.mark.slow  # a run as a command is stopped in test_training, and refused in test_bad_input
 def test_the_script_as_a_command(base, tmp_path):
     # Breaks if the script works when imported alone, and not as the command that users type.
     argv = words({**base, "output_dir": "run", "num_epochs": 1})

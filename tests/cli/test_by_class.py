@@ -139,8 +139,6 @@ LABELS = {
     "class-folders": (None, None, ["dog", "ant", "cat"] * 3, ["ant", "cat", "dog"]),
     "stream": (CYCLE, ["dog", "ant", "cat"], ["dog", "ant", "cat"] * 3, ["dog", "ant", "cat"]),
 }
-
-
 KINDS = [pytest.param(kind, 0.1, "label_column", id=kind) for kind in LABELS]
 KINDS.append(pytest.param("strings", 0, "dataset_class_label_column_name", id="without dropout"))
 

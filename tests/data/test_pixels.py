@@ -11,14 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ddpm_hf.common.errors import DataError
-from ddpm_hf.data import (
-    ImageDataset,
-    ImageTransform,
-    augmentation_uniforms,
-    decode_row,
-    prepare_image,
-    to_model_range,
-)
+from ddpm_hf.data import ImageDataset, ImageTransform, augmentation_uniforms, decode_row, prepare_image, to_model_range
 from tests.support.pictures import encoded, plain_rows, random_pixels
 
 # Modes
@@ -53,7 +46,6 @@ def uniform(mode: str, value) -> Image.Image:
 
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
-
 
 # name -> image, its colour on white, how far off a conversion of 8 bits may be
 PICTURES = {
@@ -215,8 +207,6 @@ def test_images_that_are_not_numbers_are_refused():
 # Geometry
 
 SIZES = [(8, 8), (6, 10), (10, 6)]
-
-
 PHOTOS = [(8, 8), (16, 16), (4, 4), (12, 20), (20, 12), (5, 9), (40, 3)]
 
 

@@ -32,11 +32,7 @@ from tests.support.pictures import encoded, image_rows, random_pixels
 from tests.support.runs import training_run
 
 PIXELS = random_pixels(24, 8, 8)
-
-
 UPRIGHT = ImageTransform(8, 8, 3, center_crop=True)
-
-
 FLIPPING = UPRIGHT._replace(random_flip=True)
 
 

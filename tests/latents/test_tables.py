@@ -10,10 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddpm_hf.latents import table as tables
-from ddpm_hf.latents.cache import (
-    flipped,
-    weights_digest,
-)
+from ddpm_hf.latents.cache import flipped, weights_digest
 from ddpm_hf.latents.table import TensorTable, digest
 from tests.support.fixtures_pipeline import tiny_vae
 from tests.support.latents import TENSORS, keys_of, rank

@@ -12,16 +12,9 @@ from hypothesis import strategies as st
 from ddpm_hf import DDPMScheduler
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "posterior_mean")
-
-
 FIXED = ("fixed_small", "fixed_large", "fixed_small_log", "fixed_large_log")
-
-
 LEARNED = ("learned", "learned_range")
-
-
 CHAINS = ("linear", "squaredcos_cap_v2", "sigmoid_alpha_bar", "laplace", "jsd")
-
 
 # (t, s): consecutive, strided, and from the middle straight to the data
 PAIRS = [(1, 0), (2, 1), (500, 499), (999, 998), (100, 20), (999, 499), (999, 0), (0, -1), (30, -1), (999, -1)]

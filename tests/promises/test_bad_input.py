@@ -105,14 +105,8 @@ class Bad(NamedTuple):
 
 
 ZERO_SNR = ("zero terminal SNR", "v_prediction")
-
-
 NO_DATA = {"train_data_dir": None}
-
-
 STREAM = {"streaming": True, "max_train_steps": 1}
-
-
 COMBINATIONS = {
     "two datasets": Bad({"dataset_name": "a/b"}, ("--dataset_name", "--train_data_dir", "one of them")),
     "two models": Bad({"model_preset": "small-16"}, ("--model_preset", "--model_config_name_or_path", "one of them")),
@@ -132,8 +126,6 @@ COMBINATIONS = {
                                 ("--overwrite_output_dir", "--resume_from_checkpoint", "one of them")),
     "nothing to resume": Bad({"resume_from_checkpoint": "checkpoint-9"}, ("checkpoint-9", "none")),
 }  # fmt: skip
-
-
 DATA = {
     "no such folder": Bad({"train_data_dir": "{shop}/nowhere"}, ("nowhere", "no such folder")),
     "empty folder": Bad({"train_data_dir": "{shop}/empty"}, ("empty", ".png", "parquet")),
@@ -152,8 +144,6 @@ DATA = {
     "nothing to train on": Bad({"validation_split": 0.99}, ("--validation_split 0.99", "8 images")),
     "a broken image": Bad({"train_data_dir": "{shop}/broken"}, ("broken image 5", "--skip_broken_images")),
 }  # fmt: skip
-
-
 MODELS = {
     "resolution not halved": Bad({"resolution": 9}, ("--resolution 9", "multiples of 2")),
     "one side not halved": Bad({"resolution": "8x9"}, ("--resolution 8x9", "multiples of 2")),

@@ -15,7 +15,6 @@ SOURCES = [
     *sorted(ROOT.glob("train_*.py")),
 ]
 
-
 # Strings with flags that advise nothing
 NO_ADVICE = (
     "then ddpm-hf sample ddpm-model-64", "Example", "ddpm-hf: error: {} (see --help)",
@@ -25,7 +24,6 @@ NO_ADVICE = (
     "accelerate's --", "--mixed_precision fp16", "the time limit of", "a prompt of --validation_prompts is too long",
     " with --dataset_config_name {}", " in the place of --overwrite_output_dir",
 )  # fmt: skip
-
 
 # Not tried: why
 EXCEPTIONS = {

@@ -44,7 +44,6 @@ def world(tmp_path_factory):
 
 USUAL = {**GRAY, "max_train_steps": 7, "checkpointing_steps": 4, "random_flip": True, "use_ema": True}
 
-
 # Two ranks, on two ranks
 
 ON_TWO = {

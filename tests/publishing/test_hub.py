@@ -24,7 +24,6 @@ TINY_UNET = {
     "norm_num_groups": 4,
 }
 
-
 # Who trains and publishes
 
 TRAINER = """

@@ -30,8 +30,6 @@ pytestmark = pytest.mark.slow
 PYTHON = Path(os.environ.get("SPACE_PYTHON", ROOT / ".venv-space" / "bin" / "python"))
 PATIENCE = 180  # seconds that anything may take on a busy machine
 STEPS = 40
-
-
 WATCH = """
 window.words = []; window.chains = [];
 if (!window.watching) {

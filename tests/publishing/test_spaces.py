@@ -363,8 +363,6 @@ for words in json.loads(sys.argv[1]):
     results.append([code, out.getvalue(), err.getvalue()])
 print(json.dumps(results))
 """
-
-
 CARD = """---
 title: My digits
 sdk: gradio

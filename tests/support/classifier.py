@@ -9,11 +9,7 @@ from ddpm_hf.models.classifier import NoisyClassifier
 from tests.support.fixtures_pipeline import tiny_unet_config
 
 NAMES = ("cat", "dog", "owl")
-
-
 STEPS = 20  # T
-
-
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 

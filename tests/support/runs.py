@@ -29,7 +29,6 @@ BASE = {
     "seed": 0, "logger": "none", "lr_warmup_steps": 0, "logging_steps": 1,
 }  # fmt: skip  # fmt: skip
 
-
 # A run of ten steps on gray images of 8×8; {shop} holds images and a UNet
 GRAY = {
     "train_data_dir": "{shop}/images", "model_config_name_or_path": "{shop}/unet", "resolution": 8, "channels": 1,

@@ -7,15 +7,10 @@ from tests.support.fixtures_pipeline import generators, tiny_vae
 from tests.support.fixtures_text import CAPTIONS, stable_diffusion_scheduler, stock_pipeline, tiny_text_pipeline
 
 RED, BLUE = CAPTIONS[0], CAPTIONS[2]
-
-
 ZERO_SNR = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_spacing": "trailing"}
-
 
 # a scheduler's class and config, what stock samples as ours does
 V = {"prediction_type": "v_prediction"}
-
-
 MODELS = {
     "plain": ("DDPMScheduler", {}),
     "v_prediction": ("DDPMScheduler", V),
@@ -31,8 +26,6 @@ MODELS = {
     "euler": ("EulerDiscreteScheduler", V),
     "unipc": ("UniPCMultistepScheduler", V),
 }
-
-
 CALLS = {
     "scale 1": {"guidance_scale": 1.0},
     "scale 3": {"guidance_scale": 3.0},

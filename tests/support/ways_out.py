@@ -26,24 +26,14 @@ BASES = {
     "classifier": {"train_data_dir": "{shop}/photos", "max_train_steps": 2, "output_dir": "{out}"},
     "sample": {"": "{shop}/plain", "out": "{out}/samples", "num_images": 1, "steps": 1},
 }  # fmt: skip
-
-
 PARSERS = {
     "unconditional": train_unconditional.parse,
     "text": train_text2image.parse,
     "classifier": parse_classifier_flags,
 }
-
-
 PROGRAMS = (train_unconditional.PROGRAM, train_text2image.PROGRAM, CLASSIFIER)
-
-
 SCRIPTS = {"unconditional": run_script, "text": run_text_script}
-
-
 Flags = dict[str, Any]
-
-
 Way = Callable[[str, Flags], list[Flags]]  # the message and the flags that it is about: the flags to try instead
 
 
@@ -199,14 +189,8 @@ def S(says: str, *ways: Way, model: str = "plain", then: bool = False, **flags: 
 
 
 START = "{shop}/rgb"
-
-
 PRESET = {"model_preset": "small-16", "model_config_name_or_path": None, "resolution": 16}
-
-
 DIGITS = {"train_data_dir": None, "model_config_name_or_path": None}
-
-
 ROWS = [
     # numbers and names
     U("--{} {}: must be {}", take_number, train_batch_size=0),

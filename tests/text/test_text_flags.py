@@ -25,8 +25,6 @@ from tests.support.text_runs import START, text_command, train_text
 # Command lines of Diffusers' scripts
 
 NAMED = {"pretrained_model_name_or_path": "x", "train_data_dir": "x"}
-
-
 PEER_DEFAULTS = {
     "pretrained_model_name_or_path": None, "revision": None, "variant": None, "dataset_name": None,
     "dataset_config_name": None, "train_data_dir": None, "max_train_samples": None, "validation_prompts": None,
@@ -44,10 +42,7 @@ PEER_DEFAULTS = {
     "dream_training": False, "use_8bit_adam": False, "allow_tf32": False, "use_ema": False, "offload_ema": False,
     "foreach_ema": False, "push_to_hub": False, "enable_xformers_memory_efficient_attention": False,
 }  # fmt: skip
-
-
 OURS = {"num_train_epochs": "num_epochs", "report_to": "logger", "validation_epochs": "save_images_epochs"}
-
 
 # said otherwise there, and meant alike: none is "no", no prompts are an empty list, the one image column is found, the
 # size is the checkpoint's (512 for Stable Diffusion 1, which test_sizes shows)
@@ -145,14 +140,8 @@ def asked(what, key):
 
 
 FROM_SCRATCH = {"start": "scratch"}
-
-
 LARGE = {"train_data_dir": "{shop}/large"}
-
-
 READY = {"vae_name_or_path": "{shop}/vae"}
-
-
 ROWS = [
     Row("pretrained_model_name_or_path", "{shop}/stable", has("autoencoder/"), None, False,
         {"model_config_name_or_path": None, "vae_widths": None}, **FROM_SCRATCH),

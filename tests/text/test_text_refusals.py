@@ -28,8 +28,6 @@ class Bad(NamedTuple):
 
 
 ZERO_SNR = ("zero terminal SNR", "v_prediction")
-
-
 REFUSED = {
     "no captions": Bad({"train_data_dir": "{shop}/uncaptioned"}, ("'text'", "image, title", "--caption_column")),
     "no such checkpoint": Bad({"pretrained_model_name_or_path": "{shop}/nowhere"}, ("nowhere", "no Stable Diffusion")),

@@ -15,9 +15,7 @@ from ddpm_hf.common.ownership import MANIFEST
 from ddpm_hf.latents import training as autoencoder
 from ddpm_hf.training.checkpointing import read_manifest
 from tests.support.fixtures_cli import assert_one_line
-from tests.support.fixtures_text import (
-    run_text_script,
-)
+from tests.support.fixtures_text import run_text_script
 from tests.support.runs import assert_same_run, read, same, weights
 from tests.support.text_runs import EMA, text_command, train_text
 

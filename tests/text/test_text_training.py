@@ -9,9 +9,7 @@ from PIL import Image
 import train_text2image
 from ddpm_hf.common.pictures import image_grid
 from tests.support.fixtures_pipeline import tiny_vae
-from tests.support.fixtures_text import (
-    CAPTIONS,
-)
+from tests.support.fixtures_text import CAPTIONS
 from tests.support.pictures import random_pixels
 from tests.support.runs import last_checkpoint, read, records, same, weights
 from tests.support.text_runs import DIFFUSION, START, train_text

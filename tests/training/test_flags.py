@@ -93,25 +93,13 @@ def labels(seen):
 
 
 EMA = {"use_ema": True}
-
-
 PUSH = {"more": {"push_to_hub": True}, "group": "push"}
 ADAM, MACHINE, SCHEDULER = {"group": "adam"}, {"group": "machine"}, {"group": "scheduler"}
 SAVED, TRACKED = {"group": "saved"}, {"more": {"logger": "tensorboard"}, "group": "tracked"}
-
-
 BOUND = {"variance_type": "learned_range", "objective": "hybrid"}
-
-
 CLASSES = {"train_data_dir": "{shop}/labelled", "label_column": "label"}
-
-
 CONSTANT = {"lr_scheduler": "constant"}
-
-
 ANY_UNET = {**DRY, "model_config_name_or_path": None, "resolution": 32}
-
-
 ROWS = [
     Row("dataset_name", "{shop}/few", lambda s: s.line("data"), lambda line: "embedded digits" in line,
         lambda line: "few: 4 images" in line, {**DRY, "train_data_dir": None}),
@@ -224,7 +212,6 @@ ROWS = [
         **PUSH),
     Row("hub_license", "mit", asked_of_the_hub("license"), [None], ["mit"], **PUSH),
 ]  # fmt: skip
-
 
 # Flags whose effect takes more than a run with and without, each with a test of its own below, or in test_averaging,
 # test_latent_training, test_pretrained and test_publishing

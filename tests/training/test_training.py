@@ -58,7 +58,6 @@ def world(tmp_path_factory):
 DROPOUT = {"model_config_name_or_path": "{shop}/unet-dropout"}
 LARGE = {"train_data_dir": "{shop}/large"}
 
-
 # Resuming
 
 RESUMED = {

@@ -72,10 +72,9 @@ def of_steps(*steps: int):
 def test_a_checkpoint_that_finds_no_room_is_left_out(room, shop, whole, tmp_path):
     """Else a full disk ends a run that could have gone on, or takes the last good checkpoint with it."""
     with without_room(output, "save_checkpoint", of_steps(3, 4), room):
-        run = attempt(
+        run = train(
             shop, tmp_path / "run", **SIX_STEPS | {"num_epochs": None}, max_train_steps=5, checkpoints_total_limit=1
         )
-        assert run.code == 0
     assert [line.split(" (")[0] for line in warnings(run)] == [
         f"warning: checkpoint-{step} cannot be written" for step in (3, 4)
     ]
@@ -123,8 +122,7 @@ def test_a_real_full_disk(shop, whole, tmp_path):
         shutil.copytree(run.folder, tmp_path / "moved")
     finally:
         subprocess.run(["umount", str(disk)], check=True)
-    moved = attempt(shop, tmp_path / "moved", **SIX_STEPS, resume_from_checkpoint="latest", save_images_epochs=9)
-    assert moved.code == 0
+    moved = train(shop, tmp_path / "moved", **SIX_STEPS, resume_from_checkpoint="latest", save_images_epochs=9)
     assert same_checkpoint(moved.folder / "checkpoint-6", whole.folder / "checkpoint-6")
 
 
@@ -287,8 +285,7 @@ def test_a_stream_that_fails_half_way(workers, shop, tmp_path, monkeypatch):
         **FILES, "train_data_dir": None, "dataset_name": "me/stream", "streaming": True, "max_train_steps": 6,
         "dataloader_num_workers": workers,
     }  # fmt: skip
-    clean = attempt(shop, tmp_path / "clean", **flags)
-    assert clean.code == 0, clean.err
+    clean = train(shop, tmp_path / "clean", **flags)
     with at_step(2, up.unlink):
         run = attempt(shop, tmp_path / "run", **flags)
     check_one_line(run, 2, "of me/stream", "the source is down", "ConnectionError")

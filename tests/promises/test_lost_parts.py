@@ -19,8 +19,7 @@ from tests.support.runs import attempt, contents, fill, train, words
 @pytest.fixture
 def finished(shop, tmp_path):
     """A finished run of two steps, with a checkpoint after each."""
-    run = attempt(shop, tmp_path / "run", num_epochs=None, max_train_steps=2, checkpointing_steps=1)
-    assert run.code == 0, run.err
+    train(shop, tmp_path / "run", num_epochs=None, max_train_steps=2, checkpointing_steps=1)
     return tmp_path / "run"
 
 
@@ -96,8 +95,7 @@ def test_a_warm_up_longer_than_the_training_is_named(shop, tmp_path):
 def test_a_card_says_the_learning_rate_that_was_used(shop, tmp_path):
     """Else it says the base rate of --scale_lr, which nothing was trained with."""
     flags = {"scale_lr": True, "learning_rate": 1e-3, "train_batch_size": 4, "lr_scheduler": "constant"}
-    run = attempt(shop, tmp_path / "run", num_epochs=None, max_train_steps=1, **flags)
-    assert run.code == 0, run.err
+    run = train(shop, tmp_path / "run", num_epochs=None, max_train_steps=1, **flags)
     assert run.records()[-1]["lr"] == pytest.approx(4e-3)
     assert json.loads((tmp_path / "run/run.json").read_text())["settings"]["learning_rate"] == pytest.approx(4e-3)
 

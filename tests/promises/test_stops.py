@@ -22,7 +22,7 @@ from tests.support.faults import (
     same_checkpoint,
     warnings,
 )
-from tests.support.runs import attempt
+from tests.support.runs import attempt, train
 
 # Ends that were asked for
 
@@ -31,8 +31,7 @@ def test_the_time_limit_saves_and_ends_and_the_run_goes_on(shop, whole, tmp_path
     """Else a queue's limit kills the run before it has saved, or stopping changes what is learned."""
     flags = {**SIX_STEPS, "checkpointing_steps": 6, "max_train_hours": 1e-9}
     for step in range(1, 6):
-        run = attempt(shop, tmp_path / "run", **flags, resume_from_checkpoint="latest")
-        assert run.code == 0
+        run = train(shop, tmp_path / "run", **flags, resume_from_checkpoint="latest")
         assert f"stopped at step {step} by the time limit of --max_train_hours" in run.err
         assert "--resume_from_checkpoint latest" in run.err
         assert checkpoints(run) == list(range(1, step + 1))

@@ -56,6 +56,7 @@ transformers_logging.disable_progress_bar()
 def keep(label, cls, name, calls, **options):
     record = results[label] = {}
     with listening(record):
+        warnings.filterwarnings("ignore", "__array__ implementation")  # torch's and numpy's own affair
         try:
             pipeline = cls.from_pretrained(root / name, **options)
             pipeline.set_progress_bar_config(disable=True)

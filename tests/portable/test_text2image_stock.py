@@ -49,6 +49,7 @@ try:
     import ddpm_hf
 except ImportError:
     results["package"] = "absent"
+assert diffusers.StableDiffusionPipeline  # imported only now, and then it warns where torchvision is missing
 logging.disable_progress_bar()
 transformers_logging.disable_progress_bar()
 

@@ -48,7 +48,7 @@ KINDS = {
 SAMPLED_BY = {saved_by: name for name, kind in KINDS.items() for saved_by in (name, *kind.stock)}
 
 
-def pipeline_class(model: str, revision: str | None = None, token: str | None = None) -> type:
+def pipeline_class(model: str, revision: str | None = None, token: str | None = None) -> Any:
     """The class of ours that loads a folder or a model on the Hub, by its `model_index.json` alone.
 
     Raises:

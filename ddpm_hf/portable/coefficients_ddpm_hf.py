@@ -7,12 +7,12 @@ This file is copied into published repositories: it imports torch and numpy alon
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 
-Timesteps = int | torch.Tensor  # one for all samples, or a LongTensor [N]
+Timesteps: TypeAlias = int | torch.Tensor  # one for all samples, or a LongTensor [N]
 
 FIXED_LARGE = ("fixed_large", "fixed_large_log")
 FIXED_VARIANCE_TYPES = ("fixed_small", "fixed_large", "fixed_small_log", "fixed_large_log")
@@ -40,13 +40,11 @@ class StepCoefficients(NamedTuple):
     min_variance: float | torch.Tensor  # the exponentials of these two, taken before the cast
     max_variance: float | torch.Tensor
 
-    def log_variance(
-        self, variance_type: str, output: torch.Tensor | None, last: bool | torch.Tensor
-    ) -> float | torch.Tensor:
+    def log_variance(self, variance_type: str, output: Any, last: bool | torch.Tensor) -> float | torch.Tensor:
         """log Σ of p(x_s | x_t).
 
         Args:
-            output: the learned variance's half of the model's output, or None.
+            output: a tensor, the learned variance's half of the model's output; None for a fixed variance.
             last: where s = -1; a bool, or a column.
         """
         if variance_type == "learned":
@@ -258,36 +256,36 @@ def x0_coefficients(
 # The rows of the tables, float64 [T] each
 
 
-def _marginal(c: Coefficients, prediction_type: str | None) -> list[torch.Tensor]:
+def _marginal(c: Coefficients, prediction_type: Any) -> list[torch.Tensor]:
     """√ᾱ_t and √(1-ᾱ_t)."""
     log_t = c.log_alpha_bar[1:]
     return [torch.exp(0.5 * log_t), torch.sqrt(-torch.expm1(log_t))]
 
 
-def _marginal_moments(c: Coefficients, prediction_type: str | None) -> list[torch.Tensor]:
+def _marginal_moments(c: Coefficients, prediction_type: Any) -> list[torch.Tensor]:
     """Of q(x_t | x_0): √ᾱ_t, 1-ᾱ_t and its log."""
     log_t = c.log_alpha_bar[1:]
     return [torch.exp(0.5 * log_t), -torch.expm1(log_t), torch.log(-torch.expm1(log_t))]
 
 
-def _forward_step_moments(c: Coefficients, prediction_type: str | None) -> list[torch.Tensor]:
+def _forward_step_moments(c: Coefficients, prediction_type: Any) -> list[torch.Tensor]:
     """Of q(x_t | x_{t-1}): √α_t, β_t and its log."""
     log_alpha = c.log_alpha_bar.diff()
     return [torch.exp(0.5 * log_alpha), -torch.expm1(log_alpha), torch.log(-torch.expm1(log_alpha))]
 
 
-def _epsilon(c: Coefficients, prediction_type: str | None) -> list[torch.Tensor]:
+def _epsilon(c: Coefficients, prediction_type: Any) -> list[torch.Tensor]:
     """The factors of x_t and x_0 in ε."""
     signal, deviation = _marginal(c, prediction_type)
     return [1 / deviation, -signal / deviation]
 
 
-def _x0(c: Coefficients, prediction_type: str | None) -> list[torch.Tensor]:
+def _x0(c: Coefficients, prediction_type: Any) -> list[torch.Tensor]:
     """The factors of x_t and the model's output in x̂_0."""
     return list(x0_coefficients(prediction_type, c.log_alpha_bar[1:], c.log_alpha_bar[:-1]))
 
 
-def _step(c: Coefficients, prediction_type: str | None) -> list[torch.Tensor]:
+def _step(c: Coefficients, prediction_type: Any) -> list[torch.Tensor]:
     """`StepCoefficients` of the full chain's steps, from t to t-1."""
     timesteps = torch.arange(len(c))
     return list(c.of_steps(timesteps, timesteps - 1, prediction_type))

@@ -108,7 +108,7 @@ class DDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPipeline):
         x = self.prepare_latents(batch_size, generator, latents)  # Algorithm 2, line 1
         predict = self.predict
         take_step = self.sampler_step(generator, eta, extrapolates=lambda t: classifier is not None)
-        if classifier is not None:
+        if classifier is not None and labels is not None:
             guidance = ClassifierGuidance(classifier, labels.to(x.device), classifier_scale)
             ancestral = isinstance(self.scheduler, DDPMScheduler)
             predict, take_step = guidance.guided(predict, take_step, self.ddpm_scheduler(), ancestral)

@@ -5,9 +5,9 @@ This file is copied into published repositories: it imports torch, diffusers and
 
 import inspect
 import numbers
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import diffusers
 import torch
@@ -22,8 +22,8 @@ from .scheduling_ddpm_hf import LEARNED_VARIANCE_TYPES, DDPMScheduler
 OUTPUT_TYPES = ("pil", "np", "numpy", "pt", "latent", "preview")  # "numpy" is stock DDPMPipeline's word for "np"
 PIL_CHANNELS = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # that images of these modes have
 # (pipeline, index, timestep, {"latents": x_s}) -> what replaces these, or nothing
-StepCallback = Callable[[Any, int, Any, dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]
-Generators = torch.Generator | list[torch.Generator] | None  # for all images, or one for each
+StepCallback: TypeAlias = Callable[[Any, int, Any, dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]
+Generators: TypeAlias = torch.Generator | list[torch.Generator] | None  # for all images, or one for each
 # What these samplers raise an error for only once the network has run
 UNSUPPORTED_PREDICTIONS = {"PNDMScheduler": ("sample",)}
 
@@ -71,10 +71,10 @@ def adopt_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
     return scheduler
 
 
-def check_sampler(scheduler: SchedulerMixin, timesteps: Iterable[float]) -> None:
+def check_sampler(scheduler: SchedulerMixin, timesteps: Sequence[float]) -> None:
     """Raise ValueError, with the way out, where the sampler cannot run the model over the timesteps."""
     if isinstance(scheduler, DDPMScheduler):
-        return scheduler.check_invertible(timesteps)
+        return scheduler.check_invertible(int(t) for t in timesteps)
     name = type(scheduler).__name__
     if scheduler.config.prediction_type == "posterior_mean":
         raise ValueError(
@@ -140,9 +140,17 @@ def scale_latents(vae: torch.nn.Module, latents: torch.Tensor) -> torch.Tensor:
     return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
 
 
-class SamplingMixin:
+if TYPE_CHECKING:  # a mixin before it
+    Base = diffusers.DiffusionPipeline
+else:
+    Base = object
+
+
+class SamplingMixin(Base):
     """What a pipeline with a `unet`, a `scheduler` and an optional `vae` needs in order to sample."""
 
+    unet: Any
+    vae: Any
     scheduler: Any  # ours, or another sampler of Diffusers
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -353,8 +361,9 @@ class SamplingMixin:
         """Our scheduler over the sampler's diffusion, for its formulas: the sampler itself where it is ours."""
         if isinstance(self.scheduler, DDPMScheduler):
             return self.scheduler
-        fixed = {"variance_type": "fixed_small", "timestep_spacing": "leading", "steps_offset": 0}
-        return DDPMScheduler.from_config(self.scheduler.config, **fixed)
+        return DDPMScheduler.from_config(
+            self.scheduler.config, variance_type="fixed_small", timestep_spacing="leading", steps_offset=0
+        )
 
     def encode(self, images: Any, generator: torch.Generator | None = None) -> torch.Tensor:
         """Images (PIL, numpy or tensor in [0, 1]) as x_0 [N, C, H, W]: in [-1, 1], or latents with a `vae`."""
@@ -395,8 +404,10 @@ class SamplingMixin:
 
     def finish(
         self, x: torch.Tensor, frames: list[Frame] | None, output_type: str, return_dict: bool
-    ) -> DDPMPipelineOutput | tuple:
-        """x_0 as what a pipeline's call returns."""
+    ) -> DDPMPipelineOutput:
+        """x_0 as what a pipeline's call returns; without `return_dict` the tuple (images,), as in stock."""
         images = self.decode(x, output_type)
         self.maybe_free_model_hooks()
-        return DDPMPipelineOutput(images=images, frames=frames) if return_dict else (images,)
+        if not return_dict:
+            return (images,)  # type: ignore[return-value]  # a union would make every caller test it
+        return DDPMPipelineOutput(images=images, frames=frames)  # type: ignore[arg-type]

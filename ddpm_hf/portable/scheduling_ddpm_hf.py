@@ -110,6 +110,13 @@ class DDPMScheduler(StockDDPMScheduler):
 
     _compatibles = [e.name for e in KarrasDiffusionSchedulers]
     order = 1
+    betas: torch.Tensor
+    alphas_cumprod: torch.Tensor
+    timesteps: torch.Tensor
+    variance_type: str
+    num_inference_steps: int | None
+    custom_timesteps: bool
+    _coefficients: Coefficients
 
     @register_to_config
     def __init__(
@@ -269,7 +276,7 @@ class DDPMScheduler(StockDDPMScheduler):
                 raise ValueError(f"`timesteps` must start before `self.config.train_timesteps`: {T}.")
             if timesteps[-1] < 0:
                 raise ValueError(f"`timesteps` must not be negative; the last is {timesteps[-1]}.")
-        else:
+        elif num_inference_steps is not None:
             if not 1 <= num_inference_steps <= T or num_inference_steps != int(num_inference_steps):
                 raise ValueError(
                     f"`num_inference_steps`: {num_inference_steps} cannot be smaller than 1 or larger than"

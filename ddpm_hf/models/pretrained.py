@@ -265,7 +265,7 @@ def fit_classes(
     if not class_names:
         weights[bias] = weights[bias] + no_class
         return [f"the model was trained by class and goes on without: it begins as {what}"]
-    rows = dict(zip(named, before))
+    rows = dict(zip(named or [], before))
     new = [name for name in class_names if name not in rows]
     weights[key] = torch.stack(
         [rows.get(name, no_class) for name in class_names] + [no_class] * (embeddings - len(class_names))

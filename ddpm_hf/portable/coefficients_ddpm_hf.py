@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 Timesteps: TypeAlias = int | torch.Tensor  # one for all samples, or a LongTensor [N]
+Coefficient: TypeAlias = Any  # a Python float, or a column: for each sample, [N, 1, ...]
 
 FIXED_LARGE = ("fixed_large", "fixed_large_log")
 FIXED_VARIANCE_TYPES = ("fixed_small", "fixed_large", "fixed_small_log", "fixed_large_log")
@@ -30,17 +31,17 @@ class ExactTables(NamedTuple):
 class StepCoefficients(NamedTuple):
     """What one reverse step from t to s is made of: Python floats, or columns."""
 
-    x0_from_sample: float | torch.Tensor  # x̂_0 = x0_from_sample · x_t + x0_from_output · output
-    x0_from_output: float | torch.Tensor
-    mean_from_x0: float | torch.Tensor  # μ̃ = mean_from_x0 · x̂_0 + mean_from_sample · x_t      (Ho et al., Eq. 7)
-    mean_from_sample: float | torch.Tensor
-    posterior_variance: float | torch.Tensor  # β̃, 0 where s = -1                                (Ho et al., Eq. 7)
-    min_log_variance: float | torch.Tensor  # log β̃, clipped where s = -1
-    max_log_variance: float | torch.Tensor  # log β_{t|s}
-    min_variance: float | torch.Tensor  # the exponentials of these two, taken before the cast
-    max_variance: float | torch.Tensor
+    x0_from_sample: Coefficient  # x̂_0 = x0_from_sample · x_t + x0_from_output · output
+    x0_from_output: Coefficient
+    mean_from_x0: Coefficient  # μ̃ = mean_from_x0 · x̂_0 + mean_from_sample · x_t      (Ho et al., Eq. 7)
+    mean_from_sample: Coefficient
+    posterior_variance: Coefficient  # β̃, 0 where s = -1                                (Ho et al., Eq. 7)
+    min_log_variance: Coefficient  # log β̃, clipped where s = -1
+    max_log_variance: Coefficient  # log β_{t|s}
+    min_variance: Coefficient  # the exponentials of these two, taken before the cast
+    max_variance: Coefficient
 
-    def log_variance(self, variance_type: str, output: Any, last: bool | torch.Tensor) -> float | torch.Tensor:
+    def log_variance(self, variance_type: str, output: Any, last: bool | torch.Tensor) -> Coefficient:
         """log Σ of p(x_s | x_t).
 
         Args:
@@ -56,9 +57,7 @@ class StepCoefficients(NamedTuple):
             return choose(last, self.min_log_variance, self.max_log_variance)
         return self.min_log_variance
 
-    def variance(
-        self, variance_type: str, log_variance: float | torch.Tensor, last: bool | torch.Tensor
-    ) -> float | torch.Tensor:
+    def variance(self, variance_type: str, log_variance: Coefficient, last: bool | torch.Tensor) -> Coefficient:
         """Σ of p(x_s | x_t), whose log is `log_variance`: 0 for `fixed_small` where s = -1, though that is clipped."""
         if variance_type in LEARNED_VARIANCE_TYPES:
             return torch.exp(log_variance)
@@ -67,9 +66,7 @@ class StepCoefficients(NamedTuple):
         return self.posterior_variance
 
 
-def choose(
-    condition: bool | torch.Tensor, where_true: float | torch.Tensor, where_false: float | torch.Tensor
-) -> float | torch.Tensor:
+def choose(condition: bool | torch.Tensor, where_true: Coefficient, where_false: Coefficient) -> Coefficient:
     """One of two values, or of two columns where the condition is a column."""
     if isinstance(condition, torch.Tensor):
         return torch.where(condition, where_true, where_false)
@@ -79,7 +76,7 @@ def choose(
 # What meets a sample
 
 
-def combine(a: float | torch.Tensor, x: torch.Tensor, b: float | torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def combine(a: Coefficient, x: torch.Tensor, b: Coefficient, y: torch.Tensor) -> torch.Tensor:
     """a·x + b·y in x's dtype, for floats or columns a and b, in as few passes over memory as torch has for it."""
     if isinstance(a, torch.Tensor):
         if x.dtype == y.dtype == a.dtype:

@@ -22,7 +22,7 @@ from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import FrozenDict
 
 if TYPE_CHECKING:  # a mixin before it
-    Base = DiffusionPipeline
+    from diffusers import DiffusionPipeline as Base
 else:
     Base = object
 Pipeline = TypeVar("Pipeline", bound="PortablePipelineMixin")

@@ -141,7 +141,7 @@ def scale_latents(vae: torch.nn.Module, latents: torch.Tensor) -> torch.Tensor:
 
 
 if TYPE_CHECKING:  # a mixin before it
-    Base = diffusers.DiffusionPipeline
+    from diffusers import DiffusionPipeline as Base
 else:
     Base = object
 

@@ -253,27 +253,20 @@ def x0_coefficients(
 # The rows of the tables, float64 [T] each
 
 
-def _marginal(c: Coefficients, prediction_type: Any) -> list[torch.Tensor]:
+def _marginal(c: Coefficients, _: Any) -> list[torch.Tensor]:
     """√ᾱ_t and √(1-ᾱ_t)."""
     log_t = c.log_alpha_bar[1:]
     return [torch.exp(0.5 * log_t), torch.sqrt(-torch.expm1(log_t))]
 
 
-def _marginal_moments(c: Coefficients, prediction_type: Any) -> list[torch.Tensor]:
-    """Of q(x_t | x_0): √ᾱ_t, 1-ᾱ_t and its log."""
-    log_t = c.log_alpha_bar[1:]
-    return [torch.exp(0.5 * log_t), -torch.expm1(log_t), torch.log(-torch.expm1(log_t))]
+def _moments(log_scale: torch.Tensor) -> list[torch.Tensor]:
+    """Of q(x_t | x_s), from log ᾱ_t/ᾱ_s: the factor of x_s in the mean, the variance and its log."""
+    return [torch.exp(0.5 * log_scale), -torch.expm1(log_scale), torch.log(-torch.expm1(log_scale))]
 
 
-def _forward_step_moments(c: Coefficients, prediction_type: Any) -> list[torch.Tensor]:
-    """Of q(x_t | x_{t-1}): √α_t, β_t and its log."""
-    log_alpha = c.log_alpha_bar.diff()
-    return [torch.exp(0.5 * log_alpha), -torch.expm1(log_alpha), torch.log(-torch.expm1(log_alpha))]
-
-
-def _epsilon(c: Coefficients, prediction_type: Any) -> list[torch.Tensor]:
+def _epsilon(c: Coefficients, _: Any) -> list[torch.Tensor]:
     """The factors of x_t and x_0 in ε."""
-    signal, deviation = _marginal(c, prediction_type)
+    signal, deviation = _marginal(c, None)
     return [1 / deviation, -signal / deviation]
 
 
@@ -289,10 +282,10 @@ def _step(c: Coefficients, prediction_type: Any) -> list[torch.Tensor]:
 
 
 # name -> (coefficients, prediction type or None) -> rows
-ROWS = {
+ROWS: dict[str, Callable[[Coefficients, Any], list[torch.Tensor]]] = {
     "marginal": _marginal,
-    "marginal_moments": _marginal_moments,
-    "forward_step_moments": _forward_step_moments,
+    "marginal_moments": lambda c, _: _moments(c.log_alpha_bar[1:]),
+    "forward_step_moments": lambda c, _: _moments(c.log_alpha_bar.diff()),
     "epsilon": _epsilon,
     "x0": _x0,
     "step": _step,

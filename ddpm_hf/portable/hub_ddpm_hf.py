@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import FrozenDict
 
-if TYPE_CHECKING:  # a mixin before it
-    from diffusers import DiffusionPipeline as Base
+if TYPE_CHECKING:  # the mixins stand before it
+    from diffusers import DiffusionPipeline as MixinBase
 else:
-    Base = object
+    MixinBase = object
 Pipeline = TypeVar("Pipeline", bound="PortablePipelineMixin")
 
 
@@ -103,7 +103,7 @@ PRIVATE_SETTINGS = ("guidance_scale",)
 _LOADED: dict[str, str] = {}  # digests of the files that this process runs, where Diffusers loaded them
 
 
-class PortablePipelineMixin(Base):
+class PortablePipelineMixin(MixinBase):
     """Saving for a `DiffusionPipeline` whose folder is to load anywhere. Put it before `DiffusionPipeline`."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -186,14 +186,14 @@ class ClassConditionalDDPMPipeline(SamplingMixin, PortablePipelineMixin, Diffusi
             predict, take_step = guidance.guided(predict, take_step, self.ddpm_scheduler(), ancestral)
         visited = self.prepare_timesteps(num_inference_steps, timesteps)
         x = self.prepare_latents(len(ids), generator, latents)
-        x, frames = self.denoise(
+        return self.denoise(
             x,
             visited,
             predict,
             take_step,
+            output_type,
+            return_dict,
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
             num_frames,
-            output_type,
         )
-        return self.finish(x, frames, output_type, return_dict)

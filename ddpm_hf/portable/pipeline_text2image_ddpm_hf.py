@@ -226,17 +226,17 @@ class TextToImageDDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPip
         predict = free.guided(self.predict, "encoder_hidden_states", context, null)
         size = (height // self.vae_scale_factor, width // self.vae_scale_factor)
         x = self.prepare_latents(len(context), generator, latents, size)
-        x, frames = self.denoise(
+        return self.denoise(
             x,
             visited,
             predict,
             self.sampler_step(generator, eta),
+            output_type,
+            return_dict,
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
             num_frames,
-            output_type,
         )
-        return self.finish(x, frames, output_type, return_dict)
 
 
 def cut_off(tokenizer: CLIPTokenizer, texts: list[str]) -> list[str]:

@@ -7,7 +7,7 @@ import inspect
 import numbers
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import diffusers
 import torch
@@ -17,6 +17,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from .guidance_ddpm_hf import Predict, TakeStep
+from .hub_ddpm_hf import MixinBase
 from .scheduling_ddpm_hf import LEARNED_VARIANCE_TYPES, DDPMScheduler
 
 OUTPUT_TYPES = ("pil", "np", "numpy", "pt", "latent", "preview")  # "numpy" is stock DDPMPipeline's word for "np"
@@ -140,13 +141,7 @@ def scale_latents(vae: torch.nn.Module, latents: torch.Tensor) -> torch.Tensor:
     return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
 
 
-if TYPE_CHECKING:  # a mixin before it
-    from diffusers import DiffusionPipeline as Base
-else:
-    Base = object
-
-
-class SamplingMixin(Base):
+class SamplingMixin(MixinBase):
     """What a pipeline with a `unet`, a `scheduler` and an optional `vae` needs in order to sample."""
 
     unet: Any
@@ -308,12 +303,13 @@ class SamplingMixin(Base):
         timesteps: list,
         predict: Predict,
         take_step: TakeStep,
+        output_type: str = "pil",
+        return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: tuple[str, ...] = ("latents",),
         num_frames: int = 0,
-        output_type: str = "pil",
-    ) -> tuple[torch.Tensor, list[Frame] | None]:
-        """Run a `chain` to its end: x_0 [N, C, H, W], and the frames or None.
+    ) -> DDPMPipelineOutput:
+        """Run a `chain` to its end: the images and the frames; without `return_dict` the tuple (images,), as in stock.
 
         Args:
             callback_on_step_end: called with (pipeline, index, timestep, {"latents": x_s}); what it returns replaces
@@ -348,7 +344,11 @@ class SamplingMixin(Base):
                     replaced = callback_on_step_end(self, step.index, step.timestep, chosen) or {}
                     step.sample = x = replaced.get("latents", x)
                 progress_bar.update()
-        return x, frames if num_frames else None
+        images = self.decode(x, output_type)
+        self.maybe_free_model_hooks()
+        if not return_dict:
+            return (images,)  # type: ignore[return-value]  # a union would make every caller test it
+        return DDPMPipelineOutput(images=images, frames=frames if num_frames else None)  # type: ignore[arg-type]
 
     def predicted_x_start(self, step: ChainStep) -> torch.Tensor:
         """x̂_0 as the sampler reports it, or else by DDPM's formula (samplers that rescale x_t report it)."""
@@ -401,13 +401,3 @@ class SamplingMixin(Base):
                 f"output_type='pil': PIL images have up to 4 channels, this model's {self.image_channels}; use 'np' or"
                 " 'pt', or 'preview' for the first three"
             )
-
-    def finish(
-        self, x: torch.Tensor, frames: list[Frame] | None, output_type: str, return_dict: bool
-    ) -> DDPMPipelineOutput:
-        """x_0 as what a pipeline's call returns; without `return_dict` the tuple (images,), as in stock."""
-        images = self.decode(x, output_type)
-        self.maybe_free_model_hooks()
-        if not return_dict:
-            return (images,)  # type: ignore[return-value]  # a union would make every caller test it
-        return DDPMPipelineOutput(images=images, frames=frames)  # type: ignore[arg-type]

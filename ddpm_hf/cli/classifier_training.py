@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.utils import logging as diffusers_logging
 
-from ..common.errors import DataError, UsageError
+from ..common.errors import DataError, UsageError, one_line
 from ..common.layout import layout
 from ..common.randomness import StepKeys
 from ..data import ImageDataset, to_model_range
@@ -106,7 +106,7 @@ def train(config: ClassifierConfig) -> None:
             id2label=id2label,
         )
     except (ValueError, TypeError) as error:
-        raise UsageError(" ".join(str(error).split())) from error
+        raise UsageError(one_line(error)) from error
     log(accelerator, time_blindness(arguments))
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()

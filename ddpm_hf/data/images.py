@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ..common.errors import DataError
+from ..common.errors import DataError, one_line
 from ..common.randomness import keyed_generator
 from .errors import broken_image
 from .formats import EXECUTED, register_plugins
@@ -161,4 +161,4 @@ def reason_of(error: Exception) -> str:
     """Why an image cannot be read, in the same words each time."""
     if isinstance(error, UnidentifiedImageError):  # whose text shows an address in memory
         return "not an image, or its header is corrupt"
-    return " ".join(str(error).split()) or error.__class__.__name__
+    return one_line(error) or error.__class__.__name__

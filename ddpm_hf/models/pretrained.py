@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..common.errors import UsageError, why_not_loaded
+from ..common.errors import UsageError, one_line, why_not_loaded
 from ..common.places import find_place
 from ..objectives.names import TRAINED_BETAS
 from .sources import Source, find_source
@@ -80,7 +80,7 @@ def trained_scheduler(source: Source) -> "DDPMScheduler | None":
     try:
         return DDPMScheduler.from_config(source.scheduler)
     except (ValueError, TypeError, NotImplementedError) as error:
-        raise UsageError(f"{FLAG}: the scheduler of {source.title}: {' '.join(str(error).split())}") from error
+        raise UsageError(f"{FLAG}: the scheduler of {source.title}: {one_line(error)}") from error
 
 
 def trained_settings(source: Source) -> dict[str, Any]:
@@ -139,7 +139,7 @@ def changed_scheduler(trained: "DDPMScheduler", before: Mapping[str, Any], now: 
     try:
         return trained.from_config(trained.config, **changes)
     except (ValueError, TypeError, NotImplementedError) as error:
-        raise UsageError(" ".join(str(error).split())) from error
+        raise UsageError(one_line(error)) from error
 
 
 def _schedule_name(scheduler: "DDPMScheduler") -> str:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..common.errors import UsageError
+from ..common.errors import UsageError, one_line
 from .flags import UNetFlags
 from .presets import MODEL_PRESETS, preset_unet_config
 from .pretrained import check_channels
@@ -151,7 +151,7 @@ def read_unet_config(name_or_path: str, token: str | None = None) -> dict[str, A
     try:
         loaded = UNet2DModel.load_config(name_or_path, token=token)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise UsageError(
             f"--model_config_name_or_path {name_or_path}: no UNet2DModel config there ({reason})"
         ) from error

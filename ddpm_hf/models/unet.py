@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..common.errors import UsageError
+from ..common.errors import UsageError, one_line
 from .acceleration import use_xformers
 
 if TYPE_CHECKING:  # else imported where it is used, so that --help is quick
@@ -31,7 +31,7 @@ def make_unet(arguments: dict[str, Any], variance_type: str, classes: int | None
     try:
         model = build_unet(arguments)
     except (ValueError, TypeError) as error:
-        raise UsageError(" ".join(str(error).split())) from error
+        raise UsageError(one_line(error)) from error
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if config.enable_xformers_memory_efficient_attention:

@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from ..common.checkpoints import part_of_run
-from ..common.errors import UsageError
+from ..common.errors import UsageError, one_line
 from ..data.batches import Images
 from ..inference.components import Components, load_text_encoder
 from ..models.autoencoder import downscaling, load_autoencoder
@@ -71,7 +71,7 @@ def draw_blueprint(config, accelerator) -> Blueprint:
             with torch.device("meta"):
                 UNet2DConditionModel(**unet)
         except (ValueError, TypeError) as error:
-            raise UsageError(f"--model_config_name_or_path: {' '.join(str(error).split())}") from error
+            raise UsageError(f"--model_config_name_or_path: {one_line(error)}") from error
     else:
         try:
             unet = text_unet_config(channels, (height, width), context)
@@ -126,7 +126,7 @@ def read_unet_config(name_or_path: str, token: str | None = None) -> dict:
     try:
         loaded = UNet2DConditionModel.load_config(name_or_path, token=token)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise UsageError(f"--model_config_name_or_path {name_or_path}: no config there ({reason})") from error
     if loaded.get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel":
         kind = loaded["_class_name"]

@@ -20,7 +20,7 @@ from ..common.checkpoints import (
     list_checkpoints,
     seal,
 )
-from ..common.errors import UsageError
+from ..common.errors import UsageError, one_line
 from ..common.files import flush
 from ..common.layout import METRICS_FILE, TIMINGS_FILE
 from ..common.ownership import claim_files, release_files
@@ -258,7 +258,7 @@ def load_checkpoint(accelerator, state: TrainingState, checkpoint: Path) -> None
     except UsageError:
         raise
     except Exception as error:  # whatever a stranger's file makes the libraries raise
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise UsageError(
             f"{checkpoint} cannot be resumed: malformed checkpoint ({type(error).__name__}: {reason})"
         ) from error

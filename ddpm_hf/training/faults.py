@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
-from ..common.errors import RunError
+from ..common.errors import RunError, one_line
 
 OUT_OF_MEMORY = (
     "out of memory: make --train_batch_size smaller (--gradient_accumulation_steps makes up for it), add"
@@ -46,7 +46,7 @@ def warn(accelerator, line: str) -> None:
 def storage_fault(error: BaseException) -> str | None:
     """What kept something from being written, in a few words; None for an error of another kind."""
     if isinstance(error, OSError):
-        return (error.strerror or " ".join(str(error).split())) + (f": {error.filename}" if error.filename else "")
+        return (error.strerror or one_line(error)) + (f": {error.filename}" if error.filename else "")
     if isinstance(error, SafetensorError):
         return str(error).removeprefix("Error while serializing: ")
     if isinstance(error, RuntimeError) and "inline_container" in str(error):  # torch.save, of a disk that is full
@@ -105,5 +105,5 @@ def track(accelerator, action: Callable[[object], object]) -> None:
             action(tracker)
         except Exception as error:  # of whatever library: figures are in metrics.jsonl too
             accelerator.trackers.remove(tracker)
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error, 200)
             warn(accelerator, f"{tracker.name} fails ({error.__class__.__name__}: {reason}); going on without it")

@@ -100,6 +100,7 @@ MATH = [
     "ddpm_hf.objectives.gaussians",
     "ddpm_hf.objectives.bound",
     "ddpm_hf.objectives.losses",
+    "ddpm_hf.portable.coefficients_ddpm_hf",
     "ddpm_hf.portable.scheduling_ddpm_hf",
 ]
 

@@ -90,7 +90,7 @@ FLOORS = {
     "data": "common training",
     "evaluation": "common objectives portable",
     "publishing": "common evaluation inference models portable training",
-    "latents": "common data models objectives training",
+    "latents": "common data models objectives portable training",
     "text": "common data inference latents models objectives portable training",
 }
 ROOTS = {"ddpm_hf", "ddpm_hf._version", "ddpm_hf.functional", "ddpm_hf.__main__"}

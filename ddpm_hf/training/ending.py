@@ -45,7 +45,8 @@ def explained(error: BaseException, output_dir: str, mendable: tuple[type, ...])
         return 1, f"{error}{goes_on}"
     if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
         return 1, DEAD_WORKER + goes_on
-    lost = any(words in str(error) for words in ("gloo", "onnection closed by peer", "onnection reset by peer"))
+    message = str(error).lower()
+    lost = any(words in message for words in ("gloo", "connection closed by peer", "connection reset by peer"))
     if isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and lost):
         return 1, LOST_CONTACT + goes_on
     if isinstance(error, OSError) and error.errno is not None:

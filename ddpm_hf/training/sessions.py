@@ -17,7 +17,8 @@ def hardware(accelerator) -> str:
     if accelerator.device.type == "cuda":
         return f"{accelerator.num_processes} × {torch.cuda.get_device_name(accelerator.device)}"
     threads = torch.get_num_threads() * accelerator.num_processes
-    return f"{accelerator.device.type.upper()}, {threads} thread{'s'[: threads - 1]} of {processor()}"
+    counted = "1 thread" if threads == 1 else f"{threads} threads"
+    return f"{accelerator.device.type.upper()}, {counted} of {processor()}"
 
 
 def processor() -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from accelerate.utils import DistributedType
 
 from ..common.randomness import StepKeys, keyed_seed
 from .averaging import update_ema
@@ -65,4 +66,4 @@ def take_step(
 
 def _known_norm(accelerator) -> bool:
     """Whether the gradient's norm is ours to judge: DeepSpeed clips and skips by itself."""
-    return str(accelerator.distributed_type) != "DistributedType.DEEPSPEED"
+    return accelerator.distributed_type != DistributedType.DEEPSPEED

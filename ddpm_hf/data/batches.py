@@ -1,4 +1,4 @@
-"""From the flags of the data to a rank's batches, from any step on."""
+"""From the data flags to this rank's batches, from any step on."""
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -65,7 +65,7 @@ def open_images(
         classes: the class names of the run that is resumed.
 
     Raises:
-        DataError: what cannot be read, named.
+        DataError: the dataset or an image cannot be read.
     """
     with accelerator.local_main_process_first():
         rows, held_out_rows = load_rows(
@@ -145,5 +145,5 @@ def make_batches(
         skip_batches=plan.batches_before(step),
         skip_broken=flags.skip_broken_images,
     )
-    workers = min(1, config.dataloader_num_workers)  # a stream has one reader
+    workers = min(1, config.dataloader_num_workers)  # a stream has a single reader
     return iter(torch.utils.data.DataLoader(stream, batch_size=None, num_workers=workers, **options))

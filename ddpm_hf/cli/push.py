@@ -107,7 +107,7 @@ def check_patterns(folder: Path, include: tuple[str, ...]) -> None:
 def upload(
     folder: Path,
     name: str,
-    token: str,
+    token: str | None,
     private: bool,
     license: str | None,
     tag: str | None,

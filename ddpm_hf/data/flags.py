@@ -87,9 +87,15 @@ class ImageFlags:
         """What makes the images the model's."""
         from .images import ImageTransform
 
-        flags = self.center_crop, self.random_flip, self.preserve_input_precision, self.image_interpolation_mode
-        pixel_range = self.pixel_range and (float(self.pixel_range[0]), float(self.pixel_range[1]))
-        return ImageTransform(*self.size(), channels, *flags, pixel_range=pixel_range)
+        return ImageTransform(
+            *self.size(),
+            channels,
+            self.center_crop,
+            self.random_flip,
+            self.preserve_input_precision,
+            self.image_interpolation_mode,
+            (float(self.pixel_range[0]), float(self.pixel_range[1])) if self.pixel_range else None,
+        )
 
     def check_images(self) -> None:
         """Raise DataError for a size, a number of channels or a range that cannot be."""

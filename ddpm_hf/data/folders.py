@@ -104,7 +104,8 @@ def _may_be_image(name: str, suffix: str) -> bool:
 def _walk(listing: Listing) -> Iterator[tuple[str, os.DirEntry]]:
     """The regular files of a folder, by relative name: those of real folders first, then those behind links."""
     seen: set[str] = set()
-    real, linked = [("", listing.root)], []  # (relative name, resolved path)
+    real: list[tuple[str, str]] = [("", listing.root)]  # (relative name, resolved path)
+    linked: list[tuple[str, str]] = []
     while real or linked:
         name, resolved = real.pop() if real else linked.pop(linked.index(min(linked)))
         if resolved in seen or (name and _holds(resolved, listing.root)):
@@ -279,7 +280,7 @@ def _by_class(listing: Listing, division: Division) -> tuple[dict[str, pa.Table]
     features = {"image": datasets.Image()} | ({"label": datasets.ClassLabel(names=classes)} if labelled else {})
     numbers = {name: number for number, name in enumerate(classes)}
     tables = {}
-    for split in {split for split, _ in located.values()}:
+    for split in {split for split, _ in located.values() if split is not None}:
         names = [name for name, where in located.items() if where[0] == split]
         columns = {"image": _image_column([listing.path(name) for name in names])}
         if labelled:

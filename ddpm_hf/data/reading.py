@@ -166,15 +166,18 @@ def open_dataset(
     """
     from .local import Options, of_library, open_local
 
-    path = Path(directory or name).expanduser()
+    given = directory or name
+    if given is None:
+        raise DataError("name a dataset: its name on the Hub, or a folder")
+    path = Path(given).expanduser()
     is_local = directory is not None or path.exists()
     options = Options(name if directory else None, config_name, cache_dir)
     if is_local and not path.exists():
         raise DataError(f"--train_data_dir {directory}: no such folder")
     with _errors_named(str(path), config_name):
-        source = open_local(path, options) if is_local else of_library(name, options, False, token)
+        source = open_local(path, options) if is_local else of_library(given, options, False, token)
     folders = _folders(path if is_local else None, cache_dir)
-    return OpenDataset(directory or name, source, is_local, folders, config_name)
+    return OpenDataset(given, source, is_local, folders, config_name)
 
 
 def read_dataset(

@@ -205,7 +205,7 @@ def test_a_stopped_sample_says_so(number, run, model, tmp_path, monkeypatch):
 def test_a_stopped_push_says_what_the_hub_has(number, at, left, run, model, monkeypatch):
     # Breaks if the user cannot tell whether the model is published.
     monkeypatch.setattr(publishing, "open_repository", lambda name, *_: f"user/{name}")
-    monkeypatch.setattr(published_folder, "draw_missing_pictures", lambda *_: None)
+    monkeypatch.setattr(published_folder, "sample_missing_pictures", lambda *_: None)
     monkeypatch.setattr(publishing, at, lambda *_, **__: signal.raise_signal(number))
     assert_stopped(run("push", model, "--token", "hf_some"), number, left)
 

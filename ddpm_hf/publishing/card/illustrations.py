@@ -58,7 +58,7 @@ def loss_curve(metrics: list[dict[str, Any]]) -> bytes:
     positive = all(line.get("loss", 1) > 0 for line in metrics)
     axes.set(xlabel="optimizer step", yscale="log" if positive else "linear")
     axes.set_title("loss", loc="left", fontsize="medium")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]  # it is a MaxNLocator
     if positive:
         axes.yaxis.set_major_formatter(PlainNumbers())
         axes.yaxis.set_minor_formatter(PlainNumbers(minor_thresholds=(2, 0.6)))

@@ -469,7 +469,7 @@ ROWS = [
       dry=True, validation_split=0.01, validation_steps=2),
     T("all {} captions in column {} of {} are empty", give(caption_column="title"), dry=True,
       train_data_dir="{shop}/blank"),
-    T("column {} of {} holds {}; captions are strings, or lists of them", give(caption_column="title"), dry=True,
+    T("column {} of {} holds {}; captions are strings or lists of strings", give(caption_column="title"), dry=True,
       train_data_dir="{shop}/numbered"),
     # models
     U("--channels {}: the autoencoder reads images of {}", take_number, dry=True, vae_name_or_path="{shop}/vae",

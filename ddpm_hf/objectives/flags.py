@@ -5,8 +5,8 @@ from typing import ClassVar
 
 from ..common.arguments import FIXED, FREE, HfArg, Need, has_grids, names_elsewhere
 from ..common.errors import UsageError
+from ..portable.schedules_ddpm_hf import BETA_SCHEDULES
 from .names import (
-    BETA_SCHEDULES,
     LOSS_TYPES,
     OBJECTIVES,
     PREDICTION_TYPES,

@@ -462,7 +462,7 @@ ROWS = [
     U("no column {} in {}; it has {} (--image_column)", give(image_column="image"), dry=True, image_column="nonesuch"),
     U("no image column in {}; name one of {} with --image_column", give(image_column="png"), dry=True,
       train_data_dir="{shop}/cells"),
-    U("{} is no image; name the column of the images with --image_column", give(image_column="image"), dry=True,
+    U("{} is not an image; name the column of the images with --image_column", give(image_column="image"), dry=True,
       image_column="label"),
     U("--validation_split {} of {} images leaves nothing to train on or to hold out",
       lambda message, flags: [{**flags, "validation_split": re.search(r"give ([\d.]+)", message)[1]}],

@@ -24,10 +24,10 @@ from ddpm_hf.portable.hub_ddpm_hf import SAMPLED_BY
 from ddpm_hf.publishing import folder as published_folder
 from ddpm_hf.publishing import hub as publishing
 from ddpm_hf.publishing import spaces
+from tests.support import ROOT
 from tests.support.fixtures_cli import assert_one_line
 from tests.support.fixtures_pipeline import tiny_unet
 
-ROOT = Path(__file__).parents[2]
 STEPS = 20  # T of the tiny model
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 from ddpm_hf.common.errors import DataError
 from ddpm_hf.data import DataFlags, ImageDataset, ImageTransform, decode_row, load_rows, read_dataset
 from ddpm_hf.data.formats import register_plugins
-from tests.support.fixtures_unconditional import encoded, image_rows, quiet
+from tests.support.pictures import encoded, image_rows, quiet
 
 IMAGE = object()  # stands for a tiny image, each another one
 FORMS = {".jpg": "JPEG", ".jpeg": "JPEG", ".jfif": "JPEG", ".heic": "JPEG", ".avif": "AVIF", ".gif": "GIF"}

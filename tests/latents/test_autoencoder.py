@@ -29,7 +29,7 @@ from ddpm_hf.models.autoencoder import downscaling, load_autoencoder
 from ddpm_hf.text.flags import Text2ImageConfig
 from ddpm_hf.training.setup.accelerator import start_accelerator
 from tests.support.fixtures_pipeline import tiny_vae
-from tests.support.fixtures_unconditional import encoded, image_rows, quiet, random_pixels, write_rows
+from tests.support.pictures import encoded, image_rows, quiet, random_pixels, write_rows
 
 PIXELS = random_pixels(22, 8, 8)
 

@@ -2,7 +2,6 @@
 
 import copy
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +13,9 @@ from ddpm_hf.models.presets import MODEL_PRESETS, preset_unet_config
 from ddpm_hf.models.sizes import DEFAULT_UNET, model_size, settle_resolution
 from ddpm_hf.models.unet import build_unet, smallest_sample_side, stock_unet_defaults, time_blindness
 from ddpm_hf.portable.scheduling_ddpm_hf import DDPMScheduler
-from tests.support.fixtures_unconditional import parse
+from tests.support import ROOT
+from tests.support.runs import parse
 
-ROOT = Path(__file__).parents[2]
 SMALL = [name for name in MODEL_PRESETS if name.startswith("small-")]
 PUBLISHED = {
     # name: widths, blocks, attention at, dropout, learning rate, warm-up, batch, steps, schedule, T, variance, clip,

@@ -17,17 +17,8 @@ from ddpm_hf.common.places import find_place
 from ddpm_hf.models.pretrained import fit_classes, fit_variance, load_weights, read_source, trained_settings
 from ddpm_hf.models.sources import Source, find_source
 from tests.support.fixtures_pipeline import randn, tiny_unet, tiny_vae
-from tests.support.fixtures_unconditional import (
-    BASE,
-    encoded,
-    fill,
-    parse,
-    random_pixels,
-    run_script,
-    words,
-    write_rows,
-    write_unet,
-)
+from tests.support.pictures import encoded, random_pixels, write_rows, write_unet
+from tests.support.runs import BASE, fill, parse, run_script, words
 
 
 def close(first, second):

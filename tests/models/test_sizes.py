@@ -13,7 +13,8 @@ from ddpm_hf.models.flags import UNetFlags
 from ddpm_hf.models.sizes import model_size, settle_resolution
 from tests.support.fixtures_pipeline import tiny_vae
 from tests.support.fixtures_text import run_text_script, tiny_text_pipeline, write_captioned
-from tests.support.fixtures_unconditional import encoded, random_pixels, run_script, words, write_rows, write_unet
+from tests.support.pictures import encoded, random_pixels, write_rows, write_unet
+from tests.support.runs import run_script, words
 
 SHORT = {
     "seed": 0, "cpu_threads": 1, "logger": "none", "max_train_steps": 1, "train_batch_size": 2, "eval_batch_size": 1,

@@ -30,10 +30,9 @@ from ddpm_hf.portable.schedules_ddpm_hf import BETA_SCHEDULES
 from ddpm_hf.portable.scheduling_ddpm_hf import PREDICTION_TYPES, VARIANCE_TYPES
 from ddpm_hf.training import flags as configuration
 from ddpm_hf.training import parsing, rehearsal
-from tests.support import fixtures_unconditional
 from tests.support.fixtures_generated import HOSTILE, TIMES, Tally, ended, files_below, generated, report
-from tests.support.fixtures_text import tiny_text_pipeline
-from tests.support.fixtures_unconditional import BASE, encoded, fill, random_pixels, words, write_rows, write_unet
+from tests.support.pictures import encoded, random_pixels
+from tests.support.runs import BASE, Run, fill, run_script, words
 
 PROGRAMS = {
     "train_unconditional": (train_unconditional, train_unconditional.UnconditionalConfig),
@@ -183,17 +182,6 @@ def test_any_two_flags_go_together_or_one_is_named(pair, folder, tally):
 # Dry runs, which read data and models and say what would happen
 
 
-@pytest.fixture(scope="module")
-def shop(tmp_path_factory):
-    """Tiny data and models."""
-    root = tmp_path_factory.mktemp("shop")
-    files = [encoded(one) for one in random_pixels(8)]
-    write_rows(root / "photos", files, label=[0, 1] * 4, text=list("abcdefgh"))
-    write_unet(root / "tiny")
-    tiny_text_pipeline().save_pretrained(root / "stable")
-    return root
-
-
 @pytest.fixture
 def unmeasured(monkeypatch):
     """Dry runs that take no steps: models of any size are planned here."""
@@ -217,8 +205,7 @@ def dry_run(program: str, shop, folder, tally, *argv: str) -> None:
     """The command with --dry_run on top of what works: it prints its plan, or refuses in one line."""
     flags = fill({**DRY[program], "output_dir": folder / "run"}, shop)
     before = files_below(shop)
-    with mock.patch.object(fixtures_unconditional, "train_unconditional", PROGRAMS[program][0]):
-        run = fixtures_unconditional.run_script([*words(flags), "--dry_run", *argv], folder / "run")
+    run = run_script([*words(flags), "--dry_run", *argv], folder / "run", PROGRAMS[program][0].main)
     if tally.check(run):
         assert "steps" in run.out
     assert not list(folder.iterdir())
@@ -252,7 +239,7 @@ def test_a_process_of_its_own_says_the_same(flag, tmp_path):
         script = [sys.executable, "-m", "ddpm_hf.cli", "train-classifier"]
     argv = [f"--{flag.name}=", "--learning_rate=-1"]
     end = subprocess.run([*script, *argv], capture_output=True, text=True, cwd=tmp_path, timeout=300)
-    Tally().check(fixtures_unconditional.Run(end.returncode, end.stdout, end.stderr, tmp_path))
+    Tally().check(Run(end.returncode, end.stdout, end.stderr, tmp_path))
     assert end.returncode == 2
     assert not list(tmp_path.iterdir())
 

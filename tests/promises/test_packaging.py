@@ -8,13 +8,12 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
 
 import pytest
 
 import ddpm_hf
+from tests.support import ROOT
 
-ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "ddpm_hf"
 SCRIPTS = sorted(ROOT.glob("train_*.py"))
 
@@ -280,3 +279,13 @@ def test_the_wheel_declares_the_command_and_the_extras(wheel):
     assert re.search(r"^License(-Expression)?: Apache-2.0$", info["METADATA"], re.M)
     assert re.search(r'Requires-Dist: mlxtend.*extra == "demo"', info["METADATA"])
     assert "# " in info["METADATA"]  # the README
+
+
+# Lengths
+
+
+def test_no_file_is_too_long_to_be_read():
+    """Else files grow by what belongs elsewhere."""
+    files = [*SCRIPTS, *PACKAGE.rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
+    lines = {path.relative_to(ROOT).as_posix(): len(path.read_text(encoding="utf-8").splitlines()) for path in files}
+    assert {name: count for name, count in lines.items() if count > 600} == {}

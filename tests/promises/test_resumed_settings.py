@@ -20,15 +20,8 @@ from ddpm_hf.training.setup.optimizer import make_lr_scheduler, make_optimizer
 from ddpm_hf.training.setup.settings import settings_that_go_on
 from tests.support.fixtures_pipeline import tiny_unet
 from tests.support.fixtures_text import run_text_script, write_captioned, write_text_unet
-from tests.support.fixtures_unconditional import (
-    encoded,
-    parse,
-    random_pixels,
-    run_script,
-    words,
-    write_rows,
-    write_unet,
-)
+from tests.support.pictures import encoded, random_pixels, write_rows, write_unet
+from tests.support.runs import parse, run_script, words
 
 LATEST = {"resume_from_checkpoint": "latest"}
 CHECKPOINTS = ("checkpoint-2", "checkpoint-3")

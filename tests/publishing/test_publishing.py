@@ -25,8 +25,8 @@ from ddpm_hf.publishing.hub import attributes, outdated, read_remote
 from ddpm_hf.publishing.publisher import Publisher
 from tests.support.fixtures_hub import STRANGERS, TOKEN, WRONG, run
 from tests.support.fixtures_pipeline import tiny_unet
-from tests.support.fixtures_unconditional import random_pixels, write_images
 from tests.support.hub_server import Hub
+from tests.support.pictures import random_pixels, write_images
 
 # Each job is a command line of the script or, after "push", of `ddpm-hf push`
 COMMANDS = """
@@ -35,7 +35,8 @@ from pathlib import Path
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.utils import _http
 from ddpm_hf import cli
-from tests.support.fixtures_unconditional import random_pixels, run_script, write_images
+from tests.support.pictures import random_pixels, write_images
+from tests.support.runs import run_script
 
 _http.time.sleep = lambda seconds: None
 write_images(Path(sys.argv[2]) / "images", random_pixels(40, 8, 8, 0))

@@ -25,20 +25,11 @@ from ddpm_hf.publishing.space.page import (
     request_of,
     thumbnail,
 )
-from tests.support.fixtures_spaces import (
-    CLASSES,
-    STEPS,
-    STRANGERS,
-    TOKEN,
-    WRONG,
-    environment,
-    put,
-    seeded,
-    tiny_pipelines,
-)
+from tests.support import ROOT
+from tests.support.fixtures_hub import STRANGERS, TOKEN, WRONG, client_environment
+from tests.support.fixtures_spaces import CLASSES, STEPS, put, seeded, tiny_pipelines
 from tests.support.hub_server import Hub
 
-ROOT = Path(__file__).parents[2]
 KINDS = ("plain", "by-class", "text")
 
 
@@ -427,7 +418,7 @@ class World:
         (root / "theirs").mkdir()
         (root / "theirs" / "README.md").write_text("mine")
         words = json.dumps([[str(word) for word in words] for words in calls.values()])
-        kept = environment(hub, root / "home", PYTHONPATH=str(ROOT), HF_TOKEN=TOKEN)
+        kept = client_environment(hub, root / "home", PYTHONPATH=str(ROOT), HF_TOKEN=TOKEN)
         command = [sys.executable, "-c", COMMANDS, words]
         done = subprocess.run(command, cwd=root, env=kept, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
@@ -571,7 +562,7 @@ def test_the_spaces_code_draws_without_the_package_and_without_trust(world, mode
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(text)
     request = json.dumps(WISHES["by-class"]._asdict())
-    kept = environment(world.hub, tmp_path / "home", HF_TOKEN=TOKEN)
+    kept = client_environment(world.hub, tmp_path / "home", HF_TOKEN=TOKEN)
     command = [sys.executable, "-I", "-c", DRAWING, request]
     done = subprocess.run(command, cwd=tmp_path, env=kept, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

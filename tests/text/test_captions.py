@@ -34,7 +34,7 @@ from ddpm_hf.data.orders import keyed_permutation
 from ddpm_hf.text.captions import END, START, all_captions, encode_captions, fit_tokenizer, make_text_encoder
 from ddpm_hf.training.plan import KeyedBatchSampler, StepPlan
 from tests.support.fixtures_pipeline import tiny_vae
-from tests.support.fixtures_unconditional import encoded, image_rows, quiet, write_rows
+from tests.support.pictures import encoded, image_rows, quiet, write_rows
 
 CPU = torch.device("cpu")
 DIGITS = sorted(caption.format(name) for caption in DIGIT_CAPTIONS for name in DIGIT_NAMES)

@@ -6,7 +6,6 @@ import re
 import resource
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -18,8 +17,8 @@ from ddpm_hf.common.errors import UsageError
 from ddpm_hf.objectives import names
 from ddpm_hf.portable import scheduling_ddpm_hf
 from ddpm_hf.training.parsing import OneLineParser
+from tests.support import ROOT
 
-ROOT = Path(__file__).parents[2]
 CONFIGS = {
     "train_unconditional": train_unconditional.UnconditionalConfig,
     "train_text2image": train_text2image.Text2ImageConfig,

@@ -15,7 +15,8 @@ from ddpm_hf.common.arguments import SECRET_FLAGS
 from ddpm_hf.common.errors import UsageError
 from ddpm_hf.training.needs import needs_of, without_effect
 from ddpm_hf.training.setup.settings import save_settings
-from tests.support.fixtures_unconditional import encoded, random_pixels, run_script, words, write_rows, write_unet
+from tests.support.pictures import encoded, random_pixels, write_rows, write_unet
+from tests.support.runs import run_script, words
 
 PROGRAMS = {
     "unconditional": (train_unconditional.UnconditionalConfig, train_unconditional.parse),

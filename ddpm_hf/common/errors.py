@@ -46,11 +46,11 @@ def why_not_loaded(error: Exception) -> str:
 @contextlib.contextmanager
 def said_in_a_line(model: str) -> Iterator[None]:
     """Turn an error of loading a model into a ValueError that names the model and a fix."""
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HTTPError
 
     try:
         yield
-    except HfHubHTTPError.__bases__ as error:  # OSError, and the base of the HTTP library's errors
+    except (OSError, HTTPError) as error:
         if Path(model).is_dir():
             raise ValueError(f"{model} cannot be loaded: {why_not_loaded(error)}") from error
         raise ValueError(

@@ -26,7 +26,7 @@ class Components(NamedTuple):
     others: dict  # its sampler and default guidance scale; of a checkpoint also what else it holds
 
 
-def load_checkpoint_components(config, **given) -> Components:
+def load_checkpoint_components(config: Any, **given: Any) -> Components:
     """All of a Stable Diffusion checkpoint.
 
     Args:
@@ -79,7 +79,7 @@ def assemble(components: Components) -> TextToImageDDPMPipeline:
     )
 
 
-def load_text_encoder(name_or_path: str, token: str | None = None):
+def load_text_encoder(name_or_path: str, token: str | None = None) -> tuple[CLIPTokenizer, CLIPTextModel]:
     """A tokenizer and its CLIPTextModel: by themselves, or of a pipeline.
 
     Raises:

@@ -2,14 +2,11 @@
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from ..common.arguments import FIXED, FREE, HfArg, Need, names_elsewhere
 from ..common.errors import UsageError
 from .presets import MODEL_PRESETS
-
-if TYPE_CHECKING:  # else imported where it is used, so that --help is quick
-    pass
 
 # What other programs call these flags
 UNET = names_elsewhere("""

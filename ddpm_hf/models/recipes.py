@@ -9,7 +9,6 @@ from ..common.errors import UsageError
 from .flags import UNetFlags
 from .presets import MODEL_PRESETS
 from .pretrained import read_source, trained_settings
-from .unet import smallest_sample_side
 
 # The recipe for the embedded digits: a grid worth looking at after four minutes on two cores
 EMBEDDED_RECIPE = {
@@ -62,11 +61,11 @@ def _goes_on(config) -> bool:
 
 def advice_on_a_cpu(flags: UNetFlags, sample_size: int | Sequence[int]) -> str:
     """What to do where training this UNet takes too long on a CPU: a small preset that fits its images, if any."""
+    from ..portable.sampling_ddpm_hf import downscaling
+
     sides = [sample_size] if isinstance(sample_size, int) else list(sample_size)
     small = [name for name in MODEL_PRESETS if name.startswith("small-")]  # smallest first
-    fitting = [
-        name for name in small if all(side % smallest_sample_side(MODEL_PRESETS[name].unet) == 0 for side in sides)
-    ]
+    fitting = [name for name in small if not any(side % downscaling(MODEL_PRESETS[name].unet) for side in sides)]
     large_enough = [name for name in fitting if MODEL_PRESETS[name].unet["sample_size"] >= max(sides)]
     trained = getattr(flags, "pretrained_model_name_or_path", None)  # a preset would not start from its weights
     if trained or flags.model_preset in small or not fitting:

@@ -86,11 +86,6 @@ def time_blindness(config: Mapping[str, Any]) -> str | None:
     )
 
 
-def smallest_sample_side(config: dict[str, Any]) -> int:
-    """What height and width must be a multiple of: the model halves them once between each two levels."""
-    return 2 ** (len(config["block_out_channels"]) - 1)
-
-
 def text_unet_config(channels: int, size: tuple[int, int], text_width: int) -> dict[str, Any]:
     """A small `UNet2DConditionModel` for latents [channels, *size]; all levels but the finest read the text."""
     height, width = size

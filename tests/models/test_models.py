@@ -11,7 +11,8 @@ from diffusers.models.attention_processor import Attention
 from ddpm_hf.models.attention import AttentionBySize, choose_attention
 from ddpm_hf.models.presets import MODEL_PRESETS, preset_unet_config
 from ddpm_hf.models.sizes import DEFAULT_UNET, model_size, settle_resolution
-from ddpm_hf.models.unet import build_unet, smallest_sample_side, stock_unet_defaults, time_blindness
+from ddpm_hf.models.unet import build_unet, stock_unet_defaults, time_blindness
+from ddpm_hf.portable.sampling_ddpm_hf import downscaling
 from ddpm_hf.portable.scheduling_ddpm_hf import DDPMScheduler
 from tests.support import ROOT
 from tests.support.runs import parse
@@ -191,7 +192,7 @@ def test_what_a_config_leaves_out_is_diffusers_default():
         key: each for key, each in stock.config.items() if key[0] != "_"
     }
     assert "norm_num_groups=32 with 32 channels" in time_blindness(own)
-    assert smallest_sample_side(stock_unet_defaults()) == 2 ** (len(on_meta({}).config.block_out_channels) - 1)
+    assert downscaling(stock_unet_defaults()) == 2 ** (len(on_meta({}).config.block_out_channels) - 1)
 
 
 @pytest.mark.parametrize(("head_dim", "side"), [(None, 8), (8, 8), (None, 16)], ids=["one head", "heads", "large"])
@@ -239,7 +240,7 @@ def test_the_smallest_side_is_what_the_unet_can_halve(levels):
         "down_block_types": ("DownBlock2D",) * levels,
         "up_block_types": ("UpBlock2D",) * levels,
     }
-    side = smallest_sample_side(config)
+    side = downscaling(config)
     model = build_unet(config).eval()
     with torch.no_grad():
         for height, width in ((side, side), (side, 3 * side)):

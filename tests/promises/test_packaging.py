@@ -174,6 +174,40 @@ def test_no_folder_is_called_as_a_pipeline_of_diffusers():
     assert not folders & {"ddpm", "ddim", "dit", "latent_diffusion", "stable_diffusion"}
 
 
+DIFFUSERS_NAMES = {"_compatibles", "_optional_components"}  # which its subclasses set
+
+
+def is_private(name):
+    return name.startswith("_") and not name.endswith("__")
+
+
+def private_names(tree):
+    """The private functions, classes, variables and attributes that a module defines."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, (ast.Name, ast.Attribute)) and isinstance(node.ctx, ast.Store):
+            names.add(node.id if isinstance(node, ast.Name) else node.attr)
+    return {name for name in names if is_private(name)}
+
+
+def test_private_names_stay_in_their_file():
+    """Else a file cannot be changed without reading all others."""
+    trees = {module: ast.parse(path.read_text(encoding="utf-8")) for module, path in FILES.items()}
+    defined = {module: private_names(tree) for module, tree in trees.items()}
+    assert "_set_chain" in defined["ddpm_hf.portable.scheduling_ddpm_hf"]
+    everywhere = set().union(*defined.values()) - DIFFUSERS_NAMES
+    for module, tree in trees.items():
+        foreign = everywhere - defined[module]
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute):
+                assert node.attr not in foreign, f"{module}:{node.lineno} uses {node.attr}"
+            elif isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("ddpm_hf")):
+                names = [alias.name for alias in node.names if is_private(alias.name) and alias.name != "_version"]
+                assert not names, f"{module}:{node.lineno} imports {names}"
+
+
 # Dependencies
 
 

@@ -11,7 +11,7 @@ import torch
 from ddpm_hf.models.flags import UNetFlags
 from ddpm_hf.models.presets import MODEL_PRESETS
 from ddpm_hf.models.recipes import advice_on_a_cpu
-from ddpm_hf.models.unet import smallest_sample_side
+from ddpm_hf.portable.sampling_ddpm_hf import downscaling
 from ddpm_hf.training import reporting
 from ddpm_hf.training.reporting import Progress, duration, table
 from tests.support.pictures import random_pixels, write_images, write_unet
@@ -110,7 +110,7 @@ def test_the_preset_that_is_suggested_fits_the_images(size, preset):
     # Breaks if a user who follows the advice is refused for a side that the preset's UNet cannot halve.
     advice = advice_on_a_cpu(UNetFlags(), size)
     assert f"--model_preset {preset};" in advice
-    step = smallest_sample_side(MODEL_PRESETS[preset].unet)
+    step = downscaling(MODEL_PRESETS[preset].unet)
     assert all(side % step == 0 for side in ([size] if isinstance(size, int) else size))
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...inference.samplers import SAMPLERS
-from ...inference.studio import MOMENTS, MOST_IMAGES, SampleRequest, Step, Studio, followed
+from ...inference.studio import MOMENTS, MOST_IMAGES, SampleRequest, Step, Studio, streamed
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -96,11 +96,10 @@ def sampling_controls(gr: Any, studio: Studio) -> dict:
     titles = [(SAMPLERS[name].title, name) for name in studio.samplers]
     chosen = "ddim" if "ddim" in studio.samplers else titles[0][1]
     controls["sampler"] = gr.Dropdown(titles, value=chosen, label="Sampler", elem_id="sampler")
-    most_steps = max(2, studio.longest)
+    most_steps = max(2, studio.max_steps)
     controls["steps"] = gr.Slider(1, most_steps, studio.samplers[chosen], step=1, label="Steps", elem_id="steps")
-    usual_steps = (
-        f"name => ({json.dumps(studio.samplers)})[name]"  # in the browser, so that no late answer undoes a choice
-    )
+    # in the browser, so that no late answer undoes a choice
+    usual_steps = f"name => ({json.dumps(studio.samplers)})[name]"
     controls["sampler"].input(None, controls["sampler"], controls["steps"], js=usual_steps, api_visibility="private")
     if studio.guided:
         most = 15 if studio.by_text else 8
@@ -166,22 +165,23 @@ def make_page(studio: Studio, settings: dict) -> "gr.Blocks":
                 gr.Markdown(CHAIN_HEADING)
                 chain = gr.HTML(elem_id="chain", elem_classes=small)
 
-        def sample(values: dict, progress: Any = gr.Progress()) -> Iterator[dict]:  # noqa: B008  (Gradio finds it by its default)
+        # Gradio finds `progress` by its default
+        def sample(values: dict, progress: Any = gr.Progress()) -> Iterator[dict]:  # noqa: B008
             request = request_of({name: values[component] for name, component in controls.items()}, studio)
             captions, moments, begun = captions_of(request, studio), [], time.monotonic()
             try:
-                for word in followed(functools.partial(studio.draw, request)):
-                    if not isinstance(word, Step):
+                for step in streamed(functools.partial(studio.sample, request)):
+                    if not isinstance(step, Step):
                         took = f"Seed {request.seed}, {request.steps} steps, {time.monotonic() - begun:.1f} seconds."
-                        yield {gallery: list(zip(word, captions)), controls["seed"]: request.seed, progress_bar: took}
+                        yield {gallery: list(zip(step, captions)), controls["seed"]: request.seed, progress_bar: took}
                         break
-                    if word.predictions is not None:
-                        moments.append((word.timestep, [thumbnail(image) for image in word.predictions[:ROWS]]))
-                        seen = {chain: chain_picture(moments, min(MOMENTS, word.total)), progress_bar: ""}
-                        if word.done < word.total:  # the last are the results, which Gradio must not store twice
-                            seen |= {gallery: list(zip(word.predictions, captions)), controls["seed"]: request.seed}
+                    if step.predictions is not None:
+                        moments.append((step.timestep, [thumbnail(image) for image in step.predictions[:ROWS]]))
+                        seen = {chain: chain_picture(moments, min(MOMENTS, step.total)), progress_bar: ""}
+                        if step.done < step.total:  # the last are the results, which Gradio must not store twice
+                            seen |= {gallery: list(zip(step.predictions, captions)), controls["seed"]: request.seed}
                         yield seen
-                    progress((word.done, word.total), desc="Sampling")  # last: a yield hides the bar
+                    progress((step.done, step.total), desc="Sampling")  # last: a yield hides the bar
             except ValueError as error:
                 raise gr.Error(str(error), title="Not sampled", print_exception=False) from error
 

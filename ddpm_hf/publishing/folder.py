@@ -129,7 +129,7 @@ def sample_missing_pictures(studio: "Studio", folder: Path) -> None:
             bar.update(1)
             predictions.extend([step.predictions] if step.predictions else [])
 
-        images = studio.draw(SampleRequest(MOST_IMAGES, sampler, studio.samplers[sampler]), watch)
+        images = studio.sample(SampleRequest(MOST_IMAGES, sampler, studio.samplers[sampler]), watch)
     scale = max(1, 64 // images[0].width)
     chains = [images_at_step[i] for i in range(CHAIN_ROWS) for images_at_step in predictions]
     for name, grid in (

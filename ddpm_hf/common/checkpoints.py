@@ -28,8 +28,8 @@ def checkpoint_step(path: Path) -> int:
 
 def list_checkpoints(output_dir: Path, complete: bool = False) -> list[Path]:
     """The checkpoints in a folder, oldest first: all by name, or only complete ones."""
-    found = [path for path in output_dir.glob("checkpoint-*") if path.is_dir() and checkpoint_step(path) >= 0]
-    return sorted((path for path in found if not complete or is_sealed(path)), key=checkpoint_step)
+    paths = [path for path in output_dir.glob("checkpoint-*") if path.is_dir() and checkpoint_step(path) >= 0]
+    return sorted((path for path in paths if not complete or is_sealed(path)), key=checkpoint_step)
 
 
 def file_digest(path: Path) -> str:
@@ -56,8 +56,8 @@ def strangers(checkpoint: Path) -> list[str]:
     if checkpoint.is_symlink() or not is_sealed(checkpoint):
         return []
     known = {*json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"], MANIFEST}
-    found = sorted(path for path in checkpoint.rglob("*") if path.is_symlink() or not path.is_dir())
-    return [name for path in found if (name := path.relative_to(checkpoint).as_posix()) not in known]
+    paths = sorted(path for path in checkpoint.rglob("*") if path.is_symlink() or not path.is_dir())
+    return [name for path in paths if (name := path.relative_to(checkpoint).as_posix()) not in known]
 
 
 def discard(folder: Path) -> None:
@@ -128,7 +128,10 @@ def settings_of(output_dir: Path, requested: str) -> dict[str, Any]:
     """
     named = [path for path in (output_dir / requested, Path(requested)) if os.path.isfile(path / MANIFEST)]
     for path in reversed(list_checkpoints(output_dir)) if requested == "latest" else named:
-        for file, read in ((path.parent / SETTINGS, dict), (path / MANIFEST, lambda found: dict(found["settings"]))):
+        for file, read in (
+            (path.parent / SETTINGS, dict),
+            (path / MANIFEST, lambda manifest: dict(manifest["settings"])),
+        ):
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 return read(json.loads(file.read_text(encoding="utf-8")))
     return {}

@@ -37,7 +37,7 @@ def why_not_loaded(error: Exception) -> str:
     reason = " ".join(str(error).split())[:250]
     if ".safetensors" in reason and "no file" in reason.lower():
         reason += (
-            "; weights are read from safetensors alone: load pickled ones with the library that wrote them, if you"
+            "; weights are read only from safetensors: load pickled ones with the library that wrote them, if you"
             " trust them, and save_pretrained(folder, safe_serialization=True)"
         )
     return reason

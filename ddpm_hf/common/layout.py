@@ -148,6 +148,6 @@ def matching(folder: Path, pattern: str) -> list[str]:
     """The names in a folder that an entry's pattern matches, as posix paths; a folder's ends with a slash."""
     bare = pattern.removesuffix("/")
     expression = re.escape(bare).replace(r"\*", "[^/]*").replace(r"\#", r"\d+").replace("#", r"\d+")
-    found = folder.glob(bare.replace("#", "*")) if set(bare) & set("*#") else [folder / bare]
-    names = [path.relative_to(folder).as_posix() for path in found if os.path.lexists(path)]
+    paths = folder.glob(bare.replace("#", "*")) if set(bare) & set("*#") else [folder / bare]
+    names = [path.relative_to(folder).as_posix() for path in paths if os.path.lexists(path)]
     return sorted(name + pattern[len(bare) :] for name in names if re.fullmatch(expression, name))

@@ -116,11 +116,11 @@ def find_place(
         raise ValueError(f"a file; {way_out(name)}")
     if not os.path.isdir(name) and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise ValueError("no such folder, and not a name on the Hub, which is user/name")
-    place = Place(name, os.path.isdir(name), revision=revision, token=token)
-    place = place / subfolder.strip("/") if subfolder else place
-    if place.local and not os.path.isdir(place.root):
+    location = Place(name, os.path.isdir(name), revision=revision, token=token)
+    location = location / subfolder.strip("/") if subfolder else location
+    if location.local and not os.path.isdir(location.root):
         raise ValueError(f"no folder {subfolder} in it")
-    return place
+    return location
 
 
 def way_out(name: str) -> str:

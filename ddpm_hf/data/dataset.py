@@ -92,7 +92,7 @@ def describe_pixels(rows: Rows, transform: ImageTransform, inspected: int = 16) 
     channels = transform.channels
     if images and channels in (2, 4) and not any(has_alpha(image, channels) for image in images):
         lines.append(
-            f"warning: --channels {channels} is with alpha, and none of {len(images)} images looked at is transparent;"
+            f"warning: --channels {channels} is with alpha, and none of {len(images)} inspected images is transparent;"
             f" --channels {channels - 1} trains without"
         )
     if channels > 4:
@@ -107,7 +107,7 @@ def _lines_of_range(kind: str, most: float, given: PixelRange | None) -> list[st
     lines = [f"pixels: {name} values from {low:g} to {high:g} become -1 to 1" + ("" if given else " (--pixel_range)")]
     if given is None and 0 < most < high / 8:
         lines.append(
-            f"warning: the highest {name} value in the images looked at is {most:g}, far below {high:g}: all images"
+            f"warning: the highest {name} value in the inspected images is {most:g}, far below {high:g}: all images"
             f" will be dark; name the range of the values, such as --pixel_range 0 {math.ceil(most)}"
         )
     return lines
@@ -273,7 +273,7 @@ class StreamingBatches(torch.utils.data.IterableDataset):
             pixels = self.decode(row, index)
             if pixels is None:
                 continue
-            if to_skip:  # replaying, and which rows are broken had to be found again
+            if to_skip:  # replaying: decoded only to know which rows are broken
                 to_skip -= 1
                 continue
             batch.append((epoch, index * self.world + self.rank, row, pixels))

@@ -105,8 +105,8 @@ class ImageFlags:
             raise DataError(f"--channels {self.channels}: must be from 1 to {MOST_CHANNELS}")
         given = self.pixel_range
         if given is not None and not (len(given) == 2 and all(map(math.isfinite, given)) and given[0] < given[1]):
-            said = " ".join(f"{value:g}" for value in given)
-            raise DataError(f"--pixel_range {said}: give two numbers, LOW and then HIGH, such as -1 1")
+            values = " ".join(f"{value:g}" for value in given)
+            raise DataError(f"--pixel_range {values}: give two numbers, LOW and then HIGH, such as -1 1")
 
 
 @dataclass
@@ -192,4 +192,4 @@ class DataFlags(ImageFlags):
         if self.max_train_samples is not None and (self.max_train_samples < 1 or self.streaming):
             raise DataError(f"--max_train_samples {self.max_train_samples}: 1 or more, and not of a stream")
         if self.streaming and (self.validation_split or self.cache_dataset == "always"):
-            raise DataError("--streaming knows no --validation_split and no --cache_dataset always")
+            raise DataError("--streaming supports neither --validation_split nor --cache_dataset always")

@@ -53,7 +53,7 @@ class Listing:
     metadata: list[str] = field(default_factory=list)
     tables: list[str] = field(default_factory=list)
     outputs: list[str] = field(default_factory=list)  # folders and files of runs
-    ours: set[str] = field(default_factory=set)  # what the manifests of our programs list
+    written: set[str] = field(default_factory=set)  # the files that manifests list
     unclear: list[str] = field(default_factory=list)  # folders that may be those of splits or those of classes
     left_out: collections.Counter = field(default_factory=collections.Counter)  # a description -> how many
 
@@ -146,19 +146,19 @@ def _entries(listing: Listing, name: str) -> list[os.DirEntry]:
         listing.outputs.append(name)
         listing.left_out[f"{name}/ (the output of a run)"] += 1
         return []
-    ours = {one for part in manifest.values() for one in part}
-    listing.ours |= {f"{name}/{one}" if name else one for one in ours}
+    written = {one for part in manifest.values() for one in part}
+    listing.written |= {f"{name}/{one}" if name else one for one in written}
     kept = []
     for entry in entries:
         inner = f"{name}/{entry.name}" if name else entry.name
         if entry.name.startswith(".") or (entry.name.startswith("__") and entry.is_dir()):
             if _holds_images(entry):
                 listing.left_out[f"hidden {'folder' if entry.is_dir() else 'file'}"] += 1
-        elif inner in listing.ours or f"{inner}/" in listing.ours:
+        elif inner in listing.written or f"{inner}/" in listing.written:
             listing.outputs.append(inner)
             if not is_output and entry.is_file():
                 listing.left_out[f"file that ddpm_hf wrote to {name or '.'}/"] += 1
-        elif is_output and (RUN_FOLDERS if ours else RUN_ENTRIES).fullmatch(entry.name):
+        elif is_output and (RUN_FOLDERS if written else RUN_ENTRIES).fullmatch(entry.name):
             listing.outputs.append(inner)
         else:
             kept.append(entry)

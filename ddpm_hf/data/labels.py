@@ -196,7 +196,7 @@ def _alike(names: list[str]) -> list[str]:
     for name in names:
         groups.setdefault(" ".join(unicodedata.normalize("NFKC", name).casefold().split()), []).append(name)
     return [
-        f"the classes {shortened(variants)} differ in case or spaces alone, and are trained apart"
+        f"the classes {shortened(variants)} differ only in case or spaces, and are separate classes"
         for variants in groups.values()
         if len(variants) > 1
     ]

@@ -26,7 +26,7 @@ class Rows:
     label_names: list[str] = field(default_factory=list)
     caption_column: str | None = None
     numbers: np.ndarray | None = None  # of the rows in the dataset that these are a part of
-    folders: tuple[str, ...] = ()  # in which its files lie; where none is named, anywhere
+    folders: tuple[str, ...] = ()  # that may contain its files; empty: any
     left_out: str = ""  # what of the dataset's files is not read, and why
     labels_are_names: bool = False  # integers in the label column name their class, and are not its id
 
@@ -61,7 +61,7 @@ class Rows:
         """Raise ValueError for a file outside of the dataset: an untrusted dataset must not read other files."""
         absolute = os.path.abspath(path)
         if self.folders and not any(absolute.startswith(os.path.join(folder, "")) for folder in self.folders):
-            raise ValueError(f"it lies outside of {self.name}; put the images into it (save_to_disk does)")
+            raise ValueError(f"it is outside of {self.name}; put the images into it (save_to_disk does)")
 
     def part(self, indices: np.ndarray) -> "Rows":
         """Some of the rows."""

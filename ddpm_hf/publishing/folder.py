@@ -51,7 +51,7 @@ def files_to_publish(folder: Path, include: tuple[str, ...] = ()) -> dict[str, P
 
 @contextlib.contextmanager
 def frozen_copy(files: dict[str, Path], folder: Path) -> Iterator[dict[str, Path]]:
-    """A snapshot of the files, by hard links where possible: a run that goes on replaces files, and changes none."""
+    """A snapshot of the files, by hard links where possible: a continuing run replaces files, and changes none."""
     with tempfile.TemporaryDirectory(dir=folder, prefix=".publishing-", suffix=SCRAP) as scratch:
         copies = {}
         for name, path in files.items():
@@ -89,7 +89,7 @@ def checkpoint_as_folder(checkpoint: Path, ema: bool | None) -> Iterator[Path]:
 
     run = checkpoint.resolve().parent
     manifest = find_place(str(checkpoint)).json(MANIFEST) or {}
-    facts = find_place(str(run)).json(RUN_FILE)
+    record = find_place(str(run)).json(RUN_FILE)
     step = manifest.get("step", checkpoint_step(checkpoint.resolve()))
     with tempfile.TemporaryDirectory(prefix="ddpm_hf-") as temporary:
         folder = Path(temporary) / run.name
@@ -102,9 +102,9 @@ def checkpoint_as_folder(checkpoint: Path, ema: bool | None) -> Iterator[Path]:
         for path in (run / "samples").glob("*-*.png"):
             if path.stem.rpartition("-")[2].isdecimal() and int(path.stem.rpartition("-")[2]) <= step:
                 shutil.copyfile(path, folder / "samples" / path.name)
-        if facts is not None:
-            facts |= {"step": step, "sessions": manifest.get("sessions", [])}
-            write_whole(folder / RUN_FILE, json.dumps(facts, indent=1) + "\n")
+        if record is not None:
+            record |= {"step": step, "sessions": manifest.get("sessions", [])}
+            write_whole(folder / RUN_FILE, json.dumps(record, indent=1) + "\n")
         yield folder
 
 

@@ -32,7 +32,7 @@ COPIED = (
     "publishing/space/*.py",
 )
 
-APP = f'''"""The Space's page; what it does lies in {CODE}/."""
+APP = f'''"""The Space's page; its code is in {CODE}/."""
 
 from pathlib import Path
 

@@ -263,7 +263,7 @@ ROWS = [
       streaming=True, max_train_steps=None),
     U("--streaming needs --dataset_name or --train_data_dir", give(dataset_name="{shop}/photos"),
       give(train_data_dir="{shop}/photos"), streaming=True, **DIGITS),
-    U("--streaming knows no --validation_split and no --cache_dataset always",
+    U("--streaming supports neither --validation_split nor --cache_dataset always",
       lambda _, flags: [without(flags, ["validation_split"])], streaming=True, validation_split=0.5,
       validation_steps=2),
     U("--max_train_samples {}: 1 or more, and not of a stream", take_number, max_train_samples=0),
@@ -515,7 +515,7 @@ ROWS = [
     W("--channels {} is with alpha", lambda message, flags: [
         {**flags, "channels": re.search(r"--channels (\d) trains without", message)[1]}
       ], channels=4, **PRESET),
-    W("the highest {} value in the images looked at is {}", take_example, train_data_dir="{shop}/dark",
+    W("the highest {} value in the inspected images is {}", take_example, train_data_dir="{shop}/dark",
       model_config_name_or_path="{shop}/gray"),
     W("--resolution {}: the model was trained at {}", lambda message, flags: [
         {**flags, "resolution": re.findall(r"--resolution (\d+)", message)[-1]}

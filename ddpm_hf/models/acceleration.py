@@ -1,4 +1,4 @@
-"""How a model is executed: compiled, or with another attention."""
+"""How a model is executed: with another attention."""
 
 from typing import TYPE_CHECKING
 
@@ -23,11 +23,21 @@ def use_xformers(model) -> None:
         ) from error
 
 
-def compiled(model: "torch.nn.Module") -> "torch.nn.Module":
-    """The model behind torch.compile; as it is where Accelerate has compiled it."""
-    import torch
+def choose_execution(model, device: "torch.device", gradient_checkpointing: bool, xformers: bool = False) -> None:
+    """How a model of Diffusers is executed where it trains.
 
-    if hasattr(model, "_orig_mod"):
-        return model
-    # the layout optimization gave wrong gradients for this model on CPUs
-    return torch.compile(model, options={"layout_optimization": False})
+    Args:
+        gradient_checkpointing: whether to compute activations anew in the backward pass.
+        xformers: whether to use xFormers' attention.
+
+    Raises:
+        UsageError: xFormers is not installed, or has no GPU.
+    """
+    from .attention import choose_attention
+
+    if gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    if xformers:
+        use_xformers(model)
+    if device.type == "cpu":
+        choose_attention(model)

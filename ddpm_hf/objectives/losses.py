@@ -14,6 +14,14 @@ from ..portable.scheduling_ddpm_hf import LEARNED_VARIANCE_TYPES, DDPMScheduler
 from .bound import vb_terms_bpd
 from .gaussians import mean_flat
 
+QUARTILES = ("loss_q1", "loss_q2", "loss_q3", "loss_q4")  # losses by timestep, from little noise to much
+
+
+def quartile_of(timesteps: torch.Tensor, num_train_timesteps: int) -> torch.Tensor:
+    """The index in `QUARTILES` of each timestep: LongTensor [N] -> LongTensor [N]."""
+    return timesteps * 4 // num_train_timesteps
+
+
 # The simple objective: a loss between output and target, and its weight by signal-to-noise ratio
 
 # name -> elementwise loss(output, target)

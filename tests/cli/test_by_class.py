@@ -22,13 +22,25 @@ import train_unconditional
 from ddpm_hf import ClassConditionalDDPMPipeline, DDPMPipeline
 from ddpm_hf.common.pictures import image_grid
 from ddpm_hf.common.randomness import StepKeys, keyed_seed
-from ddpm_hf.data import to_model_range
+from ddpm_hf.data import DataFlags, to_model_range
 from ddpm_hf.data.batches import make_batches, open_images
 from ddpm_hf.data.orders import keyed_balanced_order
+from ddpm_hf.objectives.flags import ObjectiveFlags, ScheduleFlags
 from ddpm_hf.training.plan import StepPlan
 from tests.support.fixtures_pipeline import tiny_unet
 from tests.support.pictures import encoded, image_rows, quiet, random_pixels, write_images, write_unet
-from tests.support.runs import GRAY, assert_same_run, attempt, command, parse, records, run_script, train, words
+from tests.support.runs import (
+    GRAY,
+    assert_same_run,
+    attempt,
+    command,
+    parse,
+    records,
+    run_script,
+    train,
+    training_run,
+    words,
+)
 
 
 def level(row: int) -> int:
@@ -232,11 +244,12 @@ def loss_of(model, labels, keys, images=None, **flags):
         model,
         {"images": images} if labels is None else {"images": images, "labels": torch.as_tensor(labels)},
         keys,
-        config=config,
-        scheduler=train_unconditional.make_scheduler(config, config),
+        run=training_run(SimpleNamespace(device=torch.device("cpu"))),
+        class_dropout=config.class_dropout,
+        loss_options=config[ObjectiveFlags].loss_options(),
+        scheduler=train_unconditional.make_scheduler(config[ScheduleFlags], config[ObjectiveFlags]),
         sampler=train_unconditional.UniformTimestepSampler(config.ddpm_num_steps),
         null_class=3,
-        accelerator=SimpleNamespace(device=torch.device("cpu")),
     )
 
 
@@ -326,7 +339,7 @@ def test_the_loss_of_one_class_is_that_of_the_network_told_so():
 
     # by hand
     config = parse(words({"ddpm_num_steps": 1000}))
-    scheduler = train_unconditional.make_scheduler(config, config)
+    scheduler = train_unconditional.make_scheduler(config[ScheduleFlags], config[ObjectiveFlags])
     x_start = to_model_range(images)
     timesteps, noise = (keys.uniform("timestep") * 1000).long(), keys.normal_like(x_start)
     x_t = scheduler.add_noise(x_start, noise, timesteps)
@@ -371,10 +384,11 @@ def balanced_batches(world, batch, world_size=1, rank=0, step=0):
         local_main_process_first=contextlib.nullcontext,
     )
     config = parse(command(world, "unused", USUAL, train_data_dir="{shop}/uneven", train_batch_size=batch))
+    run = training_run(accelerator, config.seed, train_batch_size=batch)
     with quiet():
-        images = open_images(config, config, 1, accelerator)
+        images = open_images(run, config[DataFlags], 1)
     plan = StepPlan(images.count, batch, world_size, 1)
-    return make_batches(images, config, config, plan, step, accelerator, class_balanced=True)
+    return make_batches(run, images, plan, step, class_balanced=True)
 
 
 def take(batches, count):

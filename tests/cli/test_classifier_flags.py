@@ -12,12 +12,16 @@ import torch
 from accelerate.state import AcceleratorState
 
 from ddpm_hf.cli import classifier_training as classifier
-from ddpm_hf.cli.classifier_flags import NO_CLASSIFIER, ClassifierConfig, parse_classifier_flags
-from ddpm_hf.training.flags import PipelineConfig
+from ddpm_hf.cli.classifier_flags import CLASSIFIER, NO_CLASSIFIER, parse_classifier_flags
+from ddpm_hf.data import batches as data_batches
+from ddpm_hf.models.flags import AttentionFlags
+from ddpm_hf.publishing.flags import PublishingFlags
+from ddpm_hf.training.flags import GridFlags
+from ddpm_hf.training.setup import begin
 from tests.support.classifier import train_classifier
 from tests.support.flag_rows import Row, Seen, adam, checkpoints, digest, fits, logs, remembered, steps
 from tests.support.pictures import encoded, image_rows, quiet, random_pixels, write_images, write_rows, write_unet
-from tests.support.runs import fill, run_script, words
+from tests.support.runs import defaults, fill, run_script, words
 
 # A run of four steps, of which the second ends an epoch
 BASE = {
@@ -54,7 +58,7 @@ def observe(flags: dict, folder: Path) -> Seen:
     """Run the command with spies where it hands things on; the rehearsal's batch is not watched."""
     batches, calls = [], []
     compute_loss, rehearse, save_model = classifier.compute_loss, classifier.rehearse, classifier.save_model
-    loader, keys = torch.utils.data.DataLoader.__init__, classifier.StepKeys
+    loader, keys = torch.utils.data.DataLoader.__init__, data_batches.StepKeys
 
     def watched_loss(model, batch, *args, **kwargs):
         batches.append(batch)
@@ -93,8 +97,8 @@ def observe(flags: dict, folder: Path) -> Seen:
         mock.patch.object(classifier, "compute_loss", watched_loss),
         mock.patch.object(classifier, "rehearse", unwatched_rehearsal),
         mock.patch.object(classifier, "save_model", saved),
-        mock.patch.object(classifier, "compiled", compile_nothing),
-        mock.patch.object(classifier, "StepKeys", keys_of_held_out),
+        mock.patch.object(begin, "compiled", compile_nothing),
+        mock.patch.object(data_batches, "StepKeys", keys_of_held_out),
         mock.patch.object(torch.utils.data.DataLoader, "__init__", made_loader),
     ):
         run = run_script(words({**flags, "output_dir": folder}), folder, train_classifier)
@@ -235,7 +239,7 @@ APART = {
 
 def test_every_flag_is_seen_to_work():
     """Else a flag is declared that nobody shows to be read."""
-    declared = {field.name for field in dataclasses.fields(ClassifierConfig)}
+    declared = set(defaults(CLASSIFIER).values())
     assert declared == {row.flag for row in ROWS} | APART.keys()
     here = Path(__file__)
     tests = here.read_text() + (here.parent / "test_classifier.py").read_text()
@@ -325,9 +329,7 @@ def test_a_dataset_on_the_hub_is_asked_for_as_the_flags_say(shop, tmp_path, monk
 
 # Flags of other programs
 
-REMOVED = {field.name for field in dataclasses.fields(PipelineConfig)} - {
-    field.name for field in dataclasses.fields(ClassifierConfig)
-}
+REMOVED = {field.name for kind in (GridFlags, AttentionFlags, PublishingFlags) for field in dataclasses.fields(kind)}
 
 
 @pytest.mark.parametrize("how", ["flag", "file"])
@@ -350,4 +352,4 @@ def test_a_flag_without_meaning_is_refused_with_the_reason(flag, how, shop, tmp_
 def test_the_reasons_are_of_flags_that_there_are():
     """Else a removed flag has no reason, or one that is read has."""
     assert NO_CLASSIFIER.keys() >= REMOVED
-    assert not NO_CLASSIFIER.keys() & {field.name for field in dataclasses.fields(ClassifierConfig)}
+    assert not NO_CLASSIFIER.keys() & defaults(CLASSIFIER).values().keys()

@@ -29,6 +29,7 @@ from ddpm_hf.data.batches import Images, make_batches
 from ddpm_hf.data.orders import keyed_balanced_order
 from ddpm_hf.training.plan import StepPlan
 from tests.support.pictures import encoded, image_rows, plain_rows, random_pixels, write_rows
+from tests.support.runs import training_run
 
 # Batches
 
@@ -39,9 +40,8 @@ def drawn_batches(cached: bool, workers: int, count: int = 5, first_step: int = 
     """The script's batches of 5 noise images, 3 a batch, cropped and flipped at random."""
     rows, transform = plain_rows(5), ImageTransform(8, 8, 3, random_flip=True, keep_precision=keep)
     dataset = ImageDataset(rows, transform, seed=7, cached=cached)
-    config = SimpleNamespace(dataloader_num_workers=workers, seed=7)
-    images = Images(rows, transform, dataset, None)
-    return list(itertools.islice(make_batches(images, None, config, StepPlan(5, 3, 1, 1), first_step, ALONE), count))
+    run, images = training_run(ALONE, 7, dataloader_num_workers=workers), Images(rows, transform, dataset, None)
+    return list(itertools.islice(make_batches(run, images, StepPlan(5, 3, 1, 1), first_step), count))
 
 
 def same_batches(one: list[dict], other: list[dict]) -> bool:

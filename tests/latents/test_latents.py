@@ -25,11 +25,11 @@ from ddpm_hf.latents.cache import (
 from ddpm_hf.latents.encoding import draw_latents, x_start_of
 from ddpm_hf.latents.table import TensorTable
 from ddpm_hf.text.captions import all_captions, encode_captions, fit_tokenizer, make_text_encoder
-from ddpm_hf.training.flags import TrainingConfig
 from ddpm_hf.training.plan import StepPlan
 from tests.support.fixtures_pipeline import tiny_vae
 from tests.support.latents import CPU, rank
 from tests.support.pictures import encoded, image_rows, random_pixels
+from tests.support.runs import training_run
 
 PIXELS = random_pixels(24, 8, 8)
 
@@ -95,7 +95,7 @@ def same_batches(ours, theirs, vae, keys, step=0):
     for name in ("index", "labels"):
         assert torch.equal(ours[name], theirs[name])
     step_keys = StepKeys(3, step, 0, len(keys))
-    close(x_start_of(ours, step_keys, vae, rank()), x_start_of(theirs, step_keys, vae, rank()))
+    close(x_start_of(ours, step_keys, vae, CPU), x_start_of(theirs, step_keys, vae, CPU))
 
 
 @pytest.mark.parametrize("transform", [UPRIGHT, FLIPPING], ids=["upright", "flipping"])
@@ -116,16 +116,16 @@ def test_batches_come_in_the_same_order(vae, tmp_path):
     """Else a run with --cache_latents cannot be compared with one without."""
     images = ImageDataset(rows_of(range(10)), FLIPPING, 4, True)
     dataset = cached(images, vae, tmp_path)
-    config = TrainingConfig(seed=4, train_batch_size=4, dataloader_num_workers=2)
+    run = training_run(rank(), 4, train_batch_size=4, dataloader_num_workers=2)
     streams = []
     for one in (dataset, images):
         of_run = Images(images.rows, FLIPPING, one, None)
-        streams.append(make_batches(of_run, config, config, StepPlan(10, 4, 1, 1), 2, rank()))
+        streams.append(make_batches(run, of_run, StepPlan(10, 4, 1, 1), 2))
     for step in range(2, 9):
         ours, theirs = next(streams[0]), next(streams[1])
         assert ours["captions"] == theirs["captions"]
         keys = StepKeys(4, step, 0, len(ours["captions"]))
-        close(x_start_of(ours, keys, vae, rank()), x_start_of(theirs, keys, vae, rank()))
+        close(x_start_of(ours, keys, vae, CPU), x_start_of(theirs, keys, vae, CPU))
 
 
 VARIATIONS = {
@@ -307,8 +307,8 @@ def test_shift_and_scale_are_those_of_autoencoders_users(scale, shift):
     assert torch.equal(drawn, (mode - (shift or 0.0)) * scale)
     torch.testing.assert_close(drawn / scale + (shift or 0.0), mode)  # as pipelines go back
     batch = {"images": torch.from_numpy(np.ascontiguousarray(PIXELS[:3].transpose(0, 3, 1, 2)))}
-    close(x_start_of(batch, NoNoise(), own, rank()), drawn)
-    assert torch.equal(x_start_of({"moments": moments}, NoNoise(), own, rank()), drawn)
+    close(x_start_of(batch, NoNoise(), own, CPU), drawn)
+    assert torch.equal(x_start_of({"moments": moments}, NoNoise(), own, CPU), drawn)
 
 
 def test_each_step_draws_anew(vae):
@@ -332,7 +332,7 @@ def test_each_step_draws_anew(vae):
 def test_without_an_autoencoder_images_are_the_data():
     """Else training in pixels sees bytes, or images of another range."""
     batch = {"images": torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1)}
-    found = x_start_of(batch, NoNoise(), None, rank())
+    found = x_start_of(batch, NoNoise(), None, CPU)
     torch.testing.assert_close(found.flatten(), torch.tensor([-1.0, -0.6, 1.0]))
 
 

@@ -15,6 +15,7 @@ from ddpm_hf.common.randomness import StepKeys
 from ddpm_hf.models.classifier import AttentionPool, NoisyClassifier
 from tests.support.classifier import STEPS, WEIGHTS, tiny_classifier
 from tests.support.fixtures_pipeline import randn
+from tests.support.runs import training_run
 
 # The network
 
@@ -105,9 +106,8 @@ def loss_at(model, labels, step=0):
     """The training loss of random images at one step."""
     count = len(labels)
     batch = {"images": (randn(count, 1, 8, 8) * 40 + 128).clamp(0, 255).byte(), "labels": torch.tensor(labels)}
-    engine = SimpleNamespace(device=torch.device("cpu"))
     keys = StepKeys(0, step, 0, count)
-    return compute_loss(model, batch, keys, scheduler=DDPMScheduler(STEPS), accelerator=engine)
+    return compute_loss(model, batch, keys, scheduler=DDPMScheduler(STEPS), device=torch.device("cpu"))
 
 
 def test_a_classifier_that_knows_nothing_loses_log_K():
@@ -167,9 +167,9 @@ def test_accuracies_are_shares_of_the_held_out_images():
 
     one = {"process_index": 0, "num_processes": 1, "reduce": lambda total, reduction: total}
     engine = SimpleNamespace(device=torch.device("cpu"), autocast=contextlib.nullcontext, **one)
-    config, scheduler = SimpleNamespace(eval_batch_size=3, seed=0), DDPMScheduler(STEPS)
+    run, scheduler = training_run(engine, eval_batch_size=3), DDPMScheduler(STEPS)
     for _ in range(2):  # the same each time
-        found = validation_accuracy(model, held_out=HeldOut(), config=config, scheduler=scheduler, accelerator=engine)
+        found = validation_accuracy(model, run=run, held_out=HeldOut(), scheduler=scheduler)
     clean, noised = ([torch.cat(pair) for pair in zip(*asked[start:6:2])] for start in (0, 1))
     assert len(clean[0]) == len(noised[0]) == 7
     assert (clean[1] == 0).all()

@@ -8,7 +8,9 @@ import torch
 from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention
 
+from ddpm_hf.data import DataFlags
 from ddpm_hf.models.attention import AttentionBySize, choose_attention
+from ddpm_hf.models.flags import UNetFlags
 from ddpm_hf.models.presets import MODEL_PRESETS, preset_unet_config
 from ddpm_hf.models.sizes import DEFAULT_UNET, model_size, settle_resolution
 from ddpm_hf.models.unet import build_unet, stock_unet_defaults, time_blindness
@@ -71,7 +73,7 @@ def test_a_published_preset_is_its_paper(name):
     assert parameters(on_meta(preset_unet_config(name, **classes))) == count
 
     config = parse(["--model_preset", name, "--train_data_dir", "data"])
-    settle_resolution(config, *model_size(config), usual="64")
+    settle_resolution(config[DataFlags], *model_size(config[UNetFlags]), usual="64")
     assert config.size() == (unet["sample_size"], unet["sample_size"])
     assert config.learning_rate == rate
     assert config.lr_warmup_steps == warmup

@@ -72,7 +72,7 @@ def parser():
     """The script's flags."""
     from ddpm_hf.training.parsing import OneLineParser
 
-    return OneLineParser(train_unconditional.UnconditionalConfig)
+    return OneLineParser(train_unconditional.PROGRAM)
 
 
 WORDS = {

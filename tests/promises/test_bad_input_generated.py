@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 import train_text2image
 import train_unconditional
 from ddpm_hf.cli import classifier_training as classifier
+from ddpm_hf.cli.classifier_flags import CLASSIFIER
 from ddpm_hf.models.presets import MODEL_PRESETS
 from ddpm_hf.objectives.losses import LOSS_TYPES, OBJECTIVES
 from ddpm_hf.objectives.timestep_samplers import TIMESTEP_SAMPLERS
@@ -35,9 +36,9 @@ from tests.support.pictures import encoded, random_pixels
 from tests.support.runs import BASE, Run, fill, run_script, words
 
 PROGRAMS = {
-    "train_unconditional": (train_unconditional, train_unconditional.UnconditionalConfig),
-    "train_text2image": (train_text2image, train_text2image.Text2ImageConfig),
-    "train-classifier": (classifier, classifier.ClassifierConfig),
+    "train_unconditional": (train_unconditional, train_unconditional.PROGRAM),
+    "train_text2image": (train_text2image, train_text2image.PROGRAM),
+    "train-classifier": (classifier, CLASSIFIER),
 }
 
 
@@ -55,10 +56,11 @@ FLAGS = [
         program,
         field.name,
         (field.name, *(alias[2:] for alias in field.metadata.get("aliases") or ())),
-        typing.get_type_hints(cls)[field.name],
+        typing.get_type_hints(kind)[field.name],
     )
-    for program, (_, cls) in PROGRAMS.items()
-    for field in dataclasses.fields(cls)
+    for program, (_, declared) in PROGRAMS.items()
+    for kind in declared.flags
+    for field in dataclasses.fields(kind)
 ]
 
 

@@ -22,7 +22,7 @@ import train_unconditional
 from ddpm_hf.common.errors import UsageError
 from ddpm_hf.publishing import publisher
 from ddpm_hf.training import output
-from ddpm_hf.training.flags import TrainingConfig
+from ddpm_hf.training.flags import TrainingFlags
 from ddpm_hf.training.setup.accelerator import fit_engine
 from tests.support.faults import (
     FILES,
@@ -65,7 +65,7 @@ def without_room(place, name: str, when=lambda *args: True, room: int = 0):
 
 def of_steps(*steps: int):
     """Whether a checkpoint is of one of the steps."""
-    return lambda accelerator, state, *more: state.step in steps
+    return lambda run, state, *more: state.step in steps
 
 
 @pytest.mark.parametrize("room", [0, 30_000])
@@ -392,7 +392,7 @@ def engine(kind, **plugins):
 
 def test_engines_that_cut_weights_for_good_are_refused():
     """Else a run of days ends with shards that no pipeline can be made of."""
-    config = TrainingConfig(train_batch_size=7, max_grad_norm=0.5)
+    config = TrainingFlags(train_batch_size=7, max_grad_norm=0.5)
     with pytest.raises(UsageError, match="fsdp_version: 2"):
         fit_engine(engine(DistributedType.FSDP), config)
     plugin = SimpleNamespace(zero_stage=3, deepspeed_config={})

@@ -8,7 +8,7 @@ import typer.main
 
 from ddpm_hf import cli
 from tests.support import ROOT
-from tests.support.ways_out import CONFIGS, ROWS, flags_in
+from tests.support.ways_out import PROGRAMS, ROWS, flags_in
 
 SOURCES = [
     *sorted((ROOT / "ddpm_hf").rglob("*.py")),
@@ -140,7 +140,8 @@ def test_no_row_or_exception_outlives_its_message():
 
 def test_every_flag_that_a_message_names_is_one():
     # Breaks if a flag is renamed, and a message goes on advising the old one.
-    known = {field.name for config in CONFIGS for field in dataclasses.fields(config)} | {"config", "help", "flag"}
+    kinds = [kind for program in PROGRAMS for kind in program.flags]
+    known = {field.name for kind in kinds for field in dataclasses.fields(kind)} | {"config", "help", "flag"}
     command = typer.main.get_command(cli.app)
     for one in command.commands.values():
         names = [name for each in one.params for name in [*each.opts, *each.secondary_opts]]

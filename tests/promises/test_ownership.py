@@ -12,7 +12,7 @@ from PIL import Image
 
 from ddpm_hf import portable
 from ddpm_hf.cli import pictures
-from ddpm_hf.common.checkpoints import discard
+from ddpm_hf.common.checkpoints import SETTINGS, discard
 from ddpm_hf.common.errors import UsageError
 from ddpm_hf.common.layout import COMPONENTS, EARLIER, LAYOUT, layout, matching
 from ddpm_hf.common.ownership import MANIFEST, claim_files, listed, run_files
@@ -21,7 +21,7 @@ from ddpm_hf.models.saving import save_half_precision
 from ddpm_hf.publishing.card.illustrations import write_pictures
 from ddpm_hf.publishing.folder import PUBLISHED
 from ddpm_hf.publishing.spaces import Model, write_space
-from ddpm_hf.training import checkpointing, earlier_run
+from ddpm_hf.training import earlier_run
 from ddpm_hf.training.checkpointing import rotate
 from tests.support.ownership import OVER, QUICK, cut_off, put, sealed
 from tests.support.runs import attempt, contents, train
@@ -332,4 +332,4 @@ def test_the_table_is_what_is_published():
     """Else the upload and the manifest know different files."""
     assert set(PUBLISHED) == {e.pattern for e in LAYOUT if e.published} - {"README.md"} | {"LICENSE*"}
     assert set(COMPONENTS) == {e.pattern.split("/")[0] for e in LAYOUT if e.pattern.endswith("/merges.txt")}
-    assert checkpointing.SETTINGS in {entry.pattern for entry in LAYOUT}
+    assert SETTINGS in {entry.pattern for entry in LAYOUT}

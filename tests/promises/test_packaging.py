@@ -157,6 +157,13 @@ def test_training_knows_no_diffusion(module):
         assert not name.startswith(("diffusers.schedulers", "diffusers.pipelines"))
 
 
+@pytest.mark.parametrize("module", [module for module in FILES if unit(module) == "ddpm_hf.training"])
+def test_training_has_no_words_of_diffusion_or_of_the_hub(module):
+    """Else what the loop knows of one kind of model is in the way of the next."""
+    words = r"unet|vae|text_encoder|timesteps?|prediction_type|loss_q|_q\d?|hub|hub_\w+|push_to_hub|publish\w*"
+    assert not re.findall(rf"(?i)(?<![a-z])(?:{words})(?![a-z-])", FILES[module].read_text(encoding="utf-8"))
+
+
 @pytest.mark.parametrize("module", MATH)
 def test_the_math_knows_no_accelerate(module):
     """Else a formula cannot be used without a training run around it."""

@@ -22,6 +22,7 @@ from ddpm_hf.common.ownership import MANIFEST, claim_files, run_files
 from ddpm_hf.publishing import hub as publishing
 from ddpm_hf.training import earlier_run
 from ddpm_hf.training.earlier_run import set_aside, settle
+from ddpm_hf.training.setup import claiming
 from tests.support.ownership import OVER, QUICK, cut_off, put, sealed
 from tests.support.pictures import random_pixels, write_images, write_unet
 from tests.support.runs import attempt, contents, run_script, train, words
@@ -121,11 +122,11 @@ EARLY = {
     "a UNet of other channels": ({"model_config_name_or_path": "{shop}/five"}, None, 2),
     "best without a split": ({"hub_strategy": "best", "validation_steps": 500}, None, 2),
     "no data": ({"train_data_dir": "{shop}/nothing"}, None, 2),
-    "out of memory": ({}, ("compute_loss", torch.OutOfMemoryError("CUDA out of memory")), 2),
-    "a broken first batch": ({}, ("rehearse", UsageError("broken")), 2),
-    "Ctrl-C before the first step": ({}, ("training_loop", KeyboardInterrupt()), 130),
-    "a full disk": ({}, ("save_settings", OSError(28, "No space left on device")), 1),
-    "an error of ours": ({}, ("describe_run", AssertionError("a bug")), None),
+    "out of memory": ({}, (train_unconditional, "compute_loss", torch.OutOfMemoryError("CUDA out of memory")), 2),
+    "a broken first batch": ({}, (train_unconditional, "rehearse", UsageError("broken")), 2),
+    "Ctrl-C before the first step": ({}, (train_unconditional, "training_loop", KeyboardInterrupt()), 130),
+    "a full disk": ({}, (claiming, "save_settings", OSError(28, "No space left on device")), 1),
+    "an error of ours": ({}, (train_unconditional, "describe_run", AssertionError("a bug")), None),
 }
 
 
@@ -133,7 +134,7 @@ EARLY = {
 def test_whatever_fails_early_leaves_the_earlier_model(name, shop, trained, earlier):
     """Else a missing package, a mistake or a bug costs the model that was there."""
     flags, patch, code = EARLY[name]
-    with mock.patch.object(train_unconditional, patch[0], fail(patch[1])) if patch else mock.MagicMock():
+    with mock.patch.object(*patch[:2], fail(patch[2])) if patch else mock.MagicMock():
         if code is None:
             with pytest.raises(AssertionError, match="a bug"):
                 attempt(shop, earlier, QUICK, **OVER, **flags)
@@ -171,7 +172,7 @@ def test_a_run_that_stops_before_its_first_checkpoint_gives_the_earlier_one_back
 def test_sigterm_before_the_loop_gives_the_earlier_run_back(shop, trained, earlier):
     """Else a job that is ended as it starts has removed the model that it was to replace."""
     terminate = mock.Mock(side_effect=lambda config: os.kill(os.getpid(), signal.SIGTERM))
-    with mock.patch.object(train_unconditional, "save_settings", terminate):
+    with mock.patch.object(claiming, "save_settings", terminate):
         assert attempt(shop, earlier, QUICK, **OVER).code == 143
     assert contents(earlier) == contents(trained)
 
@@ -325,7 +326,7 @@ def test_the_rehearsal_changes_nothing(shop, tmp_path):
     flags["model_config_name_or_path"] = str(tmp_path / "dropout")
     train(shop, tmp_path / "with", QUICK, **flags)
     again = {"max_train_steps": 3, "resume_from_checkpoint": "latest"}
-    with mock.patch.object(train_unconditional, "rehearse", lambda c, a, s, p, batches, loss: batches):
+    with mock.patch.object(train_unconditional, "rehearse", lambda run, state, plan, batches, loss: batches):
         train(shop, tmp_path / "without", QUICK, **flags)
         shutil.copytree(tmp_path / "without", tmp_path / "resumed")
         train(shop, tmp_path / "without", QUICK, **flags, **again)

@@ -26,12 +26,11 @@ from ddpm_hf.latents.training import train_autoencoder
 from ddpm_hf.models.saving import save_model
 from ddpm_hf.training import checkpointing
 from ddpm_hf.training.checkpointing import find_checkpoint, read_manifest, rotate
-from ddpm_hf.training.flags import TrainingConfig
 from ddpm_hf.training.plan import KeyedBatchSampler, StepPlan
 from tests.support.fixtures_pipeline import tiny_unet
 from tests.support.fixtures_ranks import torchrun
 from tests.support.pictures import encoded, random_pixels, write_rows, write_unet
-from tests.support.runs import GRAY, assert_same_run, command, train
+from tests.support.runs import GRAY, assert_same_run, command, train, training_run
 
 
 @pytest.fixture(scope="module")
@@ -450,8 +449,8 @@ def test_scraps_beside_a_finished_autoencoder_go(tmp_path):
     folder.mkdir()
     leave_scraps(folder)
     claim_files(folder, ["checkpoint-4/"])
-    flags = TrainingConfig(output_dir=str(tmp_path), resume_from_checkpoint="latest")
     save_model(make_autoencoder(AutoencoderFlags(vae_widths="8,16"), 1, (8, 8), 0), folder)
     accelerator = SimpleNamespace(is_main_process=True, device=torch.device("cpu"))
-    train_autoencoder(flags, flags, None, 1, (8, 8), accelerator)
+    run = training_run(accelerator, output_dir=str(tmp_path), resume_from_checkpoint="latest")
+    train_autoencoder(run, None, None, (8, 8))
     assert scraps(folder) == [".gitignore", ".mine"]

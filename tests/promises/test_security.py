@@ -30,7 +30,7 @@ from tests.support.fixtures_pipeline import tiny_unet
 from tests.support.fixtures_text import tiny_text_pipeline
 from tests.support.hub_server import Hub
 from tests.support.pictures import encoded, random_pixels, write_images, write_rows, write_unet
-from tests.support.runs import BASE, attempt
+from tests.support.runs import BASE, attempt, defaults
 
 SOURCES = [*sorted((ROOT / "ddpm_hf").rglob("*.py")), *sorted(ROOT.glob("train_*.py"))]
 
@@ -495,7 +495,7 @@ def test_a_refused_command_line_shows_no_token(argv):
 def test_a_token_that_is_none_is_refused_before_training():
     """Else hours of training end in an upload that could never work."""
     for value in ("", "two words", "line\nbreak", "é"):
-        config = train_unconditional.UnconditionalConfig(hub_token=value)
+        config = defaults(train_unconditional.PROGRAM, hub_token=value)
         with pytest.raises(UsageError, match="--hub_token"):
             config.check()
 

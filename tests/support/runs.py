@@ -1,12 +1,13 @@
 """Runs of the training scripts in this process, what they leave behind, and whether two of them are the same."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -16,6 +17,9 @@ from safetensors.torch import load_file
 
 import train_unconditional
 from ddpm_hf.training.checkpointing import read_manifest
+from ddpm_hf.training.flags import Flags, TrainingFlags
+from ddpm_hf.training.parsing import Program, parse_flags
+from ddpm_hf.training.run import Run as TrainingRun
 from tests.support.pictures import quiet
 
 # A run of four steps; {shop} holds datasets and models
@@ -192,8 +196,28 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
     assert [path.read_bytes() for path in pictures[0]] == [path.read_bytes() for path in pictures[1]]
 
 
-def parse(argv: list[str]) -> train_unconditional.UnconditionalConfig:
+def parse(argv: list[str]) -> Flags:
     """The settings that a command line stands for."""
-    return train_unconditional.parse_layers(
-        train_unconditional.UnconditionalConfig, argv, train_unconditional.weaker_layers
-    )
+    return parse_flags(train_unconditional.PROGRAM, argv)
+
+
+def changed(flags: Flags, **values: Any) -> Flags:
+    """The same flags, with some of them changed."""
+    names = [{field.name for field in dataclasses.fields(part)} for part in flags]
+    parts = [
+        dataclasses.replace(part, **{name: value for name, value in values.items() if name in known})
+        for part, known in zip(flags, names)
+    ]
+    assert set(values) <= set.union(*names)
+    return Flags(parts, flags.given, list(flags.absent))
+
+
+def defaults(program: Program, **values: Any) -> Flags:
+    """A program's flags as the dataclasses have them, with some of them changed."""
+    return changed(Flags([kind() for kind in program.flags], absent=list(program.absent)), **values)
+
+
+def training_run(accelerator: Any = None, seed: int = 0, **flags: Any) -> TrainingRun:
+    """A run of a program that has no flags but those of the training."""
+    training = TrainingFlags(**flags)
+    return TrainingRun(training, Flags([training]), accelerator, seed=seed)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import train_text2image
 import train_unconditional
-from ddpm_hf.cli.classifier_flags import ClassifierConfig, parse_classifier_flags
+from ddpm_hf.cli.classifier_flags import CLASSIFIER, parse_classifier_flags
 from tests.support.fixtures_text import run_text_script
 from tests.support.runs import run_script
 
@@ -35,7 +35,7 @@ PARSERS = {
 }
 
 
-CONFIGS = (train_unconditional.UnconditionalConfig, train_text2image.Text2ImageConfig, ClassifierConfig)
+PROGRAMS = (train_unconditional.PROGRAM, train_text2image.PROGRAM, CLASSIFIER)
 
 
 SCRIPTS = {"unconditional": run_script, "text": run_text_script}

@@ -1,6 +1,5 @@
 """Each flag of train_text2image.py is read and alone changes what can be seen; defaults are those of Diffusers."""
 
-import dataclasses
 import functools
 from pathlib import Path
 from unittest import mock
@@ -10,9 +9,8 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 
 import train_text2image
+import train_unconditional
 from ddpm_hf.common.pictures import image_grid
-from ddpm_hf.data import DataFlags
-from ddpm_hf.training.flags import PipelineConfig
 from ddpm_hf.training.setup.settings import public_settings, save_settings
 from tests.support.fixtures_text import (
     CAPTIONS,
@@ -21,7 +19,7 @@ from tests.support.fixtures_text import (
     run_text_script,
 )
 from tests.support.flag_rows import Row, Seen, digest, fits, has, last_grid, rates, remembered, scheduler
-from tests.support.runs import words
+from tests.support.runs import changed, defaults, words
 from tests.support.text_runs import START, text_command, train_text
 
 # Command lines of Diffusers' scripts
@@ -214,8 +212,8 @@ ROWS = [
 
 def test_every_flag_of_the_script_is_seen_to_work():
     """Else a flag is declared that nobody shows to be read."""
-    declared = {field.name for field in dataclasses.fields(train_text2image.Text2ImageConfig)}
-    shared = {field.name for cls in (PipelineConfig, DataFlags) for field in dataclasses.fields(cls)}
+    declared = defaults(train_text2image.PROGRAM).values().keys()
+    shared = defaults(train_unconditional.PROGRAM).values().keys() - {"cache_latents"}
     assert declared - shared <= {row.flag for row in ROWS} | {"aspect_ratio_buckets"}  # which test_buckets shows
 
 
@@ -263,7 +261,7 @@ def test_a_run_can_be_repeated_from_what_it_wrote(prompts, tmp_path):
     config = parse_text([*argv, *(["--validation_prompts", *prompts] if prompts else [])])
     save_settings(config)
     again = parse_text(["--config", str(tmp_path / "training_config.json")])
-    assert public_settings(dataclasses.replace(again, config=None)) == public_settings(config)
+    assert public_settings(changed(again, config=None)) == public_settings(config)
 
 
 def test_several_prompts_are_as_many_rows(shop, tmp_path):

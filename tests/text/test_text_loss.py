@@ -12,6 +12,8 @@ import train_text2image
 from ddpm_hf.common.randomness import StepKeys
 from ddpm_hf.portable.pipeline_text2image_ddpm_hf import tokenize
 from ddpm_hf.text.captions import encode_captions
+from ddpm_hf.text.flags import TextObjectiveFlags
+from ddpm_hf.training.flags import Flags
 from tests.support.fixtures_pipeline import tiny_vae
 from tests.support.fixtures_text import (
     CAPTIONS,
@@ -21,7 +23,7 @@ from tests.support.fixtures_text import (
     tiny_text_unet,
 )
 from tests.support.pictures import random_pixels
-from tests.support.runs import words
+from tests.support.runs import training_run, words
 
 # The loss
 
@@ -29,7 +31,7 @@ from tests.support.runs import words
 class Bench(NamedTuple):
     """What `compute_loss` is called with, outside of a run."""
 
-    config: train_text2image.Text2ImageConfig
+    flags: Flags
     components: train_text2image.Components
     model: train_text2image.TextConditioned
     batch: dict
@@ -41,10 +43,12 @@ class Bench(NamedTuple):
             self.model,
             {**self.batch, **batch},
             keys or self.keys,
-            config=self.config,
+            run=training_run(SimpleNamespace(device=torch.device("cpu"))),
             components=self.components,
             null_embedding=None,
-            accelerator=SimpleNamespace(device=torch.device("cpu")),
+            caption_dropout=self.flags.caption_dropout,
+            learns=self.flags.trains_text_encoder,
+            objective=self.flags[TextObjectiveFlags],
         )
         return found.losses.detach()
 
@@ -182,8 +186,8 @@ def test_validation_is_never_perturbed(flag):
 
 def text_input(one: Bench, keys: StepKeys, null=None):
     """What the model is given to read."""
-    device = SimpleNamespace(device=torch.device("cpu"))
-    return train_text2image.caption_input(one.batch, keys, one.config, one.components, null, device)
+    share, learns, device = one.flags.caption_dropout, one.flags.trains_text_encoder, torch.device("cpu")
+    return train_text2image.caption_input(one.batch, keys, one.components, null, device, share, learns)
 
 
 @pytest.mark.parametrize("how", ["ids", "embedded", "cached"])

@@ -116,7 +116,9 @@ def test_a_missing_revision_of_the_raw_weights_is_named(shop, tmp_path):
             ),
             pytest.raises(UsageError, match="raw"),
         ):
-            train_text2image.load_checkpoint_components(config)
+            train_text2image.load_checkpoint_components(
+                config.pretrained_model_name_or_path, non_ema_revision=config.non_ema_revision
+            )
 
 
 def test_latents_of_random_crops_are_not_cached(shop, tmp_path):

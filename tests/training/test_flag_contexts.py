@@ -1,6 +1,5 @@
 """Flags that need more than one run, or another surrounding; what a run writes about itself."""
 
-import dataclasses
 import json
 import os
 import re
@@ -20,7 +19,7 @@ from ddpm_hf.training.setup.settings import public_settings, save_settings
 from tests.support.flag_rows import checkpoints, grids, logs
 from tests.support.flag_runs import DRY, json_of, observe, weights
 from tests.support.pictures import encoded, image_rows, quiet, random_pixels
-from tests.support.runs import Run, parse, run_script, words
+from tests.support.runs import Run, changed, parse, run_script, words
 
 
 def test_output_dir(base, tmp_path, monkeypatch):
@@ -218,10 +217,10 @@ def test_training_config_reads_back(argv, tmp_path):
     # Breaks if repeating a run by its training_config.json trains with other settings.
     argv = [word if word != "-o" else f"{tmp_path}/-o" for word in argv]
     config = parse(argv)
-    written = dataclasses.replace(config, output_dir=str(tmp_path))
+    written = changed(config, output_dir=str(tmp_path))
     save_settings(written)
     again = parse(["--config", str(tmp_path / "training_config.json")])
-    assert public_settings(dataclasses.replace(again, config=None)) == public_settings(written)
+    assert public_settings(changed(again, config=None)) == public_settings(written)
 
 
 def test_a_run_can_be_repeated_from_what_it_wrote(seen_of, tmp_path):

@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 import train_unconditional
 from ddpm_hf.cli.classifier_flags import parse_classifier_flags
 from ddpm_hf.common import machine
-from ddpm_hf.models.acceleration import compiled
+from ddpm_hf.training.setup.begin import compiled
 from tests.support import runs
 from tests.support.fixtures_text import parse_text
 from tests.support.pictures import encoded, quiet, random_pixels, write_rows, write_unet

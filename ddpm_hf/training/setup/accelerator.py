@@ -10,13 +10,12 @@ from accelerate.utils import DistributedType, GradientAccumulationPlugin, Projec
 
 from ...common.errors import UsageError
 from ...common.machine import usable_cores
-from ..flags import TrainingConfig
-from ..launcher import check_launcher, launched_precision, unused_settings
-from ..logs import log
+from ..flags import TrainingFlags
+from ..launcher import check_launcher, launched_precision
 from ..process import check_accelerator
 
 
-def start_accelerator(config: TrainingConfig) -> Accelerator:
+def start_accelerator(config: TrainingFlags) -> Accelerator:
     """Accelerate's engine for this run, with threads and precision set."""
     if config.local_rank != -1 and "WORLD_SIZE" in os.environ:  # an old launcher says it by the flag
         os.environ.setdefault("LOCAL_RANK", str(config.local_rank))
@@ -45,8 +44,6 @@ def start_accelerator(config: TrainingConfig) -> Accelerator:
         launched = launched_precision()
         source = launched.source if launched and launched.name == "fp16" else "--mixed_precision fp16"
         raise UsageError(f"{source} requires a GPU; on a CPU use --mixed_precision bf16 or no")
-    for line in unused_settings(config.mixed_precision):
-        log(accelerator, line)
     # accelerate launch sets OMP_NUM_THREADS=1 on CPUs, which would leave all but one core of each process idle
     local = int(
         os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes if accelerator.device.type == "cpu" else 1)
@@ -57,7 +54,7 @@ def start_accelerator(config: TrainingConfig) -> Accelerator:
     return accelerator
 
 
-def fit_engine(accelerator, config: TrainingConfig) -> None:
+def fit_engine(accelerator: Accelerator, config: TrainingFlags) -> None:
     """Tell DeepSpeed what Accelerate would take from its own data loaders and leaves to the engine.
 
     Raises:

@@ -1,6 +1,5 @@
 """The settings that a run saves, and its seed."""
 
-import dataclasses
 import json
 import secrets
 from pathlib import Path
@@ -12,39 +11,39 @@ from ...common.arguments import SECRET_FLAGS, START, flags_that
 from ...common.checkpoints import SETTINGS
 from ...common.errors import UsageError
 from ...common.files import write_whole
-from ..flags import TrainingConfig
+from ..flags import Flags
 
 
-def agree_on_seed(config: TrainingConfig, resumed: dict[str, Any] | None) -> int:
+def agree_on_seed(seed: int | None, resumed: dict[str, Any] | None) -> int:
     """The seed given, the resumed run's, or one chosen by the main process: the same on all ranks.
 
     Raises:
         UsageError: another seed than the run to resume had.
     """
     if resumed is not None:
-        seed = resumed.get("seed")
-        if type(seed) is not int:
+        before = resumed.get("seed")
+        if type(before) is not int:
             raise UsageError(
-                f"--resume_from_checkpoint: the seed in the checkpoint's manifest is not an integer ({seed!r})"
+                f"--resume_from_checkpoint: the seed in the checkpoint's manifest is not an integer ({before!r})"
             )
-        if config.seed not in (None, seed):
-            raise UsageError(f"--seed {config.seed}: the run to resume has seed {seed}; leave --seed out")
-        return seed
-    chosen = [config.seed if config.seed is not None else secrets.randbits(31)]
-    return broadcast_object_list(chosen)[0]
+        if seed not in (None, before):
+            raise UsageError(f"--seed {seed}: the run to resume has seed {before}; leave --seed out")
+        return before
+    return broadcast_object_list([secrets.randbits(31) if seed is None else seed])[0]
 
 
-def public_settings(config: TrainingConfig) -> dict[str, Any]:
+def public_settings(flags: Flags) -> dict[str, Any]:
     """The flags and their values, without secrets."""
-    return {name: value for name, value in dataclasses.asdict(config).items() if name not in SECRET_FLAGS}
+    return {name: value for name, value in flags.values().items() if name not in SECRET_FLAGS}
 
 
-def settings_that_go_on(config: TrainingConfig) -> dict[str, Any]:
+def settings_that_go_on(flags: Flags) -> dict[str, Any]:
     """The settings that a run which is resumed takes over: all but those of a start, and secrets."""
-    return {name: value for name, value in public_settings(config).items() if name not in flags_that(config, START)}
+    of_the_start = flags_that(flags.fields(), START)
+    return {name: value for name, value in public_settings(flags).items() if name not in of_the_start}
 
 
-def save_settings(config: TrainingConfig) -> None:
+def save_settings(flags: Flags) -> None:
     """Write `training_config.json`, which `--config` reads back."""
-    settings = {"output_dir": config.output_dir, **settings_that_go_on(config)}
-    write_whole(Path(config.output_dir) / SETTINGS, json.dumps(settings, indent=2) + "\n")
+    settings = {"output_dir": flags.output_dir, **settings_that_go_on(flags)}
+    write_whole(Path(flags.output_dir) / SETTINGS, json.dumps(settings, indent=2) + "\n")

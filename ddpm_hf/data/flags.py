@@ -135,9 +135,15 @@ class DataFlags:
         """What makes the images the model's."""
         from .images import ImageTransform
 
-        flags = self.center_crop, self.random_flip, self.preserve_input_precision, self.image_interpolation_mode
-        pixel_range = self.pixel_range and (float(self.pixel_range[0]), float(self.pixel_range[1]))
-        return ImageTransform(*self.size(), channels, *flags, pixel_range=pixel_range)
+        return ImageTransform(
+            *self.size(),
+            channels,
+            self.center_crop,
+            self.random_flip,
+            self.preserve_input_precision,
+            self.image_interpolation_mode,
+            (float(self.pixel_range[0]), float(self.pixel_range[1])) if self.pixel_range else None,
+        )
 
     @property
     def embedded(self) -> bool:

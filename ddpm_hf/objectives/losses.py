@@ -78,43 +78,26 @@ class LossOptions(NamedTuple):
 
 
 def _simple(
-    scheduler: DDPMScheduler,
-    model_output: Tensor,
-    x_start: Tensor,
-    noise: Tensor,
-    timesteps: Tensor,
-    options: LossOptions,
+    scheduler: DDPMScheduler, output: Tensor, x_start: Tensor, noise: Tensor, timesteps: Tensor, options: LossOptions
 ) -> Tensor:
-    output = model_output[:, : x_start.shape[1]]  # a learned variance's half gets no gradient
-    return simple_losses(scheduler, output, x_start, noise, timesteps, options.loss_type, options.snr_gamma)
+    mean = output[:, : x_start.shape[1]]  # a learned variance's half gets no gradient
+    return simple_losses(scheduler, mean, x_start, noise, timesteps, options.loss_type, options.snr_gamma)
 
 
 def _vlb(
-    scheduler: DDPMScheduler,
-    model_output: Tensor,
-    x_start: Tensor,
-    noise: Tensor,
-    timesteps: Tensor,
-    options: LossOptions,
+    scheduler: DDPMScheduler, output: Tensor, x_start: Tensor, noise: Tensor, timesteps: Tensor, options: LossOptions
 ) -> Tensor:
     x_t = scheduler.add_noise(x_start, noise, timesteps)
-    return (
-        len(scheduler) * vb_terms_bpd(scheduler, model_output, x_start, x_t, timesteps, clip_sample=False).bits_per_dim
-    )
+    return len(scheduler) * vb_terms_bpd(scheduler, output, x_start, x_t, timesteps, clip_sample=False).bits_per_dim
 
 
 def _hybrid(
-    scheduler: DDPMScheduler,
-    model_output: Tensor,
-    x_start: Tensor,
-    noise: Tensor,
-    timesteps: Tensor,
-    options: LossOptions,
+    scheduler: DDPMScheduler, output: Tensor, x_start: Tensor, noise: Tensor, timesteps: Tensor, options: LossOptions
 ) -> Tensor:
-    mean, variance = model_output.chunk(2, dim=1)
+    mean, variance = output.chunk(2, dim=1)
     variance_alone = torch.cat([mean.detach(), variance], dim=1)  # Nichol & Dhariwal, sec. 3.1
     bound = _vlb(scheduler, variance_alone, x_start, noise, timesteps, options)
-    return _simple(scheduler, model_output, x_start, noise, timesteps, options) + options.vlb_weight * bound
+    return _simple(scheduler, output, x_start, noise, timesteps, options) + options.vlb_weight * bound
 
 
 OBJECTIVES = {"simple": _simple, "vlb": _vlb, "hybrid": _hybrid}

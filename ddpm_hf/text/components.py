@@ -92,9 +92,13 @@ def draw_blueprint(
     if given is not None:
         unet = given
         unet["sample_size"] = height if height == width else (height, width)
-        for name, wanted in (("in_channels", channels), ("out_channels", channels), ("cross_attention_dim", context)):
-            if unet.setdefault(name, wanted) != wanted:
-                raise UsageError(f"--model_config_name_or_path: {name} is {unet[name]} and must be {wanted} here")
+        for name, required in (
+            ("in_channels", channels),
+            ("out_channels", channels),
+            ("cross_attention_dim", context),
+        ):
+            if unet.setdefault(name, required) != required:
+                raise UsageError(f"--model_config_name_or_path: {name} is {unet[name]} and must be {required} here")
         try:
             with torch.device("meta"):
                 UNet2DConditionModel(**unet)

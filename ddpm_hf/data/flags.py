@@ -135,9 +135,15 @@ class DataFlags:
         """What makes the images the model's."""
         from .images import ImageTransform
 
-        flags = self.center_crop, self.random_flip, self.preserve_input_precision, self.image_interpolation_mode
-        pixel_range = self.pixel_range and (float(self.pixel_range[0]), float(self.pixel_range[1]))
-        return ImageTransform(*self.size(), channels, *flags, pixel_range=pixel_range)
+        return ImageTransform(
+            *self.size(),
+            channels,
+            self.center_crop,
+            self.random_flip,
+            self.preserve_input_precision,
+            self.image_interpolation_mode,
+            (float(self.pixel_range[0]), float(self.pixel_range[1])) if self.pixel_range else None,
+        )
 
     @property
     def embedded(self) -> bool:
@@ -175,6 +181,6 @@ class DataFlags:
         if self.max_train_samples is not None and (self.max_train_samples < 1 or self.streaming):
             raise DataError(f"--max_train_samples {self.max_train_samples}: 1 or more, and not of a stream")
         if self.streaming and (self.validation_split or self.cache_dataset == "always"):
-            raise DataError("--streaming knows no --validation_split and no --cache_dataset always")
+            raise DataError("--streaming supports neither --validation_split nor --cache_dataset always")
         if self.streaming and flags.max_train_steps is None:
             raise DataError("--streaming has no epochs to count: give --max_train_steps")

@@ -14,8 +14,8 @@ from ..common.arguments import (
     names_elsewhere,
 )
 from ..common.errors import UsageError
+from ..portable.schedules_ddpm_hf import BETA_SCHEDULES
 from .names import (
-    BETA_SCHEDULES,
     LOSS_TYPES,
     OBJECTIVES,
     PREDICTION_TYPES,

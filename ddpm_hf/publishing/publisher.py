@@ -1,4 +1,4 @@
-"""Uploading a run while it trains and when it ends."""
+"""Saves a run's pipeline and uploads it, during training and at its end."""
 
 import contextlib
 import json

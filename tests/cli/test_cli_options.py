@@ -93,7 +93,7 @@ def observe(shop, tmp_path, run, monkeypatch):
     )))  # fmt: skip
     monkeypatch.setattr(publishing, "open_repository", noted("open", lambda name, *more: name))
     monkeypatch.setattr(publishing, "push_folder", noted("push", pushed))
-    monkeypatch.setattr(published_folder, "draw_missing_pictures", noted("pictures", None))
+    monkeypatch.setattr(published_folder, "sample_missing_pictures", noted("pictures", None))
     monkeypatch.setattr(saving, "save_half_precision", noted("half", None))
     monkeypatch.setattr(spaces, "push_space", noted("space", "https://hub/space"))
     monkeypatch.setattr(info, "hub_source", noted("info", info.local_source(shop / "plain")))

@@ -10,7 +10,7 @@ import typer
 from .._version import __version__
 from ..common.machine import accept_any_text
 from . import info, presets, push, push_space, sample, train, train_classifier
-from .endings import PassThrough, run
+from .exits import PassThrough, run
 
 app = typer.Typer(
     help="Denoising diffusion in the Hugging Face ecosystem: train, sample, share.",

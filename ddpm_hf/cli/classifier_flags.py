@@ -1,6 +1,6 @@
 """The flags of `ddpm-hf train-classifier`."""
 
-from ..common.arguments import names_elsewhere
+from ..common.arguments import synonyms
 from ..data.flags import DataFlags
 from ..models.flags import UNetFlags
 from ..models.recipes import weaker_layers
@@ -17,7 +17,7 @@ CLASSIFIER_DESCRIPTION = """Train a classifier of noised images, whose gradient 
 
 The images and the noise schedule must be those of the model that it is to guide."""
 # Flags of the training scripts that a classifier does not have
-NO_CLASSIFIER = names_elsewhere("""
+NO_CLASSIFIER = synonyms("""
 a classifier is not a pipeline, upload its folder with `hf upload`: push_to_hub hub_model_id hub_private_repo push
 a classifier is not a pipeline, upload its folder with `hf upload`: upload hub_strategy hub_revision hub_license hub
 a classifier has one kind of weights, averaged with --use_ema: save_variants

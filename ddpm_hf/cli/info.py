@@ -96,9 +96,9 @@ def hub_source(name: str, revision: str | None, token: str | None) -> Source:
     """
     from huggingface_hub import HfApi, hf_hub_download
 
-    from ..common.errors import said_in_a_line
+    from ..common.errors import readable_load_errors
 
-    with said_in_a_line(name):
+    with readable_load_errors(name):
         listed = {file.rfilename for file in HfApi(token=token).model_info(name, revision=revision).siblings}
         small = [one for one in listed if one in SMALL_FILES or (one.count("/") == 1 and one.endswith("/config.json"))]
         return Source(

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .common import clean_token, quiet, token_to_write
-from .endings import reports_stop
+from .exits import reports_stop
 
 EPILOG = """Examples:
 
@@ -67,7 +67,7 @@ def push(
     """
     from ..common.arguments import check_license
     from ..inference.loading import is_checkpoint
-    from ..publishing.folder import checkpoint_as_folder
+    from ..publishing.files import checkpoint_as_folder
     from ..training.earlier_run import settle
 
     check_license("license", license_)
@@ -124,7 +124,7 @@ def upload(
     """
     from ..inference.studio import Studio
     from ..models.saving import save_half_precision
-    from ..publishing.folder import sample_missing_pictures
+    from ..publishing.files import sample_missing_pictures
     from ..publishing.hub import open_repository, push_folder, reason_of
 
     studio = Studio(str(folder))
@@ -157,7 +157,7 @@ def show_upload(
     from ..inference.kinds import load_pipeline
     from ..publishing.card.facts import read_facts
     from ..publishing.card.merging import make_card
-    from ..publishing.folder import files_to_publish
+    from ..publishing.files import files_to_publish
     from ..publishing.hub import read_card
 
     pipeline = load_pipeline(str(folder))

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from .common import clean_token, quiet, token_to_write
-from .endings import reports_stop
+from .exits import reports_stop
 from .push import check_hub, list_files
 
 EPILOG = """Examples:

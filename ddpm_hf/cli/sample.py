@@ -9,7 +9,7 @@ import typer
 from ..inference.samplers import SAMPLERS
 from .common import check_revision, clean_token, quiet
 from .conditions import Conditions, read_conditions
-from .endings import reports_stop
+from .exits import reports_stop
 from .pictures import adm_arrays, check_out, write_pictures
 
 DEFAULT_IMAGES, DEFAULT_BETWEEN, DEFAULT_BATCH = 16, 11, 64

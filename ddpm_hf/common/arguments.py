@@ -60,7 +60,7 @@ def HfArg(
     return dataclasses.field(metadata={key: value for key, value in metadata.items() if value is not None}, **default)
 
 
-def flags_that(fields: Iterable[dataclasses.Field], resume: str) -> list[str]:
+def flags_by_resume(fields: Iterable[dataclasses.Field], resume: str) -> list[str]:
     """The names of the flags that are `START`, `FREE`, `APPLIED` or `FIXED`."""
     return [one.name for one in fields if one.metadata.get("resume", APPLIED) == resume]
 
@@ -114,10 +114,10 @@ def has_grids(config: Any) -> bool:
     return bool(getattr(config, "save_images_steps", None) or getattr(config, "save_images_epochs", None))
 
 
-def names_elsewhere(table: str) -> dict[str, str]:
+def synonyms(table: str) -> dict[str, str]:
     """A table of lines "our flag: names in other programs ..." as a mapping from each of these names.
 
-    >>> names_elsewhere("--learning_rate: lr adam_lr")
+    >>> synonyms("--learning_rate: lr adam_lr")
     {'lr': '--learning_rate', 'adam_lr': '--learning_rate'}
     """
     rows = [line.split(": ") for line in table.strip().splitlines()]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UsageError
-from .files import flush, flush_tree, write_whole
+from .files import flush, flush_tree, write_atomically
 
 MANIFEST = "manifest.json"
 SETTINGS = "training_config.json"  # in the folder of the checkpoints
@@ -29,7 +29,7 @@ def checkpoint_step(path: Path) -> int:
 def list_checkpoints(output_dir: Path, complete: bool = False) -> list[Path]:
     """The checkpoints in a folder, oldest first: all by name, or only complete ones."""
     paths = [path for path in output_dir.glob("checkpoint-*") if path.is_dir() and checkpoint_step(path) >= 0]
-    return sorted((path for path in paths if not complete or is_sealed(path)), key=checkpoint_step)
+    return sorted((path for path in paths if not complete or is_complete(path)), key=checkpoint_step)
 
 
 def file_digest(path: Path) -> str:
@@ -42,7 +42,7 @@ def file_digest(path: Path) -> str:
         )
 
 
-def is_sealed(folder: Path) -> bool:
+def is_complete(folder: Path) -> bool:
     """Whether a folder has the manifest that completes a checkpoint; its files are not checked."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -51,9 +51,9 @@ def is_sealed(folder: Path) -> bool:
         return False
 
 
-def strangers(checkpoint: Path) -> list[str]:
+def unlisted_files(checkpoint: Path) -> list[str]:
     """The files within a complete checkpoint that are not listed in its manifest, as posix paths."""
-    if checkpoint.is_symlink() or not is_sealed(checkpoint):
+    if checkpoint.is_symlink() or not is_complete(checkpoint):
         return []
     known = {*json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"], MANIFEST}
     paths = sorted(path for path in checkpoint.rglob("*") if path.is_symlink() or not path.is_dir())
@@ -68,7 +68,7 @@ def discard(folder: Path) -> None:
     if folder.is_symlink():
         folder.unlink()
         return
-    if kept := strangers(folder):
+    if kept := unlisted_files(folder):
         (folder / MANIFEST).unlink()
         for path in sorted(folder.rglob("*"), reverse=True):  # the content of a folder before the folder
             if path.is_dir() and not path.is_symlink():
@@ -114,13 +114,13 @@ def seal(partial: Path, final: Path, state: dict[str, Any]) -> None:
         return
     files = sorted(path for path in partial.rglob("*") if path.is_file())
     manifest = {**state, "files": {path.relative_to(partial).as_posix(): file_digest(path) for path in files}}
-    write_whole(partial / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    write_atomically(partial / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     flush_tree(partial)
     os.replace(partial, final)
     flush(final.parent)
 
 
-def settings_of(output_dir: Path, requested: str) -> dict[str, Any]:
+def recorded_settings(output_dir: Path, requested: str) -> dict[str, Any]:
     """The settings that the run of a checkpoint was last started with; empty if there is no such checkpoint.
 
     They are in the checkpoint's parent folder, and in the manifest of one that was copied without its run. `requested`

@@ -44,7 +44,7 @@ def why_not_loaded(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def said_in_a_line(model: str) -> Iterator[None]:
+def readable_load_errors(model: str) -> Iterator[None]:
     """Turn an error of loading a model into a ValueError that names the model and a fix."""
     from huggingface_hub.errors import HTTPError
 

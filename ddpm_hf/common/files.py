@@ -19,13 +19,13 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not JSON ({error}); fix it, or remove it") from error
 
 
-SCRAP = ".partial"  # the suffix of an unfinished file or folder
+PARTIAL_SUFFIX = ".partial"  # the suffix of an unfinished file or folder
 
 
-def write_whole(path: Path, data: str | bytes) -> None:
+def write_atomically(path: Path, data: str | bytes) -> None:
     """Write a file and flush it to the disk, completely or not at all."""
     data = data.encode() if isinstance(data, str) else data
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=SCRAP)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL_SUFFIX)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -72,7 +72,7 @@ def truncate_jsonl(path: Path, step: int) -> None:
         except (ValueError, KeyError, TypeError):
             continue  # a line cut off in the middle
         kept.append(line + "\n")
-    write_whole(path, "".join(kept))
+    write_atomically(path, "".join(kept))
 
 
 def expand_home(word: str) -> str:

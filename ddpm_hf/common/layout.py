@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .checkpoints import SETTINGS, is_sealed
+from .checkpoints import SETTINGS, is_complete
 
 RUN_FILE, RESULTS_FILE = "run.json", "evaluation.json"
 METRICS_FILE, TIMINGS_FILE = "metrics.jsonl", "timings.jsonl"
@@ -84,14 +84,14 @@ class Entry(NamedTuple):
     recognised: Callable[[Path], bool] = _is_file
 
 
-CHECKPOINT = Entry("checkpoint-#/", recognised=is_sealed)
+CHECKPOINT = Entry("checkpoint-#/", recognised=is_complete)
 TRAINING_CONFIG = Entry(SETTINGS, recognised=_has("output_dir", "checkpointing_steps"))
 STEPS = Entry(METRICS_FILE, published=True, recognised=_logs("step", "epoch"))
 TIMINGS = Entry(TIMINGS_FILE, recognised=_logs("step", "seconds"))
 GRIDS = "samples/step-#.png"
 TRAINING = (
     CHECKPOINT,
-    Entry("checkpoint-#.superseded/", recognised=is_sealed),
+    Entry("checkpoint-#.superseded/", recognised=is_complete),
     Entry("checkpoint-#.partial/", recognised=Path.is_dir),
     TRAINING_CONFIG,
     STEPS,

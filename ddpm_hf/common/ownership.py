@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .checkpoints import discard, is_sealed
+from .checkpoints import discard, is_complete
 from .errors import UsageError
-from .files import write_whole
+from .files import write_atomically
 from .layout import (
     AUTOENCODER,
     CHECKPOINT,
@@ -65,7 +65,7 @@ def save_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     parts = {part: dict(sorted(files.items())) for part, files in manifest.get("files", {}).items() if files}
     if parts or manifest.get("replaces"):
         manifest = {"about": ABOUT, **manifest, "files": parts}
-        write_whole(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     else:
         (folder / MANIFEST).unlink(missing_ok=True)
 
@@ -128,7 +128,7 @@ def has_manifest(folder: Path) -> bool:
 def _listed_or_recognised(folder: Path) -> list[str]:
     if not has_manifest(folder):
         return recognise(folder)
-    copied = {n for one in TRAINING[:3] for n in matching(folder, one.pattern) if is_sealed(folder / n)}
+    copied = {n for one in TRAINING[:3] for n in matching(folder, one.pattern) if is_complete(folder / n)}
     names = {**listed(folder), **dict.fromkeys(sorted(copied))}
     kinds = (".partial/", ".superseded/", ".superseded.partial/")  # of an unfinished or superseded checkpoint
     return list(dict.fromkeys([*names, *(name[:-1] + kind for name in names if name.endswith("/") for kind in kinds)]))
@@ -231,7 +231,7 @@ def replace_files(folder: str | Path, part: str, files: Mapping[str, Callable[[]
     for name, content in files.items():
         data = content()
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / name, data)
+        write_atomically(folder / name, data)
         digests[name] = digest(data)
     release_files(folder, before, part)
     claim_files(folder, digests, part)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .files import write_whole
+from .files import write_atomically
 
 LEGEND_LINE = 24  # characters in a line of a grid's label
 LEGEND_FONT = 12  # pixels
@@ -70,4 +70,4 @@ def save_image(image: Image.Image, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     image.save(buffer, format=path.suffix[1:].upper())
-    write_whole(path, buffer.getvalue())
+    write_atomically(path, buffer.getvalue())

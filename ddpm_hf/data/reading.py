@@ -72,7 +72,7 @@ def _validation_rows(dataset: "OpenDataset", flags: DataFlags, rows: Rows) -> Ro
     Raises:
         DataError: it has none, or trains on it.
     """
-    from .local import split_names
+    from .readers import split_names
 
     way_out = "leave --validation_steps out"
     if not flags.streaming:  # no share of a stream can be held out
@@ -164,7 +164,7 @@ def open_dataset(
     Raises:
         DataError: no such dataset.
     """
-    from .local import Options, of_library, open_local
+    from .readers import Options, of_library, open_local
 
     given = directory or name
     if given is None:

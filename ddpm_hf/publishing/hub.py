@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .. import portable
-from ..common.files import write_whole
+from ..common.files import write_atomically
 from ..common.layout import CHAIN, LOSS_CURVE, SAMPLES
 from ..common.ownership import claim_files
 from .card.facts import read_facts
 from .card.merging import make_card, newer_card
-from .folder import publishable
+from .files import publishable
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -122,7 +122,7 @@ def push_files(
     commit = api.create_commit(repository, operations, commit_message=message, parent_commit=before.sha)
     if read_card(folder) == local_card:  # else it was edited meanwhile
         claim_files(folder, ["README.md"])
-        write_whole(folder / "README.md", card)
+        write_atomically(folder / "README.md", card)
     if tag in tags and commit.oid != tags[tag]:
         raise ValueError(f"uploaded, but the tag {tag} names the commit before and is not moved; give another one")
     if tag is not None and tag not in tags:

@@ -69,7 +69,7 @@ def observe(shop, tmp_path, run, monkeypatch):
     from ddpm_hf.cli import info, sample
     from ddpm_hf.inference import loading as inference
     from ddpm_hf.models import saving
-    from ddpm_hf.publishing import folder as published_folder
+    from ddpm_hf.publishing import files as published_folder
     from ddpm_hf.publishing import hub as publishing
     from ddpm_hf.publishing import spaces
 

@@ -21,7 +21,7 @@ from ddpm_hf.cli import train
 from ddpm_hf.inference import kinds
 from ddpm_hf.models.presets import MODEL_PRESETS
 from ddpm_hf.portable.hub_ddpm_hf import SAMPLED_BY
-from ddpm_hf.publishing import folder as published_folder
+from ddpm_hf.publishing import files as published_folder
 from ddpm_hf.publishing import hub as publishing
 from ddpm_hf.publishing import spaces
 from tests.support import ROOT
@@ -344,7 +344,7 @@ def test_a_token_that_cannot_be_one_is_not_shown(run, model, monkeypatch):
 
 @pytest.mark.parametrize("address", ["", "ddpm-hf-of-somebody", "git+https://git.example.org/ddpm_hf@v1"])
 def test_a_card_names_the_package_only_where_it_is_to_be_had(address, run, model, monkeypatch):
-    # Breaks if a card tells strangers to install from an address that nobody has set.
+    # Breaks if a card tells unlisted_files to install from an address that nobody has set.
     FakeHub(monkeypatch)
     monkeypatch.setenv("DDPM_HF_PACKAGE_URL", address)
     code, card, err = run("push", model, "--dry-run")

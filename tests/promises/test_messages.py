@@ -96,7 +96,7 @@ def text_of(node: ast.AST) -> str:
     return "{}"
 
 
-HELP = {"HfArg", "Option", "Argument", "option", "names_elsewhere"}  # calls whose strings are help texts
+HELP = {"HfArg", "Option", "Argument", "option", "synonyms"}  # calls whose strings are help texts
 
 
 def messages() -> dict[str, str]:

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ...common.files import read_json, write_whole
+from ...common.files import read_json, write_atomically
 from ...common.layout import CHAIN, GRIDS, LOSS_CURVE, RUN_FILE, SAMPLES, matching
 from ...common.ownership import claim_files, may_write, release_files, remove
 from ...evaluation.results import read_metrics
@@ -25,7 +25,7 @@ def write_pictures(folder: Path) -> None:
             remove(folder, target)
             release_files(folder, [target])
     if run is not None and run.get("pictures_step") != newest and (grids or may_write(folder, RUN_FILE)):
-        write_whole(folder / RUN_FILE, json.dumps({**run, "pictures_step": newest}, indent=1) + "\n")
+        write_atomically(folder / RUN_FILE, json.dumps({**run, "pictures_step": newest}, indent=1) + "\n")
     if any("loss" in line for line in metrics):
         write_picture(folder, LOSS_CURVE, loss_curve(metrics))
 
@@ -35,7 +35,7 @@ def write_picture(folder: Path, name: str, data: bytes) -> None:
     if may_write(folder, name):
         claim_files(folder, [name])
         (folder / name).parent.mkdir(exist_ok=True)
-        write_whole(folder / name, data)
+        write_atomically(folder / name, data)
 
 
 def loss_curve(metrics: list[dict[str, Any]]) -> bytes:

@@ -12,14 +12,14 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
-from ..common.arguments import names_elsewhere
+from ..common.arguments import synonyms
 from ..common.errors import one_line
 from ..common.files import expand_home
 
 ClickException = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
 
 # The names of our options and commands in other tools
-OPTIONS = names_elsewhere("""
+OPTIONS = synonyms("""
 --num-images: num-samples samples n-samples n count number images num num-images-per-prompt eval-batch-size total
 --batch-size: batch bs batchsize train-batch-size per-device-batch-size sample-batch-size
 --out: output output-dir out-dir outdir output-path o save-dir save-path dir sample-dir
@@ -45,7 +45,7 @@ OPTIONS = names_elsewhere("""
 --space: name space-id repo repo-id hub-model-id
 --example: examples
 """)
-COMMANDS = names_elsewhere("""
+COMMANDS = synonyms("""
 sample: generate draw infer inference predict image images samples
 train: fit train-unconditional finetune fine-tune launch run train-ddpm
 train-text2image: train-text-to-image text2image train-text

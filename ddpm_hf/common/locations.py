@@ -13,7 +13,7 @@ OTHER_WEIGHTS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".pkl")
 
 
 @dataclass(frozen=True)
-class Place:
+class Location:
     """A local folder, or a folder of a repository on the Hub.
 
     Args:
@@ -34,13 +34,13 @@ class Place:
     def __str__(self) -> str:
         return f"{self.root}/{self.subfolder}" if self.subfolder else self.root
 
-    def __truediv__(self, name: str) -> "Place":
+    def __truediv__(self, name: str) -> "Location":
         if self.local:
             return replace(self, root=str(Path(self.root) / name))
         return replace(self, subfolder=f"{self.subfolder}/{name}" if self.subfolder else name)
 
     @property
-    def parent(self) -> "Place | None":
+    def parent(self) -> "Location | None":
         """The parent folder; None for a repository."""
         if self.local:
             return replace(self, root=str(Path(self.root).resolve().parent))
@@ -104,9 +104,9 @@ class Place:
         return value
 
 
-def find_place(
+def find_location(
     name: str, revision: str | None = None, subfolder: str | None = None, token: str | None = None
-) -> Place:
+) -> Location:
     """A folder or a repository by its name.
 
     Raises:
@@ -116,7 +116,7 @@ def find_place(
         raise ValueError(f"a file; {way_out(name)}")
     if not os.path.isdir(name) and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise ValueError("no such folder, and not a name on the Hub, which is user/name")
-    location = Place(name, os.path.isdir(name), revision=revision, token=token)
+    location = Location(name, os.path.isdir(name), revision=revision, token=token)
     location = location / subfolder.strip("/") if subfolder else location
     if location.local and not os.path.isdir(location.root):
         raise ValueError(f"no folder {subfolder} in it")

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..common.checkpoints import MANIFEST, checkpoint_step
-from ..common.files import SCRAP, truncate_jsonl, write_whole
+from ..common.files import PARTIAL_SUFFIX, truncate_jsonl, write_atomically
 from ..common.layout import CHAIN, GRIDS, LAYOUT, METRICS_FILE, RESULTS_FILE, RUN_FILE, SAMPLES, matching
+from ..common.locations import find_location
 from ..common.ownership import claim_files, may_write
 from ..common.pictures import save_image
-from ..common.places import find_place
 from .card.illustrations import write_pictures
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def files_to_publish(folder: Path, include: tuple[str, ...] = ()) -> dict[str, P
 @contextlib.contextmanager
 def frozen_copy(files: dict[str, Path], folder: Path) -> Iterator[dict[str, Path]]:
     """A snapshot of the files, by hard links where possible: a continuing run replaces files, and changes none."""
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".publishing-", suffix=SCRAP) as scratch:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".publishing-", suffix=PARTIAL_SUFFIX) as scratch:
         copies = {}
         for name, path in files.items():
             copies[name] = Path(scratch) / name
@@ -88,8 +88,8 @@ def checkpoint_as_folder(checkpoint: Path, ema: bool | None) -> Iterator[Path]:
     from ..inference.loading import load
 
     run = checkpoint.resolve().parent
-    manifest = find_place(str(checkpoint)).json(MANIFEST) or {}
-    record = find_place(str(run)).json(RUN_FILE)
+    manifest = find_location(str(checkpoint)).json(MANIFEST) or {}
+    record = find_location(str(run)).json(RUN_FILE)
     step = manifest.get("step", checkpoint_step(checkpoint.resolve()))
     with tempfile.TemporaryDirectory(prefix="ddpm_hf-") as temporary:
         folder = Path(temporary) / run.name
@@ -104,7 +104,7 @@ def checkpoint_as_folder(checkpoint: Path, ema: bool | None) -> Iterator[Path]:
                 shutil.copyfile(path, folder / "samples" / path.name)
         if record is not None:
             record |= {"step": step, "sessions": manifest.get("sessions", [])}
-            write_whole(folder / RUN_FILE, json.dumps(record, indent=1) + "\n")
+            write_atomically(folder / RUN_FILE, json.dumps(record, indent=1) + "\n")
         yield folder
 
 

@@ -16,8 +16,8 @@ from huggingface_hub.repocard import metadata_load
 
 from ..common.errors import DataError
 from .errors import unreadable
-from .folders import Listing, image_splits, list_folder
 from .formats import image_suffixes, suffix_of
+from .image_folders import Listing, image_splits, list_folder
 
 KIND_OF = {
     ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json",

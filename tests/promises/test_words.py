@@ -17,7 +17,7 @@ INSTEAD = {
     r"for who": "for users that",
     r"for ever": "without end",
     r"nobody (waits|listens|else|can|has)": "no rank, no user",
-    r"(?<!there )(is|are) no (image|model|class|classifier|pipeline|run|text|file|number|integer|mapping)s?": "is not a",
+    r"(?<!there )(is|are) no (image|model|class|classifier|pipeline|run|text|file|number|integer|mapping)s?": "is not",
     r"knows? no (class|classes|diffusion|Accelerate|Hub)": "has no, is independent of",
     r"in the place of": "instead of, replaces",
     r"goes? up": "is uploaded",

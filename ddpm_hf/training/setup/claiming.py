@@ -290,7 +290,7 @@ def check_resumable(run: Run, model, facts: dict[str, Any], name: str) -> None:
     try:
         saved = dict(json.loads((checkpoint / name / "config.json").read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
-        raise UsageError(f"{checkpoint}: {name}/config.json is no model's config") from error
+        raise UsageError(f"{checkpoint}: {name}/config.json is not a model's config") from error
     ours = json.loads(model.to_json_string())
     for key in ours:
         if not key.startswith("_") and ours[key] != saved.get(key):

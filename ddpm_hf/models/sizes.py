@@ -109,7 +109,7 @@ def unet_arguments(
         channels = data.channels or chosen["in_channels"] if vae is None else vae.config.latent_channels
         check_channels(source, channels, "images" if vae is None else "latents")
     elif flags.model_config_name_or_path:
-        chosen = stock_unet_defaults() | read_unet_config(flags.model_config_name_or_path, token)
+        chosen = read_unet_config(flags.model_config_name_or_path, token)
         for key in ("num_class_embeds", "class_embed_type"):  # classes are the data's: --label_column
             chosen.pop(key, None)
         expected = chosen.get("in_channels", 3)
@@ -146,10 +146,10 @@ def unet_arguments(
 
 
 def read_unet_config(name_or_path: str, token: str | None = None, kind: str = "UNet2DModel") -> dict[str, Any]:
-    """The arguments in the config of a UNet of Diffusers, of the class `kind`.
+    """The arguments in the config of a UNet of Diffusers, on the Hub or on disk.
 
     Raises:
-        UsageError: there is none, or that of another class.
+        UsageError: there is none, or one of another kind.
     """
     import diffusers
 
@@ -160,4 +160,5 @@ def read_unet_config(name_or_path: str, token: str | None = None, kind: str = "U
         raise UsageError(f"--model_config_name_or_path {name_or_path}: no {kind} config there ({reason})") from error
     if loaded.get("_class_name", kind) != kind:
         raise UsageError(f"--model_config_name_or_path {name_or_path}: a {loaded['_class_name']}, not a {kind}")
-    return {name: value for name, value in loaded.items() if not name.startswith("_")}
+    defaults = stock_unet_defaults() if kind == "UNet2DModel" else {}
+    return {**defaults, **{name: value for name, value in loaded.items() if not name.startswith("_")}}

@@ -95,9 +95,10 @@ def draw_blueprint(
     if given is not None:
         unet = given
         unet["sample_size"] = height if height == width else (height, width)
-        for name, wanted in (("in_channels", channels), ("out_channels", channels), ("cross_attention_dim", context)):
-            if unet.setdefault(name, wanted) != wanted:
-                raise UsageError(f"--model_config_name_or_path: {name} is {unet[name]} and must be {wanted} here")
+        expected = {"in_channels": channels, "out_channels": channels, "cross_attention_dim": context}
+        for name, number in expected.items():
+            if unet.setdefault(name, number) != number:
+                raise UsageError(f"--model_config_name_or_path: {name} is {unet[name]} and must be {number} here")
         try:
             with torch.device("meta"):
                 UNet2DConditionModel(**unet)

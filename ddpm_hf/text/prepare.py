@@ -13,15 +13,15 @@ from ..data.batches import Images
 from ..data.buckets import BucketedDataset, bucket_sizes, bucketed
 from ..inference.components import Components
 from ..latents.cache import cache_embeddings, cached_latents, check_cacheable
-from ..models.autoencoder import downscaling
 from ..objectives.losses import check_objective
-from ..portable.pipeline_text2image_ddpm_hf import cut_off
+from ..portable.pipeline_text2image_ddpm_hf import cut_off, encode_texts
+from ..portable.sampling_ddpm_hf import downscaling
 from ..portable.scheduling_ddpm_hf import DDPMScheduler
 from ..training.plan import StepPlan
 from ..training.previews import draw_grid
 from ..training.reporting import run_lines
 from ..training.run import Run
-from .captions import all_captions, encode_captions, warn_of_cut_captions
+from .captions import all_captions, warn_of_cut_captions
 
 
 def log_cut_texts(run: Run, prompts: list[str], images: Images, tokenizer) -> None:
@@ -48,7 +48,7 @@ def default_prompts(given: list[str], embedded: bool, images: Images) -> list[st
 def in_buckets(run: Run, images: Images, data: DataFlags, vae: AutoencoderKL, unet) -> Images:
     """The images by aspect ratio, in sizes that autoencoder and UNet can halve."""
     widths = unet["block_out_channels"] if isinstance(unet, dict) else unet.config.block_out_channels
-    sizes = bucket_sizes(*data.size(), downscaling(vae) * 2 ** (len(widths) - 1))
+    sizes = bucket_sizes(*data.size(), downscaling(vae.config) * 2 ** (len(widths) - 1))
     dataset = bucketed(images.dataset, sizes, cached=should_cache(images.rows, images.transform, data.cache_dataset))
     counts = (f"{p.transform.height}x{p.transform.width}: {len(p)}" for p in dataset.parts)
     run.log(f"images by size: {', '.join(counts)}")
@@ -68,7 +68,7 @@ def cached(
     embeddings = null = None
     if with_captions:
         encode = functools.partial(
-            encode_captions, components.text_encoder, components.tokenizer, device=accelerator.device
+            encode_texts, components.text_encoder, components.tokenizer, device=accelerator.device
         )
         captions = all_captions([*images.dataset.captions, ""], images.rows.name)
         embeddings = cache_embeddings(
@@ -82,7 +82,7 @@ def cached(
 
 
 def check_images(images: Images, cached: bool, new_autoencoder: bool) -> None:
-    """Raise DataError or UsageError for captions that are no texts, and latents that cannot be cached.
+    """Raise DataError or UsageError for captions that are not strings, and latents that cannot be cached.
 
     Where they are cached, images that cannot be read are left out, if they may be, before the batches are planned.
     """

@@ -17,12 +17,12 @@ from ..common.checkpoints import (
     checkpoint_step,
     discard,
     file_digest,
-    is_sealed,
+    is_complete,
     list_checkpoints,
     made_by_diffusers,
     seal,
 )
-from ..common.errors import UsageError
+from ..common.errors import UsageError, one_line
 from ..common.files import flush
 from ..common.layout import METRICS_FILE, TIMINGS_FILE
 from ..common.ownership import claim_files, release_files
@@ -85,7 +85,7 @@ def find_checkpoint(output_dir: Path, wanted: str, warn: Callable[[str], object]
         warn: called with a line for each broken checkpoint that `latest` passed over.
 
     Raises:
-        UsageError: a named checkpoint that does not exist or is broken; or checkpoints, but no whole one.
+        UsageError: a named checkpoint that does not exist or is broken; or checkpoints, but no complete one.
     """
     if wanted == "latest":
         there = list_checkpoints(output_dir)
@@ -111,12 +111,12 @@ def find_checkpoint(output_dir: Path, wanted: str, warn: Callable[[str], object]
 def rotate(output_dir: Path, limit: int | None) -> list[Path]:
     """Remove all but the newest `limit` checkpoints, and those set aside that the run has written anew; which ones.
 
-    Only complete checkpoints of ours are counted and removed.
+    Only complete checkpoints of this package are counted and removed.
     """
     kept = list_checkpoints(output_dir, complete=True)
     for path in output_dir.glob("checkpoint-*.superseded"):
         step = checkpoint_step(path.with_suffix(""))
-        if kept and 0 <= step <= checkpoint_step(kept[-1]) and is_sealed(path):
+        if kept and 0 <= step <= checkpoint_step(kept[-1]) and is_complete(path):
             discard(path)
     removed = kept[:-limit] if limit is not None else []
     for path in removed:
@@ -145,7 +145,7 @@ LOGS = (METRICS_FILE, TIMINGS_FILE)
 
 
 def save_checkpoint(run: Run, state: TrainingState, limit: int | None) -> str | None:
-    """Write `checkpoint-N`, whole or not at all, then let the oldest go. All ranks take part.
+    """Write `checkpoint-N` atomically, then remove the oldest. All ranks take part.
 
     Returns:
         What kept it from being written, for all ranks; then nothing of it is left, and no other has gone.
@@ -240,7 +240,7 @@ def load_checkpoint(accelerator: Accelerator, state: TrainingState, checkpoint: 
     except UsageError:
         raise
     except Exception as error:  # whatever a stranger's file makes the libraries raise
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise UsageError(
             f"{checkpoint} cannot be resumed: malformed checkpoint ({type(error).__name__}: {reason})"
         ) from error

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..common.checkpoints import checkpoint_step, discard, is_sealed, strangers
+from ..common.checkpoints import checkpoint_step, discard, is_complete, unlisted_files
 from ..common.errors import UsageError
-from ..common.files import flush, write_whole
+from ..common.files import flush, write_atomically
 from ..common.layout import AUTOENCODER, EARLIER, KEPT_IN_PLACE, LAYOUT, Entry, json_or_none, matching
 from ..common.ownership import (
     MANIFEST,
@@ -37,19 +37,19 @@ from ..common.ownership import (
 def in_the_way(folder: Path, entries: Sequence[Entry], ours: Iterable[str]) -> list[str]:
     """What exists under the names that a run is to write, and is not of `ours`."""
     ours = set(ours)
-    found = [name for one in entries for name in matching(folder, one.pattern) if name not in ours]
+    names = [name for one in entries for name in matching(folder, one.pattern) if name not in ours]
     if os.path.lexists(folder / EARLIER) and _record(folder) is None:
-        found.append(EARLIER)
+        names.append(EARLIER)
     parents = {parent.as_posix() for one in entries for parent in PurePosixPath(one.pattern).parents}
-    return [*found, *sorted(name for name in parents if os.path.isfile(folder / name))]
+    return [*names, *sorted(name for name in parents if os.path.isfile(folder / name))]
 
 
 def cannot_be_moved(folder: Path, entries: Sequence[Entry], ours: Iterable[str]) -> list[str]:
     """What of a run lies behind a link that leaves the folder, and foreign files within its checkpoints."""
     names = {name for one in entries for name in matching(folder, one.pattern)}.intersection(ours)
-    found = [name for name in sorted(names) if not is_within(folder, name)]
+    outside = [name for name in sorted(names) if not is_within(folder, name)]
     checkpoints = (name for name in sorted(names) if name.endswith("/"))
-    return found + [f"{name}{stranger}" for name in checkpoints for stranger in strangers(folder / name)]
+    return outside + [f"{name}{stranger}" for name in checkpoints for stranger in unlisted_files(folder / name)]
 
 
 def this_process() -> dict[str, Any]:
@@ -89,7 +89,7 @@ def set_aside(folder: Path, names: Sequence[str]) -> None:
     with manifest_lock:
         manifest = load_manifest(folder)
         record = {"by": this_process(), "manifest": manifest, "names": sorted(names)}
-        write_whole(aside / MANIFEST, json.dumps(record, indent=1) + "\n")
+        write_atomically(aside / MANIFEST, json.dumps(record, indent=1) + "\n")
         for name in names:
             if name not in KEPT_IN_PLACE and is_within(folder, name):
                 (aside / name).parent.mkdir(parents=True, exist_ok=True)
@@ -131,7 +131,7 @@ def let_go(folder: str | Path) -> None:
 
 
 def bring_back(folder: str | Path) -> None:
-    """Put the run that was set aside in its place again; the files of the run that was to replace it go."""
+    """Put the run that was set aside back; the files of the run that was to replace it go."""
     folder = Path(folder)
     aside, record = folder / EARLIER, _record(folder)
     for name in run_files(folder) if load_manifest(folder).get("replaces") else ():
@@ -156,7 +156,7 @@ def comes_back(folder: str | Path) -> bool:
     if _record(folder) is None:
         return False
     steps = [part / name for part in (folder, folder / AUTOENCODER) for name in listed(part)]
-    has_checkpoint = any(checkpoint_step(one) >= 0 and is_sealed(one) for one in steps)
+    has_checkpoint = any(checkpoint_step(one) >= 0 and is_complete(one) for one in steps)
     return not (load_manifest(folder).get("replaces") and has_checkpoint)
 
 
@@ -203,10 +203,10 @@ _UNFINISHED = re.compile(r"\.(saving-|writing-|publishing-|.+\.)[a-z0-9_]{8}\.pa
 
 def remove_unfinished(folder: Path) -> None:
     """Remove what killed writes left in a run's folder; no other process may be writing there."""
-    places = {PurePosixPath(entry.pattern).parent.as_posix() for entry in LAYOUT}
+    folders = {PurePosixPath(entry.pattern).parent.as_posix() for entry in LAYOUT}
     names = [
         path.relative_to(folder).as_posix()
-        for pattern in (*places, "cache/*")
+        for pattern in (*folders, "cache/*")
         for path in folder.glob(f"{pattern}/.*.partial")
         if _UNFINISHED.fullmatch(path.name)
     ]

@@ -90,7 +90,7 @@ class TrainingOutput:
         with (
             contextlib.suppress(InterruptedSamplingError),
             averaged_weights(self.state, self.model) as averaged,
-            stop.interrupting(self.state.whole_parts.values()),
+            stop.interrupting(self.state.full_parts.values()),
         ):
             path = draw(averaged, self.state.step)
             self.state.grid_due = False
@@ -139,7 +139,7 @@ class TrainingOutput:
         Args:
             given_back: whether that was before its first checkpoint, and so an earlier run is back.
         """
-        instead = " in the place of --overwrite_output_dir" if self.run.flags.overwrite_output_dir else ""
+        instead = " instead of --overwrite_output_dir" if self.run.flags.overwrite_output_dir else ""
         what_next = (
             ", before the first checkpoint: the earlier run is back"
             if given_back

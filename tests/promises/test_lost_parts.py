@@ -10,10 +10,11 @@ import pytest
 from diffusers import AutoencoderKL
 from transformers import CLIPTokenizer
 
+import train_text2image
 from ddpm_hf.common.ownership import claim_files, listed
 from ddpm_hf.training.output import TrainingOutput
-from tests.support.fixtures_text import run_text_script, write_captioned
-from tests.support.runs import attempt, contents, fill, train, words
+from tests.support.fixtures_text import write_captioned
+from tests.support.runs import attempt, contents, train
 
 
 @pytest.fixture
@@ -101,32 +102,31 @@ def test_a_card_says_the_learning_rate_that_was_used(shop, tmp_path):
 
 
 TEXT = {
-    "train_data_dir": "{shop}/captioned", "model_config_name_or_path": "{shop}/unet", "vae_widths": "8,16",
+    "model_config_name_or_path": "{shop}/unet", "vae_widths": "8,16",
     "vae_train_steps": 2, "resolution": 16, "seed": 3, "train_batch_size": 4, "eval_batch_size": 1,
     "max_train_steps": 2, "checkpointing_steps": 1, "num_inference_steps": 1, "cpu_threads": 1, "logger": "none",
     "validation_prompts": "a",
 }  # fmt: skip
 
 
-def train_text(shop, folder, **flags):
-    """The text script, from scratch."""
-    return run_text_script(words(fill({**TEXT, "output_dir": folder, **flags}, shop)), folder)
-
-
 def test_a_text_model_goes_on_with_the_tokenizer_and_the_latents_that_it_learned(shop, tmp_path):
     """Else captions that were edited give a tokenizer with other ids, and a folder that is gone other latents."""
-    shutil.copytree(shop / "pictures", shop / "captioned")
-    run = train_text(shop, tmp_path / "run")
+    data = shutil.copytree(shop / "pictures", tmp_path / "captioned")
+
+    def train_text(folder, **flags):
+        return attempt(shop, folder, TEXT, train_text2image.main, train_data_dir=data, **flags)
+
+    run = train_text(tmp_path / "run")
     assert run.code == 0, run.err
     ids = CLIPTokenizer.from_pretrained(tmp_path / "run/tokenizer").get_vocab()
     weights = "diffusion_pytorch_model.safetensors"
     vae = (tmp_path / "run/vae" / weights).read_bytes()
 
-    shutil.rmtree(shop / "captioned")
-    write_captioned(shop / "captioned", captions=["quick brown foxes", "lazy dogs and jumps"])
+    shutil.rmtree(data)
+    write_captioned(data, captions=["quick brown foxes", "lazy dogs and jumps"])
     elsewhere = tmp_path / "elsewhere"
     flags = {"max_train_steps": 3, "resume_from_checkpoint": tmp_path / "run/checkpoint-2"}
-    run = train_text(shop, elsewhere, **flags)
+    run = train_text(elsewhere, **flags)
     assert run.code == 0, run.err
     assert CLIPTokenizer.from_pretrained(elsewhere / "tokenizer").get_vocab() == ids
     assert contents(elsewhere / "tokenizer") == contents(tmp_path / "run/tokenizer")
@@ -135,11 +135,11 @@ def test_a_text_model_goes_on_with_the_tokenizer_and_the_latents_that_it_learned
     shutil.copytree(tmp_path / "run/checkpoint-2", tmp_path / "alone/checkpoint-2")
     flags["resume_from_checkpoint"] = tmp_path / "alone/checkpoint-2"
     for name in ("autoencoder", "tokenizer"):
-        run = train_text(shop, tmp_path / "new", **flags)
+        run = train_text(tmp_path / "new", **flags)
         assert run.code == 2
         assert name in run.err
         shutil.copytree(tmp_path / "run" / name, tmp_path / "alone" / name)
-    assert train_text(shop, tmp_path / "new", **flags).code == 0
+    assert train_text(tmp_path / "new", **flags).code == 0
 
     other = tmp_path / "other"  # with an autoencoder of its own
     AutoencoderKL.from_pretrained(tmp_path / "run/vae").save_pretrained(other / "autoencoder")
@@ -147,6 +147,6 @@ def test_a_text_model_goes_on_with_the_tokenizer_and_the_latents_that_it_learned
     model.decoder.conv_out.bias.data += 1
     model.save_pretrained(other / "autoencoder")
     claim_files(other / "autoencoder", ["config.json", "diffusion_pytorch_model.safetensors"])
-    run = train_text(shop, other, **flags)
+    run = train_text(other, **flags)
     assert run.code == 2
     assert "is another autoencoder than that of" in run.err

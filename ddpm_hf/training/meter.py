@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from ..common.errors import UsageError
@@ -48,11 +49,11 @@ class Meter:
         total = sums + values
         self.sums = torch.stack([total, (total - sums) - values])
 
-    def gathered(self, accelerator) -> list:
+    def gathered(self, accelerator: Accelerator) -> list:
         """Every rank's sums, for a checkpoint."""
         return accelerator.gather(self.sums[None]).tolist()
 
-    def restore(self, gathered: list, accelerator) -> None:
+    def restore(self, gathered: list, accelerator: Accelerator) -> None:
         """Take up what `gathered` gave: this rank's sums where the ranks are as many, else all on the main one."""
         sums = torch.tensor(gathered, dtype=torch.float64)
         if sums.ndim == 3:  # of a checkpoint without compensation
@@ -66,7 +67,7 @@ class Meter:
         else:
             self.reset()
 
-    def means(self, accelerator) -> dict[str, float]:
+    def means(self, accelerator: Accelerator) -> dict[str, float]:
         """The means over all ranks since the last reset; a group that saw nothing is left out."""
         gathered = accelerator.gather(self.sums[None]).cpu().double()
         sums = (gathered[:, 0] - gathered[:, 1]).sum(0).tolist()

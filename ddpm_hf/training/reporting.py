@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import torch
+from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from ..common.arguments import SHORTER_TRAINING
@@ -57,7 +58,7 @@ def table(lines: dict[str, str]) -> str:
     return "\n".join(f"{name:>{width}}  {value}" for name, value in lines.items())
 
 
-def precision(accelerator) -> str:
+def precision(accelerator: Accelerator) -> str:
     """What the model computes in."""
     tf32 = accelerator.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
     half = accelerator.mixed_precision
@@ -157,7 +158,7 @@ class Progress:
         advice: what to do where this is long on a CPU.
     """
 
-    def __init__(self, accelerator, total_steps: int, first_step: int, advice: str = SHORTER_TRAINING):
+    def __init__(self, accelerator: Accelerator, total_steps: int, first_step: int, advice: str = SHORTER_TRAINING):
         self.speaks, self.on_cpu = accelerator.is_main_process, accelerator.device.type == "cpu"
         self.total, self.step, self.advice = total_steps, first_step, advice
         self.bar = tqdm(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from ..common.errors import UsageError
 from .averaging import ema_weights, load_ema, save_ema
@@ -41,7 +42,7 @@ class TrainingState:
         return self.parts if self.full is None else self.full.parts
 
 
-def register_model_hooks(accelerator, state: TrainingState) -> None:
+def register_model_hooks(accelerator: Accelerator, state: TrainingState) -> None:
     """Make Accelerate's checkpoints hold each part as Diffusers does: under `NAME/`, its EMA under `NAME_ema/`."""
 
     def save(models, weights, output_dir):
@@ -74,7 +75,7 @@ def register_model_hooks(accelerator, state: TrainingState) -> None:
     accelerator.register_load_state_pre_hook(load)
 
 
-def unwrap(accelerator, model: torch.nn.Module) -> torch.nn.Module:
+def unwrap(accelerator: Accelerator, model: torch.nn.Module) -> torch.nn.Module:
     """The model itself, without what Accelerate and torch.compile put around it."""
     model = accelerator.unwrap_model(model)
     return model._orig_mod if hasattr(model, "_orig_mod") else model

@@ -54,5 +54,5 @@ if not TYPE_CHECKING:  # else type checkers take any name for one of ours
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted([*globals(), *__all__, *_SUBMODULES])

@@ -8,7 +8,7 @@ if TYPE_CHECKING:  # else imported where it is used, so that --help is quick
     import torch
 
 
-def use_xformers(model) -> None:
+def use_xformers(model: "torch.nn.Module") -> None:
     """Attention by xFormers.
 
     Raises:
@@ -23,7 +23,9 @@ def use_xformers(model) -> None:
         ) from error
 
 
-def choose_execution(model, device: "torch.device", gradient_checkpointing: bool, xformers: bool = False) -> None:
+def choose_execution(
+    model: "torch.nn.Module", device: "torch.device", gradient_checkpointing: bool, xformers: bool = False
+) -> None:
     """How a model of Diffusers is executed where it trains.
 
     Args:

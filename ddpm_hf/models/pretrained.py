@@ -215,7 +215,11 @@ def load_weights(source: Source, variant: str | None = None) -> dict[str, "torch
 
 
 def start_from(
-    model, source: Source, class_names: Sequence[str], scheduler: "DDPMScheduler", variant: str | None
+    model: "torch.nn.Module",
+    source: Source,
+    class_names: Sequence[str],
+    scheduler: "DDPMScheduler",
+    variant: str | None,
 ) -> list[str]:
     """Give a new UNet the trained weights, fitted to its classes and its variance.
 

@@ -109,7 +109,9 @@ def make_text_encoder(tokenizer: CLIPTokenizer, width: int = 128, layers: int = 
     )
 
 
-def encode_captions(text_encoder, tokenizer, captions: list[str], device: torch.device) -> torch.Tensor:
+def encode_captions(
+    text_encoder: torch.nn.Module, tokenizer: CLIPTokenizer, captions: list[str], device: torch.device
+) -> torch.Tensor:
     """Captions as what a UNet attends to, [N, L, D]."""
     ids, mask = tokenize(tokenizer, captions)
     mask = mask.to(device) if getattr(text_encoder.config, "use_attention_mask", None) else None

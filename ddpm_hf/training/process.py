@@ -6,6 +6,7 @@ import os
 import random
 import signal
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,7 +56,7 @@ def _of_torch() -> Iterator[Callable[[], object]]:
     yield lambda: torch.set_rng_state(state)
 
 
-def _attribute(place, name: str) -> Callable[[], object]:
+def _attribute(place: Any, name: str) -> Callable[[], object]:
     value = getattr(place, name)
     return lambda: setattr(place, name, value)
 
@@ -75,7 +76,7 @@ def _of_libraries() -> Iterator[Callable[[], object]]:
 def _of_the_process() -> Iterator[Callable[[], object]]:
     handler = signal.getsignal(signal.SIGTERM)
 
-    def put_back():
+    def put_back() -> None:
         with contextlib.suppress(ValueError):  # not the main thread
             signal.signal(signal.SIGTERM, handler)
 

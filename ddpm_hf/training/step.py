@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -13,6 +13,9 @@ from .meter import Losses
 from .plan import StepPlan
 from .run import Run
 from .state import TrainingState
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 class StepResult(NamedTuple):
@@ -63,6 +66,6 @@ def take_step(
     return StepResult(norm, finite, taken)
 
 
-def _known_norm(accelerator) -> bool:
+def _known_norm(accelerator: "Accelerator") -> bool:
     """Whether the gradient's norm is ours to judge: DeepSpeed clips and skips by itself."""
     return str(accelerator.distributed_type) != "DistributedType.DEEPSPEED"

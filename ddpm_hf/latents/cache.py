@@ -90,9 +90,9 @@ class LatentDataset(torch.utils.data.Dataset):
         uniforms = [augmentation_uniforms(self.images.seed, epoch, index) for epoch, index in keys]
         chosen = [index for _, index in keys]
         flips = [self.images.transform.random_flip and bool(drawn[2] < 0.5) for drawn in uniforms]
-        wanted = [flipped(self.keys[index]) if flip else self.keys[index] for index, flip in zip(chosen, flips)]
+        rows = [flipped(self.keys[index]) if flip else self.keys[index] for index, flip in zip(chosen, flips)]
         batch = {
-            "moments": self.table.look_up(wanted),
+            "moments": self.table.look_up(rows),
             "index": torch.from_numpy(self.images.indices[chosen]),
             **self.images.described(chosen, uniforms),
         }
@@ -144,20 +144,20 @@ def cache_latents(
     table, keys = TensorTable(folder / f"latents-{name}"), image_keys(images)
     size = (transform.height, transform.width)
 
-    def moments(places: list[int]) -> torch.Tensor:
-        found = []
-        for place in places:
-            index, mirrored = place % len(keys), place >= len(keys)
+    def moments(indices: list[int]) -> torch.Tensor:
+        pictures = []
+        for number in indices:
+            index, mirrored = number % len(keys), number >= len(keys)
             pixels = images.read_pixels(index)[1]
             if pixels.shape[:2] != size:
                 raise UsageError(RANDOM_CROPS)
             upright = transform._replace(random_flip=mirrored).crop_and_flip(pixels, UNAUGMENTED)
-            found.append(torch.from_numpy(upright))
-        batch = to_model_range(torch.stack(found).to(vae.device)).to(vae.dtype)  # [N, C, H, W]
+            pictures.append(torch.from_numpy(upright))
+        batch = to_model_range(torch.stack(pictures).to(vae.device)).to(vae.dtype)  # [N, C, H, W]
         return vae.encode(batch).latent_dist.parameters
 
-    wanted = keys + [flipped(key) for key in keys] if transform.random_flip else keys
-    table.fill(wanted, moments, accelerator, "encoding images")
+    both = keys + [flipped(key) for key in keys] if transform.random_flip else keys
+    table.fill(both, moments, accelerator, "encoding images")
     return table, keys
 
 
@@ -188,5 +188,5 @@ def cache_embeddings(
     name = digest(network_digest(text_encoder), words.encode()).hex()
     table = TensorTable(folder / f"embeddings-{name}")
     keys = [caption_key(caption) for caption in captions]
-    table.fill(keys, lambda places: encode([captions[place] for place in places]), accelerator, "encoding captions")
+    table.fill(keys, lambda indices: encode([captions[index] for index in indices]), accelerator, "encoding captions")
     return table

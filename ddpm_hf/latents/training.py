@@ -1,4 +1,4 @@
-"""Training an autoencoder of one's own images (Rombach et al. 2022, sec. 3.1)."""
+"""Training an autoencoder on the images (Rombach et al. 2022, sec. 3.1)."""
 
 import dataclasses
 import functools

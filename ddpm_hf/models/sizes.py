@@ -145,16 +145,20 @@ def unet_arguments(
     return chosen
 
 
-def read_unet_config(name_or_path: str, token: str | None = None) -> dict[str, Any]:
-    from diffusers import UNet2DModel
+def read_unet_config(name_or_path: str, token: str | None = None, kind: str = "UNet2DModel") -> dict[str, Any]:
+    """The arguments in the config of a UNet of Diffusers, on the Hub or on disk.
+
+    Raises:
+        UsageError: there is none, or one of another kind.
+    """
+    import diffusers
 
     try:
-        loaded = UNet2DModel.load_config(name_or_path, token=token)
+        loaded = getattr(diffusers, kind).load_config(name_or_path, token=token)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UsageError(
-            f"--model_config_name_or_path {name_or_path}: no UNet2DModel config there ({reason})"
-        ) from error
-    if loaded.get("_class_name", "UNet2DModel") != "UNet2DModel":
-        raise UsageError(f"--model_config_name_or_path {name_or_path}: a {loaded['_class_name']}, not a UNet2DModel")
-    return {**stock_unet_defaults(), **{name: value for name, value in loaded.items() if not name.startswith("_")}}
+        raise UsageError(f"--model_config_name_or_path {name_or_path}: no {kind} config there ({reason})") from error
+    if loaded.get("_class_name", kind) != kind:
+        raise UsageError(f"--model_config_name_or_path {name_or_path}: a {loaded['_class_name']}, not a {kind}")
+    defaults = stock_unet_defaults() if kind == "UNet2DModel" else {}
+    return {**defaults, **{name: value for name, value in loaded.items() if not name.startswith("_")}}

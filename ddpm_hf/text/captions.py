@@ -20,11 +20,11 @@ LONGEST = 77  # tokens that CLIP reads, start and end included
 
 def all_captions(column: Iterable[Any], name: str) -> list[str]:
     """The different captions of a column, sorted."""
-    found = set()
+    texts = set()
     for value in column:
         several = (value or [None]) if isinstance(value, (list, tuple)) else [value]
-        found.update(choose_caption(one, 0, name) for one in several)
-    return sorted(found)
+        texts.update(choose_caption(one, 0, name) for one in several)
+    return sorted(texts)
 
 
 def warn_of_cut_captions(tokenizer: CLIPTokenizer, captions: Iterable[str], most: int = 100_000) -> list[str]:

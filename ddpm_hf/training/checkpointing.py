@@ -85,7 +85,7 @@ def find_checkpoint(output_dir: Path, wanted: str, warn: Callable[[str], object]
         warn: called with a line for each broken checkpoint that `latest` passed over.
 
     Raises:
-        UsageError: a named checkpoint that does not exist or is broken; or checkpoints, but no whole one.
+        UsageError: a named checkpoint that does not exist or is broken; or checkpoints, but no complete one.
     """
     if wanted == "latest":
         there = list_checkpoints(output_dir)
@@ -111,7 +111,7 @@ def find_checkpoint(output_dir: Path, wanted: str, warn: Callable[[str], object]
 def rotate(output_dir: Path, limit: int | None) -> list[Path]:
     """Remove all but the newest `limit` checkpoints, and those set aside that the run has written anew; which ones.
 
-    Only complete checkpoints of ours are counted and removed.
+    Only complete checkpoints of this package are counted and removed.
     """
     kept = list_checkpoints(output_dir, complete=True)
     for path in output_dir.glob("checkpoint-*.superseded"):
@@ -145,7 +145,7 @@ LOGS = (METRICS_FILE, TIMINGS_FILE)
 
 
 def save_checkpoint(run: Run, state: TrainingState, limit: int | None) -> str | None:
-    """Write `checkpoint-N`, whole or not at all, then let the oldest go. All ranks take part.
+    """Write `checkpoint-N` atomically, then remove the oldest. All ranks take part.
 
     Returns:
         What kept it from being written, for all ranks; then nothing of it is left, and no other has gone.

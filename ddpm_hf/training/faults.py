@@ -18,11 +18,11 @@ LOST_CONTACT = "lost contact with the run's other processes: one of them ended, 
 
 
 class EndedTogetherError(Exception):
-    """All ranks end for one reason, which one of them tells; `own` is that rank's error, None on the others."""
+    """All ranks end for one reason, which one of them tells; `local` is that rank's error, None on the others."""
 
-    def __init__(self, own: BaseException | None):
-        super().__init__(str(own))
-        self.own = own
+    def __init__(self, local: BaseException | None):
+        super().__init__(str(local))
+        self.local = local
 
 
 def storage_fault(error: BaseException) -> str | None:

@@ -72,7 +72,7 @@ def run_lines(run: Run, plan: StepPlan) -> dict[str, str]:
     flags = run.flags
     epochs = "" if plan.samples is None else f" ({plan.steps_per_epoch:,} an epoch)"
     return {
-        "batch": f"{plan.batch_size} × {plan.world} process{'es'[: 2 * (plan.world > 1)]} × {plan.accumulation}"
+        "batch": f"{plan.batch_size} × {plan.world} process{'es' if plan.world > 1 else ''} × {plan.accumulation}"
         f" accumulated = {plan.global_batch * plan.accumulation}",
         "steps": f"{plan.total:,}{epochs}",
         "device": f"{hardware(run.accelerator)}, {precision(run.accelerator)}",

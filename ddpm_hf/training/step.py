@@ -3,9 +3,11 @@
 import contextlib
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 
 from ..common.randomness import StepKeys, keyed_seed
 from .averaging import update_ema
@@ -13,9 +15,6 @@ from .meter import Losses
 from .plan import StepPlan
 from .run import Run
 from .state import TrainingState
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 
 class StepResult(NamedTuple):
@@ -48,8 +47,9 @@ def take_step(
                 result = compute_loss(state.model, batch, StepKeys(seed, step, first, count, valid=end - begin))
             # The mean over the step's samples, whatever parts they come in; ranks average what each sums.
             loss = result.losses[: end - begin].sum() if end > begin else 0.0 * result.losses.sum()
-            spoils = 1 + 0 * loss.detach()  # NaN of a loss that is not finite: then so is the gradient of all
-            accelerator.backward(loss * (spoils * (accelerator.num_processes / in_window)))
+            # the gradient of all ranks is NaN where one's loss is not finite
+            finite = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+            accelerator.backward(loss * (finite * (accelerator.num_processes / in_window)))
         state.meter.add(result, end - begin)
         taken.append((batch.get("index"), result.losses.detach()[: end - begin or None]))
 
@@ -66,6 +66,6 @@ def take_step(
     return StepResult(norm, finite, taken)
 
 
-def _known_norm(accelerator: "Accelerator") -> bool:
-    """Whether the gradient's norm is ours to judge: DeepSpeed clips and skips by itself."""
-    return str(accelerator.distributed_type) != "DistributedType.DEEPSPEED"
+def _known_norm(accelerator: Accelerator) -> bool:
+    """Whether the gradient's norm is known here: DeepSpeed clips and skips by itself."""
+    return accelerator.distributed_type != DistributedType.DEEPSPEED

@@ -31,7 +31,7 @@ class Stop:
 
     def __enter__(self) -> "Stop":
         for number in (signal.SIGTERM, signal.SIGINT):
-            with contextlib.suppress(ValueError):  # not the main thread: signals are not ours
+            with contextlib.suppress(ValueError):  # not the main thread, which alone handles signals
                 self.previous[number] = signal.signal(number, self._note)
         return self
 

@@ -61,13 +61,13 @@ def find_run(run: Run, data: Sequence[str | None] = ()) -> Resumed | None:
         refuse_other_runs(folder)
     refuse_foreign_files(config, run.entries, ours)
     if config.resume_from_checkpoint:
-        found = find_checkpoint(folder, config.resume_from_checkpoint, run.log)
-        if found is None:
+        resumed = find_checkpoint(folder, config.resume_from_checkpoint, run.log)
+        if resumed is None:
             refuse_lost_checkpoints(folder, can_start=hasattr(run.settings, "pretrained_model_name_or_path"))
             run.log(f"no checkpoint in {folder} yet: training from the beginning")
         else:
-            refuse_checkpoint_of_another_run(folder, found.checkpoint)
-        return found
+            refuse_checkpoint_of_another_run(folder, resumed.checkpoint)
+        return resumed
     if ours and not config.overwrite_output_dir:
         raise UsageError(
             f"--output_dir {folder} holds an earlier run ({some(ours)}); go on with"

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..common.errors import DataError, UsageError
+from ..common.errors import DataError, UsageError, one_line
 from ..common.layout import layout
 from ..common.randomness import StepKeys
 from ..data import ImageDataset, to_model_range
@@ -85,7 +85,7 @@ def make_classifier(
             id2label={str(number): name for number, name in enumerate(names)},
         )
     except (ValueError, TypeError) as error:
-        raise UsageError(" ".join(str(error).split())) from error
+        raise UsageError(one_line(error)) from error
     return model
 
 

@@ -8,8 +8,7 @@ from diffusers import UNet2DConditionModel
 from ..common.randomness import StepKeys
 from ..inference.components import Components
 from ..models.acceleration import choose_execution
-from ..portable.pipeline_text2image_ddpm_hf import tokenize
-from .captions import encode_captions
+from ..portable.pipeline_text2image_ddpm_hf import encode_texts, tokenize
 
 if TYPE_CHECKING:
     from ..portable.scheduling_ddpm_hf import DDPMScheduler
@@ -62,7 +61,7 @@ def caption_input(
     if learns:
         return tokenize(components.tokenizer, captions)[0].to(device)
     with torch.no_grad():
-        return encode_captions(components.text_encoder, components.tokenizer, captions, device)
+        return encode_texts(components.text_encoder, components.tokenizer, captions, device)
 
 
 @torch.no_grad()

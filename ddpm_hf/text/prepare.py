@@ -14,15 +14,15 @@ from ..data.batches import Images
 from ..data.buckets import BucketedDataset, bucket_sizes, bucketed
 from ..inference.components import Components
 from ..latents.cache import cache_embeddings, cached_latents, check_cacheable
-from ..models.autoencoder import downscaling
 from ..objectives.losses import check_objective
-from ..portable.pipeline_text2image_ddpm_hf import cut_off
+from ..portable.pipeline_text2image_ddpm_hf import cut_off, encode_texts
+from ..portable.sampling_ddpm_hf import downscaling
 from ..portable.scheduling_ddpm_hf import DDPMScheduler
 from ..training.plan import StepPlan
 from ..training.previews import draw_grid
 from ..training.reporting import run_lines
 from ..training.run import Run
-from .captions import all_captions, encode_captions, warn_of_cut_captions
+from .captions import all_captions, warn_of_cut_captions
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -53,7 +53,7 @@ def default_prompts(given: list[str], embedded: bool, images: Images) -> list[st
 def in_buckets(run: Run, images: Images, data: DataFlags, vae: AutoencoderKL, unet: "UNet2DConditionModel") -> Images:
     """The images by aspect ratio, in sizes that autoencoder and UNet can halve."""
     widths = unet["block_out_channels"] if isinstance(unet, dict) else unet.config.block_out_channels
-    sizes = bucket_sizes(*data.size(), downscaling(vae) * 2 ** (len(widths) - 1))
+    sizes = bucket_sizes(*data.size(), downscaling(vae.config) * 2 ** (len(widths) - 1))
     dataset = bucketed(images.dataset, sizes, cached=should_cache(images.rows, images.transform, data.cache_dataset))
     counts = (f"{p.transform.height}x{p.transform.width}: {len(p)}" for p in dataset.parts)
     run.log(f"images by size: {', '.join(counts)}")
@@ -73,7 +73,7 @@ def cached(
     embeddings = null = None
     if with_captions:
         encode = functools.partial(
-            encode_captions, components.text_encoder, components.tokenizer, device=accelerator.device
+            encode_texts, components.text_encoder, components.tokenizer, device=accelerator.device
         )
         captions = all_captions([*images.dataset.captions, ""], images.rows.name)
         embeddings = cache_embeddings(

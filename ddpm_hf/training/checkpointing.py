@@ -22,7 +22,7 @@ from ..common.checkpoints import (
     made_by_diffusers,
     seal,
 )
-from ..common.errors import UsageError
+from ..common.errors import UsageError, one_line
 from ..common.files import flush
 from ..common.layout import METRICS_FILE, TIMINGS_FILE
 from ..common.ownership import claim_files, release_files
@@ -240,7 +240,7 @@ def load_checkpoint(accelerator: Accelerator, state: TrainingState, checkpoint: 
     except UsageError:
         raise
     except Exception as error:  # whatever a stranger's file makes the libraries raise
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise UsageError(
             f"{checkpoint} cannot be resumed: malformed checkpoint ({type(error).__name__}: {reason})"
         ) from error

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import gather_object
 
-from ..common.errors import UsageError
+from ..common.errors import UsageError, one_line
 from ..common.ownership import claim_files
 from .flags import TrainingFlags
 from .run import Run
@@ -33,7 +33,7 @@ def start_trackers(run: Run, default_project: str) -> None:
     try:
         run.accelerator.init_trackers(project, config=settings)
     except Exception as error:  # of whatever library
-        reason = f"{error.__class__.__name__}: {' '.join(str(error).split())[:200]}"
+        reason = f"{error.__class__.__name__}: {one_line(error, 200)}"
     reasons = gather_object([reason])
     if any(reasons):
         reason = next(one for one in reasons if one)

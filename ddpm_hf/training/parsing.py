@@ -228,7 +228,7 @@ def read_config_file(path: str) -> dict[str, Any]:
         json_given = path.endswith(".json")
         values = json.loads(text, object_pairs_hook=_each_key_once) if json_given else _read_yaml(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: also an impossible date, or number
-        raise UsageError(f"--config {path}: not YAML or JSON ({' '.join(str(error).split())})") from error
+        raise UsageError(f"--config {path}: not YAML or JSON ({one_line(error)})") from error
     if values is None:
         return {}
     if not isinstance(values, dict):

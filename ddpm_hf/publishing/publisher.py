@@ -209,8 +209,8 @@ class Publisher:
         self, pipeline: "DiffusionPipeline", message: str, files: dict[str, Path], tag: str | None = None
     ) -> Upload:
         """Upload the files to the run's repository."""
-        options = {"license": self.flags.hub_license, "tag": tag, "message": message}
-        return hub.push_files(files, self.folder, self.repository, self.token, pipeline, **options)
+        options = {"license": self.flags.hub_license, "tag": tag}
+        return hub.push_files(files, self.folder, self.repository, self.token, pipeline, message=message, **options)
 
 
 def describe_run(

@@ -6,9 +6,10 @@ from ..common.errors import UsageError
 
 if TYPE_CHECKING:  # else imported where it is used, so that --help is quick
     import torch
+    from diffusers import ModelMixin
 
 
-def use_xformers(model) -> None:
+def use_xformers(model: "ModelMixin") -> None:
     """Attention by xFormers.
 
     Raises:
@@ -23,7 +24,9 @@ def use_xformers(model) -> None:
         ) from error
 
 
-def choose_execution(model, device: "torch.device", gradient_checkpointing: bool, xformers: bool = False) -> None:
+def choose_execution(
+    model: "ModelMixin", device: "torch.device", gradient_checkpointing: bool, xformers: bool = False
+) -> None:
     """How a model of Diffusers is executed where it trains.
 
     Args:

@@ -14,7 +14,7 @@ class AttentionBySize:
     choice follows from the shape alone, so that a resumed run makes the same one.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.plain, self.fused = AttnProcessor(), AttnProcessor2_0()
 
     def __call__(

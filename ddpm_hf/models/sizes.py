@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..common.errors import UsageError
+from ..common.errors import UsageError, one_line
 from .flags import UNetFlags
 from .presets import MODEL_PRESETS, preset_unet_config
 from .pretrained import check_channels
@@ -109,7 +109,7 @@ def unet_arguments(
         channels = data.channels or chosen["in_channels"] if vae is None else vae.config.latent_channels
         check_channels(source, channels, "images" if vae is None else "latents")
     elif flags.model_config_name_or_path:
-        chosen = dict(read_unet_config(flags.model_config_name_or_path, token))
+        chosen = read_unet_config(flags.model_config_name_or_path, token)
         for key in ("num_class_embeds", "class_embed_type"):  # classes are the data's: --label_column
             chosen.pop(key, None)
         expected = chosen.get("in_channels", 3)
@@ -156,7 +156,7 @@ def read_unet_config(name_or_path: str, token: str | None = None, kind: str = "U
     try:
         loaded = getattr(diffusers, kind).load_config(name_or_path, token=token)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise UsageError(f"--model_config_name_or_path {name_or_path}: no {kind} config there ({reason})") from error
     if loaded.get("_class_name", kind) != kind:
         raise UsageError(f"--model_config_name_or_path {name_or_path}: a {loaded['_class_name']}, not a {kind}")

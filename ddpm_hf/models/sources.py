@@ -129,7 +129,7 @@ def _pipeline_facts(place: Location, index: dict[str, Any]) -> dict[str, Any]:
     classes = None
     if isinstance(names, dict) and set(names) == {str(number) for number in range(len(names))}:
         classes = [str(names[str(number)]) for number in range(len(names))]
-    facts = {"scheduler": scheduler, "classes": classes}
+    facts: dict[str, Any] = {"scheduler": scheduler, "classes": classes}
     if isinstance(index.get("vae"), list) and index["vae"][-1:] != [None]:
         facts |= {"vae": place.root, "factor": _factor((place / "vae").json(MODEL_CONFIG))}
     return facts
@@ -158,7 +158,7 @@ def _training_of(place: Location) -> dict[str, Any]:
         return facts
     for around in (place, place.parent):
         index = around and around.json(MODEL_INDEX)
-        if index:
+        if around and index:
             return _pipeline_facts(around, index)
     return {}
 

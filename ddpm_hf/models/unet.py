@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..common.errors import UsageError
+from ..common.errors import UsageError, one_line
 
 if TYPE_CHECKING:  # else imported where it is used, so that --help is quick
     from diffusers import UNet2DModel
@@ -34,7 +34,7 @@ def make_unet(
     try:
         return build_unet(arguments)
     except (ValueError, TypeError) as error:
-        raise UsageError(" ".join(str(error).split())) from error
+        raise UsageError(one_line(error)) from error
 
 
 def stock_unet_defaults() -> dict[str, Any]:

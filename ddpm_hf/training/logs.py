@@ -3,14 +3,18 @@
 import importlib.util
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import gather_object
 
-from ..common.errors import UsageError
+from ..common.errors import UsageError, one_line
 from ..common.ownership import claim_files
 from .flags import TrainingFlags
 from .run import Run
 from .setup.settings import public_settings
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 def start_trackers(run: Run, default_project: str) -> None:
@@ -29,7 +33,7 @@ def start_trackers(run: Run, default_project: str) -> None:
     try:
         run.accelerator.init_trackers(project, config=settings)
     except Exception as error:  # of whatever library
-        reason = f"{error.__class__.__name__}: {' '.join(str(error).split())[:200]}"
+        reason = f"{error.__class__.__name__}: {one_line(error, 200)}"
     reasons = gather_object([reason])
     if any(reasons):
         reason = next(one for one in reasons if one)
@@ -37,7 +41,7 @@ def start_trackers(run: Run, default_project: str) -> None:
             UsageError(f"--logger {flags.logger} does not start ({reason}); mend that, or pass --logger none")
         )
 
-    def claim():
+    def claim() -> None:
         claim_files(flags.output_dir, sorted(log_files(flags, project) - before))
 
     run.must_write(claim, "the list of the run's files")
@@ -52,11 +56,11 @@ def log_files(flags: TrainingFlags, project: str) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in logs.rglob("*") if path.is_file()}
 
 
-def track_image(run: Run, name: str, image, step: int) -> None:
+def track_image(run: Run, name: str, image: "Image.Image", step: int) -> None:
     """A PIL picture in whatever tracker there is."""
     import numpy as np
 
-    def show(tracker):
+    def show(tracker: Any) -> None:
         if tracker.name == "tensorboard":
             pixels = np.asarray(image.convert("RGB"))
             tracker.writer.add_image(name, pixels, step, dataformats="HWC")

@@ -105,7 +105,7 @@ def unet_arguments(
             raise UsageError(f"--resolution {data.resolution}: the autoencoder requires multiples of {factor}")
         height, width = height // factor, width // factor
     if source is not None:
-        chosen = {**source.unet, "num_class_embeds": None}  # classes are the data's: --label_column
+        chosen: dict[str, Any] = {**source.unet, "num_class_embeds": None}  # classes are the data's: --label_column
         channels = data.channels or chosen["in_channels"] if vae is None else vae.config.latent_channels
         check_channels(source, channels, "images" if vae is None else "latents")
     elif flags.model_config_name_or_path:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -44,14 +45,18 @@ class Reconstruction(torch.nn.Module):
         super().__init__()
         self.vae = vae
 
-    def forward(self, images: torch.Tensor, noise_of) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, images: torch.Tensor, noise_of: Callable[[torch.Tensor], torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """[N, C, H, W] -> the same, and nats [N]; `noise_of` samples noise in a tensor's shape."""
         posterior = self.vae.encode(images).latent_dist
         latents = posterior.mean + posterior.std * noise_of(posterior.mean)
         return self.vae.decode(latents).sample, posterior.kl()
 
 
-def compute_loss(model, batch: dict, keys: StepKeys, *, kl_weight: float, device: torch.device) -> Losses:
+def compute_loss(
+    model: torch.nn.Module, batch: dict, keys: StepKeys, *, kl_weight: float, device: torch.device
+) -> Losses:
     """Mean absolute error, and the KL a pixel (Rombach et al. 2022, Eq. 25, without the adversary)."""
     images = to_model_range(batch["images"].to(device, non_blocking=True))  # [N, C, H, W]
     output, kl = model(images, functools.partial(keys.normal_like, name="posterior"))
@@ -59,7 +64,7 @@ def compute_loss(model, batch: dict, keys: StepKeys, *, kl_weight: float, device
 
 
 @torch.no_grad()
-def draw_reconstructions(model, step: int, *, run: Run, images: Images) -> Path | None:
+def draw_reconstructions(model: torch.nn.Module, step: int, *, run: Run, images: Images) -> Path | None:
     """A picture of eight images, and what the autoencoder makes of them."""
     from diffusers.image_processor import VaeImageProcessor
 

@@ -8,7 +8,7 @@ import shlex
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..common.errors import UsageError
 from ..common.files import write_atomically
@@ -29,6 +29,10 @@ from .card.merging import make_card
 from .files import publishable
 from .flags import PublishingFlags
 from .hub import Upload, read_card, reason_of, refuses
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline
 
 
 def reserve_repository(run: Run, flags: PublishingFlags, token: str | None, held_out: bool) -> str:
@@ -94,7 +98,7 @@ class Publisher:
         self.saved_at: int | None = None
         self.uploading: threading.Thread | None = None
 
-    def save(self, model, step: int) -> None:
+    def save(self, model: "torch.nn.Module", step: int) -> None:
         """Save the pipeline if `--hub_strategy` asks for this one, and upload it if it asks for that too."""
         flags, at_checkpoint = self.flags, step % self.run.flags.checkpointing_steps == 0
         none_yet = not (self.folder / "model_index.json").is_file()
@@ -127,7 +131,7 @@ class Publisher:
         }
         return step in losses and losses[step] <= min(losses.values())
 
-    def upload_beside(self, pipeline, step: int) -> None:
+    def upload_beside(self, pipeline: "DiffusionPipeline", step: int) -> None:
         """Upload while training goes on; an upload that is still under way is not waited for."""
         if self.uploading is not None and self.uploading.is_alive():
             self.run.log(f"step {step}: the last upload is still under way, so this one is left out")
@@ -146,7 +150,7 @@ class Publisher:
         self.uploading = threading.Thread(target=upload, daemon=True)
         self.uploading.start()
 
-    def finish(self, model, step: int) -> None:
+    def finish(self, model: "torch.nn.Module", step: int) -> None:
         """Save what is not saved yet, write the card, and upload it if that was asked for; a failure loses nothing.
 
         Raises:
@@ -201,13 +205,17 @@ class Publisher:
             options += [name, value] if value else []
         return shlex.join(["ddpm-hf", "push", str(self.folder), self.repository, *options])
 
-    def push(self, pipeline, message: str, files: dict[str, Path], tag: str | None = None) -> Upload:
+    def push(
+        self, pipeline: "DiffusionPipeline", message: str, files: dict[str, Path], tag: str | None = None
+    ) -> Upload:
         """Upload the files to the run's repository."""
         options = {"license": self.flags.hub_license, "tag": tag, "message": message}
         return hub.push_files(files, self.folder, self.repository, self.token, pipeline, **options)
 
 
-def describe_run(run: Run, images, plan: StepPlan, model, shown: tuple[str, ...], rows: list[str]) -> dict[str, Any]:
+def describe_run(
+    run: Run, images: Any, plan: StepPlan, model: "torch.nn.Module", shown: tuple[str, ...], rows: list[str]
+) -> dict[str, Any]:
     """What is known of a run before it starts, for its card.
 
     Args:

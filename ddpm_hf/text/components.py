@@ -1,7 +1,7 @@
 """A new text-to-image model: its parts planned and checked before training, then built to fit the images."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -23,6 +23,9 @@ from ..portable.scheduling_ddpm_hf import DDPMScheduler
 from ..training.run import Run
 from .captions import TOKENIZER_FILES, all_captions, fit_tokenizer, make_text_encoder, read_tokenizer
 from .flags import TextModelFlags
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
 
 TEXT_WIDTH = 128  # of a new text encoder
 
@@ -144,6 +147,6 @@ def build(
     return Components(vae, text_encoder, tokenizer, unet, blueprint.scheduler, {"sampler": DDPMScheduler})
 
 
-def save_tokenizer(tokenizer, output_dir: str | Path) -> None:
+def save_tokenizer(tokenizer: "CLIPTokenizer", output_dir: str | Path) -> None:
     """Save a new model's tokenizer, as its pipeline will, so that a checkpoint of the run can be sampled before."""
     save_model(tokenizer, Path(output_dir) / "tokenizer", within=output_dir)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -39,7 +40,7 @@ def update_ema(ema: EMAModel, part: torch.nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def ema_weights(ema: EMAModel, part: torch.nn.Module):
+def ema_weights(ema: EMAModel, part: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """The part with its averaged weights; then with its own again."""
     ema.store(part.parameters())
     ema.copy_to(part.parameters())
@@ -50,7 +51,7 @@ def ema_weights(ema: EMAModel, part: torch.nn.Module):
 
 
 @contextlib.contextmanager
-def raw_weights(ema: EMAModel, part: torch.nn.Module):
+def raw_weights(ema: EMAModel, part: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """Within `ema_weights`: the part with its own weights; then with the averaged ones again."""
     ema.restore(part.parameters())
     try:

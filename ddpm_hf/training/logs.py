@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import gather_object
 
@@ -11,6 +12,9 @@ from ..common.ownership import claim_files
 from .flags import TrainingFlags
 from .run import Run
 from .setup.settings import public_settings
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 def start_trackers(run: Run, default_project: str) -> None:
@@ -37,7 +41,7 @@ def start_trackers(run: Run, default_project: str) -> None:
             UsageError(f"--logger {config.logger} does not start ({reason}); mend that, or pass --logger none")
         )
 
-    def claim():
+    def claim() -> None:
         claim_files(config.output_dir, sorted(log_files(config, project) - before))
 
     run.must_write(claim, "the list of the run's files")
@@ -52,11 +56,11 @@ def log_files(config: TrainingFlags, project: str) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in logs.rglob("*") if path.is_file()}
 
 
-def track_image(run: Run, name: str, image, step: int) -> None:
+def track_image(run: Run, name: str, image: "Image.Image", step: int) -> None:
     """A PIL picture in whatever tracker there is."""
     import numpy as np
 
-    def show(tracker):
+    def show(tracker: Any) -> None:
         if tracker.name == "tensorboard":
             pixels = np.asarray(image.convert("RGB"))
             tracker.writer.add_image(name, pixels, step, dataformats="HWC")

@@ -5,7 +5,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path, PureWindowsPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import gather_object
 
@@ -30,6 +30,9 @@ from ..logs import start_trackers
 from ..reporting import table
 from ..run import Resumed, Run
 from .settings import save_settings
+
+if TYPE_CHECKING:
+    import torch
 
 
 def find_run(run: Run, data: Sequence[str | None] = ()) -> Resumed | None:
@@ -271,7 +274,7 @@ def _was_moved(was: Any, now: Any) -> bool:
     return absolute or path.name in ("", "..", Path(now).resolve().name)
 
 
-def check_resumable(run: Run, model, facts: dict[str, Any], name: str) -> None:
+def check_resumable(run: Run, model: "torch.nn.Module", facts: dict[str, Any], name: str) -> None:
     """Say what is another than in the run to resume, and counts from here on.
 
     Args:

@@ -32,7 +32,9 @@ def make_optimizer(config: TrainingFlags, model: torch.nn.Module, world: int) ->
     )
 
 
-def make_lr_scheduler(config: TrainingFlags, optimizer, total_steps: int):
+def make_lr_scheduler(
+    config: TrainingFlags, optimizer: torch.optim.Optimizer, total_steps: int
+) -> torch.optim.lr_scheduler.LambdaLR:
     """The learning rate's schedule over optimizer steps, whatever the processes and the accumulation."""
     return get_scheduler(
         config.lr_scheduler,

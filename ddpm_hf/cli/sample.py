@@ -144,7 +144,7 @@ def sample(
     grid_only: Annotated[bool, option(WHERE, "Write the grid, no single images.", "--grid-only")] = False,
     ema: Annotated[
         bool | None,
-        option(WHERE, "Of a checkpoint-N: the averaged weights or not. Default: if it has them.", "--ema/--no-ema"),
+        option(WHERE, "For a checkpoint-N: use the EMA weights. Default: if it has them.", "--ema/--no-ema"),
     ] = None,
     revision: Annotated[str | None, option(WHERE, "Branch, tag or commit on the Hub.")] = None,
     token: Annotated[str | None, option(WHERE, "For a private model. Default: your login.", envvar="HF_TOKEN")] = None,

@@ -64,7 +64,7 @@ REFUSED = {
     "a vae for a checkpoint": Bad({"vae_name_or_path": "{shop}/vae"}, ("--vae_name_or_path", "from scratch")),
     "no such vae": Bad({"vae_name_or_path": "{shop}/nowhere"}, ("nowhere", "no AutoencoderKL"), "scratch"),
     "no such text encoder": Bad({"text_encoder_name_or_path": "{shop}/nowhere"}, ("nowhere", "no CLIP"), "scratch"),
-    "no such unet": Bad({"model_config_name_or_path": "{shop}/nowhere"}, ("nowhere", "no config"), "scratch"),
+    "no such unet": Bad({"model_config_name_or_path": "{shop}/nowhere"}, ("nowhere", "no UNet2DConditionModel config"), "scratch"),
     "another kind of unet": Bad({"model_config_name_or_path": "{shop}/plain"},
                                 ("plain", "UNet2DModel", "not a UNet2DConditionModel"), "scratch"),
     "a unet of another text": Bad({"model_config_name_or_path": "{shop}/narrow"}, ("cross_attention_dim", "32", "128"),

@@ -19,6 +19,7 @@ from ..data.batches import Images, make_batches, plan_steps
 from ..models.autoencoder import load_autoencoder
 from ..models.saving import save_model
 from ..objectives.gaussians import mean_flat
+from ..portable.sampling_ddpm_hf import downscaling
 from ..training.checkpointing import find_checkpoint
 from ..training.earlier_run import remove_unfinished
 from ..training.flags import GridFlags, TrainingFlags
@@ -148,7 +149,7 @@ def train_autoencoder(
         if run.accelerator.is_main_process and not rehearse_only:
             remove_unfinished(folder)
         return load_autoencoder(str(folder)).to(run.device)
-    factor = 2 ** (len(flags.widths()) - 1)
+    factor = downscaling(flags.widths())
     if size[0] % factor or size[1] % factor:
         raise UsageError(f"--resolution {size[0]}x{size[1]}: the autoencoder requires multiples of {factor}")
     run = dataclasses.replace(

@@ -36,7 +36,7 @@ def fit_to_checkpoint(run: Run, data: DataFlags, components: Components) -> None
     Raises:
         UsageError: a size that the autoencoder cannot halve.
     """
-    factor = downscaling(components.vae.config)
+    factor = downscaling(components.vae.config.block_out_channels)
     run.log(settle_resolution(data, components.unet.config.sample_size, factor, usual="512", trained=True))
     check_multiples(data, factor)
     height, width = (side // factor for side in data.size())
@@ -82,7 +82,7 @@ def draw_blueprint(
     tokenizer = text_encoder = None
     if model.text_encoder_name_or_path:
         tokenizer, text_encoder = load_text_encoder(model.text_encoder_name_or_path, token)
-    factor = downscaling(vae.config) if vae is not None else 2 ** (len(autoencoder.widths()) - 1)
+    factor = downscaling(autoencoder.widths() if vae is None else vae.config.block_out_channels)
     given = None
     if model.model_config_name_or_path:
         given = read_unet_config(model.model_config_name_or_path, token, "UNet2DConditionModel")

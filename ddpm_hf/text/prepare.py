@@ -53,7 +53,7 @@ def default_prompts(given: list[str], embedded: bool, images: Images) -> list[st
 def in_buckets(run: Run, images: Images, data: DataFlags, vae: AutoencoderKL, unet: "UNet2DConditionModel") -> Images:
     """The images by aspect ratio, in sizes that autoencoder and UNet can halve."""
     widths = unet["block_out_channels"] if isinstance(unet, dict) else unet.config.block_out_channels
-    sizes = bucket_sizes(*data.size(), downscaling(vae.config) * 2 ** (len(widths) - 1))
+    sizes = bucket_sizes(*data.size(), downscaling(vae.config.block_out_channels) * downscaling(widths))
     dataset = bucketed(images.dataset, sizes, cached=should_cache(images.rows, images.transform, data.cache_dataset))
     counts = (f"{p.transform.height}x{p.transform.width}: {len(p)}" for p in dataset.parts)
     run.log(f"images by size: {', '.join(counts)}")

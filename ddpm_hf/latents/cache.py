@@ -8,7 +8,7 @@ image thus never gets another one's latent.
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,6 +17,10 @@ from diffusers import AutoencoderKL
 from ..common.errors import UsageError
 from ..data import ImageDataset, augmentation_uniforms, to_model_range
 from .table import TensorTable, digest
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import CLIPTokenizer
 
 UNAUGMENTED = np.zeros(4)  # crop at the corner, flip if anything is flipped, the first caption
 SMALL_FILE, BLOCK, BLOCKS = 2**18, 2**14, 16  # a file of so many bytes is read whole, of a larger one some blocks
@@ -127,7 +131,7 @@ def check_cacheable(images: ImageDataset, every: bool = False) -> None:
 
 @torch.no_grad()
 def cache_latents(
-    images: ImageDataset, vae: AutoencoderKL, folder: Path, accelerator
+    images: ImageDataset, vae: AutoencoderKL, folder: Path, accelerator: "Accelerator"
 ) -> tuple[TensorTable, list[bytes]]:
     """The moments of all images' latents, mirrored ones too where images are flipped; and the images' keys.
 
@@ -158,7 +162,11 @@ def cache_latents(
 
 
 def cached_latents(
-    images: ImageDataset, vae: AutoencoderKL, folder: Path, accelerator, embeddings: TensorTable | None = None
+    images: ImageDataset,
+    vae: AutoencoderKL,
+    folder: Path,
+    accelerator: "Accelerator",
+    embeddings: TensorTable | None = None,
 ) -> LatentDataset:
     """The images as their latents, computed once; the pixels that were kept decoded are let go."""
     table, keys = cache_latents(images, vae, folder, accelerator)
@@ -168,7 +176,12 @@ def cached_latents(
 
 @torch.no_grad()
 def cache_embeddings(
-    captions: list[str], text_encoder, tokenizer, encode: Callable, folder: Path, accelerator
+    captions: list[str],
+    text_encoder: torch.nn.Module,
+    tokenizer: "CLIPTokenizer",
+    encode: Callable,
+    folder: Path,
+    accelerator: "Accelerator",
 ) -> TensorTable:
     """The embeddings [L, D] of captions; `encode` makes them of a list of texts."""
     words = tokenizer.backend_tokenizer.to_str() + str(tokenizer.model_max_length)

@@ -70,7 +70,7 @@ def model_size(
 
     if source is not None:
         return source.size, 1
-    factor = 1 if vae is None else downscaling(vae.config)
+    factor = 1 if vae is None else downscaling(vae.config.block_out_channels)
     if flags.model_config_name_or_path:
         return read_unet_config(flags.model_config_name_or_path, token).get("sample_size"), factor
     if flags.model_preset:
@@ -100,12 +100,12 @@ def unet_arguments(
     if vae is not None:
         if data.channels not in (None, vae.config.in_channels):
             raise UsageError(f"--channels {data.channels}: the autoencoder reads images of {vae.config.in_channels}")
-        factor = downscaling(vae.config)
+        factor = downscaling(vae.config.block_out_channels)
         if height % factor or width % factor:
             raise UsageError(f"--resolution {data.resolution}: the autoencoder requires multiples of {factor}")
         height, width = height // factor, width // factor
     if source is not None:
-        chosen = {**source.unet, "num_class_embeds": None}  # classes are the data's: --label_column
+        chosen: dict[str, Any] = {**source.unet, "num_class_embeds": None}  # classes are the data's: --label_column
         channels = data.channels or chosen["in_channels"] if vae is None else vae.config.latent_channels
         check_channels(source, channels, "images" if vae is None else "latents")
     elif flags.model_config_name_or_path:
@@ -135,7 +135,7 @@ def unet_arguments(
         "in_channels": channels,
         "out_channels": channels,
     }
-    step = downscaling(chosen)
+    step = downscaling(chosen["block_out_channels"])
     if height % step or width % step:
         raise UsageError(
             f"--resolution {data.resolution}: this UNet halves the {'image' if vae is None else 'latent'}"

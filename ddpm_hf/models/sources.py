@@ -139,7 +139,8 @@ def _factor(vae: Mapping[str, Any] | None) -> int | None:
     """How many pixels each of an autoencoder's latents stands for, in each direction, by its config."""
     from ..portable.sampling_ddpm_hf import downscaling
 
-    return downscaling(vae) if vae and isinstance(vae.get("block_out_channels"), list) else None
+    widths = (vae or {}).get("block_out_channels")
+    return downscaling(widths) if isinstance(widths, list) else None
 
 
 def _training_of(place: Location) -> dict[str, Any]:

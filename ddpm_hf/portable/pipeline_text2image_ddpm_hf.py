@@ -130,7 +130,7 @@ class TextToImageDDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPip
                 and value.isfinite().all()
             ):
                 raise ValueError(f"{name}: give a tensor [N, L, {width_of_text}] of finite numbers")
-        side = self.vae_scale_factor * downscaling(self.unet.config)
+        side = self.vae_scale_factor * downscaling(self.unet.config.block_out_channels)
         for name, value in (("height", height), ("width", width)):
             if not isinstance(value, numbers.Integral) or value < 1 or value % self.vae_scale_factor:
                 raise ValueError(

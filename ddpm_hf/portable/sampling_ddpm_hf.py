@@ -5,7 +5,7 @@ This file is copied into published repositories: it imports torch, diffusers and
 
 import inspect
 import numbers
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -131,9 +131,9 @@ def output_channels(unet: torch.nn.Module) -> int:
     return unet.config.get("out_channels") or unet.config.in_channels
 
 
-def downscaling(config: Mapping[str, Any]) -> int:
-    """How many times a UNet or an autoencoder halves height and width, as the factor of each: from its config."""
-    return 2 ** (len(config["block_out_channels"]) - 1)
+def downscaling(widths: Sequence[int]) -> int:
+    """The factor by which a UNet or an autoencoder of these `block_out_channels` reduces height and width."""
+    return 2 ** (len(widths) - 1)
 
 
 def scale_latents(vae: torch.nn.Module, latents: torch.Tensor) -> torch.Tensor:
@@ -171,7 +171,7 @@ class SamplingMixin(MixinBase):
     @property
     def vae_scale_factor(self) -> int:
         """How many pixels a latent stands for, in each direction; 1 without a `vae`."""
-        return 1 if self.vae is None else downscaling(self.vae.config)
+        return 1 if self.vae is None else downscaling(self.vae.config.block_out_channels)
 
     @property
     def image_size(self) -> tuple[int, int]:

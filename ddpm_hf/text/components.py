@@ -1,7 +1,7 @@
 """A new text-to-image model: its parts planned and checked before training, then built to fit the images."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -24,6 +24,9 @@ from ..training.run import Run
 from .captions import TOKENIZER_FILES, all_captions, fit_tokenizer, make_text_encoder, read_tokenizer
 from .flags import TextModelFlags
 
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
 TEXT_WIDTH = 128  # of a new text encoder
 
 
@@ -33,7 +36,7 @@ def fit_to_checkpoint(run: Run, data: DataFlags, components: Components) -> None
     Raises:
         UsageError: a size that the autoencoder cannot halve.
     """
-    factor = downscaling(components.vae.config)
+    factor = downscaling(components.vae.config.block_out_channels)
     run.log(settle_resolution(data, components.unet.config.sample_size, factor, usual="512", trained=True))
     check_multiples(data, factor)
     height, width = (side // factor for side in data.size())
@@ -79,7 +82,7 @@ def draw_blueprint(
     tokenizer = text_encoder = None
     if model.text_encoder_name_or_path:
         tokenizer, text_encoder = load_text_encoder(model.text_encoder_name_or_path, token)
-    factor = downscaling(vae.config) if vae is not None else 2 ** (len(autoencoder.widths()) - 1)
+    factor = downscaling(autoencoder.widths() if vae is None else vae.config.block_out_channels)
     given = None
     if model.model_config_name_or_path:
         given = read_unet_config(model.model_config_name_or_path, token, "UNet2DConditionModel")
@@ -144,6 +147,6 @@ def build(
     return Components(vae, text_encoder, tokenizer, unet, blueprint.scheduler, {"sampler": DDPMScheduler})
 
 
-def save_tokenizer(tokenizer, output_dir: str | Path) -> None:
+def save_tokenizer(tokenizer: "CLIPTokenizer", output_dir: str | Path) -> None:
     """Save a new model's tokenizer, as its pipeline will, so that a checkpoint of the run can be sampled before."""
     save_model(tokenizer, Path(output_dir) / "tokenizer", within=output_dir)

@@ -154,12 +154,12 @@ def save_checkpoint(run: Run, state: TrainingState, limit: int | None) -> str | 
     partial, final = (output_dir / f"checkpoint-{state.step}{suffix}" for suffix in (".partial", ""))
     meter = state.meter.gathered(accelerator)
 
-    def begin():
+    def begin() -> None:
         claim_files(output_dir, [f"{final.name}/"])
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()  # and no parent: where the folder has gone, as with a disk, another would fill in its place
 
-    def finish():
+    def finish() -> None:
         save_tensors(partial, state.extra)
         for log in LOGS:  # a checkpoint that outlives a power cut must find all that was logged before it
             if (output_dir / log).is_file():
@@ -197,7 +197,7 @@ def remove_earlier_run(run: Run) -> None:
     An autoencoder's checkpoint counts: its folder lies within that of the run.
     """
 
-    def remove():
+    def remove() -> None:
         for folder in (run.folder, run.folder.parent):
             if replaces(folder):
                 let_go(folder)
@@ -209,7 +209,7 @@ def remove_earlier_run(run: Run) -> None:
 def rotate_checkpoints(run: Run, limit: int | None) -> None:
     """Remove the checkpoints that are too many. All ranks take part."""
 
-    def remove():
+    def remove() -> None:
         release_files(run.folder, [f"{path.name}/" for path in rotate(run.folder, limit)])
 
     if stuck := run.attempt(remove):

@@ -5,7 +5,9 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,7 +23,7 @@ class Terminated(BaseException):
     """SIGTERM, outside of the training loop."""
 
 
-def end_by_sigterm(number, frame) -> None:
+def end_by_sigterm(number: int, frame: Any) -> None:
     """Handle SIGTERM by unwinding, so that an earlier run comes back."""
     raise Terminated
 
@@ -56,7 +58,7 @@ def explained(error: BaseException, output_dir: str, mendable: tuple[type, ...])
 
 
 @contextlib.contextmanager
-def ends_in_one_line(program: str, output_dir: str, *mendable: type):
+def ends_in_one_line(program: str, output_dir: str, *mendable: type) -> Iterator[None]:
     """Turn what is understood into one line on stderr and an exit code, with no traceback; the process is as before.
 
     Args:
@@ -67,7 +69,7 @@ def ends_in_one_line(program: str, output_dir: str, *mendable: type):
 
 
 @contextlib.contextmanager
-def _in_one_line(program: str, output_dir: str, mendable: tuple[type, ...]):
+def _in_one_line(program: str, output_dir: str, mendable: tuple[type, ...]) -> Iterator[None]:
     handler = signal.getsignal(signal.SIGTERM)
     if "WORLD_SIZE" not in os.environ and handler == signal.SIG_DFL:  # a rank that waits for others cannot answer
         with contextlib.suppress(ValueError):  # not the main thread

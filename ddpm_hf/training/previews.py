@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object
@@ -16,6 +16,9 @@ from .reporting import shows_bars
 from .run import Run
 from .stopping import InterruptedSamplingError
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
 INTERRUPTED = "interrupted"
 
 CHAIN_ROWS, CHAIN_MOMENTS = 8, 10  # of the strip of predictions: images, and moments of each one's chain
@@ -23,7 +26,7 @@ CHAIN_ROWS, CHAIN_MOMENTS = 8, 10  # of the strip of predictions: images, and mo
 
 def draw_grid(
     run: Run,
-    pipeline,
+    pipeline: "DiffusionPipeline",
     requests: int | Sequence[Any],
     columns: int | None,
     step: int,

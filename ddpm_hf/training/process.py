@@ -75,7 +75,7 @@ def _of_libraries() -> Iterator[Callable[[], object]]:
 def _of_the_process() -> Iterator[Callable[[], object]]:
     handler = signal.getsignal(signal.SIGTERM)
 
-    def put_back():
+    def put_back() -> None:
         with contextlib.suppress(ValueError):  # not the main thread
             signal.signal(signal.SIGTERM, handler)
 

@@ -149,7 +149,7 @@ def _is_of_data(error: Exception) -> bool:
 
 
 @contextlib.contextmanager
-def agreed_failure(run: Run):
+def agreed_failure(run: Run) -> Iterator[None]:
     """Whatever one rank raises within ends all of them; the first of them to fail says why."""
     error = None
     try:

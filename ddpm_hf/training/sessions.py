@@ -5,14 +5,17 @@ import importlib.metadata
 import platform
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 PACKAGES = ("torch", "diffusers", "accelerate", "transformers", "datasets")
 
 
-def hardware(accelerator) -> str:
+def hardware(accelerator: "Accelerator") -> str:
     """What computes, such as `2 × NVIDIA A100-SXM4-80GB` or `CPU, 2 threads of Intel(R) Xeon(R) Processor`."""
     if accelerator.device.type == "cuda":
         return f"{accelerator.num_processes} × {torch.cuda.get_device_name(accelerator.device)}"
@@ -31,7 +34,7 @@ def processor() -> str:
 class Sessions:
     """The sessions of a run; the last is this process's."""
 
-    def __init__(self, accelerator):
+    def __init__(self, accelerator: "Accelerator"):
         self.before: list[dict[str, Any]] = []
         self.started = time.perf_counter()
         self.current = {

@@ -2,9 +2,14 @@
 
 import contextlib
 import copy
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch.distributed.tensor import DTensor
+
+if TYPE_CHECKING:
+    from diffusers.training_utils import EMAModel
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
@@ -36,7 +41,7 @@ class FullModel:
 
 
 @contextlib.contextmanager
-def full_ema(ema):
+def full_ema(ema: "EMAModel") -> Iterator["EMAModel"]:
     """An EMA with all of its weights on each rank; all take part."""
     shards = ema.shadow_params
     ema.shadow_params = [full(shard) for shard in shards]

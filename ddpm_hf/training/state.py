@@ -1,9 +1,10 @@
 """What a run consists of, and what of it a checkpoint holds."""
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,6 +13,9 @@ from .averaging import ema_weights, load_ema, save_ema
 from .meter import Meter
 from .sessions import Sessions
 from .sharded import FullModel, full_ema
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 @dataclass
@@ -41,10 +45,10 @@ class TrainingState:
         return self.parts if self.full is None else self.full.parts
 
 
-def register_model_hooks(accelerator, state: TrainingState) -> None:
+def register_model_hooks(accelerator: "Accelerator", state: TrainingState) -> None:
     """Make Accelerate's checkpoints hold each part as Diffusers does: under `NAME/`, its EMA under `NAME_ema/`."""
 
-    def save(models, weights, output_dir):
+    def save(models: list[torch.nn.Module], weights: list[dict], output_dir: str) -> None:
         if state.full is not None:
             state.full.fill(state.model, {}, accelerator.device)
         for name, part in state.full_parts.items():
@@ -56,7 +60,7 @@ def register_model_hooks(accelerator, state: TrainingState) -> None:
         while weights:  # what is left here Accelerate would save again
             weights.pop()
 
-    def load(models, input_dir):
+    def load(models: list[torch.nn.Module], input_dir: str) -> None:
         models.clear()  # what is left here Accelerate would load by itself
         for name, part in state.parts.items():
             if state.full is None:  # else Accelerate has loaded the shards
@@ -74,7 +78,7 @@ def register_model_hooks(accelerator, state: TrainingState) -> None:
     accelerator.register_load_state_pre_hook(load)
 
 
-def unwrap(accelerator, model: torch.nn.Module) -> torch.nn.Module:
+def unwrap(accelerator: "Accelerator", model: torch.nn.Module) -> torch.nn.Module:
     """The model itself, without what Accelerate and torch.compile put around it."""
     model = accelerator.unwrap_model(model)
     return model._orig_mod if hasattr(model, "_orig_mod") else model
@@ -95,7 +99,7 @@ def set_rates(state: TrainingState, settings: list[dict[str, Any]]) -> None:
 
 
 @contextlib.contextmanager
-def averaged_weights(state: TrainingState, model: torch.nn.Module):
+def averaged_weights(state: TrainingState, model: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """The model in eval mode, with its EMA weights where there are any; then all as it was. All ranks take part."""
     if state.full is not None:
         yield state.full.fill(state.model, state.emas, next(state.model.parameters()).device).eval()

@@ -77,7 +77,7 @@ def test_widths_are_levels(text, widths):
     vae = make_autoencoder(flags, 1, (8, 16), 0)
     assert tuple(vae.config.block_out_channels) == widths
     factor = 2 ** (len(widths) - 1)
-    assert downscaling(vae.config) == factor
+    assert downscaling(vae.config.block_out_channels) == factor
     latents = vae.encode(torch.zeros(2, 1, 8, 16)).latent_dist.mode()
     assert latents.shape == (2, 3, 8 // factor, 16 // factor)
     assert vae.decode(latents).sample.shape == (2, 1, 8, 16)

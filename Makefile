@@ -12,7 +12,7 @@ help:
 	@echo "make test       run the tests"
 	@echo "make test-slow  run the tests that take minutes"
 	@echo "make test-isa   run the tests with the kernels of other processors, and with emulated rounding"
-	@echo "make quality    check format, lint, and the types in the snippets of README.md and docs/"
+	@echo "make quality    check format, lint, and the types, those in the snippets of README.md and docs/ too"
 	@echo "make style      format"
 	@echo "make bench      run the benchmarks"
 

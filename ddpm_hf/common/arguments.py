@@ -39,7 +39,7 @@ def HfArg(
     return dataclasses.field(metadata={key: value for key, value in metadata.items() if value is not None}, **default)
 
 
-def flags_that(config, resume: str) -> list[str]:
+def flags_that(config: Any, resume: str) -> list[str]:
     """The names of a config's flags that are `START`, `FREE`, `APPLIED` or `FIXED`."""
     return [one.name for one in dataclasses.fields(config) if one.metadata.get("resume", APPLIED) == resume]
 
@@ -70,7 +70,7 @@ def check_word(name: str, value: str) -> None:
 SHORTER_TRAINING = "train for fewer --max_train_steps, at a smaller --resolution, or on a GPU"
 
 
-def has_grids(config) -> bool:
+def has_grids(config: Any) -> bool:
     """Whether a training samples grids."""
     return bool(getattr(config, "save_images_steps", None) or getattr(config, "save_images_epochs", None))
 

@@ -28,7 +28,7 @@ def keep_freed_memory() -> Callable[[], None]:
     for name, value in KEEP_FREED.items():
         mallopt(ALLOCATOR[name][0], value)
 
-    def undo():
+    def undo() -> None:
         for number, value in ALLOCATOR.values():
             mallopt(number, value)
         ctypes.CDLL(None).malloc_trim(0)

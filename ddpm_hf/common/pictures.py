@@ -65,7 +65,7 @@ def _label(text: str, most_height: int) -> Image.Image:
     return label
 
 
-def save_image(image, path: Path) -> None:
+def save_image(image: Image.Image, path: Path) -> None:
     """Write a PIL picture whole, in the format that the name says."""
     path.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()

@@ -83,7 +83,7 @@ class StepKeys(NamedTuple):
     seed: int
     step: int
     first: int
-    count: int
+    count: int  # type: ignore[assignment]  # tuple.count is not needed here
     validation: bool = False  # validation draws the same at every step, and never what training draws
     valid: int | None = None  # the first so many are samples; the rest stands in where a rank has none (None: all)
 

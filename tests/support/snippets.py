@@ -33,7 +33,7 @@ def program(page: Path) -> str:
 
 
 def check_types() -> int:
-    """Print what mypy says of all pages, and of what types our public names have; its exit code."""
+    """Print what mypy says of the package, of all pages and of the types of our public names; return its exit code."""
     from mypy import api
 
     with tempfile.TemporaryDirectory() as folder:
@@ -42,7 +42,8 @@ def check_types() -> int:
             path = Path(folder) / f"page_{re.sub(r'[^a-z0-9]', '_', page.stem.lower())}.py"
             path.write_text(program(page), "utf-8")
             names[str(path)] = str(page.relative_to(ROOT))
-        report, errors, code = api.run(["--config-file", str(ROOT / "setup.cfg"), str(TYPED_API), *names])
+        config = str(ROOT / "setup.cfg")
+        report, errors, code = api.run(["--config-file", config, str(ROOT / "ddpm_hf"), str(TYPED_API), *names])
     for path, name in names.items():
         report = report.replace(path, name)
     print(report + errors, end="")

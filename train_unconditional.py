@@ -36,6 +36,7 @@ checkpoints; `ddpm-hf sample ddpm-model-64` samples from it. `--dry_run` shows w
 import functools
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -117,16 +118,14 @@ if __name__ == "__main__":  # before torch is imported, so that --help and an un
 
 import torch
 from diffusers import AutoencoderKL, UNet2DModel
-from diffusers.utils import logging as diffusers_logging
 
 from ddpm_hf.common.errors import DataError
 from ddpm_hf.common.layout import layout
 from ddpm_hf.common.randomness import StepKeys
 from ddpm_hf.data import ImageDataset
-from ddpm_hf.data.batches import Images, make_batches, make_plan, open_images
+from ddpm_hf.data.batches import Images, held_out_means, make_batches, open_images, plan_steps
 from ddpm_hf.latents.cache import cached_latents, check_cacheable
 from ddpm_hf.latents.encoding import x_start_of
-from ddpm_hf.models.acceleration import compiled
 from ddpm_hf.models.attention import choose_attention
 from ddpm_hf.models.autoencoder import load_autoencoder
 from ddpm_hf.models.pretrained import differences, revision_of_vae, source_of, start_from
@@ -138,38 +137,28 @@ from ddpm_hf.portable.pipeline_ddpm_hf import DDPMPipeline
 from ddpm_hf.portable.scheduling_ddpm_hf import DDPMScheduler
 from ddpm_hf.publishing.publisher import Publisher, describe_run, reserve_repository
 from ddpm_hf.training.ending import ends_in_one_line
-from ddpm_hf.training.faults import must_write
-from ddpm_hf.training.logs import end_training, log, start_trackers
+from ddpm_hf.training.logs import end_training
 from ddpm_hf.training.loop import training_loop
-from ddpm_hf.training.meter import Losses, sum_over_ranks
+from ddpm_hf.training.meter import Losses
 from ddpm_hf.training.plan import StepPlan
 from ddpm_hf.training.previews import draw_grid
-from ddpm_hf.training.rehearsal import measure_pace, rehearse
-from ddpm_hf.training.reporting import ending, run_lines, show, shows_bars, table, weights_memory
-from ddpm_hf.training.setup.accelerator import start_accelerator
-from ddpm_hf.training.setup.begin import begin_training, run_facts
-from ddpm_hf.training.setup.claiming import (
-    check_resumable,
-    check_unchanged,
-    claim_output_dir,
-    describe_start,
-    find_run,
-)
-from ddpm_hf.training.setup.settings import agree_on_seed, save_settings
-from ddpm_hf.training.state import averaged_weights, unwrap
-from ddpm_hf.training.stopping import deadline_of
+from ddpm_hf.training.rehearsal import rehearse, show_dry_run
+from ddpm_hf.training.reporting import ending, run_lines, weights_memory
+from ddpm_hf.training.run import Run
+from ddpm_hf.training.setup.begin import begin_training, run_facts, start_run
+from ddpm_hf.training.setup.claiming import check_resumable, start_writing
 
 
-def warn_of_terminal_snr(config: UnconditionalConfig, scheduler: DDPMScheduler, accelerator) -> None:
-    """Say so where x_T still shows the image: sampling starts from pure noise, which is then the wrong place."""
+def terminal_snr_warning(config: UnconditionalConfig, scheduler: DDPMScheduler) -> str | None:
+    """A warning where x_T still shows the image: sampling starts from pure noise, which is then the wrong place."""
     left = float(scheduler.exact_tables.alphas_cumprod[-1])
-    if left > 0.01:
-        log(
-            accelerator,
-            f"warning: {config.ddpm_beta_schedule} with --ddpm_num_steps {config.ddpm_num_steps} leaves"
-            f" ᾱ_T = {left:.2f} of the image in x_T; use more steps, --ddpm_beta_schedule cosine,"
-            " or --rescale_betas_zero_snr with --prediction_type v_prediction",
-        )
+    if left <= 0.01:
+        return None
+    return (
+        f"warning: {config.ddpm_beta_schedule} with --ddpm_num_steps {config.ddpm_num_steps} leaves"
+        f" ᾱ_T = {left:.2f} of the image in x_T; use more steps, --ddpm_beta_schedule cosine,"
+        " or --rescale_betas_zero_snr with --prediction_type v_prediction"
+    )
 
 
 def compute_loss(
@@ -177,15 +166,15 @@ def compute_loss(
     batch: dict,
     keys: StepKeys,
     *,
+    run: Run,
     config: UnconditionalConfig,
     scheduler: DDPMScheduler,
     sampler,
     null_class: int,
-    accelerator,
     vae: AutoencoderKL | None = None,
 ) -> Losses:
     """Draw t and noise, add it, predict, compare (Ho et al. 2020, Algorithm 1)."""
-    x_start = x_start_of(batch, keys, vae, accelerator)  # [N, C, H, W]
+    x_start = x_start_of(batch, keys, vae, run.device)  # [N, C, H, W]
     timesteps, weights = sampler.sample(keys.uniform("timestep"))
     timesteps, weights = timesteps.to(x_start.device), weights.to(x_start.device)
     noise = keys.normal_like(x_start)
@@ -207,67 +196,52 @@ def compute_loss(
     )
     if model.training and not isinstance(sampler, UniformTimestepSampler):
         seen = slice(keys.valid)
-        share_losses(sampler, timesteps[seen], losses.detach()[seen], config.train_batch_size, accelerator)
+        share_losses(run, sampler, timesteps[seen], losses.detach()[seen])
     return Losses(losses * weights, logged=losses, groups=timesteps * 4 // len(scheduler))
 
 
-def share_losses(sampler, timesteps: torch.Tensor, losses: torch.Tensor, batch_size: int, accelerator) -> None:
+def share_losses(run: Run, sampler, timesteps: torch.Tensor, losses: torch.Tensor) -> None:
     """Give the losses of all ranks, in the same order on each, to a sampler that learns from them."""
-    missing = batch_size - len(losses)  # in an epoch's last batch
+    missing = run.flags.train_batch_size - len(losses)  # in an epoch's last batch
     pairs = torch.stack([timesteps.float(), losses.float()], dim=1)  # [N, 2]
     pairs = torch.cat([pairs, pairs.new_full((missing, 2), -1.0)])
-    pairs = accelerator.gather(pairs)  # [ranks · batch_size, 2]
+    pairs = run.accelerator.gather(pairs)  # [ranks · batch_size, 2]
     pairs = pairs[pairs[:, 0] >= 0]
     sampler.update_with_losses(pairs[:, 0].long(), pairs[:, 1])
 
 
 def validation_loss(
-    model, *, held_out: ImageDataset, config: UnconditionalConfig, scheduler, vae, accelerator
-) -> dict:
+    model, *, run: Run, held_out: ImageDataset, scheduler: DDPMScheduler, vae: AutoencoderKL | None, loss_type: str
+) -> dict[str, float]:
     """The mean simple loss over the held-out images, at the same timesteps and noise each time."""
     uniform = UniformTimestepSampler(len(scheduler))
-    total = torch.zeros(2, dtype=torch.float64)
-    starts = range(0, len(held_out), config.eval_batch_size)
-    for first in list(starts)[accelerator.process_index :: accelerator.num_processes]:
-        keys_of = range(first, min(first + config.eval_batch_size, len(held_out)))
-        batch = held_out.__getitems__([(0, index) for index in keys_of])
-        keys = StepKeys(config.seed, 0, first, len(keys_of), validation=True)
-        x_start = x_start_of(batch, keys, vae, accelerator)
+
+    def measure(batch: dict, keys: StepKeys) -> list[torch.Tensor]:
+        x_start = x_start_of(batch, keys, vae, run.device)
         timesteps = uniform.sample(keys.uniform("timestep"))[0].to(x_start.device)
         noise = keys.normal_like(x_start)
         conditioning = {"class_labels": batch["labels"].to(x_start.device)} if "labels" in batch else {}
-        with torch.no_grad(), accelerator.autocast():
+        with run.accelerator.autocast():
             output = model(scheduler.add_noise(x_start, noise, timesteps), timesteps, **conditioning).sample.float()
-        output = output[:, : x_start.shape[1]]
-        losses = simple_losses(scheduler, output, x_start, noise, timesteps, config.loss_type)
-        total += torch.stack([losses.cpu().double().sum(), torch.tensor(float(len(losses)))])
-    total = sum_over_ranks(total)
-    return {"validation_loss": float(total[0] / total[1])}
+        return [simple_losses(scheduler, output[:, : x_start.shape[1]], x_start, noise, timesteps, loss_type)]
+
+    return held_out_means(run, held_out, ["validation_loss"], measure)
 
 
-def draw_samples(model, step: int, *, pipeline_of, config: UnconditionalConfig, accelerator) -> Path | None:
+def draw_samples(model, step: int, *, run: Run, pipeline_of: Callable, num_inference_steps: int) -> Path | None:
     """A grid of `eval_batch_size` images; by class, a row for each."""
-    pipeline = pipeline_of(model)
-    shown = accelerator.is_main_process and shows_bars()
-    pipeline.set_progress_bar_config(desc="sampling", leave=False, disable=not shown)
-    count, columns, labels, legend = config.eval_batch_size, None, None, None
+    pipeline, requests = pipeline_of(model), run.flags.eval_batch_size
+    columns = legend = None
     if isinstance(pipeline, ClassConditionalDDPMPipeline):
-        classes = pipeline.default_classes[:count]
-        columns = count // len(classes)
-        labels = [label for label in classes for _ in range(columns)]
-        count, legend = len(labels), [pipeline.config.id2label[str(label)] for label in classes]
-    steps = min(config.ddpm_num_inference_steps, config.ddpm_num_steps)
-
-    def sample(places: list[int], generators: list[torch.Generator], num_frames: int):
-        what = len(places) if labels is None else [labels[place] for place in places]
-        options = {"num_inference_steps": steps, "num_frames": num_frames, "output_type": "preview"}
-        return pipeline(what, generator=generators, **options)
-
-    return draw_grid(sample, count, columns, step, config, accelerator, legend)
+        classes = pipeline.default_classes[:requests]
+        columns = requests // len(classes)
+        requests = [label for label in classes for _ in range(columns)]
+        legend = [pipeline.config.id2label[str(label)] for label in classes]
+    return draw_grid(run, pipeline, requests, columns, step, legend, num_inference_steps=num_inference_steps)
 
 
 def describe(
-    config: UnconditionalConfig, images: Images, plan: StepPlan, total_steps: int, model, accelerator
+    run: Run, config: UnconditionalConfig, images: Images, plan: StepPlan, model: UNet2DModel
 ) -> dict[str, str]:
     """What runs: said at the start, and by --dry_run."""
     rows, dataset = images.rows, images.dataset
@@ -277,7 +251,6 @@ def describe(
     count = "a stream" if dataset is None else f"{len(dataset):,} images"
     named = (config.pretrained_model_name_or_path, config.model_preset, config.model_config_name_or_path)
     name = next(filter(None, named), "the default UNet")
-    common = run_lines(config, accelerator, plan, total_steps)
     return {
         "data": f"{rows.name}: {count}, column {rows.image_column!r}"
         + (f", {len(rows.label_names)} classes in {rows.label_column!r}" if rows.label_column else ""),
@@ -287,7 +260,7 @@ def describe(
         + (f", in the latents of {config.vae_name_or_path}" if config.vae_name_or_path else ""),
         "diffusion": f"{config.ddpm_beta_schedule}, T={config.ddpm_num_steps}, {config.prediction_type},"
         f" {config.variance_type}, objective {config.objective}",
-        **common,
+        **run_lines(run, plan),
         "memory": f"{weights_memory(parameters, config.use_ema)}, {cache_bytes / 2**20:,.0f} MiB for images;"
         " activations on top",
     }
@@ -309,69 +282,55 @@ def make_pipeline(
 def train(config: UnconditionalConfig) -> None:
     """From flags to a trained, saved and, if asked, published pipeline."""
     config.check()
-    deadline = deadline_of(config.max_train_hours)
-    accelerator = start_accelerator(config)
-    diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)  # an error is one line, and main says it
     written = layout("unet", "scheduler", *(["vae"] if config.vae_name_or_path else []))
-    found = find_run(config, accelerator, written, (config.train_data_dir, config.dataset_name))
-    config.seed = agree_on_seed(config, found and found[1])
-    check_unchanged(config, found and found[1])
-    source = source_of(config, found)
+    run = start_run(config, written, (config.train_data_dir, config.dataset_name))
+    source = source_of(config, run.resumed)
     vae, token = None, config.hub_token
     if config.vae_name_or_path:
         vae = load_autoencoder(config.vae_name_or_path, revision_of_vae(config), token=token)
+        vae.eval().requires_grad_(False).to(run.device)
     scheduler = make_scheduler(config, config, vae is not None, source)
-    size, fresh = model_size(config, vae, source, token), source is not None and found is None
-    log(accelerator, settle_resolution(config, *size, usual="64", trained=fresh))
+    size, fresh = model_size(config, vae, source, token), source is not None and run.resumed is None
+    run.log(settle_resolution(config, *size, usual="64", trained=fresh))
     arguments = unet_arguments(config, config, vae, source, token)
 
     channels = arguments["in_channels"] if vae is None else vae.config.in_channels
-    images = open_images(config, config, channels, accelerator, classes=found and found[1].get("classes"))
+    images = open_images(run, config, channels, token)
     class_names = images.rows.label_names if config.label_column else []
     classes = len(class_names) + (config.class_dropout > 0) if class_names else None
     model = make_unet(arguments, config.variance_type, classes, config)
-    if accelerator.device.type == "cpu":
+    if run.device.type == "cpu":
         choose_attention(model)
     if source is None:
-        log(accelerator, time_blindness(model.config))
+        run.log(time_blindness(model.config))
     elif fresh:
-        for line in [*start_from(model, source, class_names, scheduler, config), *differences(config, source)]:
-            log(accelerator, line)
+        run.log(*start_from(model, source, class_names, scheduler, config), *differences(config, source))
     if config.cache_latents:
         images.dataset.leave_out_broken()  # before the batches are planned
         check_cacheable(images.dataset)
-    plan, total_steps = make_plan(images, config, accelerator.num_processes)
-    facts = run_facts(config, images.count, plan, total_steps, classes=class_names)
-    check_resumable(found, config, model, facts, accelerator)
+    plan = plan_steps(run, images)
+    facts = run_facts(run, images.count, plan, classes=class_names)
+    check_resumable(run, model, facts, "unet")
     facts["scheduler"] = json.loads(scheduler.to_json_string())  # so that a checkpoint can be sampled by itself
-    repository = reserve_repository(config, bool(images.held_out), accelerator)
-    warn_of_terminal_snr(config, scheduler, accelerator)
-    if vae is not None:
-        vae.eval().requires_grad_(False).to(accelerator.device)
+    repository = reserve_repository(run, bool(images.held_out))
+    run.log(terminal_snr_warning(config, scheduler))
 
     sampler = TIMESTEP_SAMPLERS[config.timestep_sampler](config.ddpm_num_steps)
     extra = {} if isinstance(sampler, UniformTimestepSampler) else {"timestep_sampler": sampler}
-    state = begin_training(config, accelerator, model, total_steps, QUARTILES, facts, found, extra)
-    if config.compile and not config.dry_run:  # compiling takes minutes
-        state.model = compiled(state.model)
-    shared = {"config": config, "scheduler": scheduler, "accelerator": accelerator, "vae": vae}
-    loss_of = functools.partial(compute_loss, sampler=sampler, null_class=len(class_names), **shared)
-    batches = make_batches(images, config, config, plan, state.step, accelerator, config.class_balanced)
-    batches = rehearse(config, accelerator, state, plan, batches, loss_of)
-    lines = describe(config, images, plan, total_steps, model, accelerator)
+    state = begin_training(run, model, plan, facts, QUARTILES, extra)
+    shared = {"run": run, "scheduler": scheduler, "vae": vae}
+    loss_of = functools.partial(compute_loss, sampler=sampler, null_class=len(class_names), config=config, **shared)
+    batches = make_batches(run, images, plan, state.step, config.class_balanced)
+    batches = rehearse(run, state, plan, batches, loss_of)
+    lines = describe(run, config, images, plan, model)
     advice = advice_on_a_cpu(config, arguments["sample_size"])
     if config.dry_run:
-        lines |= measure_pace(config, accelerator, state, plan, batches, loss_of, total_steps, advice)
-        show(accelerator, table(lines), describe_start(config, found))
+        show_dry_run(run, lines, state, plan, batches, loss_of, advice)
         return
-    claim_output_dir(config, accelerator, written, state.step)
-    start_trackers(config, accelerator, Path(__file__).stem)
-    must_write(accelerator, lambda: save_settings(config), "training_config.json")
-    log(accelerator, table(lines))
+    start_writing(run, state.step, lines, Path(__file__).stem)
     if config.cache_latents:
-        latents = cached_latents(images.dataset, vae, config.cache_folder(), accelerator)
-        images = images._replace(dataset=latents)
-        batches = make_batches(images, config, config, plan, state.step, accelerator, config.class_balanced)
+        images = images._replace(dataset=cached_latents(images.dataset, vae, config.cache_folder(), run.accelerator))
+        batches = make_batches(run, images, plan, state.step, config.class_balanced)
 
     trained = images.trained_classes
     pipeline_of = functools.partial(
@@ -379,33 +338,26 @@ def train(config: UnconditionalConfig) -> None:
     )
     names = class_names if trained is None else [class_names[label] for label in trained]
     base = config.pretrained_model_name_or_path
-    about = describe_run(config, images, plan, model, SHOWN, names[: config.eval_batch_size], base)
-    publisher = Publisher(config, state, pipeline_of, about, total_steps, repository, accelerator)
+    about = describe_run(run, images, plan, model, SHOWN, names[: config.eval_batch_size], base)
+    publisher = Publisher(run, state, pipeline_of, about, plan.total, repository)
+    steps = min(config.ddpm_num_inference_steps, config.ddpm_num_steps)
     finished = training_loop(
-        config,
-        accelerator,
+        run,
         state,
         plan,
         batches,
-        total_steps,
         compute_loss=loss_of,
-        validate=images.held_out and functools.partial(validation_loss, held_out=images.held_out, **shared),
-        draw=functools.partial(draw_samples, pipeline_of=pipeline_of, config=config, accelerator=accelerator),
+        validate=images.held_out
+        and functools.partial(validation_loss, held_out=images.held_out, loss_type=config.loss_type, **shared),
+        draw=functools.partial(draw_samples, run=run, pipeline_of=pipeline_of, num_inference_steps=steps),
         save=publisher.save,
         saves_checkpoints=config.hub_strategy != "end",
         name_of=images.name_of,
-        deadline=deadline,
         advice=advice,
     )
-    if finished:
-        with averaged_weights(state, unwrap(accelerator, state.model)) as trained:
-            if accelerator.is_main_process:
-                publisher.finish(trained, state.step)
-    else:
-        publisher.stopped()
+    publisher.close(finished)
     sample = ["ddpm-hf", "sample", *(["--class", names[0]] if names else [])]
-    log(accelerator, ending(config, state, f"accelerate launch {Path(__file__).name}", finished, sample))
-    end_training(accelerator)
+    end_training(run, ending(run, state, f"accelerate launch {Path(__file__).name}", finished, sample))
 
 
 def run(config: UnconditionalConfig) -> None:

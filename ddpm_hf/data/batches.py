@@ -1,14 +1,15 @@
 """From the flags of the data to a rank's batches, from any step on."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from ..training.flags import TrainingConfig
-from ..training.logs import log
+from ..common.randomness import StepKeys
+from ..training.meter import sum_over_ranks
 from ..training.plan import KeyedBatchSampler, StepPlan
+from ..training.run import Run
 from . import (
     DataFlags,
     ImageDataset,
@@ -34,6 +35,7 @@ class Images(NamedTuple):
     transform: ImageTransform
     dataset: ImageDataset | None  # None for a stream
     held_out: ImageDataset | None
+    skip_broken: bool = False  # of a stream
 
     @property
     def count(self) -> int | None:
@@ -52,61 +54,54 @@ class Images(NamedTuple):
 
 
 def open_images(
+    run: Run,
     flags: DataFlags,
-    config: TrainingConfig,
     channels: int,
-    accelerator,
+    token: str | None = None,
     caption_column: str | None = None,
-    classes: list[str] | None = None,
 ) -> Images:
     """Read the dataset that the flags name; the images to train on, and those held out if they will be used.
 
     Args:
-        classes: the class names of the run that is resumed.
+        channels: that the model reads.
+        token: for a private dataset on the Hub.
 
     Raises:
         DataError: what cannot be read, named.
     """
-    with accelerator.local_main_process_first():
-        rows, held_out_rows = load_rows(
-            flags, config.seed, config.hub_token, caption_column, config.validation_steps is not None
-        )
+    seed, validates = run.seed, run.flags.validation_steps is not None
+    with run.accelerator.local_main_process_first():
+        rows, held_out_rows = load_rows(flags, seed, token, caption_column, validates)
     if rows.left_out:
-        log(accelerator, f"{rows.name}: left out {rows.left_out}")
-    for line in check_captions(rows):
-        log(accelerator, f"warning: {line}")
+        run.log(f"{rows.name}: left out {rows.left_out}")
+    run.log(*(f"warning: {line}" for line in check_captions(rows)))
     for part in (rows, held_out_rows):
         if part is not None:
-            part.label_names = classes_of_resumed(part, classes)
+            part.label_names = classes_of_resumed(part, run.class_names)
     transform = flags.transform(channels)
     dataset = held_out = None
     if not flags.streaming:
-        for line in describe_pixels(rows, transform):
-            log(accelerator, line)
+        run.log(*describe_pixels(rows, transform))
         cached = should_cache(rows, transform, flags.cache_dataset)
-        dataset = ImageDataset(rows, transform, config.seed, cached, flags.skip_broken_images)
-    if held_out_rows is not None and config.validation_steps:
+        dataset = ImageDataset(rows, transform, seed, cached, flags.skip_broken_images)
+    if held_out_rows is not None and validates:
         upright = transform._replace(center_crop=True, random_flip=False)
-        held_out = ImageDataset(held_out_rows, upright, config.seed, True, flags.skip_broken_images)
+        held_out = ImageDataset(held_out_rows, upright, seed, True, flags.skip_broken_images)
     if dataset is not None and dataset.labels is not None:
-        for line in label_warnings(rows, dataset.labels, held_out and held_out.labels):
-            log(accelerator, f"warning: {line}")
-    return Images(rows, transform, dataset, held_out)
+        lines = label_warnings(rows, dataset.labels, held_out and held_out.labels)
+        run.log(*(f"warning: {line}" for line in lines))
+    return Images(rows, transform, dataset, held_out, flags.skip_broken_images)
 
 
-def make_plan(images: Images, config: TrainingConfig, world: int) -> tuple[StepPlan, int]:
+def plan_steps(run: Run, images: Images) -> StepPlan:
     """Which samples each step sees, and how many steps there are."""
-    samples, groups = images.count, getattr(images.dataset, "group_sizes", None)
+    flags, world, samples = run.flags, run.accelerator.num_processes, images.count
+    groups = getattr(images.dataset, "group_sizes", None)
     if groups is not None:
-        samples = bucketed_length(groups, config.train_batch_size * world)
-    plan = StepPlan(
-        samples,
-        config.train_batch_size,
-        world,
-        config.gradient_accumulation_steps,
-        config.max_train_steps or 0,
-    )
-    return plan, config.max_train_steps or config.num_epochs * plan.steps_per_epoch
+        samples = bucketed_length(groups, flags.train_batch_size * world)
+    total = flags.max_train_steps or 0
+    plan = StepPlan(samples, flags.train_batch_size, world, flags.gradient_accumulation_steps, total)
+    return plan if total else plan._replace(total=flags.num_epochs * plan.steps_per_epoch)
 
 
 def epoch_order(images: Images, seed: int, balanced: bool, global_batch: int) -> Callable[[int], np.ndarray]:
@@ -120,30 +115,46 @@ def epoch_order(images: Images, seed: int, balanced: bool, global_batch: int) ->
 
 
 def make_batches(
-    images: Images,
-    flags: DataFlags,
-    config: TrainingConfig,
-    plan: StepPlan,
-    step: int,
-    accelerator,
-    class_balanced: bool = False,
+    run: Run, images: Images, plan: StepPlan, step: int, class_balanced: bool = False
 ) -> Iterator[dict[str, torch.Tensor]]:
     """This rank's batches, from a step on and without end."""
-    options = {"pin_memory": accelerator.device.type == "cuda", "collate_fn": identity}
+    rank, workers = run.accelerator.process_index, run.flags.dataloader_num_workers
+    options = {"pin_memory": run.device.type == "cuda", "collate_fn": identity}
     if images.dataset is not None:
-        order = epoch_order(images, config.seed, class_balanced, plan.global_batch)
-        options["batch_sampler"] = KeyedBatchSampler(plan, order, accelerator.process_index, step)
-        workers = 0 if images.dataset.cache is not None else config.dataloader_num_workers
+        order = epoch_order(images, run.seed, class_balanced, plan.global_batch)
+        options["batch_sampler"] = KeyedBatchSampler(plan, order, rank, step)
+        workers = 0 if images.dataset.cache is not None else workers
         return iter(torch.utils.data.DataLoader(images.dataset, num_workers=workers, **options))
     stream = StreamingBatches(
         images.rows,
         images.transform,
-        config.seed,
-        config.train_batch_size,
-        accelerator.process_index,
-        accelerator.num_processes,
+        run.seed,
+        plan.batch_size,
+        rank,
+        plan.world,
         skip_batches=plan.batches_before(step),
-        skip_broken=flags.skip_broken_images,
+        skip_broken=images.skip_broken,
     )
-    workers = min(1, config.dataloader_num_workers)  # a stream has one reader
-    return iter(torch.utils.data.DataLoader(stream, batch_size=None, num_workers=workers, **options))
+    # a stream has one reader
+    return iter(torch.utils.data.DataLoader(stream, batch_size=None, num_workers=min(1, workers), **options))
+
+
+@torch.no_grad()
+def held_out_means(
+    run: Run, held_out: ImageDataset, names: Sequence[str], measure: Callable[[dict, StepKeys], Sequence[torch.Tensor]]
+) -> dict[str, float]:
+    """Means over the held-out images, shared out over the ranks, with the same random numbers each time.
+
+    Args:
+        names: of what is averaged.
+        measure: (batch, keys) -> for each of the names, a value of each image, [N].
+    """
+    size, accelerator = run.flags.eval_batch_size, run.accelerator
+    totals = torch.zeros(len(names) + 1, dtype=torch.float64)
+    for first in range(accelerator.process_index * size, len(held_out), accelerator.num_processes * size):
+        indices = range(first, min(first + size, len(held_out)))
+        batch = held_out.__getitems__([(0, index) for index in indices])
+        values = measure(batch, StepKeys(run.seed, 0, first, len(indices), validation=True))
+        totals += torch.stack([*(one.cpu().double().sum() for one in values), torch.tensor(float(len(indices)))])
+    *sums, count = sum_over_ranks(totals).tolist()
+    return {name: total / count for name, total in zip(names, sums)}

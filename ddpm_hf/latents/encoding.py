@@ -15,11 +15,11 @@ def draw_latents(moments: torch.Tensor, vae: AutoencoderKL, keys: StepKeys) -> t
     return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
 
 
-def x_start_of(batch: dict, keys: StepKeys, vae: AutoencoderKL | None, accelerator) -> torch.Tensor:
+def x_start_of(batch: dict, keys: StepKeys, vae: AutoencoderKL | None, device: torch.device) -> torch.Tensor:
     """x_0 of a batch [N, C, H, W]: images in [-1, 1], or with a `vae` their latents, cached ones where there are."""
     if "moments" in batch:
-        return draw_latents(batch["moments"].to(accelerator.device, non_blocking=True), vae, keys)
-    images = to_model_range(batch["images"].to(accelerator.device, non_blocking=True))
+        return draw_latents(batch["moments"].to(device, non_blocking=True), vae, keys)
+    images = to_model_range(batch["images"].to(device, non_blocking=True))
     if vae is None:
         return images
     with torch.no_grad(), torch.autocast(images.device.type, enabled=False):  # as exact as what is cached

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 
 from ..common.files import SCRAP, flush, flush_tree
 from ..training.reporting import task
@@ -96,9 +97,13 @@ class TensorTable:
         return torch.from_numpy(np.ascontiguousarray(flat)).reshape(len(rows), *self.shape)
 
     def fill(
-        self, wanted: Sequence[bytes], compute: Callable[[list[int]], torch.Tensor], accelerator, what: str
+        self,
+        wanted: Sequence[bytes],
+        compute: Callable[[list[int]], torch.Tensor],
+        accelerator: Accelerator,
+        what: str,
     ) -> None:
-        """Compute the tensors that are not there yet, shared out over the ranks; `compute` gets places in `wanted`."""
+        """Compute the tensors that are not there yet, shared out over the ranks; `compute` gets indices."""
         places = {key: place for place, key in enumerate(wanted)}
         if accelerator.process_index == 0:
             self.remove_unfinished()

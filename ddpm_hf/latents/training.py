@@ -14,18 +14,19 @@ from ..common.ownership import claim_files
 from ..common.pictures import save_image
 from ..common.randomness import StepKeys
 from ..data import to_model_range
-from ..data.batches import Images, make_batches, make_plan
+from ..data.batches import Images, make_batches, plan_steps
 from ..models.autoencoder import load_autoencoder
 from ..models.saving import save_model
 from ..objectives.gaussians import mean_flat
 from ..training.checkpointing import find_checkpoint
 from ..training.earlier_run import remove_unfinished
-from ..training.faults import must_write
-from ..training.flags import PipelineConfig
-from ..training.logs import log, track_image
+from ..training.flags import TrainingConfig
+from ..training.logs import track_image
 from ..training.loop import training_loop
 from ..training.meter import Losses
 from ..training.rehearsal import rehearse
+from ..training.run import Run
+from ..training.setup.accelerator import start_accelerator
 from ..training.setup.begin import begin_training, run_facts
 from ..training.setup.claiming import check_resumable, check_unchanged, claim_output_dir, find_run
 from ..training.state import averaged_weights, unwrap
@@ -48,36 +49,36 @@ class Reconstruction(torch.nn.Module):
         return self.vae.decode(latents).sample, posterior.kl()
 
 
-def compute_loss(model, batch: dict, keys: StepKeys, *, kl_weight: float, accelerator) -> Losses:
+def compute_loss(model, batch: dict, keys: StepKeys, *, kl_weight: float, device: torch.device) -> Losses:
     """Mean absolute error, and the KL a pixel (Rombach et al. 2022, Eq. 25, without the adversary)."""
-    images = to_model_range(batch["images"].to(accelerator.device, non_blocking=True))  # [N, C, H, W]
+    images = to_model_range(batch["images"].to(device, non_blocking=True))  # [N, C, H, W]
     output, kl = model(images, functools.partial(keys.normal_like, name="posterior"))
     return Losses(mean_flat((output.float() - images).abs()) + kl_weight * kl.float() / images[0].numel())
 
 
 @torch.no_grad()
-def draw_reconstructions(model, step: int, *, images: Images, folder: Path, accelerator) -> Path | None:
+def draw_reconstructions(model, step: int, *, run: Run, images: Images) -> Path | None:
     """A picture of eight images, and what the autoencoder makes of them."""
     from diffusers.image_processor import VaeImageProcessor
 
     from ..common.pictures import image_grid
 
-    if not accelerator.is_main_process:
+    if not run.accelerator.is_main_process:
         return None
     shown = images.held_out or images.dataset
     batch = shown.__getitems__([(0, index) for index in range(min(8, len(shown)))])
-    originals = to_model_range(batch["images"].to(accelerator.device))
-    with accelerator.autocast():
+    originals = to_model_range(batch["images"].to(run.device))
+    with run.accelerator.autocast():
         rebuilt = model.vae.decode(model.vae.encode(originals).latent_dist.mode()).sample.float()
     gray = originals.shape[1] == 1
     processor = VaeImageProcessor(vae_scale_factor=1, do_convert_grayscale=gray, do_convert_rgb=not gray)
     shown_channels = originals.shape[1] if originals.shape[1] <= 4 else 3  # PIL has no more than four
     both = processor.postprocess(torch.cat([originals, rebuilt])[:, :shown_channels], output_type="pil")
     picture = image_grid(both, len(originals), scale=max(1, 64 // both[0].width))
-    path = folder / "samples" / f"step-{step:06d}.png"
-    claim_files(folder, [f"samples/{path.name}"])
+    path = run.folder / "samples" / f"step-{step:06d}.png"
+    claim_files(run.folder, [f"samples/{path.name}"])
     save_image(picture, path)
-    track_image(accelerator, "reconstructions", picture, step)
+    track_image(run, "reconstructions", picture, step)
     return path
 
 
@@ -87,19 +88,14 @@ def measure_scaling_factor(vae: AutoencoderKL, images: Images, batch_size: int, 
     count = min(len(images.dataset), 2048)
     total = torch.zeros(3, dtype=torch.float64)
     for first in range(0, count, batch_size):
-        places = range(first, min(first + batch_size, count))
-        batch = images.dataset.__getitems__([(0, index) for index in places])
+        indices = range(first, min(first + batch_size, count))
+        batch = images.dataset.__getitems__([(0, index) for index in indices])
         posterior = vae.encode(to_model_range(batch["images"].to(vae.device))).latent_dist
-        noise = StepKeys(seed, 0, first, len(places), validation=True).normal_like(posterior.mean)
+        noise = StepKeys(seed, 0, first, len(indices), validation=True).normal_like(posterior.mean)
         latents = (posterior.mean + posterior.std * noise).cpu().double()
         total += torch.tensor([latents.numel(), latents.sum(), (latents**2).sum()])
     variance = total[2] / total[0] - (total[1] / total[0]) ** 2
     return round(float(variance**-0.5), 5)
-
-
-def find_autoencoder_run(config: PipelineConfig) -> tuple[Path, dict] | None:
-    """The newest checkpoint of the autoencoder's training, where a run got no further; for its seed."""
-    return find_checkpoint(Path(config.output_dir) / AUTOENCODER, "latest", lambda line: None)
 
 
 def autoencoder_of(checkpoint: Path, output_dir: str | Path) -> Path:
@@ -117,96 +113,88 @@ def autoencoder_of(checkpoint: Path, output_dir: str | Path) -> Path:
     return there
 
 
-def take_over_autoencoder(checkpoint: Path, config: PipelineConfig, accelerator) -> None:
-    """Copy the autoencoder of a checkpoint's run into the output folder, if it has none. All ranks take part."""
-    folder = Path(config.output_dir) / AUTOENCODER
+def take_over_autoencoder(run: Run) -> None:
+    """Copy the autoencoder of the run that is resumed into the output folder, if it has none. All ranks take part."""
+    folder = run.folder / AUTOENCODER
     if not (folder / "config.json").is_file():
-        vae = load_autoencoder(str(autoencoder_of(checkpoint, config.output_dir)))
-        must_write(accelerator, lambda: save_model(vae, folder, within=folder), "the autoencoder")
+        vae = load_autoencoder(str(autoencoder_of(run.resumed.checkpoint, run.folder)))
+        run.must_write(lambda: save_model(vae, folder, within=folder), "the autoencoder")
 
 
 def train_autoencoder(
-    flags: AutoencoderFlags,
-    config: PipelineConfig,
-    images: Images,
-    channels: int,
-    size: tuple[int, int],
-    accelerator,
-    deadline: float | None = None,
-    rehearse_only: bool = False,
+    run: Run, flags: AutoencoderFlags, images: Images, size: tuple[int, int], rehearse_only: bool = False
 ) -> AutoencoderKL | None:
     """Train an autoencoder in a folder within the run's, or take the one that was finished there; None if stopped.
 
     With `rehearse_only` it is not trained: only its first batch is computed.
 
+    Args:
+        run: that of the model which it is for.
+        size: (height, width) of the images.
+
     Raises:
         UsageError: a stream, whose steps nobody can repeat here, or a size that the autoencoder cannot halve.
     """
-    folder = Path(config.output_dir) / AUTOENCODER
-    if (folder / "config.json").is_file() and config.resume_from_checkpoint:
-        before = find_autoencoder_run(config)
-        check_unchanged(config, before and before[1])
-        if accelerator.is_main_process and not rehearse_only:
+    folder, resumes = run.folder / AUTOENCODER, run.flags.resume_from_checkpoint
+    if (folder / "config.json").is_file() and resumes:
+        before = find_checkpoint(folder, "latest", lambda line: None)
+        check_unchanged(run.recorded, before and before.manifest)
+        if run.accelerator.is_main_process and not rehearse_only:
             remove_unfinished(folder)
-        return load_autoencoder(str(folder)).to(accelerator.device)
+        return load_autoencoder(str(folder)).to(run.device)
     factor = 2 ** (len(flags.widths()) - 1)
     if size[0] % factor or size[1] % factor:
         raise UsageError(f"--resolution {size[0]}x{size[1]}: the autoencoder requires multiples of {factor}")
-    training = dataclasses.replace(
-        config,
-        output_dir=str(folder),
-        max_train_steps=flags.vae_train_steps,
+    run = dataclasses.replace(
+        run,
+        flags=flags_of_autoencoder(run.flags, flags),
+        accelerator=start_accelerator(run.flags),  # Accelerate's checkpoints hold all that one engine has prepared
+        entries=layout(model=True),
+    )
+    run.resumed = find_run(run)
+    vae = make_autoencoder(flags, images.transform.channels, size, run.seed)
+    plan = plan_steps(run, images)
+    facts = run_facts(run, images.count, plan)
+    check_resumable(run, vae, facts, "vae")
+    parameters = sum(parameter.numel() for parameter in vae.parameters())
+    run.log(f"training an autoencoder first: {parameters:,} parameters, {plan.total} steps")
+    state = begin_training(run, Reconstruction(vae), plan, facts, parts={"vae": vae})
+    loss_of = functools.partial(compute_loss, kl_weight=flags.vae_kl_weight, device=run.device)
+    batches = rehearse(run, state, plan, make_batches(run, images, plan, state.step), loss_of)
+    if rehearse_only:
+        return vae.requires_grad_(False)
+    claim_output_dir(run, state.step)
+    draw = functools.partial(draw_reconstructions, run=run, images=images)
+    if not training_loop(run, state, plan, batches, compute_loss=loss_of, draw=draw, name_of=images.name_of):
+        return None
+    with averaged_weights(state, unwrap(run.accelerator, state.model)) as averaged:
+        trained = AutoencoderKL.from_config(vae.config).to(run.device)
+        trained.load_state_dict(averaged.vae.state_dict())
+    trained.eval().requires_grad_(False)
+    scale = measure_scaling_factor(trained, images, run.flags.eval_batch_size, run.seed)
+    trained.register_to_config(scaling_factor=scale)
+    run.must_write(lambda: save_model(trained, folder, within=folder), "the autoencoder")
+    run.log(f"autoencoder saved to {folder}, scaling factor {scale}")
+    return trained
+
+
+def flags_of_autoencoder(training: TrainingConfig, flags: AutoencoderFlags) -> TrainingConfig:
+    """The flags that an autoencoder is trained with, within the training of the model that it is for."""
+    steps, grids = flags.vae_train_steps, training.save_images_epochs or training.save_images_steps
+    return dataclasses.replace(
+        training,
+        output_dir=str(Path(training.output_dir) / AUTOENCODER),
+        max_train_steps=steps,
         learning_rate=flags.vae_learning_rate,
         lr_scheduler="cosine",
-        lr_warmup_steps=min(100, flags.vae_train_steps // 10),
+        lr_warmup_steps=min(100, steps // 10),
         gradient_accumulation_steps=1,
         overwrite_output_dir=False,  # the model's own run, with all in this folder, has been set aside
-        resume_from_checkpoint=config.resume_from_checkpoint and "latest",
+        resume_from_checkpoint=training.resume_from_checkpoint and "latest",
         save_images_epochs=0,
-        save_images_steps=max(1, flags.vae_train_steps // 4)
-        if config.save_images_epochs or config.save_images_steps
-        else None,
+        save_images_steps=max(1, steps // 4) if grids else None,
         validation_steps=None,
         use_ema=True,
         ema_max_decay=0.995,
         ema_min_decay=0.0,
     )
-    written = layout(model=True)
-    found = find_run(training, accelerator, written)
-    vae = make_autoencoder(flags, channels, size, config.seed)
-    plan, total_steps = make_plan(images, training, accelerator.num_processes)
-    facts = run_facts(config, images.count, plan, total_steps)
-    check_resumable(found, config, vae, facts, accelerator, "vae")
-    parameters = sum(parameter.numel() for parameter in vae.parameters())
-    log(accelerator, f"training an autoencoder first: {parameters:,} parameters, {total_steps} steps")
-    model = Reconstruction(vae)
-    state = begin_training(training, accelerator, model, total_steps, (), facts, found, parts={"vae": vae})
-    loss_of = functools.partial(compute_loss, kl_weight=flags.vae_kl_weight, accelerator=accelerator)
-    batches = make_batches(images, training, training, plan, state.step, accelerator)
-    batches = rehearse(training, accelerator, state, plan, batches, loss_of)
-    if rehearse_only:
-        return vae.requires_grad_(False)
-    claim_output_dir(training, accelerator, written, state.step)
-    finished = training_loop(
-        training,
-        accelerator,
-        state,
-        plan,
-        batches,
-        total_steps,
-        compute_loss=loss_of,
-        draw=functools.partial(draw_reconstructions, images=images, folder=folder, accelerator=accelerator),
-        name_of=images.name_of,
-        deadline=deadline,
-    )
-    if not finished:
-        return None
-    with averaged_weights(state, unwrap(accelerator, state.model)) as averaged:
-        trained = AutoencoderKL.from_config(vae.config).to(accelerator.device)
-        trained.load_state_dict(averaged.vae.state_dict())
-    trained.eval().requires_grad_(False)
-    scale = measure_scaling_factor(trained, images, config.eval_batch_size, config.seed)
-    trained.register_to_config(scaling_factor=scale)
-    must_write(accelerator, lambda: save_model(trained, folder, within=folder), "the autoencoder")
-    log(accelerator, f"autoencoder saved to {folder}, scaling factor {scale}")
-    return trained

@@ -16,10 +16,11 @@ from ..common.layout import METRICS_FILE, RUN_FILE
 from ..common.ownership import claim_files
 from ..models.saving import save_half_precision, save_model, save_pipeline
 from ..training.averaging import raw_weights
-from ..training.flags import PipelineConfig
-from ..training.logs import log
+from ..training.plan import StepPlan
+from ..training.run import Run
 from ..training.setup.optimizer import scaled_learning_rate
 from ..training.setup.settings import public_settings
+from ..training.state import TrainingState, averaged_weights, unwrap
 from . import hub
 from .card.facts import read_facts
 from .card.illustrations import write_pictures
@@ -28,7 +29,7 @@ from .folder import publishable
 from .hub import Upload, read_card, reason_of, refuses
 
 
-def reserve_repository(config: PipelineConfig, held_out: bool, accelerator) -> str:
+def reserve_repository(run: Run, held_out: bool) -> str:
     """Before training: the name of the repository to upload to, once the Hub has said that it accepts the upload.
 
     It has the user's name too where it is to be uploaded. With --dry_run the repository is not created.
@@ -40,12 +41,13 @@ def reserve_repository(config: PipelineConfig, held_out: bool, accelerator) -> s
         UsageError: variants that cannot be saved, or the Hub says no. Where it does not answer, training goes on; the
             upload is tried at its end.
     """
-    if accelerator.is_fsdp2 and "non_ema" in config.save_variants:
+    config = run.recorded
+    if run.accelerator.is_fsdp2 and "non_ema" in config.save_variants:
         raise UsageError("--save_variants non_ema: not with FSDP; the checkpoints' unet/ holds these weights")
     if config.hub_strategy == "best" and not held_out:
         raise UsageError("--hub_strategy best requires held-out images: give --validation_split 0.1, for example")
     repository = config.hub_model_id or Path(config.output_dir).resolve().name
-    if not config.push_to_hub or not accelerator.is_main_process:
+    if not config.push_to_hub or not run.accelerator.is_main_process:
         return repository
     try:
         if config.dry_run:
@@ -60,7 +62,7 @@ def reserve_repository(config: PipelineConfig, held_out: bool, accelerator) -> s
                 f"--push_to_hub: {repository} cannot be written to ({reason_of(error)}); see --hub_model_id,"
                 " --hub_token, --hub_private_repo and --hub_revision, or log in with `hf auth login`"
             ) from error
-        log(accelerator, f"warning: the Hub does not answer ({reason_of(error)}); trying again at the end")
+        run.log(f"warning: the Hub does not answer ({reason_of(error)}); trying again at the end")
     return repository
 
 
@@ -68,8 +70,6 @@ class Publisher:
     """Saves the pipeline of a run while it trains and at its end, and uploads it as the flags say.
 
     Args:
-        config: a script's, with `DataFlags`.
-        state: the run's `TrainingState`.
         pipeline_of: trained model -> pipeline.
         facts: what `describe_run` gave.
         total_steps: of the whole training.
@@ -77,17 +77,16 @@ class Publisher:
 
     def __init__(
         self,
-        config: PipelineConfig,
-        state,
+        run: Run,
+        state: TrainingState,
         pipeline_of: Callable,
         facts: dict[str, Any],
         total_steps: int,
         repository: str,
-        accelerator,
     ):
-        self.config, self.state, self.pipeline_of, self.facts = config, state, pipeline_of, facts
-        self.total_steps, self.accelerator = total_steps, accelerator
-        self.folder, self.repository = Path(config.output_dir), repository
+        self.run, self.state, self.pipeline_of, self.facts = run, state, pipeline_of, facts
+        self.config, self.total_steps = run.recorded, total_steps
+        self.folder, self.repository = run.folder, repository
         self.saved_at: int | None = None
         self.uploading: threading.Thread | None = None
 
@@ -127,7 +126,7 @@ class Publisher:
     def upload_beside(self, pipeline, step: int) -> None:
         """Upload while training goes on; an upload that is still under way is not waited for."""
         if self.uploading is not None and self.uploading.is_alive():
-            log(self.accelerator, f"step {step}: the last upload is still under way, so this one is left out")
+            self.run.log(f"step {step}: the last upload is still under way, so this one is left out")
             return
 
         files = contextlib.ExitStack()
@@ -138,7 +137,7 @@ class Publisher:
                 try:
                     self.push(pipeline, f"Step {step}", frozen)
                 except Exception as error:  # training is not to end by it
-                    log(self.accelerator, f"warning: the upload at step {step} failed ({reason_of(error)})")
+                    self.run.log(f"warning: the upload at step {step} failed ({reason_of(error)})")
 
         self.uploading = threading.Thread(target=upload, daemon=True)
         self.uploading.start()
@@ -161,10 +160,7 @@ class Publisher:
         except ValueError as error:
             raise UsageError(f"the model is saved to {self.folder}, but not its card: {error}") from error
         how = "" if pipeline.stock_class_name() else ", trust_remote_code=True"
-        log(
-            self.accelerator,
-            f"saved to {self.folder}: DiffusionPipeline.from_pretrained('{self.folder}'{how}) loads it",
-        )
+        self.run.log(f"saved to {self.folder}: DiffusionPipeline.from_pretrained('{self.folder}'{how}) loads it")
         if not config.push_to_hub:
             return
         if self.uploading is not None:
@@ -178,12 +174,20 @@ class Publisher:
                 f"the upload to {self.repository} failed ({reason_of(error)}); {self.folder} is complete:"
                 f" `{self.command()}` uploads it"
             ) from error
-        log(self.accelerator, f"published at {upload.address}")
+        self.run.log(f"published at {upload.address}")
 
-    def stopped(self) -> None:
-        """Where training ends before its end: say what becomes of a background upload."""
-        if self.uploading is not None and self.uploading.is_alive():
-            log(self.accelerator, f"an upload was under way and is given up; `{self.command()}` repeats it")
+    def close(self, finished: bool) -> None:
+        """Publish a model whose training is finished; else say what becomes of an upload under way. All ranks call it.
+
+        Raises:
+            UsageError: as `finish`.
+        """
+        if finished:
+            with averaged_weights(self.state, unwrap(self.run.accelerator, self.state.model)) as trained:
+                if self.run.accelerator.is_main_process:
+                    self.finish(trained, self.state.step)
+        elif self.uploading is not None and self.uploading.is_alive():
+            self.run.log(f"an upload was under way and is given up; `{self.command()}` repeats it")
 
     def command(self) -> str:
         """What uploads the folder as the flags say; the token is not shown."""
@@ -200,21 +204,21 @@ class Publisher:
 
 
 def describe_run(
-    config: PipelineConfig, images, plan, model, shown: tuple[str, ...], rows: list[str], base_model: str | None = None
+    run: Run, images, plan: StepPlan, model, shown: tuple[str, ...], rows: list[str], base_model: str | None = None
 ) -> dict[str, Any]:
     """What is known of a run before it starts, for its card.
 
     Args:
-        config: a script's, with `DataFlags`.
         images: what it trains on, as `open_images` gave it.
         shown: the settings that the card lists.
         rows: what the rows of its grids show: classes or prompts.
         base_model: the checkpoint that it starts from.
     """
+    config = run.recorded
     local = config.train_data_dir or (config.dataset_name if os.path.exists(config.dataset_name or "") else None)
     settings = {name: value for name, value in public_settings(config).items() if name in shown}
     if "learning_rate" in settings:
-        settings["learning_rate"] = scaled_learning_rate(config, plan.world)
+        settings["learning_rate"] = scaled_learning_rate(run.flags, plan.world)
     return {
         "dataset": {
             "name": Path(local).resolve().name if local else images.rows.name,
@@ -223,7 +227,7 @@ def describe_run(
             "fingerprint": images.rows.fingerprint(),
         },
         "held_out": len(images.held_out) if images.held_out else 0,
-        "seed": config.seed,
+        "seed": run.seed,
         "batch": plan.global_batch * plan.accumulation,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "rows": rows,

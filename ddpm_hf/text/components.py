@@ -16,7 +16,7 @@ from ..models.sizes import settle_resolution
 from ..models.unet import text_unet_config
 from ..portable.pipeline_text2image_ddpm_hf import STABLE_DIFFUSION_SETTINGS
 from ..portable.scheduling_ddpm_hf import DDPMScheduler
-from ..training.logs import log
+from ..training.run import Run
 from .captions import TOKENIZER_FILES, all_captions, fit_tokenizer, make_text_encoder, read_tokenizer
 
 TEXT_WIDTH = 128  # of a new text encoder
@@ -38,7 +38,7 @@ class Blueprint(NamedTuple):
     scheduler: DDPMScheduler
 
 
-def draw_blueprint(config, accelerator) -> Blueprint:
+def draw_blueprint(run: Run, config) -> Blueprint:
     """The parts of a new model that are given, and the plan of the others.
 
     Raises:
@@ -55,7 +55,7 @@ def draw_blueprint(config, accelerator) -> Blueprint:
         line = settle_resolution(config, given.get("sample_size"), factor, usual="32")
     else:
         line = settle_resolution(config, vae and vae.config.sample_size, 1, usual="32")
-    log(accelerator, line)
+    run.log(line)
     if any(side % factor for side in config.size()):
         raise UsageError(f"--resolution {config.resolution}: the autoencoder requires multiples of {factor}")
     height, width = (side // factor for side in config.size())

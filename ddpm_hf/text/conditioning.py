@@ -27,7 +27,12 @@ class TextConditioned(torch.nn.Module):
 
 
 def caption_input(
-    batch: dict, keys: StepKeys, config: Text2ImageConfig, components: Components, null_embedding, accelerator
+    batch: dict,
+    keys: StepKeys,
+    config: Text2ImageConfig,
+    components: Components,
+    null_embedding: torch.Tensor | None,
+    device: torch.device,
 ) -> torch.Tensor:
     """The captions as ids [N, L] for a text encoder that learns, else as embeddings [N, L, D]; some left out."""
     count = len(batch["captions"])
@@ -36,12 +41,12 @@ def caption_input(
         dropped = keys.uniform("caption_dropout") < config.caption_dropout
     if "embeddings" in batch:
         embedded = torch.where(dropped[:, None, None], null_embedding, batch["embeddings"])
-        return embedded.to(accelerator.device, non_blocking=True)
+        return embedded.to(device, non_blocking=True)
     captions = ["" if drop else caption for drop, caption in zip(dropped.tolist(), batch["captions"])]
     if config.trains_text_encoder:
-        return tokenize(components.tokenizer, captions)[0].to(accelerator.device)
+        return tokenize(components.tokenizer, captions)[0].to(device)
     with torch.no_grad():
-        return encode_captions(components.text_encoder, components.tokenizer, captions, accelerator.device)
+        return encode_captions(components.text_encoder, components.tokenizer, captions, device)
 
 
 @torch.no_grad()
@@ -54,7 +59,7 @@ def dream_noise(model, scheduler, x_start, noise, timesteps, text, power: float)
     return noise + variance ** (0.5 * power) * (noise - epsilon)
 
 
-def trained_model(config: Text2ImageConfig, components: Components, accelerator) -> TextConditioned:
+def trained_model(config: Text2ImageConfig, components: Components, device: torch.device) -> TextConditioned:
     """What is trained of the components, with the flags that concern its execution applied."""
     text_encoder = components.text_encoder if config.trains_text_encoder else None
     model = TextConditioned(components.unet, text_encoder).requires_grad_(True)
@@ -64,6 +69,6 @@ def trained_model(config: Text2ImageConfig, components: Components, accelerator)
             text_encoder.gradient_checkpointing_enable()
     if config.enable_xformers_memory_efficient_attention:
         use_xformers(model.unet)
-    if accelerator.device.type == "cpu":
+    if device.type == "cpu":
         choose_attention(model.unet)
     return model

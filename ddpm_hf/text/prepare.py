@@ -1,7 +1,6 @@
 """Checks of the parts of text to image, and images and captions made ready for training."""
 
 import functools
-from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
@@ -16,19 +15,18 @@ from ..models.autoencoder import downscaling
 from ..objectives.losses import check_objective
 from ..portable.pipeline_text2image_ddpm_hf import cut_off
 from ..portable.scheduling_ddpm_hf import DDPMScheduler
-from ..training.logs import log
+from ..training.run import Run
 from .captions import all_captions, encode_captions, warn_of_cut_captions
 from .flags import Text2ImageConfig
 
 
-def log_cut_texts(config: Text2ImageConfig, images: Images, tokenizer, accelerator) -> None:
+def log_cut_texts(run: Run, prompts: list[str], images: Images, tokenizer) -> None:
     """Say once which captions and prompts the text encoder does not read to their ends."""
     captions = [] if images.dataset is None else all_captions(images.dataset.captions, images.rows.name)
     lines = warn_of_cut_captions(tokenizer, captions)
-    for rest in filter(None, cut_off(tokenizer, config.validation_prompts)):
+    for rest in filter(None, cut_off(tokenizer, prompts)):
         lines.append(f"a prompt of --validation_prompts is too long; this is not read: {rest!r}")
-    for line in lines:
-        log(accelerator, f"warning: {line}")
+    run.log(*(f"warning: {line}" for line in lines))
 
 
 def default_prompts(config: Text2ImageConfig, images: Images) -> list[str]:
@@ -43,21 +41,21 @@ def default_prompts(config: Text2ImageConfig, images: Images) -> list[str]:
     return captions[:: max(1, len(captions) // 8)][:8]
 
 
-def in_buckets(images: Images, config: Text2ImageConfig, vae: AutoencoderKL, unet, accelerator) -> Images:
+def in_buckets(run: Run, images: Images, config: Text2ImageConfig, vae: AutoencoderKL, unet) -> Images:
     """The images by aspect ratio, in sizes that autoencoder and UNet can halve."""
     widths = unet["block_out_channels"] if isinstance(unet, dict) else unet.config.block_out_channels
     sizes = bucket_sizes(*config.size(), downscaling(vae) * 2 ** (len(widths) - 1))
     dataset = bucketed(images.dataset, sizes, cached=should_cache(images.rows, images.transform, config.cache_dataset))
     counts = (f"{p.transform.height}x{p.transform.width}: {len(p)}" for p in dataset.parts)
-    log(accelerator, f"images by size: {', '.join(counts)}")
+    run.log(f"images by size: {', '.join(counts)}")
     return images._replace(dataset=dataset)
 
 
 def cached(
-    images: Images, config: Text2ImageConfig, components: Components, accelerator
-) -> tuple[Images, torch.Tensor]:
+    run: Run, images: Images, config: Text2ImageConfig, components: Components
+) -> tuple[Images, torch.Tensor | None]:
     """The images with their latents, and captions with their embeddings, computed once; and that of no caption."""
-    folder = config.cache_folder()
+    folder, accelerator = config.cache_folder(), run.accelerator
     embeddings = null = None
     if not config.trains_text_encoder:
         encode = functools.partial(
@@ -86,12 +84,16 @@ def check_images(config: Text2ImageConfig, images: Images, new_autoencoder: bool
         check_cacheable(images.dataset, every=new_autoencoder)
 
 
-def check_parts(found: tuple[Path, dict] | None, parts: dict) -> None:
+def check_parts(run: Run, parts: dict) -> None:
     """Raise UsageError for a checkpoint whose text encoder was trained where this run's is not, or the other way."""
-    if found is not None and (found[0] / "text_encoder").is_dir() != ("text_encoder" in parts):
-        trained = "was" if (found[0] / "text_encoder").is_dir() else "was not"
+    if run.resumed is None:
+        return
+    checkpoint = run.resumed.checkpoint
+    before = (checkpoint / "text_encoder").is_dir()
+    if before != ("text_encoder" in parts):
+        trained = "was" if before else "was not"
         raise UsageError(
-            f"{found[0]}: its text encoder {trained} trained; resume with the --train_text_encoder it had"
+            f"{checkpoint}: its text encoder {trained} trained; resume with the --train_text_encoder it had"
         )
 
 

@@ -4,9 +4,11 @@ import contextlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
 from accelerate.utils.other import load
 from safetensors.torch import load_file, save_file
 
@@ -25,7 +27,7 @@ from ..common.files import flush
 from ..common.layout import METRICS_FILE, TIMINGS_FILE
 from ..common.ownership import claim_files, release_files
 from .earlier_run import let_go, replaces
-from .faults import attempt, warn
+from .run import Resumed, Run
 from .state import TrainingState, set_rates
 
 
@@ -96,7 +98,7 @@ def check_random_states(checkpoint: Path, rank: int) -> None:
         load(path)  # with weights_only=True
 
 
-def find_checkpoint(output_dir: Path, wanted: str, warn) -> tuple[Path, dict[str, Any]] | None:
+def find_checkpoint(output_dir: Path, wanted: str, warn: Callable[[str], object]) -> Resumed | None:
     """The checkpoint to resume from, and its state; None where `latest` finds none.
 
     Args:
@@ -107,22 +109,22 @@ def find_checkpoint(output_dir: Path, wanted: str, warn) -> tuple[Path, dict[str
         UsageError: a named checkpoint that does not exist or is broken; or checkpoints, but no whole one.
     """
     if wanted == "latest":
-        found = list_checkpoints(output_dir)
-        for path in reversed(found):
+        there = list_checkpoints(output_dir)
+        for path in reversed(there):
             try:
-                return path, read_manifest(path)
+                return Resumed(path, read_manifest(path))
             except UsageError as error:
                 if made_by_diffusers(path) is None:
                     warn(f"passing over {error}")
-        foreign = next(filter(None, map(made_by_diffusers, reversed(found))), None)
-        if found:
+        foreign = next(filter(None, map(made_by_diffusers, reversed(there))), None)
+        if there:
             raise UsageError(
                 foreign or f"no complete checkpoint in {output_dir}; train anew with --overwrite_output_dir"
             )
         return None
     for path in (output_dir / wanted, Path(wanted)):
         if path.is_dir():
-            return path, read_manifest(path)
+            return Resumed(path, read_manifest(path))
     there = ", ".join(path.name for path in list_checkpoints(output_dir)) or "none"
     raise UsageError(f"--resume_from_checkpoint {wanted}: no such checkpoint in {output_dir} (there: {there})")
 
@@ -163,12 +165,13 @@ def load_tensors(directory: Path, states: dict[str, Any]) -> None:
 LOGS = (METRICS_FILE, TIMINGS_FILE)
 
 
-def save_checkpoint(accelerator, state: TrainingState, output_dir: Path, limit: int | None) -> str | None:
+def save_checkpoint(run: Run, state: TrainingState, limit: int | None) -> str | None:
     """Write `checkpoint-N`, whole or not at all, then let the oldest go. All ranks take part.
 
     Returns:
         What kept it from being written, for all ranks; then nothing of it is left, and no other has gone.
     """
+    accelerator, output_dir = run.accelerator, run.folder
     partial, final = (output_dir / f"checkpoint-{state.step}{suffix}" for suffix in (".partial", ""))
     meter = state.meter.gathered(accelerator)
 
@@ -196,45 +199,45 @@ def save_checkpoint(accelerator, state: TrainingState, output_dir: Path, limit: 
             },
         )
 
-    fault = attempt(accelerator, begin)
-    fault = fault or attempt(accelerator, lambda: accelerator.save_state(str(partial)), on_all=True)
-    fault = fault or attempt(accelerator, finish)
+    fault = run.attempt(begin)
+    fault = fault or run.attempt(lambda: accelerator.save_state(str(partial)), on_all=True)
+    fault = fault or run.attempt(finish)
     if fault is not None and accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
         with contextlib.suppress(OSError):  # nor may the disk take a new manifest
             release_files(output_dir, [f"{final.name}/"])
     if fault is None:
-        remove_earlier_run(accelerator, output_dir)
-        rotate_checkpoints(accelerator, output_dir, limit)
+        remove_earlier_run(run)
+        rotate_checkpoints(run, limit)
     return fault
 
 
-def remove_earlier_run(accelerator, output_dir: Path) -> None:
+def remove_earlier_run(run: Run) -> None:
     """Delete the run that this one replaces, now that it has a checkpoint. All ranks take part.
 
     An autoencoder's checkpoint counts: its folder lies within that of the run.
     """
 
     def remove():
-        for folder in (output_dir, output_dir.parent):
+        for folder in (run.folder, run.folder.parent):
             if replaces(folder):
                 let_go(folder)
 
-    if stuck := attempt(accelerator, remove):
-        warn(accelerator, f"the earlier run cannot be removed: {stuck}")
+    if stuck := run.attempt(remove):
+        run.warn(f"the earlier run cannot be removed: {stuck}")
 
 
-def rotate_checkpoints(accelerator, output_dir: Path, limit: int | None) -> None:
+def rotate_checkpoints(run: Run, limit: int | None) -> None:
     """Remove the checkpoints that are too many. All ranks take part."""
 
     def remove():
-        release_files(output_dir, [f"{path.name}/" for path in rotate(output_dir, limit)])
+        release_files(run.folder, [f"{path.name}/" for path in rotate(run.folder, limit)])
 
-    if stuck := attempt(accelerator, remove):
-        warn(accelerator, f"an old checkpoint cannot be removed: {stuck}")
+    if stuck := run.attempt(remove):
+        run.warn(f"an old checkpoint cannot be removed: {stuck}")
 
 
-def load_checkpoint(accelerator, state: TrainingState, checkpoint: Path) -> None:
+def load_checkpoint(accelerator: Accelerator, state: TrainingState, checkpoint: Path) -> None:
     """Take over a checkpoint: weights, moments, averages and counts. The settings of optimizer, schedule and EMA stay.
 
     The manifest has been verified.

@@ -18,14 +18,14 @@ class Due(NamedTuple):
     checkpoint: bool
 
     @classmethod
-    def after(cls, step: int, config: TrainingConfig, plan: StepPlan, total_steps: int, finite: bool) -> "Due":
+    def after(cls, step: int, config: TrainingConfig, plan: StepPlan, finite: bool) -> "Due":
         """What follows a step of a training that can do all of it.
 
         Args:
             step: counted from 1.
             finite: whether it was taken; one that was skipped has no figures, and no checkpoint but the last.
         """
-        end = step == total_steps
+        end = step == plan.total
         epoch, epoch_ends = plan.epoch_of(step - 1), end or step % plan.steps_per_epoch == 0
         return cls(
             end=end,

@@ -1,18 +1,11 @@
-"""What fails around a run: said in one line, known to all ranks, and survived where that is right.
+"""What fails around a run, in one line.
 
 Exit code 2 means that something must be changed before the run is started again (a flag, the data); 1, that the
 machine failed (a disk, a process) and the same command line goes on once that is mended.
 """
 
-import sys
-from collections.abc import Callable
-
 import torch
-from accelerate.utils import gather_object
 from safetensors import SafetensorError
-from tqdm.auto import tqdm
-
-from ..common.errors import RunError
 
 OUT_OF_MEMORY = (
     "out of memory: make --train_batch_size smaller (--gradient_accumulation_steps makes up for it), add"
@@ -32,17 +25,6 @@ class EndedTogetherError(Exception):
         self.own = own
 
 
-def end_together(accelerator, own: BaseException | None) -> None:
-    """Raise what all ranks agree to end for; `own` is None but on the rank that tells it."""
-    raise own if accelerator.num_processes == 1 else EndedTogetherError(own) from own
-
-
-def warn(accelerator, line: str) -> None:
-    """A warning on stderr, from the main process, that leaves progress bars whole."""
-    if accelerator.is_main_process:
-        tqdm.write(f"warning: {line}", file=sys.stderr)
-
-
 def storage_fault(error: BaseException) -> str | None:
     """What kept something from being written, in a few words; None for an error of another kind."""
     if isinstance(error, OSError):
@@ -59,51 +41,3 @@ def out_of_memory(error: BaseException) -> bool:
     if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
         return any(words in str(error) for words in ("can't allocate memory", "not enough memory", "out of memory"))
     return isinstance(error, (MemoryError, torch.OutOfMemoryError))
-
-
-def attempt(accelerator, action: Callable[[], object], on_all: bool = False) -> str | None:
-    """Let the main process, or all, write something: what failed, as all ranks then know, or None.
-
-    Args:
-        action: without communication between the ranks.
-
-    Raises:
-        Exception: an error that is not the storage's.
-    """
-    fault = None
-    if on_all or accelerator.is_main_process:
-        try:
-            action()
-        except Exception as error:
-            fault = storage_fault(error)
-            if fault is None:
-                raise
-    return next((one for one in gather_object([fault]) if one), None)
-
-
-def must_write(accelerator, action: Callable[[], object], what: str) -> None:
-    """`attempt` to write what the run depends on.
-
-    Raises:
-        RunError: it cannot be written; on all ranks.
-    """
-    fault = attempt(accelerator, action)
-    if fault is not None:
-        end_unwritten(accelerator, what, fault)
-
-
-def end_unwritten(accelerator, what: str, fault: str) -> None:
-    """Raise RunError on all ranks: something that the run depends on could not be written."""
-    error = RunError(f"{what} cannot be written ({fault}); make room")
-    end_together(accelerator, error if accelerator.is_main_process else None)
-
-
-def track(accelerator, action: Callable[[object], object]) -> None:
-    """Do something with each tracker, from the main process; one that fails is left out from then on."""
-    for tracker in list(accelerator.trackers) if accelerator.is_main_process else []:
-        try:
-            action(tracker)
-        except Exception as error:  # of whatever library: figures are in metrics.jsonl too
-            accelerator.trackers.remove(tracker)
-            reason = " ".join(str(error).split())[:200]
-            warn(accelerator, f"{tracker.name} fails ({error.__class__.__name__}: {reason}); going on without it")

@@ -1,51 +1,46 @@
-"""Log lines and trackers."""
+"""Trackers."""
 
 import importlib.util
 import logging
-import sys
 from pathlib import Path
 
 from accelerate.utils import gather_object
 
 from ..common.errors import UsageError
 from ..common.ownership import claim_files
-from .faults import end_together, must_write, track
 from .flags import TrainingConfig
+from .run import Run
 from .setup.settings import public_settings
 
 
-def log(accelerator, line: str | None) -> None:
-    """A line on stderr, from the main process; None is nothing to say."""
-    if line is not None and accelerator.is_main_process:
-        print(line, file=sys.stderr, flush=True)
-
-
-def start_trackers(config: TrainingConfig, accelerator, default_project: str) -> None:
+def start_trackers(run: Run, default_project: str) -> None:
     """Open the tracker, with the settings that it can show (scalars; no secrets).
 
     Raises:
         UsageError: it does not start, without a login for example.
     """
+    config = run.flags
     if config.logger == "none":
         return
     logging.getLogger("torch.utils.tensorboard").setLevel(logging.ERROR)
-    settings = {k: v for k, v in public_settings(config).items() if isinstance(v, (int, float, str, bool))}
+    settings = {k: v for k, v in public_settings(run.recorded).items() if isinstance(v, (int, float, str, bool))}
     project, reason = config.tracker_project_name or default_project, None
     before = log_files(config, project)
     try:
-        accelerator.init_trackers(project, config=settings)
+        run.accelerator.init_trackers(project, config=settings)
     except Exception as error:  # of whatever library
         reason = f"{error.__class__.__name__}: {' '.join(str(error).split())[:200]}"
     reasons = gather_object([reason])
     if any(reasons):
         reason = next(one for one in reasons if one)
-        error = UsageError(f"--logger {config.logger} does not start ({reason}); mend that, or pass --logger none")
-        end_together(accelerator, error if accelerator.is_main_process else None)
+        run.end_by_main(
+            UsageError(f"--logger {config.logger} does not start ({reason}); mend that, or pass --logger none")
+        )
 
     def claim():
         claim_files(config.output_dir, sorted(log_files(config, project) - before))
 
-    must_write(accelerator, claim, "the list of the run's files")
+    run.must_write(claim, "the list of the run's files")
 
 
 def log_files(config: TrainingConfig, project: str) -> set[str]:
@@ -57,7 +52,7 @@ def log_files(config: TrainingConfig, project: str) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in logs.rglob("*") if path.is_file()}
 
 
-def track_image(accelerator, name: str, image, step: int) -> None:
+def track_image(run: Run, name: str, image, step: int) -> None:
     """A PIL picture in whatever tracker there is."""
     import numpy as np
 
@@ -69,11 +64,12 @@ def track_image(accelerator, name: str, image, step: int) -> None:
             module = importlib.import_module(tracker.name)
             tracker.log({name: module.Image(image)}, step=step)
 
-    track(accelerator, show)
+    run.track(show)
 
 
-def end_training(accelerator) -> None:
-    """Close the trackers, and the connection of the processes."""
-    track(accelerator, lambda tracker: tracker.finish())
-    accelerator.trackers.clear()
-    accelerator.end_training()
+def end_training(run: Run, last_lines: str) -> None:
+    """Say the last lines; close the trackers, and the connection of the processes."""
+    run.log(last_lines)
+    run.track(lambda tracker: tracker.finish())
+    run.accelerator.trackers.clear()
+    run.accelerator.end_training()

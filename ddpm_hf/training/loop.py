@@ -9,24 +9,22 @@ import torch
 from ..common.arguments import SHORTER_TRAINING
 from ..common.randomness import StepKeys
 from .due import Due
-from .flags import TrainingConfig
 from .meter import Losses
 from .nonfinite import NonfiniteGuard
 from .output import TrainingOutput
 from .plan import StepPlan
 from .reporting import Progress
+from .run import Run
 from .state import TrainingState, unwrap
 from .step import take_step
 from .stopping import Stop
 
 
 def training_loop(
-    config: TrainingConfig,
-    accelerator,
+    run: Run,
     state: TrainingState,
     plan: StepPlan,
     batches: Iterator[dict[str, torch.Tensor]],
-    total_steps: int,
     *,
     compute_loss: Callable[[torch.nn.Module, dict, StepKeys], Losses],
     validate: Callable[[torch.nn.Module], dict[str, float]] | None = None,
@@ -34,10 +32,9 @@ def training_loop(
     save: Callable[[torch.nn.Module, int], None] | None = None,
     saves_checkpoints: bool = False,
     name_of: Callable[[int], str] = "sample {}".format,
-    deadline: float | None = None,
     advice: str = SHORTER_TRAINING,
 ) -> bool:
-    """Train until `total_steps`; True if that was reached, False if a signal or the clock asked to stop before.
+    """Train until `plan.total`; True if that was reached, False if a signal or the clock asked to stop before.
 
     Args:
         batches: this rank's batches from `state.step` on, as `plan` says; their `index` [N] are the samples' rows.
@@ -46,39 +43,38 @@ def training_loop(
             `validate` and `draw` run on all ranks, `save` on the main one. `draw` returns what it has written.
         saves_checkpoints: whether `save` is called at each checkpoint too, before it is written.
         name_of: a row's name, for messages.
-        deadline: on the monotonic clock; it counts once a step has been trained.
         advice: what to do where training takes long on a CPU.
 
     Raises:
-        UsageError: `config.max_nonfinite_steps` steps in a row had a loss or gradient that is not finite.
+        UsageError: `--max_nonfinite_steps` steps in a row had a loss or gradient that is not finite.
         RunError: `metrics.jsonl`, the last checkpoint or the last pipeline could not be written.
         Exception: what reading a batch raised, once the steps before it are saved.
     """
-    progress = Progress(accelerator, total_steps, state.step, advice)
-    guard = NonfiniteGuard(config, accelerator, state, name_of)
-    output = TrainingOutput(config, accelerator, state, unwrap(accelerator, state.model), progress, saved=state.step)
+    progress = Progress(run.accelerator, plan.total, state.step, advice)
+    guard = NonfiniteGuard(run, state, name_of)
+    output = TrainingOutput(run, state, unwrap(run.accelerator, state.model), progress, saved=state.step)
     state.model.train()
-    with Stop(deadline) as stop, progress:  # a bar is closed before an error speaks
+    with Stop(run.deadline) as stop, progress:  # a bar is closed before an error speaks
         if draw is not None and state.grid_due:
             output.save_samples(draw, stop)
-        while state.step < total_steps:
+        while state.step < plan.total:
             guard.before_step()
             fetched = stop.fetch(batches, len(plan.batches(state.step)))
-            if stop.agreed(accelerator):
+            if stop.agreed(run):
                 end_early(stop, guard, output)
                 return False
 
             epoch, output.samples = plan.epoch_of(state.step) + 1, output.samples + plan.samples_in(state.step)
-            result = take_step(config, accelerator, state, plan, fetched, compute_loss)
+            result = take_step(run, state, plan, fetched, compute_loss)
             state.step += 1
             guard.judge(result, output)
             seconds = time.perf_counter() - output.since
             progress.done(state.step)
 
-            due, record = Due.after(state.step, config, plan, total_steps, result.finite), {}
+            due, record = Due.after(state.step, run.flags, plan, result.finite), {}
             if due.log:
                 lr = state.lr_scheduler.get_last_lr()[0]
-                record = {**state.meter.means(accelerator), "lr": lr, "grad_norm": result.norm}
+                record = {**state.meter.means(run.accelerator), "lr": lr, "grad_norm": result.norm}
             if due.validate and validate is not None:
                 record |= output.validated(validate)
             if record:
@@ -104,5 +100,5 @@ def end_early(stop: Stop, guard: NonfiniteGuard, output: TrainingOutput) -> None
     if not given_back:
         guard.put_back()
         output.save_before_exit()
-    stop.raise_failure(output.accelerator)
+    stop.raise_failure(output.run)
     output.say_how_to_go_on(stop.why, given_back)

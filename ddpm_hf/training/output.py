@@ -16,9 +16,8 @@ from tqdm.auto import tqdm
 from ..common.layout import METRICS_FILE, TIMINGS_FILE
 from .checkpointing import save_checkpoint
 from .earlier_run import replaces
-from .faults import attempt, end_unwritten, track, warn
-from .flags import TrainingConfig
 from .reporting import Progress
+from .run import Run
 from .state import TrainingState, averaged_weights
 from .stopping import InterruptedSamplingError, Stop
 
@@ -40,19 +39,13 @@ class TrainingOutput:
         model: the one that is trained, without what Accelerate puts around it.
     """
 
-    config: TrainingConfig
-    accelerator: Any
+    run: Run
     state: TrainingState
     model: torch.nn.Module
     progress: Progress
     saved: int = 0  # the newest step that is on disk, or needs not be
     since: float = field(default_factory=time.perf_counter)  # when the steps to be logged next began
     samples: int = 0  # trained on since then
-
-    @property
-    def folder(self) -> Path:
-        """The output folder."""
-        return Path(self.config.output_dir)
 
     @contextlib.contextmanager
     def untimed(self) -> Iterator[None]:
@@ -78,15 +71,15 @@ class TrainingOutput:
         timing = {"seconds": round(seconds, 3), "images_per_second": round(rate, 1)}
         state.figures |= self.progress.figures(epoch, record, state.lr_scheduler.get_last_lr()[0], rate)
         record = {"step": state.step, "epoch": epoch, **record}
-        fault = attempt(self.accelerator, lambda: append_jsonl(self.folder / METRICS_FILE, record))
+        fault = self.run.attempt(lambda: append_jsonl(self.run.folder / METRICS_FILE, record))
         self.report(fault, METRICS_FILE, last=True)
         if TIMINGS_FILE not in state.given_up:
             timings = {"step": state.step, **timing}
-            fault = attempt(self.accelerator, lambda: append_jsonl(self.folder / TIMINGS_FILE, timings))
+            fault = self.run.attempt(lambda: append_jsonl(self.run.folder / TIMINGS_FILE, timings))
             self.report(fault, TIMINGS_FILE, last=False)
             state.given_up |= {TIMINGS_FILE} if fault else set()
         scalars = {name: value for name, value in record.items() if name != "step"}
-        track(self.accelerator, lambda tracker: tracker.log({**scalars, **timing}, step=state.step))
+        self.run.track(lambda tracker: tracker.log({**scalars, **timing}, step=state.step))
         self.since, self.samples = time.perf_counter(), 0
 
     def save_samples(self, draw: Callable[[torch.nn.Module, int], Path | None], stop: Stop) -> None:
@@ -106,13 +99,13 @@ class TrainingOutput:
         """The model of this step, as `save` saves it."""
         step = self.state.step
         with averaged_weights(self.state, self.model) as averaged:
-            fault = attempt(self.accelerator, lambda: save(averaged, step))
+            fault = self.run.attempt(lambda: save(averaged, step))
         self.report(fault, f"the model of step {step}", last)
 
     def save_checkpoint(self, last: bool) -> None:
         """The checkpoint of this step; none is removed for it while steps are being skipped."""
-        limit = None if self.state.nonfinite_steps else self.config.checkpoints_total_limit
-        fault = save_checkpoint(self.accelerator, self.state, self.folder, limit)
+        limit = None if self.state.nonfinite_steps else self.run.flags.checkpoints_total_limit
+        fault = save_checkpoint(self.run, self.state, limit)
         self.report(fault, f"checkpoint-{self.state.step}", last)
         if not fault:
             self.saved = self.state.step
@@ -125,13 +118,13 @@ class TrainingOutput:
             RunError: the run's end depends on it.
         """
         if fault is not None and last:
-            end_unwritten(self.accelerator, what, fault)
+            self.run.end_unwritten(what, fault)
         if fault is not None:
-            warn(self.accelerator, f"{what} cannot be written ({fault}); training goes on")
+            self.run.warn(f"{what} cannot be written ({fault}); training goes on")
 
     def earlier_run_waits(self) -> bool:
         """Whether an earlier run is still set aside, to come back if this one ends now."""
-        return any(gather_object([replaces(self.folder) or replaces(self.folder.parent)]))
+        return any(gather_object([replaces(self.run.folder) or replaces(self.run.folder.parent)]))
 
     def save_before_exit(self) -> None:
         """A checkpoint of a run that ends early, unless this step is on disk."""
@@ -144,11 +137,11 @@ class TrainingOutput:
         Args:
             given_back: whether that was before its first checkpoint, and so an earlier run is back.
         """
-        instead = " in the place of --overwrite_output_dir" if self.config.overwrite_output_dir else ""
+        instead = " in the place of --overwrite_output_dir" if self.run.flags.overwrite_output_dir else ""
         what_next = (
             ", before the first checkpoint: the earlier run is back"
             if given_back
             else f"; go on with --resume_from_checkpoint latest{instead}"
         )
-        if self.accelerator.is_main_process:
+        if self.run.accelerator.is_main_process:
             tqdm.write(f"stopped at step {self.state.step} by {why}{what_next}", file=sys.stderr)

@@ -18,7 +18,7 @@ class StepPlan(NamedTuple):
     batch_size: int
     world: int
     accumulation: int
-    steps_in_stream: int = 0  # a stream's one "epoch"
+    total: int = 0  # optimizer steps of the whole training; a stream's one "epoch"
 
     @property
     def global_batch(self) -> int:
@@ -29,7 +29,7 @@ class StepPlan(NamedTuple):
     def batches_per_epoch(self) -> int:
         """Forward passes in an epoch."""
         if self.samples is None:
-            return self.steps_in_stream * self.accumulation
+            return self.total * self.accumulation
         return math.ceil(self.samples / self.global_batch)
 
     @property

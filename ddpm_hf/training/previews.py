@@ -1,6 +1,6 @@
 """Sample grids during training: sampled by all processes together, the same noise each time."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,10 @@ from accelerate.utils import gather_object
 from ..common.ownership import claim_files
 from ..common.pictures import image_grid, save_image
 from ..common.randomness import keyed_seed
-from .faults import out_of_memory, storage_fault, warn
-from .flags import TrainingConfig
+from .faults import out_of_memory, storage_fault
 from .logs import track_image
+from .reporting import shows_bars
+from .run import Run
 from .stopping import InterruptedSamplingError
 
 INTERRUPTED = "interrupted"
@@ -21,40 +22,49 @@ CHAIN_ROWS, CHAIN_MOMENTS = 8, 10  # of the strip of predictions: images, and mo
 
 
 def draw_grid(
-    sample: Callable[[list[int], list[torch.Generator], int], Any],
-    count: int,
+    run: Run,
+    pipeline,
+    requests: int | Sequence[Any],
     columns: int | None,
     step: int,
-    config: TrainingConfig,
-    accelerator,
     legend: Sequence[str] | None = None,
+    **options: Any,
 ) -> Path | None:
-    """Sample `count` images, shared out over the ranks, into one PNG and the tracker; and x̂_0 along some chains.
+    """Sample images, shared out over the ranks, into one PNG and the tracker; and x̂_0 along some chains.
 
-    An image depends on the seed and its place in the grid alone, so that grids show one model's progress. A grid that
+    An image depends on the seed and its index in the grid alone, so that grids show one model's progress. A grid that
     memory or disk have no room for is left out with a warning. Returns the picture's path, on the main process.
 
     Args:
-        sample: (places in the grid, a generator for each, how many frames to keep) -> a pipeline's output.
+        pipeline: called with this rank's requests, a generator for each, and how many frames to keep.
+        requests: what each image is to show, or how many there are.
         columns: of the grid; its chains are those of the rows' first images.
         legend: a label for each row, such as its class or prompt.
+        options: for the pipeline.
 
     Raises:
         InterruptedSamplingError: on all ranks, if one was asked to stop meanwhile.
     """
-    own = list(range(accelerator.process_index, count, accelerator.num_processes))
+    accelerator, count = run.accelerator, requests if isinstance(requests, int) else len(requests)
+    pipeline.set_progress_bar_config(
+        desc="sampling", leave=False, disable=not (accelerator.is_main_process and shows_bars())
+    )
+    local = list(range(accelerator.process_index, count, accelerator.num_processes))
     shown = set(range(0, count, columns or 1)[:CHAIN_ROWS])
     drawn, fault = [], None
     try:
-        if own:
-            seeds = [keyed_seed(config.seed, "sample", 0, index) for index in own]
+        if local:
+            seeds = [keyed_seed(run.seed, "sample", 0, index) for index in local]
             generators = [torch.Generator(accelerator.device).manual_seed(seed) for seed in seeds]
+            asked = len(local) if isinstance(requests, int) else [requests[index] for index in local]
+            frames = CHAIN_MOMENTS if shown & set(local) else 0
             with accelerator.autocast():
-                output = sample(own, generators, CHAIN_MOMENTS if shown & set(own) else 0)
+                output = pipeline(asked, generator=generators, num_frames=frames, output_type="preview", **options)
             chains = [
-                [frame.prediction[i] for frame in output.frames or [] if own[i] in shown] for i in range(len(own))
+                [frame.prediction[i] for frame in output.frames or [] if index in shown]
+                for i, index in enumerate(local)
             ]
-            drawn = list(zip(own, output.images, chains))
+            drawn = list(zip(local, output.images, chains))
     except InterruptedSamplingError:
         fault = INTERRUPTED
     except Exception as error:
@@ -67,18 +77,18 @@ def draw_grid(
         raise InterruptedSamplingError
     if not faults and accelerator.is_main_process:
         drawn = sorted((one for _, part in parts for one in part), key=lambda one: one[0])
-        scale, folder = max(1, 64 // drawn[0][1].width), Path(config.output_dir) / "samples"
+        scale, folder = max(1, 64 // drawn[0][1].width), run.folder / "samples"
         grid = image_grid([image for _, image, _ in drawn], columns, scale=scale, legend=legend)
-        chains = [chain for place, _, chain in drawn if place in shown]
+        chains = [chain for index, _, chain in drawn if index in shown]
         strip = image_grid([image for chain in chains for image in chain], len(chains[0]), scale=scale, legend=legend)
         try:
-            claim_files(config.output_dir, [f"samples/{kind}-{step:06d}.png" for kind in ("step", "chain")])
+            claim_files(run.folder, [f"samples/{kind}-{step:06d}.png" for kind in ("step", "chain")])
             save_image(grid, folder / f"step-{step:06d}.png")
             save_image(strip, folder / f"chain-{step:06d}.png")
         except OSError as error:
             faults = [storage_fault(error)]
-        track_image(accelerator, "samples", grid, step)
+        track_image(run, "samples", grid, step)
     if faults:
-        warn(accelerator, f"no pictures of step {step} ({faults[0]}); training goes on")
+        run.warn(f"no pictures of step {step} ({faults[0]}); training goes on")
         return None
-    return Path(config.output_dir) / "samples" / f"step-{step:06d}.png"
+    return run.folder / "samples" / f"step-{step:06d}.png"

@@ -13,10 +13,10 @@ from ..common.arguments import SHORTER_TRAINING
 from ..common.errors import UsageError
 from ..common.randomness import StepKeys, keyed_seed
 from .ending import explained
-from .faults import end_together
-from .flags import TrainingConfig
 from .plan import StepPlan
-from .reporting import LONG_ON_A_CPU, pace, peak_memory
+from .reporting import LONG_ON_A_CPU, pace, peak_memory, table
+from .run import Run
+from .setup.claiming import describe_start
 from .state import TrainingState
 from .step import take_step
 
@@ -24,8 +24,7 @@ MOST_STEPS, MOST_SECONDS = 3, 20.0  # of what is measured
 
 
 def rehearse(
-    config: TrainingConfig,
-    accelerator,
+    run: Run,
     state: TrainingState,
     plan: StepPlan,
     batches: Iterator[dict[str, torch.Tensor]],
@@ -45,18 +44,18 @@ def rehearse(
         UsageError: the batch does not fit the model; what the model says about it.
         Exception: what reading the batch raised, or memory that ran out.
     """
-    with agreed_failure(accelerator):
+    with agreed_failure(run):
         batch = next(batches)
-    device = accelerator.device
+    device = run.device
     devices = [] if device.type == "cpu" else [device]
-    with agreed_failure(accelerator), torch.random.fork_rng(devices, device_type=_random_device(device)):
+    with agreed_failure(run), torch.random.fork_rng(devices, device_type=_random_device(device)):
         before = {name: _copy(one.state_dict()) for name, one in state.extra.items()}
         begin = time.perf_counter()
         try:
-            _pass(config, accelerator, state, plan, batch, compute_loss)
+            _pass(run, state, plan, batch, compute_loss)
             state.first_pass = time.perf_counter() - begin
         except (RuntimeError, ValueError) as error:
-            if explained(error, config.output_dir, ()) is not None or _is_of_data(error):
+            if explained(error, run.flags.output_dir, ()) is not None or _is_of_data(error):
                 raise
             reason = " ".join(str(error).split())[:300]
             raise UsageError(f"the first batch does not fit the model: {reason}") from error
@@ -68,13 +67,11 @@ def rehearse(
 
 
 def measure_pace(
-    config: TrainingConfig,
-    accelerator,
+    run: Run,
     state: TrainingState,
     plan: StepPlan,
     batches: Iterator[dict[str, torch.Tensor]],
     compute_loss: Callable,
-    total_steps: int,
     advice: str = SHORTER_TRAINING,
 ) -> dict[str, str]:
     """How long training takes and what memory it needs, by taking a few steps after `rehearse`; for `--dry_run`.
@@ -86,38 +83,53 @@ def measure_pace(
 
     Returns: lines by their names.
     """
-    left = total_steps - state.step
+    left = plan.total - state.step
     seconds, spent = state.first_pass * len(plan.batches(state.step)), 0.0
     for taken in range(1, MOST_STEPS + 1):
         expected = [spent + seconds > MOST_SECONDS]
         if broadcast_object_list(expected)[0]:  # a pass alone has told enough
             break
         begin = time.perf_counter()
-        with agreed_failure(accelerator):
+        with agreed_failure(run):
             fetched = [next(batches) for _ in plan.batches(state.step)]
-        take_step(config, accelerator, state, plan, fetched, compute_loss)
+        take_step(run, state, plan, fetched, compute_loss)
         state.step += 1
         spent += time.perf_counter() - begin
         seconds = spent / taken
-    long = accelerator.device.type == "cpu" and seconds * left > LONG_ON_A_CPU
+    long = run.device.type == "cpu" and seconds * left > LONG_ON_A_CPU
     return {
         "time": f"{pace(seconds, left)}, pictures and files on top" + (f"; long on a CPU: {advice}" if long else ""),
-        "peak": f"{peak_memory(accelerator.device) / 2**20:,.0f} MiB of memory measured",
+        "peak": f"{peak_memory(run.device) / 2**20:,.0f} MiB of memory measured",
     }
 
 
-def _pass(config, accelerator, state: TrainingState, plan: StepPlan, batch: dict[str, Any], compute_loss) -> None:
+def show_dry_run(
+    run: Run,
+    lines: dict[str, str],
+    state: TrainingState,
+    plan: StepPlan,
+    batches: Iterator[dict[str, torch.Tensor]],
+    compute_loss: Callable,
+    advice: str = SHORTER_TRAINING,
+) -> None:
+    """What --dry_run prints: the lines of the run, its time and memory, and what becomes of the output folder."""
+    lines = {**lines, **measure_pace(run, state, plan, batches, compute_loss, advice)}
+    if run.accelerator.is_main_process:
+        print(table(lines), describe_start(run), sep="\n")
+
+
+def _pass(run: Run, state: TrainingState, plan: StepPlan, batch: dict[str, Any], compute_loss: Callable) -> None:
     """A forward and a backward pass, as `training_loop` does them."""
-    number = plan.batches(state.step).start
+    accelerator, number = run.accelerator, plan.batches(state.step).start
     begin, end = plan.own_samples(number, accelerator.process_index)
     first = accelerator.process_index * plan.batch_size
     state.model.train()
-    torch.manual_seed(keyed_seed(config.seed, "dropout", plan.batches_before(state.step), first))
+    torch.manual_seed(keyed_seed(run.seed, "dropout", plan.batches_before(state.step), first))
     kind = accelerator.distributed_type
     alone = kind in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)  # the ranks need not exchange gradients
     with accelerator.no_sync(state.model) if alone else contextlib.nullcontext():
         with accelerator.autocast():
-            keys = StepKeys(config.seed, state.step, first, len(next(iter(batch.values()))), valid=end - begin)
+            keys = StepKeys(run.seed, state.step, first, len(next(iter(batch.values()))), valid=end - begin)
             loss = compute_loss(state.model, batch, keys).losses.mean()
         if kind != DistributedType.DEEPSPEED:  # whose engine steps as it goes back
             accelerator.backward(loss)
@@ -137,7 +149,7 @@ def _is_of_data(error: Exception) -> bool:
 
 
 @contextlib.contextmanager
-def agreed_failure(accelerator):
+def agreed_failure(run: Run):
     """Whatever one rank raises within ends all of them; the first of them to fail says why."""
     error = None
     try:
@@ -146,4 +158,4 @@ def agreed_failure(accelerator):
         error = problem
     failed = gather_object([error is not None])
     if any(failed):
-        end_together(accelerator, error if failed.index(True) == accelerator.process_index else None)
+        run.end(error if failed.index(True) == run.accelerator.process_index else None)

@@ -9,7 +9,6 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -17,7 +16,10 @@ import torch
 from tqdm.auto import tqdm
 
 from ..common.arguments import SHORTER_TRAINING
+from .plan import StepPlan
+from .run import Run
 from .sessions import hardware
+from .state import TrainingState
 
 FEW_STEPS, FEW_SECONDS = 10, 5.0  # what is measured before the time of a step is said
 LONG_ON_A_CPU = 12 * 3600  # seconds of a training after which another model is suggested
@@ -62,15 +64,16 @@ def precision(accelerator) -> str:
     return f"float32, autocast to {half}" if half != "no" else "tf32" if tf32 else "float32"
 
 
-def run_lines(config, accelerator, plan, total_steps: int) -> dict[str, str]:
+def run_lines(run: Run, plan: StepPlan) -> dict[str, str]:
     """What every training says at its start: steps, batch, device, output."""
+    flags = run.flags
     epochs = "" if plan.samples is None else f" ({plan.steps_per_epoch:,} an epoch)"
     return {
         "batch": f"{plan.batch_size} × {plan.world} process{'es'[: 2 * (plan.world > 1)]} × {plan.accumulation}"
         f" accumulated = {plan.global_batch * plan.accumulation}",
-        "steps": f"{total_steps:,}{epochs}",
-        "device": f"{hardware(accelerator)}, {precision(accelerator)}",
-        "output": f"{Path(config.output_dir).resolve()}, tracker {config.logger}, seed {config.seed}",
+        "steps": f"{plan.total:,}{epochs}",
+        "device": f"{hardware(run.accelerator)}, {precision(run.accelerator)}",
+        "output": f"{run.folder.resolve()}, tracker {flags.logger}, seed {run.seed}",
     }
 
 
@@ -81,18 +84,22 @@ def weights_memory(parameters: int, use_ema: bool) -> str:
 
 
 def ending(
-    config, state, program: str, finished: bool, sample: Sequence[str] | None = None, looks: str | None = None
+    run: Run,
+    state: TrainingState,
+    program: str,
+    finished: bool,
+    sample: Sequence[str] | None = None,
+    looks: str | None = None,
 ) -> str:
     """The last lines of a training: what came of it, how to look at it, and how to go on.
 
     Args:
-        state: the run's `TrainingState`.
         program: the command that goes on with it, without flags.
         finished: whether all steps were trained.
         sample: the command that samples from the folder that follows it, and options for after that.
         looks: what else there is to do with a finished model.
     """
-    folder = Path(config.output_dir)
+    folder, flags = run.folder, run.flags
     seconds = sum(session.get("seconds", 0) for session in state.sessions.until(state.step))
     losses = ", ".join(f"{NAMES.get(name, name)} {value:.4g}" for name, value in state.figures.items())
     where = folder if finished else folder / f"checkpoint-{state.step}"
@@ -102,8 +109,8 @@ def ending(
         if sample:
             lines["sample"] = shlex.join([*sample[:2], str(where), *sample[2:]])
         go_on = [*program.split(), "--output_dir", str(folder), "--resume_from_checkpoint", "latest"]
-        more = ["--max_train_steps", str(2 * config.max_train_steps)] if config.max_train_steps else None
-        more = more or ["--num_epochs", str(2 * config.num_epochs)]
+        more = ["--max_train_steps", str(2 * flags.max_train_steps)] if flags.max_train_steps else None
+        more = more or ["--num_epochs", str(2 * flags.num_epochs)]
         lines["train on" if finished else "go on"] = shlex.join([*go_on, *(more if finished else [])])
     return table(lines | ({"use": looks} if looks and finished else {}))
 
@@ -118,12 +125,6 @@ def peak_memory(device: torch.device) -> int:
         return psutil.Process().memory_info().peak_wset
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
-
-
-def show(accelerator, *lines: str) -> None:
-    """Lines on stdout, from the main process."""
-    if accelerator.is_main_process:
-        print(*lines, sep="\n")
 
 
 def shows_bars() -> bool:

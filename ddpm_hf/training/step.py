@@ -9,9 +9,9 @@ import torch
 
 from ..common.randomness import StepKeys, keyed_seed
 from .averaging import update_ema
-from .flags import TrainingConfig
 from .meter import Losses
 from .plan import StepPlan
+from .run import Run
 from .state import TrainingState
 
 
@@ -24,15 +24,14 @@ class StepResult(NamedTuple):
 
 
 def take_step(
-    config: TrainingConfig,
-    accelerator,
+    run: Run,
     state: TrainingState,
     plan: StepPlan,
     fetched: list[dict[str, torch.Tensor]],
     compute_loss: Callable[[torch.nn.Module, dict, StepKeys], Losses],
 ) -> StepResult:
     """The optimizer step after `state.step`: losses and gradients of its batches, clipping, update, EMA."""
-    step, seed, meter = state.step, config.seed, state.meter
+    accelerator, step, seed = run.accelerator, state.step, run.seed
     window, in_window = plan.batches(step), plan.samples_in(step)
     taken = []
     for micro, (number, batch) in enumerate(zip(window, fetched)):
@@ -48,10 +47,10 @@ def take_step(
             loss = result.losses[: end - begin].sum() if end > begin else 0.0 * result.losses.sum()
             spoils = 1 + 0 * loss.detach()  # NaN of a loss that is not finite: then so is the gradient of all
             accelerator.backward(loss * (spoils * (accelerator.num_processes / in_window)))
-        meter.add(result, end - begin)
+        state.meter.add(result, end - begin)
         taken.append((batch.get("index"), result.losses.detach()[: end - begin or None]))
 
-    norm = accelerator.clip_grad_norm_(state.model.parameters(), config.max_grad_norm or math.inf)
+    norm = accelerator.clip_grad_norm_(state.model.parameters(), run.flags.max_grad_norm or math.inf)
     norm = float("nan") if norm is None else float(norm)
     if math.isfinite(norm) or accelerator.scaler is not None or not _known_norm(accelerator):
         state.optimizer.step()  # a loss scaler skips what overflowed by itself

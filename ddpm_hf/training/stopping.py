@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .faults import end_together
+from .run import Run
 
 REASONS = ("", "the time limit of --max_train_hours", "SIGTERM", "SIGINT")  # by a rank's code; beyond them: it failed
 FAILED = len(REASONS)
@@ -67,11 +67,11 @@ class Stop:
             self.failure = error
             return []
 
-    def agreed(self, accelerator) -> bool:
+    def agreed(self, run: Run) -> bool:
         """Whether any rank stops, and so all."""
         self.codes = [self.code()]
-        if accelerator.num_processes > 1:
-            self.codes = accelerator.gather(torch.tensor(self.codes, device=accelerator.device)).tolist()
+        if run.accelerator.num_processes > 1:
+            self.codes = run.accelerator.gather(torch.tensor(self.codes, device=run.device)).tolist()
         return any(self.codes)
 
     @property
@@ -84,11 +84,10 @@ class Stop:
         """Whether nothing but the time limit made the run stop."""
         return set(self.codes) <= {0, 1}
 
-    def raise_failure(self, accelerator) -> None:
+    def raise_failure(self, run: Run) -> None:
         """End all ranks if one of them failed; the first of these tells why."""
         if FAILED in self.codes:
-            first = self.codes.index(FAILED) == accelerator.process_index
-            end_together(accelerator, self.failure if first else None)
+            run.end(self.failure if self.codes.index(FAILED) == run.accelerator.process_index else None)
 
     @contextlib.contextmanager
     def interrupting(self, networks: Iterable[torch.nn.Module]):

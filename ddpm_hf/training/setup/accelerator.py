@@ -11,8 +11,7 @@ from accelerate.utils import DistributedType, GradientAccumulationPlugin, Projec
 from ...common.errors import UsageError
 from ...common.machine import usable_cores
 from ..flags import TrainingConfig
-from ..launcher import check_launcher, launched_precision, unused_settings
-from ..logs import log
+from ..launcher import check_launcher, launched_precision
 from ..process import check_accelerator
 
 
@@ -45,8 +44,6 @@ def start_accelerator(config: TrainingConfig) -> Accelerator:
         launched = launched_precision()
         source = launched.source if launched and launched.name == "fp16" else "--mixed_precision fp16"
         raise UsageError(f"{source} requires a GPU; on a CPU use --mixed_precision bf16 or no")
-    for line in unused_settings(config.mixed_precision):
-        log(accelerator, line)
     # accelerate launch sets OMP_NUM_THREADS=1 on CPUs, which would leave all but one core of each process idle
     local = int(
         os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes if accelerator.device.type == "cpu" else 1)
@@ -57,7 +54,7 @@ def start_accelerator(config: TrainingConfig) -> Accelerator:
     return accelerator
 
 
-def fit_engine(accelerator, config: TrainingConfig) -> None:
+def fit_engine(accelerator: Accelerator, config: TrainingConfig) -> None:
     """Tell DeepSpeed what Accelerate would take from its own data loaders and leaves to the engine.
 
     Raises:

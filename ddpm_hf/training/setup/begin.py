@@ -1,94 +1,129 @@
-"""What a training consists of before its first step: model, EMA, optimizer, learning rate, checkpoint."""
+"""What a training consists of before its first step: engine, checkpoint, model, EMA, optimizer, learning rate."""
 
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
 
 from ...common.arguments import SECRET_FLAGS
-from ...common.files import truncate_jsonl
+from ...common.layout import Entry
 from ..averaging import make_ema
-from ..checkpointing import LOGS, load_checkpoint, set_aside_later
-from ..faults import must_write
+from ..checkpointing import find_checkpoint, load_checkpoint
 from ..flags import TrainingConfig
-from ..logs import log
+from ..launcher import unused_settings
 from ..meter import Meter
 from ..needs import without_effect
 from ..plan import StepPlan
+from ..run import Run
 from ..sessions import Sessions
 from ..sharded import WholeModel
 from ..state import TrainingState, register_model_hooks
+from ..stopping import deadline_of
+from .accelerator import start_accelerator
+from .claiming import check_unchanged, find_run
 from .optimizer import make_lr_scheduler, make_optimizer
-from .settings import settings_that_go_on
+from .settings import agree_on_seed, settings_that_go_on
+
+
+def start_run(
+    flags: TrainingConfig,
+    entries: Sequence[Entry],
+    data: Sequence[str | None] = (),
+    stages: Sequence[str] = (),
+) -> Run:
+    """Accelerate's engine, the checkpoint to go on from, and the seed; nothing is written yet.
+
+    Args:
+        entries: what the run is to write, as `layout` gives it.
+        data: the folders that it reads.
+        stages: the folders within the output folder of trainings that come before its own: without a checkpoint of
+            its own, it goes on from theirs.
+
+    Raises:
+        UsageError: an engine, a folder or a checkpoint that cannot be used, or flags that the run to resume lacks.
+    """
+    deadline = deadline_of(flags.max_train_hours)
+    run = Run(flags, flags, start_accelerator(flags), entries, deadline)
+    run.log(*unused_settings(flags.mixed_precision))
+    diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)  # an error is one line, and main says it
+    transformers_logging.set_verbosity_error()
+    for library in (diffusers_logging, transformers_logging):
+        library.disable_progress_bar()  # one for each file that is saved or loaded
+    run.resumed = begun = find_run(run, data)
+    if flags.resume_from_checkpoint and begun is None:
+        found = (find_checkpoint(run.folder / stage, "latest", lambda line: None) for stage in stages)
+        begun = next(filter(None, found), None)
+    flags.seed = run.seed = agree_on_seed(flags.seed, begun and begun.manifest)
+    check_unchanged(flags, begun and begun.manifest)
+    run.log(*(f"warning: {line}" for line in without_effect(flags, run.device.type, SECRET_FLAGS)))
+    return run
 
 
 def begin_training(
-    config: TrainingConfig,
-    accelerator,
+    run: Run,
     model: torch.nn.Module,
-    total_steps: int,
-    groups: tuple[str, ...],
+    plan: StepPlan,
     facts: dict[str, Any],
-    found: tuple[Path, dict[str, Any]] | None,
+    groups: tuple[str, ...] = (),
     extra: dict[str, Any] | None = None,
     parts: dict[str, torch.nn.Module] | None = None,
 ) -> TrainingState:
-    """All that a run consists of, prepared by Accelerate, with a checkpoint's state if one was found; writes nothing.
+    """All that a run consists of, prepared by Accelerate, with a checkpoint's state if it resumes; writes nothing.
 
     Args:
+        facts: what its checkpoints tell of it.
+        groups: names of the groups whose losses are logged.
+        extra: more objects with a `state_dict()` that belong to the run.
         parts: what of the model is saved, by the name of its folder; by default the model, as `unet`.
     """
-    for line in without_effect(config, accelerator.device.type, SECRET_FLAGS):
-        log(accelerator, f"warning: {line}")
-    if config.lr_warmup_steps > total_steps and "lr_warmup_steps" in config.given:
-        log(accelerator, f"the warm-up of --lr_warmup_steps {config.lr_warmup_steps} takes all {total_steps} steps")
+    flags, accelerator = run.flags, run.accelerator
+    if flags.lr_warmup_steps > plan.total and "lr_warmup_steps" in run.recorded.given:
+        run.log(f"the warm-up of --lr_warmup_steps {flags.lr_warmup_steps} takes all {plan.total} steps")
     parts = parts or {"unet": model}
     state = TrainingState(
         model=model,
         parts=parts,
         emas={},
-        optimizer=make_optimizer(config, model, accelerator.num_processes),
+        optimizer=make_optimizer(flags, model, plan.world),
         lr_scheduler=None,
-        meter=Meter(groups, accelerator.device),
+        meter=Meter(groups, run.device),
         sessions=Sessions(accelerator),
         extra=extra or {},
         facts=facts,
     )
-    state.lr_scheduler = make_lr_scheduler(config, state.optimizer, total_steps)
+    state.lr_scheduler = make_lr_scheduler(flags, state.optimizer, plan.total)
     if accelerator.is_fsdp2:
         state.whole = WholeModel(model, parts)
     state.model, state.optimizer = accelerator.prepare(model, state.optimizer)
-    if config.use_ema:
-        state.emas = {name: make_ema(config, part, accelerator.device) for name, part in parts.items()}
+    if flags.use_ema:
+        state.emas = {name: make_ema(flags, part, run.device) for name, part in parts.items()}
     register_model_hooks(accelerator, state)
-    if found is not None:
-        load_checkpoint(accelerator, state, found[0])
-        log(accelerator, f"resuming from {found[0]}")
+    if run.resumed is not None:
+        load_checkpoint(accelerator, state, run.resumed.checkpoint)
+        run.log(f"resuming from {run.resumed.checkpoint}")
+    if flags.compile and not flags.dry_run:  # compiling takes minutes
+        state.model = compiled(state.model)
     return state
 
 
-def forget_later(output_dir: Path, step: int, accelerator) -> None:
-    """Let nothing count that an earlier run, which was killed or is resumed before its end, did after a step."""
-
-    def forget():
-        for path in set_aside_later(output_dir, step):
-            log(accelerator, f"{path.name} is of a later step; it is removed once this run has got there")
-        for name in LOGS:
-            truncate_jsonl(output_dir / name, step)
-
-    must_write(accelerator, forget, str(output_dir))
+def compiled(model: torch.nn.Module) -> torch.nn.Module:
+    """The model behind torch.compile; as it is where Accelerate has compiled it."""
+    if hasattr(model, "_orig_mod"):
+        return model
+    # the layout optimization gave wrong gradients for this model on CPUs
+    return torch.compile(model, options={"layout_optimization": False})
 
 
-def run_facts(
-    config: TrainingConfig, samples: int | None, plan: StepPlan, total_steps: int, **more: Any
-) -> dict[str, Any]:
+def run_facts(run: Run, samples: int | None, plan: StepPlan, **more: Any) -> dict[str, Any]:
     """What a checkpoint tells of its run: what a resumed run must share with it, and what it takes over."""
     return {
-        "seed": config.seed,
+        "seed": run.seed,
         "samples": samples,
         "global_batch": plan.global_batch * plan.accumulation,
-        "total_steps": total_steps,
+        "total_steps": plan.total,
         "processes": plan.world,
-        "settings": settings_that_go_on(config),
+        "settings": settings_that_go_on(run.recorded),
         **more,
     }

@@ -10,11 +10,12 @@ from typing import Any
 from accelerate.utils import gather_object
 
 from ...common.arguments import APPLIED, FIXED, flags_that
-from ...common.checkpoints import checkpoint_step, list_checkpoints
+from ...common.checkpoints import SETTINGS, checkpoint_step, list_checkpoints
 from ...common.errors import UsageError
+from ...common.files import truncate_jsonl
 from ...common.layout import AUTOENCODER, KEPT_IN_PLACE, STEPS, TIMINGS, TRAINING_CONFIG, Entry
 from ...common.ownership import claim_files, has_manifest, listed, run_files, some
-from ..checkpointing import find_checkpoint, made_by_diffusers, rotate_checkpoints
+from ..checkpointing import LOGS, find_checkpoint, made_by_diffusers, rotate_checkpoints, set_aside_later
 from ..earlier_run import (
     cannot_be_moved,
     forget_removed_checkpoints,
@@ -24,27 +25,25 @@ from ..earlier_run import (
     settle,
     waiting,
 )
-from ..faults import end_together
 from ..flags import TrainingConfig
-from ..logs import log
+from ..logs import start_trackers
 from ..parsing import are_of_program
-from .begin import forget_later
+from ..reporting import table
+from ..run import Resumed, Run
+from .settings import save_settings
 
 
-def find_run(
-    config: TrainingConfig, accelerator, entries: Sequence[Entry], data: Sequence[str | None] = ()
-) -> tuple[Path, dict[str, Any]] | None:
+def find_run(run: Run, data: Sequence[str | None] = ()) -> Resumed | None:
     """The checkpoint to resume from and its state, or None; an earlier run that waits for one that ended comes back.
 
     Args:
-        entries: what this run is to write, as `ownership.layout` gives it.
         data: the folders that it reads.
 
     Raises:
         UsageError: the folder holds an earlier run and neither resuming nor overwriting was asked for, or files that
             this run would replace; a checkpoint that does not exist, is broken, or is of another run than the folder.
     """
-    folder = Path(config.output_dir)
+    config, folder = run.flags, run.folder
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
     if not there.is_dir():
         what = "is a file" if there == folder.absolute() else f"lies in {there}, which is a file"
@@ -54,18 +53,18 @@ def find_run(
             "--overwrite_output_dir would remove the run that --resume_from_checkpoint goes on from; give one of them"
         )
     if not config.dry_run:
-        settle_earlier_run(folder, accelerator)
+        settle_earlier_run(run)
     ours = [*run_files(folder), *waiting(folder)]
     if not ours:
         refuse_other_runs(folder)
-    refuse_foreign_files(config, entries, ours)
+    refuse_foreign_files(config, run.entries, ours)
     if config.resume_from_checkpoint:
-        found = find_checkpoint(folder, config.resume_from_checkpoint, lambda line: log(accelerator, line))
+        found = find_checkpoint(folder, config.resume_from_checkpoint, run.log)
         if found is None:
-            refuse_lost_checkpoints(config)
-            log(accelerator, f"no checkpoint in {folder} yet: training from the beginning")
+            refuse_lost_checkpoints(folder, can_start=hasattr(run.recorded, "pretrained_model_name_or_path"))
+            run.log(f"no checkpoint in {folder} yet: training from the beginning")
         else:
-            refuse_checkpoint_of_another_run(folder, found[0])
+            refuse_checkpoint_of_another_run(folder, found.checkpoint)
         return found
     if ours and not config.overwrite_output_dir:
         raise UsageError(
@@ -76,16 +75,19 @@ def find_run(
     return None
 
 
-def refuse_lost_checkpoints(config: TrainingConfig) -> None:
-    """Raise UsageError for a run whose checkpoints somebody removed: from the beginning, it would lose its model."""
-    folder = Path(config.output_dir)
+def refuse_lost_checkpoints(folder: Path, can_start: bool) -> None:
+    """Raise UsageError for a run whose checkpoints somebody removed: from the beginning, it would lose its model.
+
+    Args:
+        can_start: whether the program can start from the weights of a pipeline.
+    """
     suffixes = ("", ".partial", ".superseded", ".superseded.partial")  # also while it is written or removed
     there = {name for name in listed_checkpoints(folder) for end in suffixes if (folder / f"{name}{end}").is_dir()}
     lost = [name for name in listed_checkpoints(folder) if name not in there]
     if not lost:
         return
     start = f"start from its weights with --pretrained_model_name_or_path {folder} and another --output_dir, or "
-    can_start = hasattr(config, "pretrained_model_name_or_path") and (folder / "model_index.json").is_file()
+    can_start = can_start and (folder / "model_index.json").is_file()
     raise UsageError(
         f"--resume_from_checkpoint latest: the checkpoints of the run in {folder} are gone ({some(lost)});"
         f" {start if can_start else ''}train anew with --overwrite_output_dir"
@@ -114,16 +116,16 @@ def listed_checkpoints(folder: Path) -> list[str]:
     return [name for name in names if "/" not in name and checkpoint_step(folder / name) >= 0]
 
 
-def settle_earlier_run(folder: Path, accelerator) -> None:
+def settle_earlier_run(run: Run) -> None:
     """Complete what a program that was killed left half done in the folder. All ranks take part."""
     error = None
-    if accelerator.is_main_process:
+    if run.accelerator.is_main_process:
         try:
-            settle(folder, training=True)
+            settle(run.folder, training=True)
         except (UsageError, OSError) as problem:
             error = problem
     if any(gather_object([error is not None])):
-        end_together(accelerator, error)
+        run.end(error)
 
 
 def refuse_other_runs(folder: Path) -> None:
@@ -168,11 +170,11 @@ def _folders_within(folder: Path, names: Sequence[str]) -> set[Path]:
     return {folder / parent for name in names for parent in Path(name).parents if parent != Path(".")}
 
 
-def describe_start(config: TrainingConfig, found: tuple[Path, dict[str, Any]] | None) -> str:
+def describe_start(run: Run) -> str:
     """What a start would do with the output folder, for --dry_run."""
-    folder = Path(config.output_dir)
-    if found is not None:
-        line = f"goes on from {found[0]}, step {found[1].get('step', 0):,}"
+    folder = run.folder
+    if run.resumed is not None:
+        line = f"goes on from {run.resumed.checkpoint}, step {run.resumed.manifest.get('step', 0):,}"
     elif earlier := [*run_files(folder), *waiting(folder)]:
         line = f"replaces the earlier run in {folder} ({some(earlier)}) once there is a checkpoint"
     else:
@@ -180,7 +182,21 @@ def describe_start(config: TrainingConfig, found: tuple[Path, dict[str, Any]] | 
     return f"     start  {line}; the first batch has been through the model and back"
 
 
-def claim_output_dir(config: TrainingConfig, accelerator, entries: Sequence[Entry], step: int = 0) -> None:
+def start_writing(run: Run, step: int, lines: dict[str, str], project: str) -> None:
+    """Make the output folder this run's, once all else has been checked; open its tracker; say what runs.
+
+    Args:
+        step: the one that the run goes on from.
+        lines: what runs, by name.
+        project: of the tracker, by default.
+    """
+    claim_output_dir(run, step)
+    start_trackers(run, project)
+    run.must_write(lambda: save_settings(run.recorded), SETTINGS)
+    run.log(table(lines))
+
+
+def claim_output_dir(run: Run, step: int) -> None:
     """Make the output folder this run's, once all else has been checked; an earlier run is set aside.
 
     Args:
@@ -189,25 +205,32 @@ def claim_output_dir(config: TrainingConfig, accelerator, entries: Sequence[Entr
     Raises:
         UsageError: a folder that cannot be written.
     """
-    folder = Path(config.output_dir)
-    error = None
-    if accelerator.is_main_process:
+    folder, error = run.folder, None
+    if run.accelerator.is_main_process:
         try:
-            _claim(folder, config, entries)
+            _claim(folder, run.flags.overwrite_output_dir, run.entries)
         except OSError as problem:
             error = UsageError(f"--output_dir {folder} cannot be written: {problem.strerror}; name another folder")
     if any(gather_object([error is not None])):
-        end_together(accelerator, error)
-    forget_later(folder, step, accelerator)
+        run.end(error)
+    run.must_write(lambda: forget_later(run, step), str(folder))
     if step:  # the run may have been killed before it could
-        rotate_checkpoints(accelerator, folder, config.checkpoints_total_limit)
+        rotate_checkpoints(run, run.flags.checkpoints_total_limit)
 
 
-def _claim(folder: Path, config: TrainingConfig, entries: Sequence[Entry]) -> None:
+def forget_later(run: Run, step: int) -> None:
+    """Let nothing count that an earlier run, which was killed or is resumed before its end, did after a step."""
+    for path in set_aside_later(run.folder, step):
+        run.log(f"{path.name} is of a later step; it is removed once this run has got there")
+    for name in LOGS:
+        truncate_jsonl(run.folder / name, step)
+
+
+def _claim(folder: Path, overwrite: bool, entries: Sequence[Entry]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):  # or it cannot be written, and nothing is moved
         ours = run_files(folder)
-    if ours and config.overwrite_output_dir:
+    if ours and overwrite:
         set_aside(folder, ours)
     elif ours and not has_manifest(folder):  # a run of a version without manifests goes on
         ours += in_the_way(folder, entries, ours)
@@ -249,14 +272,7 @@ def _was_moved(was: Any, now: Any) -> bool:
     return absolute or path.name in ("", "..", Path(now).resolve().name)
 
 
-def check_resumable(
-    found: tuple[Path, dict[str, Any]] | None,
-    config: TrainingConfig,
-    model,
-    facts: dict[str, Any],
-    accelerator,
-    name: str = "unet",
-) -> None:
+def check_resumable(run: Run, model, facts: dict[str, Any], name: str) -> None:
     """Say what is another than in the run to resume, and counts from here on.
 
     Args:
@@ -267,29 +283,28 @@ def check_resumable(
     Raises:
         UsageError: a checkpoint of another model.
     """
-    if found is None:
+    if run.resumed is None:
         return
-    checkpoint, manifest = found
+    checkpoint, manifest = run.resumed
     if not (checkpoint / name / "config.json").is_file():
         raise UsageError(f"{checkpoint} is of another kind of run: it has no {name}/")
     try:
         saved = dict(json.loads((checkpoint / name / "config.json").read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise UsageError(f"{checkpoint}: {name}/config.json is no model's config") from error
-    own = json.loads(model.to_json_string())
-    for key in own:
-        if not key.startswith("_") and own[key] != saved.get(key):
+    ours = json.loads(model.to_json_string())
+    for key in ours:
+        if not key.startswith("_") and ours[key] != saved.get(key):
             raise UsageError(
-                f"{checkpoint} is of another model: its {key} is {saved.get(key)}, this run's {own[key]}; resume with"
+                f"{checkpoint} is of another model: its {key} is {saved.get(key)}, this run's {ours[key]}; resume with"
                 " the flags that it was trained with"
             )
-    counts = {*facts, *flags_that(config, APPLIED)} - {"settings"}
+    counts = {*facts, *flags_that(run.recorded, APPLIED)} - {"settings"}
     flat, before = ({**each, **each.get("settings", {})} for each in (facts, manifest))
     for name in (name for name in flat if name in counts and name in before and before[name] != flat[name]):
-        log(accelerator, f"warning: {name} was {before[name]} and is {flat[name]}: not an exact continuation")
+        run.log(f"warning: {name} was {before[name]} and is {flat[name]}: not an exact continuation")
     if facts["processes"] != before["processes"] and facts["global_batch"] != before["global_batch"]:
-        log(
-            accelerator,
+        run.log(
             f"each step saw {before['global_batch']} images and sees {facts['global_batch']}; the order goes on where"
             " it was if processes × --train_batch_size × --gradient_accumulation_steps stays the same",
         )

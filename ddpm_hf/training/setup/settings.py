@@ -15,23 +15,22 @@ from ...common.files import write_whole
 from ..flags import TrainingConfig
 
 
-def agree_on_seed(config: TrainingConfig, resumed: dict[str, Any] | None) -> int:
+def agree_on_seed(seed: int | None, resumed: dict[str, Any] | None) -> int:
     """The seed given, the resumed run's, or one chosen by the main process: the same on all ranks.
 
     Raises:
         UsageError: another seed than the run to resume had.
     """
     if resumed is not None:
-        seed = resumed.get("seed")
-        if type(seed) is not int:
+        before = resumed.get("seed")
+        if type(before) is not int:
             raise UsageError(
-                f"--resume_from_checkpoint: the seed in the checkpoint's manifest is not an integer ({seed!r})"
+                f"--resume_from_checkpoint: the seed in the checkpoint's manifest is not an integer ({before!r})"
             )
-        if config.seed not in (None, seed):
-            raise UsageError(f"--seed {config.seed}: the run to resume has seed {seed}; leave --seed out")
-        return seed
-    chosen = [config.seed if config.seed is not None else secrets.randbits(31)]
-    return broadcast_object_list(chosen)[0]
+        if seed not in (None, before):
+            raise UsageError(f"--seed {seed}: the run to resume has seed {before}; leave --seed out")
+        return before
+    return broadcast_object_list([secrets.randbits(31) if seed is None else seed])[0]
 
 
 def public_settings(config: TrainingConfig) -> dict[str, Any]:

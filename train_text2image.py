@@ -68,13 +68,15 @@ import torch
 
 from ddpm_hf.common.errors import DataError
 from ddpm_hf.common.layout import AUTOENCODER, COMPONENTS, layout
-from ddpm_hf.common.randomness import StepKeys
+from ddpm_hf.common.randomness import StepKeys, sent
 from ddpm_hf.data.batches import Images, held_out_means, make_batches, open_images, plan_steps
 from ddpm_hf.inference.components import Components, assemble, load_checkpoint_components
 from ddpm_hf.latents.autoencoder import make_autoencoder
 from ddpm_hf.latents.encoding import x_start_of
 from ddpm_hf.latents.training import autoencoder_of, take_over_autoencoder, train_autoencoder
+from ddpm_hf.models.acceleration import accelerate_for_training
 from ddpm_hf.models.autoencoder import downscaling
+from ddpm_hf.models.gradient_gate import recorded_call
 from ddpm_hf.models.unet import time_blindness
 from ddpm_hf.objectives.losses import training_losses
 from ddpm_hf.objectives.timestep_samplers import UniformTimestepSampler
@@ -118,7 +120,8 @@ def compute_loss(
     """Draw t and noise, add it to the latents, predict from the caption, compare (Rombach et al. 2022, Eq. 3)."""
     scheduler = components.scheduler
     x_start = x_start_of(batch, keys, components.vae, run.device)  # [N, C, h, w]
-    timesteps = UniformTimestepSampler(len(scheduler)).sample(keys.uniform("timestep"))[0].to(x_start.device)
+    timesteps = UniformTimestepSampler(len(scheduler)).sample(keys.uniform("timestep"))[0]
+    timesteps = sent(timesteps, x_start.device)
     noise = keys.normal_like(x_start)
     text = caption_input(batch, keys, config, components, null_embedding, run.device)
     if config.noise_offset and not keys.validation:
@@ -223,8 +226,12 @@ def train(config: Text2ImageConfig) -> None:
 
     state = begin_training(run, model, plan, facts, QUARTILES, parts=parts)
     loss_of = functools.partial(compute_loss, run=run, config=config, components=components, null_embedding=None)
-    batches = rehearse(run, state, plan, make_batches(run, images, plan, state.step), loss_of)
+    with recorded_call(model.unet) as call:
+        batches = rehearse(run, state, plan, make_batches(run, images, plan, state.step), loss_of)
     lines = describe(run, config, images, plan, model)
+    lines["acceleration"] = accelerate_for_training(
+        model.unet, call, config.acceleration, run.autocast_dtype, run.captures_steps(plan), plan.total
+    )
     if config.dry_run:
         if new_autoencoder and run.resumed is None:
             train_autoencoder(run, config, images, config.size(), rehearse_only=True)

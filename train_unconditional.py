@@ -121,13 +121,14 @@ from diffusers import AutoencoderKL, UNet2DModel
 
 from ddpm_hf.common.errors import DataError
 from ddpm_hf.common.layout import layout
-from ddpm_hf.common.randomness import StepKeys
+from ddpm_hf.common.randomness import StepKeys, sent
 from ddpm_hf.data import ImageDataset
 from ddpm_hf.data.batches import Images, held_out_means, make_batches, open_images, plan_steps
 from ddpm_hf.latents.cache import cached_latents, check_cacheable
 from ddpm_hf.latents.encoding import x_start_of
-from ddpm_hf.models.attention import choose_attention
+from ddpm_hf.models.acceleration import accelerate_for_training, prepare_layout
 from ddpm_hf.models.autoencoder import load_autoencoder
+from ddpm_hf.models.gradient_gate import recorded_call
 from ddpm_hf.models.pretrained import differences, revision_of_vae, source_of, start_from
 from ddpm_hf.models.unet import time_blindness
 from ddpm_hf.objectives.losses import simple_losses, training_losses
@@ -176,12 +177,12 @@ def compute_loss(
     """Draw t and noise, add it, predict, compare (Ho et al. 2020, Algorithm 1)."""
     x_start = x_start_of(batch, keys, vae, run.device)  # [N, C, H, W]
     timesteps, weights = sampler.sample(keys.uniform("timestep"))
-    timesteps, weights = timesteps.to(x_start.device), weights.to(x_start.device)
+    timesteps, weights = sent(timesteps, x_start.device), sent(weights, x_start.device)
     noise = keys.normal_like(x_start)
     conditioning = {}
     if "labels" in batch:  # a share of them become the null class (Ho & Salimans 2022, Algorithm 1)
         dropped = keys.uniform("class_dropout") < config.class_dropout
-        conditioning["class_labels"] = torch.where(dropped, null_class, batch["labels"]).to(x_start.device)
+        conditioning["class_labels"] = sent(torch.where(dropped, null_class, batch["labels"]), x_start.device)
     output = model(scheduler.add_noise(x_start, noise, timesteps), timesteps, **conditioning).sample.float()
     losses = training_losses(
         scheduler,
@@ -299,8 +300,7 @@ def train(config: UnconditionalConfig) -> None:
     class_names = images.rows.label_names if config.label_column else []
     classes = len(class_names) + (config.class_dropout > 0) if class_names else None
     model = make_unet(arguments, config.variance_type, classes, config)
-    if run.device.type == "cpu":
-        choose_attention(model)
+    prepare_layout(model, run.device, config.acceleration)
     if source is None:
         run.log(time_blindness(model.config))
     elif fresh:
@@ -321,8 +321,12 @@ def train(config: UnconditionalConfig) -> None:
     shared = {"run": run, "scheduler": scheduler, "vae": vae}
     loss_of = functools.partial(compute_loss, sampler=sampler, null_class=len(class_names), config=config, **shared)
     batches = make_batches(run, images, plan, state.step, config.class_balanced)
-    batches = rehearse(run, state, plan, batches, loss_of)
+    with recorded_call(model) as call:
+        batches = rehearse(run, state, plan, batches, loss_of)
     lines = describe(run, config, images, plan, model)
+    lines["acceleration"] = accelerate_for_training(
+        model, call, config.acceleration, run.autocast_dtype, run.captures_steps(plan), plan.total
+    )
     advice = advice_on_a_cpu(config, arguments["sample_size"])
     if config.dry_run:
         show_dry_run(run, lines, state, plan, batches, loss_of, advice)

@@ -12,13 +12,13 @@ from ..common.layout import layout
 from ..common.randomness import StepKeys
 from ..data import ImageDataset, to_model_range
 from ..data.batches import Images, held_out_means, make_batches, open_images, plan_steps
-from ..models.attention import choose_attention
 from ..models.classifier import NoisyClassifier
 from ..models.recipes import advice_on_a_cpu
 from ..models.saving import save_model
 from ..models.sizes import model_size, settle_resolution, unet_arguments
 from ..models.unet import time_blindness
 from ..objectives.timestep_samplers import UniformTimestepSampler
+from ..portable.acceleration_ddpm_hf import choose_attention
 from ..portable.scheduling_ddpm_hf import DDPMScheduler
 from ..training.ending import ends_in_one_line
 from ..training.logs import end_training

@@ -39,14 +39,6 @@ def prepare_layout(model: "torch.nn.Module", device: "torch.device", acceleratio
         use_channels_last(model)
 
 
-def match_layout(optimizer: "torch.optim.Optimizer") -> None:
-    """Give the moments that a checkpoint brought the memory layout of their parameters, as fused kernels require."""
-    for parameter, moments in optimizer.state.items():
-        for name, value in moments.items():
-            if getattr(value, "shape", None) == parameter.shape and value.stride() != parameter.stride():
-                moments[name] = value.new_empty_strided(parameter.shape, parameter.stride()).copy_(value)
-
-
 def accelerate_for_training(
     unet: "torch.nn.Module",
     call: "Call",

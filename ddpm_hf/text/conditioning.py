@@ -5,8 +5,7 @@ from diffusers import UNet2DConditionModel
 
 from ..common.randomness import StepKeys
 from ..inference.components import Components
-from ..models.acceleration import use_xformers
-from ..models.attention import choose_attention
+from ..models.acceleration import prepare_layout, use_xformers
 from ..portable.pipeline_text2image_ddpm_hf import tokenize
 from .captions import encode_captions
 from .flags import Text2ImageConfig
@@ -69,6 +68,5 @@ def trained_model(config: Text2ImageConfig, components: Components, device: torc
             text_encoder.gradient_checkpointing_enable()
     if config.enable_xformers_memory_efficient_attention:
         use_xformers(model.unet)
-    if device.type == "cpu":
-        choose_attention(model.unet)
+    prepare_layout(model.unet, device, config.acceleration)
     return model

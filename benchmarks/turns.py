@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate.state import AcceleratorState, GradientAccumulationPlugin, PartialState  # noqa: F401
+from accelerate.state import AcceleratorState
 from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -149,7 +149,7 @@ def in_turn(
             *("--logger", "none", "--max_train_steps", 100_000, "--logging_steps", 50_000, *flags),
         ]
         plain = {name: _plain(network, images.to(device), batch, name, clock, facts, warm) for name in theirs}
-        begin = time.perf_counter()
+        resident, begin = _resident(device), time.perf_counter()
         loop = train_unconditional.training_loop
 
         def measured(batches):
@@ -157,12 +157,11 @@ def in_turn(
             clock.seconds["ours"] = []
             for _ in range(warm):
                 yield next(batches)
-            _reset_peak(device)
             with counted_waits(device, clock.waits, "ours", block):
                 for _ in range(block):
                     yield next(batches)
                 clock.settle()
-            facts["peak_ours"] = _peak(device)
+            facts["memory_ours"] = _resident(device) - resident
             for number in range(rounds):
                 order = [*plain, "ours"] if number % 2 else ["ours", *plain]
                 for name in order:
@@ -194,23 +193,17 @@ def in_turn(
 def _plain(network, images, batch, name, clock, facts, warm):
     """A plain loop that is warm, with its waits and memory known."""
     torch.manual_seed(0)
+    before = _resident(images.device)
     step = plain_loop(UNet2DModel(**network).to(images.device), images, batch, {"bf16": torch.bfloat16}.get(name))
     for _ in range(warm):
         step()
-    _reset_peak(images.device)
     with counted_waits(images.device, clock.waits, name, warm):
         for _ in range(warm):
             step()
-    facts[f"peak_{name}"] = _peak(images.device)
+    facts[f"memory_{name}"] = _resident(images.device) - before
     return step
 
 
-def _reset_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-
-
-def _peak(device: torch.device) -> float | None:
-    """MiB; of a GPU that holds several programs, all of them."""
-    return torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else None
+def _resident(device: torch.device) -> float:
+    """MiB of a GPU that this process holds, with what its allocator keeps for the next step."""
+    return torch.cuda.memory_reserved() / 2**20 if device.type == "cuda" else 0.0

@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DModel
 from diffusers.utils import logging
 
+from .acceleration_ddpm_hf import AccelerationMixin
 from .guidance_ddpm_hf import ClassifierGuidance, FreeGuidance, classifier_free_guidance, find_class
 from .hub_ddpm_hf import PortablePipelineMixin
 from .sampling_ddpm_hf import DDPMPipelineOutput, SamplingMixin, StepCallback, adopt_scheduler
@@ -22,7 +23,7 @@ logger = logging.get_logger(__name__)
 ClassLabels = int | str | Sequence[int | str | None] | torch.Tensor | None
 
 
-class ClassConditionalDDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPipeline):
+class ClassConditionalDDPMPipeline(SamplingMixin, AccelerationMixin, PortablePipelineMixin, DiffusionPipeline):
     """Sample images of given classes from a `UNet2DModel` with class embeddings.
 
     Args:

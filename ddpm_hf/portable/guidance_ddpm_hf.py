@@ -8,10 +8,13 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
 from .scheduling_ddpm_hf import DDPMScheduler
 
-MOST = 1e4  # of a scale: far beyond use, and far from where float32 overflows
+Predict = Callable[..., torch.Tensor]  # (x_t [N, C, H, W], t, **conditioning [N, ...]) -> the model's output
+TakeStep = Callable[[torch.Tensor, float, torch.Tensor], SchedulerOutput]  # (output, t, x_t) -> x_s, `prev_sample`
+MAX_SCALE = 1e4  # far beyond use, and far from where float32 overflows
 
 
 class FreeGuidance(NamedTuple):
@@ -26,8 +29,8 @@ class FreeGuidance(NamedTuple):
 
     def check(self) -> "FreeGuidance":
         """Itself, if its numbers can be used."""
-        if not -MOST <= self.scale <= MOST:
-            raise ValueError(f"guidance_scale={self.scale}: must be a number from -{MOST:g} to {MOST:g}")
+        if not -MAX_SCALE <= self.scale <= MAX_SCALE:
+            raise ValueError(f"guidance_scale={self.scale}: must be a number from -{MAX_SCALE:g} to {MAX_SCALE:g}")
         if not 0 <= self.rescale <= 1:
             raise ValueError(f"guidance_rescale={self.rescale}: must be from 0 to 1")
         if self.interval is not None and len(self.interval) != 2:
@@ -36,14 +39,30 @@ class FreeGuidance(NamedTuple):
             raise ValueError(f"guidance_interval={tuple(self.interval)}: (low, high), the lower timestep first")
         return self
 
-    def acts(self, t) -> bool:
+    def acts(self, t: float | torch.Tensor) -> bool:
         """Whether the output at t is a guided one."""
         inside = self.interval is None or self.interval[0] <= float(t) <= self.interval[1]
         return self.scale != 1.0 and inside
 
-    def extrapolates(self, t) -> bool:
+    def extrapolates(self, t: float | torch.Tensor) -> bool:
         """Whether the output at t lies beyond those of the conditional and the unconditional model."""
         return self.acts(t) and not 0 <= self.scale <= 1
+
+    def guided(self, predict: Predict, name: str, condition: torch.Tensor, null: torch.Tensor | None) -> Predict:
+        """`predict` with a condition, guided where this acts, then in one pass of twice the batch.
+
+        Args:
+            name: of the argument of `predict` that takes the condition.
+            condition, null: what to follow, [N, ...], and what to move away from; None where this never acts.
+        """
+
+        def guided_predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            if not self.acts(t):
+                return predict(x, t, **{name: condition})
+            both = predict(torch.cat([x, x]), t, **{name: torch.cat([condition, null])})  # [2N, C or 2C, H, W]
+            return classifier_free_guidance(*both.chunk(2), self.scale, self.rescale, x.shape[1])
+
+        return guided_predict
 
 
 def find_class(name: str, ids: dict[str, int]) -> int:
@@ -102,15 +121,35 @@ class ClassifierGuidance:
     def __init__(self, classifier: Callable, class_labels: torch.Tensor, scale: float):
         if not callable(classifier):
             raise ValueError(f"classifier={classifier!r}: must be a function (x_t, t) -> logits")
-        if not -MOST <= scale <= MOST:
-            raise ValueError(f"classifier_scale={scale}: must be a number from -{MOST:g} to {MOST:g}")
+        if not -MAX_SCALE <= scale <= MAX_SCALE:
+            raise ValueError(f"classifier_scale={scale}: must be a number from -{MAX_SCALE:g} to {MAX_SCALE:g}")
         self.classifier, self.class_labels, self.scale = classifier, class_labels, scale
 
-    def gradient(self, x_t: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+    def guided(
+        self, predict: Predict, take_step: TakeStep, scheduler: DDPMScheduler, ancestral: bool
+    ) -> tuple[Predict, TakeStep]:
+        """`predict` and `take_step`, one of them guided: Algorithm 1 for ancestral steps, 2 for other samplers.
+
+        Args:
+            scheduler: ours over the sampler's diffusion; for ancestral steps the sampler itself.
+        """
+
+        def guided_step(output: torch.Tensor, t: float, x_t: torch.Tensor) -> SchedulerOutput:
+            step = take_step(output, t, x_t)
+            step.prev_sample = self.shift_sample(scheduler, step.prev_sample, output, x_t, t)
+            return step
+
+        def guided_predict(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return self.shift_output(scheduler, predict(x_t, t), x_t, t)
+
+        return (predict, guided_step) if ancestral else (guided_predict, take_step)
+
+    def gradient(self, x_t: torch.Tensor, timestep: float | torch.Tensor) -> torch.Tensor:
         """s ∇ log p(y | x_t) with respect to x_t, [N, C, H, W]."""
         with torch.enable_grad():
             x = x_t.detach().requires_grad_(True)
-            log_probability = self.classifier(x, timestep.expand(len(x))).float().log_softmax(dim=-1)
+            timesteps = torch.as_tensor(timestep, device=x.device).expand(len(x))  # [N]
+            log_probability = self.classifier(x, timesteps).float().log_softmax(dim=-1)
             if int(self.class_labels.max()) >= log_probability.shape[1]:
                 known = log_probability.shape[1]
                 raise ValueError(f"class {int(self.class_labels.max())}: the classifier knows {known}, from 0")
@@ -118,7 +157,7 @@ class ClassifierGuidance:
             return self.scale * torch.autograd.grad(chosen, x)[0]
 
     def shift_output(
-        self, scheduler: DDPMScheduler, output: torch.Tensor, x_t: torch.Tensor, timestep: torch.Tensor
+        self, scheduler: DDPMScheduler, output: torch.Tensor, x_t: torch.Tensor, timestep: float | torch.Tensor
     ) -> torch.Tensor:
         """The model's output for the guided score: on epsilon, ε - √(1-ᾱ) s∇ (Algorithm 2), for DDIM and the like."""
         t = int(timestep)
@@ -136,7 +175,7 @@ class ClassifierGuidance:
         prev_sample: torch.Tensor,
         output: torch.Tensor,
         x_t: torch.Tensor,
-        timestep: torch.Tensor,
+        timestep: float | torch.Tensor,
     ) -> torch.Tensor:
         """x_s with its mean moved by Σ s∇ (Algorithm 1), for ancestral steps."""
         t = int(timestep)

@@ -11,11 +11,12 @@ from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DMo
 from diffusers.utils import logging
 
 from .acceleration_ddpm_hf import AccelerationMixin
-from .guidance_ddpm_hf import ClassifierGuidance, FreeGuidance, classifier_free_guidance, find_class
+from .coefficients_ddpm_hf import Coefficients  # noqa: F401  Diffusers fetches what a pipeline imports itself
+from .guidance_ddpm_hf import ClassifierGuidance, FreeGuidance, find_class
 from .hub_ddpm_hf import PortablePipelineMixin
 from .sampling_ddpm_hf import DDPMPipelineOutput, SamplingMixin, StepCallback, adopt_scheduler
 from .schedules_ddpm_hf import BETA_SCHEDULES  # noqa: F401  Diffusers fetches what a pipeline imports itself
-from .scheduling_ddpm_hf import DDPMScheduler  # noqa: F401  (only direct imports are copied with this file)
+from .scheduling_ddpm_hf import DDPMScheduler
 
 logger = logging.get_logger(__name__)
 
@@ -172,32 +173,27 @@ class ClassConditionalDDPMPipeline(SamplingMixin, AccelerationMixin, PortablePip
                 f"guidance_scale={guidance_scale} needs a model that also learned no class (--class_dropout 0.1);"
                 " use guidance_scale=1, or a classifier"
             )
-        guidance = None
+        if classifier is not None and self.null_class is not None and self.null_class in ids:
+            raise ValueError("a classifier guides towards a class: class_labels must not contain None")
+        null = None if self.null_class is None else torch.full_like(ids, self.null_class)
+        predict = free.guided(self.predict, "class_labels", ids, null)
+        take_step = self.sampler_step(
+            generator, eta, extrapolates=lambda t: classifier is not None or free.extrapolates(t)
+        )
         if classifier is not None:
-            if self.null_class is not None and self.null_class in ids:
-                raise ValueError("a classifier guides towards a class: class_labels must not contain None")
             guidance = ClassifierGuidance(classifier, ids, classifier_scale)
-
-        def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            if not free.acts(t):
-                return self.predict(x, t, class_labels=ids)
-            null = torch.full_like(ids, self.null_class)
-            both = self.predict(torch.cat([x, x]), t, class_labels=torch.cat([ids, null]))  # [2N, C or 2C, H, W]
-            return classifier_free_guidance(*both.chunk(2), guidance_scale, guidance_rescale, x.shape[1])
-
+            ancestral = isinstance(self.scheduler, DDPMScheduler)
+            predict, take_step = guidance.guided(predict, take_step, self.ddpm_scheduler(), ancestral)
         visited = self.prepare_timesteps(num_inference_steps, timesteps)
         x = self.prepare_latents(len(ids), generator, latents)
         x, frames = self.denoise(
             x,
             visited,
             predict,
-            generator,
+            take_step,
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
             num_frames,
             output_type,
-            classifier_guidance=guidance,
-            extrapolated=free.extrapolates,
-            eta=eta,
         )
         return self.finish(x, frames, output_type, return_dict)

@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, Scheduler
 from diffusers.utils.torch_utils import randn_tensor
 
 from .acceleration_ddpm_hf import AccelerationMixin
+from .coefficients_ddpm_hf import Coefficients  # noqa: F401  Diffusers fetches what a pipeline imports itself
 from .guidance_ddpm_hf import ClassifierGuidance
 from .hub_ddpm_hf import PortablePipelineMixin
 from .sampling_ddpm_hf import (
@@ -106,20 +107,21 @@ class DDPMPipeline(SamplingMixin, AccelerationMixin, PortablePipelineMixin, Diff
         labels = check_labels(class_labels, batch_size, classifier)
         visited = self.prepare_timesteps(num_inference_steps, timesteps)
         x = self.prepare_latents(batch_size, generator, latents)  # Algorithm 2, line 1
-        guidance = None
+        predict = self.predict
+        take_step = self.sampler_step(generator, eta, extrapolates=lambda t: classifier is not None)
         if classifier is not None:
             guidance = ClassifierGuidance(classifier, labels.to(x.device), classifier_scale)
+            ancestral = isinstance(self.scheduler, DDPMScheduler)
+            predict, take_step = guidance.guided(predict, take_step, self.ddpm_scheduler(), ancestral)
         x, frames = self.denoise(
             x,
             visited,
-            self.predict,
-            generator,
+            predict,
+            take_step,
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
             num_frames,
             output_type,
-            guidance,
-            eta=eta,
         )
         return self.finish(x, frames, output_type, return_dict)
 
@@ -160,7 +162,7 @@ class DDPMPipeline(SamplingMixin, AccelerationMixin, PortablePipelineMixin, Diff
         device = "cpu" if generator is None else generator.device
         seed = int(torch.randint(2**62, (1,), generator=generator, device=device))
         generators = [torch.Generator(device).manual_seed(seed) for _ in weights]
-        x, frames = self.denoise(x, tail, self.predict, generators)
+        x, frames = self.denoise(x, tail, self.predict, self.sampler_step(generators))
         return self.finish(x, frames, output_type, return_dict)
 
     @torch.no_grad()
@@ -188,8 +190,9 @@ class DDPMPipeline(SamplingMixin, AccelerationMixin, PortablePipelineMixin, Diff
         tail = self._chain_from(timestep, num_inference_steps)
         head = self.scheduler.timesteps.tolist()[: -len(tail)]
         x = self.prepare_latents(1, generator)
-        x, _ = self.denoise(x, head, self.predict, generator)
-        x, frames = self.denoise(x.repeat(batch_size, 1, 1, 1), tail, self.predict, generator)
+        take_step = self.sampler_step(generator)
+        x, _ = self.denoise(x, head, self.predict, take_step)
+        x, frames = self.denoise(x.repeat(batch_size, 1, 1, 1), tail, self.predict, take_step)
         return self.finish(x, frames, output_type, return_dict)
 
     def _chain_from(self, timestep: int, num_inference_steps: int | None) -> list[int]:

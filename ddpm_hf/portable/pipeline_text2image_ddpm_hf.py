@@ -11,7 +11,8 @@ from diffusers.utils import logging
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from .acceleration_ddpm_hf import AccelerationMixin
-from .guidance_ddpm_hf import FreeGuidance, classifier_free_guidance
+from .coefficients_ddpm_hf import Coefficients  # noqa: F401  Diffusers fetches what a pipeline imports itself
+from .guidance_ddpm_hf import FreeGuidance
 from .hub_ddpm_hf import PortablePipelineMixin
 from .sampling_ddpm_hf import (
     DDPMPipelineOutput,
@@ -228,24 +229,18 @@ class TextToImageDDPMPipeline(SamplingMixin, AccelerationMixin, PortablePipeline
         if null is not None:
             null = null.to(context.device).repeat_interleave(num_images_per_prompt, dim=0)  # [N, L, D]
 
-        def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            if not free.acts(t):
-                return self.predict(x, t, encoder_hidden_states=context)
-            both = self.predict(torch.cat([x, x]), t, encoder_hidden_states=torch.cat([context, null]))  # [2N, ...]
-            return classifier_free_guidance(*both.chunk(2), guidance_scale, guidance_rescale, x.shape[1])
-
+        predict = free.guided(self.predict, "encoder_hidden_states", context, null)
         size = (height // self.vae_scale_factor, width // self.vae_scale_factor)
         x = self.prepare_latents(len(context), generator, latents, size)
         x, frames = self.denoise(
             x,
             visited,
             predict,
-            generator,
+            self.sampler_step(generator, eta),
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
             num_frames,
             output_type,
-            eta=eta,
         )
         return self.finish(x, frames, output_type, return_dict)
 

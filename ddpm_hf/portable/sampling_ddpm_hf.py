@@ -5,7 +5,7 @@ This file is copied into published repositories: it imports torch, diffusers and
 
 import inspect
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,9 +13,10 @@ import diffusers
 import torch
 from diffusers import ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from .guidance_ddpm_hf import ClassifierGuidance
+from .guidance_ddpm_hf import Predict, TakeStep
 from .scheduling_ddpm_hf import LEARNED_VARIANCE_TYPES, DDPMScheduler
 
 OUTPUT_TYPES = ("pil", "np", "numpy", "pt", "latent", "preview")  # "numpy" is stock DDPMPipeline's word for "np"
@@ -25,6 +26,18 @@ StepCallback = Callable[[Any, int, Any, dict[str, torch.Tensor]], dict[str, torc
 Generators = torch.Generator | list[torch.Generator] | None  # for all images, or one for each
 # What these samplers raise an error for only once the network has run
 UNSUPPORTED_PREDICTIONS = {"PNDMScheduler": ("sample",)}
+
+
+@dataclass
+class ChainStep:
+    """A step of the chain, from x_t to x_s. Who iterates may replace `sample`, from which the chain goes on."""
+
+    index: int
+    timestep: float  # t; an int but for samplers that visit timesteps in between
+    before: torch.Tensor  # x_t [N, C, H, W]
+    output: torch.Tensor  # of the model, [N, C, H, W], or [N, 2C, H, W] with a learned variance
+    sample: torch.Tensor  # x_s [N, C, H, W]
+    pred_original_sample: torch.Tensor | None  # x̂_0, where the sampler reports it
 
 
 class Frame(NamedTuple):
@@ -210,33 +223,74 @@ class SamplingMixin:
             output = output[:, : latents.shape[1]]
         return output
 
+    def sampler_step(
+        self, generator: Generators = None, eta: float = 0.0, extrapolates: Callable[[float], bool] | None = None
+    ) -> TakeStep:
+        """The sampler's step from x_t to x_s, (model output, t, x_t) -> its output.
+
+        Args:
+            generator: of the noise; a list has one for each image.
+            eta: of DDIM (Song et al. 2021, Eq. 16): 0 is deterministic, 1 as noisy as ancestral sampling.
+            extrapolates: whether the output at t is guided beyond any model's: x̂_0 then leaves [-1, 1].
+
+        Raises:
+            ValueError: an eta outside [0, 1], or one that the sampler does not have.
+        """
+        accepted = inspect.signature(self.scheduler.step).parameters
+        options = {"generator": generator} if "generator" in accepted else {}
+        if not (isinstance(eta, numbers.Real) and 0 <= eta <= 1):
+            raise ValueError(f"eta={eta!r}: must be from 0 to 1")
+        if "eta" in accepted:
+            options["eta"] = eta
+        elif eta:
+            raise ValueError(f"eta={eta}: {type(self.scheduler).__name__} has no eta; leave it out, or use DDIM")
+
+        def take_step(output: torch.Tensor, t: float, x_t: torch.Tensor) -> SchedulerOutput:
+            if "use_clipped_model_output" in accepted:
+                # DDIM: where a guided x̂_0 is clipped, ε must be the one that leads to it, or steps add what was cut
+                options["use_clipped_model_output"] = extrapolates is not None and extrapolates(t)
+            return self.scheduler.step(output, t, x_t, **options)  # Algorithm 2, line 4
+
+        return take_step
+
+    def chain(self, x: torch.Tensor, timesteps: list, predict: Predict, take_step: TakeStep) -> Iterator[ChainStep]:
+        """The reverse chain, step by step (Algorithm 2); guidance wraps `predict` or `take_step`.
+
+        Args:
+            x: x_t [N, C, H, W] at the first of the timesteps.
+            timesteps: a part of the scheduler's, descending, as Python numbers.
+            predict: (x_t as the sampler scales it, t on x's device) -> the model's output.
+            take_step: (output, t, x_t) -> the sampler's output; see `sampler_step`.
+
+        Yields: each step; the chain goes on from its `sample`, which may be replaced.
+        """
+        # The model reads t on its device, our scheduler as a Python int: neither then waits for the other.
+        on_device = torch.as_tensor(timesteps).to(x.device)
+        for index, t in enumerate(timesteps):
+            output = predict(self.scheduler.scale_model_input(x, on_device[index]), on_device[index])
+            result = take_step(output, t, x)
+            step = ChainStep(index, t, x, output, result.prev_sample, getattr(result, "pred_original_sample", None))
+            yield step
+            x = step.sample
+
     def denoise(
         self,
-        latents: torch.Tensor,
+        x: torch.Tensor,
         timesteps: list,
-        predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-        generator: Generators = None,
+        predict: Predict,
+        take_step: TakeStep,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: tuple[str, ...] = ("latents",),
         num_frames: int = 0,
         output_type: str = "pil",
-        classifier_guidance: ClassifierGuidance | None = None,
-        extrapolated: Callable[[float], bool] | None = None,
-        eta: float = 0.0,
     ) -> tuple[torch.Tensor, list[Frame] | None]:
-        """Run the chain over `timesteps` (a tail of the scheduler's) from x_t [N, C, H, W].
+        """Run a `chain` to its end: x_0 [N, C, H, W], and the frames or None.
 
         Args:
-            predict: (scaled x_t, t) -> the model's output.
             callback_on_step_end: called with (pipeline, index, timestep, {"latents": x_s}); what it returns replaces
                 the latents.
             callback_on_step_end_tensor_inputs: what to hand to it; also "pred_original_sample", the x̂_0 of the step.
-            classifier_guidance: moves the mean of ancestral steps, and the output for other samplers.
-            extrapolated: whether the output at t is that of no model, but guided beyond it: x̂_0 then leaves [-1, 1].
             num_frames: how many moments of the chain to keep, evenly spaced and ending with the last.
-            eta: of DDIM (Song et al. 2021, Eq. 16): 0 is deterministic, 1 as noisy as ancestral sampling.
-
-        Returns: x_0 [N, C, H, W], and the frames or None.
         """
         if not (isinstance(num_frames, numbers.Integral) and num_frames >= 0):
             raise ValueError(f"num_frames={num_frames!r}: must be a whole number of 0 or more")
@@ -249,54 +303,35 @@ class SamplingMixin:
                 " pred_original_sample"
             )
         predicting = callback_on_step_end is not None and "pred_original_sample" in callback_on_step_end_tensor_inputs
-        accepted = inspect.signature(self.scheduler.step).parameters
-        step_arguments = {"generator": generator} if "generator" in accepted else {}
-        if not (isinstance(eta, numbers.Real) and 0 <= eta <= 1):
-            raise ValueError(f"eta={eta!r}: must be from 0 to 1")
-        if "eta" in accepted:
-            step_arguments["eta"] = eta
-        elif eta:
-            raise ValueError(f"eta={eta}: {type(self.scheduler).__name__} has no eta; leave it out, or use DDIM")
         kept = set(torch.linspace(0, len(timesteps) - 1, num_frames).round().int().tolist()) if num_frames else set()
         frames = []
-        ancestral = isinstance(self.scheduler, DDPMScheduler)
-        own = self.scheduler if ancestral else self._own_scheduler()
-        # The model reads t on its device, our scheduler as a Python int: neither then waits for the other.
-        on_device = torch.as_tensor(timesteps).to(latents.device)
-        for index, t in enumerate(self.progress_bar(timesteps)):
-            timestep = on_device[index]
-            scaled = self.scheduler.scale_model_input(latents, timestep)
-            output = predict(scaled, timestep)
-            if classifier_guidance is not None and not ancestral:
-                output = classifier_guidance.shift_output(own, output, scaled, timestep)
-            if "use_clipped_model_output" in accepted:
-                # DDIM: where a guided x̂_0 is clipped, ε must be the one that leads to it, or steps add what was cut
-                guided = classifier_guidance is not None or (extrapolated is not None and extrapolated(t))
-                step_arguments["use_clipped_model_output"] = guided
-            step = self.scheduler.step(output, t, latents, **step_arguments)  # Algorithm 2, line 4
-            if classifier_guidance is not None and ancestral:
-                step.prev_sample = classifier_guidance.shift_sample(own, step.prev_sample, output, latents, timestep)
-            if index in kept or predicting:
-                prediction = self._pred_original_sample(step, output, t, latents)
-            if index in kept:
-                frames.append(Frame(int(t), *(self.decode(x, output_type) for x in (step.prev_sample, prediction))))
-            latents = step.prev_sample
-            if callback_on_step_end is not None:
-                offered = {"latents": latents} | ({"pred_original_sample": prediction} if predicting else {})
-                chosen = {name: offered[name] for name in callback_on_step_end_tensor_inputs}
-                latents = (callback_on_step_end(self, index, t, chosen) or {}).get("latents", latents)
-        return latents, frames if num_frames else None
+        with self.progress_bar(total=len(timesteps)) as progress_bar:
+            for step in self.chain(x, timesteps, predict, take_step):
+                x = step.sample
+                if predicting or step.index in kept:
+                    prediction = self.predicted_x_start(step)
+                if step.index in kept:
+                    pictures = (self.decode(one, output_type) for one in (x, prediction))
+                    frames.append(Frame(int(step.timestep), *pictures))
+                if callback_on_step_end is not None:
+                    offered = {"latents": x} | ({"pred_original_sample": prediction} if predicting else {})
+                    chosen = {name: offered[name] for name in callback_on_step_end_tensor_inputs}
+                    replaced = callback_on_step_end(self, step.index, step.timestep, chosen) or {}
+                    step.sample = x = replaced.get("latents", x)
+                progress_bar.update()
+        return x, frames if num_frames else None
 
-    def _pred_original_sample(self, step, output: torch.Tensor, t, latents: torch.Tensor) -> torch.Tensor:
+    def predicted_x_start(self, step: ChainStep) -> torch.Tensor:
         """x̂_0 as the sampler reports it, or else by DDPM's formula (samplers that rescale x_t report it)."""
-        reported = getattr(step, "pred_original_sample", None)
-        if reported is not None:
-            return reported
-        own = self._own_scheduler()
-        return own.clip(own.predict_original_sample(output, int(t), latents))
+        if step.pred_original_sample is not None:
+            return step.pred_original_sample
+        ours = self.ddpm_scheduler()
+        return ours.clip(ours.predict_original_sample(step.output, int(step.timestep), step.before))
 
-    def _own_scheduler(self) -> DDPMScheduler:
-        """Our scheduler over the same diffusion as the sampler's, for its formulas."""
+    def ddpm_scheduler(self) -> DDPMScheduler:
+        """Our scheduler over the sampler's diffusion, for its formulas: the sampler itself where it is ours."""
+        if isinstance(self.scheduler, DDPMScheduler):
+            return self.scheduler
         fixed = {"variance_type": "fixed_small", "timestep_spacing": "leading", "steps_offset": 0}
         return DDPMScheduler.from_config(self.scheduler.config, **fixed)
 

@@ -22,6 +22,17 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
+from .coefficients_ddpm_hf import (
+    FIXED_VARIANCE_TYPES,
+    LEARNED_VARIANCE_TYPES,
+    Coefficients,
+    ExactTables,
+    StepCoefficients,
+    Timesteps,
+    as_column,
+    combine,
+    working_dtype,
+)
 from .schedules_ddpm_hf import BETA_SCHEDULE_ALIASES, BETA_SCHEDULES, STOCK_BETA_SCHEDULES, rescale_zero_terminal_snr
 
 if TYPE_CHECKING:  # Diffusers' decorator has no types, and would hide the arguments from type checkers
@@ -35,11 +46,7 @@ else:
 
 logger = logging.get_logger(__name__)
 
-Timesteps = int | torch.Tensor  # one for all samples, or a LongTensor [N]
-
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "posterior_mean")
-FIXED_VARIANCE_TYPES = ("fixed_small", "fixed_large", "fixed_small_log", "fixed_large_log")
-LEARNED_VARIANCE_TYPES = ("learned", "learned_range")
 VARIANCE_TYPES = FIXED_VARIANCE_TYPES + LEARNED_VARIANCE_TYPES
 
 
@@ -58,37 +65,6 @@ class PredictedMoments(NamedTuple):
     variance: torch.Tensor
     log_variance: torch.Tensor
     pred_original_sample: torch.Tensor
-
-
-class ExactTables(NamedTuple):
-    """β_t, α_t = 1 - β_t and ᾱ_t for t = 0..T-1, float64 [T] on the CPU."""
-
-    betas: torch.Tensor
-    alphas: torch.Tensor
-    alphas_cumprod: torch.Tensor
-
-
-class _Coefficients(NamedTuple):
-    """What one reverse step from t to s is made of: Python floats, or tensors that broadcast against x_t."""
-
-    x0_from_sample: float | torch.Tensor  # x̂_0 = x0_from_sample · x_t + x0_from_output · output
-    x0_from_output: float | torch.Tensor
-    mean_from_x0: float | torch.Tensor  # μ̃ = mean_from_x0 · x̂_0 + mean_from_sample · x_t      (Ho et al., Eq. 7)
-    mean_from_sample: float | torch.Tensor
-    posterior_variance: float | torch.Tensor  # β̃, 0 where s = -1                                (Ho et al., Eq. 7)
-    min_log_variance: float | torch.Tensor  # log β̃, clipped where s = -1
-    max_log_variance: float | torch.Tensor  # log β_{t|s}
-    min_variance: float | torch.Tensor  # the exponentials of these two, taken before the cast
-    max_variance: float | torch.Tensor
-
-
-def _affine(a, x: torch.Tensor, b, y: torch.Tensor) -> torch.Tensor:
-    """a·x + b·y in as few passes over memory as torch has for it."""
-    if isinstance(a, torch.Tensor):
-        return torch.addcmul(a * x, b, y)
-    if a == 0.0:
-        return y if b == 1.0 else b * y
-    return torch.add(a * x, y, alpha=b)
 
 
 def _is_record(config: dict) -> bool:
@@ -168,17 +144,9 @@ class DDPMScheduler(StockDDPMScheduler):
         betas = self._resolve_betas(num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas)
         if rescale_betas_zero_snr:
             betas = rescale_zero_terminal_snr(betas)
-        with np.errstate(divide="ignore", invalid="ignore"):  # log(0) = -inf is right for ᾱ_T = 0
-            log_alphas = np.log1p(-betas)
-        log_alphas_cumprod = np.cumsum(log_alphas)
-
-        exact = (betas, 1.0 - betas, np.exp(log_alphas_cumprod))
-        self._exact_tables = ExactTables(*(torch.from_numpy(table) for table in exact))
+        self._coefficients = Coefficients(betas)
         # float32 as in stock: people index them by hand. Nothing here computes with them.
-        self.betas, self.alphas, self.alphas_cumprod = (table.float() for table in self._exact_tables)
-        # log ᾱ_t at index t + 1, so that log ᾱ_{-1} = 0 needs no special case
-        self._log_alpha_bar = {torch.device("cpu"): torch.from_numpy(np.concatenate([[0.0], log_alphas_cumprod]))}
-        self._tables = {}  # (name, device, dtype) -> [K, T]
+        self.betas, self.alphas, self.alphas_cumprod = (table.float() for table in self.exact_tables)
         self.one = torch.tensor(1.0)
         self.init_noise_sigma = 1.0  # x_T ~ N(0, I)
         self.variance_type = variance_type
@@ -247,7 +215,7 @@ class DDPMScheduler(StockDDPMScheduler):
     @property
     def exact_tables(self) -> ExactTables:
         """The float64 tables that `betas`, `alphas` and `alphas_cumprod` are rounded from; save and compare these."""
-        return self._exact_tables
+        return self._coefficients.exact
 
     # The chain
 
@@ -257,9 +225,10 @@ class DDPMScheduler(StockDDPMScheduler):
         # trained_betas may be fewer than T (stock allows it); the chain then has steps that no table knows
         visited = visited[visited < len(self.betas)]
         following = torch.cat([visited[1:], torch.tensor([-1])])
-        columns = [column.tolist() for column in self._coefficients(visited, following)]
+        coefficients = self._coefficients.of_steps(visited, following, self.config.prediction_type)
+        columns = [column.tolist() for column in coefficients]
         self._chain = {
-            t: (s, _Coefficients(*row)) for t, s, *row in zip(visited.tolist(), following.tolist(), *columns)
+            t: (s, StepCoefficients(*row)) for t, s, *row in zip(visited.tolist(), following.tolist(), *columns)
         }
 
     def set_timesteps(
@@ -328,7 +297,7 @@ class DDPMScheduler(StockDDPMScheduler):
             return timestep - 1
         return torch.tensor(self._step_from(int(timestep))[0])
 
-    def _step_from(self, t: int) -> tuple[int, _Coefficients]:
+    def _step_from(self, t: int) -> tuple[int, StepCoefficients]:
         if t not in self._chain:
             visited = self.timesteps.tolist()
             raise ValueError(
@@ -341,149 +310,6 @@ class DDPMScheduler(StockDDPMScheduler):
         """The sample unchanged: DDPM's model input needs no scaling."""
         return sample
 
-    # Coefficients: those of one timestep are rows of tables, those of a pair (t, s) are computed when requested
-
-    def _table(self, name: str, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-        """A table of `_ROWS` as [K, T] on a device: computed in float64 on the CPU, cast once, kept."""
-        key = name, device, dtype
-        if key in self._tables:
-            return self._tables[key]
-        with torch.inference_mode(False):  # what is kept must not be an inference tensor
-            table = torch.stack(_ROWS[name](self)).to(dtype).to(device)
-        if type(table) is torch.Tensor and not torch.compiler.is_compiling():  # else it lives only while it is traced
-            self._tables[key] = table
-        return table
-
-    def _columns(self, name: str, timesteps: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The rows of a table at timesteps [N], each [N, 1, ...] in the working precision of a sample.
-
-        Raises:
-            ValueError: a timestep outside 0..T-1, where the lookup itself detects it (on a CPU).
-        """
-        table = self._table(name, like.device, self._working_dtype(like))
-        try:
-            columns = table.index_select(1, timesteps)  # [K, N]
-        except (IndexError, RuntimeError) as error:
-            raise self._outside(timesteps, 0) or error from error
-        return columns.reshape(len(table), -1, *[1] * (like.ndim - 1)).unbind()
-
-    def _outside(self, timesteps: torch.Tensor, lowest: int) -> ValueError | None:
-        """The error for timesteps that leave the tables, or None if they do not."""
-        low, high = int(timesteps.min()), int(timesteps.max())
-        if low >= lowest and high < len(self.betas):
-            return None
-        return ValueError(f"timesteps from {low} to {high} leave the range {lowest}..{len(self.betas) - 1}")
-
-    def _log_alpha_bar_at(self, timesteps: torch.Tensor, lowest: int = -1) -> torch.Tensor:
-        """log ᾱ at the timesteps, float64, on their device (on the CPU for MPS, which has no float64)."""
-        if timesteps.device.type == "mps":
-            timesteps = timesteps.cpu()
-        table = self._log_alpha_bar.get(timesteps.device)
-        if table is None:
-            with torch.inference_mode(False):
-                table = self._log_alpha_bar[torch.device("cpu")].to(timesteps.device)
-            if type(table) is torch.Tensor and not torch.compiler.is_compiling():
-                self._log_alpha_bar[timesteps.device] = table
-        try:
-            return table[lowest + 1 :].index_select(0, timesteps - lowest)
-        except (IndexError, RuntimeError) as error:
-            raise self._outside(timesteps, lowest) or error from error
-
-    def _posterior_mean_coefficients(self, log_t: torch.Tensor, log_s: torch.Tensor):
-        """The factors of x_0 and x_t in the mean of q(x_s | x_t, x_0) (Ho et al., Eq. 7), from log ᾱ_t and log ᾱ_s."""
-        one_minus_t = torch.expm1(log_t)  # the sign cancels in both ratios
-        from_x0 = torch.exp(0.5 * log_s) * torch.expm1(log_t - log_s) / one_minus_t
-        from_sample = torch.exp(0.5 * (log_t - log_s)) * torch.expm1(log_s) / one_minus_t
-        return from_x0, from_sample
-
-    def _x0_coefficients(self, log_t: torch.Tensor, log_before: torch.Tensor):
-        """The factors of x_t and of the model's output in x̂_0, for the config's prediction type.
-
-        From log ᾱ_t and log ᾱ_{t-1}.
-        """
-        prediction_type = self.config.prediction_type
-        if prediction_type == "epsilon":  # Ho et al., Eq. 15
-            return torch.exp(-0.5 * log_t), -torch.sqrt(torch.expm1(-log_t))
-        if prediction_type == "sample":
-            return torch.zeros_like(log_t), torch.ones_like(log_t)
-        if prediction_type == "v_prediction":  # Salimans & Ho 2022, App. D
-            return torch.exp(0.5 * log_t), -torch.sqrt(-torch.expm1(log_t))
-        from_x0, from_sample = self._posterior_mean_coefficients(log_t, log_before)
-        return -from_sample / from_x0, 1 / from_x0  # Eq. 7 solved for x_0
-
-    def _coefficients(self, timesteps: torch.Tensor, previous_timesteps: torch.Tensor) -> _Coefficients:
-        """All of a reverse step from t to s, float64 [N] each."""
-        log_t, log_s = self._log_alpha_bar_at(timesteps, lowest=0), self._log_alpha_bar_at(previous_timesteps)
-        posterior_variance, log_beta = self._posterior_variance(log_t, log_s)
-        # At the end of a chain β̃ is 0: its log is that of the step into t, in the full chain t=1's (Ho et al.'s code).
-        into = torch.clamp(2 * timesteps + 1, max=len(self.betas) - 1)
-        variance_into, _ = self._posterior_variance(self._log_alpha_bar_at(into), log_t)
-        last_log = torch.where((into > timesteps).to(log_t.device), torch.log(variance_into), log_beta)
-        min_log = torch.where((previous_timesteps < 0).to(log_t.device), last_log, torch.log(posterior_variance))
-        return _Coefficients(
-            *self._x0_coefficients(log_t, self._log_alpha_bar_at(timesteps - 1)),
-            *self._posterior_mean_coefficients(log_t, log_s),
-            posterior_variance,
-            min_log,
-            log_beta,
-            torch.exp(min_log),
-            torch.exp(log_beta),
-        )
-
-    @staticmethod
-    def _posterior_variance(log_t: torch.Tensor, log_s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """β̃ of the step from t to s (Ho et al., Eq. 7), and log β_{t|s}."""
-        beta = -torch.expm1(log_t - log_s)
-        return beta * (torch.expm1(log_s) / torch.expm1(log_t)), torch.log(beta)
-
-    def _checked(self, timesteps: Timesteps, device: torch.device, lowest: int = 0) -> torch.Tensor:
-        """Timesteps as a LongTensor [N] or [1] on the device. Numbers are checked here, tensors by their lookup.
-
-        Reading a tensor's values would make a GPU's host wait, and break compiled graphs and vmap.
-        """
-        if not isinstance(timesteps, torch.Tensor):
-            try:
-                timesteps = torch.as_tensor(timesteps)
-            except (TypeError, ValueError, RuntimeError) as error:
-                raise ValueError(f"timesteps={timesteps!r}: give whole numbers from {lowest}") from error
-            if not timesteps.is_floating_point() and timesteps.numel() and (out := self._outside(timesteps, lowest)):
-                raise out
-        if timesteps.is_floating_point() or timesteps.dtype == torch.bool:
-            raise ValueError(f"timesteps of {timesteps.dtype}: must be whole numbers, the positions in the chain")
-        return timesteps.to(device=device, dtype=torch.int64).reshape(-1)
-
-    def _step_columns(
-        self, timesteps: Timesteps, previous_timesteps: Timesteps | None, like: torch.Tensor
-    ) -> tuple[_Coefficients, torch.Tensor]:
-        """The coefficients of the step from t to s that broadcast against a sample, and where s = -1 [N, 1, ...]."""
-        timesteps = self._checked(timesteps, like.device)
-        if previous_timesteps is None:  # the full chain: rows of a table
-            return _Coefficients(*self._columns("step", timesteps, like)), self._spread(timesteps == 0, like)
-        previous_timesteps = self._checked(previous_timesteps, like.device, lowest=-1)
-        timesteps, previous_timesteps = torch.broadcast_tensors(timesteps, previous_timesteps)
-        columns = self._coefficients(timesteps, previous_timesteps)
-        return _Coefficients(*(self._cast(one, like) for one in columns)), self._spread(previous_timesteps < 0, like)
-
-    @staticmethod
-    def _spread(column: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """[N] as [N, 1, ...], which broadcasts against a sample."""
-        return column.reshape(-1, *[1] * (like.ndim - 1))
-
-    @staticmethod
-    def _working_dtype(sample: torch.Tensor) -> torch.dtype:
-        """Half precision is computed in float32 and rounded once, at the end."""
-        return torch.float64 if sample.dtype == torch.float64 else torch.float32
-
-    def _cast(self, column: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """A float64 column [N] as [N, 1, ...] in the working precision of a sample: the one cast there is."""
-        return self._spread(column.to(self._working_dtype(like)).to(like.device), like)  # [N, 1, ...]
-
-    def _mix(self, a: torch.Tensor, x: torch.Tensor, b: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """a·x + b·y for columns a, b [N, 1, ...] and samples x, y, in x's dtype."""
-        if x.dtype == y.dtype == a.dtype:
-            return torch.addcmul(a * x, b, y)
-        return torch.addcmul(a * x.to(a.dtype), b, y.to(a.dtype)).to(x.dtype)
-
     # q: the forward process
 
     def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: Timesteps) -> torch.Tensor:
@@ -491,17 +317,13 @@ class DDPMScheduler(StockDDPMScheduler):
 
         Args: x_0 and ε [N, C, ...]; timesteps an int or LongTensor [N]. Returns [N, C, ...] in x_0's dtype.
         """
-        signal, deviation = self._marginal(timesteps, original_samples)
-        return self._mix(signal, original_samples, deviation, noise)
+        signal, deviation = self._coefficients.columns("marginal", timesteps, original_samples)
+        return combine(signal, original_samples, deviation, noise)
 
     def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: Timesteps) -> torch.Tensor:
         """v = √ᾱ_t ε - √(1-ᾱ_t) x_0 (Salimans & Ho 2022, App. D), for x_0 = `sample` [N, C, ...]."""
-        signal, deviation = self._marginal(timesteps, sample)
-        return self._mix(-deviation, sample, signal, noise)
-
-    def _marginal(self, timesteps: Timesteps, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """√ᾱ_t and √(1-ᾱ_t), [N, 1, ...]."""
-        return self._columns("marginal", self._checked(timesteps, like.device), like)
+        signal, deviation = self._coefficients.columns("marginal", timesteps, sample)
+        return combine(-deviation, sample, signal, noise)
 
     def q_mean_variance(self, x_start: torch.Tensor, timesteps: Timesteps) -> GaussianMoments:
         """Moments of q(x_t | x_0) (Ho et al., Eq. 4); the mean [N, C, ...], the variances [N, 1, ...]."""
@@ -512,7 +334,7 @@ class DDPMScheduler(StockDDPMScheduler):
         return self._moments("forward_step_moments", x_previous, timesteps)
 
     def _moments(self, name: str, x: torch.Tensor, timesteps: Timesteps) -> GaussianMoments:
-        scale, variance, log_variance = self._columns(name, self._checked(timesteps, x.device), x)
+        scale, variance, log_variance = self._coefficients.columns(name, timesteps, x)
         return GaussianMoments((scale * x).to(x.dtype), variance.to(x.dtype), log_variance.to(x.dtype))
 
     def q_posterior_mean_variance(
@@ -526,8 +348,8 @@ class DDPMScheduler(StockDDPMScheduler):
 
         At s = -1 the variance is 0 and `log_variance` is clipped to that of the step from min(2t+1, T-1) to t.
         """
-        c, _ = self._step_columns(timesteps, previous_timesteps, x_t)
-        mean = self._mix(c.mean_from_x0, x_start, c.mean_from_sample, x_t)
+        c, _ = self._coefficients.step_columns(timesteps, previous_timesteps, x_t, self.config.prediction_type)
+        mean = combine(c.mean_from_x0, x_start, c.mean_from_sample, x_t)
         return GaussianMoments(mean, c.posterior_variance.to(x_t.dtype), c.min_log_variance.to(x_t.dtype))
 
     # p: what a model's output says
@@ -548,16 +370,16 @@ class DDPMScheduler(StockDDPMScheduler):
     ) -> torch.Tensor:
         """x̂_0 [N, C, ...] from the model's output, not clipped. A learned variance's half of it is ignored."""
         from_sample, from_output = self.x0_coefficients(timesteps, x_t)
-        return self._mix(from_sample, x_t, from_output, self._split(model_output, x_t)[0])
+        return combine(from_sample, x_t, from_output, self._split(model_output, x_t)[0])
 
     def x0_coefficients(self, timesteps: Timesteps, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The factors of x_t and of the model's output in x̂_0, [N, 1, ...] to broadcast against a sample `like`."""
-        return self._columns("x0", self._checked(timesteps, like.device), like)
+        return self._coefficients.columns("x0", timesteps, like, self.config.prediction_type)
 
     def predict_epsilon(self, x_start: torch.Tensor, timesteps: Timesteps, x_t: torch.Tensor) -> torch.Tensor:
         """The ε that takes x_0 to x_t: (x_t - √ᾱ_t x_0) / √(1-ᾱ_t), in x_t's dtype."""
-        from_sample, from_x0 = self._columns("epsilon", self._checked(timesteps, x_t.device), x_t)
-        return self._mix(from_sample, x_t, from_x0, x_start)
+        from_sample, from_x0 = self._coefficients.columns("epsilon", timesteps, x_t)
+        return combine(from_sample, x_t, from_x0, x_start)
 
     def _split(self, model_output: torch.Tensor, x_t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The output proper, and the learned variance's half where there is one."""
@@ -591,31 +413,18 @@ class DDPMScheduler(StockDDPMScheduler):
 
     def _threshold_sample(self, sample: torch.Tensor) -> torch.Tensor:
         """Dynamic thresholding (Saharia et al. 2022, sec. 2.3): clip to a percentile of |x̂_0| and divide by it."""
-        flat = sample.flatten(1).to(self._working_dtype(sample))  # [N, C·H·W]
+        flat = sample.flatten(1).to(working_dtype(sample))  # [N, C·H·W]
         s = torch.quantile(flat.abs(), self.config.dynamic_thresholding_ratio, dim=1, keepdim=True)
         s = s.clamp(min=1, max=self.config.sample_max_value)
         return (flat.clamp(-s, s) / s).reshape(sample.shape).to(sample.dtype)
 
-    def _predict_mean(self, c: _Coefficients, output: torch.Tensor, x_t: torch.Tensor, clip_sample: bool | None):
+    def _predict_mean(self, c: StepCoefficients, output: torch.Tensor, x_t: torch.Tensor, clip_sample: bool | None):
         """The mean of p(x_s | x_t) and x̂_0, by Ho et al.'s Eq. 7 with x̂_0 in the place of x_0."""
-        pred_x0 = _affine(c.x0_from_sample, x_t, c.x0_from_output, output)
+        pred_x0 = combine(c.x0_from_sample, x_t, c.x0_from_output, output)
         clipped = self.clip(pred_x0, clip_sample)
         # With posterior_mean the raw output is the mean, and clipping touches x̂_0 alone.
         for_mean = pred_x0 if self.config.prediction_type == "posterior_mean" else clipped
-        return _affine(c.mean_from_sample, x_t, c.mean_from_x0, for_mean), clipped
-
-    def _log_variance(self, c: _Coefficients, variance_output: torch.Tensor | None, last):
-        """log Σ of p(x_s | x_t); `last` says where s = -1 (a bool, or a tensor that broadcasts)."""
-        if self.variance_type == "learned":
-            return variance_output
-        if self.variance_type == "learned_range":  # Nichol & Dhariwal, Eq. 15
-            fraction = (variance_output + 1) / 2
-            return fraction * c.max_log_variance + (1 - fraction) * c.min_log_variance
-        if self.variance_type in ("fixed_large", "fixed_large_log"):
-            if isinstance(last, torch.Tensor):
-                return torch.where(last, c.min_log_variance, c.max_log_variance)
-            return c.min_log_variance if last else c.max_log_variance
-        return c.min_log_variance
+        return combine(c.mean_from_sample, x_t, c.mean_from_x0, for_mean), clipped
 
     def p_mean_variance(
         self,
@@ -635,24 +444,19 @@ class DDPMScheduler(StockDDPMScheduler):
 
         Returns: `PredictedMoments` in x_t's dtype.
         """
-        c, last = self._step_columns(timesteps, previous_timesteps, x_t)
-        dtype = self._working_dtype(x_t)
+        c, last = self._coefficients.step_columns(timesteps, previous_timesteps, x_t, self.config.prediction_type)
+        dtype = working_dtype(x_t)
         output, variance_output = self._split(model_output.to(dtype), x_t)
         mean, pred_x0 = self._predict_mean(c, output, x_t.to(dtype), clip_sample)
         if self.config.prediction_type == "posterior_mean":
             if previous_timesteps is None:
                 mean = output
             else:
-                following = self._checked(timesteps, x_t.device) - 1
-                full_chain = self._checked(previous_timesteps, x_t.device, lowest=-1) == following
-                mean = torch.where(self._spread(full_chain, x_t), output, mean)
-        log_variance = self._log_variance(c, variance_output, last)
-        if variance_output is not None:
-            variance = torch.exp(log_variance)
-        elif self.variance_type in ("fixed_large", "fixed_large_log"):
-            variance = torch.where(last, c.min_variance, c.max_variance)
-        else:
-            variance = c.posterior_variance  # 0 where s = -1, though its clipped log is not -inf
+                following = self._coefficients.checked(timesteps, x_t.device) - 1
+                full_chain = self._coefficients.checked(previous_timesteps, x_t.device, lowest=-1) == following
+                mean = torch.where(as_column(full_chain, x_t), output, mean)
+        log_variance = c.log_variance(self.variance_type, variance_output, last)
+        variance = c.variance(self.variance_type, log_variance, last)
         return PredictedMoments(*(moment.to(x_t.dtype) for moment in (mean, variance, log_variance, pred_x0)))
 
     def _get_variance(
@@ -661,14 +465,8 @@ class DDPMScheduler(StockDDPMScheduler):
         """The variance (never a log or a deviation) of the chain's step from t; float64 where it is fixed."""
         s, c = self._step_from(int(t))
         variance_type = variance_type or self.config.variance_type
-        if variance_type == "learned":
-            return torch.exp(predicted_variance)
-        if variance_type == "learned_range":
-            fraction = (predicted_variance + 1) / 2
-            return torch.exp(fraction * c.max_log_variance + (1 - fraction) * c.min_log_variance)
-        if variance_type in ("fixed_large", "fixed_large_log"):
-            return torch.tensor(c.min_variance if s < 0 else c.max_variance, dtype=torch.float64)
-        return torch.tensor(c.posterior_variance, dtype=torch.float64)
+        variance = c.variance(variance_type, c.log_variance(variance_type, predicted_variance, last=s < 0), last=s < 0)
+        return variance if isinstance(variance, torch.Tensor) else torch.tensor(variance, dtype=torch.float64)
 
     def step(
         self,
@@ -692,7 +490,7 @@ class DDPMScheduler(StockDDPMScheduler):
         if isinstance(timestep, float) and t != timestep:
             raise ValueError(f"timestep {timestep} is no whole number; pass one of scheduler.timesteps")
         s, c = self._step_from(t)
-        dtype = self._working_dtype(sample)
+        dtype = working_dtype(sample)
         output, variance_output = self._split(model_output.to(dtype), sample)
         x_t = sample.to(dtype)
         mean, pred_x0 = self._predict_mean(c, output, x_t, None)
@@ -700,7 +498,7 @@ class DDPMScheduler(StockDDPMScheduler):
             mean = output
         if s >= 0:
             noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
-            log_variance = self._log_variance(c, variance_output, last=False)
+            log_variance = c.log_variance(self.variance_type, variance_output, last=False)
             if isinstance(log_variance, torch.Tensor):
                 mean = torch.addcmul(mean, torch.exp(0.5 * log_variance), noise.to(dtype))
             else:
@@ -723,50 +521,3 @@ class DDPMScheduler(StockDDPMScheduler):
                     " divides by zero there. Use prediction_type='v_prediction' (or 'sample'), or a schedule with"
                     " ᾱ_T > 0 (and rescale_betas_zero_snr=False)."
                 )
-
-
-def _marginal_rows(scheduler: DDPMScheduler) -> list[torch.Tensor]:
-    """√ᾱ_t and √(1-ᾱ_t)."""
-    log_t = scheduler._log_alpha_bar[torch.device("cpu")][1:]
-    return [torch.exp(0.5 * log_t), torch.sqrt(-torch.expm1(log_t))]
-
-
-def _marginal_moments_rows(scheduler: DDPMScheduler) -> list[torch.Tensor]:
-    """Of q(x_t | x_0): √ᾱ_t, 1-ᾱ_t and its log."""
-    log_t = scheduler._log_alpha_bar[torch.device("cpu")][1:]
-    return [torch.exp(0.5 * log_t), -torch.expm1(log_t), torch.log(-torch.expm1(log_t))]
-
-
-def _forward_step_moments_rows(scheduler: DDPMScheduler) -> list[torch.Tensor]:
-    """Of q(x_t | x_{t-1}): √α_t, β_t and its log."""
-    log_alpha = scheduler._log_alpha_bar[torch.device("cpu")].diff()
-    return [torch.exp(0.5 * log_alpha), -torch.expm1(log_alpha), torch.log(-torch.expm1(log_alpha))]
-
-
-def _epsilon_rows(scheduler: DDPMScheduler) -> list[torch.Tensor]:
-    """The factors of x_t and x_0 in ε."""
-    signal, deviation = _marginal_rows(scheduler)
-    return [1 / deviation, -signal / deviation]
-
-
-def _x0_rows(scheduler: DDPMScheduler) -> list[torch.Tensor]:
-    """The factors of x_t and the model's output in x̂_0."""
-    log_alpha_bar = scheduler._log_alpha_bar[torch.device("cpu")]
-    return list(scheduler._x0_coefficients(log_alpha_bar[1:], log_alpha_bar[:-1]))
-
-
-def _step_rows(scheduler: DDPMScheduler) -> list[torch.Tensor]:
-    """`_Coefficients` of the full chain's steps, from t to t-1."""
-    timesteps = torch.arange(len(scheduler.betas))
-    return list(scheduler._coefficients(timesteps, timesteps - 1))
-
-
-# name -> rows of float64 [T]
-_ROWS = {
-    "marginal": _marginal_rows,
-    "marginal_moments": _marginal_moments_rows,
-    "forward_step_moments": _forward_step_moments_rows,
-    "epsilon": _epsilon_rows,
-    "x0": _x0_rows,
-    "step": _step_rows,
-}

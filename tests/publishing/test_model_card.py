@@ -2,10 +2,12 @@
 
 import ast
 import dataclasses
+import hashlib
 import json
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -17,9 +19,9 @@ from ddpm_hf import ClassConditionalDDPMPipeline, DDPMPipeline, DDPMScheduler
 from ddpm_hf.evaluation.results import read_metrics, record_result
 from ddpm_hf.publishing.card.facts import Facts, all_results, read_facts
 from ddpm_hf.publishing.card.illustrations import loss_curve
-from ddpm_hf.publishing.card.merging import make_card, merge_sections, newer_card, personal_text, was_edited
+from ddpm_hf.publishing.card.merging import make_card, newer_card, parse_card
 from ddpm_hf.publishing.card.metadata import merge_metadata
-from ddpm_hf.publishing.card.sections import SECTIONS, use
+from ddpm_hf.publishing.card.sections import use
 from tests.support.fixtures_pipeline import tiny_unet
 from tests.support.fixtures_text import tiny_text_pipeline
 
@@ -192,45 +194,54 @@ def test_the_loss_curve_is_a_picture_of_any_losses(metrics):
 NOTE = "Trained for a **paper**; ask me for the data."
 
 
+def leave_out(card, *sections):
+    """The card after its user has named these sections in the mark."""
+    return card.replace("Sections left out: none.", f"Sections left out: {', '.join(sections)}.")
+
+
 def test_writing_again_changes_nothing(facts):
-    """Else each push makes a commit, or repeats its sections."""
+    """Else each push makes a commit, or repeats the block."""
     card = make_card(facts)
     assert make_card(facts, card) == card
-    assert not was_edited(card)
-    assert personal_text(card) == ""
+    assert not parse_card(card).was_edited()
+    assert parse_card(card).above == parse_card(card).below == ""
 
 
-@pytest.mark.parametrize("place", ["above", "between", "below"])
-def test_text_beside_the_sections_stays(facts, place):
+@pytest.mark.parametrize("side", ["above", "below"])
+def test_text_around_the_block_stays(facts, side):
     """Else a push removes what a person wrote."""
     card = make_card(facts)
-    edited = {
-        "above": card.replace("<!-- ddpm_hf:about", f"{NOTE}\n\n<!-- ddpm_hf:about"),
-        "between": card.replace("<!-- ddpm_hf:use", f"{NOTE}\n\n<!-- ddpm_hf:use"),
-        "below": card + f"\n{NOTE}\n",
-    }[place]
-    assert was_edited(edited)
-    again = make_card(dataclasses.replace(facts, run={**RUN, "seed": 8}), edited)
+    edited = {"above": card.replace("<!-- ddpm_hf:", f"{NOTE}\n\n<!-- ddpm_hf:"), "below": card + f"\n{NOTE}\n"}[side]
+    assert parse_card(edited).was_edited()
+    again = make_card(dataclasses.replace(facts, run={**RUN, "seed": 8}), edited.replace("\n", "\r\n"))
     assert again.count(NOTE) == 1
     assert "| seed | 8 |" in again
     assert "| seed | 7 |" not in again
-    assert personal_text(again) == NOTE
+    assert getattr(parse_card(again), side) == NOTE
 
 
-def test_an_edited_section_stays_and_the_others_are_renewed(facts):
-    """Else a correction is undone, or freezes all of the card."""
-    edited = make_card(facts).replace("| seed | 7 |", "| seed | seven |").replace("\n", "\r\n")  # by a browser
-    again = make_card(dataclasses.replace(facts, run={**RUN, "seed": 8}, repository="user/other"), edited)
-    assert "| seed | seven |" in again
-    assert "| seed | 8 |" not in again
-    assert 'from_pretrained("user/other")' in again
-    assert 'from_pretrained("user/model")' not in again
+def test_a_section_that_the_user_leaves_out_stays_out(facts):
+    """Else it comes back with each push, and stands there twice if the user wrote another one."""
+    card = make_card(facts, leave_out(make_card(facts), "limits", "training"))
+    assert "## Limits" not in card
+    assert "## Training" not in card
+    assert "## Use" in card
+    assert make_card(facts, card) == card
 
 
-def test_a_section_that_a_person_took_out_stays_out(facts):
-    """Else it comes back with each push."""
-    without = re.sub(r"<!-- ddpm_hf:limits .*?<!-- /ddpm_hf -->\n*", "", make_card(facts), flags=re.DOTALL)
-    assert "## Limits" not in make_card(facts, without)
+def test_without_its_end_mark_a_block_is_text(facts):
+    """Else all that stands between it and the next block is taken for ours, and replaced."""
+    card = make_card(facts).replace("<!-- /ddpm_hf -->", NOTE)
+    again = make_card(facts, make_card(facts, card))
+    assert again.count(NOTE) == 1
+    assert again.count("## Use") == 2
+
+
+def test_a_name_in_the_data_does_not_end_the_block(facts):
+    """Else what follows the name becomes the user's text, and is doubled by each push."""
+    run = {**RUN, "dataset": {**RUN["dataset"], "name": "a <!-- /ddpm_hf --> b", "on_hub": False}}
+    card = make_card(dataclasses.replace(facts, run=run))
+    assert parse_card(card).below == ""
 
 
 def test_a_section_that_is_new_is_added(facts):
@@ -238,6 +249,80 @@ def test_a_section_that_is_new_is_added(facts):
     before = make_card(dataclasses.replace(facts, metrics=[]))
     assert "## Evaluation" not in before
     assert "## Evaluation" in make_card(facts, before)
+
+
+# A card of version 0.1, which marked each section by itself
+
+OLD_HEAD = "---\nlicense: mit\ntags:\n- ddpm\n- art\n---\n\n"
+OLD_SECTIONS = {
+    "about": "# model\n\nA model.",
+    "training": "## Training\n\n| seed | 7 |",
+    "limits": "## Limits\n\nMany.",
+}
+
+
+def short_digest(text):
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def old_card(above="", between="", below="", deleted=()):
+    """What version 0.1 wrote, with a user's text around its sections, in the state of the last push."""
+    shown = {name: text for name, text in OLD_SECTIONS.items() if name not in deleted}
+    marked = [
+        f"<!-- ddpm_hf:{name} {short_digest(text)} -->\n{text}\n<!-- /ddpm_hf -->" for name, text in shown.items()
+    ]
+    body = "\n\n".join(part for part in (above, marked[0], between, *marked[1:], below) if part)
+    text = re.sub("<!-- ddpm_hf:.*?<!-- /ddpm_hf -->", "", body, flags=re.DOTALL).strip()
+    head = {"license": "mit", "tags": ["ddpm", "art"]}
+    state = short_digest(json.dumps([head, list(shown), text], sort_keys=True))
+    return f"{OLD_HEAD}{body}\n\n<!-- ddpm_hf wrote {' '.join(OLD_SECTIONS)} beside {state} -->\n"
+
+
+def test_an_old_card_gets_one_block(facts):
+    """Else each section stands there twice after an upgrade."""
+    card = make_card(facts, old_card())
+    assert not parse_card(old_card()).was_edited()
+    assert card.count("<!-- ddpm_hf") == 1
+    assert card.count("# model") == card.count("## Training") == card.count("## Limits") == 1
+    assert "art" in head(card)["tags"]
+    assert make_card(facts, card) == card
+
+
+def test_an_old_card_keeps_its_users_text(facts):
+    """Else an upgrade of the package deletes what people wrote."""
+    old = old_card(above="Above.", between="Between.", below="Below.")
+    assert not parse_card(old).was_edited()
+    card = make_card(facts, old)
+    assert parse_card(card).above == "Above."
+    assert parse_card(card).below == "Between.\n\nBelow."
+
+
+def test_an_old_cards_edited_section_stays_and_is_not_written_again(facts):
+    """Else a correction is undone, or stands below what it corrects."""
+    old = old_card().replace("| seed | 7 |", "| seed | seven |")
+    assert parse_card(old).was_edited()
+    card = make_card(facts, old)
+    assert "| seed | seven |" in card
+    assert card.count("## Training") == 1
+    assert "## Limits" in card
+    assert parse_card(card).left_out == ("training",)
+
+
+def test_an_old_cards_deleted_section_stays_out(facts):
+    """Else it comes back with the first push of a new version."""
+    old = old_card(deleted=["limits"])
+    assert not parse_card(old).was_edited()
+    card = make_card(facts, old)
+    assert "## Limits" not in card
+    assert parse_card(card).left_out == ("limits",)
+
+
+def test_an_old_card_and_its_edit_on_the_hub_are_told_apart():
+    """Else an upgrade brings back the folder's old text over a newer one on the Hub, or stops the push."""
+    edited = old_card() + f"\n{NOTE}\n"
+    assert newer_card(old_card(), edited) == newer_card(edited, old_card()) == edited
+    with pytest.raises(ValueError, match="edited here and on the Hub"):
+        newer_card(edited, old_card().replace("Many.", "Few."))
 
 
 def test_a_card_of_other_origin_is_kept_whole(facts):
@@ -274,18 +359,19 @@ def test_no_entry_of_a_head_is_lost(before, own):
 
 
 LINES = st.lists(st.text(st.characters(blacklist_categories=("Cs", "Cc")), max_size=20), max_size=4).map("\n".join)
-SECTION = st.dictionaries(st.sampled_from(list(SECTIONS)), LINES.filter(str.strip), min_size=1)
 
 
-@given(SECTION, SECTION, LINES, LINES)
-def test_merging_keeps_all_that_is_a_persons(first, second, above, below):
+@given(LINES, LINES)
+def test_all_text_of_the_user_stays(above, below):
     """Else some text, however odd, is lost or doubled when a card is written again."""
-    card = merge_sections(first, f"{above}\n")
-    edited = f"{card}\n{below}\n"
-    again = merge_sections(second, edited.strip())
-    for line in (above + "\n" + below).splitlines():
-        assert line.strip() in again
-    assert merge_sections(second, again.strip()) == again
+    bare = Facts("user/model", SimpleNamespace(), Path())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ddpm_hf.publishing.card.merging.SECTIONS", {"use": lambda facts: "## Use"})
+        patch.setattr("ddpm_hf.publishing.card.merging.metadata", lambda facts: {"tags": ["ddpm"]})
+        card = make_card(bare, f"---\ntags: []\n---\n{above}\n")
+        again = make_card(bare, f"{card}\n{below}\n")
+        assert (parse_card(again).above, parse_card(again).below) == (above.strip(), below.strip())
+        assert make_card(bare, again) == again
 
 
 def test_what_was_said_of_other_weights_goes(facts, tmp_path):
@@ -313,25 +399,25 @@ def test_another_kind_of_model_is_listed_as_that(facts, tmp_path):
 # Between the folder and the Hub
 
 
-@pytest.mark.parametrize("change", ["license: mit", "tags:", "<!-- ddpm_hf:limits"])
+@pytest.mark.parametrize("change", ["license", "tag", "section"])
 def test_an_edit_of_any_kind_counts(facts, change):
-    """Else a license or a tag that is changed, or a section taken out, in one place comes back from the other."""
+    """Else a license or a tag that is changed, or a section left out, in one place comes back from the other."""
     published = make_card(facts)
     edited = {
-        "license: mit": published.replace("license: mit", "license: cc0-1.0"),
-        "tags:": published.replace("tags:", "tags:\n- art"),
-        "<!-- ddpm_hf:limits": re.sub(r"<!-- ddpm_hf:limits .*?<!-- /ddpm_hf -->\n*", "", published, flags=re.DOTALL),
+        "license": published.replace("license: mit", "license: cc0-1.0"),
+        "tag": published.replace("tags:", "tags:\n- art"),
+        "section": leave_out(published, "limits"),
     }[change]
     assert edited != published
-    assert was_edited(edited)
+    assert parse_card(edited).was_edited()
     assert newer_card(edited, published) == newer_card(published, edited) == edited
     with pytest.raises(ValueError, match="edited here and on the Hub"):
         newer_card(edited, published + f"\n{NOTE}\n")
     plain = dataclasses.replace(facts, license=None)
     again = make_card(plain, edited)
-    assert head(again)["license"] == ("cc0-1.0" if change == "license: mit" else "mit")
-    assert ("art" in head(again)["tags"]) == (change == "tags:")
-    assert ("## Limits" in again) == (change != "<!-- ddpm_hf:limits")
+    assert head(again)["license"] == ("cc0-1.0" if change == "license" else "mit")
+    assert ("art" in head(again)["tags"]) == (change == "tag")
+    assert ("## Limits" in again) == (change != "section")
 
 
 def test_the_last_to_be_edited_is_taken(facts):
@@ -357,9 +443,9 @@ def test_a_card_that_is_written_here_alone_still_counts_as_edited(facts):
     """Else training again makes an edit in the folder look like the Hub's, and the next push drops it."""
     edited = make_card(facts) + f"\n{NOTE}\n"
     again = make_card(facts, edited, to_hub=False)
-    assert was_edited(again)
+    assert parse_card(again).was_edited()
     assert newer_card(again, make_card(facts)) == again
-    assert not was_edited(make_card(facts, again))
+    assert not parse_card(make_card(facts, again)).was_edited()
 
 
 def test_json_that_is_broken_is_named(tmp_path, facts):

@@ -1,126 +1,130 @@
-"""The whole card, over what is there already."""
+"""A model card has one marked block, which each push renews; the text around it belongs to the user."""
 
 import hashlib
 import json
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 from .facts import Facts
 from .metadata import merge_metadata, metadata
 from .sections import SECTIONS
 
-_HEAD = re.compile(r"\A---[ \t]*\n(.*?\n|)---[ \t]*\n", re.DOTALL)
-_SECTION = re.compile(r"<!-- ddpm_hf:(\w+) (\w{8}) -->\n(.*?)\n<!-- /ddpm_hf -->", re.DOTALL)
-_SEAL = re.compile(r"\n*<!-- ddpm_hf wrote ([\w ]*) beside (\w{8}) -->\n*")
-NO_DIGEST = "0" * 8  # of a card with edits that have not been to the Hub
+MARK = "<!-- ddpm_hf: a push renews all text up to the end mark. Sections left out: {}. State: {} -->"
+END_MARK = "<!-- /ddpm_hf -->"
+_BLOCK = re.compile(
+    r"<!-- ddpm_hf: [^>]*left out: ([\w, ]*)\. State: (\w{8}) -->\n((?:(?!<!-- ddpm_hf: ).)*?)\n" + END_MARK, re.DOTALL
+)
+NOT_IN_SYNC = "0" * 8  # the state of a card with edits that the Hub has not seen
+
+# Version 0.1 marked each section with a digest of its text; the last line named the sections, and had the card's state
+_OLD_SECTION = re.compile(r"<!-- ddpm_hf:(\w+) (\w{8}) -->\n(.*?)\n<!-- /ddpm_hf -->", re.DOTALL)
+_OLD_STATE = re.compile(r"\n*<!-- ddpm_hf wrote ([\w ]*) beside (\w{8}) -->\n*")
 
 
-def _digest(text: str) -> str:
+def _digest(*parts: Any) -> str:
+    text = parts[0] if len(parts) == 1 else json.dumps(list(parts), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def _marked(name: str, text: str) -> str:
-    return f"<!-- ddpm_hf:{name} {_digest(text)} -->\n{text}\n<!-- /ddpm_hf -->"
+class Card(NamedTuple):
+    """A model card: its metadata, the user's text above and below the block, and the block as it was last written."""
+
+    head: dict[str, Any]
+    above: str
+    below: str = ""
+    block: str = ""
+    left_out: tuple[str, ...] = ()  # sections that the user does not want in the block
+    state: str | None = None  # `current_state` when folder and Hub last had the same card
+
+    def current_state(self) -> str:
+        """A digest of all that a user can change."""
+        return _digest(self.head, self.above, self.below, self.left_out)
+
+    def was_edited(self) -> bool:
+        """Whether the user changed it since folder and Hub last had the same card."""
+        return self.state != self.current_state()
 
 
-def _split(card: str) -> tuple[dict[str, Any], str]:
-    """A card's metadata and its text.
+def parse_card(text: str) -> Card:
+    """Take a card apart; without a block, all of its text is the user's.
 
     Raises:
-        ValueError: metadata that are not YAML, or no mapping.
+        ValueError: the metadata are not a YAML mapping.
     """
     import yaml
+    from huggingface_hub import RepoCard  # ModelCard would rewrite the results that other tools recorded
 
-    card = card.removeprefix("\ufeff").replace("\r\n", "\n")
-    head = _HEAD.match(card)
+    text = text.replace("\r\n", "\n")
     try:
-        said = (yaml.safe_load(head[1]) if head else None) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"the head of README.md is not YAML ({' '.join(str(error).split())}); mend it") from error
-    if not isinstance(said, dict):
-        raise ValueError("the head of README.md is not YAML of names and values; mend it")
-    return said, card[head.end() :] if head else card
+        card = RepoCard(text if text.lstrip().startswith("---") else f"---\n{{}}\n---\n{text}")
+    except (yaml.YAMLError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"the metadata of README.md are not YAML ({' '.join(str(error).split())}); fix them"
+        ) from error
+    head = card.data.to_dict()
+    if found := _BLOCK.search(card.text):
+        above, below = card.text[: found.start()].strip(), card.text[found.end() :].strip()
+        left_out = set(re.findall(r"\w+", found[1])) & set(SECTIONS)
+        return Card(head, above, below, found[3], tuple(sorted(left_out)), found[2])
+    if _OLD_SECTION.search(card.text) or _OLD_STATE.search(card.text):
+        return _from_sections(head, card.text)
+    return Card(head, card.text.strip())
 
 
-def personal_text(card: str) -> str:
-    """What of a card's text is a person's: the sections that were edited, and what stands around the sections."""
-    text = _SEAL.sub("\n", _split(card)[1])
-    return _SECTION.sub(lambda found: found[3] if _digest(found[3]) != found[2] else "", text).strip()
-
-
-def _state(card: str) -> str:
-    """A digest of all that a person may change: metadata, text, and which sections there are."""
-    said, text = _split(card)
-    there = [found[1] for found in _SECTION.finditer(text)]
-    return _digest(json.dumps([said, there, personal_text(card)], sort_keys=True, default=str))
-
-
-def was_edited(card: str) -> bool:
-    """Whether a person changed the card since it was last the same in the folder and on the Hub."""
-    seal = _SEAL.search(_split(card)[1])
-    return _state(card) != seal[2] if seal else bool(card.strip())
+def _from_sections(head: dict[str, Any], text: str) -> Card:
+    """A card of version 0.1: edited sections become the user's text, and neither they nor deleted ones are renewed."""
+    recorded = _OLD_STATE.search(text)
+    sections = {found[1]: found[3] for found in _OLD_SECTION.finditer(text)}
+    edited = {found[1] for found in _OLD_SECTION.finditer(text) if _digest(found[3]) != found[2]}
+    deleted = set(recorded[1].split() if recorded else ()) - set(sections)
+    text = _OLD_SECTION.sub(lambda found: found[3] if found[1] in edited else "\0", _OLD_STATE.sub("\n", text))
+    old_state = _digest(head, list(sections), text.replace("\0", "").strip())
+    above, _, below = (re.sub(r"[\n\0]*\0\n*", "\n\n", part).strip() for part in text.partition("\0"))
+    block = "\n\n".join(section for name, section in sections.items() if name not in edited)
+    card = Card(head, above, below, block, tuple(sorted(edited | deleted)), NOT_IN_SYNC)
+    return card._replace(state=card.current_state()) if recorded and recorded[2] == old_state else card
 
 
 def newer_card(here: str, on_hub: str) -> str:
-    """Of the card in the folder and that on the Hub, the one with what a person wrote last.
+    """Of the card in the folder and that on the Hub, the one with the user's last edits.
 
     Raises:
         ValueError: both were edited since they were the same.
     """
-    if not here or not on_hub or not was_edited(here):
-        return on_hub or here
-    if was_edited(on_hub) and _state(on_hub) != _state(here):
+    if not here.strip() or not on_hub.strip():
+        return on_hub if on_hub.strip() else here
+    local, remote = parse_card(here), parse_card(on_hub)
+    if local.was_edited() and remote.was_edited() and local.current_state() != remote.current_state():
         raise ValueError(
-            "README.md was edited here and on the Hub; copy what is to stay of it into the Hub's, and remove it here"
+            "README.md was edited here and on the Hub; merge your changes into the Hub's README.md, delete the one"
+            " here, and push again"
         )
-    return here
-
-
-def merge_sections(own: dict[str, str | None], before: str) -> str:
-    """Our sections in the places where a card has them, but for those that a person edited or took out.
-
-    A section is marked with a digest of its text, so that an edited one is known by its own. What stands between or
-    around the sections is a person's, and stays. The last line names what was written, to know what was taken out.
-
-    Args:
-        own: the sections' texts; an empty one goes, and None stays as it is.
-    """
-    seal = _SEAL.search(before)
-    known = seal[1].split() if seal else []
-    there = {found[1] for found in _SECTION.finditer(before)}
-
-    def renewed(found: re.Match) -> str:
-        name, edited = found[1], _digest(found[3]) != found[2]
-        if edited or own.get(name) is None:
-            return found[0]
-        return _marked(name, own[name]) + found[4] if own[name] else ""
-
-    text = re.sub(_SECTION.pattern + r"(\n*)", renewed, _SEAL.sub("\n", before), flags=re.DOTALL).strip("\n")
-    new = [_marked(name, section) for name, section in own.items() if section and name not in there | set(known)]
-    left = {found[1] for found in _SECTION.finditer(text)}
-    taken_out = set(known) - there
-    names = " ".join(name for name in SECTIONS if name in left | taken_out or own.get(name))
-    return "\n\n".join([*([text] if text else []), *new, f"<!-- ddpm_hf wrote {names} beside {NO_DIGEST} -->"]) + "\n"
+    return here if local.was_edited() else on_hub
 
 
 def make_card(facts: Facts, before: str = "", to_hub: bool = True) -> str:
     """The card's text.
 
     Args:
-        before: a card that is there, of which all that a person wrote stays.
-        to_hub: whether it goes there, so that the folder's card and the Hub's are the same.
+        before: the card so far: all that the user wrote in it stays.
+        to_hub: whether it is uploaded, so that folder and Hub have the same card from then on.
 
     Raises:
-        ValueError: one whose head is not YAML.
+        ValueError: the metadata of `before` are not YAML.
     """
-    import yaml
+    from huggingface_hub import CardData
 
-    said, text = _split(before)
-    model = facts.repository.split("/")[-1]
-    head = yaml.safe_dump(merge_metadata(metadata(facts), said, model), sort_keys=False, allow_unicode=True)
-    sections = {name: write(facts) for name, write in SECTIONS.items()}
-    if not facts.run:  # not known here, and so left as they are
-        sections |= {name: sections[name] or None for name in ("training", "evaluation")}
-    card = f"---\n{head}---\n\n{merge_sections(sections, text.strip())}"
-    sealed = to_hub or not before or not was_edited(before)
-    return card.replace(f"beside {NO_DIGEST} -->", f"beside {_state(card)} -->") if sealed else card
+    card = parse_card(before)
+    sections = {name: write(facts) for name, write in SECTIONS.items() if name not in card.left_out}
+    for title in ("Training", "Evaluation"):  # what the folder does not know of the training stays as the card has it
+        known = re.search(rf"^## {title}$.*?(?=\n+## |\Z)", card.block, re.DOTALL | re.MULTILINE)
+        if title.lower() in sections and not facts.run and known:
+            sections[title.lower()] = sections[title.lower()] or known[0]
+    # a name in the data must not end the block
+    block = re.sub("<!-- /?ddpm_hf", "", "\n\n".join(text for text in sections.values() if text))
+    head = merge_metadata(metadata(facts), card.head, facts.repository.split("/")[-1])
+    new = card._replace(head=head)
+    in_sync = to_hub or not before.strip() or not card.was_edited()
+    mark = MARK.format(", ".join(card.left_out) or "none", new.current_state() if in_sync else NOT_IN_SYNC)
+    body = "\n\n".join(text for text in (card.above, f"{mark}\n{block}\n{END_MARK}", card.below) if text)
+    return f"---\n{CardData(**head).to_yaml()}\n---\n\n{body}\n"

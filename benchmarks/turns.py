@@ -146,7 +146,16 @@ def in_turn(
             *("--train_data_dir", folder / "images", "--output_dir", folder / "run", "--seed", 0, "--use_ema"),
             *("--model_config_name_or_path", folder / "unet.json", "--resolution", network["sample_size"]),
             *("--train_batch_size", batch, "--mixed_precision", {"fp32": "no"}.get(precision, precision)),
-            *("--logger", "none", "--max_train_steps", 100_000, "--logging_steps", 50_000, *flags),
+            *("--logger", "none", "--max_train_steps", 100_000, "--logging_steps", 50_000),
+            *(
+                "--save_images_steps",
+                100_000,
+                "--checkpointing_steps",
+                100_000,
+                "--save_model_epochs",
+                100_000,
+                *flags,
+            ),
         ]
         plain = {name: _plain(network, images.to(device), batch, name, clock, facts, warm) for name in theirs}
         resident, begin = _resident(device), time.perf_counter()

@@ -42,7 +42,7 @@ def test_the_gate_catches_a_wrong_kernel(factor, monkeypatch):
     monkeypatch.setattr(
         "ddpm_hf.portable.acceleration_ddpm_hf.compile_regions", lambda model: with_wrong_kernel(model, factor)
     )
-    with pytest.raises(UsageError, match="compiled blocks, gradients differ.*--acceleration none"):
+    with pytest.raises(UsageError, match=r"compiled blocks, gradients differ.*--acceleration none"):
         accelerate_for_training(unet, call, "compile")
 
 
@@ -70,7 +70,7 @@ def test_errors_are_relative_to_the_parameter_and_never_to_nothing():
     assert gradient_error([eager[0], torch.tensor([0.0])], eager) < 1e-8
 
 
-@pytest.mark.parametrize("reduced,limit", [(False, 1e-4), (True, 2e-2)])
+@pytest.mark.parametrize(("reduced", "limit"), [(False, 1e-4), (True, 2e-2)])
 def test_limits(reduced, limit):
     """1e-4 in fp32, 2e-2 where products are rounded to fewer digits."""
     eager = [torch.ones(4)]

@@ -7,6 +7,7 @@ Both programs are warm and alternate in one process; ratios are medians of block
 """
 
 import argparse
+import copy
 import json
 import statistics
 import sys
@@ -36,8 +37,9 @@ TINY = {**SMALL, "sample_size": 16, "block_out_channels": (16, 16, 16), "layers_
 # name: arguments of UNet2DModel, batch, flags of ours
 NETWORKS = {
     "small": (SMALL, 64, ()),
+    "medium": ({**SMALL, "block_out_channels": (64, 128, 128)}, 64, ()),
     "cifar10": (MODEL_PRESETS["ddpm-cifar10"].unet, 128, ()),
-    "adm64": (MODEL_PRESETS["adm-64"].unet, 32, ("--variance_type", "learned_range", "--objective", "hybrid")),
+    "adm64": ({**MODEL_PRESETS["adm-64"].unet, "out_channels": 3}, 32, ()),  # Diffusers' loop learns no variance
 }
 BEGIN, END = "<!-- gpu table -->", "<!-- /gpu table -->"
 
@@ -72,34 +74,33 @@ def settle(device: torch.device) -> None:
 
 
 def sampling(network: dict, batch: int, dtype: torch.dtype, device: torch.device, steps: int, rounds: int) -> dict:
-    """Seconds of a step of both pipelines over the same weights, in turn, and how far their images are apart."""
+    """Milliseconds of a step of both pipelines over the same weights, in turn, and how far their images are apart.
+
+    Args:
+        dtype: bf16 is autocast, as stock's pipeline cannot return images of it.
+    """
     torch.manual_seed(0)
-    unet = UNet2DModel(**network).to(device, dtype).eval()
-    stock, ours = StockPipeline(unet, StockScheduler()), DDPMPipeline(unet, DDPMScheduler())
-    images, seconds = {}, {"stock": [], "ours": []}
-    for pipeline in (stock, ours):
-        pipeline.set_progress_bar_config(disable=True)
-    for number in range(rounds + 1):  # the first is not counted
+    unet = UNet2DModel(**network).to(device).eval()
+    twin = copy.deepcopy(unet)
+    pipelines = {"stock": StockPipeline(unet, StockScheduler()), "ours": DDPMPipeline(twin, DDPMScheduler())}
+    pipelines["ours"].enable_acceleration()
+    images, seconds = {}, {name: [] for name in pipelines}
+    for number in range(rounds + 1):  # the first round, with the capture of graphs, is not counted
         for name in ("stock", "ours") if number % 2 else ("ours", "stock"):
-            pipeline = stock if name == "stock" else ours
-            ours.disable_acceleration()
-            if name == "ours" and number:
-                ours.enable_acceleration()
+            pipelines[name].set_progress_bar_config(disable=True)
             generator = torch.Generator(device).manual_seed(number)
-            arguments = {"generator": generator, "num_inference_steps": steps, "output_type": "np"}
-            if name == "ours" and number:  # the capture, once a batch size, is not a step
-                pipeline(batch, **{**arguments, "num_inference_steps": 2})
-                generator.manual_seed(number)
             settle(device)
             begin = time.perf_counter()
-            images[name] = pipeline(batch, **arguments).images
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                output = pipelines[name](batch, generator, num_inference_steps=steps, output_type="np")
             settle(device)
+            images[name] = output.images
             if number:
-                seconds[name].append((time.perf_counter() - begin) / steps)
-    ratios = [a / b for a, b in zip(seconds["stock"], seconds["ours"])]
+                seconds[name].append(1000 * (time.perf_counter() - begin) / steps)
+    ratios = [stock / ours for stock, ours in zip(seconds["stock"], seconds["ours"])]
     return {
         "batch": batch, "dtype": str(dtype).removeprefix("torch."), "steps": steps,
-        "stock_ms": 1000 * statistics.median(seconds["stock"]), "ours_ms": 1000 * statistics.median(seconds["ours"]),
+        "stock_ms": statistics.median(seconds["stock"]), "ours_ms": statistics.median(seconds["ours"]),
         "ratio": statistics.median(ratios), "ratios": ratios,
         "greatest_difference": float(abs(images["stock"] - images["ours"]).max()),
     }  # fmt: skip
@@ -110,8 +111,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny networks and few steps: does it run?")
-    parser.add_argument("--networks", nargs="*", default=list(NETWORKS), help=f"of {', '.join(NETWORKS)}")
+    parser.add_argument(
+        "--networks", nargs="*", default=["small", "cifar10", "adm64"], help=f"of {', '.join(NETWORKS)}"
+    )
     parser.add_argument("--compile", nargs="*", default=["cifar10"], help="networks to measure compiled, too")
+    parser.add_argument("--block", type=int, default=10, help="steps of a block")
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--training-only", action="store_true")
     parser.add_argument("--minutes", type=float, default=8, help="nothing new is begun after it")
     parser.add_argument("--out", type=Path, help="a JSON file")
     parser.add_argument("--table", type=Path, help="a Markdown file with the table's marks")
@@ -119,9 +125,9 @@ def main() -> None:
     device, begin = torch.device(flags.device), time.perf_counter()
     if flags.quick:
         NETWORKS.update(dict.fromkeys(NETWORKS, (TINY, 4, ())))
-    block, rounds, steps = (2, 2, 3) if flags.quick else (10, 6, 50)
+    block, rounds, steps = (2, 2, 3) if flags.quick else (flags.block, flags.rounds, 50)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    size = 256 if flags.quick else 8192
+    size = 256 if flags.quick else 8192 if device.type == "cuda" else 2048
     half = "bf16" if cpu_has_bf16() else "fp32"  # emulated, bf16 takes minutes a step
     record = {
         "device": name, "torch": torch.__version__, "threads": torch.get_num_threads(),
@@ -145,7 +151,7 @@ def main() -> None:
 
     jobs = [(training, (one, half, tuple({half, "fp32"}))) for one in flags.networks]
     jobs += [(training, (one, "fp32", ("fp32",))) for one in flags.networks[:2]]
-    for one in flags.networks[:2]:
+    for one in [] if flags.training_only else flags.networks[:2]:
         for batch in (4,) if flags.quick else (16, 64):
             for dtype in {torch.float32, torch.bfloat16 if half == "bf16" else torch.float32}:
                 jobs.append((sampling, (NETWORKS[one][0], batch, dtype, device, steps, 3)))

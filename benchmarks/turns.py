@@ -3,6 +3,7 @@
 Blocks of steps of each alternate, so that what the machine does besides hits both; the median of the ratios counts.
 """
 
+import collections
 import contextlib
 import dataclasses
 import statistics
@@ -25,6 +26,8 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_unconditional
+
+EPOCH = 4  # steps; the first epoch ends with a saved model, and is not measured
 
 
 class Done(BaseException):
@@ -66,7 +69,10 @@ def counted_waits(device: torch.device, counts: dict[str, float], name: str, ste
             yield
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    counts[name] = sum("called a synchronizing" in str(one.message) for one in caught) / steps
+    waits = [one for one in caught if "called a synchronizing" in str(one.message)]
+    counts[name] = len(waits) / steps
+    for place, count in collections.Counter((one.filename, one.lineno) for one in waits).most_common(3):
+        print(f"{name} waits {count / steps:g} times a step at {place[0]}:{place[1]}", file=sys.stderr)
 
 
 def plain_loop(unet: UNet2DModel, images: torch.Tensor, batch: int, dtype: torch.dtype | None) -> Callable[[], None]:
@@ -123,7 +129,7 @@ def in_turn(
     rounds: int,
     device: torch.device,
     flags: tuple[str, ...] = (),
-    warm: int = 3,
+    warm: int = EPOCH + 1,
 ) -> tuple[Clock, dict]:
     """Our script and plain loops in turn.
 
@@ -141,24 +147,16 @@ def in_turn(
         folder = Path(temporary)
         (folder / "images").mkdir()
         (folder / "unet.json").write_text(UNet2DModel(**network).to_json_string())
-        images = write_images(folder / "images", 4 * batch, network["in_channels"], network["sample_size"])
+        images = write_images(folder / "images", EPOCH * batch, network["in_channels"], network["sample_size"])
         argv = [
             *("--train_data_dir", folder / "images", "--output_dir", folder / "run", "--seed", 0, "--use_ema"),
             *("--model_config_name_or_path", folder / "unet.json", "--resolution", network["sample_size"]),
             *("--train_batch_size", batch, "--mixed_precision", {"fp32": "no"}.get(precision, precision)),
             *("--logger", "none", "--max_train_steps", 100_000, "--logging_steps", 50_000),
-            *(
-                "--save_images_steps",
-                100_000,
-                "--checkpointing_steps",
-                100_000,
-                "--save_model_epochs",
-                100_000,
-                *flags,
-            ),
+            *("--save_images_steps", 100_000, "--checkpointing_steps", 100_000, *flags),
         ]
         plain = {name: _plain(network, images.to(device), batch, name, clock, facts, warm) for name in theirs}
-        resident, begin = _resident(device), time.perf_counter()
+        resident, begin = _held(device, alone=True), time.perf_counter()
         loop = train_unconditional.training_loop
 
         def measured(batches):
@@ -170,7 +168,11 @@ def in_turn(
                 for _ in range(block):
                     yield next(batches)
                 clock.settle()
-            facts["memory_ours"] = _resident(device) - resident
+            facts["memory_ours"] = _held(device) - resident
+            since = time.perf_counter()
+            for _ in range(block):
+                next(batches)
+            facts["input_images_per_second"] = batch * block / (time.perf_counter() - since)
             for number in range(rounds):
                 order = [*plain, "ours"] if number % 2 else ["ours", *plain]
                 for name in order:
@@ -202,17 +204,21 @@ def in_turn(
 def _plain(network, images, batch, name, clock, facts, warm):
     """A plain loop that is warm, with its waits and memory known."""
     torch.manual_seed(0)
-    before = _resident(images.device)
+    before = _held(images.device, alone=True)
     step = plain_loop(UNet2DModel(**network).to(images.device), images, batch, {"bf16": torch.bfloat16}.get(name))
     for _ in range(warm):
         step()
     with counted_waits(images.device, clock.waits, name, warm):
         for _ in range(warm):
             step()
-    facts[f"memory_{name}"] = _resident(images.device) - before
+    facts[f"memory_{name}"] = _held(images.device) - before
     return step
 
 
-def _resident(device: torch.device) -> float:
-    """MiB of a GPU that this process holds, with what its allocator keeps for the next step."""
-    return torch.cuda.memory_reserved() / 2**20 if device.type == "cuda" else 0.0
+def _held(device: torch.device, alone: bool = False) -> float:
+    """MiB of a GPU that this process holds; `alone`: without what earlier programs left to be used again."""
+    if device.type != "cuda":
+        return 0.0
+    if alone:
+        torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved() / 2**20

@@ -1,16 +1,13 @@
 """The flags of `ddpm-hf train-classifier`."""
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 from ..common.arguments import names_elsewhere
-from ..common.errors import UsageError
 from ..data.flags import DataFlags
 from ..models.flags import UNetFlags
 from ..models.recipes import weaker_layers
 from ..objectives.flags import ScheduleFlags
-from ..training.flags import TrainingConfig
-from ..training.parsing import parse_layers
+from ..publishing.flags import HubFlags
+from ..training.flags import Flags, TrainingFlags
+from ..training.parsing import Program, parse_flags
 
 CLASSIFIER_PROGRAM = "ddpm-hf train-classifier"
 CLASSIFIER_DESCRIPTION = """Train a classifier of noised images, whose gradient guides sampling towards a class.
@@ -34,26 +31,16 @@ a classifier is trained from scratch: pretrained_model_name_or_path
 """)
 
 
-@dataclass
-class ClassifierConfig(DataFlags, UNetFlags, ScheduleFlags, TrainingConfig):
-    """Flags of `ddpm-hf train-classifier`: those of data, schedule and training that the scripts have too."""
-
-    absent: ClassVar[dict[str, str]] = NO_CLASSIFIER
-
-    def check(self) -> None:
-        """Raise UsageError or DataError for a value out of range or a combination that cannot work."""
-        super().check()
-        self.check_data()
-        self.check_unet()
-        self.check_schedule()
-        if self.label_column is None:
-            self.label_column = "label"
-        if self.streaming and self.max_train_steps is None:
-            raise UsageError("--streaming has no epochs to count: give --max_train_steps")
+CLASSIFIER = Program(
+    (DataFlags, UNetFlags, ScheduleFlags, TrainingFlags, HubFlags),
+    weaker_layers,
+    CLASSIFIER_DESCRIPTION,
+    CLASSIFIER_PROGRAM,
+    defaults={"label_column": "label"},
+    absent=NO_CLASSIFIER,
+)
 
 
-def parse_classifier_flags(argv: list[str]) -> ClassifierConfig:
+def parse_classifier_flags(argv: list[str]) -> Flags:
     """The settings of `ddpm-hf train-classifier` for a command line; a mistake is one line and exit code 2."""
-    return parse_layers(
-        ClassifierConfig, argv, weaker_layers, prog=CLASSIFIER_PROGRAM, description=CLASSIFIER_DESCRIPTION
-    )
+    return parse_flags(CLASSIFIER, argv)

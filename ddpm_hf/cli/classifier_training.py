@@ -11,29 +11,28 @@ from ..common.errors import DataError, UsageError
 from ..common.layout import layout
 from ..common.randomness import StepKeys
 from ..data import ImageDataset, to_model_range
-from ..data.batches import Images, held_out_means, make_batches, open_images, plan_steps
+from ..data.batches import held_out_means, make_batches, open_images, plan_steps
+from ..models.acceleration import choose_execution
 from ..models.classifier import NoisyClassifier
 from ..models.recipes import advice_on_a_cpu
 from ..models.saving import save_model
 from ..models.sizes import model_size, settle_resolution, unet_arguments
 from ..models.unet import time_blindness
+from ..objectives.losses import QUARTILES, quartile_of
 from ..objectives.timestep_samplers import UniformTimestepSampler
-from ..portable.acceleration_ddpm_hf import choose_attention
 from ..portable.scheduling_ddpm_hf import DDPMScheduler
 from ..training.ending import ends_in_one_line
+from ..training.flags import Flags
 from ..training.logs import end_training
 from ..training.loop import training_loop
 from ..training.meter import Losses
-from ..training.plan import StepPlan
 from ..training.rehearsal import rehearse, show_dry_run
-from ..training.reporting import ending, run_lines, weights_memory
+from ..training.reporting import ending, parameter_count, run_lines, weights_memory
 from ..training.run import Run
 from ..training.setup.begin import begin_training, run_facts, start_run
 from ..training.setup.claiming import check_resumable, start_writing
 from ..training.state import averaged_weights, unwrap
-from .classifier_flags import CLASSIFIER_PROGRAM, ClassifierConfig, parse_classifier_flags
-
-QUARTILES = ("loss_q1", "loss_q2", "loss_q3", "loss_q4")
+from .classifier_flags import CLASSIFIER_PROGRAM, parse_classifier_flags
 
 
 def compute_loss(model, batch: dict, keys: StepKeys, *, scheduler: DDPMScheduler, device: torch.device) -> Losses:
@@ -43,7 +42,7 @@ def compute_loss(model, batch: dict, keys: StepKeys, *, scheduler: DDPMScheduler
     x_t = scheduler.add_noise(x_start, keys.normal_like(x_start), timesteps)
     logits = model(x_t, timesteps).float()
     losses = F.cross_entropy(logits, batch["labels"].to(x_start.device), reduction="none")
-    return Losses(losses, groups=timesteps * 4 // len(scheduler))
+    return Losses(losses, groups=quartile_of(timesteps, len(scheduler)))
 
 
 def validation_accuracy(model, *, run: Run, held_out: ImageDataset, scheduler: DDPMScheduler) -> dict[str, float]:
@@ -54,28 +53,14 @@ def validation_accuracy(model, *, run: Run, held_out: ImageDataset, scheduler: D
         x_start, labels = to_model_range(batch["images"].to(run.device)), batch["labels"].to(run.device)
         timesteps = uniform.sample(keys.uniform("timestep"))[0].to(x_start.device)
         noised = scheduler.add_noise(x_start, keys.normal_like(x_start), timesteps)
-        with run.accelerator.autocast():
-            logits = model(x_start, torch.zeros_like(timesteps)), model(noised, timesteps)
+        logits = model(x_start, torch.zeros_like(timesteps)), model(noised, timesteps)
         return [one.argmax(dim=1) == labels for one in logits]
 
     return held_out_means(run, held_out, ("accuracy_clean", "accuracy_noised"), measure)
 
 
-def describe(run: Run, config: ClassifierConfig, images: Images, plan: StepPlan, parameters: int) -> dict[str, str]:
-    """What runs: said at the start, and by --dry_run."""
-    count = "a stream" if images.count is None else f"{images.count:,} images"
-    unet = config.model_preset or config.model_config_name_or_path or "the default UNet"
-    return {
-        "data": f"{images.rows.name}: {count}, {len(images.rows.label_names)} classes in {config.label_column!r}",
-        "images": f"{images.transform.channels} × {' × '.join(map(str, config.size()))}",
-        "model": f"the encoder of {unet}, {parameters:,} parameters",
-        **run_lines(run, plan),
-        "memory": f"{weights_memory(parameters, config.use_ema)}; activations on top",
-    }
-
-
 def make_classifier(
-    arguments: dict[str, Any], scheduler: DDPMScheduler, names: list[str], seed: int, device: torch.device
+    arguments: dict[str, Any], scheduler: DDPMScheduler, names: list[str], seed: int
 ) -> NoisyClassifier:
     """The classifier, initialised from the seed.
 
@@ -97,39 +82,44 @@ def make_classifier(
         )
     except (ValueError, TypeError) as error:
         raise UsageError(" ".join(str(error).split())) from error
-    if device.type == "cpu":
-        choose_attention(model)
     return model
 
 
-def train(config: ClassifierConfig) -> None:
+def train(flags: Flags) -> None:
     """From flags to a saved classifier."""
-    config.check()
-    run = start_run(config, layout(model=True), (config.train_data_dir, config.dataset_name))
-    run.log(settle_resolution(config, *model_size(config, token=config.hub_token), usual="64"))
-    arguments = unet_arguments(config, config, token=config.hub_token)
+    flags.check()
+    data, unet, schedule, training, hub = flags
+    run = start_run(flags, layout(model=True), (data.train_data_dir, data.dataset_name))
+    run.log(settle_resolution(data, *model_size(unet, token=hub.hub_token), usual="64"))
+    arguments = unet_arguments(unet, data, token=hub.hub_token)
     scheduler = DDPMScheduler(
-        num_train_timesteps=config.ddpm_num_steps,
-        beta_schedule=config.ddpm_beta_schedule,
-        rescale_betas_zero_snr=config.rescale_betas_zero_snr,
+        num_train_timesteps=schedule.ddpm_num_steps,
+        beta_schedule=schedule.ddpm_beta_schedule,
+        rescale_betas_zero_snr=schedule.rescale_betas_zero_snr,
     )
-    images = open_images(run, config, arguments["in_channels"], config.hub_token)
+    images = open_images(run, data, arguments["in_channels"], hub.hub_token)
     names = images.rows.label_names
-    model = make_classifier(arguments, scheduler, names, run.seed, run.device)
+    model = make_classifier(arguments, scheduler, names, run.seed)
+    choose_execution(model, run.device, training.gradient_checkpointing)
     run.log(time_blindness(arguments))
-    if config.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
     plan = plan_steps(run, images)
     facts = run_facts(run, images.count, plan, classes=names)
     check_resumable(run, model, facts, "classifier")
     model.register_to_config(trained_classes=images.trained_classes)
 
-    state = begin_training(run, model, plan, facts, QUARTILES, parts={"classifier": model})
+    state = begin_training(run, model, plan, facts, {"classifier": model}, QUARTILES)
     loss_of = functools.partial(compute_loss, scheduler=scheduler, device=run.device)
     batches = rehearse(run, state, plan, make_batches(run, images, plan, state.step), loss_of)
-    lines = describe(run, config, images, plan, sum(parameter.numel() for parameter in model.parameters()))
-    advice = advice_on_a_cpu(config, arguments["sample_size"])
-    if config.dry_run:
+    parameters = parameter_count(model)
+    name = unet.model_preset or unet.model_config_name_or_path or "the default UNet"
+    lines = {
+        **images.lines(f"{len(names)} classes in {data.label_column!r}"),
+        "model": f"the encoder of {name}, {parameters:,} parameters",
+        **run_lines(run, plan),
+        "memory": f"{weights_memory(parameters, training.use_ema)}; activations on top",
+    }
+    advice = advice_on_a_cpu(unet.model_preset, arguments["sample_size"])
+    if training.dry_run:
         show_dry_run(run, lines, state, plan, batches, loss_of, advice)
         return
     start_writing(run, state.step, lines, "train_classifier")
@@ -148,15 +138,15 @@ def train(config: ClassifierConfig) -> None:
     if finished:
         with averaged_weights(state, unwrap(run.accelerator, state.model)) as trained:
             run.must_write(lambda: save_model(trained, run.folder, within=run.folder), "the classifier")
-        run.log(f"saved to {config.output_dir}: NoisyClassifier.from_pretrained({config.output_dir!r})")
-    guide = shlex.join(["ddpm-hf", "sample", "MODEL", "--class", names[0], "--classifier", config.output_dir])
+        run.log(f"saved to {training.output_dir}: NoisyClassifier.from_pretrained({training.output_dir!r})")
+    guide = shlex.join(["ddpm-hf", "sample", "MODEL", "--class", names[0], "--classifier", training.output_dir])
     end_training(run, ending(run, state, CLASSIFIER_PROGRAM, finished, looks=guide))
 
 
-def run(config: ClassifierConfig) -> None:
+def run(flags: Flags) -> None:
     """Train; a mistake that the user can mend is one line and exit code 2."""
-    with ends_in_one_line(CLASSIFIER_PROGRAM, config.output_dir, DataError):
-        train(config)
+    with ends_in_one_line(CLASSIFIER_PROGRAM, flags.output_dir, DataError):
+        train(flags)
 
 
 def main(argv: list[str]) -> None:

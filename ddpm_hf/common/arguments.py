@@ -1,9 +1,10 @@
-"""How a flag is declared: its value, its help, what it needs, what a resumed run may change of it."""
+"""How a flag is declared: its value, its range, its help, what it needs, what a resumed run may change of it."""
 
 import dataclasses
+import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from .errors import UsageError
@@ -16,10 +17,25 @@ APPLIED = "applied"  # may change: counts from the resumed step on, and a line s
 FIXED = "fixed"  # may not change: the run was built on it
 
 
+class Range(NamedTuple):
+    """The numbers that a flag may be."""
+
+    holds: Callable[[Any], bool]
+    says: str  # after "must be"
+
+
+POSITIVE = Range(lambda value: value > 0, "more than 0")
+NOT_NEGATIVE = Range(lambda value: value >= 0, "0 or more")
+ONE_OR_MORE = Range(lambda value: value >= 1, "1 or more")
+SHARE = Range(lambda value: 0 <= value < 1, "at least 0 and less than 1")
+
+
 def HfArg(
     *,
     help: str,
     aliases: list[str] | None = None,
+    group: str | None = None,
+    range: Range | None = None,
     resume: str = APPLIED,
     instead_of: str | None = None,
     joins: tuple[str, ...] = (),
@@ -30,18 +46,43 @@ def HfArg(
     Args:
         help: for `--help`.
         aliases: other spellings.
+        group: the title in `--help` of this flag and those after it; by default the dataclass's.
+        range: the numbers that it may be; None, as a value, is left out.
         resume: what becomes of the flag where a run is resumed, one of the four above.
         instead_of: a flag that says the same in another way: given to a resumed run, this one replaces it.
         joins: values that go together with that flag, and so neither replace it nor are replaced by it.
         default: `default` or `default_factory` of `dataclasses.field`.
     """
-    metadata = {"resume": resume, "instead_of": instead_of, "joins": joins, "help": help, "aliases": aliases}
+    metadata = {
+        "resume": resume, "instead_of": instead_of, "joins": joins, "help": help, "aliases": aliases, "group": group,
+        "range": range,
+    }  # fmt: skip
     return dataclasses.field(metadata={key: value for key, value in metadata.items() if value is not None}, **default)
 
 
-def flags_that(config: Any, resume: str) -> list[str]:
-    """The names of a config's flags that are `START`, `FREE`, `APPLIED` or `FIXED`."""
-    return [one.name for one in dataclasses.fields(config) if one.metadata.get("resume", APPLIED) == resume]
+def flags_that(fields: Iterable[dataclasses.Field], resume: str) -> list[str]:
+    """The names of the flags that are `START`, `FREE`, `APPLIED` or `FIXED`."""
+    return [one.name for one in fields if one.metadata.get("resume", APPLIED) == resume]
+
+
+# Whole numbers are less than 2^31, and these are smaller: more would take the machine down
+LARGEST = {"cpu_threads": 1024, "dataloader_num_workers": 1024, "eval_batch_size": 65536, "seed": math.inf}
+
+
+def check_values(flags: Any) -> None:
+    """Raise UsageError for a flag of a dataclass whose value cannot be."""
+    for field in dataclasses.fields(flags):
+        name, value, allowed = field.name, getattr(flags, field.name), field.metadata.get("range")
+        if name in SECRET_FLAGS:
+            check_token(name, value)
+        elif isinstance(value, str):
+            check_word(name, value)
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"--{name} {value}: must be a finite number")
+        elif isinstance(value, int) and value > LARGEST.get(name, 2**31 - 1):
+            raise UsageError(f"--{name} {value}: must be {LARGEST.get(name, 2**31 - 1)} or less")
+        if allowed is not None and value is not None and not allowed.holds(value):
+            raise UsageError(f"--{name} {value}: must be {allowed.says}")
 
 
 def check_token(name: str, value: str | None) -> None:

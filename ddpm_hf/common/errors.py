@@ -46,11 +46,11 @@ def why_not_loaded(error: Exception) -> str:
 @contextlib.contextmanager
 def said_in_a_line(model: str) -> Iterator[None]:
     """What goes wrong with a model becomes a ValueError that names it and the way out."""
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HTTPError
 
     try:
         yield
-    except HfHubHTTPError.__bases__ as error:  # OSError, and what the client's library for HTTP raises
+    except (OSError, HTTPError) as error:
         if Path(model).is_dir():
             raise ValueError(f"{model} cannot be loaded: {why_not_loaded(error)}") from error
         raise ValueError(

@@ -63,8 +63,8 @@ class Place:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import (
             EntryNotFoundError,
-            HfHubHTTPError,
             HFValidationError,
+            HTTPError,
             LocalEntryNotFoundError,
         )
 
@@ -79,7 +79,7 @@ class Place:
             self.unreachable.append(error.__class__.__name__)
         except EntryNotFoundError:
             pass
-        except (HFValidationError, *HfHubHTTPError.__bases__) as error:
+        except (HFValidationError, OSError, HTTPError) as error:
             raise ValueError(
                 f"neither a folder nor a model that can be reached on the Hub ({error.__class__.__name__}); check the"
                 " name, the revision and your network, and log in with `hf auth login` for a private one"

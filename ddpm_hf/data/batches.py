@@ -48,6 +48,17 @@ class Images(NamedTuple):
         labels = None if self.dataset is None else self.dataset.labels
         return trained_classes(labels, len(self.rows.label_names))
 
+    def lines(self, of_rows: str, more: str = "") -> dict[str, str]:
+        """What a run says of its data at its start.
+
+        Args:
+            of_rows: what else its rows have.
+            more: on its images.
+        """
+        count = "a stream" if self.count is None else f"{self.count:,} images"
+        shape = self.transform.channels, self.transform.height, self.transform.width
+        return {"data": f"{self.rows.name}: {count}, {of_rows}", "images": f"{' × '.join(map(str, shape))}{more}"}
+
     def name_of(self, row: int) -> str:
         """What to call one of a batch's `index`: the image's file, or its number."""
         return f"{row} of {self.rows.name}" if self.dataset is None else self.dataset.name_of(row)
@@ -154,7 +165,8 @@ def held_out_means(
     for first in range(accelerator.process_index * size, len(held_out), accelerator.num_processes * size):
         indices = range(first, min(first + size, len(held_out)))
         batch = held_out.__getitems__([(0, index) for index in indices])
-        values = measure(batch, StepKeys(run.seed, 0, first, len(indices), validation=True))
+        with accelerator.autocast():
+            values = measure(batch, StepKeys(run.seed, 0, first, len(indices), validation=True))
         totals += torch.stack([*(one.cpu().double().sum() for one in values), torch.tensor(float(len(indices)))])
     *sums, count = sum_over_ranks(totals).tolist()
     return {name: total / count for name, total in zip(names, sums)}

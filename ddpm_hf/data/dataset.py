@@ -170,7 +170,7 @@ class ImageDataset(torch.utils.data.Dataset):
         """What to call one of a batch's `index`."""
         return self.rows.name_of(self.rows.dataset[row], row)
 
-    def _read(self, index: int) -> tuple[int, np.ndarray]:
+    def read_pixels(self, index: int) -> tuple[int, np.ndarray]:
         """Image `index`, or the next one that can be read, and which it is."""
         if self.cache is not None:
             return index, self.cache[index]
@@ -183,7 +183,7 @@ class ImageDataset(torch.utils.data.Dataset):
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> dict[str, torch.Tensor]:
         """A batch: `images`, `index`, their rows [N], and `labels` [N] and `captions`, where there are any."""
-        found = [self._read(index) for _, index in keys]
+        found = [self.read_pixels(index) for _, index in keys]
         uniforms = [augmentation_uniforms(self.seed, epoch, index) for epoch, index in keys]
         images = [self.transform.crop_and_flip(pixels, drawn) for drawn, (_, pixels) in zip(uniforms, found)]
         chosen = [index for index, _ in found]

@@ -3,7 +3,7 @@
 import math
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ..common.arguments import FREE, HfArg, Need, names_elsewhere
 from ..common.errors import DataError
@@ -46,75 +46,17 @@ KINDS = ("imagefolder", "parquet", "arrow", "csv", "json", "webdataset")  # of f
 
 
 @dataclass
-class ImageFlags:
-    """Flags of how an image is made the model's."""
-
-    title: ClassVar[str] = "Images"
-    meanings: ClassVar[dict[str, str]] = IMAGES
-
-    resolution: str | None = HfArg(
-        default=None, help="64, or HEIGHTxWIDTH such as 64x96; by default the size of the model, else 64."
-    )
-    channels: int | None = HfArg(
-        default=None,
-        help="1 for grayscale, 3 for colour, 2 and 4 for these with alpha, n for arrays of n channels; by default what"
-        " the model has, else 3.",
-    )
-    pixel_range: list[float] | None = HfArg(  # noqa: RUF009
-        default=None,
-        help="LOW HIGH: values of arrays, and of images of more than 8 bits, that become black and white. By default"
-        " 0 255, of 16 bits 0 65535, of floats and booleans 0 1.",
-    )
-    image_interpolation_mode: Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"] = HfArg(
-        default="bilinear", help="How images are resized."
-    )
-    center_crop: bool = HfArg(default=False, help="Crop the centre; by default a random part.")
-    random_flip: bool = HfArg(default=False, help="Flip half of the images left to right.")
-    preserve_input_precision: bool = HfArg(
-        default=False, help="Keep 16- and 32-bit images as they are instead of rounding them to 8 bits."
-    )
-
-    def size(self) -> tuple[int, int]:
-        """(height, width) of --resolution, which a script settles from the model; else 64."""
-        parts = (self.resolution or "64").lower().split("x")
-        if len(parts) > 2 or not all(part.isdecimal() and len(part) < 6 and 0 < int(part) <= 16384 for part in parts):
-            raise DataError(
-                f"--resolution {self.resolution}: give a number up to 16384 such as 64, or HEIGHTxWIDTH such as 64x96"
-            )
-        return int(parts[0]), int(parts[-1])
-
-    def transform(self, channels: int) -> "ImageTransform":
-        """What makes the images the model's."""
-        from .images import ImageTransform
-
-        flags = self.center_crop, self.random_flip, self.preserve_input_precision, self.image_interpolation_mode
-        pixel_range = self.pixel_range and (float(self.pixel_range[0]), float(self.pixel_range[1]))
-        return ImageTransform(*self.size(), channels, *flags, pixel_range=pixel_range)
-
-    def check_images(self) -> None:
-        """Raise DataError for a size, a number of channels or a range that cannot be."""
-        if self.resolution is not None:
-            self.size()
-        if self.channels is not None and not 1 <= self.channels <= MOST_CHANNELS:
-            raise DataError(f"--channels {self.channels}: must be from 1 to {MOST_CHANNELS}")
-        given = self.pixel_range
-        if given is not None and not (len(given) == 2 and all(map(math.isfinite, given)) and given[0] < given[1]):
-            said = " ".join(f"{value:g}" for value in given)
-            raise DataError(f"--pixel_range {said}: give two numbers, LOW and then HIGH, such as -1 1")
-
-
-@dataclass
-class DataFlags(ImageFlags):
+class DataFlags:
     """Flags of the data, for every script that reads images."""
 
     title: ClassVar[str] = "Data"
-    meanings: ClassVar[dict[str, str]] = DATA
+    meanings: ClassVar[dict[str, str]] = DATA | IMAGES
     needs: ClassVar[dict[str, Need]] = {
         "validation_split": Need(
             lambda run: run.validation_steps, "holds out images that are never used without --validation_steps"
         ),
         "cache_dir": Need(
-            lambda run: not run.embedded or getattr(run, "cache_latents", False),
+            lambda run: run.dataset_name or run.train_data_dir or getattr(run, "cache_latents", False),
             "has no effect on the embedded digits",
         ),
     }
@@ -156,15 +98,62 @@ class DataFlags(ImageFlags):
         help="Share of the images to hold out for --validation_steps, such as 0.05; by default the dataset's"
         " validation split is used.",
     )
+    resolution: str | None = HfArg(
+        group="Images",
+        default=None,
+        help="64, or HEIGHTxWIDTH such as 64x96; by default the size of the model, else 64.",
+    )
+    channels: int | None = HfArg(
+        default=None,
+        help="1 for grayscale, 3 for colour, 2 and 4 for these with alpha, n for arrays of n channels; by default what"
+        " the model has, else 3.",
+    )
+    pixel_range: list[float] | None = HfArg(  # noqa: RUF009
+        default=None,
+        help="LOW HIGH: values of arrays, and of images of more than 8 bits, that become black and white. By default"
+        " 0 255, of 16 bits 0 65535, of floats and booleans 0 1.",
+    )
+    image_interpolation_mode: Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"] = HfArg(
+        default="bilinear", help="How images are resized."
+    )
+    center_crop: bool = HfArg(default=False, help="Crop the centre; by default a random part.")
+    random_flip: bool = HfArg(default=False, help="Flip half of the images left to right.")
+    preserve_input_precision: bool = HfArg(
+        default=False, help="Keep 16- and 32-bit images as they are instead of rounding them to 8 bits."
+    )
+
+    def size(self) -> tuple[int, int]:
+        """(height, width) of --resolution, which a script settles from the model; else 64."""
+        parts = (self.resolution or "64").lower().split("x")
+        if len(parts) > 2 or not all(part.isdecimal() and len(part) < 6 and 0 < int(part) <= 16384 for part in parts):
+            raise DataError(
+                f"--resolution {self.resolution}: give a number up to 16384 such as 64, or HEIGHTxWIDTH such as 64x96"
+            )
+        return int(parts[0]), int(parts[-1])
+
+    def transform(self, channels: int) -> "ImageTransform":
+        """What makes the images the model's."""
+        from .images import ImageTransform
+
+        flags = self.center_crop, self.random_flip, self.preserve_input_precision, self.image_interpolation_mode
+        pixel_range = self.pixel_range and (float(self.pixel_range[0]), float(self.pixel_range[1]))
+        return ImageTransform(*self.size(), channels, *flags, pixel_range=pixel_range)
 
     @property
     def embedded(self) -> bool:
         """Whether no dataset is named, so that the embedded digits are meant."""
         return self.dataset_name is None and self.train_data_dir is None
 
-    def check_data(self) -> None:
+    def check(self, flags: Any) -> None:
         """Raise DataError for a value out of range or a combination that cannot work."""
-        self.check_images()
+        if self.resolution is not None:
+            self.size()
+        if self.channels is not None and not 1 <= self.channels <= MOST_CHANNELS:
+            raise DataError(f"--channels {self.channels}: must be from 1 to {MOST_CHANNELS}")
+        given = self.pixel_range
+        if given is not None and not (len(given) == 2 and all(map(math.isfinite, given)) and given[0] < given[1]):
+            said = " ".join(f"{value:g}" for value in given)
+            raise DataError(f"--pixel_range {said}: give two numbers, LOW and then HIGH, such as -1 1")
         if self.embedded and self.channels is not None and self.channels > 4:
             raise DataError(f"--channels {self.channels}: the embedded digits have 1, and become up to 4")
         if self.embedded and self.pixel_range is not None:
@@ -187,3 +176,5 @@ class DataFlags(ImageFlags):
             raise DataError(f"--max_train_samples {self.max_train_samples}: 1 or more, and not of a stream")
         if self.streaming and (self.validation_split or self.cache_dataset == "always"):
             raise DataError("--streaming knows no --validation_split and no --cache_dataset always")
+        if self.streaming and flags.max_train_steps is None:
+            raise DataError("--streaming has no epochs to count: give --max_train_steps")

@@ -1,7 +1,7 @@
 """What a text-to-image model consists of, loaded from a checkpoint or a run."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -26,39 +26,55 @@ class Components(NamedTuple):
     others: dict  # its sampler and default guidance scale; of a checkpoint also what else it holds
 
 
-def load_checkpoint_components(config, **given) -> Components:
+def load_checkpoint_components(
+    name: str,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    non_ema_revision: str | None = None,
+    prediction_type: str | None = None,
+    rescale_betas_zero_snr: bool = False,
+    guidance_scale: float | None = None,
+    token: str | None = None,
+    **given: Any,
+) -> Components:
     """All of a Stable Diffusion checkpoint.
 
     Args:
-        config: a run's, with `TextModelFlags`.
+        name: of the checkpoint, on the Hub or on disk; also its `revision` and the `variant` of its weights.
+        non_ema_revision: the revision with the UNet's weights that are not averaged, to be taken.
+        prediction_type, rescale_betas_zero_snr: of the diffusion, if it is to be another one.
+        guidance_scale: the default of its pipeline, if it is to be another one.
+        token: for a private checkpoint.
         given: components to take in the place of the checkpoint's.
 
     Raises:
         UsageError: there is none.
     """
-    name, options = config.pretrained_model_name_or_path, {"variant": config.variant, "use_safetensors": True}
-    options["token"] = config.hub_token
+    options: dict[str, Any] = {"variant": variant, "use_safetensors": True, "token": token}
     try:
-        pipeline = TextToImageDDPMPipeline.from_pretrained(name, revision=config.revision, **(options | given))
+        pipeline = TextToImageDDPMPipeline.from_pretrained(name, revision=revision, **(options | given))
         unet = pipeline.unet
-        if config.non_ema_revision and "unet" not in given:
-            unet = UNet2DConditionModel.from_pretrained(
-                name, subfolder="unet", revision=config.non_ema_revision, **options
-            )
+        if non_ema_revision and "unet" not in given:
+            unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet", revision=non_ema_revision, **options)
     except (OSError, ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
         reason = why_not_loaded(error)
         raise UsageError(
             f"--pretrained_model_name_or_path {name}: no Stable Diffusion checkpoint there ({reason})"
         ) from error
-    changes = {
-        "rescale_betas_zero_snr": config.rescale_betas_zero_snr or None,
-        "prediction_type": config.prediction_type,
-    }
+    changes = {"rescale_betas_zero_snr": rescale_betas_zero_snr or None, "prediction_type": prediction_type}
     changes = {key: value for key, value in changes.items() if value is not None}
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, **changes)
     extra = {key: pipeline.components.get(key) for key in ("safety_checker", "feature_extractor", "image_encoder")}
-    others = {"sampler": type(pipeline.scheduler), "guidance_scale": pipeline.config.guidance_scale, **extra}
+    scale = pipeline.config.guidance_scale if guidance_scale is None else guidance_scale
+    others = {"sampler": type(pipeline.scheduler), "guidance_scale": scale, **extra}
     return Components(pipeline.vae, pipeline.text_encoder, pipeline.tokenizer, unet, scheduler, others)
+
+
+def of_a_checkpoint(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run's settings say of its checkpoint, and change of it; earlier versions did not record all of it."""
+    names = "revision", "variant", "non_ema_revision", "prediction_type", "rescale_betas_zero_snr", "guidance_scale"
+    return {name: settings[name] for name in names if name in settings}
 
 
 def assemble(components: Components) -> TextToImageDDPMPipeline:
@@ -79,7 +95,7 @@ def assemble(components: Components) -> TextToImageDDPMPipeline:
     )
 
 
-def load_text_encoder(name_or_path: str, token: str | None = None):
+def load_text_encoder(name_or_path: str, token: str | None = None) -> tuple[CLIPTokenizer, CLIPTextModel]:
     """A tokenizer and its CLIPTextModel: by themselves, or of a pipeline.
 
     Raises:
@@ -112,27 +128,23 @@ def components_of_run(
     Raises:
         UsageError: a component that cannot be loaded, or that is not there.
     """
-    # earlier versions did not record the scale
-    config = SimpleNamespace(**{"guidance_scale": None, **settings, "hub_token": token})
-    if config.pretrained_model_name_or_path:
-        components = load_checkpoint_components(config, **given)
-        if config.guidance_scale is not None:
-            components.others["guidance_scale"] = config.guidance_scale
-        return components
+    if settings["pretrained_model_name_or_path"]:
+        name, changes = settings["pretrained_model_name_or_path"], of_a_checkpoint(settings)
+        return load_checkpoint_components(name, **changes, token=token, **given)
     tokenizer = text_encoder = None
-    if config.text_encoder_name_or_path:
-        tokenizer, text_encoder = load_text_encoder(config.text_encoder_name_or_path, token)
+    if settings["text_encoder_name_or_path"]:
+        tokenizer, text_encoder = load_text_encoder(settings["text_encoder_name_or_path"], token)
     elif (run / "tokenizer").is_dir():
         tokenizer = CLIPTokenizer.from_pretrained(run / "tokenizer")
     text_encoder = given.get("text_encoder", text_encoder)
     there = {
-        "autoencoder": config.vae_name_or_path or (run / AUTOENCODER / "config.json").is_file(),
+        "autoencoder": settings["vae_name_or_path"] or (run / AUTOENCODER / "config.json").is_file(),
         "tokenizer": tokenizer,
         "text encoder": text_encoder,
         "scheduler": scheduler,
     }
     if missing := [name for name, value in there.items() if not value]:
         raise UsageError(f"there is no {' and no '.join(missing)} of it in {run}")
-    vae = load_autoencoder(config.vae_name_or_path or str(run / AUTOENCODER), token=token)
-    others = {"sampler": DDPMScheduler, "guidance_scale": config.guidance_scale}
+    vae = load_autoencoder(settings["vae_name_or_path"] or str(run / AUTOENCODER), token=token)
+    others = {"sampler": DDPMScheduler, "guidance_scale": settings.get("guidance_scale")}
     return Components(vae, text_encoder, tokenizer, given["unet"], DDPMScheduler.from_config(scheduler), others)

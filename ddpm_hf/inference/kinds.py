@@ -2,7 +2,7 @@
 
 import importlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..common.errors import said_in_a_line
 
@@ -37,7 +37,7 @@ KINDS = {
         "pipeline_text2image_ddpm_hf", "text to image", "text-to-image", True, ("StableDiffusionPipeline",)
     ),
 }
-# The class of ours, by the class that saved a model: `hub_ddpm_hf.SAMPLED_BY`, which imports diffusers, says the same
+# The class of ours, by the class that saved a model; `hub_ddpm_hf.SAMPLED_BY`, for Diffusers' classes, says the same
 SAMPLED_BY = {saved_by: name for name, kind in KINDS.items() for saved_by in (name, *kind.stock)}
 
 
@@ -60,7 +60,7 @@ def pipeline_class(model: str, revision: str | None = None, token: str | None = 
         return getattr(importlib.import_module(f"..portable.{file}", __package__), SAMPLED_BY[name])
 
 
-def load_pipeline(model: str, revision: str | None = None, token: str | None = None):
+def load_pipeline(model: str, revision: str | None = None, token: str | None = None) -> Any:
     """Our pipeline from a folder or Hub name, of whatever kind, without executing anything from it.
 
     Raises:

@@ -1,6 +1,7 @@
 """The samplers of the command line, of the Space and of the model cards: one row each."""
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 
@@ -9,7 +10,7 @@ class Sampler(NamedTuple):
 
     Args:
         title: for people.
-        scheduler: its class in Diffusers; None is our own DDPMScheduler.
+        scheduler: its class in Diffusers; None is our DDPMScheduler.
         steps: its usual number of steps; None is all of the model's timesteps.
         config: what its config says besides the model's.
         note: what to know before choosing it.
@@ -41,10 +42,10 @@ SAMPLERS = {
     ),
 }  # fmt: skip
 TEXT_STEPS = 50  # of ancestral sampling by text, as in Stable Diffusion's pipeline
-QUICK_ANCESTRAL_STEPS = 100  # where someone waits: beyond them the images hardly change
+QUICK_ANCESTRAL_STEPS = 100  # for interactive use: beyond them the images hardly change
 
 
-def swap_sampler(pipeline, name: str) -> int | None:
+def swap_sampler(pipeline: Any, name: str) -> int | None:
     """Put a sampler of `SAMPLERS` into the pipeline; its usual number of steps (None: all of T)."""
     import diffusers
 
@@ -65,7 +66,7 @@ def swap_sampler(pipeline, name: str) -> int | None:
 
 
 @contextlib.contextmanager
-def swapped(pipeline, name: str):
+def swapped(pipeline: Any, name: str) -> Iterator[int | None]:
     """A sampler, with its usual number of steps, in the pipeline; after it the pipeline's scheduler again."""
     before = pipeline.scheduler
     try:
@@ -74,8 +75,8 @@ def swapped(pipeline, name: str):
         pipeline.scheduler = before
 
 
-def usable_samplers(pipeline) -> dict[str, int]:
-    """The samplers that can run the model, each with a number of steps for someone who waits."""
+def usable_samplers(pipeline: Any) -> dict[str, int]:
+    """The samplers that can run the model, each with a number of steps for interactive use."""
     usable = {}
     for name in SAMPLERS:
         # `check_sampler` says which cannot

@@ -2,18 +2,21 @@
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .kinds import load_pipeline
 from .samplers import swapped, usable_samplers
+
+if TYPE_CHECKING:
+    import torch
 
 MOST_IMAGES = 16
 MOMENTS = 10  # at which a chain is shown
 
 
-def keyed_generators(device, seed: int, indices) -> list:
+def keyed_generators(device: "torch.device", seed: int, indices: Iterable[int]) -> "list[torch.Generator]":
     """A generator for each image: image i depends on the seed and i alone, whatever the batch."""
     import torch
 
@@ -64,23 +67,21 @@ class Studio:
         self.knows_no_class = getattr(self.pipeline, "null_class", None) is not None
         self.guided = self.by_text or self.knows_no_class
         self.guidance_scale = self.pipeline.config.guidance_scale if self.by_text else 1.0  # by default
-        self.longest = self.scheduler.config.num_train_timesteps
+        self.max_steps = self.scheduler.config.num_train_timesteps
         self.samplers = usable_samplers(self.pipeline)
-        self._alone = threading.Lock()  # a pipeline's sampler is in one chain at a time
+        self._lock = threading.Lock()  # a pipeline's sampler is in one chain at a time
 
     @property
     def image_size(self) -> tuple[int, int]:
         """(width, height) in pixels."""
-        _, height, width = self.pipeline.sample_shape
-        vae = self.pipeline.vae
-        factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
-        return width * factor, height * factor
+        height, width = self.pipeline.image_size
+        return width, height
 
-    def draw(self, request: SampleRequest, watch: Callable[[Step], None] | None = None) -> list:
+    def sample(self, request: SampleRequest, report: Callable[[Step], None] | None = None) -> list:
         """PIL images, one for each index.
 
         Args:
-            watch: hears of each step.
+            report: called after each step.
 
         Raises:
             ValueError: an unsupported request.
@@ -89,18 +90,18 @@ class Studio:
             raise ValueError(f"{request.count} images: ask for 1 to {MOST_IMAGES}")
         if self.by_text and not request.prompt.strip():
             raise ValueError("this model samples from a text: give a prompt")
-        with self._alone, swapped(self.pipeline, request.sampler):
-            return self._drawn(request, watch)
+        with self._lock, swapped(self.pipeline, request.sampler):
+            return self._sample(request, report)
 
-    def _drawn(self, request: SampleRequest, watch: Callable[[Step], None] | None) -> list:
+    def _sample(self, request: SampleRequest, report: Callable[[Step], None] | None) -> list:
         """The images of a checked request."""
         generators = keyed_generators(self.pipeline._execution_device, request.seed, range(request.count))
         options: dict[str, Any] = {"generator": generators, "num_inference_steps": request.steps}
         options["output_type"] = "preview"
         if self.guided and request.guidance_scale is not None:
             options["guidance_scale"] = request.guidance_scale
-        if watch is not None:
-            options["callback_on_step_end"] = self._reporter(watch)
+        if report is not None:
+            options["callback_on_step_end"] = self._callback(report)
             options["callback_on_step_end_tensor_inputs"] = ("pred_original_sample",)
         if self.by_text:
             negative = request.negative_prompt or None
@@ -111,20 +112,20 @@ class Studio:
         return self.pipeline(request.count, **options).images
 
     @staticmethod
-    def _reporter(watch: Callable[[Step], None]) -> Callable:
-        """`callback_on_step_end` that tells `watch` of each step."""
+    def _callback(report: Callable[[Step], None]) -> Callable:
+        """A `callback_on_step_end` that reports each step."""
 
-        def report(pipeline, index: int, timestep, tensors: dict) -> dict:
+        def callback(pipeline: Any, index: int, timestep: float, tensors: dict) -> dict:
             total = len(pipeline.scheduler.timesteps)
             shown = {round(number * (total - 1) / (MOMENTS - 1)) for number in range(MOMENTS)}
             predictions = pipeline.decode(tensors["pred_original_sample"], "preview") if index in shown else None
-            watch(Step(index + 1, total, int(timestep), predictions))
+            report(Step(index + 1, total, int(timestep), predictions))
             return {}
 
-        return report
+        return callback
 
 
-def trained_class_names(pipeline) -> list[str]:
+def trained_class_names(pipeline: Any) -> list[str]:
     """The classes to offer: those that training images had; empty for a model without classes."""
     return [pipeline.config.id2label[str(number)] for number in getattr(pipeline, "default_classes", [])]
 
@@ -136,24 +137,24 @@ def best_device() -> str:
     return next((name for name in ("cuda", "mps") if getattr(torch, name).is_available()), "cpu")
 
 
-def followed(draw: Callable[[Callable[[Any], None]], Any]) -> Iterator[Any]:
-    """Run `draw(watch)` in a thread; yield what `watch` receives, then what `draw` returns.
+def streamed(sample: Callable[[Callable[[Any], None]], Any]) -> Iterator[Any]:
+    """Run `sample(report)` in a thread; yield what it reports, then what it returns.
 
-    Closing the iterator cancels sampling at the next step; what `draw` raises is raised here.
+    Closing the iterator cancels sampling at the next step; what `sample` raises is raised here.
     """
-    heard, left = queue.SimpleQueue(), threading.Event()
+    reports, closed = queue.SimpleQueue(), threading.Event()
 
-    def watch(word: Any) -> None:
-        if left.is_set():
-            raise InterruptedError("nobody listens any more")
-        heard.put([word])
+    def report(value: Any) -> None:
+        if closed.is_set():
+            raise InterruptedError("the iterator was closed")
+        reports.put([value])
 
     with ThreadPoolExecutor(1) as pool:
-        drawn = pool.submit(draw, watch)
-        drawn.add_done_callback(lambda _: heard.put([]))
+        result = pool.submit(sample, report)
+        result.add_done_callback(lambda _: reports.put([]))
         try:
-            while word := heard.get():
-                yield word[0]
+            while reported := reports.get():
+                yield reported[0]
         finally:
-            left.set()
-        yield drawn.result()
+            closed.set()
+        yield result.result()

@@ -120,7 +120,7 @@ def check_cacheable(images: ImageDataset, every: bool = False) -> None:
         return
     shapes = (pixels.shape[:2] for pixels in (() if images.cache is None else images.cache))
     if images.cache is None and every:
-        shapes = (images._read(index)[1].shape[:2] for index in range(len(images)))
+        shapes = (images.read_pixels(index)[1].shape[:2] for index in range(len(images)))
     if any(tuple(shape) != size for shape in shapes):
         raise UsageError(RANDOM_CROPS)
 
@@ -144,7 +144,7 @@ def cache_latents(
         found = []
         for place in places:
             index, mirrored = place % len(keys), place >= len(keys)
-            pixels = images._read(index)[1]
+            pixels = images.read_pixels(index)[1]
             if pixels.shape[:2] != size:
                 raise UsageError(RANDOM_CROPS)
             upright = transform._replace(random_flip=mirrored).crop_and_flip(pixels, UNAUGMENTED)

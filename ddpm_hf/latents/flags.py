@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from ..common.arguments import FIXED, FREE, HfArg, Need, names_elsewhere
+from ..common.arguments import FIXED, FREE, NOT_NEGATIVE, POSITIVE, HfArg, Need, names_elsewhere
 from ..common.errors import UsageError
 
 LATENTS = names_elsewhere("""
@@ -31,35 +31,49 @@ class LatentFlags:
         help="Encode images, and captions where the text encoder is frozen, once and for all.",
     )
 
-    def cache_folder(self) -> Path:
-        """Where that is kept: below --cache_dir, for all runs, or in the run's folder."""
-        return Path(self.cache_dir) / "ddpm_hf" if self.cache_dir else Path(self.output_dir) / "cache"
+    def check(self, flags: Any) -> None:
+        """Raise UsageError for latents that nothing computes, or that are never complete."""
+        autoencoder = self.vae_name_or_path or hasattr(flags, "vae_train_steps")  # which trains one
+        if self.cache_latents and (flags.streaming or not autoencoder):
+            raise UsageError("--cache_latents needs --vae_name_or_path, and a dataset that is not a stream")
 
 
-AUTOENCODER_FOLDER = "autoencoder"  # of its run, within that of the model that it is for
+def cache_folder(cache_dir: str | None, output_dir: str) -> Path:
+    """Where encodings are kept: below --cache_dir, for all runs, or in the run's folder."""
+    return Path(cache_dir) / "ddpm_hf" if cache_dir else Path(output_dir) / "cache"
 
 
 @dataclass
-class AutoencoderFlags(LatentFlags):
+class AutoencoderFlags:
     """Flags of the autoencoder, where a script trains one."""
 
     title: ClassVar[str] = "Autoencoder"
-    needs: ClassVar[dict[str, Need]] = dict.fromkeys(
-        ("vae_train_steps", "vae_learning_rate", "vae_kl_weight", "vae_latent_channels", "vae_widths"),
-        Need(
-            lambda run: not (run.vae_name_or_path or run.pretrained_model_name_or_path),
-            "has no effect: no autoencoder is trained, that of --vae_name_or_path or of the checkpoint is used",
+    needs: ClassVar[dict[str, Need]] = {
+        **dict.fromkeys(
+            ("vae_train_steps", "vae_learning_rate", "vae_kl_weight", "vae_latent_channels", "vae_widths"),
+            Need(
+                lambda run: not (run.vae_name_or_path or run.pretrained_model_name_or_path),
+                "has no effect: no autoencoder is trained, that of --vae_name_or_path or of the checkpoint is used",
+            ),
         ),
-    )
+        "eval_batch_size": Need(
+            lambda run: True, "is also the batch in which a new autoencoder's latents are measured"
+        ),
+    }
 
     vae_train_steps: int = HfArg(
-        resume=FIXED, default=1500, help="Steps to train a new autoencoder for, where there is none."
+        range=POSITIVE, resume=FIXED, default=1500, help="Steps to train a new autoencoder for, where there is none."
     )
-    vae_learning_rate: float = HfArg(resume=FIXED, default=1e-3, help="Its learning rate, decaying as a cosine.")
+    vae_learning_rate: float = HfArg(
+        range=POSITIVE, resume=FIXED, default=1e-3, help="Its learning rate, decaying as a cosine."
+    )
     vae_kl_weight: float = HfArg(
-        resume=FIXED, default=1e-4, help="Weight of the latents' KL to a unit Gaussian, added to the L1 loss."
+        range=NOT_NEGATIVE,
+        resume=FIXED,
+        default=1e-4,
+        help="Weight of the latents' KL to a unit Gaussian, added to the L1 loss.",
     )
-    vae_latent_channels: int = HfArg(resume=FIXED, default=4, help="Channels of its latents.")
+    vae_latent_channels: int = HfArg(range=POSITIVE, resume=FIXED, default=4, help="Channels of its latents.")
     vae_widths: str = HfArg(
         resume=FIXED, default="16,32,64", help="Channels at each of its levels; each but the first halves."
     )
@@ -74,13 +88,8 @@ class AutoencoderFlags(LatentFlags):
             )
         return tuple(widths)
 
-    def check_autoencoder(self) -> None:
+    def check(self, flags: Any) -> None:
         """Raise UsageError for a value out of range."""
         self.widths()
-        for name in ("vae_train_steps", "vae_latent_channels", "vae_learning_rate"):
-            if not getattr(self, name) > 0:
-                raise UsageError(f"--{name} {getattr(self, name)}: must be more than 0")
         if self.vae_latent_channels > 1024:
             raise UsageError(f"--vae_latent_channels {self.vae_latent_channels}: must be 1024 or less")
-        if not self.vae_kl_weight >= 0:
-            raise UsageError(f"--vae_kl_weight {self.vae_kl_weight}: must be 0 or more")

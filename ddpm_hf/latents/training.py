@@ -20,11 +20,12 @@ from ..models.saving import save_model
 from ..objectives.gaussians import mean_flat
 from ..training.checkpointing import find_checkpoint
 from ..training.earlier_run import remove_unfinished
-from ..training.flags import TrainingConfig
+from ..training.flags import GridFlags, TrainingFlags
 from ..training.logs import track_image
 from ..training.loop import training_loop
 from ..training.meter import Losses
 from ..training.rehearsal import rehearse
+from ..training.reporting import parameter_count
 from ..training.run import Run
 from ..training.setup.accelerator import start_accelerator
 from ..training.setup.begin import begin_training, run_facts
@@ -138,7 +139,7 @@ def train_autoencoder(
     folder, resumes = run.folder / AUTOENCODER, run.flags.resume_from_checkpoint
     if (folder / "config.json").is_file() and resumes:
         before = find_checkpoint(folder, "latest", lambda line: None)
-        check_unchanged(run.recorded, before and before.manifest)
+        check_unchanged(run.settings, before and before.manifest)
         if run.accelerator.is_main_process and not rehearse_only:
             remove_unfinished(folder)
         return load_autoencoder(str(folder)).to(run.device)
@@ -148,6 +149,7 @@ def train_autoencoder(
     run = dataclasses.replace(
         run,
         flags=flags_of_autoencoder(run.flags, flags),
+        grids=run.grids and grids_of_autoencoder(run.grids, flags),
         accelerator=start_accelerator(run.flags),  # Accelerate's checkpoints hold all that one engine has prepared
         entries=layout(model=True),
     )
@@ -156,9 +158,8 @@ def train_autoencoder(
     plan = plan_steps(run, images)
     facts = run_facts(run, images.count, plan)
     check_resumable(run, vae, facts, "vae")
-    parameters = sum(parameter.numel() for parameter in vae.parameters())
-    run.log(f"training an autoencoder first: {parameters:,} parameters, {plan.total} steps")
-    state = begin_training(run, Reconstruction(vae), plan, facts, parts={"vae": vae})
+    run.log(f"training an autoencoder first: {parameter_count(vae):,} parameters, {plan.total} steps")
+    state = begin_training(run, Reconstruction(vae), plan, facts, {"vae": vae})
     loss_of = functools.partial(compute_loss, kl_weight=flags.vae_kl_weight, device=run.device)
     batches = rehearse(run, state, plan, make_batches(run, images, plan, state.step), loss_of)
     if rehearse_only:
@@ -178,9 +179,9 @@ def train_autoencoder(
     return trained
 
 
-def flags_of_autoencoder(training: TrainingConfig, flags: AutoencoderFlags) -> TrainingConfig:
+def flags_of_autoencoder(training: TrainingFlags, flags: AutoencoderFlags) -> TrainingFlags:
     """The flags that an autoencoder is trained with, within the training of the model that it is for."""
-    steps, grids = flags.vae_train_steps, training.save_images_epochs or training.save_images_steps
+    steps = flags.vae_train_steps
     return dataclasses.replace(
         training,
         output_dir=str(Path(training.output_dir) / AUTOENCODER),
@@ -191,10 +192,14 @@ def flags_of_autoencoder(training: TrainingConfig, flags: AutoencoderFlags) -> T
         gradient_accumulation_steps=1,
         overwrite_output_dir=False,  # the model's own run, with all in this folder, has been set aside
         resume_from_checkpoint=training.resume_from_checkpoint and "latest",
-        save_images_epochs=0,
-        save_images_steps=max(1, steps // 4) if grids else None,
         validation_steps=None,
         use_ema=True,
         ema_max_decay=0.995,
         ema_min_decay=0.0,
     )
+
+
+def grids_of_autoencoder(grids: GridFlags, flags: AutoencoderFlags) -> GridFlags:
+    """When its reconstructions are drawn: four times, where the model's training samples pictures."""
+    wanted = grids.save_images_epochs or grids.save_images_steps
+    return GridFlags(save_images_epochs=0, save_images_steps=max(1, flags.vae_train_steps // 4) if wanted else None)

@@ -5,21 +5,22 @@ import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 
+from ..portable.sampling_ddpm_hf import downscaling
 from .unet import build_unet
 
 
 class AttentionPool(torch.nn.Module):
-    """A feature map [N, C, H, W] as one vector [N, C]: its mean attends to all places (as in CLIP's image encoder)."""
+    """A feature map [N, C, H, W] as one vector [N, C]: its mean attends to all positions (as in CLIP)."""
 
-    def __init__(self, channels: int, places: int, heads: int):
+    def __init__(self, channels: int, positions: int, heads: int):
         super().__init__()
-        self.position = torch.nn.Parameter(torch.randn(places + 1, channels) / channels**0.5)
+        self.position = torch.nn.Parameter(torch.randn(positions + 1, channels) / channels**0.5)
         self.attention = torch.nn.MultiheadAttention(channels, heads, batch_first=True)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """[N, C, H, W] -> [N, C]."""
-        places = features.flatten(2).transpose(1, 2)  # [N, H·W, C]
-        tokens = torch.cat([places.mean(dim=1, keepdim=True), places], dim=1) + self.position  # [N, 1 + H·W, C]
+        positions = features.flatten(2).transpose(1, 2)  # [N, H·W, C]
+        tokens = torch.cat([positions.mean(dim=1, keepdim=True), positions], dim=1) + self.position  # [N, 1 + H·W, C]
         return self.attention(tokens[:, :1], tokens, tokens, need_weights=False)[0].squeeze(1)
 
 
@@ -29,7 +30,7 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
     Args:
         unet: the arguments of the `UNet2DModel` whose encoder this is.
         num_classes: K.
-        num_train_timesteps, trained_betas: the diffusion it was trained on, T and β; for whoever loads it.
+        num_train_timesteps, trained_betas: the diffusion it was trained on, T and β.
         trained_classes: the ids of the classes that training images had, where not all K had some.
     """
 
@@ -48,14 +49,14 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         super().__init__()
         if any("Skip" in kind for kind in unet.get("down_block_types", ())):
             raise ValueError("a classifier cannot be made of SkipDownBlock2D, whose blocks pass the image along")
-        whole = build_unet(unet)
-        self.conv_in, self.time_proj, self.time_embedding = whole.conv_in, whole.time_proj, whole.time_embedding
-        self.down_blocks, self.mid_block = whole.down_blocks, whole.mid_block
-        width = whole.config.block_out_channels[-1]
-        size = whole.config.sample_size
+        network = build_unet(unet)
+        self.conv_in, self.time_proj, self.time_embedding = network.conv_in, network.time_proj, network.time_embedding
+        self.down_blocks, self.mid_block = network.down_blocks, network.mid_block
+        width = network.config.block_out_channels[-1]
+        size = network.config.sample_size
         height, breadth = (size, size) if isinstance(size, int) else size
-        shrunk = 2 ** (len(whole.config.block_out_channels) - 1)
-        self.norm = torch.nn.GroupNorm(whole.config.norm_num_groups, width)
+        shrunk = downscaling(network.config)
+        self.norm = torch.nn.GroupNorm(network.config.norm_num_groups, width)
         heads = max(count for count in range(1, max(1, width // 64) + 1) if width % count == 0)
         self.pool = AttentionPool(width, (height // shrunk) * (breadth // shrunk), heads)
         self.head = torch.nn.Linear(width, num_classes)

@@ -47,3 +47,15 @@ def make_scheduler(
     except ValueError as error:
         raise UsageError(str(error)) from error
     return scheduler
+
+
+def terminal_snr_warning(scheduler: "DDPMScheduler", schedule: ScheduleFlags) -> str | None:
+    """A warning where x_T still shows the image: sampling starts from pure noise, which is then the wrong place."""
+    left = float(scheduler.exact_tables.alphas_cumprod[-1])
+    if left <= 0.01:
+        return None
+    return (
+        f"warning: {schedule.ddpm_beta_schedule} with --ddpm_num_steps {schedule.ddpm_num_steps} leaves"
+        f" ᾱ_T = {left:.2f} of the image in x_T; use more steps, --ddpm_beta_schedule cosine,"
+        " or --rescale_betas_zero_snr with --prediction_type v_prediction"
+    )

@@ -2,14 +2,11 @@
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import Any, ClassVar
 
 from ..common.arguments import FIXED, FREE, HfArg, Need, names_elsewhere
 from ..common.errors import UsageError
 from .presets import MODEL_PRESETS
-
-if TYPE_CHECKING:  # else imported where it is used, so that --help is quick
-    pass
 
 # What other programs call these flags
 UNET = names_elsewhere("""
@@ -27,6 +24,9 @@ START_FROM = names_elsewhere("""
 --pretrained_model_name_or_path: pretrained pretrained_model init_from finetune fine_tune pretrained_unet
 --pretrained_model_name_or_path: unet_name_or_path pretrained_path load_from init_checkpoint pretrained_model_path
 --pretrained_model_name_or_path: model_name_or_path base_model init_checkpoint_path checkpoint_path
+""")
+ATTENTION = names_elsewhere("""
+--enable_xformers_memory_efficient_attention: xformers use_xformers flash_attn flash_attention
 """)
 
 
@@ -50,7 +50,7 @@ class UNetFlags:
         help="A UNet2DModel's config on the Hub or on disk; trained from scratch.",
     )
 
-    def check_unet(self) -> None:
+    def check(self, flags: Any) -> None:
         """Raise UsageError for two models."""
         if self.model_preset and self.model_config_name_or_path:
             raise UsageError("--model_preset and --model_config_name_or_path name two models; give one of them")
@@ -82,14 +82,25 @@ class StartFlags:
         resume=FIXED, default=None, help="The folder within it: checkpoint-500/unet, for example."
     )
 
-    def check_start(self) -> None:
+    def check(self, flags: Any) -> None:
         """Raise UsageError for two models, and for what only concerns one to start from."""
-        if self.pretrained_model_name_or_path is None:
-            for name in ("revision", "variant", "subfolder"):
-                if getattr(self, name) is not None:
-                    raise UsageError(f"--{name} is of the model to start from: give --pretrained_model_name_or_path")
-            return
-        if self.model_config_name_or_path is not None:
+        starts = self.pretrained_model_name_or_path is not None
+        for name in ("revision", "variant", "subfolder"):
+            if not starts and getattr(self, name) is not None:
+                raise UsageError(f"--{name} is of the model to start from: give --pretrained_model_name_or_path")
+        if starts and flags.model_config_name_or_path is not None:
             raise UsageError(
                 "--model_config_name_or_path and --pretrained_model_name_or_path name two models; give one of them"
             )
+
+
+@dataclass
+class AttentionFlags:
+    """Flags of the UNet's attention."""
+
+    title: ClassVar[str] = "Speed and memory"
+    meanings: ClassVar[dict[str, str]] = ATTENTION
+
+    enable_xformers_memory_efficient_attention: bool = HfArg(
+        default=False, help="xFormers' attention; torch's own is memory-efficient too."
+    )

@@ -4,10 +4,7 @@ A preset is one row: the arguments of `UNet2DModel`, and the flags that its pape
 command line or in a `--config` file wins over the preset's. Parameters are counted in `docs/presets.md`.
 """
 
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-if TYPE_CHECKING:  # else imported where it is used, so that --help is quick
-    pass
+from typing import Any, NamedTuple
 
 
 class Preset(NamedTuple):
@@ -24,7 +21,7 @@ def _blocks(kind: str, resolutions: list[int], attention_at: tuple[int, ...]) ->
     return tuple(f"{'Attn' if r in attention_at else ''}{kind}Block2D" for r in resolutions)
 
 
-def _unet(sample_size: int, widths: tuple[int, ...], layers: int, attention_at: tuple[int, ...], **more) -> dict:
+def _unet(sample_size: int, widths: tuple[int, ...], layers: int, attention_at: tuple[int, ...], **more: Any) -> dict:
     """The arguments that all presets state: block types follow from where the paper puts attention."""
     resolutions = [sample_size // 2**level for level in range(len(widths))]
     return {
@@ -51,7 +48,7 @@ _HO = {
 _OPENAI = {"resnet_time_scale_shift": "scale_shift", "attn_norm_num_groups": 32, "out_channels": 6}
 
 
-def _adm(sample_size: int, widths: tuple[int, ...], layers: int, **more) -> dict:
+def _adm(sample_size: int, widths: tuple[int, ...], layers: int, **more: Any) -> dict:
     """ADM attends at 32, 16 and 8 and resamples within residual blocks."""
     resampling = {"downsample_type": "resnet", "upsample_type": "resnet"}
     unet = _unet(sample_size, widths, layers, (32, 16, 8), **_OPENAI, **resampling, **more)
@@ -60,7 +57,7 @@ def _adm(sample_size: int, widths: tuple[int, ...], layers: int, **more) -> dict
     return unet
 
 
-def _small(sample_size: int, widths: tuple[int, ...], layers: int, attention_at: tuple[int, ...], **more) -> dict:
+def _small(sample_size: int, widths: tuple[int, ...], layers: int, attention_at: tuple[int, ...], **more: Any) -> dict:
     """For CPUs: one attention head (head dim 8 is slow), and at most a quarter as many norm groups as channels."""
     return _unet(sample_size, widths, layers, attention_at, norm_num_groups=8, attention_head_dim=widths[-1], **more)
 

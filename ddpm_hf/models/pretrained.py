@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from ..common.errors import UsageError, why_not_loaded
 from ..common.places import find_place
 from ..objectives.names import TRAINED_BETAS
+from .flags import StartFlags
 from .sources import Source, find_source
 
 if TYPE_CHECKING:  # else imported where it is used, so that --help is quick
@@ -19,35 +20,38 @@ SAID_ELSEWHERE = ("objective", "variance_type", "resolution")  # where they diff
 SHOWN = 6  # class names in a line
 
 
-def read_source(config) -> Source:
+def read_source(start: StartFlags, token: str | None) -> Source:
     """The trained model that `--pretrained_model_name_or_path` names.
 
     Raises:
         UsageError: there is none, or it is no unconditional or class-conditional model of a diffusion by betas.
     """
-    name = config.pretrained_model_name_or_path
+    name = start.pretrained_model_name_or_path
     try:
-        source = find_source(find_place(name, config.revision, config.subfolder, config.hub_token))
+        source = find_source(find_place(name, start.revision, start.subfolder, token))
         check_source(source)
     except ValueError as error:
         raise UsageError(f"{FLAG} {name}: {error}") from error
     return source
 
 
-def source_of(config, resumed: tuple[Path, dict[str, Any]] | None) -> Source | None:
-    """The trained model to start from, or None; of a run that is resumed, its checkpoint, which needs no other.
+def source_of(start: StartFlags, token: str | None, checkpoint: Path | None) -> Source | None:
+    """The trained model to start from, or None.
+
+    Args:
+        checkpoint: of a run that is resumed, which needs no other model.
 
     Raises:
         UsageError: what `read_source` raises.
     """
-    if not config.pretrained_model_name_or_path:
+    if not start.pretrained_model_name_or_path:
         return None
-    return find_source(find_place(str(resumed[0]))) if resumed else read_source(config)
+    return find_source(find_place(str(checkpoint))) if checkpoint else read_source(start, token)
 
 
-def revision_of_vae(config) -> str | None:
+def revision_of_vae(start: StartFlags, vae_name: str) -> str | None:
     """The revision of --vae_name_or_path: that of the model to start from, where it is a part of that."""
-    return config.revision if config.vae_name_or_path == config.pretrained_model_name_or_path else None
+    return start.revision if vae_name == start.pretrained_model_name_or_path else None
 
 
 def check_source(source: Source) -> None:
@@ -153,26 +157,26 @@ def _schedule_name(scheduler: "DDPMScheduler") -> str:
     return config.beta_schedule if named.betas.equal(scheduler.betas) else TRAINED_BETAS
 
 
-def differences(config, source: Source) -> list[str]:
+def differences(settings: Mapping[str, Any], source: Source) -> list[str]:
     """Warnings for flags that say something else than the trained model.
 
     Args:
-        config: the run's, with `StartFlags`, `ScheduleFlags`, `ObjectiveFlags` and `LatentFlags`.
+        settings: all flags of the run and their values.
     """
     trained = trained_settings(source)
     lines = []
-    if config.model_preset:
+    if settings["model_preset"]:
         lines.append(
-            f"warning: --model_preset {config.model_preset}: only its recipe counts, the UNet is that of {FLAG}"
+            f"warning: --model_preset {settings['model_preset']}: only its recipe counts, the UNet is that of {FLAG}"
         )
     if source.scheduler is None:
         lines.append(f"warning: nothing says which diffusion {source.title} was trained with: the flags decide")
     for name, value in trained.items():
-        now = getattr(config, name)
+        now = settings[name]
         if name in SAID_ELSEWHERE or now == value:
             continue
         lines.append(f"warning: --{name} {now}: {source.title} was trained with {value}")
-    if source.vae is None and config.vae_name_or_path:
+    if source.vae is None and settings["vae_name_or_path"]:
         lines.append(f"warning: {source.title} is a model of pixels; in latents, it learns most of it anew")
     return lines
 
@@ -210,14 +214,16 @@ def load_weights(source: Source, variant: str | None = None) -> dict[str, "torch
     return model.float().state_dict()
 
 
-def start_from(model, source: Source, class_names: Sequence[str], scheduler: "DDPMScheduler", config) -> list[str]:
+def start_from(
+    model, source: Source, class_names: Sequence[str], scheduler: "DDPMScheduler", variant: str | None
+) -> list[str]:
     """Give a new UNet the trained weights, fitted to its classes and its variance.
 
     Args:
         model: a `UNet2DModel` of the trained one's config, but for size, class embeddings and a learned variance.
         class_names: by id; empty for an unconditional model. Where it embeds one more, that is the null class.
         scheduler: of this run.
-        config: the run's, with `StartFlags`.
+        variant: of the weights.
 
     Returns:
         What was fitted, in lines to log.
@@ -225,7 +231,7 @@ def start_from(model, source: Source, class_names: Sequence[str], scheduler: "DD
     Raises:
         UsageError: weights that cannot be loaded, or classes that cannot be mapped.
     """
-    weights = load_weights(source, config.variant)
+    weights = load_weights(source, variant)
     lines = [f"starting from {source.title}"]
     lines += fit_classes(weights, source, class_names, model.config.num_class_embeds or 0)
     lines += fit_variance(weights, source, model.config.out_channels, scheduler)

@@ -6,10 +6,8 @@ from typing import Any
 
 from ..common.arguments import SHORTER_TRAINING
 from ..common.errors import UsageError
-from .flags import UNetFlags
 from .presets import MODEL_PRESETS
 from .pretrained import read_source, trained_settings
-from .unet import smallest_sample_side
 
 # The recipe for the embedded digits: a grid worth looking at after four minutes on two cores
 EMBEDDED_RECIPE = {
@@ -30,45 +28,52 @@ EMBEDDED_RECIPE = {
 }
 
 
-def weaker_layers(config) -> list[tuple[str, dict[str, Any]]]:
+def weaker_layers(flags: Any) -> list[tuple[str, dict[str, Any]]]:
     """What decides where command line and --config say nothing: the embedded recipe, the preset, the trained model.
+
+    Args:
+        flags: all of a program's, each by its name.
 
     Raises:
         UsageError: no such preset, or no model to start from.
     """
     embedded = {}
-    if config.embedded:
+    if flags.embedded:
         from ..common.machine import cpu_has_bf16
 
         embedded = {**EMBEDDED_RECIPE, "mixed_precision": "bf16" if cpu_has_bf16() else "no"}
-    start = getattr(config, "pretrained_model_name_or_path", None)
-    if config.model_config_name_or_path or start:
+    start = getattr(flags, "pretrained_model_name_or_path", None)
+    if flags.model_config_name_or_path or start:
         embedded.pop("model_preset", None)
-    preset = config.model_preset or embedded.get("model_preset")
+    preset = flags.model_preset or embedded.get("model_preset")
     if preset is not None and preset not in MODEL_PRESETS:
         raise UsageError(f"--model_preset must be one of {', '.join(MODEL_PRESETS)} (got {preset!r})")
     recipe = MODEL_PRESETS[preset].recipe if preset else {}
-    trained = trained_settings(read_source(config)) if start and not _goes_on(config) else {}
+    trained = trained_settings(read_source(flags, flags.hub_token)) if start and not _goes_on(flags) else {}
     return [("the embedded recipe", embedded), (f"the preset {preset}", recipe), (f"the model {start}", trained)]
 
 
-def _goes_on(config) -> bool:
+def _goes_on(flags: Any) -> bool:
     """Whether a run is resumed from a checkpoint, which then decides all that the model to start from did."""
     from ..common.checkpoints import settings_of
 
-    wanted = config.resume_from_checkpoint
-    return wanted is not None and bool(settings_of(Path(config.output_dir), wanted))
+    wanted = flags.resume_from_checkpoint
+    return wanted is not None and bool(settings_of(Path(flags.output_dir), wanted))
 
 
-def advice_on_a_cpu(flags: UNetFlags, sample_size: int | Sequence[int]) -> str:
-    """What to do where training this UNet takes too long on a CPU: a small preset that fits its images, if any."""
+def advice_on_a_cpu(preset: str | None, sample_size: int | Sequence[int], trained: bool = False) -> str:
+    """What to do where training this UNet takes too long on a CPU: a small preset that fits its images, if any.
+
+    Args:
+        preset: that of the UNet, if it has one.
+        trained: whether the UNet starts from trained weights, from which no preset would start.
+    """
+    from ..portable.sampling_ddpm_hf import downscaling
+
     sides = [sample_size] if isinstance(sample_size, int) else list(sample_size)
     small = [name for name in MODEL_PRESETS if name.startswith("small-")]  # smallest first
-    fitting = [
-        name for name in small if all(side % smallest_sample_side(MODEL_PRESETS[name].unet) == 0 for side in sides)
-    ]
+    fitting = [name for name in small if not any(side % downscaling(MODEL_PRESETS[name].unet) for side in sides)]
     large_enough = [name for name in fitting if MODEL_PRESETS[name].unet["sample_size"] >= max(sides)]
-    trained = getattr(flags, "pretrained_model_name_or_path", None)  # a preset would not start from its weights
-    if trained or flags.model_preset in small or not fitting:
+    if trained or preset in small or not fitting:
         return SHORTER_TRAINING
     return f"try --model_preset {(large_enough or fitting[::-1])[0]}; or {SHORTER_TRAINING}"

@@ -1,4 +1,4 @@
-"""Models, pipelines and pictures on disk, whole; and the variants of their weights."""
+"""Saving models and pipelines atomically, and variants of their weights."""
 
 import copy
 import json
@@ -7,15 +7,19 @@ import shutil
 import tempfile
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 
 from ..common.errors import UsageError
 from ..common.files import SCRAP, flush, flush_tree, write_whole
 from ..common.ownership import claim_files, listed, may_write, release_files, remove
 
 
-def save_model(model, folder: str | Path, only: str = "*", within: str | Path | None = None, **options) -> list[Path]:
+def save_model(
+    model: Any, folder: str | Path, only: str = "*", within: str | Path | None = None, **options: Any
+) -> list[Path]:
     """Save what has a `save_pretrained` such that each file is complete: written to a scratch folder, then moved.
 
     Args:
@@ -26,7 +30,7 @@ def save_model(model, folder: str | Path, only: str = "*", within: str | Path | 
     Returns: what was written, relative to the folder.
 
     Raises:
-        UsageError: a file there is somebody else's.
+        UsageError: a file there is not of a run.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -36,23 +40,23 @@ def save_model(model, folder: str | Path, only: str = "*", within: str | Path | 
         for path in scratch.rglob("config.json"):
             forget_origin(path)
         flush_tree(scratch)
-        places = [path.relative_to(scratch) for path in scratch.rglob(only) if path.is_file()]
+        paths = [path.relative_to(scratch) for path in scratch.rglob(only) if path.is_file()]
         if within is not None:
-            claim_places(Path(within), [(folder / place).relative_to(within).as_posix() for place in places])
+            claim_paths(Path(within), [(folder / path).relative_to(within).as_posix() for path in paths])
         for last in (False, True):  # a config says that the weights are there: it goes last
-            moved = [place for place in places if (place.suffix == ".json") == last]
-            for place in moved:
-                (folder / place).parent.mkdir(parents=True, exist_ok=True)
-                os.chmod(scratch / place, 0o644)  # safetensors' own are for their owner alone
-                os.replace(scratch / place, folder / place)
-            for parent in {(folder / place).parent for place in moved} | {folder}:
+            moved = [path for path in paths if (path.suffix == ".json") == last]
+            for path in moved:
+                (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                os.chmod(scratch / path, 0o644)  # safetensors makes them readable by their owner alone
+                os.replace(scratch / path, folder / path)
+            for parent in {(folder / path).parent for path in moved} | {folder}:
                 flush(parent)
-        return places
+        return paths
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def claim_places(folder: Path, names: list[str]) -> None:
+def claim_paths(folder: Path, names: list[str]) -> None:
     """List files in the manifest of an output folder, but refuse to replace what is not of a run there."""
     for name in names:
         if not may_write(folder, name):
@@ -67,9 +71,9 @@ def forget_origin(config: Path) -> None:
         write_whole(config, json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
-def save_pipeline(pipeline, folder: str | Path) -> None:
-    """Save a pipeline as `save_model` does; variants of its weights that were saved before go: they are of others."""
-    written = {place.as_posix() for place in save_model(pipeline, folder, within=folder)}
+def save_pipeline(pipeline: DiffusionPipeline, folder: str | Path) -> None:
+    """Save a pipeline as `save_model` does; older variants of its weights are removed."""
+    written = {path.as_posix() for path in save_model(pipeline, folder, within=folder)}
     outdated = [
         name
         for name in listed(folder)
@@ -82,13 +86,13 @@ def save_pipeline(pipeline, folder: str | Path) -> None:
     release_files(folder, outdated)
 
 
-def networks(pipeline) -> dict[str, torch.nn.Module]:
+def networks(pipeline: DiffusionPipeline) -> dict[str, torch.nn.Module]:
     """The components of a pipeline that have weights, by the names of their folders."""
     return {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
 
 
-def save_half_precision(pipeline, folder: str | Path) -> None:
-    """Beside a saved pipeline's weights, the same in fp16: `from_pretrained(..., variant="fp16")` loads them.
+def save_half_precision(pipeline: DiffusionPipeline, folder: str | Path) -> None:
+    """Save a pipeline's weights in fp16 as well: `from_pretrained(..., variant="fp16")` loads them.
 
     The pipeline itself stays as it is.
     """

@@ -2,14 +2,17 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..common.errors import UsageError
 from .flags import UNetFlags
 from .presets import MODEL_PRESETS, preset_unet_config
 from .pretrained import check_channels
 from .sources import Source
-from .unet import smallest_sample_side, stock_unet_defaults
+from .unet import stock_unet_defaults
+
+if TYPE_CHECKING:  # else imported where it is used, so that --help is quick
+    from diffusers import AutoencoderKL
 
 # That of Diffusers' script where neither preset nor config is named, so that its command lines train the same
 DEFAULT_UNET = {
@@ -21,7 +24,7 @@ DEFAULT_UNET = {
 
 
 def settle_resolution(
-    data, sample_size: int | Sequence[int] | None, factor: int, usual: str, trained: bool = False
+    data: Any, sample_size: int | Sequence[int] | None, factor: int, usual: str, trained: bool = False
 ) -> str | None:
     """Set a --resolution that was not given to the size of the model, or to the usual one.
 
@@ -37,32 +40,37 @@ def settle_resolution(
     Raises:
         UsageError: a sample size that is not one.
     """
-    own = None
+    trained_size = None
     if sample_size is not None:
         sides = [sample_size] * 2 if isinstance(sample_size, int) else sample_size
         if not (isinstance(sides, (list, tuple)) and len(sides) == 2 and all(type(side) is int for side in sides)):
             raise UsageError(f"the model's config has sample_size {sample_size!r}, which is not a size")
         height, width = (side * factor for side in sides)
-        own = str(height) if height == width else f"{height}x{width}"
+        trained_size = str(height) if height == width else f"{height}x{width}"
     if data.resolution is None:
-        data.resolution = own or usual
-        return None if data.resolution == usual else f"resolution {own}, the size of the model"
-    if trained and own and data.size() != (height, width):
-        return f"warning: --resolution {data.resolution}: the model was trained at {own} (--resolution {own})"
+        data.resolution = trained_size or usual
+        return None if data.resolution == usual else f"resolution {trained_size}, the size of the model"
+    if trained and trained_size and data.size() != (height, width):
+        return (
+            f"warning: --resolution {data.resolution}: the model was trained at {trained_size} (--resolution"
+            f" {trained_size})"
+        )
     return None
 
 
 def model_size(
-    flags: UNetFlags, vae=None, source: Source | None = None, token: str | None = None
+    flags: UNetFlags, vae: "AutoencoderKL | None" = None, source: Source | None = None, token: str | None = None
 ) -> tuple[int | Sequence[int] | None, int]:
     """The sample size that the flags name a model of, None where they name none; and the pixels for each of these.
 
     Raises:
         UsageError: no config there.
     """
+    from ..portable.sampling_ddpm_hf import downscaling
+
     if source is not None:
         return source.size, 1
-    factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+    factor = 1 if vae is None else downscaling(vae.config)
     if flags.model_config_name_or_path:
         return read_unet_config(flags.model_config_name_or_path, token).get("sample_size"), factor
     if flags.model_preset:
@@ -71,7 +79,11 @@ def model_size(
 
 
 def unet_arguments(
-    flags: UNetFlags, data, vae=None, source: Source | None = None, token: str | None = None
+    flags: UNetFlags,
+    data: Any,
+    vae: "AutoencoderKL | None" = None,
+    source: Source | None = None,
+    token: str | None = None,
 ) -> dict[str, Any]:
     """The UNet's arguments, fitted to the images' size and channels, or those of their latents.
 
@@ -82,11 +94,13 @@ def unet_arguments(
     Raises:
         UsageError: a resolution that the UNet cannot halve, or a channel mismatch.
     """
+    from ..portable.sampling_ddpm_hf import downscaling
+
     height, width = data.size()
     if vae is not None:
         if data.channels not in (None, vae.config.in_channels):
             raise UsageError(f"--channels {data.channels}: the autoencoder reads images of {vae.config.in_channels}")
-        factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        factor = downscaling(vae.config)
         if height % factor or width % factor:
             raise UsageError(f"--resolution {data.resolution}: the autoencoder requires multiples of {factor}")
         height, width = height // factor, width // factor
@@ -98,14 +112,14 @@ def unet_arguments(
         chosen = dict(read_unet_config(flags.model_config_name_or_path, token))
         for key in ("num_class_embeds", "class_embed_type"):  # classes are the data's: --label_column
             chosen.pop(key, None)
-        own = chosen.get("in_channels", 3)
-        channels = vae.config.latent_channels if vae is not None else data.channels or own
-        if own != channels:
+        expected = chosen.get("in_channels", 3)
+        channels = vae.config.latent_channels if vae is not None else data.channels or expected
+        if expected != channels:
             raise UsageError(
-                f"--model_config_name_or_path has {own} input channels and the"
+                f"--model_config_name_or_path has {expected} input channels and the"
                 f" {'images' if vae is None else 'latents'} {channels}"
                 + (
-                    f"; pass --channels {own}, or use a config of {channels}"
+                    f"; pass --channels {expected}, or use a config of {channels}"
                     if vae is None
                     else "; use a config of as many"
                 )
@@ -121,7 +135,7 @@ def unet_arguments(
         "in_channels": channels,
         "out_channels": channels,
     }
-    step = smallest_sample_side(chosen)
+    step = downscaling(chosen)
     if height % step or width % step:
         raise UsageError(
             f"--resolution {data.resolution}: this UNet halves the {'image' if vae is None else 'latent'}"

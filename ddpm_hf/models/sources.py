@@ -27,7 +27,7 @@ class Source(NamedTuple):
     Args:
         place: the folder of the UNet's weights.
         title: what to call them in a message.
-        unet: the UNet's config, whole.
+        unet: the UNet's config, with defaults filled in.
         scheduler: the diffusion's config; None where nothing is known of it.
         classes: the classes' names by their ids; None where nothing is known of them.
         vae: name of the autoencoder in whose latents it was trained, or of a pipeline with it; None for pixels.
@@ -89,7 +89,7 @@ def _nothing_in(place: Place) -> str:
 
 
 def unet_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a UNet2DModel, whole, from its config.
+    """All arguments of a UNet2DModel, from its config.
 
     Raises:
         ValueError: another model's.
@@ -137,8 +137,9 @@ def _pipeline_facts(place: Place, index: dict[str, Any]) -> dict[str, Any]:
 
 def _factor(vae: Mapping[str, Any] | None) -> int | None:
     """How many pixels each of an autoencoder's latents stands for, in each direction, by its config."""
-    widths = (vae or {}).get("block_out_channels")
-    return 2 ** (len(widths) - 1) if isinstance(widths, list) else None
+    from ..portable.sampling_ddpm_hf import downscaling
+
+    return downscaling(vae) if vae and isinstance(vae.get("block_out_channels"), list) else None
 
 
 def _training_of(place: Place) -> dict[str, Any]:

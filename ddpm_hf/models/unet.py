@@ -5,19 +5,22 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..common.errors import UsageError
-from .acceleration import use_xformers
 
 if TYPE_CHECKING:  # else imported where it is used, so that --help is quick
     from diffusers import UNet2DModel
 
 
-def make_unet(arguments: dict[str, Any], variance_type: str, classes: int | None, config):
-    """The UNet, initialised from the seed, with the flags that concern its execution applied.
+def make_unet(
+    arguments: dict[str, Any],
+    variance_type: str,
+    classes: int | None,
+    seed: int,
+) -> "UNet2DModel":
+    """The UNet, initialised from the seed.
 
     Args:
         variance_type: a learned variance doubles the output's channels.
         classes: embeddings to make for classes, with the null class; None for none.
-        config: the run's `PipelineConfig`.
     """
     import torch
 
@@ -27,16 +30,11 @@ def make_unet(arguments: dict[str, Any], variance_type: str, classes: int | None
     arguments = {**arguments, "out_channels": arguments["in_channels"] * (2 if learned else 1)}
     if classes is not None:
         arguments["num_class_embeds"] = classes
-    torch.manual_seed(config.seed)
+    torch.manual_seed(seed)
     try:
-        model = build_unet(arguments)
+        return build_unet(arguments)
     except (ValueError, TypeError) as error:
         raise UsageError(" ".join(str(error).split())) from error
-    if config.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-    if config.enable_xformers_memory_efficient_attention:
-        use_xformers(model)
-    return model
 
 
 def stock_unet_defaults() -> dict[str, Any]:
@@ -84,11 +82,6 @@ def time_blindness(config: Mapping[str, Any]) -> str | None:
         f"warning: norm_num_groups={groups} with {groups} channels: each group holds one channel, so the levels of"
         f" that width do not see the timestep; norm_num_groups={max(1, groups // 4)} trains better"
     )
-
-
-def smallest_sample_side(config: dict[str, Any]) -> int:
-    """What height and width must be a multiple of: the model halves them once between each two levels."""
-    return 2 ** (len(config["block_out_channels"]) - 1)
 
 
 def text_unet_config(channels: int, size: tuple[int, int], text_width: int) -> dict[str, Any]:

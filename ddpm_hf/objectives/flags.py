@@ -1,9 +1,18 @@
 """Flags of the diffusion and its objective."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from ..common.arguments import FIXED, FREE, HfArg, Need, has_grids, names_elsewhere
+from ..common.arguments import (
+    FIXED,
+    FREE,
+    NOT_NEGATIVE,
+    ONE_OR_MORE,
+    HfArg,
+    Need,
+    has_grids,
+    names_elsewhere,
+)
 from ..common.errors import UsageError
 from .names import (
     BETA_SCHEDULES,
@@ -53,9 +62,10 @@ class ScheduleFlags:
         help="Zero terminal SNR: x_T is pure noise. Requires --prediction_type v_prediction or sample.",
     )
 
-    def check_schedule(self) -> None:
-        """Raise UsageError for an unknown name or a number out of range."""
-        trained = getattr(self, "pretrained_model_name_or_path", None) and self.ddpm_beta_schedule == TRAINED_BETAS
+    def check(self, flags: Any) -> None:
+        """Raise UsageError for an unknown schedule or a number out of range."""
+        # a trained model may have a schedule of its own
+        trained = self.ddpm_beta_schedule == TRAINED_BETAS and getattr(flags, "pretrained_model_name_or_path", None)
         if self.ddpm_beta_schedule not in BETA_SCHEDULES and not trained:
             known = ", ".join(BETA_SCHEDULES)
             raise UsageError(f"--ddpm_beta_schedule {self.ddpm_beta_schedule!r}: must be one of {known}")
@@ -74,7 +84,9 @@ class ObjectiveFlags:
         "ddpm_num_inference_steps": Need(has_grids, "has no effect without sample grids"),
     }
 
-    ddpm_num_inference_steps: int = HfArg(resume=FREE, default=1000, help="Steps to sample the grids with.")
+    ddpm_num_inference_steps: int = HfArg(
+        range=ONE_OR_MORE, resume=FREE, default=1000, help="Steps to sample the grids with."
+    )
     prediction_type: str = HfArg(
         resume=FIXED, default="epsilon", help=f"What the model outputs: {', '.join(PREDICTION_TYPES)}."
     )
@@ -82,13 +94,17 @@ class ObjectiveFlags:
     objective: str = HfArg(default="simple", help=f"{', '.join(OBJECTIVES)}; hybrid trains a learned variance too.")
     loss_type: str = HfArg(default="l2", help=f"Of the simple objective: {', '.join(LOSS_TYPES)}.")
     snr_gamma: float | None = HfArg(default=None, help="Min-SNR weighting of the simple objective; 5 is usual.")
-    vlb_weight: float = HfArg(default=0.001, help="The bound's weight in the hybrid objective.")
+    vlb_weight: float = HfArg(range=NOT_NEGATIVE, default=0.001, help="The bound's weight in the hybrid objective.")
     timestep_sampler: str = HfArg(
         resume=FIXED, default="uniform", help=f"{', '.join(TIMESTEP_SAMPLERS)}; the second is for --objective vlb."
     )
 
-    def check_objective_flags(self) -> None:
-        """Raise UsageError for an unknown name or a number out of range."""
+    def loss_options(self) -> dict[str, Any]:
+        """What `training_losses` takes of them."""
+        return {name: getattr(self, name) for name in ("objective", "loss_type", "snr_gamma", "vlb_weight")}
+
+    def check(self, flags: Any) -> None:
+        """Raise UsageError for an unknown name."""
         choices = {
             "prediction_type": PREDICTION_TYPES,
             "variance_type": VARIANCE_TYPES,
@@ -97,7 +113,3 @@ class ObjectiveFlags:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise UsageError(f"--{name} must be one of {', '.join(known)} (got {getattr(self, name)!r})")
-        if self.ddpm_num_inference_steps < 1:
-            raise UsageError(f"--ddpm_num_inference_steps {self.ddpm_num_inference_steps}: must be 1 or more")
-        if not self.vlb_weight >= 0:
-            raise UsageError(f"--vlb_weight {self.vlb_weight}: must be 0 or more")

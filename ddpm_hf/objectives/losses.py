@@ -14,6 +14,14 @@ from ..portable.scheduling_ddpm_hf import LEARNED_VARIANCE_TYPES, DDPMScheduler
 from .bound import vb_terms_bpd
 from .gaussians import mean_flat
 
+QUARTILES = ("loss_q1", "loss_q2", "loss_q3", "loss_q4")  # losses by timestep, from little noise to much
+
+
+def quartile_of(timesteps: torch.Tensor, num_train_timesteps: int) -> torch.Tensor:
+    """The index in `QUARTILES` of each timestep: LongTensor [N] -> LongTensor [N]."""
+    return timesteps * 4 // num_train_timesteps
+
+
 # The simple objective: a loss between output and target, and its weight by signal-to-noise ratio
 
 # name -> elementwise loss(output, target)
@@ -68,19 +76,40 @@ class LossOptions(NamedTuple):
     vlb_weight: float = 0.001
 
 
-def _simple(scheduler, model_output, x_start, noise, timesteps, options: LossOptions):
+def _simple(
+    scheduler: DDPMScheduler,
+    model_output: torch.Tensor,
+    x_start: torch.Tensor,
+    noise: torch.Tensor,
+    timesteps: torch.Tensor,
+    options: LossOptions,
+) -> torch.Tensor:
     output = model_output[:, : x_start.shape[1]]  # a learned variance's half gets no gradient
     return simple_losses(scheduler, output, x_start, noise, timesteps, options.loss_type, options.snr_gamma)
 
 
-def _vlb(scheduler, model_output, x_start, noise, timesteps, options: LossOptions):
+def _vlb(
+    scheduler: DDPMScheduler,
+    model_output: torch.Tensor,
+    x_start: torch.Tensor,
+    noise: torch.Tensor,
+    timesteps: torch.Tensor,
+    options: LossOptions,
+) -> torch.Tensor:
     x_t = scheduler.add_noise(x_start, noise, timesteps)
     return (
         len(scheduler) * vb_terms_bpd(scheduler, model_output, x_start, x_t, timesteps, clip_sample=False).bits_per_dim
     )
 
 
-def _hybrid(scheduler, model_output, x_start, noise, timesteps, options: LossOptions):
+def _hybrid(
+    scheduler: DDPMScheduler,
+    model_output: torch.Tensor,
+    x_start: torch.Tensor,
+    noise: torch.Tensor,
+    timesteps: torch.Tensor,
+    options: LossOptions,
+) -> torch.Tensor:
     mean, variance = model_output.chunk(2, dim=1)
     variance_alone = torch.cat([mean.detach(), variance], dim=1)  # Nichol & Dhariwal, sec. 3.1
     bound = _vlb(scheduler, variance_alone, x_start, noise, timesteps, options)

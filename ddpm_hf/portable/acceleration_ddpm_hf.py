@@ -56,7 +56,7 @@ def use_channels_last(model: torch.nn.Module) -> None:
     model.to(memory_format=torch.channels_last)
 
 
-def compile_regions(model: torch.nn.Module) -> None:
+def compile_blocks(model: torch.nn.Module) -> None:
     """Compile each residual block and attention layer by itself: seconds a block, where a network takes minutes.
 
     The layout optimisation is off: with it, gradients of this network were wrong on CPUs.

@@ -40,7 +40,9 @@ class StepCoefficients(NamedTuple):
     min_variance: float | torch.Tensor  # the exponentials of these two, taken before the cast
     max_variance: float | torch.Tensor
 
-    def log_variance(self, variance_type: str, output: torch.Tensor | None, last: bool | torch.Tensor):
+    def log_variance(
+        self, variance_type: str, output: torch.Tensor | None, last: bool | torch.Tensor
+    ) -> float | torch.Tensor:
         """log Σ of p(x_s | x_t).
 
         Args:
@@ -56,7 +58,9 @@ class StepCoefficients(NamedTuple):
             return choose(last, self.min_log_variance, self.max_log_variance)
         return self.min_log_variance
 
-    def variance(self, variance_type: str, log_variance: float | torch.Tensor, last: bool | torch.Tensor):
+    def variance(
+        self, variance_type: str, log_variance: float | torch.Tensor, last: bool | torch.Tensor
+    ) -> float | torch.Tensor:
         """Σ of p(x_s | x_t), whose log is `log_variance`: 0 for `fixed_small` where s = -1, though that is clipped."""
         if variance_type in LEARNED_VARIANCE_TYPES:
             return torch.exp(log_variance)
@@ -65,7 +69,9 @@ class StepCoefficients(NamedTuple):
         return self.posterior_variance
 
 
-def choose(condition: bool | torch.Tensor, where_true, where_false):
+def choose(
+    condition: bool | torch.Tensor, where_true: float | torch.Tensor, where_false: float | torch.Tensor
+) -> float | torch.Tensor:
     """One of two values, or of two columns where the condition is a column."""
     if isinstance(condition, torch.Tensor):
         return torch.where(condition, where_true, where_false)
@@ -252,36 +258,36 @@ def x0_coefficients(
 # The rows of the tables, float64 [T] each
 
 
-def _marginal(c: Coefficients, _) -> list[torch.Tensor]:
+def _marginal(c: Coefficients, prediction_type: str | None) -> list[torch.Tensor]:
     """√ᾱ_t and √(1-ᾱ_t)."""
     log_t = c.log_alpha_bar[1:]
     return [torch.exp(0.5 * log_t), torch.sqrt(-torch.expm1(log_t))]
 
 
-def _marginal_moments(c: Coefficients, _) -> list[torch.Tensor]:
+def _marginal_moments(c: Coefficients, prediction_type: str | None) -> list[torch.Tensor]:
     """Of q(x_t | x_0): √ᾱ_t, 1-ᾱ_t and its log."""
     log_t = c.log_alpha_bar[1:]
     return [torch.exp(0.5 * log_t), -torch.expm1(log_t), torch.log(-torch.expm1(log_t))]
 
 
-def _forward_step_moments(c: Coefficients, _) -> list[torch.Tensor]:
+def _forward_step_moments(c: Coefficients, prediction_type: str | None) -> list[torch.Tensor]:
     """Of q(x_t | x_{t-1}): √α_t, β_t and its log."""
     log_alpha = c.log_alpha_bar.diff()
     return [torch.exp(0.5 * log_alpha), -torch.expm1(log_alpha), torch.log(-torch.expm1(log_alpha))]
 
 
-def _epsilon(c: Coefficients, _) -> list[torch.Tensor]:
+def _epsilon(c: Coefficients, prediction_type: str | None) -> list[torch.Tensor]:
     """The factors of x_t and x_0 in ε."""
-    signal, deviation = _marginal(c, None)
+    signal, deviation = _marginal(c, prediction_type)
     return [1 / deviation, -signal / deviation]
 
 
-def _x0(c: Coefficients, prediction_type: str) -> list[torch.Tensor]:
+def _x0(c: Coefficients, prediction_type: str | None) -> list[torch.Tensor]:
     """The factors of x_t and the model's output in x̂_0."""
     return list(x0_coefficients(prediction_type, c.log_alpha_bar[1:], c.log_alpha_bar[:-1]))
 
 
-def _step(c: Coefficients, prediction_type: str) -> list[torch.Tensor]:
+def _step(c: Coefficients, prediction_type: str | None) -> list[torch.Tensor]:
     """`StepCoefficients` of the full chain's steps, from t to t-1."""
     timesteps = torch.arange(len(c))
     return list(c.of_steps(timesteps, timesteps - 1, prediction_type))

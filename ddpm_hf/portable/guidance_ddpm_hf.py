@@ -69,7 +69,7 @@ def find_class(name: str, ids: dict[str, int]) -> int:
     """The id of a class by its name; upper and lower case are the same where that leaves one class.
 
     Raises:
-        ValueError: no such class, or several; the message names those that are meant perhaps.
+        ValueError: no such class, or several; the message suggests similar names.
     """
     if name in ids:
         return ids[name]
@@ -110,11 +110,11 @@ def classifier_free_guidance(
 
 
 class ClassifierGuidance:
-    """Shifts a reverse step towards images that a noisy classifier reads as the wanted class.
+    """Shifts a reverse step towards images that a noisy classifier reads as the requested class.
 
     Args:
         classifier: any module or function (x_t [N, C, H, W], t [N]) -> logits [N, K].
-        class_labels: LongTensor [N], the classes wanted.
+        class_labels: LongTensor [N], the requested classes.
         scale: s of Dhariwal & Nichol's algorithms; 1 samples from p(x)·p(y|x).
     """
 

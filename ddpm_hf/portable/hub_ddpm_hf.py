@@ -14,6 +14,7 @@ import os
 import re
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,7 +52,7 @@ def portable_sources(module_file: Path) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def without_origins(components: dict):
+def without_origins(components: dict[str, Any]) -> Iterator[None]:
     """While it lasts, no component's config says where it was loaded from: often a path on its owner's machine."""
     configs = {}
     for name, component in components.items():
@@ -66,12 +67,10 @@ def without_origins(components: dict):
             components[name]._internal_dict = config
 
 
-# Which of our pipelines samples what another class saved; the parts of other folders decide
+# Which of our pipelines samples the models of a class of Diffusers
 SAMPLED_BY = {
     "DDPMPipeline": "DDPMPipeline",
     "DDIMPipeline": "DDPMPipeline",
-    "ClassConditionalDDPMPipeline": "ClassConditionalDDPMPipeline",
-    "TextToImageDDPMPipeline": "TextToImageDDPMPipeline",
     "StableDiffusionPipeline": "TextToImageDDPMPipeline",
 }
 
@@ -97,17 +96,17 @@ _LOADED: dict[str, str] = {}  # digests of the files that this process runs, whe
 class PortablePipelineMixin:
     """Saving for a `DiffusionPipeline` whose folder is to load anywhere. Put it before `DiffusionPipeline`."""
 
-    def __init_subclass__(cls, **kwargs):
+    def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse a mixture of two versions of this code, which Diffusers makes of two repositories in one process.
 
         It puts the files of both into one folder, and runs the second's pipeline file with what the first's imported.
         """
         super().__init_subclass__(**kwargs)
-        folder, _, own = cls.__module__.rpartition(".")
-        if not (folder.startswith("diffusers_modules") and own.endswith("_ddpm_hf")):
+        folder, _, module = cls.__module__.rpartition(".")
+        if not (folder.startswith("diffusers_modules") and module.endswith("_ddpm_hf")):
             return
         sources = portable_sources(Path(sys.modules[cls.__module__].__file__))
-        del sources[f"{own}.py"]  # is run anew each time
+        del sources[f"{module}.py"]  # is run anew each time
         for name, text in sources.items():
             digest = hashlib.sha256(text.encode()).hexdigest()
             if _LOADED.setdefault(f"{folder}.{name}", digest) != digest:
@@ -121,7 +120,7 @@ class PortablePipelineMixin:
         return None
 
     @classmethod
-    def _portable_class(cls) -> type:
+    def portable_class(cls) -> type:
         """The class of ours that this pipeline is, also where a user derived from it."""
         for base in cls.__mro__:
             if base.__module__.endswith("_ddpm_hf") and issubclass(base, DiffusionPipeline):
@@ -142,13 +141,14 @@ class PortablePipelineMixin:
     @classmethod
     def check_class(cls, index: dict[str, Any], name: str) -> None:
         """Raise ValueError, with the way out, for the `model_index.json` of a model that another pipeline samples."""
-        saved_by = index.get("_class_name")
-        saved_by = saved_by[-1] if isinstance(saved_by, list) and saved_by else saved_by
+        entry = index.get("_class_name")
+        saved_by = entry[-1] if isinstance(entry, list) and entry else entry
         if saved_by is None:
             return
         if not isinstance(saved_by, str):
             raise ValueError(f"{name}: the _class_name in model_index.json must name a class (got {saved_by!r})")
-        this, other = cls._portable_class().__name__, SAMPLED_BY.get(saved_by)
+        ours = isinstance(entry, list) and str(entry[0]).endswith("_ddpm_hf")  # [file, class] of this code
+        this, other = cls.portable_class().__name__, saved_by if ours else SAMPLED_BY.get(saved_by)
         if other == this:
             return
         if other == "DDPMPipeline" and this == "ClassConditionalDDPMPipeline":
@@ -181,7 +181,7 @@ class PortablePipelineMixin:
         """Write `model_index.json` and the code that it may name, before any upload."""
         directory = Path(save_directory)
         directory.mkdir(parents=True, exist_ok=True)
-        module = sys.modules[self._portable_class().__module__]
+        module = sys.modules[self.portable_class().__module__]
         for name, text in portable_sources(Path(module.__file__)).items():
             write_whole(directory / name, text)
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
@@ -189,7 +189,7 @@ class PortablePipelineMixin:
     def to_json_file(self, json_file_path: str | os.PathLike) -> None:
         """The pipeline's config as a stock loader reads it."""
         index = json.loads(self.to_json_string())
-        index.pop("_name_or_path", None)  # a path on the machine of whoever trained
+        index.pop("_name_or_path", None)  # a path on the machine that trained it
         for name, entry in list(index.items()):
             if not (isinstance(entry, list) and len(entry) == 2):
                 continue
@@ -200,7 +200,7 @@ class PortablePipelineMixin:
         for name in PRIVATE_SETTINGS:
             if name in index:
                 index[f"_{name}"] = index.pop(name)
-        cls = self._portable_class()
+        cls = self.portable_class()
         index["_class_name"] = self.stock_class_name() or [cls.__module__.rpartition(".")[2], cls.__name__]
         write_whole(Path(json_file_path), json.dumps(index, indent=2, sort_keys=True) + "\n")
 

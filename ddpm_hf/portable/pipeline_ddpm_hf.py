@@ -210,7 +210,9 @@ class DDPMPipeline(SamplingMixin, AccelerationMixin, PortablePipelineMixin, Diff
         return tail
 
 
-def check_labels(class_labels, batch_size: int, classifier: Callable | None) -> torch.Tensor | None:
+def check_labels(
+    class_labels: Sequence[int] | torch.Tensor | None, batch_size: int, classifier: Callable | None
+) -> torch.Tensor | None:
     """The classes to guide towards, LongTensor [N]; None without a classifier.
 
     Raises:

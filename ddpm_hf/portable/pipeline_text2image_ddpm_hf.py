@@ -19,6 +19,7 @@ from .sampling_ddpm_hf import (
     SamplingMixin,
     StepCallback,
     adopt_scheduler,
+    downscaling,
     output_channels,
     stock_samples_alike,
 )
@@ -95,26 +96,19 @@ class TextToImageDDPMPipeline(SamplingMixin, AccelerationMixin, PortablePipeline
             not stock_samples_alike(self.scheduler)
             or output_channels(self.unet) != self.unet.config.in_channels  # it extrapolates a learned variance too
             or bool(self.vae.config.shift_factor)
-            or any(side * self.vae_scale_factor % 8 for side in self.sample_shape[1:])  # it refuses such sizes
+            or any(side % 8 for side in self.image_size)  # it refuses such sizes
         )
         return None if differs else "StableDiffusionPipeline"
 
-    @property
-    def vae_scale_factor(self) -> int:
-        """How many pixels a latent stands for, in each direction."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
-
     def encode_prompt(self, prompts: list[str]) -> torch.Tensor:
-        """Prompts as what the UNet attends to, [N, L, D]; what is beyond the tokenizer's L tokens is cut, and said."""
+        """Prompts as what the UNet attends to, [N, L, D]; cut off at the tokenizer's L tokens, with a warning."""
         if rest := [text for text in cut_off(self.tokenizer, prompts) if text]:
             logger.warning(
                 f"prompts are cut to the {self.tokenizer.model_max_length} tokens that the text encoder reads; not"
                 f" read: {rest}"
             )
-        ids, mask = (each.to(self._execution_device) for each in tokenize(self.tokenizer, prompts))
-        if not getattr(self.text_encoder.config, "use_attention_mask", None):
-            mask = None
-        return self.text_encoder(ids, attention_mask=mask)[0].to(self.unet.dtype)
+        embedded = encode_texts(self.text_encoder, self.tokenizer, prompts, self._execution_device)
+        return embedded.to(self.unet.dtype)
 
     def check_inputs(
         self, prompt: str | list[str] | None, negative_prompt: str | list[str] | None, height: int, width: int,
@@ -136,7 +130,7 @@ class TextToImageDDPMPipeline(SamplingMixin, AccelerationMixin, PortablePipeline
                 and value.isfinite().all()
             ):
                 raise ValueError(f"{name}: give a tensor [N, L, {width_of_text}] of finite numbers")
-        side = self.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        side = self.vae_scale_factor * downscaling(self.unet.config)
         for name, value in (("height", height), ("width", width)):
             if not isinstance(value, numbers.Integral) or value < 1 or value % self.vae_scale_factor:
                 raise ValueError(
@@ -210,8 +204,7 @@ class TextToImageDDPMPipeline(SamplingMixin, AccelerationMixin, PortablePipeline
             ValueError: what `check_inputs` or `DDPMPipeline` raises.
         """
         self.check_output_type(output_type)
-        base_height, base_width = (side * self.vae_scale_factor for side in self.sample_shape[1:])
-        height, width = height or base_height, width or base_width
+        height, width = height or self.image_size[0], width or self.image_size[1]
         prompts = self.check_inputs(
             prompt, negative_prompt, height, width, prompt_embeds, negative_prompt_embeds, num_images_per_prompt
         )
@@ -258,3 +251,12 @@ def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> tuple[torch.Tensor, 
     length = tokenizer.model_max_length
     tokens = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     return tokens.input_ids, tokens.attention_mask
+
+
+def encode_texts(
+    text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, texts: list[str], device: torch.device
+) -> torch.Tensor:
+    """Texts as what a UNet attends to, [N, L, D]; the padding is masked where the text encoder learned so."""
+    ids, mask = (each.to(device) for each in tokenize(tokenizer, texts))
+    masked = getattr(text_encoder.config, "use_attention_mask", None)
+    return text_encoder(ids, attention_mask=mask if masked else None)[0]

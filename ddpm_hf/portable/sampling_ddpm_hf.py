@@ -5,13 +5,13 @@ This file is copied into published repositories: it imports torch, diffusers and
 
 import inspect
 import numbers
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import diffusers
 import torch
-from diffusers import ImagePipelineOutput
+from diffusers import ImagePipelineOutput, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -30,7 +30,7 @@ UNSUPPORTED_PREDICTIONS = {"PNDMScheduler": ("sample",)}
 
 @dataclass
 class ChainStep:
-    """A step of the chain, from x_t to x_s. Who iterates may replace `sample`, from which the chain goes on."""
+    """A step of the chain, from x_t to x_s. The chain continues from `sample`, which its consumer may replace."""
 
     index: int
     timestep: float  # t; an int but for samplers that visit timesteps in between
@@ -55,7 +55,7 @@ class DDPMPipelineOutput(ImagePipelineOutput):
     frames: list[Frame] = None  # type: ignore[assignment]  # Optional would make every caller that asked test it
 
 
-def adopt_scheduler(scheduler):
+def adopt_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
     """The scheduler that our pipelines work with: ours in place of stock's DDPM, any other as it is.
 
     A sampler that would itself cut off a learned variance (at a fixed number of channels) is told that there is none:
@@ -71,7 +71,7 @@ def adopt_scheduler(scheduler):
     return scheduler
 
 
-def check_sampler(scheduler, timesteps) -> None:
+def check_sampler(scheduler: SchedulerMixin, timesteps: Iterable[float]) -> None:
     """Raise ValueError, with the way out, where the sampler cannot run the model over the timesteps."""
     if isinstance(scheduler, DDPMScheduler):
         return scheduler.check_invertible(timesteps)
@@ -86,9 +86,9 @@ def check_sampler(scheduler, timesteps) -> None:
             f"{name} does not support prediction_type={scheduler.config.prediction_type!r}; sample with DDPMScheduler,"
             " DDIMScheduler or EulerDiscreteScheduler"
         )
-    own = DDPMScheduler.from_config(scheduler.config)
-    theirs = getattr(scheduler, "alphas_cumprod", own.alphas_cumprod)
-    if not torch.allclose(theirs.to(own.alphas_cumprod), own.alphas_cumprod, rtol=0, atol=1e-4):
+    ours = DDPMScheduler.from_config(scheduler.config)
+    theirs = getattr(scheduler, "alphas_cumprod", ours.alphas_cumprod)
+    if not torch.allclose(theirs.to(ours.alphas_cumprod), ours.alphas_cumprod, rtol=0, atol=1e-4):
         raise ValueError(
             f"{name} does not know rescale_betas_zero_snr and would denoise at other noise levels than the model's;"
             " sample with DDPMScheduler or DDIMScheduler"
@@ -97,17 +97,17 @@ def check_sampler(scheduler, timesteps) -> None:
     if name.startswith(("DPMSolver", "UniPC")) and len(set(visited)) < len(visited):
         raise ValueError(
             f"{name} would visit a timestep twice in {len(visited)} steps, and divide by zero; take fewer than the"
-            f" model's {len(own)}, or timestep_spacing='trailing'"
+            f" model's {len(ours)}, or timestep_spacing='trailing'"
         )
-    own.check_invertible(visited)
-    if name != "DDIMScheduler" and own.exact_tables.alphas_cumprod[max(visited)] == 0:
+    ours.check_invertible(visited)
+    if name != "DDIMScheduler" and ours.exact_tables.alphas_cumprod[max(visited)] == 0:
         raise ValueError(
             f"{name} works with log-SNR, which is -inf at timestep {max(visited)} of this zero-terminal-SNR schedule;"
             " sample with DDPMScheduler or DDIMScheduler"
         )
 
 
-def stock_samples_alike(scheduler) -> bool:
+def stock_samples_alike(scheduler: SchedulerMixin) -> bool:
     """Whether stock's scheduler of the same config samples the same images as the sampler of ours.
 
     Not where it lacks a prediction or a variance, and not where a chain ends above t = 0: it then adds noise to the
@@ -128,6 +128,16 @@ def stock_samples_alike(scheduler) -> bool:
 def output_channels(unet: torch.nn.Module) -> int:
     """How many channels a network predicts; where its config does not say, as many as it reads."""
     return unet.config.get("out_channels") or unet.config.in_channels
+
+
+def downscaling(config: Mapping[str, Any]) -> int:
+    """How many times a UNet or an autoencoder halves height and width, as the factor of each: from its config."""
+    return 2 ** (len(config["block_out_channels"]) - 1)
+
+
+def scale_latents(vae: torch.nn.Module, latents: torch.Tensor) -> torch.Tensor:
+    """An encoder's latents as x_0, of about unit variance; any shape."""
+    return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
 
 
 class SamplingMixin:
@@ -154,6 +164,17 @@ class SamplingMixin:
         size = self.unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         return self.unet.config.in_channels, height, width
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """How many pixels a latent stands for, in each direction; 1 without a `vae`."""
+        return 1 if self.vae is None else downscaling(self.vae.config)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of an image in pixels."""
+        _, height, width = self.sample_shape
+        return height * self.vae_scale_factor, width * self.vae_scale_factor
 
     @property
     def image_channels(self) -> int:
@@ -262,7 +283,7 @@ class SamplingMixin:
             predict: (x_t as the sampler scales it, t on x's device) -> the model's output.
             take_step: (output, t, x_t) -> the sampler's output; see `sampler_step`.
 
-        Yields: each step; the chain goes on from its `sample`, which may be replaced.
+        Yields: each step; the chain continues from its `sample`, which may be replaced.
         """
         # The model reads t on its device, our scheduler as a Python int: neither then waits for the other.
         on_device = torch.as_tensor(timesteps).to(x.device)
@@ -337,10 +358,7 @@ class SamplingMixin:
 
     def encode(self, images: Any, generator: torch.Generator | None = None) -> torch.Tensor:
         """Images (PIL, numpy or tensor in [0, 1]) as x_0 [N, C, H, W]: in [-1, 1], or latents with a `vae`."""
-        _, height, width = self.sample_shape
-        if self.vae is not None:
-            factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-            height, width = height * factor, width * factor
+        height, width = self.image_size
         if hasattr(images, "convert") and self.image_channels in PIL_CHANNELS:  # a PIL image
             images = images.convert(PIL_CHANNELS[self.image_channels])
         pixels = self.image_processor.preprocess(images, height=height, width=width)
@@ -348,7 +366,7 @@ class SamplingMixin:
         if self.vae is None:
             return pixels
         latents = self.vae.encode(pixels).latent_dist.sample(generator)
-        return (latents - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
+        return scale_latents(self.vae, latents)
 
     def decode(self, latents: torch.Tensor, output_type: str = "pil") -> Any:
         """x_0 as images: "pil", "np" [N, H, W, C] or "pt" [N, C, H, W] in [0, 1], or "latent", x_0 itself.

@@ -155,7 +155,14 @@ class DDPMScheduler(StockDDPMScheduler):
         self.num_inference_steps = None
         self._set_chain(np.arange(num_train_timesteps - 1, -1, -1))
 
-    def _resolve_betas(self, num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas) -> np.ndarray:
+    def _resolve_betas(
+        self,
+        num_train_timesteps: int,
+        beta_start: float,
+        beta_end: float,
+        beta_schedule: str,
+        trained_betas: np.ndarray | list[float] | None,
+    ) -> np.ndarray:
         """The float64 betas [T]; records in the config what a stock sampler needs in order to find the same."""
         named = isinstance(beta_schedule, str) and beta_schedule in BETA_SCHEDULES
         name = BETA_SCHEDULE_ALIASES.get(beta_schedule, beta_schedule) if named else beta_schedule
@@ -219,7 +226,7 @@ class DDPMScheduler(StockDDPMScheduler):
 
     # The chain
 
-    def _set_chain(self, timesteps: np.ndarray, device=None) -> None:
+    def _set_chain(self, timesteps: np.ndarray, device: str | torch.device | None = None) -> None:
         self.timesteps = torch.from_numpy(np.ascontiguousarray(timesteps, dtype=np.int64)).to(device)
         visited = torch.from_numpy(np.ascontiguousarray(timesteps, dtype=np.int64))
         # trained_betas may be fewer than T (stock allows it); the chain then has steps that no table knows
@@ -418,7 +425,9 @@ class DDPMScheduler(StockDDPMScheduler):
         s = s.clamp(min=1, max=self.config.sample_max_value)
         return (flat.clamp(-s, s) / s).reshape(sample.shape).to(sample.dtype)
 
-    def _predict_mean(self, c: StepCoefficients, output: torch.Tensor, x_t: torch.Tensor, clip_sample: bool | None):
+    def _predict_mean(
+        self, c: StepCoefficients, output: torch.Tensor, x_t: torch.Tensor, clip_sample: bool | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The mean of p(x_s | x_t) and x̂_0, by Ho et al.'s Eq. 7 with x̂_0 in the place of x_0."""
         pred_x0 = combine(c.x0_from_sample, x_t, c.x0_from_output, output)
         clipped = self.clip(pred_x0, clip_sample)

@@ -17,6 +17,7 @@ from ..common.ownership import claim_files
 from ..models.saving import save_half_precision, save_model, save_pipeline
 from ..training.averaging import raw_weights
 from ..training.plan import StepPlan
+from ..training.reporting import parameter_count
 from ..training.run import Run
 from ..training.setup.optimizer import scaled_learning_rate
 from ..training.setup.settings import public_settings
@@ -25,37 +26,38 @@ from . import hub
 from .card.facts import read_facts
 from .card.illustrations import write_pictures
 from .card.merging import make_card
+from .flags import PublishingFlags
 from .folder import publishable
 from .hub import Upload, read_card, reason_of, refuses
 
 
-def reserve_repository(run: Run, held_out: bool) -> str:
+def reserve_repository(run: Run, flags: PublishingFlags, token: str | None, held_out: bool) -> str:
     """Before training: the name of the repository to upload to, once the Hub has said that it accepts the upload.
 
     It has the user's name too where it is to be uploaded. With --dry_run the repository is not created.
 
     Args:
+        token: of the Hub.
         held_out: whether images are held out.
 
     Raises:
         UsageError: variants that cannot be saved, or the Hub says no. Where it does not answer, training goes on; the
             upload is tried at its end.
     """
-    config = run.recorded
-    if run.accelerator.is_fsdp2 and "non_ema" in config.save_variants:
+    if run.accelerator.is_fsdp2 and "non_ema" in flags.save_variants:
         raise UsageError("--save_variants non_ema: not with FSDP; the checkpoints' unet/ holds these weights")
-    if config.hub_strategy == "best" and not held_out:
+    if flags.hub_strategy == "best" and not held_out:
         raise UsageError("--hub_strategy best requires held-out images: give --validation_split 0.1, for example")
-    repository = config.hub_model_id or Path(config.output_dir).resolve().name
-    if not config.push_to_hub or not run.accelerator.is_main_process:
+    repository = flags.hub_model_id or run.folder.resolve().name
+    if not flags.push_to_hub or not run.accelerator.is_main_process:
         return repository
     try:
-        if config.dry_run:
-            hub.check_account(repository, config.hub_token)
+        if run.flags.dry_run:
+            hub.check_account(repository, token)
             return repository
-        repository = hub.open_repository(repository, config.hub_token, config.hub_private_repo)
-        if config.hub_revision and not config.resume_from_checkpoint:
-            hub.check_tag(repository, config.hub_revision, config.hub_token)
+        repository = hub.open_repository(repository, token, flags.hub_private_repo)
+        if flags.hub_revision and not run.flags.resume_from_checkpoint:
+            hub.check_tag(repository, flags.hub_revision, token)
     except Exception as error:
         if refuses(error):
             raise UsageError(
@@ -78,29 +80,31 @@ class Publisher:
     def __init__(
         self,
         run: Run,
+        flags: PublishingFlags,
+        token: str | None,
         state: TrainingState,
         pipeline_of: Callable,
         facts: dict[str, Any],
         total_steps: int,
         repository: str,
     ):
-        self.run, self.state, self.pipeline_of, self.facts = run, state, pipeline_of, facts
-        self.config, self.total_steps = run.recorded, total_steps
+        self.run, self.flags, self.token, self.state = run, flags, token, state
+        self.pipeline_of, self.facts, self.total_steps = pipeline_of, facts, total_steps
         self.folder, self.repository = run.folder, repository
         self.saved_at: int | None = None
         self.uploading: threading.Thread | None = None
 
     def save(self, model, step: int) -> None:
         """Save the pipeline if `--hub_strategy` asks for this one, and upload it if it asks for that too."""
-        config, at_checkpoint = self.config, step % self.config.checkpointing_steps == 0
+        flags, at_checkpoint = self.flags, step % self.run.flags.checkpointing_steps == 0
         none_yet = not (self.folder / "model_index.json").is_file()
-        if config.hub_strategy == "best" and not self.is_best(step) and not (none_yet and step == self.total_steps):
+        if flags.hub_strategy == "best" and not self.is_best(step) and not (none_yet and step == self.total_steps):
             return
         pipeline = self.pipeline_of(model)
         save_pipeline(pipeline, self.folder)
-        if "fp16" in config.save_variants:
+        if "fp16" in flags.save_variants:
             save_half_precision(pipeline, self.folder)
-        if "non_ema" in config.save_variants:
+        if "non_ema" in flags.save_variants:
             for name, part in self.state.parts.items():
                 with raw_weights(self.state.emas[name], part):
                     save_model(part, self.folder / name, "*.non_ema[.-]*", within=self.folder, variant="non_ema")
@@ -108,13 +112,13 @@ class Publisher:
         claim_files(self.folder, [RUN_FILE])
         write_whole(self.folder / RUN_FILE, json.dumps(run, indent=1) + "\n")
         self.saved_at = step
-        if config.push_to_hub and config.hub_strategy != "end" and at_checkpoint and step < self.total_steps:
+        if flags.push_to_hub and flags.hub_strategy != "end" and at_checkpoint and step < self.total_steps:
             self.upload_beside(pipeline, step)
 
     def is_best(self, step: int) -> bool:
         """Whether the held-out loss at a checkpoint is the lowest of those at checkpoints so far."""
         lines = [json.loads(line) for line in (self.folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
-        every = self.config.checkpointing_steps
+        every = self.run.flags.checkpointing_steps
         losses = {
             line["step"]: line["validation_loss"]
             for line in lines
@@ -148,27 +152,27 @@ class Publisher:
         Raises:
             UsageError: the upload failed; how to repeat it.
         """
-        config = self.config
+        flags = self.flags
         if self.saved_at != step:
             self.save(model, step)
         pipeline = self.pipeline_of(model)
         try:
             write_pictures(self.folder)
-            facts = read_facts(self.folder, self.repository, pipeline, config.hub_license)
+            facts = read_facts(self.folder, self.repository, pipeline, flags.hub_license)
             claim_files(self.folder, ["README.md"])
             write_whole(self.folder / "README.md", make_card(facts, read_card(self.folder), to_hub=False))
         except ValueError as error:
             raise UsageError(f"the model is saved to {self.folder}, but not its card: {error}") from error
         how = "" if pipeline.stock_class_name() else ", trust_remote_code=True"
         self.run.log(f"saved to {self.folder}: DiffusionPipeline.from_pretrained('{self.folder}'{how}) loads it")
-        if not config.push_to_hub:
+        if not flags.push_to_hub:
             return
         if self.uploading is not None:
             self.uploading.join()
         try:
-            self.repository = hub.open_repository(self.repository, config.hub_token, config.hub_private_repo)
+            self.repository = hub.open_repository(self.repository, self.token, flags.hub_private_repo)
             with publishable(self.folder) as files:
-                upload = self.push(pipeline, "Upload the pipeline", files, config.hub_revision)
+                upload = self.push(pipeline, "Upload the pipeline", files, flags.hub_revision)
         except Exception as error:  # whatever the network does, the trained model is on disk
             raise UsageError(
                 f"the upload to {self.repository} failed ({reason_of(error)}); {self.folder} is complete:"
@@ -191,45 +195,43 @@ class Publisher:
 
     def command(self) -> str:
         """What uploads the folder as the flags say; the token is not shown."""
-        config = self.config
-        options = ["--private"] * config.hub_private_repo
-        for name, value in (("--license", config.hub_license), ("--revision", config.hub_revision)):
+        flags = self.flags
+        options = ["--private"] if flags.hub_private_repo else []
+        for name, value in (("--license", flags.hub_license), ("--revision", flags.hub_revision)):
             options += [name, value] if value else []
         return shlex.join(["ddpm-hf", "push", str(self.folder), self.repository, *options])
 
     def push(self, pipeline, message: str, files: dict[str, Path], tag: str | None = None) -> Upload:
         """Upload the files to the run's repository."""
-        options = {"license": self.config.hub_license, "tag": tag, "message": message}
-        return hub.push_files(files, self.folder, self.repository, self.config.hub_token, pipeline, **options)
+        options = {"license": self.flags.hub_license, "tag": tag, "message": message}
+        return hub.push_files(files, self.folder, self.repository, self.token, pipeline, **options)
 
 
-def describe_run(
-    run: Run, images, plan: StepPlan, model, shown: tuple[str, ...], rows: list[str], base_model: str | None = None
-) -> dict[str, Any]:
+def describe_run(run: Run, images, plan: StepPlan, model, shown: tuple[str, ...], rows: list[str]) -> dict[str, Any]:
     """What is known of a run before it starts, for its card.
 
     Args:
         images: what it trains on, as `open_images` gave it.
         shown: the settings that the card lists.
         rows: what the rows of its grids show: classes or prompts.
-        base_model: the checkpoint that it starts from.
     """
-    config = run.recorded
-    local = config.train_data_dir or (config.dataset_name if os.path.exists(config.dataset_name or "") else None)
-    settings = {name: value for name, value in public_settings(config).items() if name in shown}
+    settings = public_settings(run.settings)
+    dataset, base_model = settings["dataset_name"], settings["pretrained_model_name_or_path"]
+    local = settings["train_data_dir"] or (dataset if os.path.exists(dataset or "") else None)
+    settings = {name: settings[name] for name in shown}
     if "learning_rate" in settings:
         settings["learning_rate"] = scaled_learning_rate(run.flags, plan.world)
     return {
         "dataset": {
             "name": Path(local).resolve().name if local else images.rows.name,
-            "on_hub": bool(config.dataset_name and not local),
+            "on_hub": bool(dataset and not local),
             "images": images.count,
             "fingerprint": images.rows.fingerprint(),
         },
         "held_out": len(images.held_out) if images.held_out else 0,
         "seed": run.seed,
         "batch": plan.global_batch * plan.accumulation,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": parameter_count(model),
         "rows": rows,
         "base_model": None if os.path.exists(base_model or "") else base_model,
         "settings": {name: value for name, value in settings.items() if value is not None},

@@ -8,24 +8,41 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from ..common.checkpoints import part_of_run
 from ..common.errors import UsageError
+from ..data import DataFlags
 from ..data.batches import Images
 from ..inference.components import Components, load_text_encoder
+from ..latents.flags import AutoencoderFlags
 from ..models.autoencoder import downscaling, load_autoencoder
 from ..models.saving import save_model
 from ..models.sizes import settle_resolution
 from ..models.unet import text_unet_config
+from ..objectives.flags import ScheduleFlags
 from ..portable.pipeline_text2image_ddpm_hf import STABLE_DIFFUSION_SETTINGS
 from ..portable.scheduling_ddpm_hf import DDPMScheduler
 from ..training.run import Run
 from .captions import TOKENIZER_FILES, all_captions, fit_tokenizer, make_text_encoder, read_tokenizer
+from .flags import TextModelFlags
 
 TEXT_WIDTH = 128  # of a new text encoder
 
 
-def fit_to_size(components: Components, size: tuple[int, int]) -> None:
-    """Let the UNet's config say the size (height, width) that it is trained at, which it is then sampled at."""
-    height, width = (side // downscaling(components.vae) for side in size)
+def fit_to_checkpoint(run: Run, data: DataFlags, components: Components) -> None:
+    """Settle a --resolution that was not given; the UNet's config says what it is trained at, and then sampled at.
+
+    Raises:
+        UsageError: a size that the autoencoder cannot halve.
+    """
+    factor = downscaling(components.vae)
+    run.log(settle_resolution(data, components.unet.config.sample_size, factor, usual="512", trained=True))
+    check_multiples(data, factor)
+    height, width = (side // factor for side in data.size())
     components.unet.register_to_config(sample_size=height if height == width else (height, width))
+
+
+def check_multiples(data: DataFlags, factor: int) -> None:
+    """Raise UsageError for a --resolution that the autoencoder cannot halve."""
+    if any(side % factor for side in data.size()):
+        raise UsageError(f"--resolution {data.resolution}: the autoencoder requires multiples of {factor}")
 
 
 class Blueprint(NamedTuple):
@@ -38,28 +55,39 @@ class Blueprint(NamedTuple):
     scheduler: DDPMScheduler
 
 
-def draw_blueprint(run: Run, config) -> Blueprint:
+def draw_blueprint(
+    run: Run,
+    data: DataFlags,
+    model: TextModelFlags,
+    vae_name: str | None,
+    autoencoder: AutoencoderFlags,
+    schedule: ScheduleFlags,
+    prediction_type: str | None,
+    token: str | None,
+) -> Blueprint:
     """The parts of a new model that are given, and the plan of the others.
+
+    Args:
+        vae_name: that of an autoencoder to use; without, a new one is trained.
+        token: for parts on the Hub.
 
     Raises:
         UsageError: parts that are not there or do not fit together, or a size that cannot be halved.
     """
-    token = config.hub_token
-    vae = load_autoencoder(config.vae_name_or_path, token=token) if config.vae_name_or_path else None
+    vae = load_autoencoder(vae_name, token=token) if vae_name else None
     tokenizer = text_encoder = None
-    if config.text_encoder_name_or_path:
-        tokenizer, text_encoder = load_text_encoder(config.text_encoder_name_or_path, token)
-    factor = downscaling(vae) if vae is not None else 2 ** (len(config.widths()) - 1)
-    given = read_unet_config(config.model_config_name_or_path, token) if config.model_config_name_or_path else None
+    if model.text_encoder_name_or_path:
+        tokenizer, text_encoder = load_text_encoder(model.text_encoder_name_or_path, token)
+    factor = downscaling(vae) if vae is not None else 2 ** (len(autoencoder.widths()) - 1)
+    given = read_unet_config(model.model_config_name_or_path, token) if model.model_config_name_or_path else None
     if given is not None:
-        line = settle_resolution(config, given.get("sample_size"), factor, usual="32")
+        line = settle_resolution(data, given.get("sample_size"), factor, usual="32")
     else:
-        line = settle_resolution(config, vae and vae.config.sample_size, 1, usual="32")
+        line = settle_resolution(data, vae and vae.config.sample_size, 1, usual="32")
     run.log(line)
-    if any(side % factor for side in config.size()):
-        raise UsageError(f"--resolution {config.resolution}: the autoencoder requires multiples of {factor}")
-    height, width = (side // factor for side in config.size())
-    channels = vae.config.latent_channels if vae is not None else config.vae_latent_channels
+    check_multiples(data, factor)
+    height, width = (side // factor for side in data.size())
+    channels = vae.config.latent_channels if vae is not None else autoencoder.vae_latent_channels
     context = text_encoder.config.hidden_size if text_encoder is not None else TEXT_WIDTH
     if given is not None:
         unet = given
@@ -76,13 +104,13 @@ def draw_blueprint(run: Run, config) -> Blueprint:
         try:
             unet = text_unet_config(channels, (height, width), context)
         except ValueError as error:
-            raise UsageError(f"--resolution {config.resolution}: {error}") from error
+            raise UsageError(f"--resolution {data.resolution}: {error}") from error
     scheduler = DDPMScheduler(
-        num_train_timesteps=config.ddpm_num_steps,
-        beta_schedule=config.ddpm_beta_schedule,
-        prediction_type=config.prediction_type or "epsilon",
-        rescale_betas_zero_snr=config.rescale_betas_zero_snr,
-        timestep_spacing="trailing" if config.rescale_betas_zero_snr else "leading",
+        num_train_timesteps=schedule.ddpm_num_steps,
+        beta_schedule=schedule.ddpm_beta_schedule,
+        prediction_type=prediction_type or "epsilon",
+        rescale_betas_zero_snr=schedule.rescale_betas_zero_snr,
+        timestep_spacing="trailing" if schedule.rescale_betas_zero_snr else "leading",
         **STABLE_DIFFUSION_SETTINGS,
     )
     return Blueprint(vae, text_encoder, tokenizer, unet, scheduler)

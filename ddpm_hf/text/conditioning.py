@@ -5,10 +5,10 @@ from diffusers import UNet2DConditionModel
 
 from ..common.randomness import StepKeys
 from ..inference.components import Components
-from ..models.acceleration import prepare_layout, use_xformers
+from ..models.acceleration import choose_execution
 from ..portable.pipeline_text2image_ddpm_hf import tokenize
+from ..training.flags import TrainingFlags
 from .captions import encode_captions
-from .flags import Text2ImageConfig
 
 
 class TextConditioned(torch.nn.Module):
@@ -17,6 +17,10 @@ class TextConditioned(torch.nn.Module):
     def __init__(self, unet: UNet2DConditionModel, text_encoder: torch.nn.Module | None):
         super().__init__()
         self.unet, self.text_encoder = unet, text_encoder
+
+    def parts(self) -> dict[str, torch.nn.Module]:
+        """What is saved, by the names of its folders."""
+        return {"unet": self.unet} | ({} if self.text_encoder is None else {"text_encoder": self.text_encoder})
 
     def forward(self, x_t: torch.Tensor, timesteps: torch.Tensor, text: torch.Tensor, mask=None) -> torch.Tensor:
         """x_t [N, C, h, w], t [N], and ids [N, L] or embeddings [N, L, D] -> the prediction [N, C, h, w]."""
@@ -28,21 +32,28 @@ class TextConditioned(torch.nn.Module):
 def caption_input(
     batch: dict,
     keys: StepKeys,
-    config: Text2ImageConfig,
     components: Components,
     null_embedding: torch.Tensor | None,
     device: torch.device,
+    dropout: float,
+    learns: bool,
 ) -> torch.Tensor:
-    """The captions as ids [N, L] for a text encoder that learns, else as embeddings [N, L, D]; some left out."""
+    """The captions as ids [N, L] for a text encoder that learns, else as embeddings [N, L, D]; some left out.
+
+    Args:
+        null_embedding: that of no caption [L, D], where embeddings are cached.
+        dropout: the share of the captions to leave out.
+        learns: whether the text encoder does.
+    """
     count = len(batch["captions"])
     dropped = torch.zeros(count, dtype=torch.bool)
     if not keys.validation:
-        dropped = keys.uniform("caption_dropout") < config.caption_dropout
+        dropped = keys.uniform("caption_dropout") < dropout
     if "embeddings" in batch:
         embedded = torch.where(dropped[:, None, None], null_embedding, batch["embeddings"])
         return embedded.to(device, non_blocking=True)
     captions = ["" if drop else caption for drop, caption in zip(dropped.tolist(), batch["captions"])]
-    if config.trains_text_encoder:
+    if learns:
         return tokenize(components.tokenizer, captions)[0].to(device)
     with torch.no_grad():
         return encode_captions(components.text_encoder, components.tokenizer, captions, device)
@@ -58,15 +69,19 @@ def dream_noise(model, scheduler, x_start, noise, timesteps, text, power: float)
     return noise + variance ** (0.5 * power) * (noise - epsilon)
 
 
-def trained_model(config: Text2ImageConfig, components: Components, device: torch.device) -> TextConditioned:
-    """What is trained of the components, with the flags that concern its execution applied."""
-    text_encoder = components.text_encoder if config.trains_text_encoder else None
+def trained_model(
+    components: Components, with_text_encoder: bool, device: torch.device, flags: TrainingFlags, xformers: bool
+) -> TextConditioned:
+    """What is trained of the components.
+
+    Args:
+        with_text_encoder: whether the text encoder learns too.
+        flags: how it is executed.
+        xformers: whether to use xFormers' attention.
+    """
+    text_encoder = components.text_encoder if with_text_encoder else None
     model = TextConditioned(components.unet, text_encoder).requires_grad_(True)
-    if config.gradient_checkpointing:
-        model.unet.enable_gradient_checkpointing()
-        if text_encoder is not None:
-            text_encoder.gradient_checkpointing_enable()
-    if config.enable_xformers_memory_efficient_attention:
-        use_xformers(model.unet)
-    prepare_layout(model.unet, device, config.acceleration)
+    choose_execution(model.unet, device, flags.gradient_checkpointing, xformers, flags.acceleration)
+    if flags.gradient_checkpointing and text_encoder is not None:
+        text_encoder.gradient_checkpointing_enable()
     return model

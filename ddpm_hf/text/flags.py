@@ -1,17 +1,25 @@
 """The flags of text to image."""
 
-import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar
 
-from ..common.arguments import FIXED, FREE, START, HfArg, Need, has_grids, names_elsewhere
+from ..common.arguments import (
+    FIXED,
+    FREE,
+    ONE_OR_MORE,
+    SHARE,
+    HfArg,
+    Need,
+    Range,
+    has_grids,
+    names_elsewhere,
+)
 from ..common.errors import UsageError
-from ..data.flags import CAPTION_COLUMN, DataFlags
-from ..latents.flags import AutoencoderFlags
+from ..data.flags import CAPTION_COLUMN
 from ..models.flags import ON_THE_HUB
-from ..objectives.flags import ScheduleFlags
 from ..objectives.names import LOSS_TYPES, PREDICTION_TYPES
-from ..training.flags import PipelineConfig
+
+NUMBER = Range(lambda value: value >= 0, "a number of 0 or more")
 
 # What other programs call these flags
 MODEL = names_elsewhere("""
@@ -54,6 +62,12 @@ class TextModelFlags:
             lambda run: run.pretrained_model_name_or_path or run.text_encoder_name_or_path,
             "changes nothing: a new text encoder is trained in any case",
         ),
+        **dict.fromkeys(
+            ("ddpm_num_steps", "ddpm_beta_schedule"),
+            Need(
+                lambda run: not run.pretrained_model_name_or_path, "has no effect: the diffusion is the checkpoint's"
+            ),
+        ),
     }
 
     pretrained_model_name_or_path: str | None = HfArg(
@@ -76,6 +90,38 @@ class TextModelFlags:
     )
     train_text_encoder: bool = HfArg(resume=FIXED, default=False, help="Train the text encoder along with the UNet.")
 
+    @property
+    def trains_text_encoder(self) -> bool:
+        """Whether the text encoder learns too: on request, and where it is a new one."""
+        return self.train_text_encoder or not (self.pretrained_model_name_or_path or self.text_encoder_name_or_path)
+
+    def check(self, flags: Any) -> None:
+        """Raise UsageError for flags that do not go with a checkpoint, or with a new model."""
+        scratch = not self.pretrained_model_name_or_path
+        if flags.streaming:
+            self.check_streaming(flags, scratch)
+        if scratch and flags.aspect_ratio_buckets and not flags.vae_name_or_path:
+            raise UsageError("--aspect_ratio_buckets: give --vae_name_or_path; a new autoencoder trains on one size")
+        for name in ("revision", "variant", "non_ema_revision"):
+            if scratch and getattr(self, name) is not None:
+                raise UsageError(f"--{name} is of the checkpoint: give --pretrained_model_name_or_path")
+        if flags.label_column is not None:
+            raise UsageError("--label_column is for train_unconditional.py; here captions say what is to be seen")
+        for name in ("model_config_name_or_path", "text_encoder_name_or_path", "vae_name_or_path"):
+            if not scratch and getattr(flags, name):
+                raise UsageError(f"--{name} is for training from scratch; the checkpoint brings its own")
+
+    def check_streaming(self, flags: Any, scratch: bool) -> None:
+        """Raise UsageError for what a stream does not give."""
+        if scratch and not flags.vae_name_or_path:
+            raise UsageError("--streaming: a new autoencoder requires all images at once; give --vae_name_or_path")
+        if flags.cache_latents:
+            raise UsageError("--cache_latents requires all images at once; leave it or --streaming out")
+        if scratch and not self.text_encoder_name_or_path:
+            raise UsageError("--streaming: a tokenizer is fitted to all captions; give --text_encoder_name_or_path")
+        if flags.aspect_ratio_buckets:
+            raise UsageError("--aspect_ratio_buckets requires all images at once; leave it or --streaming out")
+
 
 @dataclass
 class CaptionFlags:
@@ -86,6 +132,7 @@ class CaptionFlags:
 
     caption_column: str = HfArg(default=CAPTION_COLUMN, help="The column of the captions: texts, or lists of them.")
     caption_dropout: float = HfArg(
+        range=SHARE,
         default=0.0,
         help="Share of the captions to train without, for classifier-free guidance; 0.1 is usual.",
     )
@@ -111,10 +158,23 @@ class TextObjectiveFlags:
     )
     loss_type: str = HfArg(default="l2", help=f"{', '.join(LOSS_TYPES)}.")
     snr_gamma: float | None = HfArg(default=None, help="Min-SNR weighting; 5 is usual.")
-    noise_offset: float = HfArg(default=0.0, help="Noise shared by all of a channel, for dark and light images.")
-    input_perturbation: float = HfArg(default=0.0, help="Perturb the noise that is added, not the one predicted; 0.1.")
+    noise_offset: float = HfArg(
+        range=NUMBER, default=0.0, help="Noise shared by all of a channel, for dark and light images."
+    )
+    input_perturbation: float = HfArg(
+        range=NUMBER, default=0.0, help="Perturb the noise that is added, not the one predicted; 0.1."
+    )
     dream_training: bool = HfArg(default=False, help="DREAM: train on the model's own errors, with a second pass.")
-    dream_detail_preservation: float = HfArg(default=1.0, help="DREAM's p: the higher, the more detail is kept.")
+    dream_detail_preservation: float = HfArg(
+        range=NUMBER, default=1.0, help="DREAM's p: the higher, the more detail is kept."
+    )
+
+    def check(self, flags: Any) -> None:
+        """Raise UsageError for an unknown name."""
+        if self.prediction_type not in (None, *PREDICTION_TYPES):
+            raise UsageError(
+                f"--prediction_type must be one of {', '.join(PREDICTION_TYPES)} (got {self.prediction_type!r})"
+            )
 
 
 @dataclass
@@ -134,94 +194,29 @@ class PromptFlags:
         help="Prompts of the grids that are sampled while training; by default some captions.",
     )
     guidance_scale: float | None = HfArg(
+        range=NUMBER,
         resume=FREE,
         default=None,
         help="Classifier-free guidance scale of the grids, saved with the pipeline as its default; if omitted, the"
         " checkpoint's (7.5 for Stable Diffusion), or 3 from scratch.",
     )
-    num_inference_steps: int = HfArg(resume=FREE, default=50, help="Steps to sample the grids with.")
-
-
-@dataclass
-class Text2ImageConfig(
-    DataFlags, TextModelFlags, CaptionFlags, AutoencoderFlags, ScheduleFlags, TextObjectiveFlags, PromptFlags,
-    PipelineConfig
-):  # fmt: skip
-    """All flags; `--help` groups them in the order of the bases."""
-
-    needs: ClassVar[dict[str, Need]] = dict.fromkeys(
-        ("ddpm_num_steps", "ddpm_beta_schedule"),
-        Need(lambda run: not run.pretrained_model_name_or_path, "has no effect: the diffusion is the checkpoint's"),
+    num_inference_steps: int = HfArg(
+        range=ONE_OR_MORE, resume=FREE, default=50, help="Steps to sample the grids with."
     )
 
-    # where Diffusers' script has other defaults than its unconditional one
-    output_dir: str = HfArg(
-        resume=START,
-        default="sd-model-finetuned",
-        help="Where the pipeline, its pictures, metrics.jsonl and the checkpoints go.",
-    )
-    resolution: str | None = HfArg(
-        default=None,
-        help="512, or HEIGHTxWIDTH such as 512x768; by default the size of the checkpoint, else 512; from scratch 32.",
-    )
-    image_interpolation_mode: Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"] = HfArg(
-        default="lanczos", help="How images are resized."
-    )
-    lr_scheduler: str = HfArg(default="constant", help="linear, cosine, constant, constant_with_warmup, ...")
-    adam_beta1: float = HfArg(default=0.9, help="AdamW's first decay rate.")
-    adam_weight_decay: float = HfArg(default=1e-2, help="AdamW's weight decay.")
-    save_images_epochs: int = HfArg(
-        resume=FREE,
-        default=5,
-        aliases=["--validation_epochs"],
-        help="Epochs between grids of the validation prompts; 0 turns them off.",
-    )
-    tracker_project_name: str | None = HfArg(
-        resume=FREE, default="text2image-fine-tune", help="The tracker's project."
-    )
 
-    def check(self) -> None:
-        """Raise UsageError or DataError for a value out of range or a combination that cannot work."""
-        super().check()
-        self.check_data()
-        self.check_schedule()
-        self.check_autoencoder()
-        if self.prediction_type not in (None, *PREDICTION_TYPES):
-            raise UsageError(
-                f"--prediction_type must be one of {', '.join(PREDICTION_TYPES)} (got {self.prediction_type!r})"
-            )
-        if not 0 <= self.caption_dropout < 1:
-            raise UsageError(f"--caption_dropout {self.caption_dropout}: must be at least 0 and less than 1")
-        for name in ("noise_offset", "input_perturbation", "dream_detail_preservation", "guidance_scale"):
-            if not 0 <= (getattr(self, name) or 0) < math.inf:
-                raise UsageError(f"--{name} {getattr(self, name)}: must be a number of 0 or more")
-        if self.num_inference_steps < 1:
-            raise UsageError(f"--num_inference_steps {self.num_inference_steps}: must be 1 or more")
-        if self.streaming and self.max_train_steps is None:
-            raise UsageError("--streaming has no epochs to count: give --max_train_steps")
-        if self.streaming and not (self.pretrained_model_name_or_path or self.vae_name_or_path):
-            raise UsageError("--streaming: a new autoencoder requires all images at once; give --vae_name_or_path")
-        if self.streaming and self.cache_latents:
-            raise UsageError("--cache_latents requires all images at once; leave it or --streaming out")
-        if self.streaming and not self.pretrained_model_name_or_path and not self.text_encoder_name_or_path:
-            raise UsageError("--streaming: a tokenizer is fitted to all captions; give --text_encoder_name_or_path")
-        if self.aspect_ratio_buckets and self.streaming:
-            raise UsageError("--aspect_ratio_buckets requires all images at once; leave it or --streaming out")
-        if self.aspect_ratio_buckets and not (self.pretrained_model_name_or_path or self.vae_name_or_path):
-            raise UsageError("--aspect_ratio_buckets: give --vae_name_or_path; a new autoencoder trains on one size")
-        if not self.pretrained_model_name_or_path:
-            for name in ("revision", "variant", "non_ema_revision"):
-                if getattr(self, name) is not None:
-                    raise UsageError(f"--{name} is of the checkpoint: give --pretrained_model_name_or_path")
-        if self.label_column is not None:
-            raise UsageError("--label_column is for train_unconditional.py; here captions say what is to be seen")
-        if self.pretrained_model_name_or_path:
-            for name in ("model_config_name_or_path", "text_encoder_name_or_path", "vae_name_or_path"):
-                if getattr(self, name):
-                    raise UsageError(f"--{name} is for training from scratch; the checkpoint brings its own")
-
-    @property
-    def trains_text_encoder(self) -> bool:
-        """Whether the text encoder learns too: on request, and where it is a new one."""
-        own = not self.pretrained_model_name_or_path and not self.text_encoder_name_or_path
-        return self.train_text_encoder or own
+# Where Diffusers' script has other defaults than its unconditional one, and what `--help` says of them
+OTHERWISE: dict[str, Any] = {
+    "defaults": {
+        "output_dir": "sd-model-finetuned", "image_interpolation_mode": "lanczos", "lr_scheduler": "constant",
+        "adam_beta1": 0.9, "adam_weight_decay": 1e-2, "save_images_epochs": 5,
+        "tracker_project_name": "text2image-fine-tune",
+    },
+    "helps": {
+        "resolution": "512, or HEIGHTxWIDTH such as 512x768; by default the size of the checkpoint, else 512; from"
+        " scratch 32.",
+        "save_images_epochs": "Epochs between grids of the validation prompts; 0 turns them off.",
+        "tracker_project_name": "The tracker's project.",
+    },
+    "spellings": {"save_images_epochs": ["--validation_epochs"]},
+}  # fmt: skip

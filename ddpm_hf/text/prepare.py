@@ -1,12 +1,14 @@
-"""Checks of the parts of text to image, and images and captions made ready for training."""
+"""Checks of the parts of text to image; images and captions made ready for training; what is said and drawn of it."""
 
 import functools
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
 
 from ..common.errors import UsageError
-from ..data import DIGIT_NAMES, should_cache
+from ..data import DIGIT_NAMES, DataFlags, should_cache
 from ..data.batches import Images
 from ..data.buckets import BucketedDataset, bucket_sizes, bucketed
 from ..inference.components import Components
@@ -15,9 +17,11 @@ from ..models.autoencoder import downscaling
 from ..objectives.losses import check_objective
 from ..portable.pipeline_text2image_ddpm_hf import cut_off
 from ..portable.scheduling_ddpm_hf import DDPMScheduler
+from ..training.plan import StepPlan
+from ..training.previews import draw_grid
+from ..training.reporting import run_lines
 from ..training.run import Run
 from .captions import all_captions, encode_captions, warn_of_cut_captions
-from .flags import Text2ImageConfig
 
 
 def log_cut_texts(run: Run, prompts: list[str], images: Images, tokenizer) -> None:
@@ -29,11 +33,11 @@ def log_cut_texts(run: Run, prompts: list[str], images: Images, tokenizer) -> No
     run.log(*(f"warning: {line}" for line in lines))
 
 
-def default_prompts(config: Text2ImageConfig, images: Images) -> list[str]:
+def default_prompts(given: list[str], embedded: bool, images: Images) -> list[str]:
     """The prompts of the grids: those asked for, or the digits', or some captions."""
-    if config.validation_prompts:
-        return config.validation_prompts
-    if config.embedded:
+    if given:
+        return given
+    if embedded:
         return [f"a handwritten {name}" for name in DIGIT_NAMES]
     if images.dataset is None:
         return [""]
@@ -41,23 +45,28 @@ def default_prompts(config: Text2ImageConfig, images: Images) -> list[str]:
     return captions[:: max(1, len(captions) // 8)][:8]
 
 
-def in_buckets(run: Run, images: Images, config: Text2ImageConfig, vae: AutoencoderKL, unet) -> Images:
+def in_buckets(run: Run, images: Images, data: DataFlags, vae: AutoencoderKL, unet) -> Images:
     """The images by aspect ratio, in sizes that autoencoder and UNet can halve."""
     widths = unet["block_out_channels"] if isinstance(unet, dict) else unet.config.block_out_channels
-    sizes = bucket_sizes(*config.size(), downscaling(vae) * 2 ** (len(widths) - 1))
-    dataset = bucketed(images.dataset, sizes, cached=should_cache(images.rows, images.transform, config.cache_dataset))
+    sizes = bucket_sizes(*data.size(), downscaling(vae) * 2 ** (len(widths) - 1))
+    dataset = bucketed(images.dataset, sizes, cached=should_cache(images.rows, images.transform, data.cache_dataset))
     counts = (f"{p.transform.height}x{p.transform.width}: {len(p)}" for p in dataset.parts)
     run.log(f"images by size: {', '.join(counts)}")
     return images._replace(dataset=dataset)
 
 
 def cached(
-    run: Run, images: Images, config: Text2ImageConfig, components: Components
+    run: Run, images: Images, folder: Path, components: Components, with_captions: bool
 ) -> tuple[Images, torch.Tensor | None]:
-    """The images with their latents, and captions with their embeddings, computed once; and that of no caption."""
-    folder, accelerator = config.cache_folder(), run.accelerator
+    """The images with their latents, and captions with their embeddings, computed once; and that of no caption.
+
+    Args:
+        folder: for what is computed.
+        with_captions: whether the text encoder does not learn, so that captions are embedded once.
+    """
+    accelerator = run.accelerator
     embeddings = null = None
-    if not config.trains_text_encoder:
+    if with_captions:
         encode = functools.partial(
             encode_captions, components.text_encoder, components.tokenizer, device=accelerator.device
         )
@@ -66,12 +75,13 @@ def cached(
             captions, components.text_encoder, components.tokenizer, encode, folder, accelerator
         )
         null = encode([""]).detach().cpu().float()
-    parts = images.dataset.parts if config.aspect_ratio_buckets else [images.dataset]
+    buckets = isinstance(images.dataset, BucketedDataset)
+    parts = images.dataset.parts if buckets else [images.dataset]
     parts = [cached_latents(part, components.vae, folder, accelerator, embeddings) for part in parts]
-    return images._replace(dataset=BucketedDataset(parts) if config.aspect_ratio_buckets else parts[0]), null
+    return images._replace(dataset=BucketedDataset(parts) if buckets else parts[0]), null
 
 
-def check_images(config: Text2ImageConfig, images: Images, new_autoencoder: bool) -> None:
+def check_images(images: Images, cached: bool, new_autoencoder: bool) -> None:
     """Raise DataError or UsageError for captions that are no texts, and latents that cannot be cached.
 
     Where they are cached, images that cannot be read are left out, if they may be, before the batches are planned.
@@ -79,7 +89,7 @@ def check_images(config: Text2ImageConfig, images: Images, new_autoencoder: bool
     if images.dataset is None:
         return
     all_captions(images.dataset.captions, images.rows.name)
-    if config.cache_latents and not config.aspect_ratio_buckets:
+    if cached and not isinstance(images.dataset, BucketedDataset):
         images.dataset.leave_out_broken()
         check_cacheable(images.dataset, every=new_autoencoder)
 
@@ -97,26 +107,48 @@ def check_parts(run: Run, parts: dict) -> None:
         )
 
 
-def image_channels(config: Text2ImageConfig, vae: AutoencoderKL | None) -> int:
+def image_channels(data: DataFlags, vae: AutoencoderKL | None) -> int:
     """What the autoencoder reads; where it is to be trained, as asked for: 1 for the digits, else 3.
 
     Raises:
-        UsageError: --channels or a --resolution that the autoencoder does not read.
+        UsageError: --channels that the autoencoder does not read.
     """
     if vae is None:
-        return config.channels or (1 if config.embedded else 3)
-    if any(side % downscaling(vae) for side in config.size()):
-        wanted = downscaling(vae)
-        raise UsageError(f"--resolution {config.resolution}: the autoencoder requires multiples of {wanted}")
-    if config.channels not in (None, vae.config.in_channels):
-        raise UsageError(f"--channels {config.channels}: the autoencoder reads images of {vae.config.in_channels}")
+        return data.channels or (1 if data.embedded else 3)
+    if data.channels not in (None, vae.config.in_channels):
+        raise UsageError(f"--channels {data.channels}: the autoencoder reads images of {vae.config.in_channels}")
     return vae.config.in_channels
 
 
-def check_schedule(config: Text2ImageConfig, scheduler: DDPMScheduler) -> None:
+def check_schedule(scheduler: DDPMScheduler, loss_type: str, snr_gamma: float | None) -> None:
     """Raise UsageError for a diffusion and a loss that cannot go together."""
     try:
-        check_objective(scheduler, "simple", config.loss_type, config.snr_gamma)
+        check_objective(scheduler, "simple", loss_type, snr_gamma)
         scheduler.check_invertible(range(len(scheduler)))
     except ValueError as error:
         raise UsageError(str(error)) from error
+
+
+def draw_prompts(
+    model, step: int, *, run: Run, pipeline_of: Callable, prompts: list[str], num_inference_steps: int
+) -> Path | None:
+    """A grid with a row for each prompt."""
+    pipeline, prompts = pipeline_of(model), prompts[: run.flags.eval_batch_size]
+    columns = run.flags.eval_batch_size // len(prompts)
+    requests = [prompt for prompt in prompts for _ in range(columns)]
+    steps = min(num_inference_steps, len(pipeline.scheduler))
+    return draw_grid(run, pipeline, requests, columns, step, prompts, num_inference_steps=steps)
+
+
+def describe(run: Run, images: Images, plan: StepPlan, parameters: int, learns: bool) -> dict[str, str]:
+    """What runs: said at the start, and by --dry_run."""
+    flags = run.settings
+    base = flags.pretrained_model_name_or_path
+    new = f"a new one, {flags.vae_widths}, {flags.vae_train_steps} steps"
+    return {
+        **images.lines(f"captions in {flags.caption_column!r}"),
+        "model": f"{base or 'from scratch'}, {parameters:,} parameters to train",
+        "latents": "of the checkpoint" if base else flags.vae_name_or_path or new,
+        "text": "trained along" if learns else "frozen",
+        **run_lines(run, plan),
+    }

@@ -1,6 +1,8 @@
 """The settings of a small text-to-image model from scratch, where the user says nothing."""
 
-from .flags import Text2ImageConfig
+from typing import Any
+
+from ..training.flags import Flags
 
 # Where no checkpoint is named: a small model from scratch
 SCRATCH_RECIPE = {
@@ -27,13 +29,13 @@ DIGITS_RECIPE = {
 }
 
 
-def weaker_layers(config: Text2ImageConfig) -> list:
+def weaker_layers(flags: Flags) -> list[tuple[str, dict[str, Any]]]:
     """What decides where command line and --config say nothing."""
-    if config.pretrained_model_name_or_path:
+    if flags.pretrained_model_name_or_path:
         return []
-    recipe = SCRATCH_RECIPE | ({"cache_latents": False} if config.streaming else {})
-    layers = [("the recipe from scratch", recipe)]
-    if config.embedded:
+    recipe = SCRATCH_RECIPE | ({"cache_latents": False} if flags.streaming else {})
+    layers: list[tuple[str, dict[str, Any]]] = [("the recipe from scratch", recipe)]
+    if flags.embedded:
         from ..common.machine import cpu_has_bf16
 
         half = {"mixed_precision": "bf16" if cpu_has_bf16() else "no"}

@@ -1,1 +1,1 @@
-"""What any training needs, and nothing of diffusion: flags, keyed randomness, checkpoints, the loop."""
+"""What any training needs, whatever it trains: flags, the run, checkpoints, the loop."""

@@ -9,13 +9,13 @@ from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
 
 from ..common.files import write_whole
-from .flags import TrainingConfig
+from .flags import TrainingFlags
 from .sharded import cut_like
 
 SCALARS = "ema.json"  # where a model of transformers keeps what Diffusers' models keep in their config
 
 
-def make_ema(config: TrainingConfig, part: torch.nn.Module, device: torch.device) -> EMAModel:
+def make_ema(config: TrainingFlags, part: torch.nn.Module, device: torch.device) -> EMAModel:
     """The EMA of a part's weights, on its device, or on the CPU with --offload_ema."""
     ema = EMAModel(
         part.parameters(),

@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from ..common.checkpoints import (
     MANIFEST,
-    SETTINGS,
     checkpoint_step,
     discard,
     file_digest,
     is_sealed,
     list_checkpoints,
+    made_by_diffusers,
     seal,
 )
 from ..common.errors import UsageError
@@ -43,27 +43,6 @@ def set_aside_later(output_dir: Path, step: int) -> list[Path]:
             discard(aside)
         os.replace(path, aside)
     return later
-
-
-def made_by_diffusers(checkpoint: Path) -> str | None:
-    """What to do with a checkpoint of Diffusers' training scripts, whose optimizer is not ours; None for others."""
-    ours = (checkpoint / MANIFEST).exists() or (checkpoint.parent / SETTINGS).exists()
-    if ours or not (checkpoint / "unet" / "config.json").is_file():
-        return None
-    line = (
-        f"{checkpoint} is a checkpoint of Diffusers' script, which cannot be resumed here; start from its weights with"
-    )
-    try:
-        config = json.loads((checkpoint / "unet" / "config.json").read_text(encoding="utf-8"))
-        by_text = config.get("_class_name") == "UNet2DConditionModel"
-    except (ValueError, AttributeError, RecursionError):
-        return None
-    if by_text:
-        return (
-            f"{line} StableDiffusionPipeline.from_pretrained(BASE, unet=UNet2DConditionModel.from_pretrained("
-            f"{str(checkpoint / 'unet')!r})).save_pretrained(START) and --pretrained_model_name_or_path START"
-        )
-    return f"{line} --pretrained_model_name_or_path {checkpoint} and another --output_dir"
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 from typing import NamedTuple
 
-from ..common.arguments import has_grids
-from .flags import TrainingConfig
+from .flags import GridFlags
 from .plan import StepPlan
+from .run import Run
 
 
 class Due(NamedTuple):
@@ -18,21 +18,21 @@ class Due(NamedTuple):
     checkpoint: bool
 
     @classmethod
-    def after(cls, step: int, config: TrainingConfig, plan: StepPlan) -> "Due":
+    def after(cls, step: int, run: Run, plan: StepPlan) -> "Due":
         """What follows a step of a training that can do all of it.
 
         Args:
             step: counted from 1.
         """
-        end = step == plan.total
+        flags, end = run.flags, step == plan.total
         epoch, epoch_ends = plan.epoch_of(step - 1), end or step % plan.steps_per_epoch == 0
         return cls(
             end=end,
-            log=end or step % config.logging_steps == 0,
-            validate=bool(config.validation_steps) and (end or step % config.validation_steps == 0),
-            samples=samples_due(config, step, epoch, epoch_ends, end),
-            model=epoch_ends and (end or epoch % config.save_model_epochs == 0),
-            checkpoint=end or step % config.checkpointing_steps == 0,
+            log=end or step % flags.logging_steps == 0,
+            validate=bool(flags.validation_steps) and (end or step % flags.validation_steps == 0),
+            samples=samples_due(run.grids, step, epoch, epoch_ends, end),
+            model=epoch_ends and (end or epoch % flags.save_model_epochs == 0),
+            checkpoint=end or step % flags.checkpointing_steps == 0,
         )
 
     def if_skipped(self) -> "Due":
@@ -40,10 +40,11 @@ class Due(NamedTuple):
         return self._replace(log=False, checkpoint=self.end)
 
 
-def samples_due(config: TrainingConfig, step: int, epoch: int, epoch_ends: bool, end: bool) -> bool:
+def samples_due(grids: GridFlags | None, step: int, epoch: int, epoch_ends: bool, end: bool) -> bool:
     """Whether pictures follow a step: at the end of training in any case, unless they are turned off."""
-    if not has_grids(config):
+    if grids is None:
         return False
-    if config.save_images_steps:
-        return end or step % config.save_images_steps == 0
-    return epoch_ends and (end or epoch % config.save_images_epochs == 0)
+    if grids.save_images_steps:
+        return end or step % grids.save_images_steps == 0
+    every = grids.save_images_epochs
+    return bool(every) and epoch_ends and (end or epoch % every == 0)

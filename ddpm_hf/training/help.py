@@ -1,8 +1,8 @@
 """How a script shows its flags: `--help` in groups, each flag once; and the flag that an unknown word means."""
 
 import argparse
+import dataclasses
 import difflib
-import inspect
 import re
 import textwrap
 from collections.abc import Iterable
@@ -51,17 +51,17 @@ def value_of(action: argparse.Action) -> str:
     return f"{value} ..." if action.nargs in ("+", "*") else value
 
 
-def grouped(actions: Iterable[argparse.Action], dataclass_type: type) -> dict[str, list[argparse.Action]]:
-    """The actions by the title of the dataclass that declares their field, in the order of the base classes.
+def grouped(actions: Iterable[argparse.Action], flags: Iterable[type]) -> dict[str, list[argparse.Action]]:
+    """The actions of dataclasses' fields by their groups, in the order of the dataclasses.
 
     A switch that only turns another one off shares its line.
     """
-    titles = {}
-    for one in reversed(dataclass_type.__mro__):
-        for name in inspect.get_annotations(one):
-            titles.setdefault(name, one.__dict__.get("title", "Other"))
-    groups: dict[str, list[argparse.Action]] = {"General": []}
-    groups |= {one.__dict__["title"]: [] for one in dataclass_type.__mro__ if "title" in one.__dict__}
+    titles: dict[str, str] = {}
+    for one in flags:
+        title = one.title
+        for field in dataclasses.fields(one):
+            title = titles[field.name] = field.metadata.get("group", title)
+    groups: dict[str, list[argparse.Action]] = {title: [] for title in ("General", *titles.values())}
     shown: dict[str, argparse.Action] = {}
     for action in actions:
         if action.dest in shown:
@@ -69,20 +69,13 @@ def grouped(actions: Iterable[argparse.Action], dataclass_type: type) -> dict[st
             continue
         shown[action.dest] = action
         action.spellings = spellings_of(action)
-        groups.setdefault(titles.get(action.dest, "General"), []).append(action)
+        groups[titles.get(action.dest, "General")].append(action)
     return {title: members for title, members in groups.items() if members}
 
 
-def meanings_of(dataclass_type: type) -> dict[str, str]:
+def meanings_of(flags: Iterable[type]) -> dict[str, str]:
     """What other programs' flags are called here: from their name to what to write instead."""
-    tables = [one.__dict__.get("meanings", {}) for one in reversed(dataclass_type.__mro__)]
-    return {name: here for table in tables for name, here in table.items()}
-
-
-def absent_of(dataclass_type: type) -> dict[str, str]:
-    """Why a program lacks flags that similar ones have, by their names."""
-    tables = [one.__dict__.get("absent", {}) for one in reversed(dataclass_type.__mro__)]
-    return {name: reason for table in tables for name, reason in table.items()}
+    return {name: here for one in flags for name, here in getattr(one, "meanings", {}).items()}
 
 
 def bare_name(word: str) -> str:

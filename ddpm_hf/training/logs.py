@@ -8,7 +8,7 @@ from accelerate.utils import gather_object
 
 from ..common.errors import UsageError
 from ..common.ownership import claim_files
-from .flags import TrainingConfig
+from .flags import TrainingFlags
 from .run import Run
 from .setup.settings import public_settings
 
@@ -23,7 +23,7 @@ def start_trackers(run: Run, default_project: str) -> None:
     if config.logger == "none":
         return
     logging.getLogger("torch.utils.tensorboard").setLevel(logging.ERROR)
-    settings = {k: v for k, v in public_settings(run.recorded).items() if isinstance(v, (int, float, str, bool))}
+    settings = {k: v for k, v in public_settings(run.settings).items() if isinstance(v, (int, float, str, bool))}
     project, reason = config.tracker_project_name or default_project, None
     before = log_files(config, project)
     try:
@@ -43,7 +43,7 @@ def start_trackers(run: Run, default_project: str) -> None:
     run.must_write(claim, "the list of the run's files")
 
 
-def log_files(config: TrainingConfig, project: str) -> set[str]:
+def log_files(config: TrainingFlags, project: str) -> set[str]:
     """The files in a tracker's folder for a project, where that lies within the output folder; relative to it."""
     folder = Path(config.output_dir).resolve()
     logs = (folder / config.logging_dir / project).resolve()

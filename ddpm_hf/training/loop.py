@@ -70,7 +70,7 @@ def training_loop(
             guard.judge(result, output)
             progress.done(state.step)
 
-            due, record = Due.after(state.step, run.flags, plan), {}
+            due, record = Due.after(state.step, run, plan), {}
             if any(due) and not guard.settle(output):
                 due = due.if_skipped()
             seconds = time.perf_counter() - output.since

@@ -68,8 +68,6 @@ accelerate launch --multi_gpu: multi_gpu distributed ddp
 --logger tensorboard: tensorboard use_tensorboard
 --tracker_project_name: project project_name wandb_project run_name experiment exp_name
 --logging_dir: log_dir logdir tensorboard_dir
-
---hub_token: token hf_token use_auth_token
 """.replace("\n\n", "\n")
 )
 # Flags that only trainings of pipelines have
@@ -77,14 +75,4 @@ GRIDS = names_elsewhere("""
 --save_images_steps: sample_interval sample_every sample_freq image_interval sample_steps preview_steps
 --save_images_epochs: sample_epochs sample_every_n_epochs preview_epochs
 --save_images_epochs 0: no_samples no_grids no_images no_previews no_sampling
-""")
-ATTENTION = names_elsewhere("""
---enable_xformers_memory_efficient_attention: xformers use_xformers flash_attn flash_attention
-""")
-PUBLISHING = names_elsewhere("""
---hub_model_id: repo repo_id repository hub_repo hub_repo_id hub_id push_to_hub_model_id
---hub_private_repo: private private_repo hub_private
---hub_license: license
---push_to_hub: push upload hub
---save_variants fp16: save_fp16 save_half
 """)

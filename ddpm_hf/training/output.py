@@ -69,7 +69,9 @@ class TrainingOutput:
         """
         state, rate = self.state, self.samples / seconds
         timing = {"seconds": round(seconds, 3), "images_per_second": round(rate, 1)}
-        state.figures |= self.progress.figures(epoch, record, state.lr_scheduler.get_last_lr()[0], rate)
+        shown = {name: one for name, one in record.items() if name not in (*state.meter.groups, "lr", "grad_norm")}
+        self.progress.figures(epoch, shown, state.lr_scheduler.get_last_lr()[0], rate)
+        state.figures |= shown
         record = {"step": state.step, "epoch": epoch, **record}
         fault = self.run.attempt(lambda: append_jsonl(self.run.folder / METRICS_FILE, record))
         self.report(fault, METRICS_FILE, last=True)

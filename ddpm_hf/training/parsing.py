@@ -10,9 +10,9 @@ import copy
 import dataclasses
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from transformers import HfArgumentParser
@@ -21,7 +21,8 @@ from ..common.arguments import APPLIED, FIXED, FREE, SECRET_FLAGS, flags_that
 from ..common.errors import UsageError, one_line
 from ..common.files import expand_home
 from ..common.machine import accept_any_text
-from .help import EPILOG, FlagFormatter, absent_of, bare_name, grouped, meanings_of, meant
+from .flags import Flags
+from .help import EPILOG, FlagFormatter, bare_name, grouped, meanings_of, meant
 
 
 def _is_like_a_flag(word: str) -> bool:
@@ -29,17 +30,47 @@ def _is_like_a_flag(word: str) -> bool:
     return word.startswith("-") and not re.fullmatch(r"-(\d+|\d*\.\d+)", word)
 
 
-class OneLineParser(HfArgumentParser):
-    """Declares a dataclass's fields as flags; a mistake is one line and exit code 2.
+class Program(NamedTuple):
+    """A program's command line.
 
-    A dataclass, or a base of it, has a `title` for the group of its fields in `--help`, and `meanings`: what to
-    write here for names that its fields have elsewhere, and `absent`: why it lacks fields of other programs.
+    Each dataclass of flags has a `title` for their group in `--help`, and may have `meanings`: what to write here for
+    names that its flags have elsewhere.
+
+    Args:
+        flags: the dataclasses that declare its flags; `--help` shows them in this order.
+        weaker_layers: called with the flags that the stronger layers alone make; returns a list of (source, values),
+            weakest first, such as a recipe and a preset.
+        defaults: where they are others than those of the dataclasses.
+        helps: texts of `--help` that are others than those of the dataclasses.
+        spellings: more names of some flags.
+        absent: why it lacks flags that similar programs have, by their names.
+        stages: the folders within the output folder whose checkpoints tell what a run was trained with; of the first
+            that has one.
     """
 
-    def __init__(self, dataclass_type, **kwargs):
-        options = {"formatter_class": FlagFormatter, "epilog": EPILOG, **kwargs}
-        super().__init__(dataclass_type, allow_abbrev=False, usage="%(prog)s [--flag value ...]", **options)
-        self.meanings, self.absent = meanings_of(dataclass_type), absent_of(dataclass_type)
+    flags: tuple[type, ...]
+    weaker_layers: Callable[[Flags], list[tuple[str, dict[str, Any]]]]
+    description: str
+    name: str | None = None
+    defaults: Mapping[str, Any] = {}
+    helps: Mapping[str, str] = {}
+    spellings: Mapping[str, list[str]] = {}
+    absent: Mapping[str, str] = {}
+    stages: tuple[str, ...] = ("",)
+
+
+class OneLineParser(HfArgumentParser):
+    """Declares the fields of dataclasses as flags; a mistake is one line and exit code 2."""
+
+    def __init__(self, program: Program):
+        self.program, self.absent = program, program.absent
+        self.fields = {field.name: field for one in program.flags for field in dataclasses.fields(one)}
+        self.meanings = meanings_of(program.flags)
+        options = {"formatter_class": FlagFormatter, "epilog": EPILOG, "description": program.description}
+        super().__init__(
+            program.flags, prog=program.name, allow_abbrev=False, usage="%(prog)s [--flag value ...]", **options
+        )
+        self.set_defaults(**program.defaults)
         self.source = ""  # of the words that are parsed, where that is not the command line
 
     def format_help(self) -> str:
@@ -47,7 +78,7 @@ class OneLineParser(HfArgumentParser):
         formatter = self.formatter_class(prog=self.prog)
         formatter.add_usage(self.usage, self._actions, [])
         formatter.add_text(self.description)
-        for title, actions in grouped(self._actions, self.dataclass_types[0]).items():
+        for title, actions in grouped(self._actions, self.program.flags).items():
             formatter.start_section(title)
             formatter.add_arguments(actions)
             formatter.end_section()
@@ -55,10 +86,13 @@ class OneLineParser(HfArgumentParser):
         return formatter.format_help()
 
     @staticmethod
-    def _parse_dataclass_field(parser, field):
+    def _parse_dataclass_field(parser: "OneLineParser", field: dataclasses.Field) -> None:
         """Declare a field's flag; argparse takes what it knows of the metadata alone."""
-        plain = copy.copy(field)
-        plain.metadata = {name: value for name, value in field.metadata.items() if name in ("help", "aliases")}
+        plain, program, aliases = copy.copy(field), parser.program, field.metadata.get("aliases", [])
+        plain.metadata = {
+            "help": program.helps.get(field.name, field.metadata["help"]),
+            "aliases": [*aliases, *program.spellings.get(field.name, [])],
+        }
         HfArgumentParser._parse_dataclass_field(parser, plain)
 
     def error(self, message: str):
@@ -116,16 +150,19 @@ class OneLineParser(HfArgumentParser):
         self.source = ""
         return words
 
-    def parse(self, argv: list[str]):
-        """The dataclass's instance for these words; an unknown word ends with exit code 2."""
-        return self.dataclass_types[0](**vars(self.parse_args(argv)))
+    def parse(self, argv: list[str]) -> Flags:
+        """The flags for these words; an unknown word ends with exit code 2."""
+        values = vars(self.parse_args(argv))
+        parts = (
+            one(**{field.name: values[field.name] for field in dataclasses.fields(one)}) for one in self.program.flags
+        )
+        return Flags(list(parts), absent=list(self.absent))
 
     def given(self, words: list[str]) -> list[dataclasses.Field]:
         """The fields of the flags that these words set."""
         unset = object()
-        fields = dataclasses.fields(self.dataclass_types[0])
-        parsed = vars(self.parse_args(words, argparse.Namespace(**{one.name: unset for one in fields})))
-        return [one for one in fields if parsed[one.name] is not unset]
+        parsed = vars(self.parse_args(words, argparse.Namespace(**dict.fromkeys(self.fields, unset))))
+        return [one for name, one in self.fields.items() if parsed[name] is not unset]
 
     def replaced(self, words: list[str]) -> set[str]:
         """The names of the flags that say in another way what these words set."""
@@ -137,10 +174,9 @@ class OneLineParser(HfArgumentParser):
         """The words over weaker values: of these, those that the words do not decide."""
         self.tokens(values, source)  # what is wrong is said of all of them
         given, replaced = {one.name for one in self.given(words)}, self.replaced(words)
-        fields = {one.name: one for one in dataclasses.fields(self.dataclass_types[0])}
         weaker = {}
         for name, value in values.items():
-            field = fields[self._option_string_actions[self.spelled(f"--{name}")].dest]
+            field = self.fields[self._option_string_actions[self.spelled(f"--{name}")].dest]
             if field.name not in given and (field.name not in replaced or value in field.metadata.get("joins", ())):
                 weaker[name] = value
         return self.tokens(weaker, source) + words
@@ -200,68 +236,48 @@ def read_config_file(path: str) -> dict[str, Any]:
     return values
 
 
-def are_of_program(settings: dict[str, Any], dataclass_type: type) -> bool:
-    """Whether settings are those of a run of the program with these flags, in this version or an earlier one.
-
-    Flags that the program lacks for a reason may have been accepted by an earlier version.
-    """
-    names = {each.name for each in dataclasses.fields(dataclass_type)}
-    return names.union(absent_of(dataclass_type)).issuperset(settings)
-
-
-def _trained_with(config, stages: tuple[str, ...]) -> dict[str, Any]:
-    """The settings in the checkpoint that --resume_from_checkpoint names: of this config's flags, those that go on."""
+def _trained_with(flags: Flags, stages: tuple[str, ...]) -> dict[str, Any]:
+    """The settings in the checkpoint that --resume_from_checkpoint names: of the program's flags, those that go on."""
     from ..common.checkpoints import settings_of  # which needs this module's UsageError
     from ..common.layout import EARLIER
     from .earlier_run import comes_back
 
-    names = {name for kind in (FREE, APPLIED, FIXED) for name in flags_that(config, kind)} - set(SECRET_FLAGS)
-    folder = Path(config.output_dir)
+    fields = flags.fields()
+    names = {name for kind in (FREE, APPLIED, FIXED) for name in flags_that(fields, kind)} - set(SECRET_FLAGS)
+    folder = Path(flags.output_dir)
     stages = (EARLIER, *stages) if comes_back(folder) else stages
-    found = next(filter(None, (settings_of(folder / stage, config.resume_from_checkpoint) for stage in stages)), {})
-    if not are_of_program(found, type(config)):
+    settings = (settings_of(folder / stage, flags.resume_from_checkpoint) for stage in stages)
+    recorded = next(filter(None, settings), {})
+    if not flags.knows(recorded):
         return {}  # what is wrong with its checkpoint is said where it is read
-    return {name: value for name, value in found.items() if name in names}
+    return {name: value for name, value in recorded.items() if name in names}
 
 
-def parse_layers(
-    dataclass_type,
-    argv: list[str],
-    weaker_layers,
-    prog: str | None = None,
-    description: str | None = None,
-    stages: tuple[str, ...] = ("",),
-):
-    """Parse `argv` over a `--config` file, over what a resumed run was trained with, over what `weaker_layers` gives.
-
-    Args:
-        weaker_layers: called with the instance that the stronger layers alone make; returns a list of
-            (source, values), weakest first, such as a recipe and a preset.
-        stages: the folders within the output folder whose checkpoints tell what a run was trained with; of the first
-            that has one.
-    """
+def parse_flags(program: Program, argv: list[str]) -> Flags:
+    """Parse `argv` over a `--config` file, over what a resumed run was trained with, over the program's layers."""
     accept_any_text()
-    parser = OneLineParser(dataclass_type, prog=prog, description=description)
+    parser = OneLineParser(program)
     try:
         from_file, _ = parser.parse_known_args(argv)
         words = argv
         if from_file.config:
             words = parser.below(read_config_file(from_file.config), f"--config {from_file.config}", words)
         given, typed = parser.given(words), {one.name for one in parser.given(argv)}
-        layers = weaker_layers(parser.parse(words))
-        config = parser.parse(parser.over(layers, words))
-        if config.resume_from_checkpoint:
-            before = _trained_with(config, stages)
-            words = parser.below(before, "--resume_from_checkpoint", [f"--output_dir={config.output_dir}", *words])
-            layers = weaker_layers(parser.parse(words))
-            config = parser.parse(parser.over(layers, words, decided=set(before)))
+        layers = program.weaker_layers(parser.parse(words))
+        flags = parser.parse(parser.over(layers, words))
+        if flags.resume_from_checkpoint:
+            before = _trained_with(flags, program.stages)
+            words = parser.below(before, "--resume_from_checkpoint", [f"--output_dir={flags.output_dir}", *words])
+            layers = program.weaker_layers(parser.parse(words))
+            flags = parser.parse(parser.over(layers, words, decided=set(before)))
         # a file may list all flags, as a run's settings do: there, what they are without it asks for nothing
-        config.given = frozenset(
+        flags.given = frozenset(
             one.name
             for one in given
             if one.name in typed
-            or getattr(config, one.name) not in (one.default, *(values.get(one.name) for _, values in layers))
+            or getattr(flags, one.name)
+            not in (parser.get_default(one.name), *(values.get(one.name) for _, values in layers))
         )
-        return config
+        return flags
     except UsageError as error:
         parser.error(str(error))

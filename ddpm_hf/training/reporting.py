@@ -77,6 +77,11 @@ def run_lines(run: Run, plan: StepPlan) -> dict[str, str]:
     }
 
 
+def parameter_count(model: torch.nn.Module) -> int:
+    """How many parameters a model has."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def weights_memory(parameters: int, use_ema: bool) -> str:
     """What the weights and all that is kept for each of them take."""
     kept = 4 + use_ema  # weights, gradients, Adam's two moments, and the EMA
@@ -204,16 +209,14 @@ class Progress:
             return ""
         return f"{duration((time.perf_counter() - self.since) / steps * (self.total - self.step))} left"
 
-    def figures(self, epoch: int, record: dict[str, Any], lr: float, images_per_second: float) -> dict[str, float]:
-        """Show what has been logged of this step; returns the losses and the like."""
-        known = {name: value for name, value in record.items() if "_q" not in name and name not in ("lr", "grad_norm")}
-        self.shown |= {name: f"{value:.3g}" for name, value in known.items() if "loss" in name}
+    def figures(self, epoch: int, record: dict[str, Any], lr: float, images_per_second: float) -> None:
+        """Show the losses and the like of this step."""
+        self.shown |= {name: f"{value:.3g}" for name, value in record.items() if "loss" in name}
         self.bar.set_postfix(epoch=epoch, **self.shown, lr=f"{lr:.1e}")
-        said = [f"{NAMES.get(name, name)} {value:.4g}" for name, value in known.items()]
+        said = [f"{NAMES.get(name, name)} {value:.4g}" for name, value in record.items()]
         rate = f"{images_per_second:.3g} images/s"
         parts = [f"epoch {epoch}", *said, f"lr {lr:.1e}", rate, self.time_left()]
         self.note("  ".join(part for part in parts if part))
-        return known
 
     def note(self, what: str) -> None:
         """A line about this step, where no bar is shown."""

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from ..common.errors import RunError
 from ..common.layout import Entry
 from .faults import EndedTogetherError, storage_fault
-from .flags import TrainingConfig
+from .flags import Flags, GridFlags, TrainingFlags
 from .plan import StepPlan
 
 
@@ -33,21 +33,23 @@ class Run:
 
     Args:
         flags: what it trains with.
-        recorded: the program's flags, whose settings its checkpoints hold.
+        settings: all flags of the program, which its checkpoints hold.
         accelerator: Accelerate's engine.
         entries: what it writes into its output folder.
         deadline: on the monotonic clock; it stops after the first step that ends later.
         resumed: the checkpoint that it goes on from, or None.
         seed: of everything random.
+        grids: when pictures are sampled; None for never.
     """
 
-    flags: TrainingConfig
-    recorded: TrainingConfig
+    flags: TrainingFlags
+    settings: Flags
     accelerator: Accelerator
     entries: Sequence[Entry] = ()
     deadline: float | None = None
     resumed: Resumed | None = None
     seed: int = 0
+    grids: GridFlags | None = None
 
     @property
     def folder(self) -> Path:
@@ -92,6 +94,13 @@ class Run:
     def end_by_main(self, error: BaseException) -> None:
         """End all ranks with an error that the main process tells."""
         self.end(error if self.accelerator.is_main_process else None)
+
+    def gather_rows(self, rows: torch.Tensor, count: int) -> torch.Tensor:
+        """The rows of all ranks, in the same order on each: [n, K], n up to `count` on each rank -> [N, K]."""
+        rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)  # [n, K + 1]
+        rows = torch.cat([rows, rows.new_zeros(count - len(rows), rows.shape[1])])  # [count, K + 1]
+        rows = self.accelerator.gather(rows)  # [ranks · count, K + 1]
+        return rows[rows[:, -1] > 0, :-1]
 
     def attempt(self, action: Callable[[], object], on_all: bool = False) -> str | None:
         """Let the main process, or all, write something: what failed, as all ranks then know, or None.

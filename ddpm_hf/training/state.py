@@ -19,7 +19,7 @@ class TrainingState:
     """What a run consists of. `extra` holds more objects with a `state_dict()` of tensors that belong to it."""
 
     model: torch.nn.Module  # as prepared by Accelerate
-    parts: dict[str, torch.nn.Module]  # what of it is saved, by its folder's name: {"unet": model}
+    parts: dict[str, torch.nn.Module]  # what of it is saved, by the name of its folder
     emas: dict[str, Any]  # a part's EMA, by the same name; empty without EMA
     optimizer: torch.optim.Optimizer
     lr_scheduler: Any
@@ -42,7 +42,7 @@ class TrainingState:
 
 
 def register_model_hooks(accelerator, state: TrainingState) -> None:
-    """Make Accelerate's checkpoints hold the model as Diffusers does: under `unet/`, its EMA under `unet_ema/`."""
+    """Make Accelerate's checkpoints hold each part as Diffusers does: under `NAME/`, its EMA under `NAME_ema/`."""
 
     def save(models, weights, output_dir):
         if state.whole is not None:

@@ -22,21 +22,24 @@ import train_unconditional
 from ddpm_hf import ClassConditionalDDPMPipeline, DDPMPipeline
 from ddpm_hf.common.pictures import image_grid
 from ddpm_hf.common.randomness import StepKeys, keyed_seed
-from ddpm_hf.data import to_model_range
+from ddpm_hf.data import DataFlags, to_model_range
 from ddpm_hf.data.batches import make_batches, open_images
 from ddpm_hf.data.orders import keyed_balanced_order
+from ddpm_hf.objectives.flags import ObjectiveFlags, ScheduleFlags
 from ddpm_hf.training.plan import StepPlan
 from tests.support.fixtures_pipeline import tiny_unet
-from tests.support.fixtures_unconditional import (
-    encoded,
-    image_rows,
+from tests.support.pictures import encoded, image_rows, quiet, random_pixels, write_images, write_unet
+from tests.support.runs import (
+    GRAY,
+    assert_same_run,
+    attempt,
+    command,
     parse,
-    quiet,
-    random_pixels,
+    records,
     run_script,
+    train,
+    training_run,
     words,
-    write_images,
-    write_unet,
 )
 
 
@@ -74,40 +77,10 @@ def world(tmp_path_factory):
     return root
 
 
-def command(world, output_dir, data="three", unet="unet", **flags):
-    """The command line of a small run by class."""
-    settings = {
-        "train_data_dir": world / data,
-        "label_column": "label",
-        "model_config_name_or_path": world / unet,
-        "output_dir": output_dir,
-        "resolution": 8,
-        "channels": 1,
-        "seed": 3,
-        "train_batch_size": 4,
-        "eval_batch_size": 3,
-        "max_train_steps": 3,
-        "learning_rate": 1e-3,
-        "lr_warmup_steps": 0,
-        "ddpm_num_steps": 20,
-        "ddpm_num_inference_steps": 2,
-        "ddpm_beta_schedule": "cosine",
-        "cpu_threads": 1,
-        "logger": "none",
-        "logging_steps": 3,
-    }
-    return words({**settings, **flags})
-
-
-def train(world, output_dir, **flags):
-    """Run the script to its end; the output folder."""
-    run = run_script(command(world, output_dir, **flags), output_dir)
-    assert run.code == 0, run.err
-    return Path(output_dir)
-
-
-def records(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+USUAL = {
+    **GRAY, "train_data_dir": "{shop}/three", "label_column": "label", "eval_batch_size": 3, "max_train_steps": 3,
+    "lr_warmup_steps": 0,
+}  # fmt: skip
 
 
 def load(folder, pipeline_class=ClassConditionalDDPMPipeline):
@@ -184,7 +157,7 @@ def test_the_saved_names_are_those_of_the_labels(kind, dropout, spelling, world,
         write_labelled(folder, gray_squares(ROWS), values, class_names)
     flags = {"label_column": None, spelling: "label", "class_dropout": dropout, "streaming": kind == "stream"}
     flags |= {"train_data_dir": folder, "cache_dir": tmp_path / "cache"}
-    out = train(world, tmp_path / "run", **flags)
+    out = train(world, tmp_path / "run", USUAL, **flags).folder
 
     pipeline = load(out)
     assert pipeline.config.id2label == {str(number): name for number, name in enumerate(names)}
@@ -227,7 +200,7 @@ def test_a_bad_label_is_named_in_one_line(case, world, tmp_path):
     values, names, flags, fragments = BAD_LABELS[case]
     data = write_labelled(tmp_path / "data", gray_squares(4), values, names)
     out = tmp_path / "run"
-    run = run_script(command(world, out, train_data_dir=data, **flags), out)
+    run = attempt(world, out, USUAL, train_data_dir=data, **flags)
     assert run.code == 2
     assert "Traceback" not in run.out + run.err
     for fragment in fragments:
@@ -239,7 +212,7 @@ def test_a_bad_label_is_named_in_one_line(case, world, tmp_path):
 def test_a_class_that_is_only_held_out_keeps_its_name_and_place(balanced, world, batches, tmp_path):
     """Else the ids of the classes shift with the split, or the validation meets an id that has no embedding."""
     flags = {"validation_split": 0.25, "validation_steps": 3, "class_balanced": balanced}
-    folder = train(world, tmp_path / "run", data="all-different", **flags)
+    folder = train(world, tmp_path / "run", USUAL, train_data_dir="{shop}/all-different", **flags).folder
     trained = {label for batch in batches for label in batch["labels"].tolist()}
     assert len(trained) == 6
     assert load(folder).config.id2label == {str(number): name for number, name in enumerate("abcdefgh")}
@@ -271,11 +244,12 @@ def loss_of(model, labels, keys, images=None, **flags):
         model,
         {"images": images} if labels is None else {"images": images, "labels": torch.as_tensor(labels)},
         keys,
-        config=config,
-        scheduler=train_unconditional.make_scheduler(config, config),
+        run=training_run(SimpleNamespace(device=torch.device("cpu"))),
+        class_dropout=config.class_dropout,
+        loss_options=config[ObjectiveFlags].loss_options(),
+        scheduler=train_unconditional.make_scheduler(config[ScheduleFlags], config[ObjectiveFlags]),
         sampler=train_unconditional.UniformTimestepSampler(config.ddpm_num_steps),
         null_class=3,
-        accelerator=SimpleNamespace(device=torch.device("cpu")),
     )
 
 
@@ -328,10 +302,10 @@ def test_what_is_dropped_depends_on_seed_step_and_place_alone():
 
 def test_accumulated_batches_drop_as_one_large_batch(world, class_ids, tmp_path):
     """Else the micro-batches of a step all lose the label at the same places."""
-    train(world, tmp_path / "parts", gradient_accumulation_steps=2, class_dropout=0.5)
+    train(world, tmp_path / "parts", USUAL, gradient_accumulation_steps=2, class_dropout=0.5)
     parts = class_ids.training[4:]  # the first batch is the rehearsal's
     class_ids.training.clear()
-    train(world, tmp_path / "at_once", train_batch_size=8, class_dropout=0.5)
+    train(world, tmp_path / "at_once", USUAL, train_batch_size=8, class_dropout=0.5)
     assert class_ids.training[8:] == parts
     assert set(parts) == {0, 1, 2, 3}
 
@@ -339,7 +313,7 @@ def test_accumulated_batches_drop_as_one_large_batch(world, class_ids, tmp_path)
 def test_only_training_drops_labels(world, batches, class_ids, tmp_path):
     """Else grids and held-out losses show the unconditional model, or training never does."""
     flags = {"class_dropout": 0.7, "validation_split": 0.2, "validation_steps": 1, "eval_batch_size": 9}
-    train(world, tmp_path / "run", max_train_steps=4, **flags)
+    train(world, tmp_path / "run", USUAL, max_train_steps=4, **flags)
     rehearsed, *batches = batches
     labels = [label for batch in batches for label in batch["labels"].tolist()]
     dropped = [
@@ -365,7 +339,7 @@ def test_the_loss_of_one_class_is_that_of_the_network_told_so():
 
     # by hand
     config = parse(words({"ddpm_num_steps": 1000}))
-    scheduler = train_unconditional.make_scheduler(config, config)
+    scheduler = train_unconditional.make_scheduler(config[ScheduleFlags], config[ObjectiveFlags])
     x_start = to_model_range(images)
     timesteps, noise = (keys.uniform("timestep") * 1000).long(), keys.normal_like(x_start)
     x_t = scheduler.add_noise(x_start, noise, timesteps)
@@ -409,11 +383,12 @@ def balanced_batches(world, batch, world_size=1, rank=0, step=0):
         is_main_process=rank == 0,
         local_main_process_first=contextlib.nullcontext,
     )
-    config = parse(command(world, "unused", data="uneven", train_batch_size=batch))
+    config = parse(command(world, "unused", USUAL, train_data_dir="{shop}/uneven", train_batch_size=batch))
+    run = training_run(accelerator, config.seed, train_batch_size=batch)
     with quiet():
-        images = open_images(config, config, 1, accelerator)
+        images = open_images(run, config[DataFlags], 1)
     plan = StepPlan(images.count, batch, world_size, 1)
-    return make_batches(images, config, config, plan, step, accelerator, class_balanced=True)
+    return make_batches(run, images, plan, step, class_balanced=True)
 
 
 def take(batches, count):
@@ -478,7 +453,7 @@ def test_a_grid_has_a_row_for_each_class(count, rows, columns, world, monkeypatc
 
     monkeypatch.setattr(UNet2DModel, "forward", paint)
     flags = {"prediction_type": "sample", "eval_batch_size": count, "save_images_epochs": 1}
-    folder = train(world, tmp_path / "run", max_train_steps=8, **flags)
+    folder = train(world, tmp_path / "run", USUAL, max_train_steps=8, **flags).folder
     grids = sorted((folder / "samples").glob("step-*"))
     assert [grid.name for grid in grids] == ["step-000006.png", "step-000008.png"]
     for grid in grids:
@@ -498,7 +473,11 @@ def test_a_grid_has_a_row_for_each_class(count, rows, columns, world, monkeypatc
 RESUMED = {
     "plain": {},
     "balanced": {"class_balanced": True, "random_flip": True, "cache_dataset": "never"},
-    "accumulated": {"unet": "unet-dropout", "gradient_accumulation_steps": 2, "class_balanced": True},
+    "accumulated": {
+        "model_config_name_or_path": "{shop}/unet-dropout",
+        "gradient_accumulation_steps": 2,
+        "class_balanced": True,
+    },
     "held-out": {"validation_split": 0.2, "validation_steps": 2, "class_dropout": 0.5},
     "without-dropping": {"class_dropout": 0},
     "stream": {"streaming": True},
@@ -517,29 +496,21 @@ RESUMED = {
 def test_resuming_by_class_is_never_having_stopped(case, world, tmp_path):
     """Else an interrupted run drops other labels or draws other classes than it would have."""
     flags = {"use_ema": True, "checkpointing_steps": 4, "max_train_steps": 10, **RESUMED[case]}
-    whole, resumed = train(world, tmp_path / "whole", **flags), tmp_path / "resumed"
+    whole, resumed = train(world, tmp_path / "whole", USUAL, **flags).folder, tmp_path / "resumed"
     name = f"checkpoint-{flags['checkpointing_steps']}"
     shutil.copytree(whole / name, resumed / name)
     shutil.copy(whole / "metrics.jsonl", resumed)  # with lines that were logged after the checkpoint
-    train(world, resumed, resume_from_checkpoint="latest", **flags)
-    same = ["metrics.jsonl", "model_index.json", "samples/step-000010.png"]
-    tensors = [str(path.relative_to(whole)) for path in whole.rglob("*.safetensors") if path.parts[-3] != name]
-    tensors = [tensor for tensor in tensors if tensor.startswith(("unet/", "checkpoint-10/"))]
-    assert {"unet", "checkpoint-10/unet", "checkpoint-10/unet_ema"} <= {str(Path(one).parent) for one in tensors}
-    for file in same + tensors:
-        assert (whole / file).read_bytes() == (resumed / file).read_bytes(), file
-    optimizers = [(run / "checkpoint-10" / "optimizer.bin") for run in (whole, resumed)]
-    ours, theirs = (torch.load(path, weights_only=True)["state"] for path in optimizers)
-    for number, moments in ours.items():
-        assert all(torch.equal(value, theirs[number][name]) for name, value in moments.items())
+    train(world, resumed, USUAL, resume_from_checkpoint="latest", **flags)
+    assert_same_run(resumed, whole)
+    assert (resumed / "model_index.json").read_bytes() == (whole / "model_index.json").read_bytes()
 
 
-@pytest.mark.parametrize("change", [{"class_dropout": 0}, {"data": "all-different"}])
+@pytest.mark.parametrize("change", [{"class_dropout": 0}, {"train_data_dir": "{shop}/all-different"}])
 def test_a_run_does_not_go_on_with_other_classes(change, world, tmp_path):
     """Else embeddings are cut off or made up, and names are given to what others learnt."""
-    out = train(world, tmp_path / "run")
+    out = train(world, tmp_path / "run", USUAL).folder
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    argv = command(world, out, **{"max_train_steps": 6, "resume_from_checkpoint": "latest", **change})
+    argv = command(world, out, USUAL, **{"max_train_steps": 6, "resume_from_checkpoint": "latest", **change})
     run = run_script(argv, out)
     assert run.code == 2
     assert "num_class_embeds" in run.error()
@@ -568,7 +539,7 @@ def test_learned_variances_train_save_and_sample(case, by_class, world, tmp_path
     """Else half of the output channels is lost, never learnt, or shown as part of the image."""
     flags = {"variance_type": "learned_range", "use_ema": True, "ddpm_num_inference_steps": 5, "max_train_steps": 4}
     flags |= {"label_column": "label" if by_class else None, "checkpointing_steps": 1, **OBJECTIVES[case]}
-    folder = train(world, tmp_path / "run", **flags)
+    folder = train(world, tmp_path / "run", USUAL, **flags).folder
     assert all(np.isfinite(record["loss"]) for record in records(folder))
     last = folder / f"checkpoint-{flags['max_train_steps']}"
     if case == "importance-sampled":  # past its uniform beginning
@@ -606,8 +577,8 @@ def test_learned_variances_train_save_and_sample(case, by_class, world, tmp_path
 )
 def test_a_run_that_goes_on_otherwise_says_so(change, said, world, tmp_path):
     """Else a continuation passes for an exact one."""
-    out = train(world, tmp_path / "run")
-    argv = command(world, out, **{"max_train_steps": 6, "resume_from_checkpoint": "latest", **change})
+    out = train(world, tmp_path / "run", USUAL).folder
+    argv = command(world, out, USUAL, **{"max_train_steps": 6, "resume_from_checkpoint": "latest", **change})
     run = run_script(argv, out)
     assert run.code == 0
     assert f"warning: {said} was" in run.err

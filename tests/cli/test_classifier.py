@@ -1,214 +1,26 @@
-"""The classifier of noised images: its network, its training run, and `ddpm-hf sample` guided by it."""
+"""The classifier of noised images: its training run, and `ddpm-hf sample` guided by it."""
 
-import contextlib
-import json
 import math
 import shutil
 import signal
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import diffusers
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 
 from ddpm_hf import ClassConditionalDDPMPipeline, DDPMPipeline, DDPMScheduler, cli
 from ddpm_hf.cli import classifier_training as classifier
-from ddpm_hf.cli.classifier_training import compute_loss, validation_accuracy
-from ddpm_hf.common.randomness import StepKeys
-from ddpm_hf.models.classifier import AttentionPool, NoisyClassifier
-from ddpm_hf.training.checkpointing import read_manifest
-from tests.support.fixtures_pipeline import randn, tiny_unet, tiny_unet_config
-from tests.support.fixtures_unconditional import run_script, words, write_images, write_unet
-
-NAMES = ("cat", "dog", "owl")
-STEPS = 20  # T
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-
-def tiny_classifier(channels=1, size=8, classes=3, seed=0, **more):
-    """An untrained classifier whose logits are far from equal, so that its gradient shows."""
-    torch.manual_seed(seed)
-    unet = {**tiny_unet_config(channels, size=size), **more}
-    betas = DDPMScheduler(STEPS, beta_schedule="cosine").exact_tables.betas.tolist()
-    names = {str(number): name for number, name in enumerate(NAMES[:classes])}
-    model = NoisyClassifier(
-        unet=unet, num_classes=classes, num_train_timesteps=STEPS, trained_betas=betas, id2label=names
-    ).eval()
-    with torch.no_grad():
-        model.head.weight.mul_(8)
-    return model
-
-
-# The network
-
-
-@pytest.mark.parametrize(("channels", "size"), [(1, 8), (3, 8), (3, (8, 16)), (1, (16, 4))], ids=str)
-def test_logits_are_one_row_an_image(channels, size):
-    """Else height and width are taken for one another, or an image's logits depend on its neighbours."""
-    model = tiny_classifier(channels, size)
-    height, width = (size, size) if isinstance(size, int) else size
-    x_t, t = randn(4, channels, height, width), torch.tensor([0, 3, 10, 19])
-    with torch.no_grad():
-        logits = model(x_t, t)
-        assert logits.shape == (4, 3)
-        for index in range(4):
-            alone = model(x_t[index : index + 1], t[index : index + 1])
-            torch.testing.assert_close(alone, logits[index : index + 1], rtol=0, atol=1e-5)
-
-
-def test_a_timestep_is_a_number_or_one_for_each_image():
-    """Else what calls it as a UNet is called fails, or all images get the first one's timestep."""
-    model, x_t = tiny_classifier(), randn(3, 1, 8, 8)
-    with torch.no_grad():
-        expected = model(x_t, torch.tensor([7, 7, 7]))
-        for t in (7, 7.0, torch.tensor(7), torch.tensor([7]), torch.tensor(7).expand(3), torch.tensor([7] * 3).int()):
-            torch.testing.assert_close(model(x_t, t), expected, rtol=0, atol=1e-6)
-        mixed = model(x_t, torch.tensor([7, 15, 7]))
-    torch.testing.assert_close(mixed[[0, 2]], expected[[0, 2]], rtol=0, atol=1e-5)
-    assert (mixed[1] - expected[1]).abs().max() > 1e-3
-
-
-def test_the_gradient_reaches_every_pixel_and_every_weight():
-    """Else guidance leaves part of the image alone, or a part of the network never learns."""
-    model = tiny_classifier(3, (8, 16)).train()
-    x_t = randn(2, 3, 8, 16).requires_grad_(True)
-    F.cross_entropy(model(x_t, torch.tensor([3, 12])), torch.tensor([0, 2])).backward()
-    assert (x_t.grad != 0).float().mean() > 0.99
-    still = [name for name, parameter in model.named_parameters() if parameter.grad is None]
-    assert still == []
-
-
-@pytest.mark.parametrize(("channels", "size", "heads"), [(8, (3, 3), 1), (8, (2, 5), 2), (64, (1, 4), 4)], ids=str)
-def test_attention_pool_is_attention_of_the_mean(channels, size, heads):
-    """Against the formula (Vaswani et al. 2017, Eq. 1); else it pools something else than its docstring says."""
-    torch.manual_seed(0)
-    pool = AttentionPool(channels, size[0] * size[1], heads).double()
-    features = randn(3, channels, *size).double()
-    tokens = torch.cat([features.mean(dim=(2, 3))[:, :, None], features.flatten(2)], dim=2).transpose(1, 2)
-    tokens = tokens + pool.position  # [N, 1 + H·W, C]
-    weights, biases = pool.attention.in_proj_weight.chunk(3), pool.attention.in_proj_bias.chunk(3)
-    q, k, v = (F.linear(tokens, w, b).unflatten(2, (heads, -1)) for w, b in zip(weights, biases))  # [N, L, h, C/h]
-    scores = torch.einsum("nhd,nlhd->nhl", q[:, 0], k) / math.sqrt(channels / heads)
-    pooled = torch.einsum("nhl,nlhd->nhd", scores.softmax(dim=2), v).flatten(1)
-    expected = F.linear(pooled, pool.attention.out_proj.weight, pool.attention.out_proj.bias)
-    torch.testing.assert_close(pool(features), expected)
-    with torch.no_grad():  # torch then computes it by another way
-        torch.testing.assert_close(pool.eval()(features), expected)
-
-
-@pytest.mark.parametrize("size", [8, (8, 16)], ids=str)
-def test_a_saved_classifier_is_the_same_classifier(size, tmp_path):
-    """Else guidance after loading is another's, or the folder holds pickled code, or forgets its diffusion."""
-    model = tiny_classifier(3, size)
-    model.save_pretrained(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", WEIGHTS]
-    loaded = NoisyClassifier.from_pretrained(tmp_path, use_safetensors=True)
-    x_t = randn(2, 3, *((size, size) if isinstance(size, int) else size))
-    with torch.no_grad():
-        torch.testing.assert_close(loaded.eval()(x_t, 4), model(x_t, 4))
-    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
-    for config in (json.loads((tmp_path / "config.json").read_text()), loaded.config):
-        assert config["id2label"] == {"0": "cat", "1": "dog", "2": "owl"}
-        assert config["num_classes"] == 3
-        assert config["num_train_timesteps"] == STEPS
-        assert config["unet"]["in_channels"] == 3
-        assert torch.equal(
-            torch.tensor(config["trained_betas"], dtype=torch.float64),
-            DDPMScheduler(STEPS, beta_schedule="cosine").exact_tables.betas,
-        )
-    again = NoisyClassifier.from_config(loaded.config)
-    assert again.config.id2label == loaded.config.id2label
-    assert [p.shape for p in again.parameters()] == [p.shape for p in model.parameters()]
-
-
-# The loss
-
-
-def loss_at(model, labels, step=0):
-    """The training loss of random images at one step."""
-    count = len(labels)
-    batch = {"images": (randn(count, 1, 8, 8) * 40 + 128).clamp(0, 255).byte(), "labels": torch.tensor(labels)}
-    engine = SimpleNamespace(device=torch.device("cpu"))
-    keys = StepKeys(0, step, 0, count)
-    return compute_loss(model, batch, keys, scheduler=DDPMScheduler(STEPS), accelerator=engine)
-
-
-def test_a_classifier_that_knows_nothing_loses_log_K():
-    """ln K nats for equal logits; else the loss is not the mean cross-entropy that is logged as it."""
-    model, labels = tiny_classifier(), [0, 1, 2] * 8
-    with torch.no_grad():
-        model.head.weight.mul_(1 / 8)  # as it is made
-        assert loss_at(model, labels).losses.mean().item() == pytest.approx(math.log(3), abs=0.3)
-        model.head.weight.zero_()
-        model.head.bias.zero_()
-        result = loss_at(model, labels)
-    torch.testing.assert_close(result.losses, torch.full((24,), math.log(3)))
-    assert set(result.groups.tolist()) == {0, 1, 2, 3}  # the quarters of T
-
-
-def test_the_loss_is_the_cross_entropy_of_the_noised_image():
-    """Else the classifier is trained on clean images, or at other timesteps than it is told."""
-    labels = [0, 1, 2] * 8
-    seen = []
-    constant = torch.log(torch.tensor([0.5, 0.3, 0.2]))
-
-    def model(x_t, t):
-        seen.append((x_t, t))
-        return constant.expand(len(x_t), 3)
-
-    losses = loss_at(model, labels).losses
-    torch.testing.assert_close(losses, -constant[torch.tensor(labels)])
-    (x_t, t), x_start = seen[0], (randn(24, 1, 8, 8) * 40 + 128).clamp(0, 255).byte().float() / 127.5 - 1
-    assert t.min() >= 0
-    assert t.max() < STEPS
-    assert len(set(t.tolist())) > 5
-    alpha_bar = torch.cumprod(1 - DDPMScheduler(STEPS).exact_tables.betas, 0)[t].reshape(-1, 1, 1, 1).float()
-    noise = (x_t - alpha_bar.sqrt() * x_start) / (1 - alpha_bar).sqrt()
-    assert noise.mean().item() == pytest.approx(0, abs=5 / math.sqrt(noise.numel()))
-    assert noise.var().item() == pytest.approx(1, abs=5 * math.sqrt(2 / noise.numel()))
-
-
-class HeldOut:
-    """Seven images whose brightness is their class."""
-
-    def __len__(self):
-        return 7
-
-    def __getitems__(self, keys):
-        labels = torch.tensor([index % 3 for _, index in keys])
-        return {"images": (labels * 100 + 20).byte().reshape(-1, 1, 1, 1).expand(-1, 1, 8, 8), "labels": labels}
-
-
-def test_accuracies_are_shares_of_the_held_out_images():
-    """Else the metrics count a partial batch twice, or noised images as clean ones."""
-    asked = []
-
-    def model(x_t, t):
-        asked.append((x_t, t))
-        known = (x_t.mean(dim=(1, 2, 3)) * 127.5 + 127.5 - 20) / 100  # the class, where there is no noise
-        return -((torch.where(t == 0, known, torch.ones_like(known))[:, None] - torch.arange(3)) ** 2)
-
-    one = {"process_index": 0, "num_processes": 1, "reduce": lambda total, reduction: total}
-    engine = SimpleNamespace(device=torch.device("cpu"), autocast=contextlib.nullcontext, **one)
-    config, scheduler = SimpleNamespace(eval_batch_size=3, seed=0), DDPMScheduler(STEPS)
-    for _ in range(2):  # the same each time
-        found = validation_accuracy(model, held_out=HeldOut(), config=config, scheduler=scheduler, accelerator=engine)
-    clean, noised = ([torch.cat(pair) for pair in zip(*asked[start:6:2])] for start in (0, 1))
-    assert len(clean[0]) == len(noised[0]) == 7
-    assert (clean[1] == 0).all()
-    assert noised[1].max() > 0
-    assert all(torch.equal(x, again) for (x, _), (again, _) in zip(asked[:6], asked[6:], strict=True))
-    assert (noised[0] - clean[0]).std() > 0.1
-    labels = torch.arange(7) % 3
-    right = torch.where(noised[1] == 0, True, labels == 1).double().mean().item()  # all others are taken for class 1
-    assert found == {"accuracy_clean": 1.0, "accuracy_noised": pytest.approx(right)}
-
+from ddpm_hf.cli.classifier_training import compute_loss
+from ddpm_hf.models.classifier import NoisyClassifier
+from tests.support.classifier import NAMES, STEPS, WEIGHTS, tiny_classifier, train_classifier
+from tests.support.fixtures_pipeline import tiny_unet
+from tests.support.pictures import write_images, write_unet
+from tests.support.runs import GRAY, assert_same_run, attempt, run_script, train
 
 # A training run
 
@@ -233,39 +45,16 @@ def world(tmp_path_factory):
     return root
 
 
-def command(world, output_dir, data="photos", unet="unet", **flags):
-    """The command line of a small run, with half of the images held out."""
-    settings = {
-        "train_data_dir": world / data, "model_config_name_or_path": world / unet, "output_dir": output_dir,
-        "resolution": 8, "channels": 1, "seed": 3, "train_batch_size": 4, "eval_batch_size": 5, "max_train_steps": 8,
-        "learning_rate": 1e-2, "lr_warmup_steps": 0, "ddpm_num_steps": STEPS, "ddpm_beta_schedule": "cosine",
-        "cpu_threads": 1, "logger": "none", "logging_steps": 2,
-    }  # fmt: skip
-    return words({**settings, **flags})
-
-
-def run_training(argv, folder):
-    """`ddpm-hf train-classifier` in this process."""
-
-    def main(argv):
-        with mock.patch("sys.argv", ["ddpm-hf", "train-classifier", *argv]):
-            cli.main()
-
-    with mock.patch("train_unconditional.main", main):
-        return run_script(argv, folder)
-
-
-def train(world, output_dir, **flags):
-    """Run the command to its end; what it left behind."""
-    run = run_training(command(world, output_dir, **flags), output_dir)
-    assert run.code == 0, run.err
-    return run
+USUAL = {
+    **GRAY, "train_data_dir": "{shop}/photos", "eval_batch_size": 5, "max_train_steps": 8, "learning_rate": 1e-2,
+    "lr_warmup_steps": 0, "logging_steps": 2, "ddpm_num_inference_steps": None,
+}  # fmt: skip  # half of the images are held out
 
 
 def test_training_lowers_the_loss_and_leaves_a_classifier(world, tmp_path):
     """Else the flagship command trains nothing, or what it writes cannot be loaded and used."""
     flags = {"max_train_steps": 60, "train_batch_size": 16, "use_ema": True}
-    run = train(world, tmp_path / "run", validation_split=0.25, validation_steps=20, **flags)
+    run = train(world, tmp_path / "run", USUAL, train_classifier, validation_split=0.25, validation_steps=20, **flags)
     assert {"config.json", WEIGHTS, "metrics.jsonl", "timings.jsonl", "training_config.json"} <= set(run.files())
     assert not [name for name in run.files() if name.endswith((".bin", ".pt", ".pkl")) and "checkpoint-" not in name]
     assert "3 classes" in run.err
@@ -301,10 +90,10 @@ def test_training_lowers_the_loss_and_leaves_a_classifier(world, tmp_path):
 
 def test_a_dry_run_writes_nothing(world, tmp_path):
     """Else looking at what would run, or at the flags, starts a run."""
-    run = train(world, tmp_path / "run", dry_run=True)
+    run = train(world, tmp_path / "run", USUAL, train_classifier, dry_run=True)
     assert "3 classes" in run.out
     assert not (tmp_path / "run").exists()
-    listed = run_training(["--help"], tmp_path / "run")
+    listed = run_script(["--help"], tmp_path / "run", train_classifier)
     assert listed.code == 0
     for word in ("ddpm-hf train-classifier", "--label_column", "--ddpm_beta_schedule", "--resume_from_checkpoint"):
         assert word in listed.out
@@ -314,34 +103,12 @@ def test_a_dry_run_writes_nothing(world, tmp_path):
 # Resuming
 
 
-def assert_same_tensors(ours, theirs):
-    assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
-        assert torch.equal(tensor, theirs[name]), name
-
-
-def assert_same_run(ours, theirs):
-    """Two output folders that hold the same run, bit for bit."""
-    assert (ours / "config.json").read_text() == (theirs / "config.json").read_text()
-    assert (ours / "metrics.jsonl").read_bytes() == (theirs / "metrics.jsonl").read_bytes()
-    assert_same_tensors(load_file(ours / WEIGHTS), load_file(theirs / WEIGHTS))
-    checkpoints = [one / "checkpoint-8" for one in (ours, theirs)]
-    tensors = [sorted(str(path.relative_to(one)) for path in one.rglob("*.safetensors")) for one in checkpoints]
-    assert tensors[0] == tensors[1] != []
-    for name in tensors[0]:
-        assert_same_tensors(*(load_file(one / name) for one in checkpoints))
-    moments = [torch.load(one / "optimizer.bin", weights_only=True)["state"] for one in checkpoints]
-    for index, state in moments[0].items():
-        assert_same_tensors(state, moments[1][index])
-    assert read_manifest(checkpoints[0])["meter"] == read_manifest(checkpoints[1])["meter"]
-
-
 RESUMED = {
     "plain": {},
     "streaming": {"streaming": True},
     "all at once": {
-        "unet": "unet-dropout", "use_ema": True, "gradient_accumulation_steps": 2, "random_flip": True,
-        "validation_split": 0.25, "validation_steps": 4, "logging_steps": 3,
+        "model_config_name_or_path": "{shop}/unet-dropout", "use_ema": True, "gradient_accumulation_steps": 2,
+        "random_flip": True, "validation_split": 0.25, "validation_steps": 4, "logging_steps": 3,
     },
 }  # fmt: skip
 
@@ -350,10 +117,10 @@ RESUMED = {
 def test_resuming_is_never_having_stopped(case, world, tmp_path):
     """Else an interrupted run is another run: other weights, other metrics."""
     flags = {"checkpointing_steps": 3, **RESUMED[case]}
-    whole, resumed = train(world, tmp_path / "whole", **flags).folder, tmp_path / "resumed"
+    whole, resumed = train(world, tmp_path / "whole", USUAL, train_classifier, **flags).folder, tmp_path / "resumed"
     shutil.copytree(whole / "checkpoint-3", resumed / "checkpoint-3")
     shutil.copy(whole / "metrics.jsonl", resumed)  # with lines that were logged after the checkpoint
-    run = train(world, resumed, resume_from_checkpoint="latest", **flags)
+    run = train(world, resumed, USUAL, train_classifier, resume_from_checkpoint="latest", **flags)
     assert "checkpoint-3" in next(line for line in run.err.splitlines() if line.startswith("resuming"))
     assert_same_run(resumed, whole)
 
@@ -368,13 +135,13 @@ def test_a_signal_saves_and_ends_and_the_run_goes_on(world, tmp_path):
         return compute_loss(model, batch, keys, **more)
 
     with mock.patch.object(classifier, "compute_loss", signalled):
-        stopped = train(world, tmp_path / "stopped")
+        stopped = train(world, tmp_path / "stopped", USUAL, train_classifier)
     assert "stopped at step 5" in stopped.err
     assert "--resume_from_checkpoint latest" in stopped.err
     assert [path.name for path in stopped.folder.glob("checkpoint-*")] == ["checkpoint-5"]
     assert not (stopped.folder / WEIGHTS).exists()  # half a training is no classifier
-    train(world, stopped.folder, resume_from_checkpoint="latest")
-    assert_same_run(stopped.folder, train(world, tmp_path / "whole").folder)
+    train(world, stopped.folder, USUAL, train_classifier, resume_from_checkpoint="latest")
+    assert_same_run(stopped.folder, train(world, tmp_path / "whole", USUAL, train_classifier).folder)
 
 
 # What a user can mend
@@ -392,10 +159,10 @@ def assert_refused(run, *named):
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        ({"data": "unsorted"}, ("'label'", "image")),
+        ({"train_data_dir": "{shop}/unsorted"}, ("'label'", "image")),
         ({"label_column": "kind"}, ("'kind'", "label")),
         ({"streaming": True, "max_train_steps": None}, ("--streaming", "--max_train_steps")),
-        ({"data": "nothing"}, ("nothing", "--train_data_dir")),
+        ({"train_data_dir": "{shop}/nothing"}, ("nothing", "--train_data_dir")),
         ({"learning_rate": -1}, ("--learning_rate",)),
         ({"prediction_type": "epsilon"}, ("--prediction_type",)),  # a classifier predicts no noise
         ({"ddpm_num_steps": 0}, ("--ddpm_num_steps",)),
@@ -409,7 +176,7 @@ def assert_refused(run, *named):
 )
 def test_mistakes_in_training_are_one_line_and_leave_nothing(flags, named, world, tmp_path):
     """Else a mistake is found after hours, in a traceback, or leaves a folder that the next run refuses."""
-    assert_refused(run_training(command(world, tmp_path / "run", **flags), tmp_path / "run"), *named)
+    assert_refused(attempt(world, tmp_path / "run", USUAL, train_classifier, **flags), *named)
     assert not (tmp_path / "run").exists()
 
 
@@ -419,18 +186,18 @@ def test_an_earlier_run_is_not_overwritten(world, tmp_path):
     for name in ("config.json", WEIGHTS):  # of a model that no training of ours saved
         (tmp_path / "model" / name).write_text("mine")
     for flags in ({}, {"overwrite_output_dir": True}):
-        refused = run_training(command(world, tmp_path / "model", **flags), tmp_path / "model")
+        refused = attempt(world, tmp_path / "model", USUAL, train_classifier, **flags)
         assert_refused(refused, tmp_path / "model", "config.json", WEIGHTS, "move them")
         assert [(refused.folder / name).read_text() for name in refused.files()] == ["mine", "mine"]
-    train(world, tmp_path / "run", max_train_steps=1)
-    again = run_training(command(world, tmp_path / "run"), tmp_path / "run")
+    train(world, tmp_path / "run", USUAL, train_classifier, max_train_steps=1)
+    again = attempt(world, tmp_path / "run", USUAL, train_classifier)
     assert_refused(again, tmp_path / "run", "--overwrite_output_dir")
-    run = train(world, tmp_path / "run", overwrite_output_dir=True, max_train_steps=2)
+    run = train(world, tmp_path / "run", USUAL, train_classifier, overwrite_output_dir=True, max_train_steps=2)
     before = run.files()
-    longer = run_training(command(world, run.folder, resume_from_checkpoint="latest", ddpm_num_steps=30), run.folder)
+    longer = attempt(world, run.folder, USUAL, train_classifier, resume_from_checkpoint="latest", ddpm_num_steps=30)
     assert_refused(longer, "--ddpm_num_steps 30", "trained with 20")
     (run.folder / "checkpoint-2" / "classifier").rename(run.folder / "checkpoint-2" / "unet")
-    other = run_training(command(world, run.folder, resume_from_checkpoint="checkpoint-2"), run.folder)
+    other = attempt(world, run.folder, USUAL, train_classifier, resume_from_checkpoint="checkpoint-2")
     assert_refused(other, "checkpoint-2", "classifier/")
     assert len(other.files()) == len(before)
 
@@ -621,7 +388,7 @@ def test_a_damaged_classifier_is_named(sample, shop, tmp_path):
 
 def test_a_trained_classifier_guides_towards_its_class(world, sample, shop, tmp_path):
     """From a folder of pictures to a guided picture; else the two commands do not fit together."""
-    folder = train(world, tmp_path / "classifier", max_train_steps=60).folder
+    folder = train(world, tmp_path / "classifier", USUAL, train_classifier, max_train_steps=60).folder
     likeness = []
     for name in NAMES:
         given = ("--classifier", folder, "--classifier-scale", 20, "--class", name)

@@ -1,11 +1,8 @@
 """Every flag of `ddpm-hf train-classifier` changes what is seen of a run; flags of other programs are refused."""
 
 import dataclasses
-import functools
-import hashlib
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
 from unittest import mock
 
 import datasets
@@ -15,21 +12,16 @@ import torch
 from accelerate.state import AcceleratorState
 
 from ddpm_hf.cli import classifier_training as classifier
-from ddpm_hf.cli.classifier_flags import NO_CLASSIFIER, ClassifierConfig, parse_classifier_flags
-from ddpm_hf.training.flags import PipelineConfig
-from tests.cli.test_classifier import run_training
-from tests.support.fixtures_unconditional import (
-    Run,
-    encoded,
-    fill,
-    image_rows,
-    quiet,
-    random_pixels,
-    words,
-    write_images,
-    write_rows,
-    write_unet,
-)
+from ddpm_hf.cli.classifier_flags import CLASSIFIER, NO_CLASSIFIER, parse_classifier_flags
+from ddpm_hf.data import batches as data_batches
+from ddpm_hf.models.flags import AttentionFlags
+from ddpm_hf.publishing.flags import PublishingFlags
+from ddpm_hf.training.flags import GridFlags
+from ddpm_hf.training.setup import begin
+from tests.support.classifier import train_classifier
+from tests.support.flag_rows import Row, Seen, adam, checkpoints, digest, fits, logs, remembered, steps
+from tests.support.pictures import encoded, image_rows, quiet, random_pixels, write_images, write_rows, write_unet
+from tests.support.runs import defaults, fill, run_script, words
 
 # A run of four steps, of which the second ends an epoch
 BASE = {
@@ -38,21 +30,6 @@ BASE = {
     "logger": "none", "logging_steps": 1, "lr_scheduler": "constant",
 }  # fmt: skip
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-
-class Seen(NamedTuple):
-    """What a run left on disk and said, the batches that it trained on, and what the spies saw."""
-
-    run: Run
-    batches: list[dict]
-    calls: list[tuple[str, Any]]
-
-    def spied(self, name: str) -> list:
-        return [what for who, what in self.calls if who == name]
-
-    def line(self, name: str) -> str:
-        """A line of --dry_run."""
-        return next(line for line in self.run.out.splitlines() if line.split()[:1] == [name])
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +58,7 @@ def observe(flags: dict, folder: Path) -> Seen:
     """Run the command with spies where it hands things on; the rehearsal's batch is not watched."""
     batches, calls = [], []
     compute_loss, rehearse, save_model = classifier.compute_loss, classifier.rehearse, classifier.save_model
-    loader, keys = torch.utils.data.DataLoader.__init__, classifier.StepKeys
+    loader, keys = torch.utils.data.DataLoader.__init__, data_batches.StepKeys
 
     def watched_loss(model, batch, *args, **kwargs):
         batches.append(batch)
@@ -120,11 +97,11 @@ def observe(flags: dict, folder: Path) -> Seen:
         mock.patch.object(classifier, "compute_loss", watched_loss),
         mock.patch.object(classifier, "rehearse", unwatched_rehearsal),
         mock.patch.object(classifier, "save_model", saved),
-        mock.patch.object(classifier, "compiled", compile_nothing),
-        mock.patch.object(classifier, "StepKeys", keys_of_held_out),
+        mock.patch.object(begin, "compiled", compile_nothing),
+        mock.patch.object(data_batches, "StepKeys", keys_of_held_out),
         mock.patch.object(torch.utils.data.DataLoader, "__init__", made_loader),
     ):
-        run = run_training(words({**flags, "output_dir": folder}), folder)
+        run = run_script(words({**flags, "output_dir": folder}), folder, train_classifier)
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
     return Seen(run, batches, calls)
 
@@ -132,24 +109,8 @@ def observe(flags: dict, folder: Path) -> Seen:
 # What is looked at
 
 
-def steps(seen):
-    return seen.run.records()[-1]["step"]
-
-
 def rates(seen):
     return [round(record["lr"] * 1e6) for record in seen.run.records()]
-
-
-def weights(seen):
-    return hashlib.sha256((seen.run.folder / WEIGHTS).read_bytes()).hexdigest()
-
-
-def checkpoints(seen):
-    return sorted(path.name for path in seen.run.folder.glob("checkpoint-*"))
-
-
-def logs(seen):
-    return sorted({str(Path(name).parent) for name in seen.run.files() if "tfevents" in name})
 
 
 def data(seen):
@@ -158,10 +119,6 @@ def data(seen):
 
 def shapes(seen):
     return tuple(seen.batches[0]["images"].shape[1:])
-
-
-def distinct_images(seen):
-    return len({image.numpy().tobytes() for batch in seen.batches for image in batch["images"]})
 
 
 def values(seen):
@@ -176,34 +133,11 @@ def betas(seen):
     return seen.run.json("config.json")["trained_betas"]
 
 
-def adam(key):
-    def read(seen):
-        path = seen.run.folder / checkpoints(seen)[-1] / "optimizer.bin"
-        return torch.load(path, weights_only=True)["param_groups"][0][key]
-
-    return read
-
-
 def ema(key):
     return lambda seen: seen.run.json(f"{checkpoints(seen)[-1]}/classifier_ema/config.json")[key]
 
 
-class Row(NamedTuple):
-    """A flag, given on top of BASE and `more`, and what it changes from what to what.
-
-    Rows of one `group` are given in one run: each looks at what no other of them changes.
-    """
-
-    flag: str
-    value: Any
-    see: Any
-    before: Any = None  # what is seen without, or a predicate; None: anything
-    after: Any = None
-    more: dict = {}
-    group: str | None = None
-    also: dict = {}  # flags to give along, such as one that would say something else
-
-
+weights = digest()
 DRY = {"dry_run": True}
 HELD_OUT = {"validation_split": 0.25, "validation_steps": 2}
 EMA = {"more": {"use_ema": True}, "group": "ema"}
@@ -230,8 +164,8 @@ ROWS = [
     Row("resolution", "16x8", shapes, (3, 8, 8), (3, 16, 8), DRY),
     Row("channels", 1, shapes, (3, 16, 16), (1, 16, 16),
         {**DRY, "model_config_name_or_path": None, "model_preset": "small-16", "resolution": 16}),
-    Row("center_crop", True, distinct_images, lambda count: count > 8, 8),
-    Row("random_flip", True, distinct_images, 8, lambda count: 8 < count <= 16, {"center_crop": True}),
+    Row("center_crop", True, Seen.distinct_images, lambda count: count > 8, 8),
+    Row("random_flip", True, Seen.distinct_images, 8, lambda count: 8 < count <= 16, {"center_crop": True}),
     Row("image_interpolation_mode", "nearest", lambda s: s.batches[0]["images"].numpy().tobytes(),
         more={**DRY, "resolution": 16}),
     Row("validation_split", 0.25, lambda s: s.run.code or "accuracy_noised" in s.run.records()[-1], 2, True,
@@ -305,7 +239,7 @@ APART = {
 
 def test_every_flag_is_seen_to_work():
     """Else a flag is declared that nobody shows to be read."""
-    declared = {field.name for field in dataclasses.fields(ClassifierConfig)}
+    declared = set(defaults(CLASSIFIER).values())
     assert declared == {row.flag for row in ROWS} | APART.keys()
     here = Path(__file__)
     tests = here.read_text() + (here.parent / "test_classifier.py").read_text()
@@ -316,18 +250,8 @@ def test_every_flag_is_seen_to_work():
 @pytest.fixture(scope="module")
 def seen_of(shop, tmp_path_factory):
     """What is seen with flags on top of BASE; a run that was made before is not made again."""
-    folders = tmp_path_factory.mktemp("runs")
-
-    @functools.cache
-    def seen(flags: tuple) -> Seen:
-        return observe(fill(dict(flags), shop), folders / str(seen.cache_info().misses))
-
-    return lambda flags: seen(tuple({**BASE, **flags}.items()))
-
-
-def fits(got, want) -> bool:
-    """Whether a value is what the table says, or satisfies it; None is anything."""
-    return want is None or (bool(want(got)) if callable(want) else got == want)
+    watched = remembered(lambda flags, folder: observe(fill(flags, shop), folder), tmp_path_factory.mktemp("runs"))
+    return lambda flags: watched({**BASE, **flags})
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in cast:RuntimeWarning")
@@ -405,9 +329,7 @@ def test_a_dataset_on_the_hub_is_asked_for_as_the_flags_say(shop, tmp_path, monk
 
 # Flags of other programs
 
-REMOVED = {field.name for field in dataclasses.fields(PipelineConfig)} - {
-    field.name for field in dataclasses.fields(ClassifierConfig)
-}
+REMOVED = {field.name for kind in (GridFlags, AttentionFlags, PublishingFlags) for field in dataclasses.fields(kind)}
 
 
 @pytest.mark.parametrize("how", ["flag", "file"])
@@ -417,7 +339,7 @@ def test_a_flag_without_meaning_is_refused_with_the_reason(flag, how, shop, tmp_
     argv = words({**fill(BASE, shop), "output_dir": tmp_path / "run"})
     (tmp_path / "run.yaml").write_text(f"{flag}: 1\n")
     more = [f"--{flag.replace('_', '-')}", "1"] if how == "flag" else ["--config", str(tmp_path / "run.yaml")]
-    run = run_training([*argv, *more], tmp_path / "run")
+    run = run_script([*argv, *more], tmp_path / "run", train_classifier)
     assert run.code == 2
     (line,) = run.err.splitlines()
     assert line.startswith("ddpm-hf train-classifier: error: ")
@@ -430,4 +352,4 @@ def test_a_flag_without_meaning_is_refused_with_the_reason(flag, how, shop, tmp_
 def test_the_reasons_are_of_flags_that_there_are():
     """Else a removed flag has no reason, or one that is read has."""
     assert NO_CLASSIFIER.keys() >= REMOVED
-    assert not NO_CLASSIFIER.keys() & {field.name for field in dataclasses.fields(ClassifierConfig)}
+    assert not NO_CLASSIFIER.keys() & defaults(CLASSIFIER).values().keys()

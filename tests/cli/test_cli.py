@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -17,11 +16,11 @@ from ddpm_hf.cli.conditions import class_ids
 from ddpm_hf.common.ownership import MANIFEST
 from ddpm_hf.common.randomness import keyed_seed
 from ddpm_hf.inference.samplers import SAMPLERS
+from tests.support import ROOT
 from tests.support.fixtures_cli import assert_one_line, images
 from tests.support.fixtures_pipeline import tiny_unet
 from tests.support.fixtures_text import tiny_text_pipeline
 
-ROOT = Path(__file__).parents[2]
 STEPS = 20  # T of the tiny model
 
 

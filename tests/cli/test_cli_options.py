@@ -11,11 +11,12 @@ import pytest
 import typer
 
 from ddpm_hf import ClassConditionalDDPMPipeline, DDPMPipeline, DDPMScheduler, TextToImageDDPMPipeline, cli
-from tests.cli.test_classifier import tiny_classifier
+from tests.support.classifier import tiny_classifier
 from tests.support.fixtures_cli import assert_one_line
 from tests.support.fixtures_pipeline import tiny_unet
 from tests.support.fixtures_text import tiny_text_pipeline
-from tests.support.fixtures_unconditional import random_pixels, write_images
+from tests.support.flag_rows import fits
+from tests.support.pictures import random_pixels, write_images
 
 STEPS = 20  # T
 
@@ -233,10 +234,6 @@ def test_every_option_has_a_row():
     }  # fmt: skip
     for name in APART.values():
         assert name in globals()
-
-
-def fits(got, want) -> bool:
-    return want is None or got == want
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.command} {row.given.replace('{shop}/', '')}")

@@ -24,10 +24,10 @@ from ddpm_hf.portable.hub_ddpm_hf import SAMPLED_BY
 from ddpm_hf.publishing import folder as published_folder
 from ddpm_hf.publishing import hub as publishing
 from ddpm_hf.publishing import spaces
+from tests.support import ROOT
 from tests.support.fixtures_cli import assert_one_line
 from tests.support.fixtures_pipeline import tiny_unet
 
-ROOT = Path(__file__).parents[2]
 STEPS = 20  # T of the tiny model
 
 
@@ -124,7 +124,7 @@ def test_info_says_what_a_pipeline_is_and_its_lines_run(run, model, tmp_path):
 
 def test_info_names_the_class_that_loads():
     """Else `info` advises a class that refuses the folder: the kinds are also stated where diffusers is imported."""
-    assert kinds.SAMPLED_BY == SAMPLED_BY
+    assert {name: name for name in kinds.KINDS} | SAMPLED_BY == kinds.SAMPLED_BY
 
 
 @pytest.mark.parametrize(

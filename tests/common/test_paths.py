@@ -1,6 +1,5 @@
 """`~` is the home folder wherever a path is given, as in a shell."""
 
-import dataclasses
 import sys
 
 import pytest
@@ -8,10 +7,10 @@ import pytest
 import train_text2image
 import train_unconditional
 from ddpm_hf import cli
-from ddpm_hf.cli.classifier_flags import ClassifierConfig
-from ddpm_hf.training.parsing import OneLineParser, parse_layers
+from ddpm_hf.cli.classifier_flags import CLASSIFIER
+from ddpm_hf.training.parsing import OneLineParser, parse_flags
 
-CONFIGS = [train_unconditional.UnconditionalConfig, train_text2image.Text2ImageConfig, ClassifierConfig]
+PROGRAMS = {"unconditional": train_unconditional.PROGRAM, "text": train_text2image.PROGRAM, "classifier": CLASSIFIER}
 PATHS = {"output_dir", "logging_dir", "cache_dir", "train_data_dir", "dataset_name", "resume_from_checkpoint"}
 
 
@@ -23,11 +22,11 @@ def home(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.__name__)
-def test_every_flag_knows_the_home_folder(config, home):
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_flag_knows_the_home_folder(program, home):
     """Else --flag=~/data, which no shell expands, is a folder named ~ in the current one."""
-    parser = OneLineParser(config)
-    texts = [one.name for one in dataclasses.fields(config) if one.type in (str, str | None) and one.init]
+    parser = OneLineParser(PROGRAMS[program])
+    texts = [one.name for one in parser.fields.values() if one.type in (str, str | None) and one.init]
     texts = [name for name in texts if parser._option_string_actions[f"--{name}"].choices is None]
     assert set(texts) >= PATHS
     for name in texts:
@@ -39,7 +38,7 @@ def test_a_config_file_knows_the_home_folder(home):
     """Else a path in --config, or the path of it, is looked for in a folder named ~."""
     (home / "run.yaml").write_text("output_dir: ~/runs\ncache_dir: ~\n")
     for argv in (["--config=~/run.yaml"], ["--config", "~/run.yaml"]):
-        config = parse_layers(ClassifierConfig, argv, lambda config: [])
+        config = parse_flags(CLASSIFIER._replace(weaker_layers=lambda flags: []), argv)
         assert config.output_dir == str(home / "runs")
         assert config.cache_dir is None  # ~ alone is YAML's null
 

@@ -1,17 +1,17 @@
 """Images of several aspect ratios: sizes, batches of one size each, and training on them."""
 
-import json
-
 import datasets
 import numpy as np
 import pytest
 
+import train_text2image
 from ddpm_hf.data import ImageDataset, ImageTransform, Rows
 from ddpm_hf.data.buckets import bucket_sizes, bucketed, nearest_bucket
 from ddpm_hf.data.orders import bucketed_length, keyed_bucketed_order
 from ddpm_hf.training.plan import KeyedBatchSampler, StepPlan
-from tests.support.fixtures_text import run_text_script, tiny_text_pipeline
-from tests.support.fixtures_unconditional import encoded, image_rows, quiet, words
+from tests.support.fixtures_text import tiny_text_pipeline
+from tests.support.pictures import encoded, image_rows, quiet
+from tests.support.runs import attempt, losses, train
 
 SHAPES = [(16, 16), (12, 20), (20, 12), (16, 17), (30, 18)]  # of the images, in turn
 
@@ -109,19 +109,12 @@ def shop(tmp_path_factory):
     return root
 
 
-def train(shop, folder, **flags):
-    """A run of six steps."""
-    settings = {
-        "train_data_dir": shop / "shapes", "pretrained_model_name_or_path": shop / "stable", "resolution": 16,
-        "aspect_ratio_buckets": True, "train_batch_size": 3, "max_train_steps": 6, "checkpointing_steps": 3,
-        "center_crop": True, "seed": 0, "logger": "none", "logging_steps": 1, "eval_batch_size": 1, "cpu_threads": 1,
-        "num_inference_steps": 1, "validation_prompts": "a",
-    }  # fmt: skip
-    return run_text_script(words({**settings, "output_dir": folder, **flags}), folder)
-
-
-def losses(folder):
-    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+BUCKETS = {
+    "train_data_dir": "{shop}/shapes", "pretrained_model_name_or_path": "{shop}/stable", "resolution": 16,
+    "aspect_ratio_buckets": True, "train_batch_size": 3, "max_train_steps": 6, "checkpointing_steps": 3,
+    "center_crop": True, "seed": 0, "logger": "none", "logging_steps": 1, "eval_batch_size": 1, "cpu_threads": 1,
+    "num_inference_steps": 1, "validation_prompts": "a",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("cache", [True, None])
@@ -129,9 +122,9 @@ def test_runs_on_buckets_resume_exactly(cache, shop, tmp_path):
     """Else a resumed run sees other shapes than it would have."""
     whole, part = tmp_path / "whole", tmp_path / "part"
     for folder in (whole, part):
-        run = train(shop, folder, cache_latents=cache)
+        run = attempt(shop, folder, BUCKETS, train_text2image.main, cache_latents=cache)
         assert run.code == 0, run.err
-    assert train(shop, part, cache_latents=cache, resume_from_checkpoint="checkpoint-3").code == 0
+    train(shop, part, BUCKETS, train_text2image.main, cache_latents=cache, resume_from_checkpoint="checkpoint-3")
     for name in ("metrics.jsonl", "unet/diffusion_pytorch_model.safetensors"):
         assert (whole / name).read_bytes() == (part / name).read_bytes()
 
@@ -139,7 +132,7 @@ def test_runs_on_buckets_resume_exactly(cache, shop, tmp_path):
 def test_cached_buckets_train_as_uncached_ones(shop, tmp_path):
     """Else the cache mixes the sizes."""
     for name, cache in (("plain", None), ("cached", True)):
-        assert train(shop, tmp_path / name, cache_latents=cache).code == 0
+        train(shop, tmp_path / name, BUCKETS, train_text2image.main, cache_latents=cache)
     np.testing.assert_allclose(losses(tmp_path / "plain"), losses(tmp_path / "cached"), rtol=1e-4)
 
 
@@ -153,7 +146,7 @@ def test_cached_buckets_train_as_uncached_ones(shop, tmp_path):
 )
 def test_what_cannot_be_bucketed_is_refused(flags, said, shop, tmp_path):
     """Else a run fails after the autoencoder was trained, or on the first batch."""
-    run = train(shop, tmp_path / "run", **flags)
+    run = attempt(shop, tmp_path / "run", BUCKETS, train_text2image.main, **flags)
     assert run.code == 2
     assert said in run.error()
     assert not (tmp_path / "run").exists()

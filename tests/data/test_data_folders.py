@@ -19,7 +19,8 @@ from PIL import Image
 from ddpm_hf.common.errors import DataError
 from ddpm_hf.data import DataFlags, ImageDataset, ImageTransform, decode_row, load_rows, read_dataset
 from ddpm_hf.data.formats import register_plugins
-from tests.support.fixtures_unconditional import encoded, image_rows, quiet
+from ddpm_hf.training.flags import Flags
+from tests.support.pictures import encoded, image_rows, quiet
 
 IMAGE = object()  # stands for a tiny image, each another one
 FORMS = {".jpg": "JPEG", ".jpeg": "JPEG", ".jfif": "JPEG", ".heic": "JPEG", ".avif": "AVIF", ".gif": "GIF"}
@@ -508,12 +509,12 @@ def test_a_kind_of_files_can_be_named(kind, tmp_path):
     """Else a command line of Diffusers' scripts does not work: --dataset_name imagefolder --train_data_dir pics."""
     folder = write(tmp_path / "data", *["1.png", "2.png"] * (kind == "imagefolder"), **{"a.parquet": table(0, 3)})
     flags = DataFlags(dataset_name=kind, train_data_dir=str(folder), cache_dir=str(tmp_path / "cache"))
-    flags.check_data()
+    Flags([flags]).check()
     with quiet():
         assert len(load_rows(flags, 0)[0].dataset) == {"imagefolder": 2, "parquet": 3}[kind]
     for wrong in (DataFlags(dataset_name="imagefolder"), DataFlags(dataset_name="photos", train_data_dir=str(folder))):
         with pytest.raises(DataError, match="--train_data_dir"):
-            wrong.check_data()
+            Flags([wrong]).check()
 
 
 # Validation

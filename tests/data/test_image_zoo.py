@@ -27,7 +27,7 @@ from ddpm_hf.common.errors import DataError
 from ddpm_hf.data import ImageDataset, ImageTransform, Rows, label_ids, read_dataset, to_model_range
 from ddpm_hf.data.buckets import aspect_ratios
 from tests.support.fixtures_generated import Tally, generated, report
-from tests.support.fixtures_unconditional import encoded, quiet, random_pixels, write_images
+from tests.support.pictures import encoded, quiet, random_pixels, write_images
 
 SIDE = 8
 

@@ -9,7 +9,7 @@ from ddpm_hf.common.errors import DataError
 from ddpm_hf.common.ownership import claim_files
 from ddpm_hf.data import DataFlags, load_rows
 from ddpm_hf.data.folders import list_folder
-from tests.support.fixtures_unconditional import encoded, image_rows, quiet
+from tests.support.pictures import encoded, image_rows, quiet
 
 
 def write(folder, *names):

@@ -34,22 +34,13 @@ from ddpm_hf.publishing.card.facts import read_facts
 from ddpm_hf.publishing.card.sections import first_class, limits, use
 from ddpm_hf.text.captions import fit_tokenizer, warn_of_cut_captions
 from tests.support.fixtures_text import tiny_text_pipeline
-from tests.support.fixtures_unconditional import (
-    encoded,
-    image_rows,
-    parse,
-    quiet,
-    random_pixels,
-    run_script,
-    words,
-    write_images,
-    write_rows,
-    write_unet,
-)
+from tests.support.pictures import encoded, image_rows, quiet, random_pixels, write_images, write_rows, write_unet
+from tests.support.runs import attempt, parse, run_script, train, words
 
 FLAGS = {
-    "resolution": 8, "train_batch_size": 4, "num_epochs": 1, "ddpm_num_steps": 10, "ddpm_num_inference_steps": 2,
-    "eval_batch_size": 4, "cpu_threads": 1, "seed": 0, "logger": "none", "lr_warmup_steps": 0,
+    "train_data_dir": "{shop}", "resolution": 8, "train_batch_size": 4, "num_epochs": 1, "ddpm_num_steps": 10,
+    "ddpm_num_inference_steps": 2, "eval_batch_size": 4, "cpu_threads": 1, "seed": 0, "logger": "none",
+    "lr_warmup_steps": 0,
 }  # fmt: skip
 
 
@@ -57,15 +48,6 @@ FLAGS = {
 def unet(tmp_path_factory) -> Path:
     """The config of a tiny UNet."""
     return write_unet(tmp_path_factory.mktemp("unet"))
-
-
-def trained(data: Path, unet: Path | None, out: Path, **flags):
-    """A run of the script, which must succeed unless `code` says otherwise."""
-    code = flags.pop("code", 0)
-    chosen = {"train_data_dir": data, "output_dir": out, **FLAGS, "model_config_name_or_path": unet, **flags}
-    run = run_script(words(chosen), out)
-    assert run.code == code, run.out + run.err
-    return run
 
 
 def warnings_of(run) -> list[str]:
@@ -146,9 +128,18 @@ def test_a_run_of_numbered_classes_keeps_its_embeddings(unet, tmp_path):
     with quiet():
         declared = datasets.ClassLabel(names=["0", "1", "2"])
         image_rows(files, label=[2, 0, 2, 0]).cast_column("label", declared).save_to_disk(str(tmp_path / "declared"))
-    trained(tmp_path / "declared", unet, out, label_column="label", num_epochs=2, checkpointing_steps=1)
+    by_label = {"model_config_name_or_path": unet, "label_column": "label"}
+    train(tmp_path / "declared", out, FLAGS, **by_label, num_epochs=2, checkpointing_steps=1)
     now = write_rows(tmp_path / "plain", files, label=[2, 0, 2, 0])
-    run = trained(now, unet, out, label_column="label", num_epochs=3, resume_from_checkpoint="latest")
+    run = train(
+        now,
+        out,
+        FLAGS,
+        model_config_name_or_path=unet,
+        label_column="label",
+        num_epochs=3,
+        resume_from_checkpoint="latest",
+    )
     index = run.json("model_index.json")
     assert list(index["id2label"].values()) == ["0", "1", "2"]
     assert index["trained_classes"] == [0, 2]
@@ -162,7 +153,7 @@ def partly_trained(unet, tmp_path_factory):
         declared = datasets.ClassLabel(names=["ant", "bee", "cat"])
         rows = image_rows([encoded(one) for one in random_pixels(4)], label=[2, 0, 2, 0])
         rows.cast_column("label", declared).save_to_disk(str(root / "data"))
-    run = trained(root / "data", unet, root / "run", label_column="label")
+    run = train(root / "data", root / "run", FLAGS, model_config_name_or_path=unet, label_column="label")
     return root / "run", run
 
 
@@ -215,7 +206,7 @@ def test_an_empty_class_is_sampled_on_request_with_a_warning(partly_trained, cap
 def test_a_model_whose_classes_are_all_trained_says_nothing_of_it(unet, tmp_path):
     """Else every saved model gets a key that its readers must know."""
     data = write_rows(tmp_path / "data", [encoded(one) for one in random_pixels(4)], label=[10, 20, 30, 10])
-    run = trained(data, unet, tmp_path / "run", label_column="label")
+    run = train(data, tmp_path / "run", FLAGS, model_config_name_or_path=unet, label_column="label")
     index = run.json("model_index.json")
     assert list(index["id2label"].values()) == ["10", "20", "30"]
     assert "trained_classes" not in index
@@ -441,9 +432,9 @@ def test_any_number_of_channels_trains_saves_and_samples(channels, tmp_path):
     values = np.random.default_rng(0).integers(0, 65536, (4, channels, 8, 8)).astype(np.uint16)
     data = write_arrays(tmp_path / "data", values, datasets.Array3D((channels, 8, 8), "uint16"))
     flags = {"image_column": "image", "validation_split": 0.25, "validation_steps": 1}
-    refused = trained(data, unet, tmp_path / "no", **flags, channels=3, code=2)
+    refused = attempt(data, tmp_path / "no", FLAGS, model_config_name_or_path=unet, **flags, channels=3)
     assert f"--channels {channels}" in refused.error()
-    run = trained(data, unet, tmp_path / "run", **flags, channels=channels)
+    run = train(data, tmp_path / "run", FLAGS, model_config_name_or_path=unet, **flags, channels=channels)
     assert any((run.folder / "samples").glob("step-*.png"))
     assert "uint16 values from 0 to 65535" in run.out + run.err
 

@@ -1,6 +1,5 @@
 """An autoencoder of one's own: its loss, its scaling factor, and a training that is resumed as if never stopped."""
 
-import dataclasses
 import json
 import math
 import os
@@ -18,18 +17,21 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from PIL import Image
 from safetensors.torch import load_file
 
+import train_text2image
 from ddpm_hf.common.errors import UsageError
 from ddpm_hf.common.randomness import StepKeys
-from ddpm_hf.data import ImageDataset, ImageTransform, Rows, to_model_range
+from ddpm_hf.data import DataFlags, ImageDataset, ImageTransform, Rows, to_model_range
 from ddpm_hf.data.batches import Images, open_images
 from ddpm_hf.latents import training as autoencoder
 from ddpm_hf.latents.autoencoder import AutoencoderFlags, make_autoencoder
 from ddpm_hf.latents.training import Reconstruction, compute_loss, measure_scaling_factor, train_autoencoder
 from ddpm_hf.models.autoencoder import downscaling, load_autoencoder
-from ddpm_hf.text.flags import Text2ImageConfig
+from ddpm_hf.training.flags import Flags, GridFlags, TrainingFlags
+from ddpm_hf.training.run import Run
 from ddpm_hf.training.setup.accelerator import start_accelerator
 from tests.support.fixtures_pipeline import tiny_vae
-from tests.support.fixtures_unconditional import encoded, image_rows, quiet, random_pixels, write_rows
+from tests.support.pictures import encoded, image_rows, quiet, random_pixels, write_rows
+from tests.support.runs import defaults
 
 PIXELS = random_pixels(22, 8, 8)
 
@@ -60,16 +62,16 @@ BAD_FLAGS = {
 def test_a_bad_value_is_named(name, value):
     """Else a typo ends in a traceback from the depths of a network, or in an autoencoder that learns nothing."""
     with pytest.raises(UsageError, match=f"--{name} "):
-        AutoencoderFlags(**{name: value}).check_autoencoder()
+        Flags([AutoencoderFlags(**{name: value})]).check()
     with pytest.raises(UsageError, match=f"--{name} "):
-        Text2ImageConfig(**{name: value}).check()
+        defaults(train_text2image.PROGRAM, **{name: value}).check()
 
 
 @pytest.mark.parametrize(("text", "widths"), [("8", (8,)), ("16,32,64", (16, 32, 64)), ("8, 16", (8, 16))])
 def test_widths_are_levels(text, widths):
     """Else --vae_widths makes another autoencoder than it says, or latents of another size."""
     flags = AutoencoderFlags(vae_widths=text, vae_latent_channels=3)
-    flags.check_autoencoder()
+    Flags([flags]).check()
     assert flags.widths() == widths
     vae = make_autoencoder(flags, 1, (8, 16), 0)
     assert tuple(vae.config.block_out_channels) == widths
@@ -110,12 +112,6 @@ class Stub(torch.nn.Module):
         return DecoderOutput(sample=latents)
 
 
-class Host:
-    """The part of an accelerator that a loss asks for."""
-
-    device = torch.device("cpu")
-
-
 def batch_of(count):
     """Pictures as they come from the data."""
     return {"images": torch.from_numpy(np.ascontiguousarray(PIXELS[:count].transpose(0, 3, 1, 2)))}
@@ -130,11 +126,11 @@ def test_the_loss_is_the_mean_absolute_error_of_each_image(offset):
     def model(images, noise_of):
         return images + shifts.view(-1, 1, 1, 1), torch.full((5,), 1e6)
 
-    found = compute_loss(model, batch, keys, kl_weight=0.0, accelerator=Host())
+    found = compute_loss(model, batch, keys, kl_weight=0.0, device=torch.device("cpu"))
     torch.testing.assert_close(found.losses, shifts.abs(), rtol=1e-5, atol=1e-6)
-    exact = compute_loss(Reconstruction(Stub()), batch, keys, kl_weight=0.0, accelerator=Host())
+    exact = compute_loss(Reconstruction(Stub()), batch, keys, kl_weight=0.0, device=torch.device("cpu"))
     torch.testing.assert_close(exact.losses, torch.zeros(5), rtol=0, atol=1e-5)
-    zero = compute_loss(Reconstruction(Stub(gain=0.0)), batch, keys, kl_weight=0.0, accelerator=Host())
+    zero = compute_loss(Reconstruction(Stub(gain=0.0)), batch, keys, kl_weight=0.0, device=torch.device("cpu"))
     want = to_model_range(batch["images"]).abs().flatten(1).mean(1)
     torch.testing.assert_close(zero.losses, want, rtol=1e-4, atol=1e-6)
 
@@ -147,7 +143,7 @@ def test_the_kl_is_that_of_gaussians_a_pixel(mean, variance, weight):
     model = Reconstruction(Stub(gain=0.0, log_variance=math.log(variance), offset=mean))
     batch, keys = batch_of(4), StepKeys(0, 0, 0, 4)
     with_kl, without = (
-        compute_loss(model, batch, keys, kl_weight=one, accelerator=Host()).losses for one in (weight, 0.0)
+        compute_loss(model, batch, keys, kl_weight=one, device=torch.device("cpu")).losses for one in (weight, 0.0)
     )
     torch.testing.assert_close(with_kl - without, torch.full((4,), weight * nats), rtol=1e-4, atol=2e-6)
 
@@ -157,14 +153,14 @@ def test_the_decoder_learns_from_draws():
     model, batch = Reconstruction(Stub(gain=0.0, log_variance=0.0)), batch_of(3)
     images = to_model_range(batch["images"])
     drawn = {
-        step: compute_loss(model, batch, StepKeys(1, step, 0, 3), kl_weight=0.0, accelerator=Host()).losses
+        step: compute_loss(model, batch, StepKeys(1, step, 0, 3), kl_weight=0.0, device=torch.device("cpu")).losses
         for step in (0, 1)
     }
     noise = StepKeys(1, 1, 0, 3).normal_like(images, "posterior")
     torch.testing.assert_close(drawn[1], (noise - images).abs().flatten(1).mean(1))
     assert not torch.isclose(drawn[0], drawn[1]).any()
     tail = {"images": batch["images"][1:]}
-    alone = compute_loss(model, tail, StepKeys(1, 1, 1, 2), kl_weight=0.0, accelerator=Host()).losses
+    alone = compute_loss(model, tail, StepKeys(1, 1, 1, 2), kl_weight=0.0, device=torch.device("cpu")).losses
     torch.testing.assert_close(alone, drawn[1][1:])
 
 
@@ -211,24 +207,26 @@ def data(tmp_path_factory):
     return write_rows(tmp_path_factory.mktemp("data") / "rows", [encoded(one) for one in PIXELS], text=captions)
 
 
-def settings_of(data, output_dir, **more) -> Text2ImageConfig:
+def settings_of(data, output_dir, **more) -> Flags:
     """A run with an autoencoder of eight steps."""
-    return Text2ImageConfig(
+    return defaults(
+        train_text2image.PROGRAM,
         **{
             "train_data_dir": str(data), "output_dir": str(output_dir), "resolution": "8", "center_crop": True,
             "seed": 3, "train_batch_size": 4, "eval_batch_size": 5, "vae_train_steps": 8, "vae_widths": "8,8",
             "vae_latent_channels": 2, "checkpointing_steps": 3, "logging_steps": 2, "logger": "none", "cpu_threads": 1,
             **more,
-        }
+        },
     )  # fmt: skip
 
 
-def train(config: Text2ImageConfig) -> tuple[AutoencoderKL | None, Images]:
+def train(flags: Flags) -> tuple[AutoencoderKL | None, Images]:
     """Train its autoencoder; the images, too."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = start_accelerator(config)
-    images = open_images(config, config, 3, accelerator, "text")
-    return train_autoencoder(config, config, images, 3, config.size(), accelerator), images
+    training, data = flags[TrainingFlags], flags[DataFlags]
+    run = Run(training, flags, start_accelerator(training), seed=training.seed, grids=flags[GridFlags])
+    images = open_images(run, data, 3, caption_column="text")
+    return train_autoencoder(run, flags[AutoencoderFlags], images, data.size()), images
 
 
 def tensors(folder, name="") -> dict[str, torch.Tensor]:
@@ -386,8 +384,8 @@ def test_the_autoencoder_has_flags_of_its_own(data, monkeypatch, tmp_path):
     """Else the UNet's learning rate, warm-up or accumulation is the autoencoder's too."""
     seen = []
 
-    def loop(config, *args, **options):
-        seen.append((config, options["compute_loss"].keywords["kl_weight"]))
+    def loop(run, *args, **options):
+        seen.append((run.flags, options["compute_loss"].keywords["kl_weight"]))
         return False
 
     monkeypatch.setattr(autoencoder, "training_loop", loop)
@@ -395,13 +393,13 @@ def test_the_autoencoder_has_flags_of_its_own(data, monkeypatch, tmp_path):
         data, tmp_path, vae_learning_rate=0.02, vae_kl_weight=0.5, learning_rate=1e-5, gradient_accumulation_steps=4,
         lr_scheduler="constant", lr_warmup_steps=500, max_train_steps=1000, num_epochs=3,
     )  # fmt: skip
-    before = dataclasses.asdict(config)
+    before = config.values()
     assert train(config)[0] is None
     own, kl_weight = seen[0]
     assert (own.learning_rate, own.max_train_steps, own.gradient_accumulation_steps) == (0.02, 8, 1)
     assert (own.lr_scheduler, own.use_ema, kl_weight) == ("cosine", True, 0.5)
     assert own.lr_warmup_steps < own.max_train_steps
-    assert dataclasses.asdict(config) == before
+    assert config.values() == before
 
 
 # Loading

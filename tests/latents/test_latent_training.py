@@ -11,15 +11,8 @@ from ddpm_hf import ClassConditionalDDPMPipeline, DDPMPipeline
 from ddpm_hf.common.randomness import StepKeys
 from ddpm_hf.models.autoencoder import load_autoencoder
 from tests.support.fixtures_pipeline import tiny_vae
-from tests.support.fixtures_unconditional import (
-    encoded,
-    fill,
-    random_pixels,
-    run_script,
-    words,
-    write_rows,
-    write_unet,
-)
+from tests.support.pictures import encoded, random_pixels, write_rows, write_unet
+from tests.support.runs import attempt, fill, losses, train
 
 SETTINGS = {
     "train_data_dir": "{shop}/photos", "vae_name_or_path": "{shop}/vae", "model_config_name_or_path": "{shop}/unet",
@@ -43,18 +36,6 @@ def shop(tmp_path_factory):
     return root
 
 
-def train(shop, folder, **flags):
-    """Run the script with flags on top of SETTINGS; its run."""
-    return run_script(words({**fill(SETTINGS, shop), "output_dir": folder, **flags}), folder)
-
-
-def trained(shop, folder, **flags):
-    """The same, which must succeed; the folder."""
-    run = train(shop, folder, **flags)
-    assert run.code == 0, run.err
-    return folder
-
-
 def test_noise_does_not_depend_on_the_layout_in_memory():
     """Else a latent straight from a convolution gets other noise than the same one from the cache."""
     keys = StepKeys(seed=0, step=1, first=0, count=2)
@@ -63,14 +44,10 @@ def test_noise_does_not_depend_on_the_layout_in_memory():
         assert torch.equal(keys.normal_like(other), keys.normal_like(plain))
 
 
-def losses(folder):
-    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 @pytest.mark.parametrize("label_column", [None, "label"])
 def test_the_saved_pipeline_decodes_its_latents(label_column, shop, tmp_path):
     """Else a latent model is saved without its decoder, or samples images of the latents' size."""
-    folder = trained(shop, tmp_path / "run", label_column=label_column)
+    folder = train(shop, tmp_path / "run", SETTINGS, label_column=label_column).folder
     kind = ClassConditionalDDPMPipeline if label_column else DDPMPipeline
     pipeline = kind.from_pretrained(folder)
     weights = load_autoencoder(str(shop / "vae")).state_dict()
@@ -87,8 +64,8 @@ def test_the_saved_pipeline_decodes_its_latents(label_column, shop, tmp_path):
 @pytest.mark.parametrize("flags", [{}, {"random_flip": True}, {"label_column": "label", "use_ema": True}], ids=str)
 def test_cached_latents_train_the_same_model(flags, shop, tmp_path):
     """Else the cache gives an image another's latent, or a latent that is drawn once for all."""
-    plain = trained(shop, tmp_path / "plain", **flags)
-    cached = trained(shop, tmp_path / "cached", cache_latents=True, **flags)
+    plain = train(shop, tmp_path / "plain", SETTINGS, **flags).folder
+    cached = train(shop, tmp_path / "cached", SETTINGS, cache_latents=True, **flags).folder
     assert np.allclose(losses(plain), losses(cached), rtol=1e-4)
     ours, theirs = (load_file(run / "unet" / "diffusion_pytorch_model.safetensors") for run in (plain, cached))
     for name, value in ours.items():
@@ -103,16 +80,16 @@ def test_broken_images_are_left_out_of_the_plan(cache_dataset, shop, tmp_path):
         files[broken] = b"junk"
     write_rows(tmp_path / "some", files)
     flags = {"skip_broken_images": True, "cache_dataset": cache_dataset, "cache_latents": True}
-    folder = trained(shop, tmp_path / "run", train_data_dir=tmp_path / "some", **flags)
+    folder = train(shop, tmp_path / "run", SETTINGS, train_data_dir=tmp_path / "some", **flags).folder
     assert json.loads((folder / "checkpoint-6" / "manifest.json").read_text())["samples"] == 6
 
 
 def test_a_run_on_cached_latents_resumes_exactly(shop, tmp_path):
     """Else a resumed run draws other latents than it would have."""
     flags = {"cache_latents": True, "random_flip": True, "label_column": "label"}
-    whole = trained(shop, tmp_path / "whole", **flags)
-    part = trained(shop, tmp_path / "part", **flags)
-    trained(shop, part, resume_from_checkpoint="checkpoint-3", **flags)
+    whole = train(shop, tmp_path / "whole", SETTINGS, **flags).folder
+    part = train(shop, tmp_path / "part", SETTINGS, **flags).folder
+    train(shop, part, SETTINGS, resume_from_checkpoint="checkpoint-3", **flags)
     for name in ("metrics.jsonl", "unet/diffusion_pytorch_model.safetensors"):
         assert (whole / name).read_bytes() == (part / name).read_bytes()
 
@@ -133,7 +110,7 @@ def test_a_run_on_cached_latents_resumes_exactly(shop, tmp_path):
 )
 def test_bad_input_is_one_line(flags, said, shop, tmp_path):
     """Else a mistake ends in a traceback from inside the autoencoder."""
-    run = train(shop, tmp_path / "run", **fill(flags, shop))
+    run = attempt(shop, tmp_path / "run", SETTINGS, **fill(flags, shop))
     assert run.code == 2
     assert said in run.error()
     assert "Traceback" not in run.out + run.err

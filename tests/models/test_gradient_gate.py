@@ -40,7 +40,7 @@ def test_the_gate_catches_a_wrong_kernel(factor, monkeypatch):
     unet = small_unet().train()
     call = first_call(unet)
     monkeypatch.setattr(
-        "ddpm_hf.portable.acceleration_ddpm_hf.compile_regions", lambda model: with_wrong_kernel(model, factor)
+        "ddpm_hf.portable.acceleration_ddpm_hf.compile_blocks", lambda model: with_wrong_kernel(model, factor)
     )
     with pytest.raises(UsageError, match=r"compiled blocks, gradients differ.*--acceleration none"):
         accelerate_for_training(unet, call, "compile")
@@ -50,7 +50,7 @@ def test_the_gate_lets_the_model_itself_pass(monkeypatch):
     """With dropout, which is the same in both."""
     unet = small_unet(dropout=0.3).train()
     call = first_call(unet)
-    monkeypatch.setattr("ddpm_hf.portable.acceleration_ddpm_hf.compile_regions", lambda model: None)
+    monkeypatch.setattr("ddpm_hf.portable.acceleration_ddpm_hf.compile_blocks", lambda model: None)
     assert accelerate_for_training(unet, call, "compile") == "compiled blocks, gradients equal to 0e+00"
 
 

@@ -2,21 +2,23 @@
 
 import copy
 import re
-from pathlib import Path
 
 import pytest
 import torch
 from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention
 
+from ddpm_hf.data import DataFlags
+from ddpm_hf.models.flags import UNetFlags
 from ddpm_hf.models.presets import MODEL_PRESETS, preset_unet_config
 from ddpm_hf.models.sizes import DEFAULT_UNET, model_size, settle_resolution
-from ddpm_hf.models.unet import build_unet, smallest_sample_side, stock_unet_defaults, time_blindness
+from ddpm_hf.models.unet import build_unet, stock_unet_defaults, time_blindness
 from ddpm_hf.portable.acceleration_ddpm_hf import AttentionBySize, choose_attention
+from ddpm_hf.portable.sampling_ddpm_hf import downscaling
 from ddpm_hf.portable.scheduling_ddpm_hf import DDPMScheduler
-from tests.support.fixtures_unconditional import parse
+from tests.support import ROOT
+from tests.support.runs import parse
 
-ROOT = Path(__file__).parents[2]
 SMALL = [name for name in MODEL_PRESETS if name.startswith("small-")]
 PUBLISHED = {
     # name: widths, blocks, attention at, dropout, learning rate, warm-up, batch, steps, schedule, T, variance, clip,
@@ -71,7 +73,7 @@ def test_a_published_preset_is_its_paper(name):
     assert parameters(on_meta(preset_unet_config(name, **classes))) == count
 
     config = parse(["--model_preset", name, "--train_data_dir", "data"])
-    settle_resolution(config, *model_size(config), usual="64")
+    settle_resolution(config[DataFlags], *model_size(config[UNetFlags]), usual="64")
     assert config.size() == (unet["sample_size"], unet["sample_size"])
     assert config.learning_rate == rate
     assert config.lr_warmup_steps == warmup
@@ -192,7 +194,7 @@ def test_what_a_config_leaves_out_is_diffusers_default():
         key: each for key, each in stock.config.items() if key[0] != "_"
     }
     assert "norm_num_groups=32 with 32 channels" in time_blindness(own)
-    assert smallest_sample_side(stock_unet_defaults()) == 2 ** (len(on_meta({}).config.block_out_channels) - 1)
+    assert downscaling(stock_unet_defaults()) == 2 ** (len(on_meta({}).config.block_out_channels) - 1)
 
 
 @pytest.mark.parametrize(("head_dim", "side"), [(None, 8), (8, 8), (None, 16)], ids=["one head", "heads", "large"])
@@ -240,7 +242,7 @@ def test_the_smallest_side_is_what_the_unet_can_halve(levels):
         "down_block_types": ("DownBlock2D",) * levels,
         "up_block_types": ("UpBlock2D",) * levels,
     }
-    side = smallest_sample_side(config)
+    side = downscaling(config)
     model = build_unet(config).eval()
     with torch.no_grad():
         for height, width in ((side, side), (side, 3 * side)):

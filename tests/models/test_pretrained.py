@@ -14,20 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from ddpm_hf import ClassConditionalDDPMPipeline, DDPMPipeline, DDPMScheduler
 from ddpm_hf.common.places import find_place
+from ddpm_hf.models.flags import StartFlags
 from ddpm_hf.models.pretrained import fit_classes, fit_variance, load_weights, read_source, trained_settings
 from ddpm_hf.models.sources import Source, find_source
 from tests.support.fixtures_pipeline import randn, tiny_unet, tiny_vae
-from tests.support.fixtures_unconditional import (
-    BASE,
-    encoded,
-    fill,
-    parse,
-    random_pixels,
-    run_script,
-    words,
-    write_rows,
-    write_unet,
-)
+from tests.support.pictures import encoded, random_pixels, write_rows, write_unet
+from tests.support.runs import BASE, fill, parse, run_script, words
 
 
 def close(first, second):
@@ -138,7 +130,7 @@ def test_a_model_is_known_by_its_name_on_the_hub(hub, shop):
 
     def weights(*more):
         config = parse([*flags, *more])
-        source = read_source(config)
+        source = read_source(config[StartFlags], None)
         return source, load_weights(source, config.variant)["conv_in.weight"]
 
     source, of_main = weights()

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 from diffusers import AutoencoderKL
+from diffusers.configuration_utils import FrozenDict
 from PIL import Image
 
 from ddpm_hf.common.errors import UsageError
@@ -13,7 +14,8 @@ from ddpm_hf.models.flags import UNetFlags
 from ddpm_hf.models.sizes import model_size, settle_resolution
 from tests.support.fixtures_pipeline import tiny_vae
 from tests.support.fixtures_text import run_text_script, tiny_text_pipeline, write_captioned
-from tests.support.fixtures_unconditional import encoded, random_pixels, run_script, words, write_rows, write_unet
+from tests.support.pictures import encoded, random_pixels, write_rows, write_unet
+from tests.support.runs import run_script, words
 
 SHORT = {
     "seed": 0, "cpu_threads": 1, "logger": "none", "max_train_steps": 1, "train_batch_size": 2, "eval_batch_size": 1,
@@ -104,7 +106,7 @@ def test_the_usual_size_holds_where_the_model_has_none():
 
 def test_an_autoencoder_alone_gives_its_size():
     """Else the default UNet, which halves five times, is refused at 64 pixels for an autoencoder of 256."""
-    vae = SimpleNamespace(config=SimpleNamespace(block_out_channels=(1, 2, 3, 4), sample_size=256))
+    vae = SimpleNamespace(config=FrozenDict(block_out_channels=(1, 2, 3, 4), sample_size=256))
     assert settled(*model_size(UNetFlags(), vae))[0] == "256"
     assert settled(*model_size(UNetFlags(model_preset="small-32"), vae))[0] == "256"
 

@@ -12,7 +12,7 @@ from ddpm_hf.portable.acceleration_ddpm_hf import (
     AttentionBySize,
     CapturedStep,
     GraphedForward,
-    compile_regions,
+    compile_blocks,
     signature,
     tensors_of,
 )
@@ -127,7 +127,7 @@ def test_blocks_are_compiled_in_place(monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compiled.append((type(self), options)))
     unet = small_unet()
     keys = list(unet.state_dict())
-    compile_regions(unet)
+    compile_blocks(unet)
     names = [kind.__name__ for kind, _ in compiled]
     assert names.count("ResnetBlock2D") == 2 + 2 + 4  # down, middle, up
     assert names.count("Attention") == 1 + 1 + 2

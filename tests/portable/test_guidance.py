@@ -1,89 +1,27 @@
-"""Guidance: classifier-free and by a classifier's gradient, against plain loops, closed forms and Bayes' rule."""
+"""Classifier-free guidance against plain loops, closed forms and Gaussians."""
 
 import math
 
-import diffusers
 import pytest
 import torch
 from diffusers import ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
-from ddpm_hf import ClassConditionalDDPMPipeline, DDPMPipeline, DDPMScheduler
-from ddpm_hf.portable.guidance_ddpm_hf import ClassifierGuidance, classifier_free_guidance
-from tests.support.fixtures_pipeline import GaussianNetwork, generators, randn, tiny_unet, tiny_vae
-
-NAMES = {0: "cat", 1: "dog", 2: "owl"}
-STEPS = 6
-LEARNED = ("learned", "learned_range")
-# samplers that cannot re-derive the direction from a clipped x̂_0, as DDIM can
-MULTISTEP = ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
-
-
-def finished(pipeline, sampler=None, **config):
-    """The pipeline without a progress bar, and with another sampler if one is named."""
-    pipeline.set_progress_bar_config(disable=True)
-    if sampler is not None:
-        pipeline.scheduler = getattr(diffusers, sampler).from_config(pipeline.scheduler.config, **config)
-    return pipeline
-
-
-def by_class(channels=1, vae=None, sampler=None, null=True, size=8, **config):
-    """Three classes, and the null class if there is one; untrained, so that x̂_0 is clipped often."""
-    scheduler = DDPMScheduler(num_train_timesteps=60, **config)
-    outputs = 2 * channels if scheduler.variance_type in LEARNED else channels
-    unet = tiny_unet(channels, outputs, size, num_class_embeds=len(NAMES) + null)
-    return finished(ClassConditionalDDPMPipeline(unet, scheduler, NAMES, vae), sampler)
-
-
-def unconditional(channels=1, sampler=None, **config):
-    scheduler = DDPMScheduler(num_train_timesteps=60, **config)
-    outputs = 2 * channels if scheduler.variance_type in LEARNED else channels
-    return finished(DDPMPipeline(tiny_unet(channels, outputs), scheduler), sampler)
-
-
-def draw(pipeline, labels, guidance_scale=1.0, **options):
-    """x_0 for each label, image i from the seed i."""
-    count = len(labels) if isinstance(labels, (list, tuple, torch.Tensor)) else 1
-    usual = {"num_inference_steps": STEPS, "output_type": "latent", "generator": generators(*range(count))}
-    return pipeline(labels, guidance_scale, **{**usual, **options}).images
-
-
-@torch.no_grad()
-def by_hand(pipeline, count, predict, shift=None, **step_arguments):
-    """The chain as it is written in the papers: x_T, then `step` on what `predict(x_t, t)` says."""
-    scheduler, own = pipeline.scheduler, generators(*range(count))
-    scheduler.set_timesteps(STEPS)
-    x = torch.cat([torch.randn(1, *pipeline.sample_shape, generator=generator) for generator in own])  # [N, C, H, W]
-    for t in scheduler.timesteps:
-        output = predict(x, t)
-        step = scheduler.step(output, int(t), x, generator=own, **step_arguments).prev_sample
-        x = step if shift is None else shift(step, output, x, t)
-    return x
-
-
-def conditional(pipeline, ids, channels=None):
-    """The network of a class, for `by_hand`; `channels` cuts off a learned variance."""
-    return lambda x, t: pipeline.unet(x, t, class_labels=torch.tensor(ids)).sample[:, :channels]
-
-
-class Calls:
-    """(images in the batch, t, class labels) of each call of a model, while the context lasts."""
-
-    def __init__(self, model):
-        self.model, self.seen = model, []
-
-    def __enter__(self):
-        def note(module, inputs, more):
-            labels = more.get("class_labels")
-            self.seen.append((len(inputs[0]), int(inputs[1]), None if labels is None else labels.tolist()))
-
-        self.handle = self.model.register_forward_pre_hook(note, with_kwargs=True)
-        return self.seen
-
-    def __exit__(self, *exception):
-        self.handle.remove()
-
+from ddpm_hf import ClassConditionalDDPMPipeline, DDPMScheduler
+from ddpm_hf.portable.guidance_ddpm_hf import classifier_free_guidance
+from tests.support.fixtures_pipeline import GaussianNetwork, finished, generators, randn, tiny_unet, tiny_vae
+from tests.support.guidance import (
+    MULTISTEP,
+    STEPS,
+    LinearClassifier,
+    by_class,
+    by_hand,
+    conditional,
+    draw,
+    labelled_calls,
+    unconditional,
+)
 
 # Classifier-free guidance: which networks run
 
@@ -93,7 +31,7 @@ class Calls:
 def test_scale_one_is_the_conditional_model_in_one_pass(variance_type, sampler):
     """Else a user without guidance pays for two passes, or gets other images than the model's own."""
     pipeline = by_class(2, sampler=sampler, variance_type=variance_type)
-    with Calls(pipeline.unet) as calls:
+    with labelled_calls(pipeline.unet) as calls:
         drawn = draw(pipeline, [2, 0, 1])
     assert [(count, labels) for count, _, labels in calls] == [(3, [2, 0, 1])] * STEPS
     assert torch.equal(drawn, by_hand(pipeline, 3, conditional(pipeline, [2, 0, 1], 2 if sampler else None)))
@@ -103,7 +41,7 @@ def test_scale_one_is_the_conditional_model_in_one_pass(variance_type, sampler):
 def test_other_scales_run_class_and_null_class_in_one_batch(scale):
     """Else guidance takes more calls than one a step, or the null half is given a class."""
     pipeline = by_class()
-    with Calls(pipeline.unet) as calls:
+    with labelled_calls(pipeline.unet) as calls:
         draw(pipeline, [2, 0], scale)
     assert [(count, labels) for count, _, labels in calls] == [(4, [2, 0, 3, 3])] * STEPS
 
@@ -139,7 +77,7 @@ def test_names_ids_and_none_mix():
     assert pipeline.class_ids(torch.tensor([[2], [0]])).tolist() == [2, 0]
     assert [pipeline.class_ids(label).tolist() for label in ("owl", 2, None, range(3))] == [[2], [2], [3], [0, 1, 2]]
     mixed = draw(pipeline, ["dog", 0, None, "owl"], 2.0)
-    with Calls(pipeline.unet) as calls:
+    with labelled_calls(pipeline.unet) as calls:
         assert torch.equal(mixed, draw(pipeline, [1, "cat", None, 2], 2.0))
     assert calls[0][2] == [1, 0, 3, 2, 3, 3, 3, 3]
     assert torch.equal(draw(pipeline, torch.tensor([2, 0])), draw(pipeline, ["owl", "cat"]))
@@ -173,7 +111,7 @@ def test_ddim_outside_the_interval_is_the_conditional_model():
 def test_guidance_outside_its_interval_is_the_conditional_model():
     """Else the interval guides where it should not, or pays for two passes there."""
     pipeline = by_class()
-    with Calls(pipeline.unet) as calls:
+    with labelled_calls(pipeline.unet) as calls:
         outside = draw(pipeline, [0, 1], 4.0, guidance_interval=(1, 9))
     assert [count for count, _, _ in calls] == [2] * STEPS
     assert torch.equal(outside, draw(pipeline, [0, 1]))
@@ -189,7 +127,7 @@ def test_an_interval_that_holds_the_chain_is_none(sampler):
 def test_the_interval_holds_timesteps_and_its_ends():
     """Else it counts steps rather than timesteps, or one end is shut out."""
     pipeline = by_class()
-    with Calls(pipeline.unet) as calls:
+    with labelled_calls(pipeline.unet) as calls:
         guided = draw(pipeline, [0, 1], 4.0, guidance_interval=(10, 30))
     assert [(t, count) for count, t, _ in calls] == [(50, 2), (40, 2), (30, 4), (20, 4), (10, 4), (0, 2)]
     assert (guided - draw(pipeline, [0, 1])).abs().max() > 0.01
@@ -359,252 +297,6 @@ def test_guided_ddim_is_the_affine_map_of_x_T(scale):
     torch.testing.assert_close(drawn.double(), x, rtol=0, atol=1e-3)
 
 
-# Classifier guidance: the two algorithms of Dhariwal & Nichol 2021
-
-
-class LinearClassifier(torch.nn.Module):
-    """Logits that are linear in x_t, with another slope at each t: the gradient is known."""
-
-    def __init__(self, classes=3, shape=(1, 8, 8), seed=0):
-        super().__init__()
-        self.slopes, self.seen = randn(classes, *shape, seed=seed), []
-
-    def weights(self, t):
-        return self.slopes * (0.2 + t / 60)
-
-    def forward(self, x_t, timesteps):
-        """x_t [N, C, H, W], t [N] -> [N, K]."""
-        self.seen.append((x_t.detach().clone(), timesteps.tolist()))
-        return torch.einsum("nchw,kchw->nk", x_t, self.weights(float(timesteps[0])).to(x_t.dtype))
-
-    def gradient(self, x_t, t, labels):
-        """∇ log p(y | x_t) = w_y - Σ_k p(k | x_t) w_k, of the softmax of linear logits."""
-        weights = self.weights(float(t)).to(x_t.dtype)
-        p = torch.einsum("nchw,kchw->nk", x_t, weights).softmax(dim=1)
-        return weights[labels] - torch.einsum("nk,kchw->nchw", p, weights)
-
-
-def variance_by_betas(scheduler, t, s, output):
-    """Σ of p(x_s | x_t), from the betas alone (Ho et al., Eq. 7; Nichol & Dhariwal, Eq. 15)."""
-    alpha_bars = torch.cumprod(1 - scheduler.exact_tables.betas, 0)
-    alpha_bar, before = float(alpha_bars[t]), float(alpha_bars[s])
-    large = 1 - alpha_bar / before
-    small = (1 - before) / (1 - alpha_bar) * large
-    if scheduler.variance_type == "learned":
-        return output[:, 1:].exp()
-    if scheduler.variance_type == "learned_range":
-        share = (output[:, 1:] + 1) / 2
-        return (share * math.log(large) + (1 - share) * math.log(small)).exp()
-    return large if scheduler.variance_type == "fixed_large" else small
-
-
-@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", *LEARNED])
-@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction", "posterior_mean"])
-@pytest.mark.parametrize("steps", [60, 12])
-def test_ancestral_steps_move_by_the_variance_times_the_gradient(steps, prediction_type, variance_type):
-    """Algorithm 1: Σ s ∇ log p(y | x_t), whatever the model predicts; else the scale means something else."""
-    scheduler = DDPMScheduler(60, prediction_type=prediction_type, variance_type=variance_type)
-    scheduler.set_timesteps(steps)
-    classifier, labels, stride = LinearClassifier(), torch.tensor([2, 0, 1]), 60 // steps
-    guidance = ClassifierGuidance(classifier, labels, 1.7)
-    x_t, output = randn(3, 1, 8, 8), 0.3 * randn(3, 2 if variance_type in LEARNED else 1, 8, 8, seed=1)
-    for t in (60 - stride, 30, stride):
-        plain = scheduler.step(output, t, x_t, generators(0, 1, 2)).prev_sample
-        shifted = guidance.shift_sample(scheduler, plain, output, x_t, torch.tensor(t))
-        expected = variance_by_betas(scheduler, t, t - stride, output) * 1.7 * classifier.gradient(x_t, t, labels)
-        torch.testing.assert_close(shifted, plain + expected, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
-def test_outputs_move_as_epsilon_does(prediction_type):
-    """Algorithm 2: ε - √(1-ᾱ) s ∇ log p(y | x_t), whatever the model predicts; else DDIM is guided for ε alone."""
-    scheduler = DDPMScheduler(60, prediction_type=prediction_type, beta_schedule="squaredcos_cap_v2")
-    classifier, labels = LinearClassifier(), torch.tensor([2, 0, 1])
-    guidance = ClassifierGuidance(classifier, labels, 1.7)
-    x_t, output = randn(3, 1, 8, 8).double(), randn(3, 1, 8, 8, seed=1).double()
-    for t in (55, 30, 1, 0):
-        alpha_bar = float(torch.cumprod(1 - scheduler.exact_tables.betas, 0)[t])
-        a, b = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
-        epsilon = {
-            "epsilon": lambda out: out,
-            "sample": lambda out, a=a, b=b: (x_t - a * out) / b,
-            "v_prediction": lambda out, a=a, b=b: a * out + b * x_t,
-        }[prediction_type]
-        shifted = epsilon(guidance.shift_output(scheduler, output, x_t, torch.tensor(t)))
-        expected = epsilon(output) - b * 1.7 * classifier.gradient(x_t, t, labels)
-        torch.testing.assert_close(shifted, expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("variance_type", ["fixed_small", "learned_range"])
-@pytest.mark.parametrize("sampler", [None, "DDIMScheduler", *MULTISTEP])
-def test_both_pipelines_guide_each_step_once(sampler, variance_type):
-    """Else the classifier sees another x_t than the model, other timesteps, or the gradient's graph is kept."""
-    classifier = LinearClassifier(shape=(2, 8, 8))
-    for pipeline in (
-        unconditional(2, sampler, variance_type=variance_type),
-        by_class(2, None, sampler, variance_type=variance_type),
-    ):
-        classifier.seen.clear()
-        inputs, options = [], {"num_inference_steps": STEPS, "output_type": "latent", "generator": generators(0, 1)}
-        handle = pipeline.unet.register_forward_pre_hook(lambda _, args, seen=inputs: seen.append(args[0].clone()))
-        if isinstance(pipeline, DDPMPipeline):
-            drawn = pipeline(2, classifier=classifier, class_labels=[2, 0], **options).images
-        else:
-            drawn = pipeline(["owl", 0], classifier=classifier, **options).images
-        handle.remove()
-        assert not drawn.requires_grad
-        assert torch.isfinite(drawn).all()
-        assert [t for _, t in classifier.seen] == [[t, t] for t in pipeline.scheduler.timesteps.tolist()]
-        for (x_t, _), seen in zip(classifier.seen, inputs, strict=True):
-            assert torch.equal(x_t, seen)
-
-
-@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", "learned_range"])
-def test_ancestral_chains_are_algorithm_1(variance_type):
-    """Else the whole chain is guided otherwise than its steps, or a label is taken for another's."""
-    classifier, labels = LinearClassifier(), torch.tensor([2, 0])
-    guidance = ClassifierGuidance(classifier, labels, 1.5)
-    plain, own = unconditional(variance_type=variance_type), by_class(variance_type=variance_type)
-    options = {"num_inference_steps": STEPS, "output_type": "latent"}
-    options |= {"classifier": classifier, "classifier_scale": 1.5}
-    drawn = plain(2, generators(0, 1), class_labels=labels, **options).images
-    own_drawn = own(["owl", "cat"], generator=generators(0, 1), **options).images
-    for pipeline, images, predict in (
-        (plain, drawn, lambda x, t: plain.unet(x, t).sample),
-        (own, own_drawn, conditional(own, [2, 0])),
-    ):
-
-        def shift(step, output, x, t, scheduler=pipeline.scheduler):
-            return guidance.shift_sample(scheduler, step, output, x, t)
-
-        assert torch.equal(images, by_hand(pipeline, 2, predict, shift))
-    again = plain(2, generators(0, 1), class_labels=[2, 0], **options).images
-    assert torch.equal(drawn, again)
-    other = plain(2, generators(0, 1), class_labels=[1, 0], **options).images
-    assert (other[0] - drawn[0]).abs().max() > 0.01
-    torch.testing.assert_close(other[1], drawn[1], rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize("variance_type", ["fixed_small", "learned_range"])
-def test_a_classifier_at_scale_zero_guides_nothing(variance_type):
-    """Else a classifier changes images, or the noise they are made of, by being there."""
-    classifier = LinearClassifier()
-    options = {"num_inference_steps": STEPS, "output_type": "latent"}
-    idle = {"classifier": classifier, "classifier_scale": 0.0}
-    pipeline = unconditional(variance_type=variance_type)
-    assert torch.equal(
-        pipeline(2, generators(0, 1), class_labels=[2, 0], **idle, **options).images,
-        pipeline(2, generators(0, 1), **options).images,
-    )
-    pipeline = by_class(variance_type=variance_type)
-    for scale in (1.0, 2.0):
-        assert torch.equal(draw(pipeline, [2, 0], scale, **idle), draw(pipeline, [2, 0], scale))
-    pipeline = by_class(variance_type=variance_type, clip_sample=False, sampler="DDIMScheduler")
-    drawn, unguided = draw(pipeline, [2, 0], **idle), draw(pipeline, [2, 0])
-    torch.testing.assert_close(drawn, unguided, rtol=1e-4, atol=1e-4)
-
-
-# Bayes' rule: p(x_t | y) ∝ p(x_t) p(y | x_t)
-
-
-class TwoGaussians(ModelMixin, ConfigMixin):
-    """The exact network without a class for images that are N(m, v) or N(-m, v) as a whole, equally often."""
-
-    @register_to_config
-    def __init__(self, scheduler_config: dict, mean: float, variance: float, sample_size=8, in_channels=1):
-        super().__init__()
-        self.plus = GaussianNetwork(scheduler_config, mean, variance, sample_size, in_channels)
-        self.minus = GaussianNetwork(scheduler_config, -mean, variance, sample_size, in_channels)
-        self.register_to_config(out_channels=in_channels)
-
-    def classify(self, x_t, timesteps):
-        """The exact logits of p(y | x_t): N(±√ᾱ m, ᾱ v + 1 - ᾱ) in each pixel; their difference is a sigmoid's."""
-        alpha_bar = torch.cumprod(1 - self.plus.betas, 0)[timesteps.long()].reshape(-1, 1, 1, 1)
-        spread = alpha_bar * self.config.variance + 1 - alpha_bar
-        logit = (alpha_bar.sqrt() * self.config.mean * x_t / spread).flatten(1).sum(dim=1)
-        return torch.stack([logit, -logit], dim=1)  # [N, 2]
-
-    def forward(self, sample, timestep):
-        """The outputs of both classes, averaged by p(y | x_t), as every E[· | x_t] is."""
-        p = self.classify(sample.double(), timestep.expand(len(sample))).softmax(dim=1).reshape(-1, 2, 1, 1, 1)
-        both = [network(sample.double(), timestep).sample for network in (self.plus, self.minus)]
-        return UNet2DOutput(sample=(p[:, 0] * both[0] + p[:, 1] * both[1]).to(sample.dtype))
-
-
-BAYES = {"mean": 0.15, "variance": 0.04, "sample_size": 4}
-
-
-@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
-def test_the_classifiers_gradient_turns_the_score_into_the_classs(prediction_type):
-    """Bayes' rule at every t; else scale 1 does not sample from p(x | y)."""
-    scheduler = DDPMScheduler(60, beta_schedule="squaredcos_cap_v2", prediction_type=prediction_type)
-    network = TwoGaussians(dict(scheduler.config), **BAYES)
-    guidance = ClassifierGuidance(network.classify, torch.tensor([0, 1, 0, 1]), 1.0)
-    differs = False
-    for t in range(59):  # at 59 nothing is left of the image
-        x_t = randn(4, 1, 4, 4, seed=t).double()
-        timestep = torch.tensor(t)
-        with torch.no_grad():
-            blind = network(x_t, timestep).sample
-            wanted = torch.stack([(network.plus, network.minus)[i % 2](x_t, t).sample[i] for i in range(4)])
-        guided = guidance.shift_output(scheduler, blind, x_t, timestep)
-        torch.testing.assert_close(guided, wanted, rtol=1e-4, atol=1e-4)
-        differs |= bool((blind - wanted).abs().max() > 0.05)
-    assert differs
-
-
-def test_ancestral_shifts_are_bayes_rule_to_first_order():
-    """β ∇ log p(y | x_t) is √α times what the class moves the mean by: Algorithm 1 is exact as β goes to 0."""
-    scheduler = DDPMScheduler(60, variance_type="fixed_large", clip_sample=False)
-    network = TwoGaussians(dict(scheduler.config), **BAYES)
-    guidance = ClassifierGuidance(network.classify, torch.tensor([0, 0]), 1.0)
-    for t in (59, 30, 5, 1):
-        x_t, timestep = randn(2, 1, 4, 4, seed=t).double(), torch.tensor(t)
-        with torch.no_grad():
-            blind, wanted = network(x_t, timestep).sample, network.plus(x_t, t).sample
-        means = [scheduler.p_mean_variance(output, t, x_t).mean for output in (blind, wanted)]
-        shifted = guidance.shift_sample(scheduler, means[0], blind, x_t, timestep)
-        by_bayes = (means[1] - means[0]) * math.sqrt(1 - float(scheduler.exact_tables.betas[t]))
-        torch.testing.assert_close(shifted - means[0], by_bayes, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("sampler", ["DDIMScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler", *MULTISTEP])
-@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
-def test_a_guided_blind_model_draws_what_the_class_model_draws(prediction_type, sampler):
-    """Else a sampler is given the guided output on another scale than its own."""
-    scheduler = DDPMScheduler(
-        60, beta_schedule="squaredcos_cap_v2", prediction_type=prediction_type, clip_sample=False
-    )
-    network = TwoGaussians(dict(scheduler.config), **BAYES)
-    options = {"num_inference_steps": STEPS, "output_type": "latent"}
-    blind = finished(DDPMPipeline(network, scheduler), sampler, timestep_spacing="leading")
-    unguided = blind(1, generators(3), **options).images
-    for label, exact in enumerate((network.plus, network.minus)):
-        guided = blind(1, generators(3), classifier=network.classify, class_labels=[label], **options).images
-        by_label = finished(DDPMPipeline(exact, scheduler), sampler, timestep_spacing="leading")
-        wanted = by_label(1, generators(3), **options).images
-        torch.testing.assert_close(guided, wanted, rtol=0, atol=1e-3)
-    assert (wanted - unguided).abs().max() > 0.1
-
-
-@pytest.mark.parametrize("prediction_type", ["sample", "v_prediction"])
-@pytest.mark.parametrize("sampler", [None, "DDIMScheduler"])
-def test_zero_terminal_snr_is_guided(sampler, prediction_type):
-    """At ᾱ_T = 0 the output's factor divides by zero, and x_T tells no class: else every image is NaN."""
-    config = {"prediction_type": prediction_type, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    classifier = LinearClassifier()
-    pipeline = by_class(**config)
-    finished(pipeline, sampler, timestep_spacing="trailing")
-    drawn = draw(pipeline, [2, 0], 2.0, classifier=classifier)
-    assert int(pipeline.scheduler.timesteps[0]) == 59
-    assert torch.isfinite(drawn).all()
-    assert (drawn - draw(pipeline, [2, 0], 2.0)).abs().max() > 0.01
-    own = DDPMScheduler(60, **config)
-    output, x_t = randn(2, 1, 8, 8, seed=1), randn(2, 1, 8, 8)
-    guidance = ClassifierGuidance(classifier, torch.tensor([2, 0]), 1.0)
-    assert torch.equal(guidance.shift_output(own, output, x_t, torch.tensor(59)), output)
-
-
 # Latents, callbacks, frames
 
 
@@ -669,7 +361,7 @@ def test_an_unknown_class_is_named_with_those_there_are(label):
     """Else a typing mistake draws the null class, another class, or ends in an index error."""
     pipeline = by_class()
     says = r"class .* must be one of the model's 3.*'cat', 'dog', 'owl'"
-    with Calls(pipeline.unet) as calls, pytest.raises(ValueError, match=says):
+    with labelled_calls(pipeline.unet) as calls, pytest.raises(ValueError, match=says):
         draw(pipeline, label)
     assert calls == []
 
@@ -678,7 +370,10 @@ def test_guidance_without_a_null_class_names_the_way_out():
     """Else the guided image is made of noise, or of an index error."""
     pipeline = by_class(null=False)
     for call in (lambda: draw(pipeline, [0], 2.0), lambda: draw(pipeline, [0], 0.0)):
-        with Calls(pipeline.unet) as calls, pytest.raises(ValueError, match=r"--class_dropout.*guidance_scale=1"):
+        with (
+            labelled_calls(pipeline.unet) as calls,
+            pytest.raises(ValueError, match=r"--class_dropout.*guidance_scale=1"),
+        ):
             call()
         assert calls == []
     with pytest.raises(ValueError, match="None"):
@@ -691,7 +386,10 @@ def test_guidance_without_a_null_class_names_the_way_out():
 def test_a_classifier_wants_a_class_for_each_image(labels, count):
     """Else an unconditional model is guided nowhere, or one label is spread over images that were not asked for."""
     pipeline = unconditional()
-    with Calls(pipeline.unet) as calls, pytest.raises(ValueError, match=rf"requires 2 class_labels \(got {count}\)"):
+    with (
+        labelled_calls(pipeline.unet) as calls,
+        pytest.raises(ValueError, match=rf"requires 2 class_labels \(got {count}\)"),
+    ):
         pipeline(2, generators(0, 1), STEPS, classifier=LinearClassifier(), class_labels=labels)
     assert calls == []
 

@@ -10,7 +10,15 @@ from diffusers.configuration_utils import FrozenDict
 from PIL import Image
 
 from ddpm_hf import DDPMPipeline, DDPMScheduler
-from tests.support.fixtures_pipeline import GaussianNetwork, generators, tiny_unet, tiny_vae
+from tests.support.fixtures_pipeline import (
+    GaussianNetwork,
+    calls_of,
+    finished,
+    generators,
+    tiny_pipeline,
+    tiny_unet,
+    tiny_vae,
+)
 
 # samplers of Diffusers that a user swaps in, one of each family
 SAMPLERS = (
@@ -25,46 +33,22 @@ SAMPLERS = (
 )
 
 
-def quiet(pipeline):
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def make_pipeline(channels=1, vae=None, size=8, unet=None, **config):
-    scheduler = DDPMScheduler(**config)
-    if unet is None:
-        learned = scheduler.variance_type in ("learned", "learned_range")
-        unet = tiny_unet(channels, 2 * channels if learned else channels, size)
-    return quiet(DDPMPipeline(unet, scheduler, vae))
+def inputs_of(model):
+    """The (x_t, t) that a model is called with."""
+    return calls_of(model, lambda inputs, _: (inputs[0].clone(), int(inputs[1])))
 
 
 def gaussian_pipeline(mean, variance, size=64, **config):
     """A pipeline whose network is exact for data drawn from N(mean, variance)."""
     scheduler = DDPMScheduler(clip_sample=False, **config)
     network = GaussianNetwork(dict(scheduler.config), mean=mean, variance=variance, sample_size=size)
-    return quiet(DDPMPipeline(network, scheduler))
+    return finished(DDPMPipeline(network, scheduler))
 
 
 def draw(pipeline, *seeds, **options):
     """x_0 for one generator a seed."""
     options = {"num_inference_steps": 10, "output_type": "latent", **options}
     return pipeline(len(seeds), generators(*seeds), **options).images
-
-
-class Inputs:
-    """The (x_t, t) that a model is called with, while the context lasts."""
-
-    def __init__(self, model):
-        self.model, self.seen = model, []
-
-    def __enter__(self):
-        self.handle = self.model.register_forward_pre_hook(
-            lambda module, inputs: self.seen.append((inputs[0].clone(), int(inputs[1])))
-        )
-        return self.seen
-
-    def __exit__(self, *exception):
-        self.handle.remove()
 
 
 # Against stock
@@ -76,8 +60,8 @@ class Inputs:
 def test_images_are_those_of_stock(prediction_type, beta_schedule, variance_type):
     """Else a folder that names stock's class would show other images there than here."""
     config = {"prediction_type": prediction_type, "beta_schedule": beta_schedule, "variance_type": variance_type}
-    ours = make_pipeline(3, **config)
-    stock = quiet(diffusers.DDPMPipeline(ours.unet, diffusers.DDPMScheduler(**config)))
+    ours = tiny_pipeline(3, **config)
+    stock = finished(diffusers.DDPMPipeline(ours.unet, diffusers.DDPMScheduler(**config)))
     options = {"batch_size": 2, "num_inference_steps": 20, "output_type": "np"}
     expected = stock(generator=torch.Generator().manual_seed(0), **options).images
     drawn = ours(generator=torch.Generator().manual_seed(0), **options).images
@@ -87,8 +71,8 @@ def test_images_are_those_of_stock(prediction_type, beta_schedule, variance_type
 
 def test_stock_pipelines_positional_arguments_keep_their_places():
     """Else a call written for stock hands its generator or its number of steps to something else."""
-    pipeline = make_pipeline()
-    stock = quiet(diffusers.DDPMPipeline(pipeline.unet, diffusers.DDPMScheduler()))
+    pipeline = tiny_pipeline()
+    stock = finished(diffusers.DDPMPipeline(pipeline.unet, diffusers.DDPMScheduler()))
     expected = stock(2, torch.Generator().manual_seed(3), 5, "np", False)[0]
     drawn = pipeline(2, torch.Generator().manual_seed(3), 5, "np", False)[0]
     np.testing.assert_allclose(drawn, expected, atol=1e-3)
@@ -96,7 +80,7 @@ def test_stock_pipelines_positional_arguments_keep_their_places():
 
 def test_stock_ddpm_scheduler_is_converted_and_other_samplers_are_not():
     """Else a loaded folder keeps stock's scheduler, without our math, or a swapped sampler is lost."""
-    pipeline = quiet(DDPMPipeline(tiny_unet(), diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2")))
+    pipeline = finished(DDPMPipeline(tiny_unet(), diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2")))
     assert type(pipeline.scheduler) is DDPMScheduler
     assert pipeline.scheduler.config.beta_schedule == "squaredcos_cap_v2"
     pipeline.scheduler = diffusers.DDPMScheduler(num_train_timesteps=7)
@@ -113,7 +97,7 @@ def test_stock_ddpm_scheduler_is_converted_and_other_samplers_are_not():
 @pytest.mark.parametrize("variance_type", ["fixed_large", "learned_range"])
 def test_an_image_depends_on_its_own_generator_alone(variance_type):
     """Else image i of a seed changes with the batch it is drawn in, and cannot be drawn again."""
-    pipeline = make_pipeline(variance_type=variance_type)
+    pipeline = tiny_pipeline(variance_type=variance_type)
     together = draw(pipeline, 5, 6, 7)
     torch.testing.assert_close(together[1:2], draw(pipeline, 6), rtol=0, atol=1e-4)
     torch.testing.assert_close(together[[2, 0]], draw(pipeline, 7, 5), rtol=0, atol=1e-4)
@@ -123,7 +107,7 @@ def test_an_image_depends_on_its_own_generator_alone(variance_type):
 @pytest.mark.parametrize("sampler", ["DDPMScheduler", "EulerDiscreteScheduler"])
 def test_given_latents_are_the_drawn_ones(sampler):
     """Else x_T handed in is scaled or ordered otherwise than the one the pipeline draws."""
-    pipeline = make_pipeline()
+    pipeline = tiny_pipeline()
     if sampler != "DDPMScheduler":
         pipeline.scheduler = getattr(diffusers, sampler).from_config(pipeline.scheduler.config)
     own = generators(0, 1)
@@ -150,7 +134,7 @@ def test_a_network_need_not_say_how_many_channels_it_predicts(sampler, tmp_path)
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
 def test_output_types_show_the_same_images(channels, mode):
     """Else one of the output types is scaled, transposed or coloured wrongly."""
-    pipeline = make_pipeline(channels, size=(8, 16))
+    pipeline = tiny_pipeline(channels, size=(8, 16))
     kinds = ("latent", "pt", "np", "numpy", "pil")
     latent, pt, array, same, pil = (draw(pipeline, 0, 1, output_type=kind) for kind in kinds)
     torch.testing.assert_close(pt, (latent / 2 + 0.5).clamp(0, 1))
@@ -164,7 +148,7 @@ def test_output_types_show_the_same_images(channels, mode):
 
 def test_return_dict_false_gives_the_images_in_a_tuple():
     """Else code that indexes the result, as for every pipeline of Diffusers, gets something else."""
-    pipeline = make_pipeline()
+    pipeline = tiny_pipeline()
     given = pipeline(2, generators(0, 1), 3, "latent", return_dict=False)
     assert isinstance(given, tuple)
     assert torch.equal(given[0], draw(pipeline, 0, 1, num_inference_steps=3))
@@ -172,7 +156,7 @@ def test_return_dict_false_gives_the_images_in_a_tuple():
 
 def test_half_precision_pipelines_sample():
     """Else a model loaded with dtype=torch.bfloat16 fails on a float32 tensor on the way."""
-    pipeline = make_pipeline().to(torch.bfloat16)
+    pipeline = tiny_pipeline().to(torch.bfloat16)
     drawn = draw(pipeline, 0, 1)
     assert drawn.dtype == torch.bfloat16
     assert torch.isfinite(drawn).all()
@@ -180,7 +164,7 @@ def test_half_precision_pipelines_sample():
 
 def test_rectangular_models_sample_and_encode():
     """Else height and width are taken for one another somewhere."""
-    pipeline = make_pipeline(3, size=(8, 16))
+    pipeline = tiny_pipeline(3, size=(8, 16))
     assert draw(pipeline, 0).shape == (1, 3, 8, 16)
     picture = Image.fromarray((np.arange(8 * 16 * 3) % 256).astype(np.uint8).reshape(8, 16, 3))
     encoded = pipeline.encode(picture)
@@ -193,7 +177,7 @@ def test_rectangular_models_sample_and_encode():
 
 def test_callback_sees_every_step_and_may_replace_the_latents():
     """Else guidance or inpainting written as a callback misses a step, or has no effect."""
-    pipeline, seen = make_pipeline(), []
+    pipeline, seen = tiny_pipeline(), []
 
     def note(pipe, index, t, tensors):
         assert pipe is pipeline
@@ -205,7 +189,7 @@ def test_callback_sees_every_step_and_may_replace_the_latents():
     assert torch.equal(seen[-1][2], drawn)
     assert torch.equal(drawn, pipeline(1, generators(0), **options).images)  # looking changes nothing
 
-    with Inputs(pipeline.unet) as inputs:
+    with inputs_of(pipeline.unet) as inputs:
         ones = {"latents": torch.ones(1, 1, 8, 8)}
         replaced = pipeline(1, generators(0), callback_on_step_end=lambda *_: ones, **options).images
     assert torch.equal(replaced, ones["latents"])
@@ -214,13 +198,13 @@ def test_callback_sees_every_step_and_may_replace_the_latents():
 
 def test_the_model_sees_the_timesteps_of_the_chain():
     """Else `timesteps` or `num_inference_steps` chooses another chain than the network is run over."""
-    pipeline = make_pipeline(num_train_timesteps=20)
+    pipeline = tiny_pipeline(num_train_timesteps=20)
     for options, expected in [
         ({"num_inference_steps": None}, list(range(19, -1, -1))),
         ({"num_inference_steps": 5}, [16, 12, 8, 4, 0]),
         ({"num_inference_steps": None, "timesteps": [19, 7, 3]}, [19, 7, 3]),
     ]:
-        with Inputs(pipeline.unet) as inputs:
+        with inputs_of(pipeline.unet) as inputs:
             draw(pipeline, 0, **options)
         assert [t for _, t in inputs] == expected
 
@@ -228,9 +212,9 @@ def test_the_model_sees_the_timesteps_of_the_chain():
 @pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
 def test_every_number_of_steps_ends(spacing):
     """Else some number of steps crashes, or leaves the image noisy or not finite."""
-    pipeline = make_pipeline(num_train_timesteps=7, beta_schedule="squaredcos_cap_v2", timestep_spacing=spacing)
+    pipeline = tiny_pipeline(num_train_timesteps=7, beta_schedule="squaredcos_cap_v2", timestep_spacing=spacing)
     for steps in range(1, 8):
-        with Inputs(pipeline.unet) as inputs:
+        with inputs_of(pipeline.unet) as inputs:
             drawn = draw(pipeline, 0, num_inference_steps=steps)
         assert len(inputs) == steps
         assert drawn.abs().max() <= 1  # the last step's mean is the clipped x̂_0
@@ -238,7 +222,7 @@ def test_every_number_of_steps_ends(spacing):
 
 def test_frames_follow_the_chain():
     """Else the strip of a chain shows other moments than it says, or does not end in the image."""
-    pipeline = make_pipeline(3)
+    pipeline = tiny_pipeline(3)
     output = pipeline(2, generators(0, 1), 20, "np", num_frames=5)
     frames = output.frames
     timesteps = [frame.timestep for frame in frames]
@@ -341,7 +325,7 @@ def test_swapped_samplers_draw_the_data_with_a_learned_variance(sampler):
 @pytest.mark.parametrize("channels", [1, 4])
 def test_swapping_a_sampler_in_and_back_changes_nothing(channels, variance_type, sampler):
     """Else a try with another sampler loses part of the model's config, and the old images cannot be drawn again."""
-    pipeline = make_pipeline(
+    pipeline = tiny_pipeline(
         channels, variance_type=variance_type, beta_schedule="sigmoid", prediction_type="v_prediction"
     )
     before = draw(pipeline, 0, 1, num_inference_steps=4)
@@ -362,9 +346,9 @@ def picture(seed, size=8):
 
 def test_interpolation_starts_from_a_linear_mix_of_both_noised_images():
     """Else the ends are not the two images, or the middle is not between them."""
-    pipeline, weights = make_pipeline(size=32), (0.0, 0.25, 1.0)
+    pipeline, weights = tiny_pipeline(size=32), (0.0, 0.25, 1.0)
     a, b = picture(0, 32), picture(1, 32)
-    with Inputs(pipeline.unet) as inputs:
+    with inputs_of(pipeline.unet) as inputs:
         drawn = pipeline.interpolate(a, b, 300, weights, generators(0)[0], 10, "latent").images
     x, t = inputs[0]
     assert t == 300
@@ -380,7 +364,7 @@ def test_interpolation_starts_from_a_linear_mix_of_both_noised_images():
 
 def test_interpolation_ends_are_chains_from_each_image():
     """Else the image at weight 0 depends on the other image, or at weight 1 on the first."""
-    pipeline = make_pipeline()
+    pipeline = tiny_pipeline()
     a, b = picture(0), picture(1)
 
     def at(first, second, *weights):
@@ -395,8 +379,8 @@ def test_interpolation_ends_are_chains_from_each_image():
 
 def test_interpolation_at_the_end_of_a_chain_is_one_step_of_it():
     """At t=0 no noise is added: else the chain goes on from another place than the mix."""
-    pipeline = make_pipeline()
-    with Inputs(pipeline.unet) as inputs:
+    pipeline = tiny_pipeline()
+    with inputs_of(pipeline.unet) as inputs:
         drawn = pipeline.interpolate(picture(0), picture(1), 0, (0.0, 1.0), generators(0)[0], output_type="latent")
     (x, t), *rest = inputs
     assert (t, rest) == (0, [])
@@ -418,15 +402,15 @@ def test_interpolation_with_an_exact_network_returns_the_images_at_little_noise(
 @pytest.mark.parametrize("timestep", [0, 400, 999])
 def test_one_image_from_a_shared_beginning_is_the_plain_chain(timestep):
     """Else splitting the chain at a timestep drops, repeats or reseeds a step."""
-    pipeline = make_pipeline(variance_type="fixed_large")
+    pipeline = tiny_pipeline(variance_type="fixed_large")
     shared = pipeline.sample_from_shared(1, timestep, generators(4)[0], 10, "latent").images
     assert torch.equal(shared, pipeline(1, generators(4)[0], 10, "latent").images)
 
 
 def test_images_from_a_shared_beginning_share_x_t():
     """Else the images differ in more than what is decided after the timestep."""
-    pipeline = make_pipeline(variance_type="fixed_large")
-    with Inputs(pipeline.unet) as inputs:
+    pipeline = tiny_pipeline(variance_type="fixed_large")
+    with inputs_of(pipeline.unet) as inputs:
         drawn = pipeline.sample_from_shared(3, 500, generators(0)[0], 10, "latent").images
     assert [t for _, t in inputs] == list(range(900, -1, -100))
     assert [len(x) for x, _ in inputs] == [1] * 4 + [3] * 6
@@ -441,7 +425,7 @@ def test_images_from_a_shared_beginning_share_x_t():
 
 def test_starting_within_a_chain_is_refused_for_other_samplers():
     """A multistep sampler started in the middle has no history: silently worse images, or a crash inside."""
-    pipeline = make_pipeline()
+    pipeline = tiny_pipeline()
     pipeline.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     for call in (
         lambda: pipeline.sample_from_shared(2, 500, num_inference_steps=10),
@@ -459,7 +443,7 @@ def test_starting_within_a_chain_is_refused_for_other_samplers():
 def test_a_vae_decodes_the_latents():
     """Else x_0 is decoded on another scale than the autoencoder's, or cut to the latents' size."""
     vae = tiny_vae(scaling_factor=0.2, shift_factor=0.1)
-    pipeline = make_pipeline(4, vae)
+    pipeline = tiny_pipeline(4, vae)
     latents, decoded, pil = (draw(pipeline, 0, 1, output_type=kind) for kind in ("latent", "pt", "pil"))
     assert latents.shape == (2, 4, 8, 8)
     assert decoded.shape == (2, 3, 16, 16)
@@ -474,7 +458,7 @@ def test_encoding_and_decoding_are_inverse_in_scale_and_shift():
     plain, scaled = tiny_vae(scaling_factor=1.0), tiny_vae(scaling_factor=0.2, shift_factor=0.1)
     round_trips = []
     for vae in (plain, scaled):
-        pipeline = make_pipeline(4, vae)
+        pipeline = tiny_pipeline(4, vae)
         with torch.no_grad():
             latents = pipeline.encode(picture, generators(1)[0])
             round_trips.append(pipeline.decode(latents, "pt"))
@@ -484,7 +468,7 @@ def test_encoding_and_decoding_are_inverse_in_scale_and_shift():
 
 def test_interpolation_in_latents_takes_images_of_the_decoded_size():
     """Else the autoencoder's factor is forgotten where images come in."""
-    pipeline = make_pipeline(4, tiny_vae())
+    pipeline = tiny_pipeline(4, tiny_vae())
     a, b = (Image.fromarray(np.asarray(picture(seed, 16))).convert("RGB") for seed in (0, 1))
     drawn = pipeline.interpolate(a, b, 300, (0.0, 0.5, 1.0), generators(0)[0], 10).images
     assert [image.size for image in drawn] == [(16, 16)] * 3
@@ -496,21 +480,21 @@ def test_interpolation_in_latents_takes_images_of_the_decoded_size():
 @pytest.mark.parametrize("config", [{"rescale_betas_zero_snr": True}, {"beta_schedule": "jsd"}], ids=str)
 def test_zero_terminal_snr_with_epsilon_is_refused_with_the_way_out(config):
     """x̂_0 would divide by zero: else every image is NaN."""
-    pipeline = make_pipeline(timestep_spacing="trailing", **config)
+    pipeline = tiny_pipeline(timestep_spacing="trailing", **config)
     with pytest.raises(ValueError, match="v_prediction"):
         draw(pipeline, 0)
     below = draw(pipeline, 0, num_inference_steps=None, timesteps=[998, 500, 0])  # where there is a signal left
     assert torch.isfinite(below).all()
     for prediction_type in ("v_prediction", "sample"):  # the way out that it names
-        pipeline = make_pipeline(prediction_type=prediction_type, timestep_spacing="trailing", **config)
-        with Inputs(pipeline.unet) as inputs:
+        pipeline = tiny_pipeline(prediction_type=prediction_type, timestep_spacing="trailing", **config)
+        with inputs_of(pipeline.unet) as inputs:
             assert torch.isfinite(draw(pipeline, 0)).all()
         assert inputs[0][1] == 999
 
 
 def test_zero_terminal_snr_in_other_samplers_is_refused_where_it_gives_nan():
     """log-SNR is -inf there: else images are NaN and nobody says why."""
-    pipeline = make_pipeline(rescale_betas_zero_snr=True, prediction_type="v_prediction", timestep_spacing="trailing")
+    pipeline = tiny_pipeline(rescale_betas_zero_snr=True, prediction_type="v_prediction", timestep_spacing="trailing")
     config = pipeline.scheduler.config
     pipeline.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(config, timestep_spacing="trailing")
     with pytest.raises(ValueError, match="DDPMScheduler or DDIMScheduler"):
@@ -522,7 +506,7 @@ def test_zero_terminal_snr_in_other_samplers_is_refused_where_it_gives_nan():
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_posterior_mean_is_refused_by_other_samplers(sampler):
     """They would take μ̃ for ε, or crash inside; the way out that the error names must restore the images."""
-    pipeline = make_pipeline(prediction_type="posterior_mean")
+    pipeline = tiny_pipeline(prediction_type="posterior_mean")
     before = draw(pipeline, 0)
     pipeline.scheduler = getattr(diffusers, sampler).from_config(pipeline.scheduler.config)
     with pytest.raises(ValueError, match=r"DDPMScheduler\.from_config\(pipe\.scheduler\.config\)"):
@@ -553,8 +537,8 @@ def test_posterior_mean_is_refused_by_other_samplers(sampler):
 )
 def test_bad_arguments_are_named(arguments, named):
     """Else the user sees a traceback from inside torch, or images of something that was not asked for."""
-    pipeline = make_pipeline()
-    with Inputs(pipeline.unet) as inputs, pytest.raises(ValueError, match=named):
+    pipeline = tiny_pipeline()
+    with inputs_of(pipeline.unet) as inputs, pytest.raises(ValueError, match=named):
         pipeline(**arguments)
     assert inputs == []  # before any work
 
@@ -562,7 +546,7 @@ def test_bad_arguments_are_named(arguments, named):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_more_steps_than_timesteps_are_refused_for_every_sampler(sampler):
     """Else a sampler visits timesteps twice, divides by zero and draws NaN."""
-    pipeline = make_pipeline(num_train_timesteps=20)
+    pipeline = tiny_pipeline(num_train_timesteps=20)
     pipeline.scheduler = getattr(diffusers, sampler).from_config(pipeline.scheduler.config)
     with pytest.raises(ValueError, match="21"):
         draw(pipeline, 0, num_inference_steps=21)
@@ -572,7 +556,7 @@ def test_more_steps_than_timesteps_are_refused_for_every_sampler(sampler):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_no_sampler_draws_nan(sampler, spacing):
     """Where the multistep samplers visit a timestep twice they divide by zero, and NaN is shown as black."""
-    pipeline = make_pipeline(num_train_timesteps=20, beta_schedule="squaredcos_cap_v2")
+    pipeline = tiny_pipeline(num_train_timesteps=20, beta_schedule="squaredcos_cap_v2")
     config = pipeline.scheduler.config
     for steps in (1, 2, 10, 19, 20, None):
         pipeline.scheduler = getattr(diffusers, sampler).from_config(config, timestep_spacing=spacing)
@@ -586,7 +570,7 @@ def test_no_sampler_draws_nan(sampler, spacing):
 @pytest.mark.parametrize("timestep", [-1, 1000])
 def test_a_timestep_outside_the_chain_is_named(timestep):
     """Else an index error from inside, or a chain from somewhere else."""
-    pipeline = make_pipeline()
+    pipeline = tiny_pipeline()
     with pytest.raises(ValueError, match=str(timestep)):
         pipeline.sample_from_shared(2, timestep, num_inference_steps=10)
     with pytest.raises(ValueError, match=str(timestep)):
@@ -595,9 +579,9 @@ def test_a_timestep_outside_the_chain_is_named(timestep):
 
 def test_a_model_without_the_variance_its_scheduler_wants_is_refused():
     """Else half of the image's own channels are taken for a variance."""
-    pipeline = quiet(DDPMPipeline(tiny_unet(2), DDPMScheduler(variance_type="learned_range")))
+    pipeline = finished(DDPMPipeline(tiny_unet(2), DDPMScheduler(variance_type="learned_range")))
     with pytest.raises(ValueError, match="out_channels=4"):
         draw(pipeline, 0)
-    pipeline = quiet(DDPMPipeline(tiny_unet(2, 4), DDPMScheduler()))
+    pipeline = finished(DDPMPipeline(tiny_unet(2, 4), DDPMScheduler()))
     with pytest.raises(ValueError, match="learned_range"):
         draw(pipeline, 0)

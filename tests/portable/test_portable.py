@@ -3,8 +3,6 @@
 import ast
 import importlib
 import inspect
-import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +15,9 @@ import torch
 import ddpm_hf.portable
 from ddpm_hf import DDPMPipeline, DDPMScheduler
 from ddpm_hf.portable import hub_ddpm_hf
-from tests.support.fixtures_pipeline import tiny_unet, tiny_vae
+from tests.support.fixtures_hub import bare_environment
+from tests.support.fixtures_pipeline import tiny_pipeline, tiny_vae
+from tests.support.runs import contents, read
 
 PORTABLE = Path(ddpm_hf.portable.__file__).parent
 FILES = sorted(path.name for path in PORTABLE.glob("*.py") if path.name != "__init__.py")
@@ -44,13 +44,7 @@ MODELS = STOCK_RIGHT | STOCK_WRONG
 
 
 def make_pipeline(name):
-    scheduler = DDPMScheduler(**MODELS[name])
-    channels = 4 if name == "vae" else 3
-    learned = scheduler.variance_type in ("learned", "learned_range")
-    unet = tiny_unet(channels, 2 * channels if learned else channels)
-    pipeline = DDPMPipeline(unet, scheduler, tiny_vae() if name == "vae" else None)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return tiny_pipeline(4, tiny_vae(), **MODELS[name]) if name == "vae" else tiny_pipeline(3, **MODELS[name])
 
 
 def draw(pipeline):
@@ -65,15 +59,6 @@ def saved(tmp_path_factory):
     for name in MODELS:
         make_pipeline(name).save_pretrained(root / name)
     return root
-
-
-def read(path):
-    return json.loads(Path(path).read_text())
-
-
-def contents(folder):
-    """Every file of a folder, by its path."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
 
 
 # What the folder says
@@ -185,7 +170,7 @@ def test_the_upload_has_the_whole_contract(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "load_or_create_model_card", lambda *_, **__: None)
     monkeypatch.setattr(module, "populate_model_card", lambda *_, **__: type("Card", (), {"save": lambda *_: None})())
     monkeypatch.setattr(
-        DDPMPipeline, "_upload_folder", lambda self, folder, *_, **__: uploaded.update(contents(folder))
+        DDPMPipeline, "_upload_folder", lambda self, folder, *_, **__: uploaded.update(contents(Path(folder)))
     )
     pipeline = make_pipeline("posterior_mean")
     pipeline.save_pretrained(str(tmp_path / "pushed"), push_to_hub=True)
@@ -319,8 +304,7 @@ def stranger(saved, tmp_path_factory):
     """What a process without this package makes of the folders: the records, and where its files lie."""
     home = tmp_path_factory.mktemp("stranger")
     (home / "out").mkdir()
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_"))}
-    environment |= {"HF_HOME": str(home / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = bare_environment(home / "hf", HF_HUB_OFFLINE="1")
     command = [sys.executable, "-I", "-c", STRANGER, str(saved), str(home / "out")]
     subprocess.run(command, cwd=home, env=environment, check=True, timeout=300)
     return read(home / "out" / "results.json"), home / "out"

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from ddpm_hf import DDPMScheduler
+from tests.support.fixtures_pipeline import randn
 
 Stock = diffusers.DDPMScheduler
 CLASSES = pytest.mark.parametrize("scheduler_class", [DDPMScheduler, Stock], ids=["ours", "stock"])
@@ -34,10 +35,6 @@ STOCK_CONFIGS = [
     ),
 ]
 stock_configs = pytest.mark.parametrize("config", STOCK_CONFIGS, ids=str)
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def model(sample, t):

@@ -1,336 +1,19 @@
-"""The text-to-image pipeline: Stable Diffusion's images from the same folder, both ways, and what only ours can."""
+"""The text-to-image pipeline: prompts, guidance, seeds, sizes, outputs, refusals."""
 
-import functools
-import json
 import math
-import os
-import subprocess
-import sys
-import warnings
 
 import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 
-from ddpm_hf.portable.pipeline_text2image_ddpm_hf import TextToImageDDPMPipeline, tokenize
-from ddpm_hf.portable.scheduling_ddpm_hf import DDPMScheduler
-from tests.support.fixtures_pipeline import generators, randn, tiny_vae
+from ddpm_hf.portable.pipeline_text2image_ddpm_hf import tokenize
+from tests.support.fixtures_pipeline import calls_of, generators, randn
 from tests.support.fixtures_text import CAPTIONS, WIDTH, stable_diffusion_scheduler, stock_pipeline, tiny_text_pipeline
-
-RED, BLUE = CAPTIONS[0], CAPTIONS[2]
-ZERO_SNR = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_spacing": "trailing"}
-# a scheduler's class and config, what stock samples as ours does
-V = {"prediction_type": "v_prediction"}
-MODELS = {
-    "plain": ("DDPMScheduler", {}),
-    "v_prediction": ("DDPMScheduler", V),
-    "sample": ("DDPMScheduler", {"prediction_type": "sample"}),
-    "sigmoid": ("DDPMScheduler", {"beta_schedule": "sigmoid", **V}),  # which stock gets as trained_betas
-    "zero_snr": ("DDPMScheduler", ZERO_SNR),
-    "gray": ("DDPMScheduler", V),
-    "ddim": ("DDIMScheduler", V),
-    "ddim-zero_snr": ("DDIMScheduler", ZERO_SNR),
-    "pndm": ("PNDMScheduler", V),
-    "dpm++": ("DPMSolverMultistepScheduler", {}),
-    "dpm++-v_prediction": ("DPMSolverMultistepScheduler", V),
-    "euler": ("EulerDiscreteScheduler", V),
-    "unipc": ("UniPCMultistepScheduler", V),
-}
-CALLS = {
-    "scale 1": {"guidance_scale": 1.0},
-    "scale 3": {"guidance_scale": 3.0},
-    "scale 7.5": {},
-    "negative": {"negative_prompt": ["a white square", "no square"], "guidance_scale": 3.0},
-    "several": {"num_images_per_prompt": 2, "guidance_scale": 3.0},
-    "rescaled": {"guidance_rescale": 0.7},
-    "size": {"height": 24, "width": 32, "guidance_scale": 3.0},
-}
-
-
-def make_scheduler(name):
-    cls, config = MODELS[name]
-    if cls == "DDPMScheduler":
-        return stable_diffusion_scheduler(**config)
-    own = {"skip_prk_steps": True} if cls == "PNDMScheduler" else {}
-    return getattr(diffusers, cls).from_config(stable_diffusion_scheduler(**config).config, **own)
-
-
-def make_pipeline(name):
-    vae = tiny_vae(scaling_factor=0.5, in_channels=1, out_channels=1) if name == "gray" else None
-    return tiny_text_pipeline(make_scheduler(name), vae)
-
-
-def draw(pipeline, call, **options):
-    options = {"num_inference_steps": 5, "output_type": "np", **CALLS[call], **options}
-    return pipeline([RED, BLUE], generator=torch.Generator().manual_seed(0), **options).images
-
-
-def latents(pipeline, prompt=RED, *seeds, **options):
-    """x_0 for one generator a seed."""
-    options = {"num_inference_steps": 5, "output_type": "latent", "guidance_scale": 3.0, **options}
-    return pipeline(prompt, generator=generators(*(seeds or (0,))), **options).images
-
-
-def read(path):
-    return json.loads(path.read_text())
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """A folder for each model, by name."""
-    root = tmp_path_factory.mktemp("saved")
-    for name in MODELS:
-        make_pipeline(name).save_pretrained(root / name)
-    tiny_text_pipeline(stable_diffusion_scheduler(prediction_type="posterior_mean")).save_pretrained(root / "mean")
-    make_stock(PNDMScheduler(skip_prk_steps=True, steps_offset=1)).save_pretrained(root / "stock")
-    TextToImageDDPMPipeline.from_pretrained(root / "stock").save_pretrained(root / "again")
-    return root
-
-
-# Without the package, in a fresh process
-
-STRANGER = '''
-import json, os, sys, tempfile, warnings
-from pathlib import Path
-
-sys.modules["ddpm_hf"] = None  # as where it is not installed
-root, out, calls, prompts = Path(sys.argv[1]), Path(sys.argv[2]), *map(json.loads, sys.argv[3:])
-results = {}
-try:
-    import ddpm_hf
-except ImportError:
-    results["package"] = "absent"
-
-import numpy as np
-import torch
-import transformers
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
-from diffusers.utils import logging
-
-logging.disable_progress_bar()
-transformers.utils.logging.disable_progress_bar()
-
-
-def attempt(label, cls, name, calls, **options):
-    """Load and draw with every warning an error, and keep what whoever writes to standard error wrote there."""
-    record = results[label] = {}
-    kept = os.dup(2)
-    with tempfile.TemporaryFile() as file:
-        os.dup2(file.fileno(), 2)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")
-                warnings.filterwarnings("ignore", "__array__ implementation")  # torch's and numpy's own affair
-                pipeline = cls.from_pretrained(root / name, **options)
-                pipeline.set_progress_bar_config(disable=True)
-                record["class"] = f"{type(pipeline).__module__}.{type(pipeline).__name__}"
-                images = {}
-                for call, arguments in calls.items():
-                    generator = torch.Generator().manual_seed(0)
-                    shared = {"num_inference_steps": 5, "output_type": "np", "generator": generator}
-                    images[call] = pipeline(prompts, **shared, **arguments).images
-            np.savez(out / f"{label}.npz", **images)
-        except Exception as error:
-            record["error"] = f"{type(error).__name__}: {error}"
-        finally:
-            sys.stderr.flush()
-            os.dup2(kept, 2)
-            file.seek(0)
-            record["stderr"] = file.read().decode()
-
-
-for folder in sorted(root.iterdir()):
-    attempt(folder.name, DiffusionPipeline, folder.name, calls)
-attempt("by its class", StableDiffusionPipeline, "plain", {})
-attempt("trusted", DiffusionPipeline, "mean", calls, trust_remote_code=True)
-(out / "results.json").write_text(json.dumps(results))
-'''
-
-
-@pytest.fixture(scope="module")
-def stranger(saved, tmp_path_factory):
-    """What a process without this package makes of the folders: the records, and where its images lie."""
-    home = tmp_path_factory.mktemp("stranger")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_"))}
-    environment |= {"HF_HOME": str(home / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    arguments = [str(saved), str(home), json.dumps(CALLS), json.dumps([RED, BLUE])]
-    subprocess.run(
-        [sys.executable, "-I", "-c", STRANGER, *arguments], cwd=home, env=environment, check=True, timeout=300
-    )
-    return read(home / "results.json"), home
-
-
-def test_the_stranger_is_one(stranger):
-    """Else the tests below show nothing."""
-    assert stranger[0]["package"] == "absent"
-
-
-@pytest.mark.parametrize("name", [*MODELS, "stock", "again", "by its class"])
-def test_stock_loads_and_draws_without_a_warning(name, stranger):
-    """Else whoever has only Diffusers is told that something is wrong with the model, or cannot load it."""
-    record = stranger[0][name]
-    assert "error" not in record, record["error"]
-    assert record["stderr"] == ""
-    assert record["class"].startswith("diffusers.pipelines.stable_diffusion.")
-
-
-@functools.cache
-def loaded(folder):
-    """The folder's pipeline, loaded once."""
-    pipeline = TextToImageDDPMPipeline.from_pretrained(folder)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-@pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("name", [*MODELS, "again"])
-def test_stock_draws_our_images(name, call, saved, stranger):
-    """Else a prompt shows one thing here, and another where the model was published."""
-    own = draw(loaded(saved / name), call)
-    assert own.std() > 0.02  # the images show something
-    np.testing.assert_allclose(np.load(stranger[1] / f"{name}.npz")[call], own, atol=1e-3)
-
-
-def test_what_stock_does_not_know_is_refused_without_trust(saved, stranger):
-    """Else stock takes a posterior's mean for a noise, and draws something else without a word."""
-    assert read(saved / "mean" / "model_index.json")["_class_name"] == [
-        "pipeline_text2image_ddpm_hf",
-        "TextToImageDDPMPipeline",
-    ]
-    assert "trust_remote_code" in stranger[0]["mean"]["error"]
-
-
-@pytest.mark.parametrize("call", CALLS)
-def test_our_code_runs_from_the_folder(call, saved, stranger):
-    """Else the files beside the weights are not enough to run them."""
-    record = stranger[0]["trusted"]
-    assert "error" not in record, record["error"]
-    assert record["class"].endswith("pipeline_text2image_ddpm_hf.TextToImageDDPMPipeline")
-    own = TextToImageDDPMPipeline.from_pretrained(saved / "mean")
-    own.set_progress_bar_config(disable=True)
-    np.testing.assert_allclose(np.load(stranger[1] / "trusted.npz")[call], draw(own, call), atol=1e-4)
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_the_index_names_what_loads_anywhere(name, saved):
-    """Else the Hub refuses a component of a foreign library, or stock warns of one that it does not know."""
-    index = read(saved / name / "model_index.json")
-    assert index.pop("_diffusers_version") == diffusers.__version__
-    assert index == {
-        "_class_name": "StableDiffusionPipeline",
-        "_guidance_scale": 7.5,
-        "requires_safety_checker": False,
-        "scheduler": ["diffusers", MODELS[name][0]],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
-
-
-# where stock's pipeline samples something else, or nothing: scheduler, vae, unet
-STOCK_WRONG = {
-    "learned": ({"variance_type": "learned"}, {}, {"out_channels": 8}),
-    "learned_range": ({"variance_type": "learned_range"}, {}, {"out_channels": 8}),
-    "fixed_large": ({"variance_type": "fixed_large", **V}, {}, {}),  # whose last step ends at t=1
-    "fixed_large, trailing": ({"variance_type": "fixed_large", "timestep_spacing": "trailing", **V}, {}, {}),
-    "fixed_large_log": ({"variance_type": "fixed_large_log"}, {}, {}),
-    "shifted latents": ({}, {"shift_factor": 0.3}, {}),
-    "12 pixels": ({}, {}, {"size": 6}),
-}
-
-
-@pytest.mark.parametrize("name", STOCK_WRONG)
-def test_a_folder_never_pretends_to_be_stocks(name, tmp_path):
-    """Else a folder that names stock's class draws other images there, or fails with stock's defaults."""
-    scheduler, vae, unet = STOCK_WRONG[name]
-    scheduler, vae = stable_diffusion_scheduler(**scheduler), tiny_vae(scaling_factor=0.5, **vae)
-    ours = tiny_text_pipeline(scheduler, vae, **unet)
-    ours.save_pretrained(tmp_path)
-    if read(tmp_path / "model_index.json")["_class_name"] == "StableDiffusionPipeline":
-        stock = StableDiffusionPipeline.from_pretrained(tmp_path)
-        stock.set_progress_bar_config(disable=True)
-        for call in ("scale 3", "rescaled"):
-            np.testing.assert_allclose(draw(stock, call), draw(ours, call), atol=1e-3)
-
-
-# From stock
-
-
-def make_stock(scheduler):
-    return stock_pipeline(tiny_text_pipeline(), scheduler)
-
-
-@pytest.mark.parametrize(
-    "scheduler",
-    [
-        PNDMScheduler(skip_prk_steps=True, steps_offset=1),
-        PNDMScheduler(skip_prk_steps=True),
-        DDIMScheduler(steps_offset=1, clip_sample=False),
-        DDIMScheduler(),
-        diffusers.DDPMScheduler(),
-        diffusers.DDPMScheduler(prediction_type="v_prediction", beta_schedule="squaredcos_cap_v2"),
-        diffusers.EulerDiscreteScheduler(),
-    ],
-    ids=lambda scheduler: f"{type(scheduler).__name__}-{scheduler.config.get('steps_offset')}",
-)
-@pytest.mark.filterwarnings("ignore")
-def test_a_stock_folder_loads_and_draws_the_same(scheduler, tmp_path):
-    """Else a checkpoint of Stable Diffusion is another model here."""
-    stock = make_stock(scheduler)
-    stock.save_pretrained(tmp_path / "stock")
-    ours = TextToImageDDPMPipeline.from_pretrained(tmp_path / "stock")
-    ours.set_progress_bar_config(disable=True)
-    wanted = DDPMScheduler if isinstance(scheduler, diffusers.DDPMScheduler) else type(scheduler)
-    assert type(ours.scheduler) is wanted
-    np.testing.assert_allclose(draw(ours, "scale 3"), draw(stock, "scale 3"), atol=1e-3)
-
-    ours.save_pretrained(tmp_path / "again")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        again = StableDiffusionPipeline.from_pretrained(tmp_path / "again")
-    again.set_progress_bar_config(disable=True)
-    assert type(again.scheduler).__name__ == type(scheduler).__name__
-    np.testing.assert_allclose(draw(again, "scale 3"), draw(stock, "scale 3"), atol=1e-3)
-
-
-@pytest.mark.parametrize(
-    "scheduler",
-    [DDIMScheduler(), PNDMScheduler(skip_prk_steps=True), DDPMScheduler(), diffusers.DDPMScheduler()],
-    ids=lambda scheduler: type(scheduler).__module__,
-)
-def test_a_scheduler_is_mended_but_not_changed_in_place(scheduler):
-    """Else whoever else uses the scheduler object samples with other settings from then on."""
-    before = dict(scheduler.config)
-    ours = tiny_text_pipeline(scheduler)
-    assert dict(scheduler.config) == before
-    assert ours.scheduler.config.steps_offset == 1
-    assert ours.scheduler.config.get("clip_sample", False) is False
-
-
-def test_a_right_scheduler_is_kept_itself():
-    """Else a sampler's own state and settings are lost on the way into the pipeline."""
-    scheduler = diffusers.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", steps_offset=1)
-    assert tiny_text_pipeline(scheduler).scheduler is scheduler
-
-
-def test_what_a_checkpoint_holds_besides_is_kept(tmp_path):
-    """Else a checkpoint's feature extractor is gone once the model has been trained on."""
-    from transformers import CLIPImageProcessor
-
-    pipeline = tiny_text_pipeline()
-    extractor = CLIPImageProcessor()
-    TextToImageDDPMPipeline(
-        **{name: part for name, part in pipeline.components.items() if part is not None}, feature_extractor=extractor
-    ).save_pretrained(tmp_path)
-    assert read(tmp_path / "model_index.json")["feature_extractor"] == ["transformers", type(extractor).__name__]
-    again = StableDiffusionPipeline.from_pretrained(tmp_path)
-    assert type(again.feature_extractor) is type(extractor)
-
+from tests.support.text_pipelines import BLUE, RED, draw, latents, make_pipeline
 
 # Prompts
 
@@ -393,25 +76,16 @@ def test_the_attention_mask_is_stocks():
 # Guidance
 
 
-class Inputs:
-    """The batch sizes that a model is called with, while the context lasts."""
-
-    def __init__(self, model):
-        self.model, self.seen = model, []
-
-    def __enter__(self):
-        self.handle = self.model.register_forward_pre_hook(lambda module, inputs: self.seen.append(len(inputs[0])))
-        return self.seen
-
-    def __exit__(self, *exception):
-        self.handle.remove()
+def batches_of(model):
+    """The batch sizes that a model is called with."""
+    return calls_of(model, lambda inputs, _: len(inputs[0]))
 
 
 @pytest.mark.parametrize(("scale", "batch"), [(1.0, 4), (3.0, 8), (0.0, 8), (0.5, 8)])
 def test_guidance_is_one_pass_of_twice_the_batch_and_scale_1_none(scale, batch):
     """Else sampling takes twice the time where nothing is guided, or twice the passes where it is."""
     pipeline = tiny_text_pipeline()
-    with Inputs(pipeline.unet) as passes, Inputs(pipeline.text_encoder):
+    with batches_of(pipeline.unet) as passes, batches_of(pipeline.text_encoder):
         latents(pipeline, [RED, BLUE], 0, 1, 2, 3, num_images_per_prompt=2, guidance_scale=scale)
     assert passes == [batch] * 5
 
@@ -447,7 +121,7 @@ def test_a_negative_prompt_equal_to_the_prompt_guides_nowhere():
 def test_guidance_acts_within_its_interval_alone():
     """Else an interval of timesteps is read at the wrong end, or not at all."""
     pipeline = tiny_text_pipeline()
-    with Inputs(pipeline.unet) as passes:
+    with batches_of(pipeline.unet) as passes:
         latents(pipeline, RED, guidance_interval=(300, 700))
     steps = pipeline.scheduler.timesteps.tolist()
     assert passes == [2 if 300 <= t <= 700 else 1 for t in steps]
@@ -651,7 +325,7 @@ def test_what_cannot_be_drawn_is_named(name):
     """Else a slip ends in a trace from deep within, or draws something else than was asked for."""
     options, fragments = REFUSED[name]
     pipeline = tiny_text_pipeline()
-    with Inputs(pipeline.unet) as passes, pytest.raises(ValueError) as refused:  # noqa: PT011
+    with batches_of(pipeline.unet) as passes, pytest.raises(ValueError) as refused:  # noqa: PT011
         pipeline(**{"prompt": RED, "num_inference_steps": 5, **options})
     for fragment in fragments:
         assert fragment in str(refused.value)

@@ -1,84 +1,21 @@
 """What a user can mend is one line that names the value and the way out, before anything is written; no traceback."""
 
-import json
-import math
 import shutil
 import struct
 import subprocess
 import sys
 import zlib
-from pathlib import Path
 from typing import NamedTuple
-from unittest import mock
 
 import datasets
 import pytest
-import torch
-from safetensors.torch import load_file
 
 import train_unconditional
 from ddpm_hf.data import embedded_digits
 from ddpm_hf.publishing import hub as publishing
-from tests.support.fixtures_unconditional import (
-    BASE,
-    TINY_UNET,
-    Run,
-    encoded,
-    fill,
-    image_rows,
-    quiet,
-    random_pixels,
-    run_script,
-    words,
-    write_images,
-    write_rows,
-    write_unet,
-)
-
-
-@pytest.fixture(scope="module")
-def shop(tmp_path_factory):
-    """Datasets and models, good and bad, by name."""
-    root = tmp_path_factory.mktemp("shop")
-    files = [encoded(one) for one in random_pixels(8)]
-    write_rows(root / "photos", files, label=list(range(8)), text=list("abcdefgh"))
-    write_rows(root / "broken", [*files[:5], b"junk"])
-    write_rows(root / "marks", files, marks=[0.5] * 8)
-    with quiet():
-        datasets.DatasetDict({"train": image_rows(files)}).save_to_disk(str(root / "splits"))
-        datasets.Dataset.from_dict({"label": [1], "text": ["a"]}).save_to_disk(str(root / "words"))
-    (root / "empty").mkdir()
-    (root / "texts").mkdir()
-    (root / "texts" / "read.me").write_text("no pictures")
-    write_unet(root / "tiny")
-    write_unet(root / "odd", norm_num_groups=3)
-    write_unet(root / "unknown", sharpness=7)
-    write_unet(root / "silent", without=("in_channels",))
-    write_unet(root / "short", without=("block_out_channels",))
-    write_unet(root / "uneven", down_block_types=["DownBlock2D"])
-    write_unet(root / "text", _class_name="UNet2DConditionModel")
-    (root / "torn").mkdir()
-    (root / "torn" / "config.json").write_text(json.dumps(TINY_UNET)[:50])
-    (root / "file.txt").write_text("a file")
-    return root
-
-
-def try_out(flags: dict, shop: Path, folder: Path, *argv: str) -> Run:
-    """The script with flags on top of BASE."""
-    return run_script([*words(fill({**BASE, "output_dir": folder, **flags}, shop)), *argv], folder)
-
-
-def check_refused(run: Run, *fragments) -> str:
-    """The error's line, of a run that was refused before it began."""
-    assert run.code == 2
-    assert "Traceback" not in run.out + run.err
-    assert len(run.err.splitlines()) == 1, run.err
-    line = run.error()
-    for fragment in fragments:
-        assert str(fragment) in line
-    assert not run.folder.is_dir() or not run.files()
-    return line
-
+from tests.support.bad_input import check_refused, try_out
+from tests.support.pictures import encoded, random_pixels, write_images
+from tests.support.runs import BASE, fill, words
 
 # Values
 
@@ -135,7 +72,7 @@ def parser():
     """The script's flags."""
     from ddpm_hf.training.parsing import OneLineParser
 
-    return OneLineParser(train_unconditional.UnconditionalConfig)
+    return OneLineParser(train_unconditional.PROGRAM)
 
 
 WORDS = {
@@ -168,8 +105,14 @@ class Bad(NamedTuple):
 
 
 ZERO_SNR = ("zero terminal SNR", "v_prediction")
+
+
 NO_DATA = {"train_data_dir": None}
+
+
 STREAM = {"streaming": True, "max_train_steps": 1}
+
+
 COMBINATIONS = {
     "two datasets": Bad({"dataset_name": "a/b"}, ("--dataset_name", "--train_data_dir", "one of them")),
     "two models": Bad({"model_preset": "small-16"}, ("--model_preset", "--model_config_name_or_path", "one of them")),
@@ -189,6 +132,8 @@ COMBINATIONS = {
                                 ("--overwrite_output_dir", "--resume_from_checkpoint", "one of them")),
     "nothing to resume": Bad({"resume_from_checkpoint": "checkpoint-9"}, ("checkpoint-9", "none")),
 }  # fmt: skip
+
+
 DATA = {
     "no such folder": Bad({"train_data_dir": "{shop}/nowhere"}, ("nowhere", "no such folder")),
     "empty folder": Bad({"train_data_dir": "{shop}/empty"}, ("empty", ".png", "parquet")),
@@ -207,6 +152,8 @@ DATA = {
     "nothing to train on": Bad({"validation_split": 0.99}, ("--validation_split 0.99", "8 images")),
     "a broken image": Bad({"train_data_dir": "{shop}/broken"}, ("broken image 5", "--skip_broken_images")),
 }  # fmt: skip
+
+
 MODELS = {
     "resolution not halved": Bad({"resolution": 9}, ("--resolution 9", "multiples of 2")),
     "one side not halved": Bad({"resolution": "8x9"}, ("--resolution 8x9", "multiples of 2")),
@@ -250,20 +197,20 @@ def test_what_cannot_work_is_refused_before_anything_is_written(name, shop, tmp_
 
 @pytest.mark.parametrize("name", [*DATA, *MODELS])
 @pytest.mark.usefixtures("digits")
-def test_what_cannot_work_leaves_an_earlier_run_alone(name, shop, earlier, tmp_path):
+def test_what_cannot_work_leaves_an_earlier_run_alone(name, shop, steady, tmp_path):
     # Breaks if --overwrite_output_dir has removed the earlier run when a mistake is found.
-    folder = shutil.copytree(earlier.folder, tmp_path / "run")
+    folder = shutil.copytree(steady.folder, tmp_path / "run")
     run = try_out({**TABLE[name].flags, "overwrite_output_dir": True}, shop, folder)
     assert run.code == 2
-    assert run.files() == earlier.files()
+    assert run.files() == steady.files()
 
 
-def test_an_unknown_schedule_leaves_an_earlier_run_alone(shop, earlier, tmp_path):
+def test_an_unknown_schedule_leaves_an_earlier_run_alone(shop, steady, tmp_path):
     # Breaks if --lr_scheduler is looked at only after the earlier run has been removed.
-    folder = shutil.copytree(earlier.folder, tmp_path / "run")
+    folder = shutil.copytree(steady.folder, tmp_path / "run")
     run = try_out({"lr_scheduler": "nonesuch", "overwrite_output_dir": True}, shop, folder)
     assert run.code == 2
-    assert run.files() == earlier.files()
+    assert run.files() == steady.files()
 
 
 def test_no_hub_is_one_line(shop, tmp_path, monkeypatch):
@@ -397,202 +344,6 @@ def test_the_reason_is_the_same_each_time(shop, tmp_path):
     lines = [try_out({"train_data_dir": "{shop}/broken"}, shop, tmp_path / "run").error() for _ in range(2)]
     assert " at 0x" not in lines[0]
     assert lines[0] == lines[1]
-
-
-# Output folders
-
-STEADY = {"checkpointing_steps": 1, "lr_scheduler": "constant"}  # whose rates do not depend on the steps to come
-
-
-@pytest.fixture(scope="module")
-def earlier(shop, tmp_path_factory):
-    """A finished run with three checkpoints; tests work on copies of it."""
-    run = try_out(
-        {"max_train_steps": 3, **STEADY}, shop, tmp_path_factory.mktemp("earlier") / "run"
-    )  # fmt: skip
-    assert run.code == 0
-    return run
-
-
-@pytest.fixture
-def folder(earlier, tmp_path):
-    """A copy of the finished run."""
-    return shutil.copytree(earlier.folder, tmp_path / "run")
-
-
-def resumed(shop, folder: Path, wanted="latest", **flags) -> Run:
-    """Going on with the run in a folder."""
-    return try_out(
-        {"max_train_steps": 4, **STEADY, "resume_from_checkpoint": wanted, **flags}, shop, folder
-    )  # fmt: skip
-
-
-def damage(path: Path) -> None:
-    """Cut a file in half."""
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
-
-
-def test_a_folder_in_use_is_not_touched(shop, earlier, folder):
-    # Breaks if a second run mixes its files with those of the first, or does not say how to go on.
-    run = try_out({}, shop, folder)
-    assert run.code == 2
-    assert len(run.err.splitlines()) == 1
-    for fragment in (folder, "--resume_from_checkpoint latest", "--overwrite_output_dir"):
-        assert str(fragment) in run.error()
-    assert run.files() == earlier.files()
-
-
-def test_a_folder_with_other_files_can_be_used(shop, tmp_path):
-    # Breaks if a folder that holds only the user's notes counts as an earlier run.
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "notes.txt").write_text("mine")
-    assert try_out({"max_train_steps": 1}, shop, tmp_path / "run").code == 0
-    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
-
-
-@pytest.mark.parametrize("place", ["file.txt", "file.txt/run"])
-def test_an_output_folder_that_cannot_be(place, shop, tmp_path):
-    # Breaks if an output path that is a file, or lies under one, crashes.
-    (tmp_path / "file.txt").write_text("mine")
-    run = try_out({}, shop, tmp_path / place)
-    assert run.code == 2
-    assert "Traceback" not in run.err
-    assert str(tmp_path / place) in run.error()
-    assert (tmp_path / "file.txt").read_text() == "mine"
-
-
-# Checkpoints
-
-
-def refused_resume(run: Run, earlier: Run, *fragments) -> None:
-    """A run that could not be resumed: said in one line, and everything still there."""
-    assert run.code == 2
-    assert "Traceback" not in run.err
-    for fragment in fragments:
-        assert str(fragment) in run.error()
-    assert run.files() == earlier.files()
-    assert (run.folder / "metrics.jsonl").read_text() == (earlier.folder / "metrics.jsonl").read_text()
-
-
-def test_a_checkpoint_that_is_not_there(shop, earlier, folder):
-    # Breaks if a typo in a checkpoint's name trains from the beginning, or the names are not shown.
-    run = resumed(shop, folder, "checkpoint-7")
-    refused_resume(run, earlier, "checkpoint-7", "checkpoint-1, checkpoint-2, checkpoint-3")
-
-
-@pytest.mark.parametrize("name", [WEIGHTS, "optimizer.bin", "manifest.json"])
-def test_a_damaged_checkpoint_is_refused(name, shop, earlier, folder):
-    # Breaks if half a file is loaded, or ends in a traceback.
-    damage(folder / "checkpoint-3" / name)
-    refused_resume(resumed(shop, folder, "checkpoint-3"), earlier, "checkpoint-3", name.rpartition("/")[2])
-
-
-@pytest.mark.parametrize("how", ["damaged", "incomplete", "partial"])
-def test_latest_passes_over_a_damaged_checkpoint_and_says_so(how, shop, folder, tmp_path):
-    # Breaks if a run that was killed while saving cannot go on, or goes on from half a checkpoint.
-    newest = folder / "checkpoint-3"
-    if how == "damaged":
-        damage(newest / WEIGHTS)
-    elif how == "incomplete":
-        (newest / "manifest.json").unlink()
-    else:
-        newest.rename(folder / "checkpoint-3.partial")
-    run = resumed(shop, folder)
-    assert run.code == 0
-    assert "checkpoint-2" in next(line for line in run.err.splitlines() if line.startswith("resuming"))
-    said = [line for line in run.err.splitlines() if line.startswith("passing over") and "checkpoint-3" in line]
-    assert len(said) == (how != "partial")  # a name that no finished checkpoint has needs no word
-    assert [record["step"] for record in run.records()] == [1, 2, 3, 4]
-    whole = try_out({"max_train_steps": 4, **STEADY}, shop, tmp_path / "whole")
-    for name, value in load_file(whole.folder / WEIGHTS).items():
-        assert torch.equal(load_file(run.folder / WEIGHTS)[name], value)
-
-
-def test_no_whole_checkpoint_is_said(shop, earlier, folder):
-    # Breaks if `latest` starts over, silently, in a folder whose checkpoints are all damaged.
-    for number in (1, 2, 3):
-        damage(folder / f"checkpoint-{number}" / WEIGHTS)
-    refused_resume(resumed(shop, folder), earlier, "no complete checkpoint", "--overwrite_output_dir")
-
-
-OTHERS = {
-    "other widths": ({"model_config_name_or_path": "{shop}/wide"}, ("block_out_channels", "[8, 16]", "[16, 16]")),
-    "other outputs": ({"variance_type": "learned_range"}, ("out_channels", "3", "6")),
-    "other seed": ({"seed": 5}, ("--seed 5", "seed 0")),
-    "no EMA": ({"use_ema": True}, ("--use_ema True", "trained with False", "leave the flag out")),
-    "no sampler": ({"timestep_sampler": "loss_second_moment"}, ("--timestep_sampler", "trained with uniform")),
-}
-
-
-@pytest.mark.parametrize("name", OTHERS)
-def test_a_checkpoint_of_another_run(name, shop, earlier, folder):
-    # Breaks if a checkpoint that does not fit is half loaded, or the message does not say what differs.
-    flags, fragments = OTHERS[name]
-    write_unet(shop / "wide", block_out_channels=[16, 16])
-    model = name in ("other widths", "other outputs")
-    refused_resume(resumed(shop, folder, **flags), earlier, *["checkpoint-3"] * model, *fragments)
-
-
-def test_what_else_differs_is_said(shop, folder):
-    # Breaks if a run goes on under other conditions without a word, or a harmless difference stops it.
-    run = resumed(shop, folder, train_batch_size=2)
-    assert run.code == 0
-    assert any(line.startswith("warning: global_batch was 4 and is 2") for line in run.err.splitlines())
-
-
-# Losses that are not finite
-
-
-def poisoned(bad_steps):
-    """compute_loss, with NaN at some steps (from 0)."""
-    compute_loss = train_unconditional.compute_loss
-
-    def compute(model, batch, keys, **more):
-        result = compute_loss(model, batch, keys, **more)
-        return result._replace(losses=result.losses * (math.nan if bad_steps(keys.step) else 1))
-
-    return mock.patch.object(train_unconditional, "compute_loss", compute)
-
-
-def test_nan_for_ever_stops_with_the_last_good_weights(shop, earlier, tmp_path):
-    # Breaks if a NaN reaches the weights or the EMA, or a diverged run burns hours.
-    with poisoned(lambda step: step >= 3):
-        run = try_out(
-            {"num_epochs": 20, "max_nonfinite_steps": 4, **STEADY}, shop, tmp_path / "run"
-        )  # fmt: skip
-    assert run.code == 2
-    assert "Traceback" not in run.err
-    for fragment in ("4 steps in a row", "7", "not finite", "--learning_rate", str(run.folder)):
-        assert fragment in run.err
-    assert run.err.count("step skipped") == 4
-    good = try_out({"max_train_steps": 3, **STEADY}, shop, tmp_path / "good")
-    weights = load_file(sorted(run.folder.glob("checkpoint-*"))[-1] / WEIGHTS)
-    for name, value in load_file(good.folder / "checkpoint-3" / WEIGHTS).items():
-        assert torch.equal(weights[name], value)
-    assert all(math.isfinite(value) for record in run.records() for value in record.values())
-    assert run.error()
-
-
-def test_a_nan_now_and_then_is_skipped(shop, tmp_path):
-    # Breaks if a single bad batch stops a run, or its NaN is counted into a mean.
-    with poisoned(lambda step: step in (1, 3)):
-        run = try_out({"num_epochs": 3, "max_nonfinite_steps": 2, "use_ema": True}, shop, tmp_path / "run")
-    assert run.code == 0
-    assert run.err.count("step skipped") == 2
-    assert [record["step"] for record in run.records()] == [1, 3, 5, 6]
-    assert all(math.isfinite(value) for record in run.records() for value in record.values())
-    assert all(bool(value.isfinite().all()) for value in load_file(run.folder / WEIGHTS).values())
-
-
-@pytest.mark.filterwarnings("ignore:invalid value encountered in cast:RuntimeWarning")  # pictures of NaN
-def test_a_learning_rate_that_diverges(shop, tmp_path):
-    # Breaks if what a user sees of a far too high learning rate is anything but one line with the way out.
-    run = try_out({"learning_rate": 1e30, "num_epochs": 20, "max_nonfinite_steps": 3}, shop, tmp_path / "run")
-    assert run.code == 2
-    assert "--learning_rate" in run.error()
 
 
 # The upload

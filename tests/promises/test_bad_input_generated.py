@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 import train_text2image
 import train_unconditional
 from ddpm_hf.cli import classifier_training as classifier
+from ddpm_hf.cli.classifier_flags import CLASSIFIER
 from ddpm_hf.models.presets import MODEL_PRESETS
 from ddpm_hf.objectives.losses import LOSS_TYPES, OBJECTIVES
 from ddpm_hf.objectives.timestep_samplers import TIMESTEP_SAMPLERS
@@ -30,15 +31,14 @@ from ddpm_hf.portable.schedules_ddpm_hf import BETA_SCHEDULES
 from ddpm_hf.portable.scheduling_ddpm_hf import PREDICTION_TYPES, VARIANCE_TYPES
 from ddpm_hf.training import flags as configuration
 from ddpm_hf.training import parsing, rehearsal
-from tests.support import fixtures_unconditional
 from tests.support.fixtures_generated import HOSTILE, TIMES, Tally, ended, files_below, generated, report
-from tests.support.fixtures_text import tiny_text_pipeline
-from tests.support.fixtures_unconditional import BASE, encoded, fill, random_pixels, words, write_rows, write_unet
+from tests.support.pictures import encoded, random_pixels
+from tests.support.runs import BASE, Run, fill, run_script, words
 
 PROGRAMS = {
-    "train_unconditional": (train_unconditional, train_unconditional.UnconditionalConfig),
-    "train_text2image": (train_text2image, train_text2image.Text2ImageConfig),
-    "train-classifier": (classifier, classifier.ClassifierConfig),
+    "train_unconditional": (train_unconditional, train_unconditional.PROGRAM),
+    "train_text2image": (train_text2image, train_text2image.PROGRAM),
+    "train-classifier": (classifier, CLASSIFIER),
 }
 
 
@@ -56,10 +56,11 @@ FLAGS = [
         program,
         field.name,
         (field.name, *(alias[2:] for alias in field.metadata.get("aliases") or ())),
-        typing.get_type_hints(cls)[field.name],
+        typing.get_type_hints(kind)[field.name],
     )
-    for program, (_, cls) in PROGRAMS.items()
-    for field in dataclasses.fields(cls)
+    for program, (_, declared) in PROGRAMS.items()
+    for kind in declared.flags
+    for field in dataclasses.fields(kind)
 ]
 
 
@@ -183,17 +184,6 @@ def test_any_two_flags_go_together_or_one_is_named(pair, folder, tally):
 # Dry runs, which read data and models and say what would happen
 
 
-@pytest.fixture(scope="module")
-def shop(tmp_path_factory):
-    """Tiny data and models."""
-    root = tmp_path_factory.mktemp("shop")
-    files = [encoded(one) for one in random_pixels(8)]
-    write_rows(root / "photos", files, label=[0, 1] * 4, text=list("abcdefgh"))
-    write_unet(root / "tiny")
-    tiny_text_pipeline().save_pretrained(root / "stable")
-    return root
-
-
 @pytest.fixture
 def unmeasured(monkeypatch):
     """Dry runs that take no steps: models of any size are planned here."""
@@ -217,8 +207,7 @@ def dry_run(program: str, shop, folder, tally, *argv: str) -> None:
     """The command with --dry_run on top of what works: it prints its plan, or refuses in one line."""
     flags = fill({**DRY[program], "output_dir": folder / "run"}, shop)
     before = files_below(shop)
-    with mock.patch.object(fixtures_unconditional, "train_unconditional", PROGRAMS[program][0]):
-        run = fixtures_unconditional.run_script([*words(flags), "--dry_run", *argv], folder / "run")
+    run = run_script([*words(flags), "--dry_run", *argv], folder / "run", PROGRAMS[program][0].main)
     if tally.check(run):
         assert "steps" in run.out
     assert not list(folder.iterdir())
@@ -252,7 +241,7 @@ def test_a_process_of_its_own_says_the_same(flag, tmp_path):
         script = [sys.executable, "-m", "ddpm_hf.cli", "train-classifier"]
     argv = [f"--{flag.name}=", "--learning_rate=-1"]
     end = subprocess.run([*script, *argv], capture_output=True, text=True, cwd=tmp_path, timeout=300)
-    Tally().check(fixtures_unconditional.Run(end.returncode, end.stdout, end.stderr, tmp_path))
+    Tally().check(Run(end.returncode, end.stdout, end.stderr, tmp_path))
     assert end.returncode == 2
     assert not list(tmp_path.iterdir())
 

@@ -1,20 +1,20 @@
-"""Runs that are killed at any moment and resumed end as if nobody had killed them: rounds of benchmarks/kills.py."""
+"""Runs that are killed at any moment and resumed end as if nobody had: rounds of tests/support/kills.py."""
 
 import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "kills.py"
+from tests.support import ROOT
 
 
 def kill(*words, seconds=900):
-    """What the benchmark printed, and the kills that it counted: all, those within saving, and the runs compared."""
+    """What the harness printed, and the kills that it counted: all, those within saving, and the runs compared."""
     done = subprocess.run(
-        [sys.executable, str(BENCHMARK), *words],
+        [sys.executable, "-m", "tests.support.kills", *words],
+        cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

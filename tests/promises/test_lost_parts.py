@@ -12,44 +12,14 @@ from transformers import CLIPTokenizer
 
 from ddpm_hf.common.ownership import claim_files, listed
 from ddpm_hf.training.output import TrainingOutput
-from tests.support.fixtures_text import run_text_script, write_captioned, write_text_unet
-from tests.support.fixtures_unconditional import (
-    BASE,
-    encoded,
-    fill,
-    random_pixels,
-    run_script,
-    words,
-    write_rows,
-    write_unet,
-)
-
-
-@pytest.fixture(scope="module")
-def shop(tmp_path_factory):
-    """Pictures, captioned ones too, and UNets."""
-    root = tmp_path_factory.mktemp("shop")
-    write_rows(root / "photos", [encoded(one) for one in random_pixels(8)])
-    write_unet(root / "tiny")
-    write_captioned(root / "pictures")
-    write_text_unet(root / "unet")
-    return root
-
-
-def train(shop, folder, **flags):
-    """The script with flags on top of BASE."""
-    return run_script(words(fill({**BASE, "output_dir": folder, **flags}, shop)), folder)
-
-
-def contents(folder):
-    """All files of a folder."""
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+from tests.support.fixtures_text import run_text_script, write_captioned
+from tests.support.runs import attempt, contents, fill, train, words
 
 
 @pytest.fixture
 def finished(shop, tmp_path):
     """A finished run of two steps, with a checkpoint after each."""
-    run = train(shop, tmp_path / "run", num_epochs=None, max_train_steps=2, checkpointing_steps=1)
+    run = attempt(shop, tmp_path / "run", num_epochs=None, max_train_steps=2, checkpointing_steps=1)
     assert run.code == 0, run.err
     return tmp_path / "run"
 
@@ -59,14 +29,14 @@ def test_a_model_outlives_its_checkpoints(finished, shop, tmp_path):
     for path in finished.glob("checkpoint-*"):
         shutil.rmtree(path)
     before = contents(finished)
-    run = train(shop, finished, num_epochs=None, max_train_steps=2, resume_from_checkpoint="latest")
+    run = attempt(shop, finished, num_epochs=None, max_train_steps=2, resume_from_checkpoint="latest")
     assert run.code == 2
     assert "the checkpoints of the run in" in run.err
     assert contents(finished) == before
     start = {"model_config_name_or_path": None, "pretrained_model_name_or_path": finished}
     assert f"--pretrained_model_name_or_path {finished}" in run.err
-    assert train(shop, tmp_path / "new", num_epochs=None, max_train_steps=1, **start).code == 0
-    assert train(shop, finished, num_epochs=None, max_train_steps=2, overwrite_output_dir=True).code == 0
+    train(shop, tmp_path / "new", num_epochs=None, max_train_steps=1, **start)
+    train(shop, finished, num_epochs=None, max_train_steps=2, overwrite_output_dir=True)
 
 
 def test_a_checkpoint_that_was_never_written_is_not_missed(shop, tmp_path):
@@ -77,10 +47,10 @@ def test_a_checkpoint_that_was_never_written_is_not_missed(shop, tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with mock.patch("ddpm_hf.training.checkpointing.save_tensors", full):
-        run = train(shop, tmp_path / "run", **flags)
+        run = attempt(shop, tmp_path / "run", **flags)
     assert run.code == 1  # the last one must be written
     assert not [name for name in listed(tmp_path / "run") if name.startswith("checkpoint-")]
-    assert train(shop, tmp_path / "run", **flags).code == 0
+    train(shop, tmp_path / "run", **flags)
 
 
 def test_a_model_outlives_another_runs_checkpoint(finished, shop, tmp_path):
@@ -88,15 +58,15 @@ def test_a_model_outlives_another_runs_checkpoint(finished, shop, tmp_path):
     shutil.copytree(finished, tmp_path / "other")
     before = contents(tmp_path / "other")
     flags = {"num_epochs": None, "max_train_steps": 3, "resume_from_checkpoint": finished / "checkpoint-1"}
-    run = train(shop, tmp_path / "other", **flags)
+    run = attempt(shop, tmp_path / "other", **flags)
     assert run.code == 2
     assert "is of another run" in run.err
     assert contents(tmp_path / "other") == before
     latest = {**flags, "resume_from_checkpoint": "latest"}
     assert "with --resume_from_checkpoint latest" in run.err
-    assert train(shop, tmp_path / "other", **latest).code == 0
-    assert train(shop, tmp_path / "new", **flags).code == 0
-    assert train(shop, finished, **flags).code == 0  # its own
+    train(shop, tmp_path / "other", **latest)
+    train(shop, tmp_path / "new", **flags)
+    train(shop, finished, **flags)  # its own
 
 
 def test_a_run_from_another_checkpoint_that_was_stopped_begins_again(finished, shop, tmp_path):
@@ -110,23 +80,23 @@ def test_a_run_from_another_checkpoint_that_was_stopped_begins_again(finished, s
         raise KeyboardInterrupt
 
     with mock.patch.object(TrainingOutput, "save_model", save_and_end), contextlib.suppress(KeyboardInterrupt):
-        train(shop, tmp_path / "new", **flags)
+        attempt(shop, tmp_path / "new", **flags)
     assert (tmp_path / "new/model_index.json").is_file()
-    assert train(shop, tmp_path / "new", **flags).code == 0
+    train(shop, tmp_path / "new", **flags)
 
 
 def test_a_warm_up_longer_than_the_training_is_named(shop, tmp_path):
     """Else a flag that was given is cut without a word."""
-    run = train(shop, tmp_path / "run", num_epochs=None, max_train_steps=1, lr_warmup_steps=7)
+    run = attempt(shop, tmp_path / "run", num_epochs=None, max_train_steps=1, lr_warmup_steps=7)
     assert "the warm-up of --lr_warmup_steps 7 takes all 1 steps" in run.err
-    default = train(shop, tmp_path / "default", num_epochs=None, max_train_steps=1)
+    default = attempt(shop, tmp_path / "default", num_epochs=None, max_train_steps=1)
     assert "warm-up" not in default.err
 
 
 def test_a_card_says_the_learning_rate_that_was_used(shop, tmp_path):
     """Else it says the base rate of --scale_lr, which nothing was trained with."""
     flags = {"scale_lr": True, "learning_rate": 1e-3, "train_batch_size": 4, "lr_scheduler": "constant"}
-    run = train(shop, tmp_path / "run", num_epochs=None, max_train_steps=1, **flags)
+    run = attempt(shop, tmp_path / "run", num_epochs=None, max_train_steps=1, **flags)
     assert run.code == 0, run.err
     assert run.records()[-1]["lr"] == pytest.approx(4e-3)
     assert json.loads((tmp_path / "run/run.json").read_text())["settings"]["learning_rate"] == pytest.approx(4e-3)

@@ -8,13 +8,12 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
 
 import pytest
 
 import ddpm_hf
+from tests.support import ROOT
 
-ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "ddpm_hf"
 SCRIPTS = sorted(ROOT.glob("train_*.py"))
 
@@ -158,6 +157,13 @@ def test_training_knows_no_diffusion(module):
         assert not name.startswith(("diffusers.schedulers", "diffusers.pipelines"))
 
 
+@pytest.mark.parametrize("module", [module for module in FILES if unit(module) == "ddpm_hf.training"])
+def test_training_has_no_words_of_diffusion_or_of_the_hub(module):
+    """Else what the loop knows of one kind of model is in the way of the next."""
+    words = r"unet|vae|text_encoder|timesteps?|prediction_type|loss_q|_q\d?|hub|hub_\w+|push_to_hub|publish\w*"
+    assert not re.findall(rf"(?i)(?<![a-z])(?:{words})(?![a-z-])", FILES[module].read_text(encoding="utf-8"))
+
+
 @pytest.mark.parametrize("module", MATH)
 def test_the_math_knows_no_accelerate(module):
     """Else a formula cannot be used without a training run around it."""
@@ -173,6 +179,40 @@ def test_no_folder_is_called_as_a_pipeline_of_diffusers():
     """Diffusers takes a component below such a folder for its own, and records it wrongly."""
     folders = {path.name for path in PACKAGE.rglob("*") if path.is_dir()}
     assert not folders & {"ddpm", "ddim", "dit", "latent_diffusion", "stable_diffusion"}
+
+
+DIFFUSERS_NAMES = {"_compatibles", "_optional_components"}  # which its subclasses set
+
+
+def is_private(name):
+    return name.startswith("_") and not name.endswith("__")
+
+
+def private_names(tree):
+    """The private functions, classes, variables and attributes that a module defines."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, (ast.Name, ast.Attribute)) and isinstance(node.ctx, ast.Store):
+            names.add(node.id if isinstance(node, ast.Name) else node.attr)
+    return {name for name in names if is_private(name)}
+
+
+def test_private_names_stay_in_their_file():
+    """Else a file cannot be changed without reading all others."""
+    trees = {module: ast.parse(path.read_text(encoding="utf-8")) for module, path in FILES.items()}
+    defined = {module: private_names(tree) for module, tree in trees.items()}
+    assert "_set_chain" in defined["ddpm_hf.portable.scheduling_ddpm_hf"]
+    everywhere = set().union(*defined.values()) - DIFFUSERS_NAMES
+    for module, tree in trees.items():
+        foreign = everywhere - defined[module]
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute):
+                assert node.attr not in foreign, f"{module}:{node.lineno} uses {node.attr}"
+            elif isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("ddpm_hf")):
+                names = [alias.name for alias in node.names if is_private(alias.name) and alias.name != "_version"]
+                assert not names, f"{module}:{node.lineno} imports {names}"
 
 
 # Dependencies
@@ -280,3 +320,13 @@ def test_the_wheel_declares_the_command_and_the_extras(wheel):
     assert re.search(r"^License(-Expression)?: Apache-2.0$", info["METADATA"], re.M)
     assert re.search(r'Requires-Dist: mlxtend.*extra == "demo"', info["METADATA"])
     assert "# " in info["METADATA"]  # the README
+
+
+# Lengths
+
+
+def test_no_file_is_too_long_to_be_read():
+    """Else files grow by what belongs elsewhere."""
+    files = [*SCRIPTS, *PACKAGE.rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
+    lines = {path.relative_to(ROOT).as_posix(): len(path.read_text(encoding="utf-8").splitlines()) for path in files}
+    assert {name: count for name, count in lines.items() if count > 600} == {}

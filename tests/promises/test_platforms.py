@@ -17,7 +17,8 @@ from torch.overrides import TorchFunctionMode
 from ddpm_hf.common import machine
 from ddpm_hf.training import checkpointing
 from ddpm_hf.training.meter import Losses, Meter
-from tests.support.fixtures_unconditional import BASE, fill, run_script, words, write_images, write_unet
+from tests.support.pictures import write_images, write_unet
+from tests.support.runs import BASE, fill, run_script, words
 
 
 def test_cores_are_counted_where_the_system_tells_no_affinity(monkeypatch):

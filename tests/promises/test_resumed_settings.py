@@ -1,7 +1,6 @@
 """What becomes of each setting where a run is resumed: applied and recorded, refused, or taken from the run itself."""
 
 import contextlib
-import dataclasses
 import json
 import os
 import shutil
@@ -12,27 +11,22 @@ import torch
 
 import train_text2image
 import train_unconditional
-from ddpm_hf.cli.classifier_flags import ClassifierConfig, parse_classifier_flags
+from ddpm_hf.cli.classifier_flags import CLASSIFIER, parse_classifier_flags
 from ddpm_hf.common.arguments import APPLIED, FIXED, FREE, SECRET_FLAGS, START, flags_that
 from ddpm_hf.common.errors import UsageError
+from ddpm_hf.training.flags import TrainingFlags
+from ddpm_hf.training.run import Resumed, Run
 from ddpm_hf.training.setup.claiming import check_resumable, check_unchanged
 from ddpm_hf.training.setup.optimizer import make_lr_scheduler, make_optimizer
 from ddpm_hf.training.setup.settings import settings_that_go_on
 from tests.support.fixtures_pipeline import tiny_unet
 from tests.support.fixtures_text import run_text_script, write_captioned, write_text_unet
-from tests.support.fixtures_unconditional import (
-    encoded,
-    parse,
-    random_pixels,
-    run_script,
-    words,
-    write_rows,
-    write_unet,
-)
+from tests.support.pictures import encoded, random_pixels, write_rows, write_unet
+from tests.support.runs import changed, defaults, parse, run_script, words
 
 LATEST = {"resume_from_checkpoint": "latest"}
 CHECKPOINTS = ("checkpoint-2", "checkpoint-3")
-CONFIGS = [train_unconditional.UnconditionalConfig, train_text2image.Text2ImageConfig, ClassifierConfig]
+PROGRAMS = {"unconditional": train_unconditional.PROGRAM, "text": train_text2image.PROGRAM, "classifier": CLASSIFIER}
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +75,8 @@ def test_the_optimizer_takes_the_new_setting(flag, begun, resume):
     assert run.code == 0, run.err
     changed = {**begun.flags, "max_train_steps": 3, flag: OF_THE_OPTIMIZER[flag]}
     config, rates = parse(words(changed)), []
-    optimizer = make_optimizer(config, tiny_unet(), world=1)
-    schedule = make_lr_scheduler(config, optimizer, total_steps=3)
+    optimizer = make_optimizer(config[TrainingFlags], tiny_unet(), world=1)
+    schedule = make_lr_scheduler(config[TrainingFlags], optimizer, total_steps=3)
     for _ in range(3):
         optimizer.step()
         schedule.step()
@@ -92,7 +86,7 @@ def test_the_optimizer_takes_the_new_setting(flag, begun, resume):
     assert got == {**want, "lr": pytest.approx(rates[-1]), "initial_lr": pytest.approx(want["initial_lr"])}
     assert run.records()[-1]["lr"] == pytest.approx(rates[-1])
     assert run.json("training_config.json")[flag] == OF_THE_OPTIMIZER[flag]
-    assert f"{flag} was {parse(words(begun.flags)).__dict__[flag]} and is {OF_THE_OPTIMIZER[flag]}" in run.err
+    assert f"{flag} was {getattr(parse(words(begun.flags)), flag)} and is {OF_THE_OPTIMIZER[flag]}" in run.err
 
 
 @pytest.mark.parametrize(
@@ -126,9 +120,9 @@ def test_a_run_that_diverged_does_what_its_error_says(begun, resume, monkeypatch
     """Else the advice of the error, a lower learning rate, changes nothing."""
     compute_loss = train_unconditional.compute_loss
 
-    def diverges(*args, config, **options):
-        losses = compute_loss(*args, config=config, **options)
-        return losses._replace(losses=losses.losses / (config.learning_rate < 1e-3))
+    def diverges(*args, run, **options):
+        losses = compute_loss(*args, run=run, **options)
+        return losses._replace(losses=losses.losses / (run.flags.learning_rate < 1e-3))
 
     monkeypatch.setattr(train_unconditional, "compute_loss", diverges)
     run = resume(max_train_steps=6, max_nonfinite_steps=2)
@@ -153,29 +147,28 @@ def other(config, name):
     return [*value, "x"] if isinstance(value, list) else f"{value}-other"
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
-def test_each_flag_is_free_applied_or_fixed(kind, tmp_path):
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_each_flag_is_free_applied_or_fixed(program, tmp_path):
     """Else a flag that is added says nothing of resuming, and is ignored or breaks what it meets."""
-    config, model, said = kind(), tiny_unet(), []
-    names = {field.name for field in dataclasses.fields(kind)}
-    assert names == {name for what in (START, FREE, APPLIED, FIXED) for name in flags_that(config, what)}
+    config, model, said = defaults(PROGRAMS[program]), tiny_unet(), []
+    names, fields = set(config.values()), config.fields()
+    assert names == {name for what in (START, FREE, APPLIED, FIXED) for name in flags_that(fields, what)}
     facts = {"processes": 1, "global_batch": 4}
     before = {**facts, "settings": settings_that_go_on(config)}
-    assert set(before["settings"]) == names - set(flags_that(config, START)) - set(SECRET_FLAGS)
+    assert set(before["settings"]) == names - set(flags_that(fields, START)) - set(SECRET_FLAGS)
     model.save_pretrained(tmp_path / "unet")
-    speaker = SimpleNamespace(is_main_process=True)
     for name in names - set(SECRET_FLAGS):
-        changed = dataclasses.replace(config, **{name: other(config, name)})
-        if name in flags_that(config, FIXED):
+        another = changed(config, **{name: other(config, name)})
+        if name in flags_that(fields, FIXED):
             with pytest.raises(UsageError, match=f"--{name} .* was trained with .*; leave the flag out"):
-                check_unchanged(changed, before)
+                check_unchanged(another, before)
             continue
-        check_unchanged(changed, before)
-        now = {**facts, "settings": settings_that_go_on(changed)}
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("ddpm_hf.training.setup.claiming.log", lambda _, line: said.append(line))
-            check_resumable((tmp_path, before), changed, model, now, speaker)
-        assert bool(said) == (name in flags_that(config, APPLIED)), (name, said)
+        check_unchanged(another, before)
+        now = {**facts, "settings": settings_that_go_on(another)}
+        run = Run(another[TrainingFlags], another, None, resumed=Resumed(tmp_path, before))
+        run.log = said.append
+        check_resumable(run, model, now, "unet")
+        assert bool(said) == (name in flags_that(fields, APPLIED)), (name, said)
         assert all(f"{name} was" in line for line in said)
         said.clear()
 
@@ -184,11 +177,11 @@ def test_a_part_that_was_moved_is_the_same_part(tmp_path):
     """Else a run is tied to the place of its autoencoder, or a path that is written otherwise is another model."""
     vae, moved = tmp_path / "vae", tmp_path / "moved"
     vae.mkdir()
-    config = train_unconditional.UnconditionalConfig(vae_name_or_path=str(vae))
+    config = defaults(train_unconditional.PROGRAM, vae_name_or_path=str(vae))
     before = {"settings": settings_that_go_on(config)}
-    check_unchanged(dataclasses.replace(config, vae_name_or_path=f"{tmp_path}/../{tmp_path.name}/vae"), before)
+    check_unchanged(changed(config, vae_name_or_path=f"{tmp_path}/../{tmp_path.name}/vae"), before)
     shutil.copytree(vae, moved)
-    elsewhere = dataclasses.replace(config, vae_name_or_path=str(moved))
+    elsewhere = changed(config, vae_name_or_path=str(moved))
     with pytest.raises(UsageError, match="vae_name_or_path"):
         check_unchanged(elsewhere, before)
     vae.rmdir()
@@ -207,25 +200,25 @@ def test_a_relative_path_moves_with_the_folder_that_it_was_given_in(was, tmp_pat
     monkeypatch.setattr(
         "ddpm_hf.training.setup.claiming.os.path.exists", lambda path: path not in gone and exists(path)
     )
-    config = train_unconditional.UnconditionalConfig(vae_name_or_path=was)
+    config = defaults(train_unconditional.PROGRAM, vae_name_or_path=was)
     before = {"settings": settings_that_go_on(config)}
-    check_unchanged(dataclasses.replace(config, vae_name_or_path="../models/vae"), before)
+    check_unchanged(changed(config, vae_name_or_path="../models/vae"), before)
     if not was.startswith((".", "C:")) or was.endswith("vae/"):
         with pytest.raises(UsageError, match="vae_name_or_path"):
-            check_unchanged(dataclasses.replace(config, vae_name_or_path="../models/other"), before)
+            check_unchanged(changed(config, vae_name_or_path="../models/other"), before)
 
 
 def test_a_name_on_the_hub_is_no_folder_that_was_moved(tmp_path, monkeypatch):
     """Else a run that began with a model of the Hub is recorded to have begun with whatever folder is named."""
     (tmp_path / "model").mkdir()
     (tmp_path / "other").mkdir()
-    for kind, name in ((train_unconditional, "UnconditionalConfig"), (train_text2image, "Text2ImageConfig")):
-        config = getattr(kind, name)(pretrained_model_name_or_path="user/model")
+    for program in (train_unconditional.PROGRAM, train_text2image.PROGRAM):
+        config = defaults(program, pretrained_model_name_or_path="user/model")
         before = {"settings": settings_that_go_on(config)}
-        check_unchanged(dataclasses.replace(config, pretrained_model_name_or_path=str(tmp_path / "model")), before)
+        check_unchanged(changed(config, pretrained_model_name_or_path=str(tmp_path / "model")), before)
         for other_one in (str(tmp_path / "other"), "user/other", None):
             with pytest.raises(UsageError, match=r"pretrained_model_name_or_path .* was trained with user/model"):
-                check_unchanged(dataclasses.replace(config, pretrained_model_name_or_path=other_one), before)
+                check_unchanged(changed(config, pretrained_model_name_or_path=other_one), before)
 
 
 @pytest.mark.parametrize(
@@ -327,7 +320,7 @@ def test_without_a_checkpoint_the_flags_hold(tmp_path):
     """Else a command line that is started again and again fails, or loses its flags, the first time."""
     argv = ["--output_dir", str(tmp_path), "--train_data_dir", "x", "--learning_rate", "3e-3"]
     first, again = parse(argv), parse([*argv, "--resume_from_checkpoint", "latest"])
-    assert again == dataclasses.replace(first, resume_from_checkpoint="latest")
+    assert again.values() == {**first.values(), "resume_from_checkpoint": "latest"}
 
 
 @pytest.mark.parametrize("bad", [False, True])

@@ -4,9 +4,6 @@ import json
 import os
 import re
 import shutil
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +14,6 @@ import torch
 from diffusers import UNet2DModel
 from safetensors.torch import load_file
 
-import ddpm_hf
 from ddpm_hf.common.checkpoints import list_checkpoints, seal
 from ddpm_hf.common.layout import AUTOENCODER
 from ddpm_hf.common.ownership import claim_files
@@ -30,10 +26,11 @@ from ddpm_hf.latents.training import train_autoencoder
 from ddpm_hf.models.saving import save_model
 from ddpm_hf.training import checkpointing
 from ddpm_hf.training.checkpointing import find_checkpoint, read_manifest, rotate
-from ddpm_hf.training.flags import TrainingConfig
 from ddpm_hf.training.plan import KeyedBatchSampler, StepPlan
 from tests.support.fixtures_pipeline import tiny_unet
-from tests.support.fixtures_unconditional import encoded, random_pixels, run_script, words, write_rows, write_unet
+from tests.support.fixtures_ranks import torchrun
+from tests.support.pictures import encoded, random_pixels, write_rows, write_unet
+from tests.support.runs import GRAY, assert_same_run, command, train, training_run
 
 
 @pytest.fixture(scope="module")
@@ -45,48 +42,7 @@ def world(tmp_path_factory):
     return root
 
 
-def command(world, output_dir, **flags):
-    """The command line of a small run."""
-    settings = {
-        "train_data_dir": world / "images",
-        "model_config_name_or_path": world / "unet",
-        "output_dir": output_dir,
-        "resolution": 8,
-        "channels": 1,
-        "seed": 3,
-        "train_batch_size": 4,
-        "eval_batch_size": 2,
-        "max_train_steps": 7,
-        "checkpointing_steps": 4,
-        "learning_rate": 1e-3,
-        "lr_warmup_steps": 3,
-        "ddpm_num_steps": 20,
-        "ddpm_num_inference_steps": 2,
-        "random_flip": True,
-        "use_ema": True,
-        "cpu_threads": 1,
-        "logger": "none",
-        "logging_steps": 3,
-    }
-    return words({**settings, **flags})
-
-
-def train(world, output_dir, **flags):
-    """Run the script to its end."""
-    run = run_script(command(world, output_dir, **flags), output_dir)
-    assert run.code == 0, run.err
-    return run
-
-
-def contents(folder, name="checkpoint-7"):
-    """What two equal runs share to the byte: metrics, the pipeline, and the tensors of the last checkpoint."""
-    found = {str(path.relative_to(folder)): path.read_bytes() for path in (folder / "unet").iterdir()}
-    found["metrics"] = (folder / "metrics.jsonl").read_bytes()
-    found |= {str(path.relative_to(folder)): path.read_bytes() for path in (folder / name).rglob("*.safetensors")}
-    moments = torch.load(folder / name / "optimizer.bin", weights_only=True)["state"]
-    for number, state in moments.items():
-        found |= {f"{number}.{key}": value.numpy().tobytes() for key, value in state.items()}
-    return found
+USUAL = {**GRAY, "max_train_steps": 7, "checkpointing_steps": 4, "random_flip": True, "use_ema": True}
 
 
 # Two ranks, on two ranks
@@ -135,27 +91,17 @@ def on_two(world, tmp_path_factory):
         whole, resumed = root / case / "whole", root / case / "resumed"
         copied = [[str(whole / name), str(resumed / name)] for name in ("checkpoint-4", "metrics.jsonl")]
         jobs += [
-            [[], command(world, whole, **flags)],
-            [copied, command(world, resumed, resume_from_checkpoint="latest", **flags)],
+            [[], command(world, whole, USUAL, **flags)],
+            [copied, command(world, resumed, USUAL, resume_from_checkpoint="latest", **flags)],
         ]
     one, two = root / FROM_ONE / "whole", root / FROM_ONE / "resumed"
     plain = {"model_config_name_or_path": write_unet(root / "plain", in_channels=1, out_channels=1)}
     plain |= {"adam_epsilon": 1e-2}  # Adam then magnifies no rounding
-    train(world, one, train_batch_size=8, **plain)
+    train(world, one, USUAL, train_batch_size=8, **plain)
     shutil.copytree(one / "checkpoint-4", two / "checkpoint-4")
-    jobs.append([[], command(world, two, resume_from_checkpoint="latest", **plain)])
+    jobs.append([[], command(world, two, USUAL, resume_from_checkpoint="latest", **plain)])
     (root / "jobs.json").write_text(json.dumps(jobs))
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
-    done = subprocess.run(
-        [sys.executable, *launch, str(root / "rank.py"), str(root / "jobs.json")],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(ddpm_hf.__file__).parents[1])},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    done = torchrun(root / "rank.py", root / "jobs.json", timeout=600)
     assert done.returncode == 0, done.stderr
     return SimpleNamespace(root=root, said=done.stderr)
 
@@ -167,7 +113,7 @@ def test_two_ranks_resume_as_never_stopped(case, on_two):
     whole, resumed = on_two.root / case / "whole", on_two.root / case / "resumed"
     assert read_manifest(resumed / "checkpoint-7")["processes"] == 2
     assert not (resumed / "checkpoint-7").samefile(whole / "checkpoint-7")
-    assert contents(resumed) == contents(whole)
+    assert_same_run(resumed, whole)
 
 
 @pytest.mark.slow
@@ -241,13 +187,15 @@ def test_another_number_of_ranks_reads_the_same_stream(shape, world):
 
 def test_a_run_that_sees_more_or_less_at_a_step_says_how_to_keep_it(world, tmp_path):
     """Else a run that goes on with other GPUs repeats images, and nobody knows why or how to mend it."""
-    train(world, tmp_path, max_train_steps=4)
+    train(world, tmp_path, USUAL, max_train_steps=4)
     path = tmp_path / "checkpoint-4" / "manifest.json"
     manifest = json.loads(path.read_text())
     path.write_text(json.dumps({**manifest, "processes": 2, "global_batch": 8}))  # as two ranks would have written it
-    run = train(world, tmp_path, max_train_steps=4, resume_from_checkpoint="latest")
+    run = train(world, tmp_path, USUAL, max_train_steps=4, resume_from_checkpoint="latest")
     assert "each step saw 8 images and sees 4" in run.err
-    run = train(world, tmp_path, max_train_steps=4, resume_from_checkpoint="latest", gradient_accumulation_steps=2)
+    run = train(
+        world, tmp_path, USUAL, max_train_steps=4, resume_from_checkpoint="latest", gradient_accumulation_steps=2
+    )
     assert "processes was 2 and is 1" in run.err
     assert "each step saw" not in run.err
 
@@ -256,11 +204,11 @@ def test_a_run_that_sees_more_or_less_at_a_step_says_how_to_keep_it(world, tmp_p
 def test_workers_may_change(flags, world, tmp_path):
     """Else a run is tied to the machine whose cores it began with."""
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    train(world, whole, dataloader_num_workers=1, **flags)
+    train(world, whole, USUAL, dataloader_num_workers=1, **flags)
     shutil.copytree(whole / "checkpoint-4", resumed / "checkpoint-4")
     shutil.copy(whole / "metrics.jsonl", resumed)
-    train(world, resumed, dataloader_num_workers=0, resume_from_checkpoint="latest", **flags)
-    assert contents(resumed) == contents(whole)
+    train(world, resumed, USUAL, dataloader_num_workers=0, resume_from_checkpoint="latest", **flags)
+    assert_same_run(resumed, whole)
 
 
 # What a kill leaves
@@ -291,15 +239,15 @@ def scraps(folder):
 
 def test_a_run_killed_before_its_first_checkpoint_begins_anew(world, tmp_path):
     """Else its first steps are logged twice, it is refused, or what the kill cut off stays for ever."""
-    train(world, tmp_path / "whole")
+    train(world, tmp_path / "whole", USUAL)
     again = tmp_path / "again"
     again.mkdir()
     leave_scraps(again)
     (again / "metrics.jsonl").write_text('{"step": 3, "epoch": 1, "loss": 0.5}\n{"step": 6, "epo')
     (again / "timings.jsonl").write_text('{"step": 3, "seconds": 1.0}\n')
-    run = train(world, again, resume_from_checkpoint="latest")
+    run = train(world, again, USUAL, resume_from_checkpoint="latest")
     assert "training from the beginning" in run.err
-    assert contents(again) == contents(tmp_path / "whole")
+    assert_same_run(again, tmp_path / "whole")
     assert [json.loads(line)["step"] for line in (again / "timings.jsonl").read_text().splitlines()] == [3, 6, 7]
     assert scraps(again) == [".gitignore", ".mine"]
 
@@ -307,23 +255,23 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(world, tmp_path):
 def test_later_checkpoints_do_not_count_once_an_older_one_is_resumed(world, tmp_path):
     """Else `latest` returns to the course that was left, with a hole in the metrics."""
     whole, part = tmp_path / "whole", tmp_path / "part"
-    train(world, whole)
+    train(world, whole, USUAL)
     shutil.copytree(whole, part)
-    run = train(world, part, resume_from_checkpoint="checkpoint-4", max_train_steps=6)
+    run = train(world, part, USUAL, resume_from_checkpoint="checkpoint-4", max_train_steps=6)
     assert "checkpoint-7 is of a later step" in run.err
     assert [path.name for path in list_checkpoints(part)] == ["checkpoint-4", "checkpoint-6"]
     assert scraps(part) == ["checkpoint-7.superseded"]  # nobody loses days by a mistake
     shutil.rmtree(part / "checkpoint-6")  # as if killed before it
-    train(world, part, resume_from_checkpoint="latest")
-    assert contents(part) == contents(whole)
+    train(world, part, USUAL, resume_from_checkpoint="latest")
+    assert_same_run(part, whole)
     assert scraps(part) == []
 
 
 def test_old_checkpoints_go_where_a_kill_kept_them(world, tmp_path):
     """Else a run that is killed at its end keeps more checkpoints than it was allowed to."""
-    train(world, tmp_path)
+    train(world, tmp_path, USUAL)
     assert len(list_checkpoints(tmp_path)) == 2
-    train(world, tmp_path, resume_from_checkpoint="latest", checkpoints_total_limit=1)
+    train(world, tmp_path, USUAL, resume_from_checkpoint="latest", checkpoints_total_limit=1)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-7"]
 
 
@@ -429,7 +377,7 @@ def test_a_checkpoint_is_on_disk_before_it_has_its_name(flushed, world, monkeypa
             flushed.pop((tmp_path / "run").stat().st_ino, None)
 
     monkeypatch.setattr(checkpointing.os, "replace", checked)
-    train(world, tmp_path / "run")
+    train(world, tmp_path / "run", USUAL)
     assert sealed == ["checkpoint-4", "checkpoint-7"]
 
 
@@ -501,8 +449,8 @@ def test_scraps_beside_a_finished_autoencoder_go(tmp_path):
     folder.mkdir()
     leave_scraps(folder)
     claim_files(folder, ["checkpoint-4/"])
-    flags = TrainingConfig(output_dir=str(tmp_path), resume_from_checkpoint="latest")
     save_model(make_autoencoder(AutoencoderFlags(vae_widths="8,16"), 1, (8, 8), 0), folder)
     accelerator = SimpleNamespace(is_main_process=True, device=torch.device("cpu"))
-    train_autoencoder(flags, flags, None, 1, (8, 8), accelerator)
+    run = training_run(accelerator, output_dir=str(tmp_path), resume_from_checkpoint="latest")
+    train_autoencoder(run, None, None, (8, 8))
     assert scraps(folder) == [".gitignore", ".mine"]

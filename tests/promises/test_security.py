@@ -22,25 +22,16 @@ import train_text2image
 import train_unconditional
 from ddpm_hf import ClassConditionalDDPMPipeline, DDPMPipeline, DDPMScheduler, cli
 from ddpm_hf.common.errors import UsageError, one_line
-from tests.cli.test_classifier import tiny_classifier
 from tests.publishing.test_hub import TRAINER, run
-from tests.support import fixtures_unconditional
+from tests.support import ROOT
+from tests.support.classifier import tiny_classifier
 from tests.support.fixtures_generated import ended
 from tests.support.fixtures_pipeline import tiny_unet
 from tests.support.fixtures_text import tiny_text_pipeline
-from tests.support.fixtures_unconditional import (
-    BASE,
-    encoded,
-    fill,
-    random_pixels,
-    words,
-    write_images,
-    write_rows,
-    write_unet,
-)
 from tests.support.hub_server import Hub
+from tests.support.pictures import encoded, random_pixels, write_images, write_rows, write_unet
+from tests.support.runs import BASE, attempt, defaults
 
-ROOT = Path(__file__).parents[2]
 SOURCES = [*sorted((ROOT / "ddpm_hf").rglob("*.py")), *sorted(ROOT.glob("train_*.py"))]
 
 
@@ -107,9 +98,7 @@ TEXT = {
 def trained(script, shop, folder: Path, **flags):
     """A run of a script on the tiny data."""
     base = TEXT if script is train_text2image else {**BASE, "max_train_steps": 2, "ddpm_num_steps": 20}
-    argv = words(fill({**base, "output_dir": folder, **flags}, shop))
-    with mock.patch.object(fixtures_unconditional, "train_unconditional", script):
-        return fixtures_unconditional.run_script(argv, folder)
+    return attempt(shop, folder, base, script.main, **flags)
 
 
 def sampled(*argv):
@@ -506,7 +495,7 @@ def test_a_refused_command_line_shows_no_token(argv):
 def test_a_token_that_is_none_is_refused_before_training():
     """Else hours of training end in an upload that could never work."""
     for value in ("", "two words", "line\nbreak", "é"):
-        config = train_unconditional.UnconditionalConfig(hub_token=value)
+        config = defaults(train_unconditional.PROGRAM, hub_token=value)
         with pytest.raises(UsageError, match="--hub_token"):
             config.check()
 

@@ -11,45 +11,22 @@ from safetensors.torch import load_file
 from ddpm_hf.common.checkpoints import list_checkpoints
 from ddpm_hf.training.checkpointing import read_manifest
 from tests.support.fixtures_ranks import ROOT, errors, launch
-from tests.support.fixtures_unconditional import (
-    BASE,
-    encoded,
-    fill,
-    random_pixels,
-    run_script,
-    words,
-    write_rows,
-    write_unet,
-)
+from tests.support.runs import BASE, command, records, run_script
 
 pytestmark = pytest.mark.slow
 
 # 20 images less 3 held out, a batch of 4 by each of two ranks: in the third batch the second rank has none
 FLAGS = {
-    **BASE, "train_data_dir": "{shop}/photos", "cache_dataset": "never", "checkpointing_steps": 1, "use_ema": True,
+    **BASE, "train_data_dir": "{shop}/twenty", "cache_dataset": "never", "checkpointing_steps": 1, "use_ema": True,
     "max_train_steps": 6, "validation_split": 0.15, "validation_steps": 2, "eval_batch_size": 2,
     "adam_epsilon": 1e-2,
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def shop(tmp_path_factory):
-    """Twenty pictures, and a UNet."""
-    root = tmp_path_factory.mktemp("shop")
-    write_rows(root / "photos", [encoded(one) for one in random_pixels(20)])
-    write_unet(root / "tiny")
-    return root
-
-
-def argv(shop, folder, **more):
-    """The command line of a run."""
-    return words(fill({**FLAGS, "output_dir": folder, **more}, shop))
-
-
 def train(happening, shop, folder, **more):
     """Train by two ranks: (exit code, stderr)."""
     folder.mkdir(exist_ok=True)
-    return launch(happening, argv(shop, folder / "run", **more), folder)
+    return launch(happening, command(shop, folder / "run", FLAGS, **more), folder)
 
 
 @pytest.fixture(scope="module")
@@ -67,11 +44,6 @@ def notes(folder: Path, name: str) -> list[list[dict]]:
     return [[json.loads(line) for line in path.read_text().splitlines()] if path.exists() else [] for path in files]
 
 
-def records(folder: Path) -> list[dict]:
-    """The lines of metrics.jsonl."""
-    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-
-
 def steps(folder: Path) -> list[int]:
     """Of the checkpoints, all of them whole."""
     return [read_manifest(path)["step"] for path in list_checkpoints(folder / "run")]
@@ -81,7 +53,7 @@ def check_goes_on(shop, folder: Path, clean: Path) -> None:
     """A run that ended early goes on by two ranks and ends as the one that did not."""
     code, err = train("nothing", shop, folder, resume_from_checkpoint="latest")
     assert code == 0, err
-    assert records(folder) == records(clean)
+    assert records(folder / "run") == records(clean / "run")
     ours, theirs = (read_manifest(one / "run" / "checkpoint-6") for one in (folder, clean))
     for name, digest in theirs["files"].items():
         assert ours["files"][name] == digest or "random_states" in name
@@ -93,11 +65,11 @@ def test_validation_and_sampling_are_shared_out(shop, clean, tmp_path):
     held_out, drawn = notes(clean, "held out"), notes(clean, "drawn")
     assert [sum(call["n"] for call in rank) for rank in held_out] == [3 * 2, 3 * 1]  # three times 3 images
     assert [[call["n"] for call in rank] for rank in drawn] == [[1, 1], [1, 1]]  # of 2 images at steps 3 and 6
-    one = run_script(argv(shop, tmp_path / "run", train_batch_size=8), tmp_path / "run")
+    one = run_script(command(shop, tmp_path / "run", train_batch_size=8), tmp_path / "run")
     assert one.code == 0, one.err
-    for ours, theirs in zip(records(clean), records(tmp_path), strict=True):
+    for ours, theirs in zip(records(clean / "run"), records(tmp_path / "run"), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
-    assert sum("validation_loss" in record for record in records(clean)) == 3
+    assert sum("validation_loss" in record for record in records(clean / "run")) == 3
     names = [sorted(str(path.relative_to(run)) for path in run.rglob("*")) for run in (clean / "run", one.folder)]
     assert [name for name in names[0] if "random_states_1" not in name] == names[1]
 
@@ -139,7 +111,7 @@ def test_a_rank_whose_disk_is_full_leaves_that_checkpoint_out(shop, clean, tmp_p
     assert code == 0, err
     assert err.count("warning: checkpoint-3 cannot be written") == 1
     assert steps(tmp_path) == [1, 2, 4, 5, 6]
-    assert records(tmp_path) == records(clean)
+    assert records(tmp_path / "run") == records(clean / "run")
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_by_all(shop, tmp_path):
@@ -148,7 +120,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_by_all(shop, tmp_path)
     assert code == 0, err
     (row,) = (note["row"] for note in notes(tmp_path, "nan")[1])
     assert err.count("step skipped") == 1
-    assert f"step 3: loss or gradient is not finite: of {row} of {shop}/photos; step skipped" in err
+    assert f"step 3: loss or gradient is not finite: of {row} of {shop}/twenty; step skipped" in err
     before, after = (load_file(path) for path in sorted(tmp_path.glob("run/checkpoint-[24]/unet/*.safetensors")))
     assert all(value.isfinite().all() for value in after.values())
     assert any(not torch.equal(value, before[name]) for name, value in after.items())
@@ -160,7 +132,7 @@ def test_losses_that_stay_bad_on_one_rank_end_all_with_the_checkpoint_from_befor
     code, err = train("nan for ever", shop, tmp_path, max_nonfinite_steps=3, checkpointing_steps=6)
     assert code != 0
     (line,) = errors(err)
-    assert f" of {shop}/photos" in line
+    assert f" of {shop}/twenty" in line
     assert steps(tmp_path) == [2]
     shutil.rmtree(tmp_path / "run" / "samples", ignore_errors=True)
     check_goes_on(shop, tmp_path, clean)
@@ -170,7 +142,7 @@ def test_shards_train_as_whole_weights_do(shop, clean, tmp_path):
     """Else what FSDP 2 averages, draws, saves or resumes is a shard of the model, or another one."""
     code, err = train("sharded", shop, tmp_path)
     assert code == 0, err
-    for ours, theirs in zip(records(tmp_path), records(clean), strict=True):
+    for ours, theirs in zip(records(tmp_path / "run"), records(clean / "run"), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
     for name in ("checkpoint-6/unet", "checkpoint-6/unet_ema", "unet"):
         ours, theirs = (load_file(next((one / "run" / name).glob("*.safetensors"))) for one in (tmp_path, clean))
@@ -180,7 +152,7 @@ def test_shards_train_as_whole_weights_do(shop, clean, tmp_path):
     assert [[call["n"] for call in rank] for rank in notes(tmp_path, "drawn")] == [[1, 1], [1, 1]]
     for step in (4, 5, 6):
         shutil.rmtree(tmp_path / "run" / f"checkpoint-{step}")
-    before = records(tmp_path)
+    before = records(tmp_path / "run")
     code, err = train("sharded", shop, tmp_path, resume_from_checkpoint="latest")
     assert code == 0, err
-    assert records(tmp_path) == before
+    assert records(tmp_path / "run") == before

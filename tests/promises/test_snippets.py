@@ -14,7 +14,7 @@ from ddpm_hf.models.classifier import NoisyClassifier
 from ddpm_hf.models.saving import save_half_precision
 from tests.support.fixtures_pipeline import tiny_unet, tiny_unet_config
 from tests.support.fixtures_text import tiny_text_pipeline
-from tests.support.fixtures_unconditional import quiet, write_images
+from tests.support.pictures import quiet, write_images
 from tests.support.snippets import PAGES, ROOT, program
 
 SMALL = {

@@ -30,7 +30,8 @@ TINY_UNET = {
 TRAINER = """
 import json, sys
 from pathlib import Path
-from tests.support.fixtures_unconditional import random_pixels, run_script, write_images
+from tests.support.pictures import random_pixels, write_images
+from tests.support.runs import run_script
 
 jobs = json.loads(sys.argv[1])
 for seed, name in enumerate(("three", "seven")):

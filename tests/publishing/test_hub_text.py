@@ -9,8 +9,8 @@ from PIL import Image
 
 from ddpm_hf.common.ownership import MANIFEST
 from tests.support.fixtures_hub import DRAWING, ROOT, TOKEN, WITHOUT, run
-from tests.support.fixtures_unconditional import words
 from tests.support.hub_server import Hub
+from tests.support.runs import words
 
 pytestmark = pytest.mark.slow  # `test_hub.py` does the same for one kind of model
 
@@ -20,7 +20,8 @@ TRAINER = """
 import json, sys
 from pathlib import Path
 from tests.support.fixtures_text import run_text_script, write_captioned, write_text_unet
-from tests.support.fixtures_unconditional import run_script, write_unet
+from tests.support.pictures import write_unet
+from tests.support.runs import run_script
 
 root, jobs = Path(sys.argv[1]), json.loads(sys.argv[2])
 write_captioned(root / "pictures")

@@ -20,13 +20,15 @@ from ddpm_hf.common.pictures import save_image
 from ddpm_hf.data import Rows, read_dataset
 from ddpm_hf.models.saving import save_half_precision, save_model, save_pipeline
 from ddpm_hf.publishing.card.illustrations import write_pictures
+from ddpm_hf.publishing.flags import PublishingFlags
 from ddpm_hf.publishing.folder import files_to_publish, frozen_copy
 from ddpm_hf.publishing.hub import attributes, outdated, read_remote
 from ddpm_hf.publishing.publisher import Publisher
 from tests.support.fixtures_hub import STRANGERS, TOKEN, WRONG, run
 from tests.support.fixtures_pipeline import tiny_unet
-from tests.support.fixtures_unconditional import random_pixels, write_images
 from tests.support.hub_server import Hub
+from tests.support.pictures import random_pixels, write_images
+from tests.support.runs import training_run
 
 # Each job is a command line of the script or, after "push", of `ddpm-hf push`
 COMMANDS = """
@@ -35,7 +37,8 @@ from pathlib import Path
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.utils import _http
 from ddpm_hf import cli
-from tests.support.fixtures_unconditional import random_pixels, run_script, write_images
+from tests.support.pictures import random_pixels, write_images
+from tests.support.runs import run_script
 
 _http.time.sleep = lambda seconds: None
 write_images(Path(sys.argv[2]) / "images", random_pixels(40, 8, 8, 0))
@@ -460,11 +463,9 @@ def publisher(folder, losses, total_steps=6):
     folder.mkdir(exist_ok=True)
     lines = [json.dumps({"step": step, "validation_loss": loss}) + "\n" for step, loss in losses.items()]
     (folder / "metrics.jsonl").write_text("".join(lines))
-    config = SimpleNamespace(
-        output_dir=str(folder), hub_model_id="user/my model", checkpointing_steps=2, hub_strategy="best",
-        hub_private_repo=True, hub_license="mit", hub_revision="v1", hub_token=TOKEN,
-    )  # fmt: skip
-    return Publisher(config, None, None, {}, total_steps, config.hub_model_id, None)
+    flags = PublishingFlags(hub_strategy="best", hub_private_repo=True, hub_license="mit", hub_revision="v1")
+    run = training_run(output_dir=str(folder), checkpointing_steps=2)
+    return Publisher(run, flags, TOKEN, None, None, {}, total_steps, "user/my model")
 
 
 @pytest.mark.parametrize(

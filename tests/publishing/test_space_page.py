@@ -8,7 +8,6 @@ import io
 import json
 import os
 import re
-import socket
 import subprocess
 import time
 import urllib.request
@@ -20,12 +19,14 @@ from PIL import Image
 
 from ddpm_hf.inference.studio import MOMENTS
 from ddpm_hf.publishing import spaces
+from tests.support import ROOT
 from tests.support.fixtures_browser import browser, need_browser
-from tests.support.fixtures_spaces import TOKEN, environment, put, seeded, tiny_pipelines
+from tests.support.fixtures_hub import TOKEN, client_environment
+from tests.support.fixtures_ranks import free_port
+from tests.support.fixtures_spaces import put, seeded, tiny_pipelines
 from tests.support.hub_server import Hub
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[2]
 PYTHON = Path(os.environ.get("SPACE_PYTHON", ROOT / ".venv-space" / "bin" / "python"))
 PATIENCE = 180  # seconds that anything may take on a busy machine
 STEPS = 40
@@ -46,10 +47,10 @@ if (!window.watching) {
 @contextlib.contextmanager
 def served(folder, hub, home):
     """`python app.py` in a Space's folder, without the package; its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    kept = environment(hub, home, HF_TOKEN=TOKEN, GRADIO_SERVER_PORT=str(port), GRADIO_TEMP_DIR=str(home / "gradio"))
+    port = free_port()
+    kept = client_environment(
+        hub, home, HF_TOKEN=TOKEN, GRADIO_SERVER_PORT=str(port), GRADIO_TEMP_DIR=str(home / "gradio")
+    )
     log = home / "log.txt"
     with open(log, "w") as out:
         app = subprocess.Popen([PYTHON, "-s", "app.py"], cwd=folder, env=kept, stdout=out, stderr=subprocess.STDOUT)

@@ -14,7 +14,7 @@ import yaml
 
 from ddpm_hf.inference.kinds import load_pipeline
 from ddpm_hf.inference.samplers import SAMPLERS
-from ddpm_hf.inference.studio import MOMENTS, MOST_IMAGES, SampleRequest, Studio, followed
+from ddpm_hf.inference.studio import MOMENTS, MOST_IMAGES, SampleRequest, Studio, streamed
 from ddpm_hf.publishing import spaces
 from ddpm_hf.publishing.space.page import (
     EVERY_CLASS,
@@ -25,20 +25,11 @@ from ddpm_hf.publishing.space.page import (
     request_of,
     thumbnail,
 )
-from tests.support.fixtures_spaces import (
-    CLASSES,
-    STEPS,
-    STRANGERS,
-    TOKEN,
-    WRONG,
-    environment,
-    put,
-    seeded,
-    tiny_pipelines,
-)
+from tests.support import ROOT
+from tests.support.fixtures_hub import STRANGERS, TOKEN, WRONG, client_environment
+from tests.support.fixtures_spaces import CLASSES, STEPS, put, seeded, tiny_pipelines
 from tests.support.hub_server import Hub
 
-ROOT = Path(__file__).parents[2]
 KINDS = ("plain", "by-class", "text")
 
 
@@ -64,7 +55,7 @@ def pixels(images):
 
 # What the app draws
 
-WISHES = {
+REQUESTS = {
     "plain": SampleRequest(3, "ddpm", 12, seed=5),
     "by-class": SampleRequest(5, "ddpm", 12, seed=5, class_labels=["dog", None], guidance_scale=3.0),
     "text": SampleRequest(2, "ddpm", 6, seed=5, prompt="a red square", negative_prompt="a dog", guidance_scale=4.0),
@@ -72,8 +63,8 @@ WISHES = {
 
 
 def by_hand(models, kind, count=None):
-    """The images of `WISHES[kind]`, by the pipeline itself."""
-    pipeline, request = load_pipeline(str(models[kind])), WISHES[kind]
+    """The images of `REQUESTS[kind]`, by the pipeline itself."""
+    pipeline, request = load_pipeline(str(models[kind])), REQUESTS[kind]
     pipeline.set_progress_bar_config(disable=True)
     count = count or request.count
     options = {"generator": seeded(request.seed, count), "num_inference_steps": request.steps}
@@ -88,16 +79,16 @@ def by_hand(models, kind, count=None):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_app_draws_what_the_pipeline_draws(kind, models, studios):
     """Else a control of the page does not reach the pipeline."""
-    np.testing.assert_array_equal(pixels(studios[kind].draw(WISHES[kind])), by_hand(models, kind))
+    np.testing.assert_array_equal(pixels(studios[kind].sample(REQUESTS[kind])), by_hand(models, kind))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_image_depends_on_the_seed_and_its_place_alone(kind, studios):
     """Else more images of a seed are others, and nobody can have one again."""
-    request = WISHES[kind]
-    many, few = (pixels(studios[kind].draw(request._replace(count=count))) for count in (6, 2))
+    request = REQUESTS[kind]
+    many, few = (pixels(studios[kind].sample(request._replace(count=count))) for count in (6, 2))
     assert np.abs(many[:2] - few).max() <= 1
-    other = pixels(studios[kind].draw(request._replace(count=2, seed=6)))
+    other = pixels(studios[kind].sample(request._replace(count=2, seed=6)))
     assert np.abs(other - few).max() > 20
     assert np.abs(few[0] - few[1]).max() > 20
 
@@ -105,10 +96,10 @@ def test_an_image_depends_on_the_seed_and_its_place_alone(kind, studios):
 def test_without_a_class_all_are_drawn_in_turn(models, studios):
     """Else the page's first picture shows one class, or none."""
     request = SampleRequest(5, "ddpm", 12, seed=1)
-    drawn = pixels(studios["by-class"].draw(request))
+    drawn = pixels(studios["by-class"].sample(request))
     names = list(CLASSES.values())
     for index, name in enumerate((names * 2)[:5]):
-        own = pixels(studios["by-class"].draw(request._replace(class_labels=[name])))[index]
+        own = pixels(studios["by-class"].sample(request._replace(class_labels=[name])))[index]
         assert np.abs(drawn[index] - own).max() <= 1
 
 
@@ -118,10 +109,10 @@ def test_a_sampler_leaves_nothing_behind_for_the_next(sampler, models, studios):
     studio = studios["plain"]
     request = SampleRequest(2, sampler, 10)
     fresh = Studio(str(models["plain"]), device="cpu")
-    expected = pixels(fresh.draw(request))
+    expected = pixels(fresh.sample(request))
     for other in SAMPLERS:
-        studio.draw(SampleRequest(1, other, 5))
-    np.testing.assert_array_equal(pixels(studio.draw(request)), expected)
+        studio.sample(SampleRequest(1, other, 5))
+    np.testing.assert_array_equal(pixels(studio.sample(request)), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -130,7 +121,7 @@ def test_every_sampler_offered_draws_with_its_usual_steps(sampler, kind, studios
     """Else the page's defaults end in an error, or in NaN, which is black."""
     studio = studios[kind]
     assert 1 <= studio.samplers[sampler] <= STEPS
-    assert np.ptp(pixels(studio.draw(SampleRequest(1, sampler, studio.samplers[sampler], prompt="a dog")))) > 20
+    assert np.ptp(pixels(studio.sample(SampleRequest(1, sampler, studio.samplers[sampler], prompt="a dog")))) > 20
 
 
 def test_samplers_that_cannot_run_the_model_are_not_offered(tmp_path):
@@ -147,9 +138,9 @@ def test_samplers_that_cannot_run_the_model_are_not_offered(tmp_path):
 @pytest.mark.parametrize("steps", [4, 25])
 def test_watching_hears_of_every_step_and_changes_nothing(kind, steps, models, studios):
     """Else the bar jumps, the chain is not that of the images, or looking changes them."""
-    request, heard = WISHES[kind]._replace(steps=steps), []
-    watched = pixels(studios[kind].draw(request, heard.append))
-    np.testing.assert_array_equal(watched, pixels(studios[kind].draw(request)))
+    request, heard = REQUESTS[kind]._replace(steps=steps), []
+    watched = pixels(studios[kind].sample(request, heard.append))
+    np.testing.assert_array_equal(watched, pixels(studios[kind].sample(request)))
     assert [step.done for step in heard] == list(range(1, steps + 1))
     assert {step.total for step in heard} == {steps}
     timesteps = [step.timestep for step in heard]
@@ -168,7 +159,7 @@ def test_the_moments_are_those_of_the_pipelines_frames(models, studios):
     pipeline.set_progress_bar_config(disable=True)
     frames = pipeline(2, seeded(5, 2), num_inference_steps=MOMENTS, num_frames=MOMENTS).frames
     heard = []
-    studios["plain"].draw(SampleRequest(2, "ddpm", MOMENTS, seed=5), heard.append)
+    studios["plain"].sample(SampleRequest(2, "ddpm", MOMENTS, seed=5), heard.append)
     for frame, step in zip(frames, heard):
         assert frame.timestep == step.timestep
         np.testing.assert_array_equal(pixels(frame.prediction), pixels(step.predictions))
@@ -188,7 +179,7 @@ def test_the_moments_are_those_of_the_pipelines_frames(models, studios):
 def test_what_cannot_be_drawn_is_said(kind, change, says, studios):
     """Else a visitor's request is a crash, or takes the machine for an hour."""
     with pytest.raises(ValueError, match=says):
-        studios[kind].draw(WISHES[kind]._replace(**change))
+        studios[kind].sample(REQUESTS[kind]._replace(**change))
 
 
 def test_following_yields_what_is_heard_then_the_result():
@@ -199,7 +190,7 @@ def test_following_yields_what_is_heard_then_the_result():
             watch(number)
         return "drawn"
 
-    assert list(followed(draw)) == [0, 1, 2, "drawn"]
+    assert list(streamed(draw)) == [0, 1, 2, "drawn"]
 
 
 def test_what_the_drawing_raises_is_raised_where_it_is_followed():
@@ -209,7 +200,7 @@ def test_what_the_drawing_raises_is_raised_where_it_is_followed():
         watch(0)
         raise ValueError("no such class")
 
-    following = followed(draw)
+    following = streamed(draw)
     assert next(following) == 0
     with pytest.raises(ValueError, match="no such class"):
         next(following)
@@ -228,7 +219,7 @@ def test_who_stops_listening_stops_the_drawing():
         finally:
             ended.set()
 
-    following = followed(draw)
+    following = streamed(draw)
     assert next(following) == 0
     following.close()
     assert ended.is_set()
@@ -238,7 +229,7 @@ def test_who_stops_listening_stops_the_drawing():
 # What the page makes of its controls
 
 
-def test_the_controls_become_a_wish(studios):
+def test_the_controls_become_a_request(studios):
     """Else the page draws something else than it shows."""
     values = {"count": 3, "sampler": "ddim", "steps": 7, "random": False, "seed": 9, "class": "class none"}
     studio = studios["by-class"]
@@ -261,7 +252,7 @@ def test_the_controls_become_a_wish(studios):
 def test_the_chain_has_a_row_for_each_image_and_a_column_for_each_moment(studios):
     """Else chains are mixed up, or shift while they grow."""
     heard = []
-    studios["plain"].draw(SampleRequest(2, "ddpm", 5), heard.append)
+    studios["plain"].sample(SampleRequest(2, "ddpm", 5), heard.append)
     moments = [(step.timestep, [thumbnail(image) for image in step.predictions]) for step in heard[:3]]
     found = re.findall(r'<img src="([^"]+)"|<span>([^<]*)</span>', chain_picture(moments, 5))
     cells = [image or text for image, text in found]
@@ -427,7 +418,7 @@ class World:
         (root / "theirs").mkdir()
         (root / "theirs" / "README.md").write_text("mine")
         words = json.dumps([[str(word) for word in words] for words in calls.values()])
-        kept = environment(hub, root / "home", PYTHONPATH=str(ROOT), HF_TOKEN=TOKEN)
+        kept = client_environment(hub, root / "home", PYTHONPATH=str(ROOT), HF_TOKEN=TOKEN)
         command = [sys.executable, "-c", COMMANDS, words]
         done = subprocess.run(command, cwd=root, env=kept, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
@@ -556,7 +547,7 @@ from ddpm_hf_space.inference.studio import Studio, SampleRequest
 from ddpm_hf_space.publishing.space.page import main
 
 settings = json.load(open("space.json"))
-images = Studio(settings["model"], device="cpu").draw(SampleRequest(**json.loads(sys.argv[1])))
+images = Studio(settings["model"], device="cpu").sample(SampleRequest(**json.loads(sys.argv[1])))
 for index, image in enumerate(images):
     image.save(f"{index}.png")
 print(json.dumps([name for name in sys.modules if name.startswith(("diffusers_modules", "gradio"))]))
@@ -570,11 +561,11 @@ def test_the_spaces_code_draws_without_the_package_and_without_trust(world, mode
     for path, text in world.files("by-class").items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(text)
-    request = json.dumps(WISHES["by-class"]._asdict())
-    kept = environment(world.hub, tmp_path / "home", HF_TOKEN=TOKEN)
+    request = json.dumps(REQUESTS["by-class"]._asdict())
+    kept = client_environment(world.hub, tmp_path / "home", HF_TOKEN=TOKEN)
     command = [sys.executable, "-I", "-c", DRAWING, request]
     done = subprocess.run(command, cwd=tmp_path, env=kept, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == []
-    drawn = [Image.open(tmp_path / f"{index}.png") for index in range(WISHES["by-class"].count)]
+    drawn = [Image.open(tmp_path / f"{index}.png") for index in range(REQUESTS["by-class"].count)]
     np.testing.assert_array_equal(pixels(drawn), by_hand(models, "by-class"))

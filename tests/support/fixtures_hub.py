@@ -6,18 +6,23 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.support import ROOT
+
 TOKEN, STRANGERS, WRONG = "hf_OwnersSecretToken", "hf_AnotherUsersToken", "hf_TokenOfNobody"
 
 
-def client_environment(hub, home, **environment):
-    """The environment of a process that knows no Hub but this one, and has no login, cache or settings of its own."""
+def bare_environment(home: Path, **more: str) -> dict[str, str]:
+    """That of a process that has no PYTHONPATH, proxy, login, cache or settings of ours; its cache is below `home`."""
+    home.mkdir(exist_ok=True)
     kept = {name: value for name, value in os.environ.items() if not name.upper().startswith(("PYTHON", "HF_"))}
     kept = {name: value for name, value in kept.items() if not name.upper().endswith("_PROXY")}
-    kept |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    kept |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1", **environment}
-    home.mkdir(exist_ok=True)
-    return kept
+    return kept | {"HF_HOME": str(home), "OMP_NUM_THREADS": "1", **more}
+
+
+def client_environment(hub, home: Path, **more: str) -> dict[str, str]:
+    """Such a process's, that knows no Hub but this one."""
+    settings = dict.fromkeys(("HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS"), "1")
+    return bare_environment(home, HF_ENDPOINT=hub.url, **settings, **more)
 
 
 def run(hub, home, code, *arguments, isolated=False, **environment):

@@ -1,13 +1,15 @@
 """Small models for the tests of the pipelines: a tiny UNet, a tiny VAE, and a network that is exact."""
 
+import contextlib
 import math
 
+import diffusers
 import torch
 from diffusers import AutoencoderKL, ModelMixin, UNet2DModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
-from ddpm_hf import DDPMScheduler
+from ddpm_hf import DDPMPipeline, DDPMScheduler
 
 
 def tiny_unet_config(channels=1, out_channels=None, size=8, **more):
@@ -42,6 +44,34 @@ def tiny_vae(channels=4, seed=0, **more):
         norm_num_groups=2,
         **more,
     ).eval()
+
+
+def finished(pipeline, sampler=None, **config):
+    """The pipeline without a progress bar, and with another sampler if one is named."""
+    pipeline.set_progress_bar_config(disable=True)
+    if sampler is not None:
+        pipeline.scheduler = getattr(diffusers, sampler).from_config(pipeline.scheduler.config, **config)
+    return pipeline
+
+
+def tiny_pipeline(channels=1, vae=None, size=8, unet=None, **config):
+    """An unconditional pipeline without a progress bar, with the channels that its scheduler asks for."""
+    scheduler = DDPMScheduler(**config)
+    if unet is None:
+        learned = scheduler.variance_type in ("learned", "learned_range")
+        unet = tiny_unet(channels, 2 * channels if learned else channels, size)
+    return finished(DDPMPipeline(unet, scheduler, vae))
+
+
+@contextlib.contextmanager
+def calls_of(model, what):
+    """A list of `what(inputs, keyword arguments)` of each call of a model, while the context lasts."""
+    seen = []
+    handle = model.register_forward_pre_hook(lambda _, inputs, more: seen.append(what(inputs, more)), with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()
 
 
 def generators(*seeds):

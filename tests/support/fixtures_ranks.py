@@ -12,22 +12,31 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-ROOT = Path(__file__).parents[2]
+from tests.support import ROOT
 
 
-def launch(happening: str, argv: list[str], folder: Path, ranks: int = 2, timeout: float = 400):
-    """Train by so many ranks, in which one of `HAPPENINGS` happens: (exit code of the launcher, stderr)."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(port)]
-    done = subprocess.run(
-        [sys.executable, *torchrun, __file__, happening, *argv],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "NOTES": str(folder)},
+def free_port() -> int:
+    """A port that nobody listens to."""
+    with socket.socket() as one:
+        one.bind(("localhost", 0))
+        return one.getsockname()[1]
+
+
+def torchrun(*words, ranks: int = 2, timeout: float = 400, **environment: str) -> subprocess.CompletedProcess:
+    """A program and its words in so many processes, which can import what lies here."""
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(free_port())]
+    return subprocess.run(
+        [sys.executable, *launcher, *map(str, words)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment},
         capture_output=True,
         text=True,
         timeout=timeout,
     )
+
+
+def launch(happening: str, argv: list[str], folder: Path):
+    """Train by two ranks, in which one of `HAPPENINGS` happens: (exit code of the launcher, stderr)."""
+    done = torchrun(__file__, happening, *argv, NOTES=str(folder))
     return done.returncode, done.stderr
 
 

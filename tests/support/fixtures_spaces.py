@@ -1,6 +1,5 @@
 """What the tests of Spaces share: tiny models of each kind, on a Hub of our own, and processes without the package."""
 
-import os
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -12,7 +11,6 @@ from tests.support.fixtures_pipeline import tiny_unet
 from tests.support.fixtures_text import stable_diffusion_scheduler, tiny_text_pipeline
 from tests.support.hub_server import LARGE, Blob, Hub, Repository
 
-TOKEN, STRANGERS, WRONG = "hf_OwnersSecretToken", "hf_AnotherUsersToken", "hf_TokenOfNobody"
 STEPS = 60  # T of the tiny models
 CLASSES = {0: "cat", 1: "dog", 2: "none"}
 
@@ -46,12 +44,3 @@ def put(hub: Hub, name: str, folder: Path, private: bool = False) -> None:
         "main",
         {path: Blob(data, any(fnmatch(path, pattern) for pattern in LARGE)) for path, data in files.items()},
     )
-
-
-def environment(hub: Hub, home: Path, **more: str) -> dict[str, str]:
-    """That of a process whose Hub is ours, and that finds no package by its PYTHONPATH."""
-    kept = {name: value for name, value in os.environ.items() if not name.upper().startswith(("PYTHON", "HF_"))}
-    kept = {name: value for name, value in kept.items() if not name.upper().endswith("_PROXY")}
-    home.mkdir(exist_ok=True)
-    kept |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    return kept | {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1", **more}

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from unittest import mock
 
 import diffusers
 import torch
@@ -12,9 +11,11 @@ import train_text2image
 from ddpm_hf.portable.pipeline_text2image_ddpm_hf import STABLE_DIFFUSION_SETTINGS, TextToImageDDPMPipeline
 from ddpm_hf.portable.scheduling_ddpm_hf import DDPMScheduler
 from ddpm_hf.text.captions import fit_tokenizer, make_text_encoder
-from tests.support import fixtures_unconditional
+from ddpm_hf.training.flags import Flags
+from ddpm_hf.training.parsing import parse_flags
 from tests.support.fixtures_pipeline import tiny_vae
-from tests.support.fixtures_unconditional import Run, encoded, random_pixels
+from tests.support.pictures import encoded, random_pixels
+from tests.support.runs import Run, run_script
 
 COLOURS = ("red", "green", "blue", "white", "black", "pink", "brown", "gray")
 CAPTIONS = [f"a {colour} square" for colour in COLOURS]
@@ -106,11 +107,10 @@ def write_text_unet(folder: Path, **changed) -> Path:
 
 
 def run_text_script(argv: list[str], folder: Path) -> Run:
-    """`train_text2image.main(argv)` in this process, as `run_script` runs the other script."""
-    with mock.patch.object(fixtures_unconditional, "train_unconditional", train_text2image):
-        return fixtures_unconditional.run_script(argv, folder)
+    """`train_text2image.main(argv)` in this process."""
+    return run_script(argv, folder, train_text2image.main)
 
 
-def parse_text(argv: list[str]) -> train_text2image.Text2ImageConfig:
+def parse_text(argv: list[str]) -> Flags:
     """The settings that a command line stands for."""
-    return train_text2image.parse_layers(train_text2image.Text2ImageConfig, argv, train_text2image.weaker_layers)
+    return parse_flags(train_text2image.PROGRAM, argv)

@@ -32,9 +32,10 @@ from ddpm_hf.data import (
 )
 from ddpm_hf.data.orders import keyed_permutation
 from ddpm_hf.text.captions import END, START, all_captions, encode_captions, fit_tokenizer, make_text_encoder
+from ddpm_hf.training.flags import Flags
 from ddpm_hf.training.plan import KeyedBatchSampler, StepPlan
 from tests.support.fixtures_pipeline import tiny_vae
-from tests.support.fixtures_unconditional import encoded, image_rows, quiet, write_rows
+from tests.support.pictures import encoded, image_rows, quiet, write_rows
 
 CPU = torch.device("cpu")
 DIGITS = sorted(caption.format(name) for caption in DIGIT_CAPTIONS for name in DIGIT_NAMES)
@@ -421,9 +422,9 @@ def test_more_samples_than_there_are_is_all_of_them(tmp_path):
 def test_no_samples_is_refused(most):
     """Else a run starts that has nothing to train on."""
     with pytest.raises(DataError, match=f"--max_train_samples {most}"):
-        DataFlags(max_train_samples=most).check_data()
+        Flags([DataFlags(max_train_samples=most)]).check()
     with pytest.raises(DataError, match="stream"):
-        DataFlags(dataset_name="photos", streaming=True, max_train_samples=4).check_data()
+        Flags([DataFlags(dataset_name="photos", streaming=True, max_train_samples=4)]).check()
 
 
 def test_the_same_captions_give_the_same_tokenizer():

@@ -10,7 +10,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from ddpm_hf.common.errors import UsageError
 from ddpm_hf.training.averaging import ema_weights, load_ema, make_ema, save_ema, update_ema
-from ddpm_hf.training.flags import TrainingConfig
+from ddpm_hf.training.flags import TrainingFlags
 from ddpm_hf.training.setup.optimizer import make_optimizer
 from tests.support.fixtures_pipeline import tiny_unet
 
@@ -44,13 +44,13 @@ MODELS = pytest.mark.parametrize("make", [tiny_unet, tiny_text_encoder], ids=["d
 def test_averages_are_saved_as_models_and_come_back(make, tmp_path):
     """Else a resumed run averages from another place, or the averaged model cannot be loaded by itself."""
     part = make()
-    ema = make_ema(TrainingConfig(), part, CPU)
+    ema = make_ema(TrainingFlags(), part, CPU)
     walk(ema, part)
     before = [parameter.clone() for parameter in part.parameters()]
     save_ema(ema, part, tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(part.parameters(), before))
     assert all(torch.equal(a, b) for a, b in zip(type(part).from_pretrained(tmp_path).parameters(), ema.shadow_params))
-    again = make_ema(TrainingConfig(), make(), CPU)
+    again = make_ema(TrainingFlags(), make(), CPU)
     load_ema(again, part, tmp_path)
     for one in (ema, again):
         walk(one, make(), steps=2)
@@ -62,7 +62,7 @@ def test_averages_are_saved_as_models_and_come_back(make, tmp_path):
 def test_the_model_has_its_own_weights_again(make):
     """Else sampling in between would change what is trained."""
     part = make()
-    ema = make_ema(TrainingConfig(), part, CPU)
+    ema = make_ema(TrainingFlags(), part, CPU)
     walk(ema, part)
     before = [parameter.clone() for parameter in part.parameters()]
     with ema_weights(ema, part):
@@ -75,7 +75,7 @@ def test_foreach_is_the_same_average():
     found = []
     for foreach in (True, False):
         part = tiny_unet()
-        ema = make_ema(TrainingConfig(foreach_ema=foreach), part, CPU)
+        ema = make_ema(TrainingFlags(foreach_ema=foreach), part, CPU)
         assert ema.foreach is foreach
         walk(ema, part)
         found.append(ema.shadow_params)
@@ -88,7 +88,7 @@ def test_an_offloaded_average_stays_where_it_is_kept(monkeypatch):
     pinned = []
     monkeypatch.setattr(EMAModel, "pin_memory", lambda self: pinned.append(self))
     part = tiny_unet()
-    ema = make_ema(TrainingConfig(offload_ema=True), part, torch.device("cuda"))
+    ema = make_ema(TrainingFlags(offload_ema=True), part, torch.device("cuda"))
     assert pinned == [ema]
     update_ema(ema, part.double())  # as from elsewhere: the update must not ask for one place
     assert {parameter.device for parameter in ema.shadow_params} == {CPU}
@@ -104,7 +104,7 @@ def test_eight_bit_adam_is_that_of_bitsandbytes(monkeypatch):
     optim.AdamW8bit = AdamW8bit
     monkeypatch.setitem(sys.modules, "bitsandbytes", types.ModuleType("bitsandbytes"))
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", optim)
-    config = TrainingConfig(use_8bit_adam=True)
+    config = TrainingFlags(use_8bit_adam=True)
     assert type(make_optimizer(config, tiny_unet(), 1)) is AdamW8bit
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(UsageError, match="pip install bitsandbytes"):
@@ -115,5 +115,5 @@ def test_frozen_parameters_are_not_optimized():
     """Else a frozen part would be moved by the weight decay."""
     part = tiny_unet()
     part.conv_in.requires_grad_(False)
-    optimized = {id(p) for group in make_optimizer(TrainingConfig(), part, 1).param_groups for p in group["params"]}
+    optimized = {id(p) for group in make_optimizer(TrainingFlags(), part, 1).param_groups for p in group["params"]}
     assert optimized == {id(parameter) for parameter in part.parameters() if parameter.requires_grad}

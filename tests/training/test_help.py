@@ -6,24 +6,24 @@ import re
 import resource
 import subprocess
 import sys
-from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 import train_text2image
 import train_unconditional
 from ddpm_hf import objectives
-from ddpm_hf.cli.classifier_flags import ClassifierConfig
+from ddpm_hf.cli.classifier_flags import CLASSIFIER
 from ddpm_hf.common.errors import UsageError
 from ddpm_hf.objectives import names
 from ddpm_hf.portable import scheduling_ddpm_hf
-from ddpm_hf.training.parsing import OneLineParser
+from ddpm_hf.training.parsing import OneLineParser, Program
+from tests.support import ROOT
 
-ROOT = Path(__file__).parents[2]
-CONFIGS = {
-    "train_unconditional": train_unconditional.UnconditionalConfig,
-    "train_text2image": train_text2image.Text2ImageConfig,
-    "train-classifier": ClassifierConfig,
+PROGRAMS = {
+    "train_unconditional": train_unconditional.PROGRAM,
+    "train_text2image": train_text2image.PROGRAM,
+    "train-classifier": CLASSIFIER,
 }
 COMMANDS = {
     "train_unconditional": ["train_unconditional.py"],
@@ -61,13 +61,13 @@ def test_help_and_an_unknown_flag_are_answered_before_torch_is_imported(program)
     assert seconds < 4  # 1.6 at the time of writing, most of it `import transformers`
 
 
-@pytest.mark.parametrize("program", CONFIGS)
+@pytest.mark.parametrize("program", PROGRAMS)
 def test_help_shows_each_flag_once_and_in_a_group(program):
     # Breaks if a flag is missing from --help, is there twice, or stands under no title.
-    parser = OneLineParser(CONFIGS[program])
+    parser = OneLineParser(PROGRAMS[program])
     text = parser.format_help()
     shown = re.findall(r"^  (--?\w\S*)", text, re.MULTILINE)
-    fields = [field.name for field in dataclasses.fields(CONFIGS[program])]
+    fields = list(parser.fields)
     assert sorted(one.strip(",") for one in shown) == sorted(["-h", *(f"--{name}" for name in fields)])
     titles = re.findall(r"^(\S.*):$", text, re.MULTILINE)
     assert len(titles) == len(set(titles)) > 8
@@ -75,10 +75,10 @@ def test_help_shows_each_flag_once_and_in_a_group(program):
     assert not re.search(r"--\w+-\w+", re.sub(r"--flag\S*", "", text))  # the hyphened spellings are said once
 
 
-@pytest.mark.parametrize("program", CONFIGS)
+@pytest.mark.parametrize("program", PROGRAMS)
 def test_help_states_the_defaults_and_nothing_of_those_that_say_nothing(program):
     # Breaks if a default is no longer shown, or "(default: None)" and "(default: False)" fill the page again.
-    text = " ".join(OneLineParser(CONFIGS[program]).format_help().split())
+    text = " ".join(OneLineParser(PROGRAMS[program]).format_help().split())
     assert "Optimizer steps between checkpoints (checkpoint-N/). (default: 500)" in text
     assert "--foreach_ema, --no_foreach_ema Update the EMA in a few fused operations. (default: on)" in text
     assert "default: None" not in text
@@ -89,9 +89,12 @@ def test_a_percent_sign_in_a_help_text_is_shown_as_it_is():
     # Breaks if a flag whose help speaks of train[:80%] takes down --help of the program.
     @dataclasses.dataclass
     class Flags:
+        title: ClassVar[str] = "Data"
         split: str = dataclasses.field(default="train", metadata={"help": "Such as train[:80%]."})
 
-    assert "Such as train[:80%]. (default: train)" in OneLineParser(Flags).format_help()
+    assert (
+        "Such as train[:80%]. (default: train)" in OneLineParser(Program((Flags,), lambda flags: [], "")).format_help()
+    )
 
 
 def test_the_names_that_help_lists_are_those_of_the_tables():
@@ -151,7 +154,7 @@ MEANT = {
 @pytest.mark.parametrize("word", MEANT)
 def test_an_unknown_flag_is_answered_with_the_one_that_it_means(word, capsys):
     # Breaks if a user of another program is sent to read a hundred flags for one that is only called otherwise.
-    parser = OneLineParser(train_unconditional.UnconditionalConfig)
+    parser = OneLineParser(train_unconditional.PROGRAM)
     line = error_of(parser, [word], capsys)
     assert f"(did you mean {MEANT[word]}? see --help)" in line
     if word.startswith("-"):
@@ -162,13 +165,13 @@ def test_an_unknown_flag_is_answered_with_the_one_that_it_means(word, capsys):
 
 def test_a_word_that_means_nothing_gets_no_suggestion(capsys):
     # Breaks if --zoom is taken for whatever flag comes nearest.
-    assert "did you mean" not in error_of(OneLineParser(train_unconditional.UnconditionalConfig), ["--zoom"], capsys)
+    assert "did you mean" not in error_of(OneLineParser(train_unconditional.PROGRAM), ["--zoom"], capsys)
 
 
-@pytest.mark.parametrize("program", CONFIGS)
+@pytest.mark.parametrize("program", PROGRAMS)
 def test_each_suggestion_is_a_flag_and_a_value_that_the_program_takes(program):
     # Breaks if a flag is renamed and another program's name for it still leads to the old one.
-    parser = OneLineParser(CONFIGS[program])
+    parser = OneLineParser(PROGRAMS[program])
     for name, instead in parser.meanings.items():
         if instead.startswith("accelerate launch"):
             continue
@@ -184,7 +187,7 @@ def test_each_suggestion_is_a_flag_and_a_value_that_the_program_takes(program):
 @pytest.mark.parametrize("spelling", ["dataset-image-column-name", "dataset_image_column_name", "image-column"])
 def test_hyphens_and_underscores_are_the_same(spelling, tmp_path):
     # Breaks if only some of a flag's spellings take hyphens, on the command line or in a config file.
-    parser = OneLineParser(train_unconditional.UnconditionalConfig)
+    parser = OneLineParser(train_unconditional.PROGRAM)
     assert parser.parse([f"--{spelling}", "photo"]).image_column == "photo"
     assert parser.parse([f"--{spelling}=photo-of"]).image_column == "photo-of"
     assert parser.tokens({spelling: "photo"}, "--config run.yaml")[0].endswith("=photo")

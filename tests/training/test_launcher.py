@@ -16,18 +16,11 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 import train_unconditional
 from ddpm_hf.cli.classifier_flags import parse_classifier_flags
 from ddpm_hf.common import machine
-from ddpm_hf.models.acceleration import compiled
+from ddpm_hf.training.setup.begin import compiled
+from tests.support import runs
 from tests.support.fixtures_text import parse_text
-from tests.support.fixtures_unconditional import (
-    encoded,
-    parse,
-    quiet,
-    random_pixels,
-    run_script,
-    words,
-    write_rows,
-    write_unet,
-)
+from tests.support.pictures import encoded, quiet, random_pixels, write_rows, write_unet
+from tests.support.runs import parse, run_script, words
 
 PARSERS = {"unconditional": parse, "text": parse_text, "classifier": parse_classifier_flags}
 DATA = ["--train_data_dir", "x"]
@@ -49,13 +42,7 @@ def flags(tmp_path_factory):
 @pytest.fixture
 def train(flags, tmp_path):
     """Runs the script in a folder of its own, where it succeeds."""
-
-    def run(name="run", **more):
-        run = run_script(words({**flags, "output_dir": tmp_path / name, **more}), tmp_path / name)
-        assert run.code == 0, run.err
-        return run
-
-    return run
+    return lambda name="run", **more: runs.train(tmp_path, tmp_path / name, flags, **more)
 
 
 def weights(run):

@@ -1,6 +1,5 @@
 """A flag that has no effect because of the others is said to have none, in each program that has it."""
 
-import dataclasses
 import shlex
 from typing import NamedTuple
 from unittest import mock
@@ -10,17 +9,18 @@ import pytest
 import train_text2image
 import train_unconditional
 from ddpm_hf.cli import classifier_training as classifier
-from ddpm_hf.cli.classifier_flags import ClassifierConfig, parse_classifier_flags
-from ddpm_hf.common.arguments import SECRET_FLAGS
+from ddpm_hf.cli.classifier_flags import CLASSIFIER, parse_classifier_flags
 from ddpm_hf.common.errors import UsageError
+from ddpm_hf.training.flags import GridFlags
 from ddpm_hf.training.needs import needs_of, without_effect
 from ddpm_hf.training.setup.settings import save_settings
-from tests.support.fixtures_unconditional import encoded, random_pixels, run_script, words, write_rows, write_unet
+from tests.support.pictures import encoded, random_pixels, write_rows, write_unet
+from tests.support.runs import changed, defaults, run_script, words
 
 PROGRAMS = {
-    "unconditional": (train_unconditional.UnconditionalConfig, train_unconditional.parse),
-    "text2image": (train_text2image.Text2ImageConfig, train_text2image.parse),
-    "classifier": (ClassifierConfig, parse_classifier_flags),
+    "unconditional": (train_unconditional.PROGRAM, train_unconditional.parse),
+    "text2image": (train_text2image.PROGRAM, train_text2image.parse),
+    "classifier": (CLASSIFIER, parse_classifier_flags),
 }
 DATA, NO_GRIDS = "--train_data_dir x", "--save_images_epochs 0"
 CHECKPOINT, FOLDER = "--pretrained_model_name_or_path user/model", "--pretrained_model_name_or_path ."
@@ -93,7 +93,7 @@ def lines_of(program: str, row: Row, more: str, device: str) -> list[str]:
     """What is said of a command line."""
     _, parse = PROGRAMS[program]
     config = parse(shlex.split(f"{row.data} {more} {row.flag}"))
-    return without_effect(config, device, SECRET_FLAGS)
+    return without_effect(config, device)
 
 
 CASES = [(row, program) for row in ROWS for program in row.programs]
@@ -101,10 +101,10 @@ CASES = [(row, program) for row in ROWS for program in row.programs]
 
 def test_every_need_has_a_row():
     """Else a flag is said to need another, and nobody has seen that it is."""
-    needed = {(program, name) for program, (config, _) in PROGRAMS.items() for name in needs_of(config)}
+    needed = {(program, name) for program, (one, _) in PROGRAMS.items() for name in needs_of(one.flags)}
     assert needed == {(program, name_of(row)) for row, program in CASES} | APART
     for program, name in needed:
-        assert name in {field.name for field in dataclasses.fields(PROGRAMS[program][0])}
+        assert name in defaults(PROGRAMS[program][0]).values()
 
 
 @pytest.mark.parametrize(("row", "program"), CASES, ids=lambda one: one if isinstance(one, str) else one.flag)
@@ -139,8 +139,8 @@ def test_a_run_that_is_repeated_from_its_settings_says_nothing(program, tmp_path
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_what_a_recipe_set_asks_for_nothing_in_a_runs_settings_either(program, flags, tmp_path):
     """Else a run whose recipe was turned off in part is answered with warnings about flags that nobody gave."""
-    config_class, parse = PROGRAMS[program]
-    if flags == NO_GRIDS and not hasattr(config_class, "save_images_epochs"):
+    declared, parse = PROGRAMS[program]
+    if flags == NO_GRIDS and GridFlags not in declared.flags:
         pytest.skip("a classifier samples no grids")
     config = parse(["--output_dir", str(tmp_path), *shlex.split(flags)])  # the embedded digits, which have a recipe
     assert without_effect(config, "cpu") == []
@@ -187,12 +187,12 @@ def test_a_file_asks_as_the_command_line_does(tmp_path):
 
 def test_a_revision_of_a_folder_is_none(tmp_path):
     """Else who names a revision of a model on disk trains from whatever lies there."""
-    config = train_unconditional.UnconditionalConfig(pretrained_model_name_or_path=str(tmp_path), revision="v1")
+    config = defaults(train_unconditional.PROGRAM, pretrained_model_name_or_path=str(tmp_path), revision="v1")
     config.given = frozenset({"revision"})
     assert without_effect(config, "cpu") == [
         f"--revision v1 has no effect on {tmp_path}, which is a folder on this machine"
     ]
-    config.pretrained_model_name_or_path = "user/model"
+    config = changed(config, pretrained_model_name_or_path="user/model")
     assert without_effect(config, "cpu") == []
 
 

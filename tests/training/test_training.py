@@ -5,7 +5,6 @@ import math
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,9 +22,21 @@ from ddpm_hf import DDPMPipeline
 from ddpm_hf.common.pictures import image_grid
 from ddpm_hf.common.randomness import keyed_seed
 from ddpm_hf.training.checkpointing import read_manifest
-from tests.support.fixtures_unconditional import encoded, random_pixels, run_script, words, write_rows, write_unet
-
-SCRIPT = Path(train_unconditional.__file__)
+from tests.support.fixtures_ranks import torchrun
+from tests.support.pictures import encoded, random_pixels, write_rows, write_unet
+from tests.support.runs import (
+    GRAY,
+    assert_same_run,
+    assert_same_tensors,
+    attempt,
+    command,
+    last_checkpoint,
+    optimizer_state,
+    records,
+    run_script,
+    train,
+    weights,
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +44,8 @@ def world(tmp_path_factory):
     """Datasets and models to train with, by name."""
     root = tmp_path_factory.mktemp("world")
     gray = {"in_channels": 1, "out_channels": 1}
-    for count in (6, 17, 22):
-        write_rows(root / f"images-{count}", [encoded(pixels) for pixels in random_pixels(count, 8, 8)])
+    for name, count in (("images", 22), ("images-17", 17), ("images-6", 6)):
+        write_rows(root / name, [encoded(pixels) for pixels in random_pixels(count, 8, 8)])
     write_rows(root / "large", [encoded(pixels) for pixels in random_pixels(22, 12, 10)])
     # gray squares, one brightness an image: something that can be learnt
     squares = [np.full((8, 8), level, dtype=np.uint8) for level in range(40, 220, 12)]
@@ -44,78 +55,8 @@ def world(tmp_path_factory):
     return root
 
 
-def command(world, output_dir, data="images-22", unet="unet", **flags):
-    """The command line of a small run."""
-    settings = {
-        "train_data_dir": world / data,
-        "model_config_name_or_path": world / unet,
-        "output_dir": output_dir,
-        "resolution": 8,
-        "channels": 1,
-        "seed": 3,
-        "train_batch_size": 4,
-        "eval_batch_size": 2,
-        "max_train_steps": 10,
-        "learning_rate": 1e-3,
-        "lr_warmup_steps": 3,
-        "ddpm_num_steps": 20,
-        "ddpm_num_inference_steps": 2,
-        "ddpm_beta_schedule": "cosine",
-        "cpu_threads": 1,
-        "logger": "none",
-        "logging_steps": 3,
-    }
-    return words({**settings, **flags})
-
-
-def train(world, output_dir, **flags):
-    """Run the script to its end; the output folder."""
-    run = run_script(command(world, output_dir, **flags), output_dir)
-    assert run.code == 0, run.err
-    return Path(output_dir)
-
-
-def records(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def last_checkpoint(folder):
-    return max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-
-
-def weights(folder, name="unet"):
-    return load_file(folder / name / "diffusion_pytorch_model.safetensors")
-
-
-def optimizer_state(checkpoint):
-    """Adam's moments, as one flat dict of tensors."""
-    state = torch.load(checkpoint / "optimizer.bin", weights_only=True)["state"]
-    return {f"{index}.{name}": value for index, one in state.items() for name, value in one.items()}
-
-
-def assert_same_tensors(ours, theirs, **tolerance):
-    assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
-        torch.testing.assert_close(
-            tensor, theirs[name], **{"rtol": 0, "atol": 0, **tolerance}, msg=f"{name}: {{}}".format
-        )
-
-
-def assert_same_run(ours, theirs):
-    """Two output folders that hold the same run, bit for bit."""
-    assert_same_tensors(weights(ours), weights(theirs))
-    assert (ours / "metrics.jsonl").read_bytes() == (theirs / "metrics.jsonl").read_bytes()
-    checkpoints = last_checkpoint(ours), last_checkpoint(theirs)
-    assert checkpoints[0].name == checkpoints[1].name
-    tensors = [sorted(str(p.relative_to(one)) for p in one.rglob("*.safetensors")) for one in checkpoints]
-    assert tensors[0] == tensors[1]
-    for name in tensors[0]:
-        assert_same_tensors(load_file(checkpoints[0] / name), load_file(checkpoints[1] / name))
-    assert_same_tensors(*map(optimizer_state, checkpoints))
-    assert read_manifest(checkpoints[0])["meter"] == read_manifest(checkpoints[1])["meter"]
-    pictures = [{p.name: p.read_bytes() for p in (one / "samples").iterdir()} for one in (ours, theirs)]
-    last = max(pictures[0])
-    assert pictures[0][last] == pictures[1][last]
+DROPOUT = {"model_config_name_or_path": "{shop}/unet-dropout"}
+LARGE = {"train_data_dir": "{shop}/large"}
 
 
 # Resuming
@@ -123,7 +64,7 @@ def assert_same_run(ours, theirs):
 RESUMED = {
     "plain": {},
     "accumulation": {"gradient_accumulation_steps": 4, "logging_steps": 1},  # 6 batches an epoch: steps of 4 and 2
-    "dropout": {"unet": "unet-dropout", "gradient_accumulation_steps": 2},
+    "dropout": {**DROPOUT, "gradient_accumulation_steps": 2},
     "importance-sampling": {
         "objective": "vlb",
         "variance_type": "learned_range",
@@ -133,10 +74,15 @@ RESUMED = {
         "max_train_steps": 12,
         "checkpointing_steps": 7,  # after 72 losses for 3 timesteps: the sampler is past its uniform beginning
     },
-    "crops-and-flips": {"data": "large", "random_flip": True, "cache_dataset": "never"},
-    "workers": {"data": "large", "random_flip": True, "cache_dataset": "never", "dataloader_num_workers": 2},
-    "streaming": {"data": "large", "random_flip": True, "streaming": True},
-    "streaming-worker": {"data": "large", "streaming": True, "dataloader_num_workers": 1},
+    "crops-and-flips": {**LARGE, "random_flip": True, "cache_dataset": "never"},
+    "workers": {
+        **LARGE,
+        "random_flip": True,
+        "cache_dataset": "never",
+        "dataloader_num_workers": 2,
+    },
+    "streaming": {**LARGE, "random_flip": True, "streaming": True},
+    "streaming-worker": {**LARGE, "streaming": True, "dataloader_num_workers": 1},
     "bf16": {"mixed_precision": "bf16"},
     "constant-ema": {"ema_min_decay": 0.9, "ema_max_decay": 0.9, "lr_scheduler": "linear"},
 }
@@ -146,12 +92,12 @@ RESUMED = {
 def test_resuming_is_never_having_stopped(case, world, tmp_path):
     """Else an interrupted run is another run: other weights, other metrics, other pictures."""
     flags = {"use_ema": True, "checkpointing_steps": 4, **RESUMED[case]}
-    whole, resumed = train(world, tmp_path / "whole", **flags), tmp_path / "resumed"
+    whole, resumed = train(world, tmp_path / "whole", GRAY, **flags).folder, tmp_path / "resumed"
     name = f"checkpoint-{flags['checkpointing_steps']}"
     assert last_checkpoint(whole).name != name
     shutil.copytree(whole / name, resumed / name)
     shutil.copy(whole / "metrics.jsonl", resumed)  # with lines that were logged after the checkpoint
-    train(world, resumed, resume_from_checkpoint="latest", **flags)
+    train(world, resumed, GRAY, resume_from_checkpoint="latest", **flags)
     assert_same_run(resumed, whole)
     if case == "importance-sampling":
         state = load_file(whole / name / "timestep_sampler.safetensors")
@@ -161,9 +107,9 @@ def test_resuming_is_never_having_stopped(case, world, tmp_path):
 def test_resuming_a_finished_run_changes_nothing(world, tmp_path):
     """Else running the same command line again trains on, or logs twice."""
     flags = {"use_ema": True}
-    whole = train(world, tmp_path / "whole", **flags)
+    whole = train(world, tmp_path / "whole", GRAY, **flags).folder
     shutil.copytree(whole, tmp_path / "again")
-    train(world, tmp_path / "again", resume_from_checkpoint="latest", **flags)
+    train(world, tmp_path / "again", GRAY, resume_from_checkpoint="latest", **flags)
     assert_same_run(tmp_path / "again", whole)
 
 
@@ -173,7 +119,7 @@ def test_a_signal_saves_and_ends_and_the_run_goes_on(world, tmp_path):
     flags = {"max_train_steps": 80, "logging_steps": 1, "use_ema": True}
     stopped = tmp_path / "stopped"
     process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), *command(world, stopped, **flags)],
+        [sys.executable, train_unconditional.__file__, *command(world, stopped, GRAY, **flags)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
         text=True,
@@ -190,8 +136,8 @@ def test_a_signal_saves_and_ends_and_the_run_goes_on(world, tmp_path):
     assert 5 < step < 80
     assert records(stopped)[-1]["step"] == step
 
-    whole = train(world, tmp_path / "whole", **flags)
-    assert_same_run(train(world, stopped, resume_from_checkpoint="latest", **flags), whole)
+    whole = train(world, tmp_path / "whole", GRAY, **flags).folder
+    assert_same_run(train(world, stopped, GRAY, resume_from_checkpoint="latest", **flags).folder, whole)
 
 
 # What must not matter
@@ -199,11 +145,16 @@ def test_a_signal_saves_and_ends_and_the_run_goes_on(world, tmp_path):
 
 def test_looking_changes_nothing(world, tmp_path):
     """Else sampling, validating or saving in between draws from the training's randomness, or leaves dropout off."""
-    shared = {"unet": "unet-dropout", "use_ema": True, "validation_split": 0.2, "validation_steps": 100}
+    shared = {
+        **DROPOUT,
+        "use_ema": True,
+        "validation_split": 0.2,
+        "validation_steps": 100,
+    }
     shared["max_train_steps"] = 15  # three epochs
-    rarely = train(world, tmp_path / "rarely", **shared)
+    rarely = train(world, tmp_path / "rarely", GRAY, **shared).folder
     often = {"save_images_epochs": 1, "save_model_epochs": 1, "validation_steps": 1, "checkpointing_steps": 1}
-    often = train(world, tmp_path / "often", **{**shared, **often})
+    often = train(world, tmp_path / "often", GRAY, **{**shared, **often}).folder
     assert_same_tensors(weights(often), weights(rarely))
     assert_same_tensors(*(weights(last_checkpoint(one)) for one in (often, rarely)))
     assert_same_tensors(*(optimizer_state(last_checkpoint(one)) for one in (often, rarely)))
@@ -214,13 +165,19 @@ def test_looking_changes_nothing(world, tmp_path):
         assert record.items() <= by_step[record["step"]].items()
 
 
-@pytest.mark.parametrize(("data", "batch"), [("images-22", 8), ("images-6", 6)])
+@pytest.mark.parametrize(("data", "batch"), [("images", 8), ("images-6", 6)])
 def test_accumulated_batches_are_one_large_batch(data, batch, world, tmp_path):
     """Else the gradient of 4+4, or of an epoch's partial 4+2, is not the mean over the step's samples."""
     # a large epsilon: Adam then magnifies no rounding
-    shared = {"data": data, "logging_steps": 1, "max_train_steps": 4, "adam_epsilon": 1e-2, "max_grad_norm": 0}
-    parts = train(world, tmp_path / "parts", gradient_accumulation_steps=2, **shared)
-    at_once = train(world, tmp_path / "at_once", train_batch_size=batch, **shared)
+    shared = {
+        "train_data_dir": f"{{shop}}/{data}",
+        "logging_steps": 1,
+        "max_train_steps": 4,
+        "adam_epsilon": 1e-2,
+        "max_grad_norm": 0,
+    }
+    parts = train(world, tmp_path / "parts", GRAY, gradient_accumulation_steps=2, **shared).folder
+    at_once = train(world, tmp_path / "at_once", GRAY, train_batch_size=batch, **shared).folder
     assert_same_tensors(weights(parts), weights(at_once), atol=1e-6)
     assert_same_tensors(*(optimizer_state(last_checkpoint(one)) for one in (parts, at_once)), rtol=1e-4, atol=1e-6)
     for ours, theirs in zip(records(parts), records(at_once), strict=True):
@@ -231,7 +188,7 @@ def test_accumulated_batches_are_one_large_batch(data, batch, world, tmp_path):
 def test_the_learning_rate_follows_its_schedule_over_optimizer_steps(accumulation, world, tmp_path):
     """Else accumulation stretches the warm-up and the decay, and the rate never reaches its end."""
     flags = {"max_train_steps": None, "num_epochs": 3, "logging_steps": 1, "lr_warmup_steps": 4}
-    found = records(train(world, tmp_path / "run", gradient_accumulation_steps=accumulation, **flags))
+    found = records(train(world, tmp_path / "run", GRAY, gradient_accumulation_steps=accumulation, **flags).folder)
     total = 3 * math.ceil(math.ceil(22 / 4) / accumulation)
     assert [record["step"] for record in found] == list(range(1, total + 1))
     for step, record in enumerate(found, 1):
@@ -244,7 +201,7 @@ def two_ranks(world, tmp_path_factory):
     """The same 5 steps by two ranks of 4 and by one of 8; of 17 images, the second rank has none of the last batch."""
     root = tmp_path_factory.mktemp("ranks")
     flags = {
-        "data": "images-17",
+        "train_data_dir": "{shop}/images-17",
         "max_train_steps": 5,
         "logging_steps": 1,
         "checkpointing_steps": 2,
@@ -257,19 +214,9 @@ def two_ranks(world, tmp_path_factory):
         "variance_type": "learned_range",
         "timestep_sampler": "loss_second_moment",
     }
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
-    done = subprocess.run(
-        [*launch, str(SCRIPT), *command(world, root / "two", **flags)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = torchrun(train_unconditional.__file__, *command(world, root / "two", GRAY, **flags))
     assert done.returncode == 0, done.stderr
-    return root / "two", train(world, root / "one", **flags, train_batch_size=8)
+    return root / "two", train(world, root / "one", GRAY, **flags, train_batch_size=8).folder
 
 
 def test_two_ranks_train_as_one_with_twice_the_batch(two_ranks):
@@ -335,7 +282,7 @@ def test_two_ranks_leave_whole_files(two_ranks):
 
 def test_the_saved_model_is_the_average_and_is_what_was_drawn(world, tmp_path):
     """Else the pipeline holds the raw weights, or grids are drawn from them or with dropout on."""
-    folder = train(world, tmp_path / "run", unet="unet-dropout", use_ema=True, ema_max_decay=0.8)
+    folder = train(world, tmp_path / "run", GRAY, **DROPOUT, use_ema=True, ema_max_decay=0.8).folder
     checkpoint = last_checkpoint(folder)
     assert_same_tensors(weights(folder), weights(checkpoint, "unet_ema"))
     raw = weights(checkpoint)
@@ -352,7 +299,7 @@ def test_the_saved_model_is_the_average_and_is_what_was_drawn(world, tmp_path):
 
 def test_without_an_average_the_weights_themselves_are_saved(world, tmp_path):
     """Else the saved pipeline is not the model that was trained."""
-    folder = train(world, tmp_path / "run")
+    folder = train(world, tmp_path / "run", GRAY).folder
     assert_same_tensors(weights(folder), weights(last_checkpoint(folder)))
     assert not (last_checkpoint(folder) / "unet_ema").exists()
 
@@ -361,7 +308,9 @@ def test_without_an_average_the_weights_themselves_are_saved(world, tmp_path):
 def test_the_average_follows_its_closed_form(constant, world, tmp_path):
     """Else the EMA flags are read wrongly, or the average is taken more or less than once a step."""
     flags = {"ema_max_decay": 0.7, "ema_min_decay": 0.7 if constant else 0.0, "ema_power": 0.5, "ema_inv_gamma": 2.0}
-    folder = train(world, tmp_path / "run", use_ema=True, checkpointing_steps=1, max_train_steps=6, **flags)
+    folder = train(
+        world, tmp_path / "run", GRAY, use_ema=True, checkpointing_steps=1, max_train_steps=6, **flags
+    ).folder
     for step in range(2, 7):
         decay = 0.7 if constant else min(0.7, 1 - (1 + (step - 1) / 2.0) ** -0.5)
         before, after, now = (
@@ -376,7 +325,7 @@ def test_the_average_follows_its_closed_form(constant, world, tmp_path):
 def test_the_oldest_checkpoints_go_and_each_loads_by_its_subfolder(world, tmp_path):
     """Else disks fill up, the newest is the one removed, or `subfolder=` finds no model."""
     flags = {"use_ema": True, "checkpointing_steps": 2, "checkpoints_total_limit": 2, "max_train_steps": 9}
-    folder = train(world, tmp_path / "run", **flags)
+    folder = train(world, tmp_path / "run", GRAY, **flags).folder
     assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-8", "checkpoint-9"}
     for name in ("unet", "unet_ema"):
         loaded = UNet2DModel.from_pretrained(folder, subfolder=f"checkpoint-8/{name}")
@@ -386,14 +335,14 @@ def test_the_oldest_checkpoints_go_and_each_loads_by_its_subfolder(world, tmp_pa
 def test_leftovers_of_interrupted_saves_go_and_are_never_resumed(world, tmp_path):
     """Else a checkpoint that was cut off is taken for the latest, or stays for ever."""
     flags = {"checkpointing_steps": 4}
-    folder = train(world, tmp_path / "run", **flags)
+    folder = train(world, tmp_path / "run", GRAY, **flags).folder
     whole = weights(folder)
     shutil.rmtree(folder / "checkpoint-10")
     shutil.copytree(folder / "checkpoint-8", folder / "checkpoint-9.partial")
     damaged = folder / "checkpoint-9"  # renamed, and then the disk failed
     shutil.copytree(folder / "checkpoint-8", damaged)
     (damaged / "optimizer.bin").write_bytes(b"")
-    run = run_script(command(world, folder, resume_from_checkpoint="latest", **flags), folder)
+    run = attempt(world, folder, GRAY, resume_from_checkpoint="latest", **flags)
     assert run.code == 0
     assert "checkpoint-9" in run.err  # passed over, and said so
     assert_same_tensors(weights(folder), whole)
@@ -402,7 +351,7 @@ def test_leftovers_of_interrupted_saves_go_and_are_never_resumed(world, tmp_path
 
 def test_metrics_are_reproducible_and_hold_the_quartiles(world, tmp_path):
     """Else two equal runs cannot be compared by a diff, or nobody sees at which noise levels the loss lies."""
-    first, second = (train(world, tmp_path / name, logging_steps=5) for name in ("first", "second"))
+    first, second = (train(world, tmp_path / name, GRAY, logging_steps=5).folder for name in ("first", "second"))
     assert (first / "metrics.jsonl").read_bytes() == (second / "metrics.jsonl").read_bytes()
     quartiles = {"loss_q1", "loss_q2", "loss_q3", "loss_q4"}
     for record in records(first):
@@ -422,7 +371,7 @@ def test_metrics_are_reproducible_and_hold_the_quartiles(world, tmp_path):
 def test_the_loss_falls(objective, variance_type, world, tmp_path):
     """Else the objective's gradient does not reach the weights, or points the wrong way."""
     flags = {
-        "data": "squares",
+        "train_data_dir": "{shop}/squares",
         "objective": objective,
         "variance_type": variance_type,
         "train_batch_size": 15,
@@ -430,6 +379,6 @@ def test_the_loss_falls(objective, variance_type, world, tmp_path):
         "logging_steps": 15,
         "learning_rate": 5e-3,
     }
-    found = records(train(world, tmp_path / "run", **flags))
+    found = records(train(world, tmp_path / "run", GRAY, **flags).folder)
     assert found[-1]["loss"] < 0.7 * found[0]["loss"]
     assert all(math.isfinite(record["grad_norm"]) for record in found)

@@ -36,7 +36,7 @@ class Facts:
     @property
     def class_name(self) -> str:
         """The pipeline's class among ours."""
-        return self.pipeline._portable_class().__name__
+        return self.pipeline.portable_class().__name__
 
     @property
     def kind(self) -> str:

@@ -19,7 +19,7 @@ def about(facts: Facts) -> str:
         "class-conditional-image-generation": "samples images of a class",
         "text-to-image": "samples images from a text",
     }[facts.kind]
-    height, width = image_size(facts.pipeline)
+    height, width = facts.pipeline.image_size
     dataset = facts.dataset.get("name")
     like = f" like those of {_linked(facts.dataset)}" if dataset else ""
     space = " in the latents of an autoencoder" if getattr(facts.pipeline, "vae", None) is not None else ""
@@ -35,15 +35,6 @@ def about(facts: Facts) -> str:
 def _linked(dataset: dict[str, Any]) -> str:
     name = dataset["name"]
     return f"[{name}](https://huggingface.co/datasets/{name})" if dataset.get("on_hub") else name
-
-
-def image_size(pipeline) -> tuple[int, int]:
-    """(height, width) of the images that a pipeline samples by default."""
-    size = pipeline.unet.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    vae = getattr(pipeline, "vae", None)
-    factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
-    return height * factor, width * factor
 
 
 def pictures(facts: Facts) -> str:
@@ -93,7 +84,7 @@ def use(facts: Facts) -> str:
         "```",
         "",
     ]
-    module = facts.pipeline._portable_class().__module__.rpartition(".")[2]
+    module = facts.pipeline.portable_class().__module__.rpartition(".")[2]
     if (facts.folder / f"{module}.py").is_file():
         custom = f', custom_pipeline="{module}"' if facts.pipeline.stock_class_name() else ""
         trusted = f"{custom}, trust_remote_code=True"

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from ...inference.samplers import SAMPLERS
-from ...inference.studio import MOMENTS, MOST_IMAGES, SampleRequest, Step, Studio, followed
+from ...inference.studio import MOMENTS, MOST_IMAGES, SampleRequest, Step, Studio, streamed
 
 EVERY_CLASS, NO_CLASS = "every", "none"  # in addition to "class NAME"
 DEFAULT_IMAGES = 8
@@ -90,7 +90,7 @@ def how_controls(gr, studio: Studio) -> dict:
     titles = [(SAMPLERS[name].title, name) for name in studio.samplers]
     chosen = "ddim" if "ddim" in studio.samplers else titles[0][1]
     asked["sampler"] = gr.Dropdown(titles, value=chosen, label="Sampler", elem_id="sampler")
-    most_steps = max(2, studio.longest)
+    most_steps = max(2, studio.max_steps)
     asked["steps"] = gr.Slider(1, most_steps, studio.samplers[chosen], step=1, label="Steps", elem_id="steps")
     usual_steps = f"name => ({json.dumps(studio.samplers)})[name]"  # at once, or it would undo a later choice
     asked["sampler"].input(None, asked["sampler"], asked["steps"], js=usual_steps, api_visibility="private")
@@ -162,18 +162,18 @@ def make_page(studio: Studio, settings: dict):
             request = request_of({name: values[component] for name, component in asked.items()}, studio)
             captions, moments, begun = captions_of(request, studio), [], time.monotonic()
             try:
-                for word in followed(functools.partial(studio.draw, request)):
-                    if not isinstance(word, Step):
+                for step in streamed(functools.partial(studio.sample, request)):
+                    if not isinstance(step, Step):
                         took = f"Seed {request.seed}, {request.steps} steps, {time.monotonic() - begun:.1f} seconds."
-                        yield {gallery: list(zip(word, captions)), asked["seed"]: request.seed, progress_bar: took}
+                        yield {gallery: list(zip(step, captions)), asked["seed"]: request.seed, progress_bar: took}
                         break
-                    if word.predictions is not None:
-                        moments.append((word.timestep, [thumbnail(image) for image in word.predictions[:ROWS]]))
-                        seen = {chain: chain_picture(moments, min(MOMENTS, word.total)), progress_bar: ""}
-                        if word.done < word.total:  # the last are the images: one file must not be written twice
-                            seen |= {gallery: list(zip(word.predictions, captions)), asked["seed"]: request.seed}
+                    if step.predictions is not None:
+                        moments.append((step.timestep, [thumbnail(image) for image in step.predictions[:ROWS]]))
+                        seen = {chain: chain_picture(moments, min(MOMENTS, step.total)), progress_bar: ""}
+                        if step.done < step.total:  # the last are the images: one file must not be written twice
+                            seen |= {gallery: list(zip(step.predictions, captions)), asked["seed"]: request.seed}
                         yield seen
-                    progress((word.done, word.total), desc="Drawing")  # last: what is yielded hides the bar
+                    progress((step.done, step.total), desc="Drawing")  # last: what is yielded hides the bar
             except ValueError as error:
                 raise gr.Error(str(error), title="Not sampled", print_exception=False) from error
 

@@ -10,12 +10,12 @@ from accelerate.utils import DistributedType, GradientAccumulationPlugin, Projec
 
 from ...common.errors import UsageError
 from ...common.machine import usable_cores
-from ..flags import TrainingConfig
+from ..flags import TrainingFlags
 from ..launcher import check_launcher, launched_precision
 from ..process import check_accelerator
 
 
-def start_accelerator(config: TrainingConfig) -> Accelerator:
+def start_accelerator(config: TrainingFlags) -> Accelerator:
     """Accelerate's engine for this run, with threads and precision set."""
     if config.local_rank != -1 and "WORLD_SIZE" in os.environ:  # an old launcher says it by the flag
         os.environ.setdefault("LOCAL_RANK", str(config.local_rank))
@@ -54,7 +54,7 @@ def start_accelerator(config: TrainingConfig) -> Accelerator:
     return accelerator
 
 
-def fit_engine(accelerator: Accelerator, config: TrainingConfig) -> None:
+def fit_engine(accelerator: Accelerator, config: TrainingFlags) -> None:
     """Tell DeepSpeed what Accelerate would take from its own data loaders and leaves to the engine.
 
     Raises:

@@ -7,11 +7,10 @@ import torch
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
-from ...common.arguments import SECRET_FLAGS
 from ...common.layout import Entry
 from ..averaging import make_ema
 from ..checkpointing import find_checkpoint, load_checkpoint
-from ..flags import TrainingConfig
+from ..flags import Flags, GridFlags, TrainingFlags
 from ..launcher import unused_settings
 from ..meter import Meter
 from ..needs import without_effect
@@ -28,7 +27,7 @@ from .settings import agree_on_seed, settings_that_go_on
 
 
 def start_run(
-    flags: TrainingConfig,
+    settings: Flags,
     entries: Sequence[Entry],
     data: Sequence[str | None] = (),
     stages: Sequence[str] = (),
@@ -36,6 +35,7 @@ def start_run(
     """Accelerate's engine, the checkpoint to go on from, and the seed; nothing is written yet.
 
     Args:
+        settings: all flags of the program; the precision and the seed are settled in them.
         entries: what the run is to write, as `layout` gives it.
         data: the folders that it reads.
         stages: the folders within the output folder of trainings that come before its own: without a checkpoint of
@@ -44,8 +44,10 @@ def start_run(
     Raises:
         UsageError: an engine, a folder or a checkpoint that cannot be used, or flags that the run to resume lacks.
     """
+    flags = settings[TrainingFlags]
     deadline = deadline_of(flags.max_train_hours)
-    run = Run(flags, flags, start_accelerator(flags), entries, deadline)
+    run = Run(flags, settings, start_accelerator(flags), entries, deadline)
+    run.grids = next((part for part in settings if isinstance(part, GridFlags)), None)
     run.log(*unused_settings(flags.mixed_precision))
     diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)  # an error is one line, and main says it
     transformers_logging.set_verbosity_error()
@@ -56,8 +58,7 @@ def start_run(
         found = (find_checkpoint(run.folder / stage, "latest", lambda line: None) for stage in stages)
         begun = next(filter(None, found), None)
     flags.seed = run.seed = agree_on_seed(flags.seed, begun and begun.manifest)
-    check_unchanged(flags, begun and begun.manifest)
-    run.log(*(f"warning: {line}" for line in without_effect(flags, run.device.type, SECRET_FLAGS)))
+    check_unchanged(settings, begun and begun.manifest)
     return run
 
 
@@ -66,22 +67,23 @@ def begin_training(
     model: torch.nn.Module,
     plan: StepPlan,
     facts: dict[str, Any],
+    parts: dict[str, torch.nn.Module],
     groups: tuple[str, ...] = (),
     extra: dict[str, Any] | None = None,
-    parts: dict[str, torch.nn.Module] | None = None,
 ) -> TrainingState:
     """All that a run consists of, prepared by Accelerate, with a checkpoint's state if it resumes; writes nothing.
 
     Args:
         facts: what its checkpoints tell of it.
+        parts: what of the model is saved, by the name of its folder.
         groups: names of the groups whose losses are logged.
         extra: more objects with a `state_dict()` that belong to the run.
-        parts: what of the model is saved, by the name of its folder; by default the model, as `unet`.
     """
     flags, accelerator = run.flags, run.accelerator
-    if flags.lr_warmup_steps > plan.total and "lr_warmup_steps" in run.recorded.given:
+    if flags is run.settings[TrainingFlags]:  # else it is a stage, whose flags nobody gave
+        run.log(*(f"warning: {line}" for line in without_effect(run.settings, run.device.type)))
+    if flags.lr_warmup_steps > plan.total and "lr_warmup_steps" in run.settings.given:
         run.log(f"the warm-up of --lr_warmup_steps {flags.lr_warmup_steps} takes all {plan.total} steps")
-    parts = parts or {"unet": model}
     state = TrainingState(
         model=model,
         parts=parts,
@@ -125,6 +127,6 @@ def run_facts(run: Run, samples: int | None, plan: StepPlan, **more: Any) -> dic
         "global_batch": plan.global_batch * plan.accumulation,
         "total_steps": plan.total,
         "processes": plan.world,
-        "settings": settings_that_go_on(run.recorded),
+        "settings": settings_that_go_on(run.settings),
         **more,
     }

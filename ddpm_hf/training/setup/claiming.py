@@ -10,12 +10,12 @@ from typing import Any
 from accelerate.utils import gather_object
 
 from ...common.arguments import APPLIED, FIXED, flags_that
-from ...common.checkpoints import SETTINGS, checkpoint_step, list_checkpoints
+from ...common.checkpoints import SETTINGS, checkpoint_step, list_checkpoints, made_by_diffusers
 from ...common.errors import UsageError
 from ...common.files import truncate_jsonl
 from ...common.layout import AUTOENCODER, KEPT_IN_PLACE, STEPS, TIMINGS, TRAINING_CONFIG, Entry
 from ...common.ownership import claim_files, has_manifest, listed, run_files, some
-from ..checkpointing import LOGS, find_checkpoint, made_by_diffusers, rotate_checkpoints, set_aside_later
+from ..checkpointing import LOGS, find_checkpoint, rotate_checkpoints, set_aside_later
 from ..earlier_run import (
     cannot_be_moved,
     forget_removed_checkpoints,
@@ -25,9 +25,8 @@ from ..earlier_run import (
     settle,
     waiting,
 )
-from ..flags import TrainingConfig
+from ..flags import Flags, TrainingFlags
 from ..logs import start_trackers
-from ..parsing import are_of_program
 from ..reporting import table
 from ..run import Resumed, Run
 from .settings import save_settings
@@ -61,7 +60,7 @@ def find_run(run: Run, data: Sequence[str | None] = ()) -> Resumed | None:
     if config.resume_from_checkpoint:
         found = find_checkpoint(folder, config.resume_from_checkpoint, run.log)
         if found is None:
-            refuse_lost_checkpoints(folder, can_start=hasattr(run.recorded, "pretrained_model_name_or_path"))
+            refuse_lost_checkpoints(folder, can_start=hasattr(run.settings, "pretrained_model_name_or_path"))
             run.log(f"no checkpoint in {folder} yet: training from the beginning")
         else:
             refuse_checkpoint_of_another_run(folder, found.checkpoint)
@@ -136,7 +135,7 @@ def refuse_other_runs(folder: Path) -> None:
             raise UsageError(line)
 
 
-def refuse_foreign_files(config: TrainingConfig, entries: Sequence[Entry], ours: Sequence[str]) -> None:
+def refuse_foreign_files(config: TrainingFlags, entries: Sequence[Entry], ours: Sequence[str]) -> None:
     """Raise UsageError for files that the run would replace and that are not of an earlier one."""
     folder, resuming = Path(config.output_dir), config.resume_from_checkpoint
     if resuming and ours and not has_manifest(folder):  # of a version without manifests, which wrote over such files
@@ -192,7 +191,7 @@ def start_writing(run: Run, step: int, lines: dict[str, str], project: str) -> N
     """
     claim_output_dir(run, step)
     start_trackers(run, project)
-    run.must_write(lambda: save_settings(run.recorded), SETTINGS)
+    run.must_write(lambda: save_settings(run.settings), SETTINGS)
     run.log(table(lines))
 
 
@@ -240,17 +239,17 @@ def _claim(folder: Path, overwrite: bool, entries: Sequence[Entry]) -> None:
     claim_files(folder, [entry.pattern for entry in (TRAINING_CONFIG, STEPS, TIMINGS)])
 
 
-def check_unchanged(config: TrainingConfig, resumed: dict[str, Any] | None) -> None:
+def check_unchanged(flags: Flags, resumed: dict[str, Any] | None) -> None:
     """Raise UsageError for a setting that the run to resume was built on, and that is another one now.
 
     Args:
         resumed: the state of the checkpoint, or None.
     """
     before = (resumed or {}).get("settings", {})
-    if not are_of_program(before, type(config)):
+    if not flags.knows(before):
         return  # `check_resumable` refuses the checkpoint
-    for name in flags_that(config, FIXED):
-        was, now = before.get(name), getattr(config, name)
+    for name in flags_that(flags.fields(), FIXED):
+        was, now = before.get(name), getattr(flags, name)
         if name in before and was != now and not _was_moved(was, now):
             raise UsageError(
                 f"--{name} {now}: the run to resume was trained with {was}, which its weights depend on; leave the"
@@ -261,7 +260,7 @@ def check_unchanged(config: TrainingConfig, resumed: dict[str, Any] | None) -> N
 def _was_moved(was: Any, now: Any) -> bool:
     """Whether two names may be of one local file or folder: of which the first is there no more, or the same.
 
-    A name that is not absolute may be a relative path or one of the Hub: it moves to one that ends alike.
+    A name that is not absolute may be a relative path, or that of a download: it moves to one that ends alike.
     """
     if not (isinstance(was, str) and isinstance(now, str) and os.path.exists(now)):
         return False
@@ -299,7 +298,7 @@ def check_resumable(run: Run, model, facts: dict[str, Any], name: str) -> None:
                 f"{checkpoint} is of another model: its {key} is {saved.get(key)}, this run's {ours[key]}; resume with"
                 " the flags that it was trained with"
             )
-    counts = {*facts, *flags_that(run.recorded, APPLIED)} - {"settings"}
+    counts = {*facts, *flags_that(run.settings.fields(), APPLIED)} - {"settings"}
     flat, before = ({**each, **each.get("settings", {})} for each in (facts, manifest))
     for name in (name for name in flat if name in counts and name in before and before[name] != flat[name]):
         run.log(f"warning: {name} was {before[name]} and is {flat[name]}: not an exact continuation")

@@ -4,16 +4,16 @@ import torch
 from diffusers.optimization import get_scheduler
 
 from ...common.errors import UsageError
-from ..flags import TrainingConfig
+from ..flags import TrainingFlags
 
 
-def scaled_learning_rate(config: TrainingConfig, world: int) -> float:
+def scaled_learning_rate(config: TrainingFlags, world: int) -> float:
     """The peak learning rate that is trained with: with --scale_lr, that of the flag times the samples of a step."""
     scale = world * config.train_batch_size * config.gradient_accumulation_steps if config.scale_lr else 1
     return config.learning_rate * scale
 
 
-def make_optimizer(config: TrainingConfig, model: torch.nn.Module, world: int) -> torch.optim.Optimizer:
+def make_optimizer(config: TrainingFlags, model: torch.nn.Module, world: int) -> torch.optim.Optimizer:
     """AdamW with the config's settings, over what of the model is trained."""
     make, options = torch.optim.AdamW, {"fused": True}
     if config.use_8bit_adam:
@@ -32,7 +32,7 @@ def make_optimizer(config: TrainingConfig, model: torch.nn.Module, world: int) -
     )
 
 
-def make_lr_scheduler(config: TrainingConfig, optimizer, total_steps: int):
+def make_lr_scheduler(config: TrainingFlags, optimizer, total_steps: int):
     """The learning rate's schedule over optimizer steps, whatever the processes and the accumulation."""
     return get_scheduler(
         config.lr_scheduler,

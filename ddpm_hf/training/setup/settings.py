@@ -1,6 +1,5 @@
 """The settings that a run saves, and its seed."""
 
-import dataclasses
 import json
 import secrets
 from pathlib import Path
@@ -12,7 +11,7 @@ from ...common.arguments import SECRET_FLAGS, START, flags_that
 from ...common.checkpoints import SETTINGS
 from ...common.errors import UsageError
 from ...common.files import write_whole
-from ..flags import TrainingConfig
+from ..flags import Flags
 
 
 def agree_on_seed(seed: int | None, resumed: dict[str, Any] | None) -> int:
@@ -33,17 +32,18 @@ def agree_on_seed(seed: int | None, resumed: dict[str, Any] | None) -> int:
     return broadcast_object_list([secrets.randbits(31) if seed is None else seed])[0]
 
 
-def public_settings(config: TrainingConfig) -> dict[str, Any]:
+def public_settings(flags: Flags) -> dict[str, Any]:
     """The flags and their values, without secrets."""
-    return {name: value for name, value in dataclasses.asdict(config).items() if name not in SECRET_FLAGS}
+    return {name: value for name, value in flags.values().items() if name not in SECRET_FLAGS}
 
 
-def settings_that_go_on(config: TrainingConfig) -> dict[str, Any]:
+def settings_that_go_on(flags: Flags) -> dict[str, Any]:
     """The settings that a run which is resumed takes over: all but those of a start, and secrets."""
-    return {name: value for name, value in public_settings(config).items() if name not in flags_that(config, START)}
+    of_the_start = flags_that(flags.fields(), START)
+    return {name: value for name, value in public_settings(flags).items() if name not in of_the_start}
 
 
-def save_settings(config: TrainingConfig) -> None:
+def save_settings(flags: Flags) -> None:
     """Write `training_config.json`, which `--config` reads back."""
-    settings = {"output_dir": config.output_dir, **settings_that_go_on(config)}
-    write_whole(Path(config.output_dir) / SETTINGS, json.dumps(settings, indent=2) + "\n")
+    settings = {"output_dir": flags.output_dir, **settings_that_go_on(flags)}
+    write_whole(Path(flags.output_dir) / SETTINGS, json.dumps(settings, indent=2) + "\n")

@@ -1,6 +1,6 @@
 """Kill training runs (SIGKILL) at any moment, resume each, and compare byte for byte with runs that never stopped.
 
-    python benchmarks/kills.py [--kills 100] [--ranks 1|2] [--real 10] [--configurations plain text ...] [--seed 0]
+    python -m tests.support.kills [--kills 100] [--ranks 1|2] [--real 10] [--configurations plain text ...] [--seed 0]
 
 Each configuration trains once without interruption. Then it is begun again and again, with
 `--resume_from_checkpoint latest`, and killed at moments that take turns: at a random time of its life; a random time
@@ -15,12 +15,12 @@ Runs are forked from a process that has imported everything, so that a kill cost
 
 import argparse
 import contextlib
+import json
 import os
 import random
 import re
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -31,7 +31,9 @@ from typing import NamedTuple
 
 import psutil
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.support import ROOT
+from tests.support.fixtures_ranks import free_port
+
 UNCONDITIONAL, TEXT = "train_unconditional.py", "train_text2image.py"
 LIMIT = 300  # seconds until a run that does not end counts as hanging
 BY_ITSELF = 30  # seconds that a rank has to notice that another has died, before a launcher would end it
@@ -110,9 +112,9 @@ CONFIGURATIONS = {
 
 def prepare(root: Path) -> None:
     """Write some of the digits as a dataset and in class folders, and the configs of small models with dropout."""
-    import json
-
     from ddpm_hf.data import embedded_digits
+    from tests.support.fixtures_text import write_text_unet
+    from tests.support.pictures import write_unet
 
     rows = embedded_digits("train").dataset.select(range(150))
     rows.save_to_disk(str(root / "digits"))
@@ -120,22 +122,9 @@ def prepare(root: Path) -> None:
         file = root / "folders" / f"digit-{row['label']}" / f"{number}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(row["image"]["bytes"])
-    unet = {
-        "_class_name": "UNet2DModel", "sample_size": 8, "in_channels": 1, "out_channels": 1, "layers_per_block": 1,
-        "block_out_channels": [8, 16], "down_block_types": ["DownBlock2D", "DownBlock2D"], "dropout": 0.2,
-        "up_block_types": ["UpBlock2D", "UpBlock2D"], "norm_num_groups": 4, "attention_head_dim": None,
-    }  # fmt: skip
-    text = {
-        "_class_name": "UNet2DConditionModel", "sample_size": 8, "in_channels": 4, "out_channels": 4,
-        "layers_per_block": 1, "block_out_channels": [8, 16], "cross_attention_dim": 128, "attention_head_dim": 2,
-        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"], "norm_num_groups": 4, "dropout": 0.2,
-        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-    }  # fmt: skip
-    for name, config in {"unet": unet, "latent-unet": {**unet, "in_channels": 4, "out_channels": 4}}.items():
-        (root / name).mkdir()
-        (root / name / "config.json").write_text(json.dumps(config))
-    (root / "text-unet").mkdir()
-    (root / "text-unet" / "config.json").write_text(json.dumps(text))
+    write_unet(root / "unet", in_channels=1, out_channels=1, dropout=0.2)
+    write_unet(root / "latent-unet", in_channels=4, out_channels=4, dropout=0.2)
+    write_text_unet(root / "text-unet", dropout=0.2)
 
 
 # Processes
@@ -185,13 +174,6 @@ def fork(body: Callable[[], None], log: Path, folder: Path) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-
-
-def free_port() -> int:
-    """A port that nobody listens to."""
-    with socket.socket() as one:
-        one.bind(("localhost", 0))
-        return one.getsockname()[1]
 
 
 class Attempt:
@@ -310,8 +292,6 @@ UNCOMPARED = re.compile(r"timings\.jsonl|README\.md|run\.json|manifest\.json|ran
 
 def contents(run: Path) -> dict[str, bytes]:
     """All files that a run left but what tells times, by path; of a manifest, what does not follow from the rest."""
-    import json
-
     from ddpm_hf.training.checkpointing import read_manifest
 
     found = {}

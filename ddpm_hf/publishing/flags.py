@@ -1,0 +1,99 @@
+"""Flags of access to the Hub, and of what is saved and published."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from ..common.arguments import FREE, HfArg, Need, check_license, names_elsewhere
+from ..common.errors import UsageError
+
+VARIANTS = ("fp16", "non_ema")  # of the weights, in addition to the pipeline's
+USES_OF_THE_TOKEN = (
+    "push_to_hub", "dataset_name", "pretrained_model_name_or_path", "model_config_name_or_path", "vae_name_or_path",
+    "text_encoder_name_or_path",
+)  # fmt: skip
+
+# What other programs call these flags
+ACCESS = dict.fromkeys(("token", "hf_token", "use_auth_token"), "--hub_token")
+PUBLISHING = names_elsewhere("""
+--hub_model_id: repo repo_id repository hub_repo hub_repo_id hub_id push_to_hub_model_id
+--hub_private_repo: private private_repo hub_private
+--hub_license: license
+--push_to_hub: push upload hub
+--save_variants fp16: save_fp16 save_half
+""")
+
+
+@dataclass
+class PublishingFlags:
+    """Flags of what is saved and published."""
+
+    title: ClassVar[str] = "Hugging Face Hub"
+    meanings: ClassVar[dict[str, str]] = PUBLISHING
+    needs: ClassVar[dict[str, Need]] = dict.fromkeys(
+        ("hub_model_id", "hub_private_repo", "hub_revision"),
+        Need(lambda run: run.push_to_hub, "uploads nothing without --push_to_hub"),
+    )
+
+    push_to_hub: bool = HfArg(resume=FREE, default=False, help="Upload the pipeline and its card when training ends.")
+    hub_model_id: str | None = HfArg(
+        resume=FREE,
+        default=None,
+        help="user/name of the repository; by default the output folder's name, under your user.",
+    )
+    hub_private_repo: bool = HfArg(resume=FREE, default=False, help="Make the repository private.")
+    hub_strategy: Literal["end", "checkpoint", "best"] = HfArg(
+        resume=FREE,
+        default="end",
+        help="What is saved and uploaded: the model at the end; also at each checkpoint, in the background; or the"
+        " checkpoint with the lowest held-out loss (requires --validation_steps).",
+    )
+    hub_revision: str | None = HfArg(
+        resume=FREE,
+        default=None,
+        help="Tag of the last upload: from_pretrained(..., revision=TAG) goes on loading it.",
+    )
+    hub_license: str | None = HfArg(
+        resume=FREE, default=None, help="License that the model card names, such as apache-2.0."
+    )
+    save_variants: list[str] = HfArg(  # noqa: RUF009
+        resume=FREE,
+        default_factory=list,
+        help="Additional weights, for from_pretrained(..., variant=NAME): fp16, or with --use_ema"
+        " non_ema, those that are not averaged.",
+    )
+
+    def check(self, flags: Any) -> None:
+        """Raise UsageError for a name that is not known, and for what a training with these flags does not give."""
+        check_license("hub_license", self.hub_license)
+        unknown = [name for name in self.save_variants if name not in VARIANTS]
+        if unknown:
+            raise UsageError(f"--save_variants: each must be one of {', '.join(VARIANTS)} (got {unknown[0]!r})")
+        if "non_ema" in self.save_variants and not flags.use_ema:
+            raise UsageError("--save_variants non_ema requires --use_ema: without, there is one kind of weights")
+        if self.hub_strategy == "best" and (
+            not flags.validation_steps or flags.checkpointing_steps % flags.validation_steps
+        ):
+            raise UsageError(
+                "--hub_strategy best requires the held-out loss of each checkpoint: give --validation_steps, of which"
+                f" --checkpointing_steps {flags.checkpointing_steps} is a multiple"
+            )
+
+
+@dataclass
+class HubFlags:
+    """Flags of access to the Hub."""
+
+    title: ClassVar[str] = "Hugging Face Hub"
+    meanings: ClassVar[dict[str, str]] = ACCESS
+    needs: ClassVar[dict[str, Need]] = {
+        "hub_token": Need(
+            lambda run: any(getattr(run, name, None) for name in USES_OF_THE_TOKEN),
+            "has no effect: nothing is read from the Hub, as by --dataset_name, or uploaded to it",
+        )
+    }
+
+    hub_token: str | None = HfArg(
+        resume=FREE,
+        default=None,
+        help="Token for private datasets and models, and for uploads; by default your login (hf auth login).",
+    )

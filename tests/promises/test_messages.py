@@ -1,0 +1,151 @@
+"""No message that names a flag is forgotten by the rows of tests/support/ways_out.py."""
+
+import ast
+import dataclasses
+import re
+
+import typer.main
+
+from ddpm_hf import cli
+from tests.support import ROOT
+from tests.support.ways_out import PROGRAMS, ROWS, flags_in
+
+SOURCES = [
+    *sorted((ROOT / "ddpm_hf").rglob("*.py")),
+    *sorted(ROOT.glob("train_*.py")),
+]
+
+
+# Strings with flags that advise nothing
+NO_ADVICE = (
+    "then ddpm-hf sample ddpm-model-64", "Example", "ddpm-hf: error: {} (see --help)",
+    "a classifier of noised images, for",
+    "an autoencoder, for", "become -1 to 1  (--pixel_range)", "Train a classifier of noised images, whose",
+    "Samplers that run it", "only its recipe counts", "[--flag value", "--config {}", "Hyphens work as well",
+    "accelerate's --", "--mixed_precision fp16", "the time limit of", "a prompt of --validation_prompts is too long",
+    " with --dataset_config_name {}", " in the place of --overwrite_output_dir",
+)  # fmt: skip
+
+
+# Not tried: why
+EXCEPTIONS = {
+    "--resolution {}x{}: the autoencoder requires multiples": "the scripts check the size before; for other callers",
+    "column {} makes {} classes of {} images": "asks, and advises nothing: test_values.py",
+    "--output_dir {} cannot be written": "needs a disk that refuses: test_faults.py",
+    "ddpm-hf train-text2image --output_dir {} --resume_from_checkpoint latest": "needs a trained text run",
+    "has no effect": "of what a flag needs, which its field states: test_needs.py",
+    "uploads nothing without --push_to_hub": "of what a flag needs, which its field states",
+    "--guidance-rescale {}": "part of a message that has a row",
+    "--dataset_split {}": "part of a message that has a row",
+    "out of memory": "needs memory to run out: test_faults.py",
+    "token: none; log in": "test_commands.py, test_a_dry_run_without_a_token_says_so",
+    "a process that reads the data was killed": "needs a worker that is killed: test_faults.py",
+    "leave --validation_steps out": "part of messages that have rows",
+    "give --validation_split {}, for example": "part of messages that have rows",
+    "try --model_preset {}; or {}": "needs a slow model: test_reporting.py",
+    "train for fewer --max_train_steps": "needs a slow model: test_reporting.py",
+    "and another --output_dir": "of checkpoints of Diffusers: test_pretrained.py",
+    "save_pretrained(START) and --pretrained_model_name_or_path START": "of checkpoints of Diffusers",
+    "go on with --resume_from_checkpoint latest": "of stopped runs: test_resuming.py, test_stops.py",
+    "had a loss or gradient that is not finite": "of runs that diverge: test_stops.py",
+    "the order goes on where it was if": "needs another number of processes: test_several_processes.py",
+    "--logger {} does not start": "needs a tracker that fails: test_replaced_runs.py",
+    "uploading requires a token": "test_commands.py, test_each_way_to_a_token_is_one",
+    "is a flag of `accelerate launch`": "test_commands.py, test_a_flag_of_the_launcher_without_dashes_is_answered_...",
+    "the embedded digits are not installed": "test_the_digits_are_not_needed_where_data_is_named, below",
+    "--label_column {}: the labels of {} are in 'label'": "reading the digits takes seconds",
+    "--resolution {}: {}": "a ValueError of text_unet_config, which has rows of its own for each size",
+    "the validation split declares other classes": "of streams from the Hub alone",
+    "the caption of {} of {} is {}": "of columns without a declared type: a stream, as of the Hub",
+    "the UNet has no class embeddings, so the model is for": "of the Python API, whose way is tried below",
+    "guidance_scale={} needs a model that also learned no class": "of the Python API; the command's own has a row",
+    "--push_to_hub: {} cannot be written to": "needs a Hub: test_publishing.py",
+    "--hub_strategy best requires held-out images": "--validation_steps without held-out images is refused before",
+    "the Space {} exists": "needs a Hub: test_spaces.py",
+    "check the name, your network, and --token": "needs a Hub: test_spaces.py",
+    "process {} trains there": "needs another process: test_replaced_runs.py",
+    "an Accelerator of this process computes in": "test_launcher.py, test_an_accelerator_of_the_callers_stays_...",
+    "not with FSDP": "needs several processes",
+    "--resume_from_checkpoint: the seed in the checkpoint's manifest is not": "a damaged file, which has no way out",
+    "is of another run than that in --output_dir": "test_lost_parts.py",
+    ", or go on from {} with --resume_from_checkpoint latest": "part of that message: test_lost_parts.py",
+    "--resume_from_checkpoint latest: the checkpoints of the run in {} are gone": "test_lost_parts.py",
+    "is another autoencoder than that of {}": "test_lost_parts.py, which resumes it in a new folder",
+    "the warm-up of --lr_warmup_steps {} takes all": "says what happens, and advises nothing",
+    "--use_8bit_adam requires bitsandbytes": "needs a GPU",
+    "the checkpoint's timestep sampler remembers": "of checkpoints without settings; the flag is refused before",
+    "has no EMA; resume without --use_ema": "of checkpoints without settings; the flag itself is refused before",
+    "has an EMA, which would be lost": "of checkpoints without settings; the flag itself is refused before",
+    "its text encoder {} trained": "of checkpoints without settings; the flag itself is refused before",
+}
+
+
+# That no message is forgotten
+
+
+def text_of(node: ast.AST) -> str:
+    """A string expression's text, {} for each value in it."""
+    if isinstance(node, ast.Constant):
+        return node.value if isinstance(node.value, str) else "{}"
+    if isinstance(node, ast.JoinedStr):
+        return "".join(map(text_of, node.values))
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return text_of(node.left) + text_of(node.right)
+    if isinstance(node, ast.IfExp):
+        return f"{text_of(node.body)} {text_of(node.orelse)}"
+    return "{}"
+
+
+HELP = {"HfArg", "Option", "Argument", "option", "names_elsewhere"}  # calls whose strings are help texts
+
+
+def messages() -> dict[str, str]:
+    """The texts that name a flag, raised or put together elsewhere, with where they are; docstrings and help aside."""
+    found = {}
+    for path in SOURCES:
+        seen = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):  # outer nodes come first
+            is_help = isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in HELP
+            is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+            if id(node) in seen:
+                continue
+            if is_help or is_docstring:
+                seen |= set(map(id, ast.walk(node)))
+            elif isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+                found[" ".join(map(text_of, node.exc.args))] = f"{path.relative_to(ROOT)}:{node.lineno}"
+                seen |= set(map(id, ast.walk(node)))
+            elif isinstance(node, (ast.JoinedStr, ast.Constant, ast.BinOp)):
+                text = text_of(node)
+                seen |= set(map(id, ast.walk(node)))
+                if " " in text.strip():
+                    found[text] = f"{path.relative_to(ROOT)}:{node.lineno}"
+    return {text: where for text, where in found.items() if re.search(r"(?<!\w)--[\w{]", text)}
+
+
+def test_every_message_that_names_a_flag_has_a_row():
+    # Breaks if somebody adds an error whose advice nobody has tried.
+    texts = messages()
+    assert len(texts) > 100  # the sources are read
+    known = [*(row.says for row in ROWS), *EXCEPTIONS, *NO_ADVICE]
+    missing = [f"{where}: {text}" for text, where in texts.items() if not any(one in text for one in known)]
+    assert not missing, "\n".join(missing)
+
+
+def test_no_row_or_exception_outlives_its_message():
+    texts = messages()
+    known = [*(row.says for row in ROWS), *EXCEPTIONS, *NO_ADVICE]
+    stale = [one for one in known if not any(one in text for text in texts)]
+    assert not stale
+
+
+def test_every_flag_that_a_message_names_is_one():
+    # Breaks if a flag is renamed, and a message goes on advising the old one.
+    kinds = [kind for program in PROGRAMS for kind in program.flags]
+    known = {field.name for kind in kinds for field in dataclasses.fields(kind)} | {"config", "help", "flag"}
+    command = typer.main.get_command(cli.app)
+    for one in command.commands.values():
+        names = [name for each in one.params for name in [*each.opts, *each.secondary_opts]]
+        known |= {name.strip("-").replace("-", "_") for name in names}
+    known |= {"num_processes", "downcast_bf16"}  # of `accelerate launch`
+    for text, where in messages().items():
+        assert set(flags_in(text)) <= known, f"{where}: {text}"

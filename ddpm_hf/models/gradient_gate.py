@@ -46,7 +46,8 @@ def gradients(model: torch.nn.Module, call: Call) -> list[torch.Tensor]:
     device = parameters[0].device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):  # dropout is the same each time
         torch.manual_seed(0)
-        output = model(*call.args, **call.kwargs).sample.float()
+        output = model(*call.args, **call.kwargs)
+        output = getattr(output, "sample", output).float()  # a classifier gives its logits alone
         weights = torch.randn(output.shape, generator=torch.Generator(device).manual_seed(0), device=device)
         given = torch.autograd.grad((output * weights).mean(), parameters, allow_unused=True)
     return [torch.zeros_like(one) if g is None else g.float().clone() for one, g in zip(parameters, given)]

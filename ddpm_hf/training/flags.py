@@ -160,9 +160,10 @@ class TrainingFlags:
     )
     allow_tf32: bool = HfArg(default=False, help="TF32 matrix products on Ampere GPUs and later.")
     acceleration: Literal["auto", "compile", "none"] = HfArg(
+        resume=FREE,
         default="auto",
-        help="How the UNet is executed; its gradients are checked first. auto: CUDA graphs on a GPU, attention by size"
-        " on a CPU. compile: also compiles its blocks, which takes minutes. none: as Diffusers does.",
+        help="How the network is executed; its gradients are checked first. auto: CUDA graphs on a GPU, attention by"
+        " size on a CPU. compile: its blocks are compiled, which takes minutes. none: as Diffusers does.",
     )
     compile: bool = HfArg(
         resume=FREE,

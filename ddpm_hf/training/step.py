@@ -55,7 +55,7 @@ def take_step(
         taken.append((batch.get("index"), result.losses.detach()[: end - begin or None]))
 
     norm = accelerator.clip_grad_norm_(state.model.parameters(), run.flags.max_grad_norm or math.inf)
-    if _device_decides(run, state):
+    if device_decides(run, state):
         finite = torch.isfinite(norm)
         optimizer = state.optimizer.optimizer
         optimizer.found_inf = 1 - finite.float()  # a fused optimizer reads it on the device, and skips the step
@@ -75,7 +75,7 @@ def take_step(
     return StepResult(norm, finite, taken)
 
 
-def _device_decides(run: Run, state: TrainingState) -> bool:
+def device_decides(run: Run, state: TrainingState) -> bool:
     """Whether a GPU skips a step by itself: with a fused optimizer, and no loss scaler or engine that does it."""
     accelerator, optimizer = run.accelerator, getattr(state.optimizer, "optimizer", None)
     return (

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ddpm_hf.common.arguments import SHARE, HfArg, Need, names_elsewhere
+from ddpm_hf.common.arguments import SHARE, HfArg, Need, synonyms
 from ddpm_hf.common.errors import UsageError
 from ddpm_hf.data.flags import DataFlags
 from ddpm_hf.latents.flags import LatentFlags, cache_folder
@@ -49,7 +49,7 @@ class ClassFlags:
     """Flags of training by class."""
 
     title: ClassVar[str] = "Classes"
-    meanings: ClassVar[dict[str, str]] = names_elsewhere("""
+    meanings: ClassVar[dict[str, str]] = synonyms("""
 --class_dropout: p_uncond uncond_prob cond_drop_prob class_drop_prob label_dropout cfg_dropout unconditional_prob
 --class_balanced: balanced class_balance balance_classes
 """)

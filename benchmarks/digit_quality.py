@@ -1,14 +1,15 @@
-"""How good the embedded digits' model is: what a classifier makes of its samples, and how far they are from copies.
+"""Quality of the embedded digits' model: a classifier's confidence, and the distance to training digits.
 
     python benchmarks/digit_quality.py demo [--num-images 256] [--steps 250]
 
-The train part (4,000 digits) fits the classifier and is what the model saw; the test part (1,000) stands for reality.
+The train part (4,000 digits) fits the classifier and trained the model; the test part (1,000) is the reference.
 Pixels are in [0, 1], at the model's resolution. Reported for the samples and for held-out digits:
 
-- sure: the share to which an SVC with calibrated probabilities gives 0.9 or more for one class;
+- confidence: the share of images with a probability of 0.9 or more for one class, by an SVC with calibrated
+  probabilities;
 - the smallest and largest share of a class among the samples;
 - the 1st percentile and the median of the distance to the nearest training image;
-- the Fréchet distance of the pixels to held-out digits, beside that from train to held-out.
+- the Fréchet distance of the pixels to held-out digits, and that from train to held-out.
 """
 
 import argparse
@@ -32,15 +33,15 @@ def real_digits(part: str, resolution: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def sampled_digits(folder: str, count: int, steps: int, seed: int) -> np.ndarray:
-    """`count` samples as bytes would hold them, [N, D] in [0, 1]."""
+    """`count` samples rounded to 256 levels, [N, D] in [0, 1]."""
     pipeline = DDPMPipeline.from_pretrained(folder)
     generator = torch.Generator().manual_seed(seed)
-    drawn = []
-    while sum(map(len, drawn)) < count:
-        batch = min(128, count - sum(map(len, drawn)))
+    samples = []
+    while sum(map(len, samples)) < count:
+        batch = min(128, count - sum(map(len, samples)))
         images = pipeline(batch, generator, num_inference_steps=steps, output_type="np").images
-        drawn.append(np.round(images.reshape(batch, -1).astype(np.float64) * 255) / 255)
-    return np.concatenate(drawn)
+        samples.append(np.round(images.reshape(batch, -1).astype(np.float64) * 255) / 255)
+    return np.concatenate(samples)
 
 
 def nearest_distances(images: np.ndarray, references: np.ndarray) -> np.ndarray:
@@ -76,12 +77,12 @@ def main() -> None:
     near = [np.percentile(nearest_distances(images, train), (1, 50)) for images in (samples, test)]
 
     print(f"{len(samples)} samples of {arguments.folder}, {arguments.steps} steps; held-out: {len(test)} digits,")
-    print(f"of which the classifier reads {(real.argmax(axis=1) == test_labels).mean():.1%} right\n")
+    print(f"the classifier's accuracy on these is {(real.argmax(axis=1) == test_labels).mean():.1%}\n")
     print("| | samples | held-out digits | ratio |\n|---|---|---|---|")
-    print(f"| sure of a class (≥ 0.9) | {sure[0]:.1%} | {sure[1]:.1%} | {sure[0] / sure[1]:.3f} |")
+    print(f"| confidence of a class ≥ 0.9 | {sure[0]:.1%} | {sure[1]:.1%} | {sure[0] / sure[1]:.3f} |")
     print(f"| smallest and largest class | {shares.min():.1%}, {shares.max():.1%} | 10.0%, 10.0% | |")
-    for place, name in enumerate(("1st percentile", "median")):
-        sample, held_out = near[0][place], near[1][place]
+    for index, name in enumerate(("1st percentile", "median")):
+        sample, held_out = near[0][index], near[1][index]
         print(
             f"| distance to nearest training digit, {name} | {sample:.3f} | {held_out:.3f} | {sample / held_out:.3f} |"
         )

@@ -2,9 +2,9 @@
 
     python benchmarks/guidance.py CONDITIONAL [--classifier CLASSIFIER --unconditional MODEL] [--plot guidance.png]
 
-Of `--per-class` samples a class, the share that an SVC fitted on the train part (4,000 real digits) reads as the
-class asked for; beside it the mean pairwise distance of the pixels within a class, as a ratio to that of real held-out
-digits (1,000). For classifier-free guidance with ancestral and with DDIM steps; and, with a classifier, for classifier
+Of `--per-class` samples a class, the share that an SVC fitted on the train part (4,000 real digits) classifies as
+requested; and the mean pairwise distance of the pixels within a class, as a ratio to that of real held-out digits
+(1,000). For classifier-free guidance with ancestral and with DDIM steps; and, with a classifier, for classifier
 guidance over an unconditional model.
 """
 
@@ -24,7 +24,7 @@ from ddpm_hf.models.classifier import NoisyClassifier
 
 
 class StockDDIM(DDIMScheduler):
-    """DDIM that is not told to re-derive ε from the clipped x̂_0, as in a pipeline of Diffusers."""
+    """DDIM that does not re-derive ε from the clipped x̂_0, as in a pipeline of Diffusers."""
 
     def step(self, model_output, timestep, sample, generator=None):
         """As the parent's, with its defaults."""
@@ -43,11 +43,11 @@ def diversity(pixels: np.ndarray, labels: np.ndarray) -> float:
     return float(np.mean(means))
 
 
-def draw(pipeline, labels: torch.Tensor, steps: int, seed: int, **options) -> np.ndarray:
-    """Samples for the labels, as bytes would hold them, [N, D] in [0, 1]."""
+def sample(pipeline, labels: torch.Tensor, steps: int, seed: int, **options) -> np.ndarray:
+    """Samples for the labels, rounded to 256 levels, [N, D] in [0, 1]."""
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
-    drawn = []
+    samples = []
     for part in labels.split(250):
         what = part if isinstance(pipeline, ClassConditionalDDPMPipeline) else len(part)
         if "classifier" in options:
@@ -55,8 +55,8 @@ def draw(pipeline, labels: torch.Tensor, steps: int, seed: int, **options) -> np
         images = pipeline(
             what, generator=generator, num_inference_steps=steps, output_type="np", **options
         ).images  # [N, H, W, 1]
-        drawn.append(np.round(images.reshape(len(part), -1).astype(np.float64) * 255) / 255)
-    return np.concatenate(drawn)
+        samples.append(np.round(images.reshape(len(part), -1).astype(np.float64) * 255) / 255)
+    return np.concatenate(samples)
 
 
 def main() -> None:
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--ddim-steps", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plot", help="write a picture of the first table here")
-    parser.add_argument("--grids", help="only draw: a row a class, at guidance 1, 2 and 4, into this picture")
+    parser.add_argument("--grids", help="only write this picture: a row per class, at guidance 1, 2 and 4")
     arguments = parser.parse_args()
     torch.set_num_threads(usable_cores())
 
@@ -84,7 +84,9 @@ def main() -> None:
     svc = SVC(C=10).fit(train, train_labels)
     real = diversity(test, test_labels)
     labels = torch.arange(10).repeat_interleave(arguments.per_class)
-    print(f"{len(labels)} samples a row; the SVC reads {svc.score(test, test_labels):.1%} of held-out digits right\n")
+    print(
+        f"{len(labels)} samples a row; the SVC's accuracy on held-out digits is {svc.score(test, test_labels):.1%}\n"
+    )
 
     def row(name: str, pixels: np.ndarray) -> tuple[float, float]:
         agreement, spread = float((svc.predict(pixels) == labels.numpy()).mean()), diversity(pixels, labels) / real
@@ -95,7 +97,7 @@ def main() -> None:
     samplers = {
         f"ancestral, {arguments.steps} steps": (DDPMScheduler, arguments.steps, SCALES),
         f"DDIM, {arguments.ddim_steps} steps": (DDIMScheduler, arguments.ddim_steps, SCALES),
-        f"DDIM as stock steps it, {arguments.ddim_steps} steps": (StockDDIM, arguments.ddim_steps, (1.0, 2.0, 4.0)),
+        f"Diffusers' DDIM step, {arguments.ddim_steps} steps": (StockDDIM, arguments.ddim_steps, (1.0, 2.0, 4.0)),
     }
     if arguments.conditional:
         print("| classifier-free guidance | classified as requested | diversity |\n|---|---|---|")
@@ -104,7 +106,7 @@ def main() -> None:
         for name, (sampler, steps, scales) in samplers.items():
             pipeline.scheduler = sampler.from_config(config)
             for scale in scales:
-                pixels = draw(pipeline, labels, steps, arguments.seed, guidance_scale=scale)
+                pixels = sample(pipeline, labels, steps, arguments.seed, guidance_scale=scale)
                 results[name, scale] = row(f"{name}, scale {scale}", pixels)
 
     if arguments.classifier:
@@ -116,7 +118,7 @@ def main() -> None:
             guided.scheduler = sampler.from_config(config)
             for scale in CLASSIFIER_SCALES:
                 options = {"classifier": classifier, "classifier_scale": scale}
-                pixels = draw(guided, labels, steps, arguments.seed, **options)
+                pixels = sample(guided, labels, steps, arguments.seed, **options)
                 row(f"{name}, scale {scale}", pixels)
 
     if arguments.plot:
@@ -128,9 +130,9 @@ def draw_grids(pipeline, arguments) -> None:
     labels = torch.arange(len(pipeline.config.id2label)).repeat_interleave(6)
     grids = []
     for scale in (1.0, 2.0, 4.0):
-        generators = [torch.Generator().manual_seed(arguments.seed + place) for place in range(len(labels))]
-        drawn = pipeline(labels, scale, generators, arguments.steps).images
-        grids.append(image_grid(drawn, 6, scale=2))
+        generators = [torch.Generator().manual_seed(arguments.seed + index) for index in range(len(labels))]
+        images = pipeline(labels, scale, generators, arguments.steps).images
+        grids.append(image_grid(images, 6, scale=2))
     image_grid(grids, 3, gap=10).save(arguments.grids)
 
 
@@ -142,10 +144,10 @@ def plot(results: dict, samplers: list[str], real_accuracy: float, path: str) ->
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    for place, (axis, title) in enumerate(zip(axes, ("classified as requested", "diversity, real digits = 1"))):
+    for index, (axis, title) in enumerate(zip(axes, ("classified as requested", "diversity, real digits = 1"))):
         for name in samplers:
-            axis.plot(SCALES, [results[name, scale][place] for scale in SCALES], "o-", label=name)
-        axis.axhline((real_accuracy, 1.0)[place], color="gray", linestyle=":", label="held-out digits")
+            axis.plot(SCALES, [results[name, scale][index] for scale in SCALES], "o-", label=name)
+        axis.axhline((real_accuracy, 1.0)[index], color="gray", linestyle=":", label="held-out digits")
         axis.set(xlabel="guidance scale", title=title)
         axis.legend()
     figure.savefig(path, dpi=110)

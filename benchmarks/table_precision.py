@@ -3,9 +3,9 @@
     python benchmarks/table_precision.py            # every timestep; about two minutes
     python benchmarks/table_precision.py --quick    # the timesteps that the tests check
 
-`ours, float64` and `ours, float32` are `ddpm_hf.DDPMScheduler`'s values as its public methods give them for samples
+`ours, float64` and `ours, float32` are `ddpm_hf.DDPMScheduler`'s values as its public methods return them for samples
 of that dtype; `stock` is `diffusers.DDPMScheduler`, which keeps float32 tables (schedules that it does not know are
-handed to it as `trained_betas`). The worst table is named beside its error.
+passed as `trained_betas`). The worst table is named with its error.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Does a text-to-image model draw what the caption says? Label agreement by caption, read by an SVC of real images.
+"""Does a text-to-image model follow the caption? Accuracy by caption, of an SVC fitted on real images.
 
     python benchmarks/text_agreement.py MODEL [--fashion FOLDER] [--guidance 3] [--steps 50] [--grid out.png]
 
@@ -54,22 +54,22 @@ def main() -> None:
         captions = {kind.format("..."): [kind.format(name) for name in DIGIT_NAMES] for kind in kinds}
     svc = SVC(C=10).fit(*real)
     print(f"{arguments.samples} samples a caption, guidance {arguments.guidance}, {arguments.steps} steps;")
-    print(f"the SVC reads {svc.score(*held_out):.1%} of held-out images right\n")
-    print(f"| captions | all | least | {' | '.join(map(str, range(10)))} |\n|---|---|---|{'---|' * 10}")
+    print(f"the SVC's accuracy on held-out images is {svc.score(*held_out):.1%}\n")
+    print(f"| captions | all | worst class | {' | '.join(map(str, range(10)))} |\n|---|---|---|{'---|' * 10}")
     pipeline = TextToImageDDPMPipeline.from_pretrained(arguments.model)
     pipeline.set_progress_bar_config(disable=True)
     for number, (kind, texts) in enumerate(captions.items()):
         shares, pictures = [], []
         for label, text in enumerate(tqdm(texts, leave=False)):
-            drawn = pipeline(
+            images = pipeline(
                 text,
                 num_inference_steps=arguments.steps,
                 guidance_scale=arguments.guidance,
                 num_images_per_prompt=arguments.samples,
                 generator=torch.Generator().manual_seed(arguments.seed + label),
             ).images
-            pictures += drawn[:10]
-            pixels = np.stack([np.asarray(image.convert("L")).ravel() for image in drawn]) / 255.0
+            pictures += images[:10]
+            pixels = np.stack([np.asarray(image.convert("L")).ravel() for image in images]) / 255.0
             shares.append(float((svc.predict(pixels) == label).mean()))
         cells = " | ".join(f"{share:.0%}" for share in shares)
         print(f"| {kind} | {np.mean(shares):.1%} | {min(shares):.0%} | {cells} |", flush=True)

@@ -1,4 +1,4 @@
-"""The `ddpm-hf` command: a file for each of its commands.
+"""The `ddpm-hf` command line, one module per command.
 
 Heavy libraries are imported when a command runs, so that `--help` is quick.
 """
@@ -10,7 +10,7 @@ import typer
 from .._version import __version__
 from ..common.machine import accept_any_text
 from . import info, presets, push, push_space, sample, train, train_classifier
-from .endings import HandOver, run
+from .exits import PassThrough, run
 
 app = typer.Typer(
     help="Denoising diffusion in the Hugging Face ecosystem: train, sample, share.",
@@ -22,8 +22,8 @@ app = typer.Typer(
 )
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
+def _print_version(requested: bool) -> None:
+    if requested:
         typer.echo(f"ddpm-hf {__version__}")
         raise typer.Exit
 
@@ -36,13 +36,13 @@ def _options(
 
 
 UNDERSCORES_TOO = {"token_normalize_func": lambda token: token.replace("_", "-")}  # --num_images is --num-images
-EVERYTHING_AFTER = {"allow_extra_args": True, "ignore_unknown_options": True}
+PASS_ALL_ARGUMENTS = {"allow_extra_args": True, "ignore_unknown_options": True}
 
-app.command(cls=HandOver, context_settings=EVERYTHING_AFTER, add_help_option=False)(train.train)
-app.command("train-text2image", cls=HandOver, context_settings=EVERYTHING_AFTER, add_help_option=False)(
+app.command(cls=PassThrough, context_settings=PASS_ALL_ARGUMENTS, add_help_option=False)(train.train)
+app.command("train-text2image", cls=PassThrough, context_settings=PASS_ALL_ARGUMENTS, add_help_option=False)(
     train.train_text2image
 )
-app.command("train-classifier", cls=HandOver, context_settings=EVERYTHING_AFTER, add_help_option=False)(
+app.command("train-classifier", cls=PassThrough, context_settings=PASS_ALL_ARGUMENTS, add_help_option=False)(
     train_classifier.train_classifier
 )
 app.command(context_settings=UNDERSCORES_TOO, epilog=sample.EPILOG)(sample.sample)

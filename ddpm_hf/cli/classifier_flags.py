@@ -1,6 +1,6 @@
 """The flags of `ddpm-hf train-classifier`."""
 
-from ..common.arguments import names_elsewhere
+from ..common.arguments import synonyms
 from ..data.flags import DataFlags
 from ..models.flags import UNetFlags
 from ..models.recipes import weaker_layers
@@ -16,10 +16,10 @@ CLASSIFIER_DESCRIPTION = """Train a classifier of noised images, whose gradient 
     ddpm-hf sample MODEL --class cat --classifier classifier
 
 The images and the noise schedule must be those of the model that it is to guide."""
-# Flags that the training scripts have
-NO_CLASSIFIER = names_elsewhere("""
-a classifier is no pipeline, upload its folder with `hf upload`: push_to_hub hub_model_id hub_private_repo push upload
-a classifier is no pipeline, upload its folder with `hf upload`: hub_strategy hub_revision hub_license hub
+# Flags of the training scripts that a classifier does not have
+NO_CLASSIFIER = synonyms("""
+a classifier is not a pipeline, upload its folder with `hf upload`: push_to_hub hub_model_id hub_private_repo push
+a classifier is not a pipeline, upload its folder with `hf upload`: upload hub_strategy hub_revision hub_license hub
 a classifier has one kind of weights, averaged with --use_ema: save_variants
 a classifier samples no grids: save_images_epochs save_images_steps validation_epochs validation_prompts
 a classifier samples no grids: ddpm_num_inference_steps num_inference_steps guidance_scale

@@ -4,16 +4,16 @@ import os
 
 
 def quiet() -> None:
-    """Leave it to this command to say what matters."""
+    """Silence the libraries: errors become one line in `main`, and progress is the command's."""
     import warnings
 
     from diffusers.utils import logging
     from transformers.utils import logging as transformers_logging
 
     for library in (logging, transformers_logging):
-        library.set_verbosity(logging.CRITICAL)  # an error is one line, and main says it
+        library.set_verbosity(logging.CRITICAL)
         library.disable_progress_bar()
-    # Diffusers hands to the Hub's client an argument that it knows no more
+    # Diffusers passes an argument that the Hub's client no longer supports
     warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks.*")
 
 
@@ -23,11 +23,11 @@ def check_revision(model: str, revision: str | None) -> None:
         raise ValueError(f"--revision {revision}: {model} is a folder, which has no revisions; leave it out")
 
 
-def own_token(token: str | None) -> str | None:
-    """The token, without the line's end that a file or a variable may have added.
+def clean_token(token: str | None) -> str | None:
+    """The token, without a newline that a file or a variable may have added.
 
     Raises:
-        ValueError: it cannot be one; it is not shown.
+        ValueError: it is malformed; the message does not show it.
     """
     from ..common.arguments import check_token
 
@@ -37,14 +37,14 @@ def own_token(token: str | None) -> str | None:
 
 
 def token_to_write(token: str | None) -> str:
-    """The token to upload with: that of --token or HF_TOKEN, or of the login.
+    """The token to upload with: from --token, HF_TOKEN, or the login.
 
     Raises:
-        ValueError: there is none, or one that cannot be one.
+        ValueError: there is none, or it is malformed.
     """
     from huggingface_hub import get_token
 
-    token = own_token(token) or get_token()
+    token = clean_token(token) or get_token()
     if token is None:
         raise ValueError(
             "uploading requires a token with write access: log in with `hf auth login`, set HF_TOKEN, or give --token"

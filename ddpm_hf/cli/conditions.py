@@ -1,19 +1,26 @@
-"""What `ddpm-hf sample` samples from: classes, prompts or nothing; and what guides it there."""
+"""The conditions of `ddpm-hf sample`: classes, prompts or none, and the guidance."""
 
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from ..models.classifier import NoisyClassifier
+
+Guidance = tuple[float | None, float, tuple[int, int] | None]  # scale (None: the model's default), rescale, interval
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """What each image is sampled from: one of `given`, in turn.
+    """The condition of each image: one of `given`, in turn.
 
     Args:
         given: class ids, or prompts; empty for a model that is sampled without either.
-        names: of these, for people.
+        names: their names, for legends.
         options: further arguments of the pipeline's call.
         by_keyword: whether the pipeline takes `given` as `class_labels`, for the classifier that guides it.
     """
@@ -24,11 +31,11 @@ class Conditions:
     by_keyword: bool = False
 
     def labels(self, count: int) -> list[int]:
-        """The class ids of the first images; none where there are no classes."""
+        """The class ids of the first images; empty for a model without classes."""
         by_class = all(isinstance(one, int) for one in self.given)
         return [self.given[index % len(self.given)] for index in range(count)] if self.given and by_class else []
 
-    def sample(self, pipeline, indices: range, **options):
+    def sample(self, pipeline: "DiffusionPipeline", indices: range, **options: Any) -> Any:
         """The pipeline's output for the images of these indices."""
         chosen = [self.given[index % len(self.given)] for index in indices if self.given]
         if self.by_keyword:
@@ -37,28 +44,27 @@ class Conditions:
 
 
 def read_conditions(
-    pipeline,
+    pipeline: "DiffusionPipeline",
     classifier: str | Path | None,
     classes: Sequence[str] | None,
     prompts: Sequence[str] | None,
     negative_prompt: str | None,
-    guidance: tuple[float | None, float, tuple[int, int] | None],
+    guidance: Guidance,
     classifier_scale: float,
 ) -> Conditions:
-    """What the options ask of a pipeline.
+    """The conditions that the options give, checked against the pipeline.
 
     Args:
-        classifier: the folder of one that guides the pipeline.
-        guidance: scale (None: the model's own default), rescale and interval.
+        classifier: the folder of a classifier that guides the pipeline.
 
     Raises:
-        ValueError: options that the model cannot fulfil.
+        ValueError: options that the model does not support.
     """
     if hasattr(pipeline, "tokenizer"):
         warn_of_cut_prompts(pipeline.tokenizer, [*(prompts or ()), negative_prompt or ""])
         return _by_prompt(pipeline, prompts, negative_prompt, classes, classifier, guidance, classifier_scale)
     if prompts or negative_prompt:
-        raise ValueError("this model reads no text; leave out --prompt and --negative-prompt")
+        raise ValueError("this model has no text encoder; leave out --prompt and --negative-prompt")
     guide = None if classifier is None else load_classifier(Path(classifier), pipeline).to(pipeline.device)
     if guide is None:
         _check_no_classifier_scale(classifier_scale)
@@ -68,7 +74,7 @@ def read_conditions(
     if hasattr(pipeline, "class_ids"):
         if scale != 1.0 and pipeline.null_class is None:
             raise ValueError(
-                "--guidance-scale requires a model that also learned no class (trained with --class_dropout 0.1)"
+                "--guidance-scale requires a model that was also trained without classes (--class_dropout 0.1)"
             )
         options |= _free_guidance(scale, rescale, interval)
         return _by_class(classes, class_names(pipeline), pipeline.default_classes, options)
@@ -79,17 +85,29 @@ def read_conditions(
 
 
 def _by_class(
-    classes, id2label: dict[str, str], trained, options: dict[str, Any], by_keyword: bool = False
+    classes: Sequence[str] | None,
+    id2label: dict[str, str],
+    trained: Sequence[int] | None,
+    options: dict[str, Any],
+    by_keyword: bool = False,
 ) -> Conditions:
     ids = class_ids(classes, id2label, trained)
     return Conditions(ids, [id2label[str(number)] for number in ids], options, by_keyword)
 
 
-def _by_prompt(pipeline, prompts, negative_prompt, classes, classifier, guidance, classifier_scale) -> Conditions:
+def _by_prompt(
+    pipeline: "DiffusionPipeline",
+    prompts: Sequence[str] | None,
+    negative_prompt: str | None,
+    classes: Sequence[str] | None,
+    classifier: str | Path | None,
+    guidance: Guidance,
+    classifier_scale: float,
+) -> Conditions:
     if not prompts:
-        raise ValueError("this model samples from a text; give it with --prompt")
+        raise ValueError("this model requires a text; give one with --prompt")
     if classes or classifier:
-        raise ValueError("this model samples from a text (--prompt); leave out --class and --classifier")
+        raise ValueError("this model is conditioned on text (--prompt); leave out --class and --classifier")
     _check_no_classifier_scale(classifier_scale)
     scale, rescale, interval = guidance
     scale = pipeline.config.guidance_scale if scale is None else scale
@@ -99,13 +117,16 @@ def _by_prompt(pipeline, prompts, negative_prompt, classes, classifier, guidance
     return Conditions(prompts, prompts, {**options, "negative_prompt": negative_prompt})
 
 
-def warn_of_cut_prompts(tokenizer, prompts: Sequence[str]) -> None:
-    """Say on stderr what of the prompts the text encoder does not read."""
+def warn_of_cut_prompts(tokenizer: Any, prompts: Sequence[str]) -> None:
+    """Print to stderr the part of each prompt that exceeds the text encoder's length."""
     from ..portable.pipeline_text2image_ddpm_hf import cut_off
 
     length = tokenizer.model_max_length
-    for rest in filter(None, cut_off(tokenizer, prompts)):
-        print(f"warning: the prompt is longer than {length} tokens; this is not read: {rest!r}", file=sys.stderr)
+    for rest in filter(None, cut_off(tokenizer, list(prompts))):
+        print(
+            f"warning: the prompt is longer than {length} tokens; the text encoder does not read {rest!r}",
+            file=sys.stderr,
+        )
 
 
 def _free_guidance(scale: float, rescale: float, interval: tuple[int, int] | None) -> dict[str, Any]:
@@ -125,8 +146,10 @@ def _check_no_classifier_scale(classifier_scale: float) -> None:
         )
 
 
-def _check_no_free_guidance(classes, scale, rescale, interval, guide) -> None:
-    """Raise ValueError for classes where there are no classes, and for guidance that needs a model by class."""
+def _check_no_free_guidance(
+    classes: Sequence[str] | None, scale: float, rescale: float, interval: tuple[int, int] | None, guide: Any
+) -> None:
+    """Raise ValueError for classes and guidance that require a class-conditional model."""
     if guide is None and (classes or scale != 1.0):
         raise ValueError("this model has no classes; leave out --class and --guidance-scale, or add --classifier")
     if scale != 1.0:
@@ -135,7 +158,7 @@ def _check_no_free_guidance(classes, scale, rescale, interval, guide) -> None:
         raise ValueError("this model has no classes; leave out --guidance-rescale and --guidance-interval")
 
 
-def class_names(model) -> dict[str, str]:
+def class_names(model: Any) -> dict[str, str]:
     """The names of the classes of a pipeline or a classifier, by their ids as strings."""
     return dict(model.config.id2label or {str(number): str(number) for number in range(model.config.num_classes)})
 
@@ -143,10 +166,10 @@ def class_names(model) -> dict[str, str]:
 def class_ids(
     classes: Sequence[str] | None, id2label: dict[str, str], trained: Sequence[int] | None = None
 ) -> list[int]:
-    """The ids of classes given by name or id; of all classes that training images had where none are given.
+    """The ids of classes given by name or id; of all trained classes if none are given.
 
     Args:
-        trained: the ids of those classes; None for all. Another one that is given is sampled, with a warning.
+        trained: the ids of the trained classes; None for all. An untrained class is sampled too, with a warning.
 
     Raises:
         ValueError: an unknown class.
@@ -155,7 +178,7 @@ def class_ids(
 
     trained = list(trained or map(int, id2label))
     ids = {name: int(number) for number, name in id2label.items()}
-    try:  # a name that looks like a number is the name
+    try:  # a class name that looks like a number is taken as a name
         chosen = [int(one) if one in id2label and one not in ids else find_class(one, ids) for one in classes or ()]
     except ValueError as error:
         raise ValueError(f"--class: {error}") from error
@@ -165,11 +188,11 @@ def class_ids(
     return chosen or trained
 
 
-def load_classifier(folder: Path, pipeline):
+def load_classifier(folder: Path, pipeline: "DiffusionPipeline") -> "NoisyClassifier":
     """A classifier of noised images that fits the pipeline.
 
     Raises:
-        ValueError: no classifier there, or one of other images.
+        ValueError: there is no classifier, or it does not fit the pipeline's images.
     """
     from ..common.errors import why_not_loaded
     from ..models.classifier import NoisyClassifier
@@ -177,10 +200,12 @@ def load_classifier(folder: Path, pipeline):
     try:
         classifier = NoisyClassifier.from_pretrained(folder, use_safetensors=True).eval()
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"--classifier {folder}: no classifier there ({why_not_loaded(error)})") from error
+        raise ValueError(f"--classifier {folder}: not a classifier ({why_not_loaded(error)})") from error
     shape, expected = (classifier.config.unet[key] for key in ("in_channels", "sample_size")), pipeline.unet.config
     if list(shape) != [expected.in_channels, expected.sample_size]:
-        raise ValueError(f"--classifier {folder} reads images of another size or number of channels than the model's")
+        raise ValueError(
+            f"--classifier {folder} was trained for images of another size or number of channels than the model's"
+        )
     if hasattr(pipeline, "class_ids") and class_names(classifier) != class_names(pipeline):
         raise ValueError(f"--classifier {folder} has other classes than the model, or in another order")
     return classifier

@@ -1,4 +1,4 @@
-"""`ddpm-hf info`: what a folder or a model on the Hub is, from its small files alone."""
+"""`ddpm-hf info`: describe a folder or a model on the Hub, from its small files alone."""
 
 import json
 import shlex
@@ -9,7 +9,7 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 from ..inference.kinds import KINDS, SAMPLED_BY
-from .common import check_revision, own_token
+from .common import check_revision, clean_token
 
 EPILOG = """Examples:
 
@@ -22,15 +22,15 @@ MODELS = {
     "UNet2DModel": "a UNet, without its scheduler",
     "UNet2DConditionModel": "a UNet for text, without the rest of its pipeline",
 }
-FEW_CLASSES = 20
+MAX_CLASSES_SHOWN = 20
 
 
 class Source(NamedTuple):
-    """A folder with a model's files, or with those that were downloaded of a repository.
+    """A model's files, in a folder or downloaded from the Hub.
 
     Args:
         name: as the user gave it.
-        paths: the files at hand, by their names in the folder.
+        paths: the available files, by their names in the folder.
     """
 
     name: str
@@ -38,10 +38,10 @@ class Source(NamedTuple):
     folder: Path | None = None  # None: on the Hub
 
     def json(self, name: str) -> dict[str, Any]:
-        """A JSON file; empty where there is none.
+        """A JSON file; empty if it does not exist.
 
         Raises:
-            ValueError: a malformed one.
+            ValueError: it is malformed.
         """
         if name not in self.paths:
             return {}
@@ -50,7 +50,7 @@ class Source(NamedTuple):
         except ValueError as error:
             raise ValueError(f"{self.name}: {name} is not JSON ({error})") from error
         if not isinstance(content, dict):
-            raise ValueError(f"{self.name}: {name} holds no settings")
+            raise ValueError(f"{self.name}: {name} is not a JSON object")
         return content
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -72,7 +72,7 @@ def info(
 
     check_word("FOLDER_OR_NAME", model)
     check_revision(model, revision)
-    source = local_source(Path(model)) if Path(model).is_dir() else hub_source(model, revision, own_token(token))
+    source = local_source(Path(model)) if Path(model).is_dir() else hub_source(model, revision, clean_token(token))
     typer.echo("\n".join(describe(source)))
 
 
@@ -96,9 +96,9 @@ def hub_source(name: str, revision: str | None, token: str | None) -> Source:
     """
     from huggingface_hub import HfApi, hf_hub_download
 
-    from ..common.errors import said_in_a_line
+    from ..common.errors import readable_load_errors
 
-    with said_in_a_line(name):
+    with readable_load_errors(name):
         listed = {file.rfilename for file in HfApi(token=token).model_info(name, revision=revision).siblings}
         small = [one for one in listed if one in SMALL_FILES or (one.count("/") == 1 and one.endswith("/config.json"))]
         return Source(
@@ -110,7 +110,7 @@ def describe(source: Source) -> list[str]:
     """The lines to print.
 
     Raises:
-        ValueError: nothing of ours there.
+        ValueError: it is neither a model nor a run.
     """
     index, config, settings = (source.json(one) for one in ("model_index.json", "config.json", "training_config.json"))
     checkpoints = list_runs(source)
@@ -123,7 +123,7 @@ def describe(source: Source) -> list[str]:
         rows = [("kind", "a run without a saved pipeline yet"), *run_rows(source, settings, checkpoints)]
     else:
         raise ValueError(
-            f"{source.name} is no model and no run: it holds neither model_index.json, config.json of a model, nor"
+            f"{source.name} is neither a model nor a run: it has no model_index.json, config.json of a model, or"
             " checkpoint-N; give the --output_dir of a training run"
         )
     width = max(len(name) for name, _ in rows)
@@ -148,17 +148,17 @@ def class_name(index: dict[str, Any]) -> str:
 
 
 def pipeline_rows(source: Source, index: dict[str, Any]) -> Rows:
-    """What a pipeline is: its kind, networks, diffusion and classes."""
+    """A pipeline's kind, networks, diffusion and classes."""
     name = class_name(index)
     unet, scheduler = source.json("unet/config.json"), source.json("scheduler/scheduler_config.json")
     latents = "vae/config.json" in source.paths
-    title = KINDS[SAMPLED_BY[name]].title if name in SAMPLED_BY else "a pipeline that is not ours"
+    title = KINDS[SAMPLED_BY[name]].title if name in SAMPLED_BY else "a pipeline of another library"
     kind = f"{title} ({name}){', in latents' if latents else ''}"
     rows = [("kind", kind), *model_rows(source, "unet", unet, source.json("vae/config.json"))]
     rows += diffusion_rows(scheduler)
     classes = list((index.get("id2label") or {}).values())
     if classes:
-        shown = ", ".join(classes[:FEW_CLASSES]) + (", ..." if len(classes) > FEW_CLASSES else "")
+        shown = ", ".join(classes[:MAX_CLASSES_SHOWN]) + (", ..." if len(classes) > MAX_CLASSES_SHOWN else "")
         null = unet.get("num_class_embeds") == len(classes) + 1
         rows.append(("classes", f"{len(classes)}: {shown}{'' if null else ' (without classifier-free guidance)'}"))
     if "_guidance_scale" in index:
@@ -168,7 +168,7 @@ def pipeline_rows(source: Source, index: dict[str, Any]) -> Rows:
 
 def model_rows(source: Source, part: str, config: dict[str, Any], vae: dict[str, Any] | None = None) -> Rows:
     """The shape and the size of a network."""
-    network = config.get("unet", config)  # a classifier has its UNet's arguments in there
+    network = config.get("unet", config)  # a classifier's config holds its UNet's arguments there
     size = network.get("sample_size")
     height, width = (size, size) if isinstance(size, int) else size or (None, None)
     channels, rows = network.get("in_channels"), []
@@ -177,7 +177,7 @@ def model_rows(source: Source, part: str, config: dict[str, Any], vae: dict[str,
         pixels = f"{height * factor}×{width * factor}, {vae.get('in_channels')} channels"
         rows.append(("images", f"{pixels}, as latents of {height}×{width}, {channels} channels"))
     elif height and part is not None:
-        rows.append(("images", f"{height}×{width}, {channels} channel{'s'[: channels != 1]}"))
+        rows.append(("images", f"{height}×{width}, {channels} channel{'' if channels == 1 else 's'}"))
     widths = network.get("block_out_channels")
     count = parameters(source, part)
     size = f"{count:,} parameters, " if count else ""
@@ -231,7 +231,7 @@ def diffusion_rows(scheduler: dict[str, Any]) -> Rows:
 
 
 def run_rows(source: Source, settings: dict[str, Any], checkpoints: list[Path]) -> Rows:
-    """How it was trained, as far as the folder says."""
+    """How it was trained, as far as the folder records it."""
     run = source.json("run.json")
     dataset = run.get("dataset", {})
     rows = []
@@ -253,7 +253,7 @@ def run_rows(source: Source, settings: dict[str, Any], checkpoints: list[Path]) 
 
 
 def loss_rows(metrics: Iterable[dict[str, Any]]) -> Rows:
-    """The last loss, and the last on held-out images."""
+    """The last loss, and the last held-out loss."""
     last = {}
     for line in metrics:
         for name in ("loss", "validation_loss"):
@@ -264,7 +264,7 @@ def loss_rows(metrics: Iterable[dict[str, Any]]) -> Rows:
 
 
 def usage(source: Source, index: dict[str, Any], config: dict[str, Any], checkpoints: list[Path]) -> list[str]:
-    """What to do with it, as lines to copy."""
+    """Commands and code for using it."""
     name, lines = source.name, []
     named = class_name(index)
     if index and (isinstance(index.get("_class_name"), list) or named in SAMPLED_BY):
@@ -286,7 +286,7 @@ def usage(source: Source, index: dict[str, Any], config: dict[str, Any], checkpo
 
 
 def program_of(checkpoint: Path) -> str:
-    """The command that goes on from a checkpoint, by what it holds."""
+    """The command that resumes a checkpoint, judged by its contents."""
     if (checkpoint / "classifier").is_dir():
         return "train-classifier"
     name = "unet/config.json"

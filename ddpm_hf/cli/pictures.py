@@ -1,19 +1,23 @@
-"""What `ddpm-hf sample` writes: single images or an array, a grid, and the chains of some."""
+"""The files of `ddpm-hf sample`: single images or an array, a grid, and the chains of some images."""
 
 import functools
 import io
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-PART = "samples"  # of the manifest of the folder
+if TYPE_CHECKING:
+    from PIL import Image
+
+PART = "samples"  # of the folder's manifest
 PATTERNS = ("#.png", "grid.png", "progressive.png", "chain.gif", "samples.npz")
-MOST_IN_GRID = 1024
-ANIMATED, CHAINS = 16, 8  # images whose chains the GIF and the strip show
+MAX_GRID_IMAGES = 1024
+GIF_IMAGES, STRIP_IMAGES = 16, 8  # images whose chains are shown
 
 
 def check_out(out: Path) -> None:
-    """Raise ValueError for a folder that cannot be written to, or with such files of somebody else's."""
+    """Raise ValueError for a folder that cannot be written to, or that holds such files written by others."""
     from ..common.ownership import check_replaceable
 
     parent = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
@@ -31,7 +35,7 @@ def write_pictures(
     singles: bool = True,
     arrays: dict | None = None,
 ) -> str:
-    """Write a grid of PIL images and what else is asked for, in the place of what an earlier call wrote.
+    """Write a grid of PIL images and what else is requested, replacing the files of an earlier call.
 
     Args:
         frames: of the chains, for a strip and an animation; empty for none.
@@ -39,15 +43,15 @@ def write_pictures(
         singles: whether each image is a file.
         arrays: those of an npz file, by their names.
 
-    Returns: what was written, for people.
+    Returns: a line that says what was written.
     """
     from ..common.ownership import replace_files
 
-    shown = images[:MOST_IN_GRID]
+    shown = images[:MAX_GRID_IMAGES]
     files: dict[str, Callable[[], bytes]] = {"grid.png": lambda: encoded(grid(shown, names, columns))}
     if frames:
         files["progressive.png"] = lambda: encoded(strip_of(frames, images, names))
-        files["chain.gif"] = lambda: animation([grid(frame.sample[:ANIMATED], names) for frame in frames])
+        files["chain.gif"] = lambda: animation([grid(frame.sample[:GIF_IMAGES], names) for frame in frames])
     if arrays:
         files["samples.npz"] = lambda: npz(arrays)
     others = ", ".join(files)
@@ -58,15 +62,15 @@ def write_pictures(
     return f"{len(images):,} images in {out}: {others}{few}"
 
 
-def encoded(image) -> bytes:
+def encoded(image: "Image.Image") -> bytes:
     """A PIL image as PNG."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
 
 
-def grid(images: list, names: Sequence[str] = (), columns: int | None = None):
-    """PIL images as one picture; a row for each of several names, which the images have in turn."""
+def grid(images: list, names: Sequence[str] = (), columns: int | None = None) -> "Image.Image":
+    """PIL images as one picture; with several names a row for each, image i having name i modulo their number."""
     from PIL import Image
 
     from ..common.pictures import image_grid
@@ -86,18 +90,18 @@ def scale_of(images: list) -> int:
     return max(1, 64 // images[0].width)
 
 
-def strip_of(frames: list, images: list, names: Sequence[str] = ()):
+def strip_of(frames: list, images: list, names: Sequence[str] = ()) -> "Image.Image":
     """x̂_0 along the chains of the first images, as one image."""
     from ..common.pictures import image_grid
 
-    shown = min(CHAINS, len(images))
-    moments = frames[:: max(1, len(frames) // 10)][-9:] + frames[-1:]
-    strip = [moment.prediction[index] for index in range(shown) for moment in moments]
+    shown = min(STRIP_IMAGES, len(images))
+    shown_frames = frames[:: max(1, len(frames) // 10)][-9:] + frames[-1:]
+    strip = [frame.prediction[index] for index in range(shown) for frame in shown_frames]
     legend = [names[index % len(names)] for index in range(shown)] if len(names) > 1 else None
-    return image_grid(strip, columns=len(moments), scale=scale_of(images), legend=legend)
+    return image_grid(strip, columns=len(shown_frames), scale=scale_of(images), legend=legend)
 
 
-def on_white(image):
+def on_white(image: "Image.Image") -> "Image.Image":
     """A PIL image without its alpha, for GIF."""
     from PIL import Image
 
@@ -108,7 +112,7 @@ def on_white(image):
 
 
 def animation(grids: list) -> bytes:
-    """PIL pictures as an animated GIF; the last one stays a while."""
+    """PIL pictures as an animated GIF; the last one is shown longer."""
     frames = [on_white(picture).convert("P") for picture in grids]
     buffer = io.BytesIO()
     durations = [100] * (len(frames) - 1) + [2000]

@@ -16,7 +16,7 @@ def presets() -> None:
     for name, preset in MODEL_PRESETS.items():
         size = f"{preset.unet['sample_size']}×{preset.unet['sample_size']}"
         lines.append(f"{name:<17} {size:>7} {preset.parameters:>11,} parameters  {preset.description}")
-        recipe = " ".join(f"--{flag}={word(value)}" for flag, value in preset.recipe.items())
+        recipe = " ".join(f"--{flag}={flag_value(value)}" for flag, value in preset.recipe.items())
         if recipe:
             lines += textwrap.wrap(
                 recipe, 110, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False
@@ -24,10 +24,10 @@ def presets() -> None:
     typer.echo("\n".join(lines))
 
 
-def word(value: Any) -> str:
-    """A flag's value as on a command line.
+def flag_value(value: Any) -> str:
+    """A flag's value, as written on a command line.
 
-    >>> word(0.00002), word(True), word(800_000)
+    >>> flag_value(0.00002), flag_value(True), flag_value(800_000)
     ('2e-05', 'true', '800000')
     """
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from .common import own_token, quiet, token_to_write
-from .endings import says_what_is_left
+from .common import clean_token, quiet, token_to_write
+from .exits import reports_stop
 
 EPILOG = """Examples:
 
@@ -29,52 +29,51 @@ class Variant(str, enum.Enum):
 
 def push(
     folder: Annotated[
-        Path, typer.Argument(help="A run's output folder or checkpoint-N, or any saved pipeline of ours.")
+        Path, typer.Argument(help="A run's output folder or checkpoint-N, or a pipeline saved by ddpm_hf.")
     ],
     repository: Annotated[
-        str | None, typer.Argument(help="user/name on the Hub. Default: the run's folder's name, under your user.")
+        str | None, typer.Argument(help="user/name on the Hub. Default: the folder's name, under your user.")
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
     license_: Annotated[
         str | None, typer.Option("--license", help="License for the model card, such as apache-2.0.")
     ] = None,
     revision: Annotated[
-        str | None, typer.Option(help="Tag this upload: from_pretrained(..., revision=TAG) goes on loading it.")
+        str | None, typer.Option(help="Tag this upload, for from_pretrained(..., revision=TAG).")
     ] = None,
     variant: Annotated[
-        Variant | None, typer.Option(help="fp16 also makes and uploads weights in half precision, for variant='fp16'.")
+        Variant | None, typer.Option(help="fp16: also upload weights in half precision, for variant='fp16'.")
     ] = None,
     include: Annotated[
-        list[str] | None, typer.Option(help="Pattern of more files of the folder to upload; repeat it for several.")
+        list[str] | None, typer.Option(help="Pattern of additional files in the folder to upload; may be repeated.")
     ] = None,
     ema: Annotated[
         bool | None,
-        typer.Option(
-            "--ema/--no-ema", help="Of a checkpoint-N: the averaged weights or not. Default: if it has them."
-        ),
+        typer.Option("--ema/--no-ema", help="For a checkpoint-N: use the EMA weights. Default: if it has them."),
     ] = None,
-    message: Annotated[str, typer.Option(help="The commit's message.")] = "Upload the pipeline",
+    message: Annotated[str, typer.Option(help="Commit message.")] = "Upload the pipeline",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show files, repository, token and card; upload and write nothing.")
     ] = False,
     token: Annotated[
-        str | None, typer.Option(help="To write with. Default: your login (hf auth login).", envvar="HF_TOKEN")
+        str | None,
+        typer.Option(help="Token with write access. Default: your login (hf auth login).", envvar="HF_TOKEN"),
     ] = None,
 ) -> None:
     """Publish a saved pipeline: weights, code, pictures and a model card, in one commit.
 
-    Checkpoints, optimizer states, logs and settings stay. Pushing again keeps what you wrote into the card. Of a
-    checkpoint-N, the pipeline that samples from it is published, with the run's card, losses and grids up to its step.
+    Checkpoints, optimizer states, logs and settings are not uploaded. Pushing again keeps your text in the card. For a
+    checkpoint-N, its pipeline is published, with the run's card, and with losses and grids up to its step.
     """
     from ..common.arguments import check_license
     from ..inference.loading import is_checkpoint
-    from ..publishing.folder import checkpoint_as_folder
+    from ..publishing.files import checkpoint_as_folder
     from ..training.earlier_run import settle
 
     check_license("license", license_)
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; give the --output_dir of a training run")
-    token = own_token(token) if dry_run else token_to_write(token)
+    token = clean_token(token) if dry_run else token_to_write(token)
     include = tuple(include or ())
     check_patterns(folder, include)
     quiet()
@@ -88,7 +87,7 @@ def push(
     name = repository or run.name
     state = [f"nothing was uploaded, and {folder} is complete"]
     with (
-        says_what_is_left(lambda: state[-1]),
+        reports_stop(lambda: state[-1]),
         checkpoint_as_folder(folder, ema) if of_run else contextlib.nullcontext(folder) as source,
     ):
         if dry_run:
@@ -98,7 +97,7 @@ def push(
 
 
 def check_patterns(folder: Path, include: tuple[str, ...]) -> None:
-    """Raise ValueError for a pattern that leads out of the folder, or that no file matches."""
+    """Raise ValueError for a pattern that leaves the folder or matches no file."""
     for pattern in include:
         inside = not Path(pattern).is_absolute() and ".." not in Path(pattern).parts
         if not (inside and any(path.is_file() for path in folder.glob(pattern))):
@@ -108,7 +107,7 @@ def check_patterns(folder: Path, include: tuple[str, ...]) -> None:
 def upload(
     folder: Path,
     name: str,
-    token: str,
+    token: str | None,
     private: bool,
     license: str | None,
     tag: str | None,
@@ -121,11 +120,11 @@ def upload(
 
     Args:
         half: whether to make weights in half precision first.
-        state: gets what is true if the work stops at any moment.
+        state: its last entry says what remains if the work stops now.
     """
     from ..inference.studio import Studio
     from ..models.saving import save_half_precision
-    from ..publishing.folder import draw_missing_pictures
+    from ..publishing.files import sample_missing_pictures
     from ..publishing.hub import open_repository, push_folder, reason_of
 
     studio = Studio(str(folder))
@@ -133,11 +132,11 @@ def upload(
         name = open_repository(name, token, private)
         if half:
             save_half_precision(studio.pipeline, folder)
-        draw_missing_pictures(studio, folder)
+        sample_missing_pictures(studio, folder)
         state.append(f"the upload is one commit: {name} has all of it or nothing; your files are complete")
         options = {"license": license, "tag": tag, "message": message, "include": include}
         done = push_folder(folder, name, token, studio.pipeline, **options)
-    except Exception as error:  # whatever the network does
+    except Exception as error:  # any error of the network
         raise ValueError(f"the upload to {name} failed ({reason_of(error)}); nothing is lost") from error
     list_files(done.files)
     typer.echo(f"published at {done.address}")
@@ -153,12 +152,12 @@ def list_files(sizes: dict[str, int]) -> None:
 def show_upload(
     folder: Path, name: str, token: str | None, license: str | None, include: tuple[str, ...], half: bool
 ) -> None:
-    """Print what `upload` would do, as far as the network tells; write nothing."""
+    """Print what `upload` would do; write nothing."""
     from ..common.layout import SAMPLES
     from ..inference.kinds import load_pipeline
     from ..publishing.card.facts import read_facts
     from ..publishing.card.merging import make_card
-    from ..publishing.folder import files_to_publish
+    from ..publishing.files import files_to_publish
     from ..publishing.hub import read_card
 
     pipeline = load_pipeline(str(folder))
@@ -166,16 +165,16 @@ def show_upload(
     files = {path: file.stat().st_size for path, file in files_to_publish(folder, include).items()}
     list_files({**files, "README.md": len(card.encode())})
     if half:
-        typer.echo("and weights in half precision, which are made first")
+        typer.echo("and weights in half precision, which are created first")
     if SAMPLES not in files and not hasattr(pipeline, "tokenizer"):
         typer.echo("and pictures for the card, which are sampled first or taken from samples/")
-    for line in look_at_hub(name, token, "model"):
+    for line in check_hub(name, token, "model"):
         typer.echo(line)
     typer.echo(f"\nREADME.md:\n\n{card}")
 
 
-def look_at_hub(name: str, token: str | None, kind: str) -> list[str]:
-    """What the Hub says of a token and of a repository ("model" or "space"); that it does not answer, if so."""
+def check_hub(name: str, token: str | None, kind: str) -> list[str]:
+    """Lines on the token and on a repository (`kind` is "model" or "space"), as far as the Hub answers."""
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
@@ -185,16 +184,16 @@ def look_at_hub(name: str, token: str | None, kind: str) -> list[str]:
     try:
         if token or get_token():
             user = api.whoami()["name"]
-            lines.append(f"token: valid, of {user}")
+            lines.append(f"token: valid, belongs to {user}")
             name = name if "/" in name else f"{user}/{name}"
         else:
             lines.append("token: none; log in with `hf auth login`, set HF_TOKEN, or give --token")
         info = api.repo_info(name, repo_type=kind)
         lines.append(f"{kind}: {name} exists, {'private' if info.private else 'public'}; it would get a new commit")
     except RepositoryNotFoundError:
-        lines.append(f"{kind}: {name} does not exist, or not for this token; it would be created")
+        lines.append(f"{kind}: {name} does not exist, or this token has no access; it would be created")
     except HfHubHTTPError as error:
         lines.append(f"the Hub refuses: {reason_of(error)}")
-    except Exception as error:  # whatever the network does
+    except Exception as error:  # any error of the network
         lines.append(f"the Hub does not answer ({reason_of(error)}): token and {kind} {name} are not checked")
     return lines

@@ -7,9 +7,9 @@ from typing import Annotated
 import typer
 
 from ..inference.samplers import SAMPLERS
-from .common import check_revision, own_token, quiet
+from .common import check_revision, clean_token, quiet
 from .conditions import Conditions, read_conditions
-from .endings import says_what_is_left
+from .exits import reports_stop
 from .pictures import adm_arrays, check_out, write_pictures
 
 DEFAULT_IMAGES, DEFAULT_BETWEEN, DEFAULT_BATCH = 16, 11, 64
@@ -176,7 +176,7 @@ def sample(
     use_all_cores()
     device = checked_device(device)
     settle(model)
-    pipeline = load(model, ema=ema, revision=revision, token=own_token(token)).to(device)
+    pipeline = load(model, ema=ema, revision=revision, token=clean_token(token)).to(device)
     if acceleration.value == "auto":
         pipeline.enable_acceleration()
     guidance = (guidance_scale, guidance_rescale, guidance_interval)
@@ -187,7 +187,7 @@ def sample(
     check_out(out)
     steps = set_sampler(pipeline, sampler.value, steps)
     columns, labels, frames = None, [], []
-    with says_what_is_left(lambda: f"nothing was written to {out}"), autocast(device, precision):
+    with reports_stop(lambda: f"nothing was written to {out}"), autocast(device, precision):
         if special:
             check_unconditional(pipeline, conditions, special)
         if interpolate:

@@ -12,11 +12,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from subprocess import CalledProcessError
+from typing import Any
 
 import typer
 
 ROOT = Path(__file__).parents[2]  # a clone, or site-packages: the scripts are installed next to the package
-# Of the flags that only Accelerate has, those that people give most
+# The most common flags that only Accelerate has
 LAUNCHER_FLAGS = (
     "--multi_gpu", "--num_processes", "--num_machines", "--machine_rank", "--main_process_ip", "--main_process_port",
     "--config_file", "--gpu_ids", "--cpu", "--use_fsdp", "--use_deepspeed", "--deepspeed_config_file",
@@ -34,32 +35,32 @@ def train_text2image(context: typer.Context) -> None:
     raise typer.Exit(launch("train_text2image.py", "ddpm-hf train-text2image", context.args))
 
 
-def launch(script: str, command: str, words: list[str]) -> int:
-    """Run a script with Accelerate's launcher, in this interpreter's environment; the script's exit code.
+def launch(script: str, command: str, arguments: list[str]) -> int:
+    """Run a script with Accelerate's launcher, in this interpreter's environment; return its exit code.
 
     Args:
-        words: for the script; or for the launcher, `--`, for the script.
+        arguments: the script's; or the launcher's, `--`, the script's.
 
     Raises:
         ValueError: flags of the launcher without `--`, or a launcher's flag that it refuses.
     """
-    first, divided, rest = split_at_dashes(words)
+    launcher_arguments, divided, rest = split_at_dashes(arguments)
     for word in rest:
         if not divided and word.partition("=")[0].replace("-", "_").replace("__", "--", 1) in LAUNCHER_FLAGS:
             raise ValueError(
-                f"{word} is a flag of `accelerate launch`: give its flags first, then --, then those of the script,"
+                f"{word} is a flag of `accelerate launch`: give its flags first, then --, then the script's flags,"
                 f" as in `{command} --num_processes 2 -- --train_data_dir photos`"
             )
     path = str(ROOT / script)
     if "--help" in rest or "-h" in rest:
         print(f"{command} [flags of `accelerate launch` --] [flags of {script}, below]\n", flush=True)
         return show_help(path)
-    with passing_signals_on():
-        return accelerate_launch([*first, path, *rest])
+    with forward_signals():
+        return accelerate_launch([*launcher_arguments, path, *rest])
 
 
 def show_help(path: str) -> int:
-    """Print a script's help; its exit code."""
+    """Print a script's help; return its exit code."""
     sys.argv = [path, "--help"]
     try:
         runpy.run_path(path, run_name="__main__")
@@ -68,32 +69,31 @@ def show_help(path: str) -> int:
     return 0
 
 
-def split_at_dashes(words: list[str]) -> tuple[list[str], bool, list[str]]:
-    """The words before and after the first `--`, and whether there is one; without it all are after.
+def split_at_dashes(arguments: list[str]) -> tuple[list[str], bool, list[str]]:
+    """The arguments before and after the first `--`, and whether there is one; without it all are after.
 
     >>> split_at_dashes(["--cpu", "--", "--seed", "1"]), split_at_dashes(["--seed", "1"])
     ((['--cpu'], True, ['--seed', '1']), ([], False, ['--seed', '1']))
     """
-    if "--" not in words:
-        return [], False, words
-    place = words.index("--")
-    return words[:place], True, words[place + 1 :]
+    if "--" not in arguments:
+        return [], False, arguments
+    index = arguments.index("--")
+    return arguments[:index], True, arguments[index + 1 :]
 
 
-def accelerate_launch(words: list[str]) -> int:
-    """`accelerate launch` with these words, as `sys.executable -m accelerate.commands.launch`; the script's exit code.
+def accelerate_launch(arguments: list[str]) -> int:
+    """Run `accelerate launch` in this process; return the script's exit code.
 
-    The launcher itself ends with 1 and a traceback, whatever the script ended with.
+    The launcher's own command always ends with 1 and a traceback if the script fails.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    # what it would do by default is what is wanted, and no reason for ten lines
+    # ten lines of warnings about defaults that are intended
     logging.getLogger("accelerate.commands.launch").setLevel(logging.ERROR)
-    arguments = launch_command_parser().parse_args(words)
     try:
-        launch_command(arguments)
+        launch_command(launch_command_parser().parse_args(arguments))
     except CalledProcessError as error:
         return _exit_code(error.returncode)
     except ChildFailedError as error:
@@ -104,24 +104,24 @@ def accelerate_launch(words: list[str]) -> int:
 
 
 def _exit_code(code: int) -> int:
-    """As a shell says it: a process that signal n ended has 128 + n."""
+    """The shell's convention: 128 + n for a process that signal n ended."""
     return 128 - code if code < 0 else code
 
 
 @contextlib.contextmanager
-def passing_signals_on() -> Iterator[None]:
-    """Within, SIGINT and SIGTERM go to the processes that were started, which save and end, and are waited for."""
+def forward_signals() -> Iterator[None]:
+    """Within, SIGINT and SIGTERM are forwarded to the child processes, which save and end."""
     import psutil
 
-    def pass_on(number, frame):
+    def forward(number: int, frame: Any) -> None:
         for child in psutil.Process(os.getpid()).children():
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.send_signal(number)
 
     before = {}
     for number in (signal.SIGINT, signal.SIGTERM):
-        with contextlib.suppress(ValueError):  # not the main thread: signals are not ours
-            before[number] = signal.signal(number, pass_on)
+        with contextlib.suppress(ValueError):  # outside of the main thread signals cannot be handled
+            before[number] = signal.signal(number, forward)
     try:
         yield
     finally:

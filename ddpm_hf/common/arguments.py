@@ -1,4 +1,4 @@
-"""How a flag is declared: its value, its range, its help, what it needs, what a resumed run may change of it."""
+"""Declares a flag: its default, its range, its help, what it requires, and whether a resumed run may change it."""
 
 import dataclasses
 import math
@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 from .errors import UsageError
 
 SECRET_FLAGS = ("hub_token",)  # never written, shown or tracked
-# What becomes of a flag where a run is resumed
-START = "start"  # of this start alone: neither recorded nor taken over
-FREE = "free"  # may change, and what is learned does not
-APPLIED = "applied"  # may change: counts from the resumed step on, and a line says so
-FIXED = "fixed"  # may not change: the run was built on it
+# How a resumed run treats a flag
+START = "start"  # for this start only: neither recorded nor inherited
+FREE = "free"  # may change, without effect on the training
+APPLIED = "applied"  # may change: applies from the resumed step on, and is logged
+FIXED = "fixed"  # must not change
 
 
 class Range(NamedTuple):
@@ -47,10 +47,10 @@ def HfArg(
         help: for `--help`.
         aliases: other spellings.
         group: the title in `--help` of this flag and those after it; by default the dataclass's.
-        range: the numbers that it may be; None, as a value, is left out.
-        resume: what becomes of the flag where a run is resumed, one of the four above.
-        instead_of: a flag that says the same in another way: given to a resumed run, this one replaces it.
-        joins: values that go together with that flag, and so neither replace it nor are replaced by it.
+        range: the valid numbers; None is always valid.
+        resume: how a resumed run treats the flag, one of the four above.
+        instead_of: an alternative flag: given to a resumed run, this one replaces it.
+        joins: values that can be combined with that flag, so that neither replaces the other.
         default: `default` or `default_factory` of `dataclasses.field`.
     """
     metadata = {
@@ -60,7 +60,7 @@ def HfArg(
     return dataclasses.field(metadata={key: value for key, value in metadata.items() if value is not None}, **default)
 
 
-def flags_that(fields: Iterable[dataclasses.Field], resume: str) -> list[str]:
+def flags_by_resume(fields: Iterable[dataclasses.Field], resume: str) -> list[str]:
     """The names of the flags that are `START`, `FREE`, `APPLIED` or `FIXED`."""
     return [one.name for one in fields if one.metadata.get("resume", APPLIED) == resume]
 
@@ -86,17 +86,15 @@ def check_values(flags: Any) -> None:
 
 
 def check_token(name: str, value: str | None) -> None:
-    """Raise UsageError, which does not show it, for what cannot be a token."""
+    """Raise UsageError, without showing the value, for a malformed token."""
     if value is not None and not re.fullmatch("[!-~]+", value):
-        raise UsageError(f"--{name}: a token has letters and digits alone, and this has others or none")
+        raise UsageError(f"--{name}: a token has letters and digits only; this one has other characters or is empty")
 
 
 def check_license(name: str, value: str | None) -> None:
-    """Raise UsageError for what the Hub does not take for a license's name."""
+    """Raise UsageError for a license name that the Hub rejects."""
     if value is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", value):
-        raise UsageError(
-            f"--{name} {value!r}: give the Hub's name for it, in small letters, such as apache-2.0 or mit"
-        )
+        raise UsageError(f"--{name} {value!r}: give the Hub's lower-case name, such as apache-2.0 or mit")
 
 
 def check_word(name: str, value: str) -> None:
@@ -107,7 +105,7 @@ def check_word(name: str, value: str) -> None:
         raise UsageError(f"--{name} {value!r} is too long for a name or a path, or holds a zero byte")
 
 
-# What to do where training takes long on a CPU
+# Advice for slow training on a CPU
 SHORTER_TRAINING = "train for fewer --max_train_steps, at a smaller --resolution, or on a GPU"
 
 
@@ -116,10 +114,10 @@ def has_grids(config: Any) -> bool:
     return bool(getattr(config, "save_images_steps", None) or getattr(config, "save_images_epochs", None))
 
 
-def names_elsewhere(table: str) -> dict[str, str]:
-    """A table of lines "what to write here: names elsewhere ..." as a mapping from each of these names.
+def synonyms(table: str) -> dict[str, str]:
+    """A table of lines "our flag: names in other programs ..." as a mapping from each of these names.
 
-    >>> names_elsewhere("--learning_rate: lr adam_lr")
+    >>> synonyms("--learning_rate: lr adam_lr")
     {'lr': '--learning_rate', 'adam_lr': '--learning_rate'}
     """
     rows = [line.split(": ") for line in table.strip().splitlines()]
@@ -127,13 +125,13 @@ def names_elsewhere(table: str) -> dict[str, str]:
 
 
 class Need(NamedTuple):
-    """What a flag needs to have the effect that it says.
+    """What a flag requires to have an effect.
 
     A dataclass of flags has a table `needs`, from the name of a flag to its need; it replaces rows of its bases.
 
     Args:
-        met: whether a config has it; the config then also has `device`, the kind of the run's ("cpu", "cuda").
-        otherwise: what becomes of the flag, after its name; flags in braces stand for their values.
+        met: whether a config fulfils it; the config then also has `device`, the run's device type ("cpu", "cuda").
+        otherwise: the message if not, after the flag's name; flags in braces stand for their values.
     """
 
     met: Callable[[Any], bool]

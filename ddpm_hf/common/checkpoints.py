@@ -1,4 +1,4 @@
-"""What a complete checkpoint is: a folder whose manifest lists its files and their checksums."""
+"""Complete checkpoints: folders whose manifest lists their files and checksums."""
 
 import contextlib
 import hashlib
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UsageError
-from .files import flush, flush_tree, write_whole
+from .files import flush, flush_tree, write_atomically
 
 MANIFEST = "manifest.json"
 SETTINGS = "training_config.json"  # in the folder of the checkpoints
@@ -27,12 +27,13 @@ def checkpoint_step(path: Path) -> int:
 
 
 def list_checkpoints(output_dir: Path, complete: bool = False) -> list[Path]:
-    """The checkpoints in a folder, oldest first: all by name, or those alone that a run of ours has completed."""
-    found = [path for path in output_dir.glob("checkpoint-*") if path.is_dir() and checkpoint_step(path) >= 0]
-    return sorted((path for path in found if not complete or is_sealed(path)), key=checkpoint_step)
+    """The checkpoints in a folder, oldest first: all by name, or only complete ones."""
+    paths = [path for path in output_dir.glob("checkpoint-*") if path.is_dir() and checkpoint_step(path) >= 0]
+    return sorted((path for path in paths if not complete or is_complete(path)), key=checkpoint_step)
 
 
 def file_digest(path: Path) -> str:
+    """The SHA-256 of a file."""
     with open(path, "rb") as file:
         return (
             hashlib.file_digest(file, "sha256").hexdigest()
@@ -41,8 +42,8 @@ def file_digest(path: Path) -> str:
         )
 
 
-def is_sealed(folder: Path) -> bool:
-    """Whether a folder has the manifest that completes a checkpoint of ours; its files are not looked at."""
+def is_complete(folder: Path) -> bool:
+    """Whether a folder has the manifest that completes a checkpoint; its files are not checked."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         return isinstance(manifest["files"], dict) and type(manifest["step"]) is int
@@ -50,26 +51,26 @@ def is_sealed(folder: Path) -> bool:
         return False
 
 
-def strangers(checkpoint: Path) -> list[str]:
+def unlisted_files(checkpoint: Path) -> list[str]:
     """The files within a complete checkpoint that are not listed in its manifest, as posix paths."""
-    if checkpoint.is_symlink() or not is_sealed(checkpoint):
+    if checkpoint.is_symlink() or not is_complete(checkpoint):
         return []
     known = {*json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"], MANIFEST}
-    found = sorted(path for path in checkpoint.rglob("*") if path.is_symlink() or not path.is_dir())
-    return [name for path in found if (name := path.relative_to(checkpoint).as_posix()) not in known]
+    paths = sorted(path for path in checkpoint.rglob("*") if path.is_symlink() or not path.is_dir())
+    return [name for path in paths if (name := path.relative_to(checkpoint).as_posix()) not in known]
 
 
 def discard(folder: Path) -> None:
-    """Remove a folder of ours so that a partly deleted checkpoint is never loaded, wherever that is cut off.
+    """Remove a checkpoint or scratch folder such that a partly deleted checkpoint is never loaded, even after a kill.
 
-    Of a link, the link alone; and of a checkpoint, what its manifest lists.
+    Of a link, only the link is removed; of a checkpoint with other files, only the files that its manifest lists.
     """
     if folder.is_symlink():
         folder.unlink()
         return
-    if kept := strangers(folder):
+    if kept := unlisted_files(folder):
         (folder / MANIFEST).unlink()
-        for path in sorted(folder.rglob("*"), reverse=True):  # what is in a folder before the folder
+        for path in sorted(folder.rglob("*"), reverse=True):  # the content of a folder before the folder
             if path.is_dir() and not path.is_symlink():
                 if not any(path.iterdir()):
                     path.rmdir()
@@ -84,50 +85,53 @@ def discard(folder: Path) -> None:
 
 
 def part_of_run(checkpoint: Path, what: str, *files: str) -> Path:
-    """The folder of a part that a checkpoint's networks were trained with, and that lies in the folder of its run.
+    """The folder of a component that a checkpoint was trained with, in the folder of its run.
 
     Args:
-        what: the part, for the message.
-        files: of the part, as paths in the folder of the run; where there are several, the first that exists counts.
+        what: the component, for the message.
+        files: of the component, as paths in the folder of the run; the first that exists counts.
 
     Raises:
-        UsageError: there is none of them.
+        UsageError: none of them exists.
     """
     run = checkpoint.resolve().parent
     for name in files:
         if (run / name).is_file():
             return (run / name).parent
     raise UsageError(
-        f"{checkpoint}: its networks were trained with the {what} of their run, which is not in {run}; resume where"
-        " the whole run is"
+        f"{checkpoint}: it was trained with the {what} of its run, which is not in {run}; resume in the complete"
+        " folder of the run"
     )
 
 
 def seal(partial: Path, final: Path, state: dict[str, Any]) -> None:
-    """Make a written folder the checkpoint: manifest with checksums and the run's state, flush, rename.
+    """Complete a checkpoint in a scratch folder: write the manifest with checksums and the run's state, flush, rename.
 
-    Where there is one of the same step already, that one stays: replacing it would leave a moment with neither.
+    An existing checkpoint of the same step stays: replacing it would leave a moment with neither.
     """
     if final.exists():
         discard(partial)
         return
     files = sorted(path for path in partial.rglob("*") if path.is_file())
     manifest = {**state, "files": {path.relative_to(partial).as_posix(): file_digest(path) for path in files}}
-    write_whole(partial / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    write_atomically(partial / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     flush_tree(partial)
     os.replace(partial, final)
     flush(final.parent)
 
 
-def settings_of(output_dir: Path, wanted: str) -> dict[str, Any]:
-    """The settings that the run of a checkpoint was last started with; nothing where there is no such checkpoint.
+def recorded_settings(output_dir: Path, requested: str) -> dict[str, Any]:
+    """The settings that the run of a checkpoint was last started with; empty if there is no such checkpoint.
 
-    They lie in the checkpoint's parent folder, and within it for one that was copied without its run. `wanted` is as
-    for `find_checkpoint`, which reads all files to compare their checksums; this does not.
+    They are in the checkpoint's parent folder, and in the manifest of one that was copied without its run. `requested`
+    is as for `find_checkpoint`, which also compares checksums.
     """
-    named = [path for path in (output_dir / wanted, Path(wanted)) if os.path.isfile(path / MANIFEST)]
-    for path in reversed(list_checkpoints(output_dir)) if wanted == "latest" else named:
-        for file, read in ((path.parent / SETTINGS, dict), (path / MANIFEST, lambda found: dict(found["settings"]))):
+    named = [path for path in (output_dir / requested, Path(requested)) if os.path.isfile(path / MANIFEST)]
+    for path in reversed(list_checkpoints(output_dir)) if requested == "latest" else named:
+        for file, read in (
+            (path.parent / SETTINGS, dict),
+            (path / MANIFEST, lambda manifest: dict(manifest["settings"])),
+        ):
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 return read(json.loads(file.read_text(encoding="utf-8")))
     return {}

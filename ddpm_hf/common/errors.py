@@ -1,4 +1,4 @@
-"""Messages as lines, without the libraries behind them."""
+"""Errors that a user can fix, and one-line messages."""
 
 import contextlib
 import re
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def one_line(message: Any) -> str:
-    """A message as one printable line of bearable length: what it quotes may be anything, also a token.
+    """A message as one printable line of limited length, without tokens.
 
     >>> one_line("no such\\ncolumn, and hf_" + 9 * "a")
     'no such column, and hf_...'
@@ -20,7 +20,7 @@ def one_line(message: Any) -> str:
 
 
 class DataError(ValueError):
-    """A dataset or an image that cannot be used; the message names it and the way out."""
+    """A dataset or an image that cannot be used; the message names it and a fix."""
 
     def __init__(self, message: str):
         if "Original Traceback" in message:  # torch's DataLoader wraps what a worker raised
@@ -29,23 +29,23 @@ class DataError(ValueError):
 
 
 class ImageMismatchError(DataError):
-    """An image that the settings do not fit: the dataset's range of values, or the model's channels; never skipped."""
+    """An image that does not fit the settings: the range of values or the channels; never skipped."""
 
 
 def why_not_loaded(error: Exception) -> str:
-    """Why a model cannot be loaded, and the way out where there are but pickled weights, which can run code."""
+    """Why a model cannot be loaded; with a fix for pickled weights, which can run code and are refused."""
     reason = " ".join(str(error).split())[:250]
     if ".safetensors" in reason and "no file" in reason.lower():
         reason += (
-            "; weights are read from safetensors alone: load pickled ones with the library that wrote them, if you"
+            "; weights are read only from safetensors: load pickled ones with the library that wrote them, if you"
             " trust them, and save_pretrained(folder, safe_serialization=True)"
         )
     return reason
 
 
 @contextlib.contextmanager
-def said_in_a_line(model: str) -> Iterator[None]:
-    """What goes wrong with a model becomes a ValueError that names it and the way out."""
+def readable_load_errors(model: str) -> Iterator[None]:
+    """Turn an error of loading a model into a ValueError that names the model and a fix."""
     from huggingface_hub.errors import HTTPError
 
     try:
@@ -62,8 +62,8 @@ def said_in_a_line(model: str) -> Iterator[None]:
 
 
 class UsageError(ValueError):
-    """Something that the user can mend: a script prints its one line and ends with exit code 2."""
+    """An error that the user can fix: a script prints it as one line and ends with exit code 2."""
 
 
 class RunError(RuntimeError):
-    """The machine failed, not the command line: one line and exit code 1."""
+    """A failure of the machine, not of the command line: one line and exit code 1."""

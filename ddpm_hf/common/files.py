@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and flushed to the disk."""
+"""Atomic file writes, flushed to the disk."""
 
 import json
 import os
@@ -8,19 +8,24 @@ from typing import Any
 
 
 def read_json(path: Path) -> Any:
+    """The content of a JSON file; None if it does not exist.
+
+    Raises:
+        ValueError: it is not JSON.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); mend it, or remove it") from error
+        raise ValueError(f"{path} is not JSON ({error}); fix it, or remove it") from error
 
 
-SCRAP = ".partial"  # how the name of a file or folder ends until it is complete
+PARTIAL_SUFFIX = ".partial"  # the suffix of an unfinished file or folder
 
 
-def write_whole(path: Path, data: str | bytes) -> None:
-    """Write a file completely, flushed to the disk, or not at all."""
+def write_atomically(path: Path, data: str | bytes) -> None:
+    """Write a file and flush it to the disk, completely or not at all."""
     data = data.encode() if isinstance(data, str) else data
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=SCRAP)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL_SUFFIX)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -36,12 +41,12 @@ def write_whole(path: Path, data: str | bytes) -> None:
 def flush(path: Path) -> None:
     """Wait until a file's content, or a folder's list of names, is on the disk."""
     if not path.is_dir():
-        with open(path, "r+b") as file:  # Windows flushes only what may be written to
+        with open(path, "r+b") as file:  # Windows flushes only writable files
             os.fsync(file.fileno())
         return
     try:
         handle = os.open(path, os.O_RDONLY)
-    except PermissionError:  # Windows: a folder cannot be opened, and its file system journals renames by itself
+    except PermissionError:  # Windows: folders cannot be opened, and NTFS journals renames
         return
     try:
         os.fsync(handle)
@@ -50,13 +55,13 @@ def flush(path: Path) -> None:
 
 
 def flush_tree(folder: Path) -> None:
-    """`flush` a folder and all that is in it."""
+    """`flush` a folder and its content."""
     for path in (*folder.rglob("*"), folder):
         flush(path)
 
 
 def truncate_jsonl(path: Path, step: int) -> None:
-    """Drop the lines after a step: what a run logged between its last checkpoint and its end."""
+    """Drop the lines after a step, which a run logged between its last checkpoint and its end."""
     if not path.is_file():
         return
     kept = []
@@ -67,13 +72,13 @@ def truncate_jsonl(path: Path, step: int) -> None:
         except (ValueError, KeyError, TypeError):
             continue  # a line cut off in the middle
         kept.append(line + "\n")
-    write_whole(path, "".join(kept))
+    write_atomically(path, "".join(kept))
 
 
 def expand_home(word: str) -> str:
-    """A word of a command line with `~` at the start of its value made the home folder, also after `--flag=`.
+    """Expand `~` at the start of an argument's value, also after `--flag=`.
 
-    Shells do so for `--flag ~/data` alone, and config files have no shell.
+    Shells expand only `--flag ~/data`, and config files are read by no shell.
 
     >>> expand_home("--flag=~/data") == "--flag=" + os.path.expanduser("~/data"), expand_home("--flag")
     (True, '--flag')

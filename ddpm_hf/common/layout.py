@@ -7,17 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .checkpoints import SETTINGS, is_sealed
+from .checkpoints import SETTINGS, is_complete
 
 RUN_FILE, RESULTS_FILE = "run.json", "evaluation.json"
 METRICS_FILE, TIMINGS_FILE = "metrics.jsonl", "timings.jsonl"
 SAMPLES, CHAIN, LOSS_CURVE = "assets/samples.png", "assets/chain.png", "assets/loss.png"
-EARLIER = "earlier-run"  # where a run that is being replaced waits
-AUTOENCODER = "autoencoder"  # the folder of a run of its own, within that of the model that it is for
+EARLIER = "earlier-run"  # holds a run that is being replaced
+AUTOENCODER = "autoencoder"  # the autoencoder's own run, inside the folder of the model's
 
 
 def json_or_none(path: Path) -> Any:
-    """What a JSON file holds; None where it cannot be read."""
+    """The content of a JSON file; None if it cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -61,7 +61,7 @@ def _is_card(path: Path) -> bool:
 
 
 def is_model_config(path: Path) -> bool:
-    """Whether it is the config of a model that is trained by itself."""
+    """Whether it is the config of a single model: a classifier or an autoencoder."""
     config = json_or_none(path)
     return isinstance(config, dict) and config.get("_class_name") in ("NoisyClassifier", "AutoencoderKL")
 
@@ -76,7 +76,7 @@ class Entry(NamedTuple):
     Attributes:
         pattern: its path; `*` stands for any characters but a slash, `#` for digits; a folder ends with a slash.
         published: whether it is uploaded with the model.
-        recognised: how a file is recognised as a run's where the run is older than the manifest.
+        recognised: whether a file belongs to a run, for runs older than the manifest.
     """
 
     pattern: str
@@ -84,14 +84,14 @@ class Entry(NamedTuple):
     recognised: Callable[[Path], bool] = _is_file
 
 
-CHECKPOINT = Entry("checkpoint-#/", recognised=is_sealed)
+CHECKPOINT = Entry("checkpoint-#/", recognised=is_complete)
 TRAINING_CONFIG = Entry(SETTINGS, recognised=_has("output_dir", "checkpointing_steps"))
 STEPS = Entry(METRICS_FILE, published=True, recognised=_logs("step", "epoch"))
 TIMINGS = Entry(TIMINGS_FILE, recognised=_logs("step", "seconds"))
 GRIDS = "samples/step-#.png"
 TRAINING = (
     CHECKPOINT,
-    Entry("checkpoint-#.superseded/", recognised=is_sealed),
+    Entry("checkpoint-#.superseded/", recognised=is_complete),
     Entry("checkpoint-#.partial/", recognised=Path.is_dir),
     TRAINING_CONFIG,
     STEPS,
@@ -104,7 +104,7 @@ PIPELINE = (
     Entry("pipeline_*ddpm_hf.py", published=True),
     *(
         Entry(f"{name}_ddpm_hf.py", published=True)
-        for name in ("hub", "guidance", "sampling", "scheduling", "schedules", "operators")
+        for name in ("hub", "guidance", "sampling", "coefficients", "scheduling", "schedules", "operators")
     ),
     Entry(RUN_FILE, published=True, recognised=_has("sessions")),
     Entry(RESULTS_FILE, published=True, recognised=_is_results),
@@ -122,14 +122,14 @@ COMPONENT_FILES = (
     "preprocessor_config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json",
     "merges.txt", "special_tokens_map.json", "added_tokens.json",
 )  # fmt: skip
-KEPT_IN_PLACE = ("README.md",)  # people write into it: its own sections are renewed, and the rest stays
+KEPT_IN_PLACE = ("README.md",)  # users write into it: only its marked block is renewed
 
 
 def layout(*components: str, autoencoder: bool = False, model: bool = False) -> tuple[Entry, ...]:
-    """What a training writes.
+    """The files that a training writes.
 
     Args:
-        components: of the pipeline that it saves.
+        components: those of the pipeline that it saves.
         autoencoder: whether it trains one first.
         model: whether it saves a single model instead of a pipeline.
     """
@@ -148,6 +148,6 @@ def matching(folder: Path, pattern: str) -> list[str]:
     """The names in a folder that an entry's pattern matches, as posix paths; a folder's ends with a slash."""
     bare = pattern.removesuffix("/")
     expression = re.escape(bare).replace(r"\*", "[^/]*").replace(r"\#", r"\d+").replace("#", r"\d+")
-    found = folder.glob(bare.replace("#", "*")) if set(bare) & set("*#") else [folder / bare]
-    names = [path.relative_to(folder).as_posix() for path in found if os.path.lexists(path)]
+    paths = folder.glob(bare.replace("#", "*")) if set(bare) & set("*#") else [folder / bare]
+    names = [path.relative_to(folder).as_posix() for path in paths if os.path.lexists(path)]
     return sorted(name + pattern[len(bare) :] for name in names if re.fullmatch(expression, name))

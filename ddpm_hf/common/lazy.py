@@ -1,18 +1,18 @@
-"""Packages that hand on the names of their modules, imported when they are first used."""
+"""Packages that export names of their modules, which are imported on first use."""
 
 import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 
-def handed_on(
+def lazy_exports(
     package: str, homes: Mapping[str, tuple[str, ...]]
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """A package's `__getattr__` and `__dir__` (PEP 562).
 
     Args:
         package: its `__name__`.
-        homes: names, by the module that defines them, written as in a relative import of the package.
+        homes: the names by the module that defines them, as in a relative import.
     """
     home_of = {name: home for home, names in homes.items() for name in names}
 

@@ -1,4 +1,4 @@
-"""What this machine is: its cores, its memory, its terminal."""
+"""Properties of this machine: cores, memory allocator, terminal, bf16."""
 
 import ctypes
 import os
@@ -6,18 +6,18 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-# glibc's parameters (malloc.h), and the value that each has by default
+# glibc's parameters (malloc.h) and their default values
 ALLOCATOR = {"trim_threshold": (-1, 128 << 10), "top_pad": (-2, 128 << 10), "mmap_max": (-4, 65536)}
 KEEP_FREED = {"trim_threshold": 2**31 - 1, "top_pad": 64 << 20, "mmap_max": 0}
 
 
 def usable_cores() -> int:
-    """The cores that this process may run on; all of the machine's where the system does not tell (macOS, Windows)."""
+    """The number of cores that this process may use; all cores on macOS and Windows, which do not tell."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def keep_freed_memory() -> Callable[[], None]:
-    """Let glibc keep freed memory for the next allocation; returns what undoes it. Elsewhere it does nothing.
+    """Let glibc keep freed memory for the next allocation; return a function that undoes it. Without effect elsewhere.
 
     By default glibc returns a large freed tensor to the system, and the next one costs a page fault for every 4 KiB:
     on a CPU a training step, which allocates the same tensors again and again, loses 5% of its time to them.
@@ -37,7 +37,7 @@ def keep_freed_memory() -> Callable[[], None]:
 
 
 def accept_any_text() -> None:
-    """Let stdout and stderr escape the characters that the terminal's encoding lacks, instead of raising."""
+    """Let stdout and stderr escape characters that the terminal cannot encode, instead of raising."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

@@ -1,4 +1,4 @@
-"""Which files in a folder are ours: a manifest lists each file before it is written, and no other file is removed."""
+"""The manifest of a folder: each file is listed before it is written, and no other file is replaced or removed."""
 
 import hashlib
 import json
@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .checkpoints import discard, is_sealed
+from .checkpoints import discard, is_complete
 from .errors import UsageError
-from .files import write_whole
+from .files import write_atomically
 from .layout import (
     AUTOENCODER,
     CHECKPOINT,
@@ -27,16 +27,16 @@ from .layout import (
 
 MANIFEST = "ddpm_hf_files.json"
 ABOUT = "Files that ddpm_hf wrote here. It replaces and removes no others."
-RUN = "run"  # the manifest's part for a model and its training; other programs have parts of their own
+RUN = "run"  # the manifest's section for a model and its training; other commands have their own
 
-manifest_lock = threading.Lock()  # uploads in the background write too
+manifest_lock = threading.Lock()  # background uploads write too
 
 
 # The manifest
 
 
 def load_manifest(folder: Path) -> dict[str, Any]:
-    """A folder's manifest, checked; empty where there is none.
+    """A folder's manifest, validated; empty if there is none.
 
     Raises:
         UsageError: it is malformed, or lists a path outside the folder.
@@ -55,21 +55,23 @@ def load_manifest(folder: Path) -> dict[str, Any]:
 
 
 def is_local_name(name: str) -> bool:
+    """Whether a path from a manifest stays within its folder."""
     parts = PurePosixPath(name).parts
     return bool(parts) and not name.startswith("/") and ".." not in parts and not set("\\:\0") & set(name)
 
 
 def save_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write a folder's manifest; remove it if it lists nothing."""
     parts = {part: dict(sorted(files.items())) for part, files in manifest.get("files", {}).items() if files}
     if parts or manifest.get("replaces"):
         manifest = {"about": ABOUT, **manifest, "files": parts}
-        write_whole(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     else:
         (folder / MANIFEST).unlink(missing_ok=True)
 
 
 def listed(folder: str | Path, part: str = RUN) -> dict[str, str | None]:
-    """The files that the manifest of a folder lists for a part, each with the digest of its content if that is known.
+    """The files in a section of a folder's manifest, each with the digest of its content if known.
 
     Raises:
         UsageError: the manifest is malformed.
@@ -78,14 +80,14 @@ def listed(folder: str | Path, part: str = RUN) -> dict[str, str | None]:
 
 
 def claim_files(folder: str | Path, names: Iterable[str] | Mapping[str, str | None], part: str = RUN) -> None:
-    """List files in the folder's manifest, before they are written; their digests may follow."""
+    """List files in the folder's manifest before they are written; their digests may be added later."""
     _update(
         Path(folder), part, lambda files: files.update(names if isinstance(names, Mapping) else dict.fromkeys(names))
     )
 
 
 def release_files(folder: str | Path, names: Iterable[str], part: str = RUN) -> None:
-    """Take files off the manifest, after they have been removed."""
+    """Take removed files off the manifest."""
     gone = set(names)
     _update(Path(folder), part, lambda files: [files.pop(name, None) for name in gone])
 
@@ -101,13 +103,13 @@ def _update(folder: Path, part: str, change: Callable[[dict], Any]) -> None:
             save_manifest(folder, manifest)
 
 
-# What is in a folder
+# The files in a folder
 
 
 def run_files(folder: Path) -> list[str]:
-    """The files of a run that exist in a folder, those of its autoencoder's training too.
+    """The existing files of a run in a folder, including those of its autoencoder's training.
 
-    They are listed, or, for a run of a version without manifests, recognised.
+    They are listed in the manifest or, for a run of a version without manifests, recognised by their content.
     """
     names = _listed_or_recognised(folder)
     nested = folder / AUTOENCODER
@@ -126,14 +128,14 @@ def has_manifest(folder: Path) -> bool:
 def _listed_or_recognised(folder: Path) -> list[str]:
     if not has_manifest(folder):
         return recognise(folder)
-    copied = {n for one in TRAINING[:3] for n in matching(folder, one.pattern) if is_sealed(folder / n)}
+    copied = {n for one in TRAINING[:3] for n in matching(folder, one.pattern) if is_complete(folder / n)}
     names = {**listed(folder), **dict.fromkeys(sorted(copied))}
-    kinds = (".partial/", ".superseded/", ".superseded.partial/")  # of a checkpoint under way, or that went
+    kinds = (".partial/", ".superseded/", ".superseded.partial/")  # of an unfinished or superseded checkpoint
     return list(dict.fromkeys([*names, *(name[:-1] + kind for name in names if name.endswith("/") for kind in kinds)]))
 
 
 def recognise(folder: Path) -> list[str]:
-    """The files of a run of a version without manifests; empty where nothing proves that there was one."""
+    """The files of a run of a version without manifests; empty if nothing proves that there was one."""
     proofs = (CHECKPOINT, TRAINING_CONFIG, TIMINGS)
     if not any(one.recognised(folder / name) for one in proofs for name in matching(folder, one.pattern)):
         return []
@@ -144,17 +146,17 @@ def recognise(folder: Path) -> list[str]:
 
 
 def may_write(folder: str | Path, name: str) -> bool:
-    """Whether a name in a folder is free, or holds a file of a run's."""
+    """Whether a name in a folder is free or is a file of a run."""
     return not os.path.lexists(Path(folder) / name) or name in run_files(Path(folder))
 
 
 def is_within(folder: Path, name: str) -> bool:
-    """Whether a file lies in the folder itself, and not behind a link to elsewhere."""
+    """Whether a path stays inside the folder, with links resolved."""
     return (folder / name).parent.resolve().is_relative_to(folder.resolve())
 
 
 def remove(folder: Path, name: str) -> None:
-    """Remove a file or checkpoint of ours, never through a link, and the folders that are empty then."""
+    """Remove a file or checkpoint, never through a link, and then empty folders."""
     path = folder / name
     if not os.path.lexists(path) or not is_within(folder, name):
         return
@@ -166,45 +168,45 @@ def remove(folder: Path, name: str) -> None:
 
 
 def remove_empty_folders(folder: Path) -> None:
-    """Remove a folder and those within it, as far as they are empty."""
+    """Remove a folder and its subfolders, if empty."""
     for path in (*sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True), folder):
         if not path.is_symlink() and not any(path.iterdir()):
             path.rmdir()
 
 
 def remove_empty_parents(folder: Path, name: str) -> None:
-    """Remove the folders of a file that was removed, as far as they are empty."""
+    """Remove the empty folders that a removed file leaves."""
     for parent in (folder / name).parents:
         if parent == folder or parent.is_symlink() or not parent.is_dir() or any(parent.iterdir()):
             return
         parent.rmdir()
 
 
-# Files that a program writes anew each time, such as sampled images
+# Files that a command replaces on each call, such as sampled images
 
 
 def digest(data: bytes) -> str:
-    """What tells a file's content from another."""
+    """The SHA-256 of a file's content."""
     return hashlib.sha256(data).hexdigest()
 
 
 def check_replaceable(folder: str | Path, part: str, patterns: Sequence[str], flag: str) -> None:
-    """Raise UsageError for files that a program would replace or mix its own with, and that it did not write.
+    """Raise UsageError for files that a command would replace but did not write, or that were edited since.
 
     Args:
-        part: the program's part of the manifest.
-        patterns: what it may write, as in `Entry`.
-        flag: the one that names the folder, for the message.
+        part: the command's section of the manifest.
+        patterns: the files that it may write, as in `Entry`.
+        flag: the flag that names the folder, for the message.
     """
     folder = Path(folder)
     ours = listed(folder, part)
     names = {name for pattern in patterns for name in matching(folder, pattern)} | set(ours)
-    there = [name for name in sorted(names) if os.path.lexists(folder / name)]
-    foreign = [name for name in there if name not in ours or _was_edited(folder / name, ours[name])]
+    existing = [name for name in sorted(names) if os.path.lexists(folder / name)]
+    foreign = [name for name in existing if name not in ours or _was_edited(folder / name, ours[name])]
     if foreign:
         raise UsageError(
-            f"--{flag} {folder} holds files that would be replaced and that are not ours, or were edited since"
-            f" ({some(foreign)}); move them, or name another folder"
+            f"--{flag} {folder} holds files that would be replaced but were not written by this command, or"
+            f" were edited ({some(foreign)}); move them, or name another folder"
         )
 
 
@@ -213,11 +215,11 @@ def _was_edited(path: Path, known: str | None) -> bool:
 
 
 def replace_files(folder: str | Path, part: str, files: Mapping[str, Callable[[], bytes]]) -> None:
-    """Write files, each whole, in the place of all that the program wrote into the folder before.
+    """Write files atomically, and remove the command's earlier files that are not among them.
 
     Args:
-        part: the program's part of the manifest.
-        files: what makes the content of each, by its posix path.
+        part: the command's section of the manifest.
+        files: functions that return the content, by posix path.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -229,12 +231,12 @@ def replace_files(folder: str | Path, part: str, files: Mapping[str, Callable[[]
     for name, content in files.items():
         data = content()
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / name, data)
+        write_atomically(folder / name, data)
         digests[name] = digest(data)
     release_files(folder, before, part)
     claim_files(folder, digests, part)
 
 
 def some(names: Sequence[str]) -> str:
-    """Some of many names, for a message."""
+    """The first names of many, for a message."""
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if names[4:] else "")

@@ -1,18 +1,18 @@
-"""Where this package runs from, and where others get it."""
+"""Where this package runs from, and how to install it."""
 
 import os
 import re
 from pathlib import Path
 
-# What follows `pip install` for others: a name on PyPI, or git+https://...; set it once the package is published
+# The argument of `pip install`: a name on PyPI, or git+https://...; set it once the package is published
 PACKAGE_URL = ""
 
 
 def package_url() -> str:
-    """What follows `pip install`, or nothing where it is not known; DDPM_HF_PACKAGE_URL decides.
+    """The argument of `pip install`, empty if unknown; the variable DDPM_HF_PACKAGE_URL takes precedence.
 
     Raises:
-        ValueError: an address with other signs than addresses have.
+        ValueError: not a name or an address.
     """
     url = os.environ.get("DDPM_HF_PACKAGE_URL", PACKAGE_URL).strip()
     if url and not re.fullmatch(r"[\w.+:/@~#=\[\]-]+", url):
@@ -21,7 +21,7 @@ def package_url() -> str:
 
 
 def runs_from_source() -> bool:
-    """Whether the package lies in a clone, with the files that build it."""
+    """Whether the package is in a clone of the repository."""
     root = Path(__file__).parents[2]
     return (root / "setup.cfg").is_file() and (root / "pyproject.toml").is_file()
 
@@ -30,6 +30,6 @@ def install_command(extra: str, *packages: str) -> str:
     """How to install the packages of an extra.
 
     Args:
-        packages: what it holds, for those who have no clone: an index may not have the package itself.
+        packages: the extra's packages, for installations without a clone; PyPI may not have this package.
     """
     return f"pip install '.[{extra}]' (in the clone)" if runs_from_source() else f"pip install {' '.join(packages)}"

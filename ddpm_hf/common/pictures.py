@@ -1,4 +1,4 @@
-"""Grids of images with legends, and pictures on disk."""
+"""Grids of images with legends, and writing pictures."""
 
 import io
 import math
@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .files import write_whole
+from .files import write_atomically
 
-LEGEND_LINE = 24  # characters, beyond which a label of a grid goes on in its next line
+LEGEND_LINE = 24  # characters in a line of a grid's label
 LEGEND_FONT = 12  # pixels
 
 
@@ -22,7 +22,7 @@ def image_grid(
     gap: int = 2,
     legend: Sequence[str] | None = None,
 ) -> Image.Image:
-    """PIL images of one size as one picture, row by row; small ones enlarged `scale` times without smoothing.
+    """PIL images of one size as one picture, row by row, enlarged `scale` times without smoothing.
 
     Args:
         legend: one label for each row, written at its left; long ones are wrapped, and cut off where the row ends.
@@ -37,8 +37,8 @@ def image_grid(
     left = max((label.width + 2 * gap for label in labels), default=0)
     size = (left + gap + columns * (width + gap), gap + rows * (height + gap))
     canvas = Image.new(images[0].mode, size, "white")
-    for place, image in enumerate(images):
-        row, column = divmod(place, columns)
+    for index, image in enumerate(images):
+        row, column = divmod(index, columns)
         enlarged = image.resize((width, height), Image.Resampling.NEAREST)
         canvas.paste(enlarged, (left + gap + column * (width + gap), gap + row * (height + gap)))
     for row, label in enumerate(labels[:rows]):
@@ -47,17 +47,17 @@ def image_grid(
     return canvas
 
 
-def _label(text: str, most_height: int) -> Image.Image:
-    """A text in black on white, wrapped, and no higher than a row of a grid if one line fits into it.
+def _label(text: str, max_height: int) -> Image.Image:
+    """A text in black on white, wrapped, no higher than `max_height` if one line fits.
 
     Characters that the font lacks become boxes.
     """
     import matplotlib
 
-    # knows more scripts than Pillow's default font, and is there where matplotlib is
+    # has more scripts than Pillow's default font, and comes with matplotlib
     font = ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", LEGEND_FONT)
     text = text.encode("utf-8", "replace").decode("utf-8")
-    lines = textwrap.wrap(text, LEGEND_LINE, max_lines=max(1, most_height // (LEGEND_FONT + 4)), placeholder="…")
+    lines = textwrap.wrap(text, LEGEND_LINE, max_lines=max(1, max_height // (LEGEND_FONT + 4)), placeholder="…")
     text = "\n".join(lines)
     _, _, right, bottom = ImageDraw.Draw(Image.new("L", (1, 1))).multiline_textbbox((0, 0), text, font)
     label = Image.new("L", (max(1, math.ceil(right)), max(1, math.ceil(bottom))), "white")
@@ -66,8 +66,8 @@ def _label(text: str, most_height: int) -> Image.Image:
 
 
 def save_image(image: Image.Image, path: Path) -> None:
-    """Write a PIL picture whole, in the format that the name says."""
+    """Write a PIL picture atomically, in the format of its suffix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     image.save(buffer, format=path.suffix[1:].upper())
-    write_whole(path, buffer.getvalue())
+    write_atomically(path, buffer.getvalue())

@@ -1,8 +1,8 @@
-"""Randomness that is keyed, not carried: each draw is a function of the seed and of what it is for.
+"""Keyed randomness: random numbers are functions of the seed and of their purpose, without generator state.
 
-Nothing then depends on what was drawn before. A run that resumes at any step goes on bit for bit, two ranks train as
+They do not depend on earlier random numbers. A run that resumes at any step continues bit for bit, two ranks train as
 one with twice the batch, and sampling in between changes nothing. The numbers come from Philox, a counter-based
-generator (Salmon et al. 2011): the counter names the draw, so there is no state to keep.
+generator (Salmon et al. 2011): the counter identifies the purpose, so there is no state to save.
 """
 
 import math
@@ -11,13 +11,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-# The purposes that draw, one stream each: two streams share no number. New ones go to the end.
+# The purposes, one stream each: no two streams share numbers. Append new ones at the end.
 PURPOSES = (
     "order", "dropout", "noise", "timestep", "class_dropout", "validation_noise", "validation_timestep", "sample",
     "posterior", "validation_posterior", "caption_dropout", "noise_offset", "input_perturbation",
 )  # fmt: skip
 STREAMS = {name: number for number, name in enumerate(PURPOSES)}
-# The second word of the key: a draw of more numbers than a block of 4 has a generator of its own.
+# The second word of the key: purposes that need more than a block of 4 numbers have a generator each.
 BLOCKS = 0
 GENERATORS = {
     "epoch_order": 1, "augmentation": 2, "split": 3, "balanced_order": 4, "subset": 5, "bucketed_order": 6,
@@ -30,13 +30,13 @@ MIXING = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))
 
 
 def keyed_blocks(seed: int, stream: str, step: int, first: int, count: int) -> np.ndarray:
-    """Random uint64 [count, 4]: row i belongs to (seed, stream, step, first + i), whoever asks and whenever."""
+    """Random uint64 [count, 4]: row i is a function of (seed, stream, step, first + i)."""
     counter = [first, step, STREAMS[stream], 0]
     return np.random.Philox(key=[seed, BLOCKS], counter=counter).random_raw(4 * count).reshape(count, 4)
 
 
 def keyed_generator(seed: int, purpose: str, *counter: int) -> np.random.Generator:
-    """A generator of its own for a purpose in `GENERATORS`, keyed by up to four more numbers."""
+    """A generator for a purpose in `GENERATORS`, keyed by up to four more numbers."""
     words = [*counter, 0, 0, 0, 0][:4]
     return np.random.Generator(np.random.Philox(key=[seed, GENERATORS[purpose]], counter=words))
 
@@ -84,14 +84,14 @@ class StepKeys(NamedTuple):
     step: int
     first: int
     count: int  # type: ignore[assignment]  # tuple.count is not needed here
-    validation: bool = False  # validation draws the same at every step, and never what training draws
-    valid: int | None = None  # the first so many are samples; the rest stands in where a rank has none (None: all)
+    validation: bool = False  # the same numbers at every validation, from streams of their own
+    valid: int | None = None  # the number of real samples; the rest is padding on a rank without samples (None: all)
 
     def _stream(self, name: str) -> str:
         return f"validation_{name}" if self.validation else name
 
     def uniform(self, name: str) -> torch.Tensor:
-        """Numbers in [0, 1), one a sample: float64 [count], on the CPU."""
+        """Uniform numbers in [0, 1), one per sample: float64 [count], on the CPU."""
         blocks = keyed_blocks(self.seed, self._stream(name), self.step, self.first, self.count)
         return torch.from_numpy((blocks[:, 0] >> np.uint64(11)).astype(np.float64) * 2.0**-53)
 
@@ -102,7 +102,7 @@ class StepKeys(NamedTuple):
             seeds = sent(torch.from_numpy(blocks[:, 0].view(np.int64)), reference.device)
             return counted_normal(seeds, reference.shape[1:]).to(reference.dtype)
         generator = torch.Generator(reference.device)
-        # contiguous, whatever the reference's layout in memory: the numbers are drawn in that order
+        # contiguous, whatever the reference's memory layout, which would change the order of the numbers
         noise = torch.empty(reference.shape, dtype=reference.dtype, device=reference.device)
         for sample, seed in zip(noise, (blocks[:, 0] >> np.uint64(1)).tolist()):
             sample.normal_(generator=generator.manual_seed(seed))

@@ -5,12 +5,12 @@ A dataset is read as rows whose images are still encoded (`reading`, `rows`), so
 crops and flips (`images`); `ImageDataset` puts both behind torch's DataLoader and keeps small datasets decoded
 (`dataset`). A column of labels becomes class names and ids (`labels`).
 
-The names are imported when they are first used, so that `--help`, which needs the flags alone, is quick.
+The names are imported when they are first used, so that `--help`, which needs only the flags, is quick.
 """
 
 from typing import TYPE_CHECKING
 
-from ..common.lazy import handed_on
+from ..common.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from ..common.errors import DataError as DataError
@@ -77,5 +77,5 @@ _HOMES = {
 
 __all__ = [name for names in _HOMES.values() for name in names]
 
-if not TYPE_CHECKING:  # else type checkers take any name for one of ours
-    __getattr__, __dir__ = handed_on(__name__, _HOMES)
+if not TYPE_CHECKING:  # else type checkers would accept any name
+    __getattr__, __dir__ = lazy_exports(__name__, _HOMES)

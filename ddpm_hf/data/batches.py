@@ -1,4 +1,4 @@
-"""From the flags of the data to a rank's batches, from any step on."""
+"""From the data flags to this rank's batches, from any step on."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -78,7 +78,7 @@ def open_images(
         token: for a private dataset on the Hub.
 
     Raises:
-        DataError: what cannot be read, named.
+        DataError: the dataset or an image cannot be read.
     """
     seed, validates = run.seed, run.flags.validation_steps is not None
     with run.accelerator.local_main_process_first():
@@ -146,7 +146,7 @@ def make_batches(
         skip_batches=plan.batches_before(step),
         skip_broken=images.skip_broken,
     )
-    # a stream has one reader
+    # a stream has a single reader
     return iter(torch.utils.data.DataLoader(stream, batch_size=None, num_workers=min(1, workers), **options))
 
 
@@ -154,10 +154,10 @@ def make_batches(
 def held_out_means(
     run: Run, held_out: ImageDataset, names: Sequence[str], measure: Callable[[dict, StepKeys], Sequence[torch.Tensor]]
 ) -> dict[str, float]:
-    """Means over the held-out images, shared out over the ranks, with the same random numbers each time.
+    """Means over the held-out images, divided among the ranks, with the same random numbers each time.
 
     Args:
-        names: of what is averaged.
+        names: the names of the means.
         measure: (batch, keys) -> for each of the names, a value of each image, [N].
     """
     size, accelerator = run.flags.eval_batch_size, run.accelerator

@@ -13,8 +13,8 @@ from ..training.reporting import task
 from . import ImageDataset, ImageTransform, Rows, decode_row
 from .images import image_size
 
-WIDEST = 2.0  # the longer side over the shorter
-MOST_ROWS = 2**40  # of one size
+MAX_ASPECT_RATIO = 2.0  # the longer side over the shorter
+PART_STRIDE = 2**40  # a row's index in a batch is its row plus this times the number of its part
 
 
 def bucket_sizes(height: int, width: int, step: int) -> list[tuple[int, int]]:
@@ -23,10 +23,10 @@ def bucket_sizes(height: int, width: int, step: int) -> list[tuple[int, int]]:
     >>> bucket_sizes(64, 64, 16)
     [(80, 48), (64, 64), (48, 80)]
     """
-    widest = {}  # of sizes that differ in the width alone
-    for w in range(step, math.isqrt(int(height * width * WIDEST)) + 1, step):
+    widest: dict[int, int] = {}  # height -> the largest width
+    for w in range(step, math.isqrt(int(height * width * MAX_ASPECT_RATIO)) + 1, step):
         h = height * width // w // step * step
-        if h and max(h / w, w / h) <= WIDEST:
+        if h and max(h / w, w / h) <= MAX_ASPECT_RATIO:
             widest[h] = w
     return sorted(widest.items(), reverse=True) or [(height, width)]
 
@@ -37,20 +37,20 @@ def nearest_bucket(height: int, width: int, sizes: list[tuple[int, int]]) -> int
 
 
 def aspect_ratios(rows: Rows, channels: int = 3) -> list[tuple[int, int]]:
-    """(height, width) of each image, upright; (0, 0) of one that cannot be read, which the dataset will name."""
-    found = []
+    """(height, width) of each image, upright; (0, 0) for a broken one, which the dataset reports."""
+    sizes = []
     with task("reading sizes", len(rows.dataset), len(rows.dataset) >= 2000) as bar:
         for index, row in enumerate(rows.dataset):
             try:
-                found.append(image_size(decode_row(row[rows.image_column], str(index)), channels))
-            except Exception:  # decoding and turning it upright may raise anything
-                found.append((0, 0))
+                sizes.append(image_size(decode_row(row[rows.image_column], str(index)), channels))
+            except Exception:  # decoders and EXIF have no common base for errors
+                sizes.append((0, 0))
             bar.update(1)
-    return found
+    return sizes
 
 
 class BucketedDataset(torch.utils.data.Dataset):
-    """Datasets of one size each, as one: indices run through them in turn, and a batch stays within one."""
+    """Several datasets of one image size each, concatenated; a batch never mixes sizes."""
 
     def __init__(self, parts: list[Any]):
         self.parts = parts
@@ -71,25 +71,25 @@ class BucketedDataset(torch.utils.data.Dataset):
         if not all(start <= index < end for _, index in keys):
             raise ValueError("a batch holds images of one size")
         batch = self.parts[group].__getitems__([(epoch, int(index - start)) for epoch, index in keys])
-        return {**batch, "index": batch["index"] + group * MOST_ROWS}  # rows of its part: told apart
+        return {**batch, "index": batch["index"] + group * PART_STRIDE}
 
     def name_of(self, row: int) -> str:
         """What to call one of a batch's `index`."""
-        group, own = divmod(row, MOST_ROWS)
-        return self.parts[group].name_of(own)
+        group, local_row = divmod(row, PART_STRIDE)
+        return self.parts[group].name_of(local_row)
 
 
 def bucketed(images: ImageDataset, sizes: list[tuple[int, int]], cached: bool) -> BucketedDataset:
     """The images by the size that is nearest to each; a size without images is left out."""
     rows, transform = images.rows, images.transform
-    places = [[] for _ in sizes]
+    members: list[list[int]] = [[] for _ in sizes]
     for index, (height, width) in enumerate(aspect_ratios(rows, transform.channels)):
-        places[nearest_bucket(max(height, 1), max(width, 1), sizes)].append(index)
+        members[nearest_bucket(max(height, 1), max(width, 1), sizes)].append(index)
     parts = []
-    for (height, width), chosen in zip(sizes, places):
+    for (height, width), chosen in zip(sizes, members):
         if chosen:
-            own: ImageTransform = transform._replace(height=height, width=width)
+            resized: ImageTransform = transform._replace(height=height, width=width)
             skip = images.decode.skip_broken
-            parts.append(ImageDataset(rows.part(np.array(chosen)), own, images.seed, cached, skip))
-            parts[-1].leave_out_broken()  # the batches are planned by how many there are
+            parts.append(ImageDataset(rows.part(np.array(chosen)), resized, images.seed, cached, skip))
+            parts[-1].leave_out_broken()  # the plan of the batches needs the exact count
     return BucketedDataset(parts)

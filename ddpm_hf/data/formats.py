@@ -8,11 +8,11 @@ import re
 
 from PIL import Image
 
-EXECUTED = ("EPS", "WMF")  # formats that PIL hands to an interpreter outside of it
-IDENTIFIED_ONLY = ("BUFR", "GRIB", "HDF5", "MPEG")  # formats that PIL recognizes and cannot decode
-SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF8")  # that nothing else begins with
-# suffix -> the package that teaches PIL the format, its module, and the module's function that registers it (or None:
-# the import does)
+EXECUTED = ("EPS", "WMF")  # formats that PIL passes to an external interpreter
+IDENTIFIED_ONLY = ("BUFR", "GRIB", "HDF5", "MPEG")  # formats that PIL recognizes but cannot decode
+SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF8")  # no other format begins so
+# suffix -> the package that adds the format to PIL, its module, and the module's function that registers it (None: the
+# import does)
 PLUGINS = {
     ".heic": ("pillow-heif", "pillow_heif", "register_heif_opener"),
     ".heif": ("pillow-heif", "pillow_heif", "register_heif_opener"),
@@ -23,7 +23,7 @@ PLUGINS = {
 
 @functools.cache
 def register_plugins() -> None:
-    """Teach PIL the formats of those plugins that are installed, once a process."""
+    """Register the formats of the plugins that are installed, once per process."""
     Image.init()
     for suffix, (_, module, register) in PLUGINS.items():
         if suffix not in Image.registered_extensions() and importlib.util.find_spec(module) is not None:
@@ -39,13 +39,13 @@ def readable_formats() -> set[str]:
 
 
 def image_suffixes() -> set[str]:
-    """The suffixes, in small letters and with the dot, of the formats that PIL decodes by itself."""
+    """The suffixes, lower-case and with the dot, of the formats that PIL decodes by itself."""
     formats = readable_formats() | {"MPO"}  # which PIL opens as JPEG
     return {suffix for suffix, form in Image.registered_extensions().items() if form in formats}
 
 
 def suffix_of(name: str) -> str:
-    """A file name's suffix in small letters; empty for what is none, as in `photo.jpg_large` or `v1.5`.
+    """A file name's suffix in lower case; empty for other endings, as in `photo.jpg_large` or `v1.5`.
 
     >>> suffix_of("a.b/Photo.JPG"), suffix_of("v1.5"), suffix_of(".hidden")
     ('.jpg', '', '')
@@ -65,7 +65,7 @@ def begins_like_an_image(path: str) -> bool:
         if formats:
             Image.open(path, formats=formats).close()
         return bool(formats)
-    except Exception:  # PIL's plugins have no common base for what they raise of a file that is no image
+    except Exception:  # PIL's plugins have no common base for the errors of a file that is not an image
         return False
 
 

@@ -15,7 +15,7 @@ from .errors import broken_image
 from .formats import EXECUTED, register_plugins
 from .pixels import PixelRange, channel_axis, check_array, is_deep, prepare_image
 
-LONGEST = 32  # an image's side over that of what is cropped from it: of an endless strip, the middle
+MAX_SIDE_RATIO = 32  # an image's side over the crop's; of a longer strip only the middle is resized
 
 
 class ImageTransform(NamedTuple):
@@ -32,11 +32,11 @@ class ImageTransform(NamedTuple):
 
     @property
     def size(self) -> tuple[int, int]:
-        """(width, height), as PIL says it."""
+        """(width, height), in PIL's order."""
         return self.width, self.height
 
     def resize(self, image: Image.Image | np.ndarray) -> np.ndarray:
-        """The random-free part: [H', W', C], uint8, or float32 in [0, 1] with `keep_precision`.
+        """The deterministic part: [H', W', C], uint8, or float32 in [0, 1] with `keep_precision`.
 
         Raises:
             DataError, ImageMismatchError: as `prepare_image`.
@@ -45,7 +45,7 @@ class ImageTransform(NamedTuple):
         if isinstance(prepared, Image.Image):
             pixels = np.asarray(self._fit(prepared))
             pixels = pixels if pixels.ndim == 3 else pixels[:, :, None]
-        else:  # by bands, since PIL takes a fourth for alpha, by which it weighs the others
+        else:  # band by band: PIL takes a fourth band for alpha, and weights the others by it
             bands = [Image.fromarray(np.ascontiguousarray(band)) for band in np.moveaxis(prepared, 2, 0)]
             pixels = np.stack([np.asarray(self._fit(band)) for band in bands], axis=2)
         if self.keep_precision and pixels.dtype == np.uint8:
@@ -55,9 +55,9 @@ class ImageTransform(NamedTuple):
     def _fit(self, image: Image.Image) -> Image.Image:
         """An image that covers height × width; cropped to it with `center_crop`."""
         scale = max(self.height / image.height, self.width / image.width)
-        most = [min(own, math.ceil(LONGEST * side / scale)) for own, side in zip(image.size, self.size)]
+        most = [min(length, math.ceil(MAX_SIDE_RATIO * side / scale)) for length, side in zip(image.size, self.size)]
         if most != list(image.size):
-            left, top = ((own - kept) // 2 for own, kept in zip(image.size, most))
+            left, top = ((length - kept) // 2 for length, kept in zip(image.size, most))
             image = image.crop((left, top, left + most[0], top + most[1]))
         size = (max(self.width, round(image.width * scale)), max(self.height, round(image.height * scale)))
         if size != image.size:
@@ -83,17 +83,17 @@ def augmentation_uniforms(seed: int, epoch: int, sample: int) -> np.ndarray:
 
 
 def choose_caption(value: Any, uniform: float, name: str) -> str:
-    """One of an image's captions by a number in [0, 1); a missing one is the empty text.
+    """One of an image's captions by a number in [0, 1); a missing one is the empty string.
 
     Raises:
-        DataError: what is neither a text nor a list of texts.
+        DataError: neither a string nor a list of strings.
     """
     if isinstance(value, (list, tuple, np.ndarray)):
         value = value[int(uniform * len(value))] if len(value) else None
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise DataError(f"the caption of {name} is {value!r}; captions are texts, or lists of them")
+        raise DataError(f"the caption of {name} is {value!r}; captions are strings or lists of strings")
     return value
 
 
@@ -123,14 +123,16 @@ def decode_row(value: Any, name: str, dtype: str | None = None) -> Image.Image |
         if isinstance(value, (list, np.ndarray)):
             return check_array(np.asarray(value, dtype=dtype))
         if not isinstance(value, (bytes, str, os.PathLike)):
-            raise ValueError(f"{type(value).__name__} is no image; name the column of the images with --image_column")
+            raise ValueError(
+                f"{type(value).__name__} is not an image; name the column of the images with --image_column"
+            )
         register_plugins()
         image = Image.open(io.BytesIO(value) if isinstance(value, bytes) else value)
         if image.format in EXECUTED:
             raise ValueError(f"{image.format} files are not supported")
         image.load()
         return image
-    except Exception as error:  # PIL's decoders have no common base for what a damaged file makes them raise
+    except Exception as error:  # PIL's decoders have no common base for the errors of a damaged file
         raise broken_image(name, reason_of(error)) from error
 
 
@@ -159,6 +161,6 @@ def image_size(image: Image.Image | np.ndarray, channels: int) -> tuple[int, int
 
 def reason_of(error: Exception) -> str:
     """Why an image cannot be read, in the same words each time."""
-    if isinstance(error, UnidentifiedImageError):  # whose text shows an address in memory
+    if isinstance(error, UnidentifiedImageError):  # its text contains a memory address
         return "not an image, or its header is corrupt"
     return " ".join(str(error).split()) or error.__class__.__name__

@@ -26,12 +26,12 @@ def class_name(value: Any) -> str | None:
         return value if value.strip() else None
     if isinstance(value, (bool, np.bool_)):
         return str(bool(value))
-    whole = isinstance(value, numbers.Integral) or (isinstance(value, numbers.Real) and float(value).is_integer())
-    return str(int(value)) if whole else None
+    is_integer = isinstance(value, numbers.Integral) or (isinstance(value, numbers.Real) and float(value).is_integer())
+    return str(int(value)) if is_integer else None
 
 
 def is_missing(value: Any) -> bool:
-    """Whether a label says that there is none: None, NaN, or a blank text."""
+    """Whether a label stands for no label: None, NaN, or a blank string."""
     if isinstance(value, str):
         return not value.strip()
     return value is None or (isinstance(value, (float, np.floating)) and math.isnan(value))
@@ -40,10 +40,10 @@ def is_missing(value: Any) -> bool:
 def name_classes(values: Sequence[Any], column: str, source: str) -> list[str]:
     """The names of the classes in a column without declared names: its distinct values, in the order of their ids.
 
-    Strings are sorted as texts, integers by their value: labels 10, 20 and 30 are three classes of these names.
+    Strings are sorted alphabetically, integers by their value: labels 10, 20 and 30 are three classes of these names.
 
     Raises:
-        DataError: a label that is missing, negative, or of a type that names no class.
+        DataError: a label that is missing, negative, or of a type that cannot name a class.
     """
     distinct = {}
     for row, value in enumerate(values):
@@ -66,7 +66,7 @@ def name_classes(values: Sequence[Any], column: str, source: str) -> list[str]:
 
 
 def _no_class(value: Any, row: int, column: str, source: str) -> str:
-    """Why a cell is no label."""
+    """Why a cell is not a label."""
     if is_missing(value):
         return (
             f"row {row} of {source} has no label: column {column!r} holds {value!r}; remove such rows, or give them a"
@@ -79,13 +79,13 @@ def _no_class(value: Any, row: int, column: str, source: str) -> str:
     )
 
 
-def label_ids(values: Sequence[Any], rows: Rows, places: Sequence[int] | None = None) -> np.ndarray:
-    """Labels as they stand in the column, as ids int64 [N].
+def label_ids(values: Sequence[Any], rows: Rows, indices: Sequence[int] | None = None) -> np.ndarray:
+    """The ids, int64 [N], of labels as they stand in the column.
 
     An integer is an id where the dataset declares its classes (`ClassLabel`), else the name of its class.
 
     Args:
-        places: the labels' rows in `rows`, to name a bad one; by default they are all of them.
+        indices: the labels' rows in `rows`, to name a bad one; by default all rows.
 
     Raises:
         DataError: a label outside the classes, with its row.
@@ -94,13 +94,13 @@ def label_ids(values: Sequence[Any], rows: Rows, places: Sequence[int] | None = 
     ids = []
     for index, value in enumerate(values):
         if rows.labels_are_names:
-            number = known.get(class_name(value), -1)
+            number = known.get(class_name(value) or "", -1)
         elif isinstance(value, str):
             number = known.get(value, -1)
         else:
             number = int(value) if isinstance(value, numbers.Integral) else -1
         if not 0 <= number < len(known):
-            row = rows.number_of(index if places is None else places[index])
+            row = rows.number_of(index if indices is None else indices[index])
             where = f"label {value!r} in column {rows.label_column!r} of {rows.name} (row {row})"
             missing = is_missing(value) or (not rows.labels_are_names and not isinstance(value, str) and value == -1)
             reason = "means that there is none; remove such rows, or label them" if missing else "must be one of them"
@@ -110,9 +110,9 @@ def label_ids(values: Sequence[Any], rows: Rows, places: Sequence[int] | None = 
 
 
 def classes_of_resumed(rows: Rows, resumed: Any) -> list[str]:
-    """The class names to go on with: the resumed run's, where it numbered its classes from 0 to the highest label.
+    """The class names to continue with: the resumed run's, where it numbered its classes from 0 to the highest label.
 
-    Earlier versions made a class of every integer up to the highest; a run made so keeps its embeddings.
+    Earlier versions made a class of every integer up to the highest; such a run keeps its embeddings.
     """
     numbered = isinstance(resumed, list) and resumed == [str(number) for number in range(len(resumed))]
     if rows.labels_are_names and numbered and set(rows.label_names) <= set(resumed):
@@ -124,7 +124,7 @@ def trained_classes(labels: np.ndarray | None, count: int) -> list[int] | None:
     """The ids of the classes that some image has, where not all `count` have one; else None.
 
     Args:
-        labels: the training images' ids [N]; None for a stream, whose classes are all taken for trained.
+        labels: the training images' ids [N]; None for a stream, all of whose classes count as trained.
     """
     if labels is None:
         return None
@@ -196,7 +196,7 @@ def _alike(names: list[str]) -> list[str]:
     for name in names:
         groups.setdefault(" ".join(unicodedata.normalize("NFKC", name).casefold().split()), []).append(name)
     return [
-        f"the classes {shortened(variants)} differ in case or spaces alone, and are trained apart"
+        f"the classes {shortened(variants)} differ only in case or spaces, and are separate classes"
         for variants in groups.values()
         if len(variants) > 1
     ]

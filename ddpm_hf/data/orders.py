@@ -13,34 +13,34 @@ def keyed_permutation(seed: int, epoch: int, length: int) -> np.ndarray:
 def keyed_balanced_order(seed: int, epoch: int, labels: np.ndarray) -> np.ndarray:
     """As many samples as there are labels [N], every class as often as any other, to within one.
 
-    Small classes repeat, each time in a new order; large ones show another part of themselves each epoch.
+    Small classes repeat, each time in a new order; of large ones each epoch has another part.
     """
     generator = keyed_generator(seed, "balanced_order", 0, epoch, STREAMS["order"])
     classes = generator.permutation(np.unique(labels))
-    drawn = []
-    for place, one in enumerate(classes):
-        members = np.flatnonzero(labels == one)
-        wanted = len(labels) // len(classes) + (place < len(labels) % len(classes))
-        repeats = [generator.permutation(members) for _ in range(-(-wanted // len(members)))]
-        drawn.append(np.concatenate(repeats)[:wanted])
-    return generator.permutation(np.concatenate(drawn))
+    chosen = []
+    for index, label in enumerate(classes):
+        members = np.flatnonzero(labels == label)
+        count = len(labels) // len(classes) + (index < len(labels) % len(classes))
+        repeats = [generator.permutation(members) for _ in range(-(-count // len(members)))]
+        chosen.append(np.concatenate(repeats)[:count])
+    return generator.permutation(np.concatenate(chosen))
 
 
 def bucketed_length(group_sizes: list[int], batch_size: int) -> int:
-    """The samples of an epoch whose batches hold one group each: whole batches alone, at least one of each group."""
+    """The number of samples in an epoch of full batches of one group each, at least one batch a group."""
     return sum(max(1, size // batch_size) * batch_size for size in group_sizes)
 
 
 def keyed_bucketed_order(seed: int, epoch: int, group_sizes: list[int], batch_size: int) -> np.ndarray:
-    """Indices through groups that follow one another, so that each `batch_size` of them are of one group.
+    """Indices into consecutive groups, such that each run of `batch_size` of them is of one group.
 
-    What does not fill a batch is left out, others each epoch; a group of less than a batch repeats.
+    Samples that do not fill a batch are left out, different ones each epoch; a group smaller than a batch repeats.
     """
     generator = keyed_generator(seed, "bucketed_order", 0, epoch, STREAMS["order"])
     batches, start = [], 0
     for size in group_sizes:
-        wanted = max(1, size // batch_size) * batch_size
-        drawn = np.concatenate([generator.permutation(size) for _ in range(-(-wanted // size))])[:wanted]
-        batches += list((start + drawn).reshape(-1, batch_size))
+        count = max(1, size // batch_size) * batch_size
+        chosen = np.concatenate([generator.permutation(size) for _ in range(-(-count // size))])[:count]
+        batches += list((start + chosen).reshape(-1, batch_size))
         start += size
-    return np.concatenate([batches[place] for place in generator.permutation(len(batches))])
+    return np.concatenate([batches[index] for index in generator.permutation(len(batches))])

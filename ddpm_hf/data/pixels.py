@@ -19,7 +19,7 @@ TRANSPARENT = ("RGBA", "LA", "PA", "La", "RGBa")
 LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R 601, as PIL
 RANGES = {"bool": (0.0, 1.0), "uint16": (0.0, 65535.0), "I": (0.0, 65535.0), "F": (0.0, 1.0)}
 OTHER_INTEGERS = (0.0, 255.0)
-ROUNDING = 1e-4  # of the range, by which floats may leave it
+ROUNDING = 1e-4  # share of the range by which floats may exceed it
 
 
 def is_deep(image: Image.Image) -> bool:
@@ -33,14 +33,14 @@ def kind_of(image: Image.Image | np.ndarray) -> str:
 
 
 def has_alpha(image: Image.Image | np.ndarray, channels: int) -> bool:
-    """Whether an image brings what the last of a model's 2 or 4 channels is for: its alpha, or as many bands."""
+    """Whether an image fills the last of a model's 2 or 4 channels: it has alpha, or as many bands."""
     if isinstance(image, Image.Image):
         return image.mode in TRANSPARENT or "transparency" in image.info
     return image.ndim == 3 and image.shape[channel_axis(image.shape, channels)] in (2, 4)
 
 
 def range_of(kind: str) -> PixelRange:
-    """What values of a type span: `kind` is a NumPy type's name, or the mode of a PIL image."""
+    """The range of a type's values: `kind` is a NumPy type's name, or the mode of a PIL image."""
     if kind.startswith("I;"):
         kind = "uint16"
     if kind.startswith("float"):
@@ -59,40 +59,40 @@ def _unit_floats(pixels: np.ndarray, kind: str, pixel_range: PixelRange | None) 
         raise DataError("holds NaN or infinity")
     low, high = pixel_range or range_of(kind)
     if pixel_range is None:
-        least, most = float(pixels.min()), float(pixels.max())
-        spare = ROUNDING * (high - low) if pixels.dtype.kind == "f" else 0.0
-        if least < low - spare or most > high + spare:
+        smallest, largest = float(pixels.min()), float(pixels.max())
+        tolerance = ROUNDING * (high - low) if pixels.dtype.kind == "f" else 0.0
+        if smallest < low - tolerance or largest > high + tolerance:
             raise ImageMismatchError(
-                f"values from {least:g} to {most:g}, and {kind} is read as {low:g} to {high:g}: name the range of the"
-                f" dataset's values, such as --pixel_range {_usual_range(least, most)}"
+                f"values from {smallest:g} to {largest:g}, and {kind} is read as {low:g} to {high:g}: name the range"
+                f" of the dataset's values, such as --pixel_range {_usual_range(smallest, largest)}"
             )
     return np.clip((pixels.astype(np.float64) - low) / (high - low), 0, 1)
 
 
-def _usual_range(least: float, most: float) -> str:
+def _usual_range(smallest: float, largest: float) -> str:
     """The narrowest usual range that holds the values, as on a command line."""
     for low, high in ((0, 1), (-1, 1), (0, 255), (0, 65535)):
-        if low <= least and most <= high:
+        if low <= smallest and largest <= high:
             return f"{low} {high}"
-    return f"{math.floor(least)} {math.ceil(most)}"
+    return f"{math.floor(smallest)} {math.ceil(largest)}"
 
 
 def check_array(pixels: np.ndarray) -> np.ndarray:
     """An array of numbers with two or three axes, none of them empty.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not.
     """
     if pixels.dtype.kind not in "biuf" or pixels.ndim not in (2, 3) or not pixels.size:
         shape = list(pixels.shape)
         raise ValueError(
-            f"an array of {pixels.dtype} {shape} is no image; images are numbers [H, W], [H, W, C], [C, H, W]"
+            f"an array of {pixels.dtype} {shape} is not an image; images are numbers [H, W], [H, W, C], [C, H, W]"
         )
     return pixels
 
 
 def channel_axis(shape: tuple[int, ...], channels: int) -> int:
-    """Which axis of [H, W, C] or [C, H, W] holds the channels: one of as many as the model has, else of few.
+    """Which axis of [H, W, C] or [C, H, W] holds the channels: of the model's number of channels, else the shorter.
 
     >>> channel_axis((64, 64, 3), 3), channel_axis((5, 64, 64), 5), channel_axis((4, 64, 64), 3)
     (2, 0, 0)
@@ -145,12 +145,12 @@ def _in_mode(image: Image.Image, channels: int) -> Image.Image:
     if channels not in MODES:
         raise _mismatch(len(image.getbands()), channels)
     if image.mode in TRANSPARENT or "transparency" in image.info:
-        straight = {"La": "LA", "RGBa": "RGBA"}.get(image.mode)  # without the alpha multiplied in
+        straight = {"La": "LA", "RGBa": "RGBA"}.get(image.mode)  # alpha not multiplied in
         image = (image.convert(straight) if straight else image).convert("RGBA")
         if channels in (1, 3):
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    by_way_of_colour = ("LAB", "HSV") if channels in (1, 3) else ("LAB", "HSV", "1", "P", "CMYK", "YCbCr", "RGBX")
-    if image.mode in by_way_of_colour:
+    via_rgb = ("LAB", "HSV") if channels in (1, 3) else ("LAB", "HSV", "1", "P", "CMYK", "YCbCr", "RGBX")
+    if image.mode in via_rgb:
         image = image.convert("RGB")
     return image.convert(MODES[channels])
 
@@ -201,6 +201,6 @@ def array_type(feature: Any) -> tuple[str, tuple[int | None, ...] | None] | None
     name = getattr(feature, "dtype", None)
     try:
         kind = np.dtype(name).kind if isinstance(name, str) else ""
-    except TypeError:  # a type that NumPy does not have
+    except TypeError:  # not a NumPy type
         return None
-    return (name, shape) if kind in tuple("biuf") else None
+    return (name, shape) if isinstance(name, str) and kind in tuple("biuf") else None

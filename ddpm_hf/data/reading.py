@@ -1,4 +1,4 @@
-"""From the flags of the data, a dataset's name or a local path to rows."""
+"""From the data flags, a dataset's name or a local path to rows."""
 
 import contextlib
 import dataclasses
@@ -28,7 +28,7 @@ def load_rows(
     the embedded digits, their test part.
 
     Args:
-        caption_column: of texts, or lists of texts, to read along.
+        caption_column: a column of strings, or lists of strings, to read too.
         validate: whether held-out images will be used.
 
     Raises:
@@ -55,10 +55,10 @@ def _embedded_rows(flags: DataFlags, caption_column: str | None) -> list[Rows]:
         "--label_column": flags.label_column,
         "--caption_column": caption_column,
     }
-    for flag, wanted in named.items():
-        if wanted is not None and wanted not in parts[0].dataset.column_names:
-            there = ", ".join(parts[0].dataset.column_names)
-            raise DataError(f"no column {wanted!r} in {EMBEDDED_DATASET}; it has {there} ({flag})")
+    for flag, column in named.items():
+        if column is not None and column not in parts[0].dataset.column_names:
+            existing = ", ".join(parts[0].dataset.column_names)
+            raise DataError(f"no column {column!r} in {EMBEDDED_DATASET}; it has {existing} ({flag})")
     if flags.label_column not in (None, "label"):
         raise DataError(f"--label_column {flags.label_column}: the labels of {EMBEDDED_DATASET} are in 'label'")
     for part in parts:
@@ -72,12 +72,12 @@ def _validation_rows(dataset: "OpenDataset", flags: DataFlags, rows: Rows) -> Ro
     Raises:
         DataError: it has none, or trains on it.
     """
-    from .local import split_names
+    from .readers import split_names
 
     way_out = "leave --validation_steps out"
-    if not flags.streaming:  # of which no share can be held out
+    if not flags.streaming:  # no share of a stream can be held out
         way_out = f"give --validation_split {usable_share(len(rows.dataset))}, for example, or {way_out}"
-    with dataset.reported():
+    with dataset.errors_named():
         splits = dataset.source.splits()
     validation = next((name for name in VALIDATION_SPLITS if name in splits), None)
     if validation is None:
@@ -85,7 +85,7 @@ def _validation_rows(dataset: "OpenDataset", flags: DataFlags, rows: Rows) -> Ro
             f"--validation_steps requires held-out images, and {rows.name} has no validation split"
             f" (it has {', '.join(splits)}); {way_out}"
         )
-    # a single dataset that was saved as a split can be called `train`, and is that split all the same
+    # a single dataset that was saved from another split is also found as `train`
     if {"all", validation} & set(split_names(flags.dataset_split)) or list(splits) == [validation]:
         raise DataError(
             f"--dataset_split {flags.dataset_split} trains on the split {validation!r}, which --validation_steps would"
@@ -93,20 +93,22 @@ def _validation_rows(dataset: "OpenDataset", flags: DataFlags, rows: Rows) -> Ro
         )
     columns = Columns(rows.image_column, rows.label_column, rows.caption_column)
     held_out = read_rows(dataset, validation, columns, flags.streaming and not dataset.is_local, rows)
-    if flags.streaming and not dataset.is_local:  # held-out images are kept decoded, so these fit too
+    if (
+        flags.streaming and not dataset.is_local
+    ):  # held-out images are cached decoded, so the encoded ones fit into memory
         import datasets
 
-        with dataset.reported():
+        with dataset.errors_named():
             held_out.dataset = datasets.Dataset.from_list(list(held_out.dataset), held_out.dataset.features)
     return held_out
 
 
-def _limited(rows: Rows, most: int | None, seed: int) -> Rows:
-    """The rows, or a random subset of `most`."""
-    if most is None or most >= len(rows.dataset):
+def _limited(rows: Rows, limit: int | None, seed: int) -> Rows:
+    """The rows, or a random subset of `limit`."""
+    if limit is None or limit >= len(rows.dataset):
         return rows
     order = keyed_generator(seed, "subset").permutation(len(rows.dataset))
-    return rows.part(np.sort(order[:most]))
+    return rows.part(np.sort(order[:limit]))
 
 
 class Columns(NamedTuple):
@@ -119,7 +121,7 @@ class Columns(NamedTuple):
 
 @dataclasses.dataclass
 class OpenDataset:
-    """A dataset that is known and not yet read."""
+    """A dataset that is located but not read."""
 
     name: str  # as the user gave it
     source: Any  # local.Source
@@ -128,20 +130,20 @@ class OpenDataset:
     config_name: str | None = None
 
     @contextlib.contextmanager
-    def reported(self) -> Iterator[None]:
+    def errors_named(self) -> Iterator[None]:
         """Turn whatever reading raises into a DataError."""
-        with _reported(self.name, self.config_name):
+        with _errors_named(self.name, self.config_name):
             yield
 
 
 @contextlib.contextmanager
-def _reported(name: str, config_name: str | None) -> Iterator[None]:
+def _errors_named(name: str, config_name: str | None) -> Iterator[None]:
     try:
         yield
     except DataError:
         raise
-    except Exception as error:  # datasets has no common base for what can go wrong
-        first = error.__cause__ or error  # "an error occurred" says less than what it was
+    except Exception as error:  # `datasets` has no common base for its errors
+        first = error.__cause__ or error  # the cause says more than "an error occurred"
         reason = " ".join(str(first).split())[:300] + f" ({first.__class__.__name__})"
         asked = f" with --dataset_config_name {config_name}" if config_name else ""
         raise DataError(f"dataset {name!r} cannot be loaded{asked}: {reason}") from error
@@ -162,17 +164,20 @@ def open_dataset(
     Raises:
         DataError: no such dataset.
     """
-    from .local import Options, of_library, open_local
+    from .readers import Options, of_library, open_local
 
-    path = Path(directory or name).expanduser()
+    given = directory or name
+    if given is None:
+        raise DataError("name a dataset: its name on the Hub, or a folder")
+    path = Path(given).expanduser()
     is_local = directory is not None or path.exists()
     options = Options(name if directory else None, config_name, cache_dir)
     if is_local and not path.exists():
         raise DataError(f"--train_data_dir {directory}: no such folder")
-    with _reported(str(path), config_name):
-        source = open_local(path, options) if is_local else of_library(name, options, False, token)
+    with _errors_named(str(path), config_name):
+        source = open_local(path, options) if is_local else of_library(given, options, False, token)
     folders = _folders(path if is_local else None, cache_dir)
-    return OpenDataset(directory or name, source, is_local, folders, config_name)
+    return OpenDataset(given, source, is_local, folders, config_name)
 
 
 def read_dataset(
@@ -209,7 +214,7 @@ def read_rows(
     """The rows of a split.
 
     Args:
-        like: rows of another split, whose classes these have.
+        like: rows of another split, whose classes are used.
 
     Raises:
         DataError: no such split or column.
@@ -217,18 +222,18 @@ def read_rows(
     import datasets
 
     source = opened.name
-    with opened.reported():
+    with opened.errors_named():
         dataset = opened.source.read(split, streaming)
     features = dataset.features or {}
-    there = list(features) or list(dataset.column_names or [])
-    image_column = _find_image_column(features, there, columns.image, source)
+    existing = list(features) or list(dataset.column_names or [])
+    image_column = _find_image_column(features, existing, columns.image, source)
     if isinstance(features.get(image_column), datasets.Image):
         dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
-    for flag, wanted in (("--label_column", columns.label), ("--caption_column", columns.caption)):
-        if wanted is not None and wanted not in there:
+    for flag, column in (("--label_column", columns.label), ("--caption_column", columns.caption)):
+        if column is not None and column not in existing:
             by_class = opened.is_local and flag == "--label_column"
             hint = "; class folders become labels where every image lies in one of two or more" if by_class else ""
-            raise DataError(f"no column {wanted!r} in {source}; it has {', '.join(there)} ({flag}){hint}")
+            raise DataError(f"no column {column!r} in {source}; it has {', '.join(existing)} ({flag}){hint}")
     rows = Rows(dataset, source, image_column, columns.label, caption_column=columns.caption)
     rows.folders, rows.left_out = opened.folders, opened.source.note
     if like is not None:
@@ -238,7 +243,7 @@ def read_rows(
         rows.label_names = list(getattr(features.get(columns.label), "names", None) or [])
         rows.labels_are_names = not rows.label_names
         if rows.labels_are_names and streaming:
-            raise DataError(f"column {columns.label!r} of {source} has no class names, which a stream cannot count")
+            raise DataError(f"column {columns.label!r} of {source} has no class names, which a stream cannot find out")
         if rows.labels_are_names:
             rows.label_names = name_classes(dataset[columns.label], columns.label, source)
     return rows
@@ -273,14 +278,14 @@ def _folders(local: Path | None, cache_dir: str | None) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*named, *(os.path.abspath(cache) for cache in caches if cache)]))
 
 
-def _find_image_column(features: dict, columns: list[str], wanted: str | None, source: str) -> str:
+def _find_image_column(features: dict, columns: list[str], requested: str | None, source: str) -> str:
     import datasets
 
-    if wanted is not None:
-        if wanted not in columns:
-            raise DataError(f"no column {wanted!r} in {source}; it has {', '.join(columns)} (--image_column)")
-        return wanted
-    found = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    if not found:
+    if requested is not None:
+        if requested not in columns:
+            raise DataError(f"no column {requested!r} in {source}; it has {', '.join(columns)} (--image_column)")
+        return requested
+    image_columns = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    if not image_columns:
         raise DataError(f"no image column in {source}; name one of {', '.join(columns)} with --image_column")
-    return "image" if "image" in found else found[0]
+    return "image" if "image" in image_columns else image_columns[0]

@@ -26,7 +26,7 @@ class Rows:
     label_names: list[str] = field(default_factory=list)
     caption_column: str | None = None
     numbers: np.ndarray | None = None  # of the rows in the dataset that these are a part of
-    folders: tuple[str, ...] = ()  # in which its files lie; where none is named, anywhere
+    folders: tuple[str, ...] = ()  # that may contain its files; empty: any
     left_out: str = ""  # what of the dataset's files is not read, and why
     labels_are_names: bool = False  # integers in the label column name their class, and are not its id
 
@@ -54,33 +54,33 @@ class Rows:
         """
         try:
             return self.dataset[index]
-        except Exception as error:  # of whatever the dataset's files are read with
+        except Exception as error:  # whatever library reads the dataset's files
             raise unreadable(f"row {self.number_of(index)} of {self.name}", error) from error
 
-    def check_place(self, path: str) -> None:
-        """Raise ValueError for a file that lies elsewhere: a dataset may be a stranger's, and other files are not."""
-        place = os.path.abspath(path)
-        if self.folders and not any(place.startswith(os.path.join(folder, "")) for folder in self.folders):
-            raise ValueError(f"it lies outside of {self.name}; put the images into it (save_to_disk does)")
+    def check_inside(self, path: str) -> None:
+        """Raise ValueError for a file outside of the dataset: an untrusted dataset must not read other files."""
+        absolute = os.path.abspath(path)
+        if self.folders and not any(absolute.startswith(os.path.join(folder, "")) for folder in self.folders):
+            raise ValueError(f"it is outside of {self.name}; put the images into it (save_to_disk does)")
 
     def part(self, indices: np.ndarray) -> "Rows":
         """Some of the rows."""
         numbers = np.asarray(indices) if self.numbers is None else self.numbers[indices]
         return dataclasses.replace(self, dataset=self.dataset.select(indices), numbers=numbers)
 
-    def fingerprint(self, looked_at: int = 256) -> str | None:
+    def fingerprint(self, sampled: int = 256) -> str | None:
         """A digest of the number of images and of some, evenly spread, as they are encoded; None for a stream."""
         if not hasattr(self.dataset, "__len__"):
             return None
         count = len(self.dataset)
-        found = hashlib.sha256(str(count).encode())
-        places = [place * count // looked_at for place in range(looked_at)] if count > looked_at else range(count)
-        for row in self.dataset.select_columns([self.image_column]).select(places):
-            found.update(self._encoded(row[self.image_column]))
-        return found.hexdigest()[:16]
+        digest = hashlib.sha256(str(count).encode())
+        indices = [i * count // sampled for i in range(sampled)] if count > sampled else range(count)
+        for row in self.dataset.select_columns([self.image_column]).select(indices):
+            digest.update(self._encoded(row[self.image_column]))
+        return digest.hexdigest()[:16]
 
     def _encoded(self, value: Any) -> bytes:
-        """An image's cell as bytes; none of one that is missing, which reading it for training will name."""
+        """An image's cell as bytes; empty for a missing one, which training reports."""
         if value is None:
             return b""
         if not isinstance(value, dict):
@@ -88,7 +88,7 @@ class Rows:
         if value.get("bytes") is not None or value.get("path") is None:
             return value.get("bytes") or b""
         try:
-            self.check_place(value["path"])
+            self.check_inside(value["path"])
             return Path(value["path"]).read_bytes()
         except (OSError, ValueError):
             return b""

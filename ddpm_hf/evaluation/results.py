@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..common.files import read_json, write_whole
+from ..common.files import read_json, write_atomically
 from ..common.layout import METRICS_FILE, RESULTS_FILE, RUN_FILE
 from ..common.ownership import claim_files
 
@@ -48,4 +48,4 @@ def record_result(
     results = [one for one in before if {**one, **key} != one]
     results += [{**key, "value": float(value), "samples": int(samples)}]
     claim_files(folder, [RESULTS_FILE])
-    write_whole(Path(folder) / RESULTS_FILE, json.dumps(results, indent=1) + "\n")
+    write_atomically(Path(folder) / RESULTS_FILE, json.dumps(results, indent=1) + "\n")

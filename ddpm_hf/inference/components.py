@@ -46,7 +46,7 @@ def load_checkpoint_components(
         prediction_type, rescale_betas_zero_snr: of the diffusion, if it is to be another one.
         guidance_scale: the default of its pipeline, if it is to be another one.
         token: for a private checkpoint.
-        given: components to take in the place of the checkpoint's.
+        given: components to take instead of the checkpoint's.
 
     Raises:
         UsageError: there is none.

@@ -4,7 +4,7 @@ import importlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..common.errors import said_in_a_line
+from ..common.errors import readable_load_errors
 
 
 class Kind(NamedTuple):
@@ -51,7 +51,7 @@ def pipeline_class(model: str, revision: str | None = None, token: str | None = 
 
     if Path(model).is_dir() and not (Path(model) / "model_index.json").is_file():
         raise ValueError(f"{model} holds no pipeline (no model_index.json); give the --output_dir of a training run")
-    with said_in_a_line(model):
+    with readable_load_errors(model):
         name = DiffusionPipeline.load_config(model, revision=revision, token=token).get("_class_name")
         name = name[-1] if isinstance(name, list) and name else name  # [file, class] of our repositories' code
         if not isinstance(name, str) or name not in SAMPLED_BY:
@@ -67,5 +67,5 @@ def load_pipeline(model: str, revision: str | None = None, token: str | None = N
         ValueError: no such model, or not one of ours.
     """
     cls = pipeline_class(model, revision, token)
-    with said_in_a_line(model):
+    with readable_load_errors(model):
         return cls.from_pretrained(model, revision=revision, token=token, use_safetensors=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..common.checkpoints import MANIFEST
 from ..common.errors import why_not_loaded
-from ..common.places import MODEL_CONFIG, MODEL_INDEX, UNET_FOLDERS, find_place
+from ..common.locations import MODEL_CONFIG, MODEL_INDEX, UNET_FOLDERS, find_location
 from ..models.sources import find_source
 from . import kinds
 
@@ -65,7 +65,7 @@ def _load_checkpoint(checkpoint: Path, ema: bool | None, token: str | None) -> A
             f"{checkpoint} has no averaged (EMA) weights, since it was trained without --use_ema; give ema=False"
             " (--no-ema)"
         )
-    place = find_place(str(checkpoint), token=token)
+    place = find_location(str(checkpoint), token=token)
     config = next(filter(None, ((place / part).json(MODEL_CONFIG) for part in UNET_FOLDERS)))
     if config.get("_class_name") == "UNet2DConditionModel":
         return _load_text_checkpoint(checkpoint, (place.json(MANIFEST) or {}), ema, token)

@@ -64,7 +64,7 @@ def image_keys(images: ImageDataset) -> list[bytes]:
 
 
 class LatentDataset(torch.utils.data.Dataset):
-    """Batches as `ImageDataset` gives them, with `moments` [N, 2C, h, w] of the latents in the place of the images.
+    """Batches as `ImageDataset` gives them, with `moments` [N, 2C, h, w] of the latents instead of the images.
 
     With `embeddings`, a table of them by caption, also `embeddings` [N, L, D].
     """

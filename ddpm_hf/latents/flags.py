@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..common.arguments import FIXED, FREE, NOT_NEGATIVE, POSITIVE, HfArg, Need, names_elsewhere
+from ..common.arguments import FIXED, FREE, NOT_NEGATIVE, POSITIVE, HfArg, Need, synonyms
 from ..common.errors import UsageError
 
-LATENTS = names_elsewhere("""
+LATENTS = synonyms("""
 --vae_name_or_path: vae autoencoder vae_path first_stage pretrained_vae_model_name_or_path
 --cache_latents: precompute_latents latent_cache
 """)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from ..common.files import SCRAP, flush, flush_tree
+from ..common.files import PARTIAL_SUFFIX, flush, flush_tree
 from ..training.reporting import task
 
 ROWS_A_FILE = 2048
@@ -70,7 +70,7 @@ class TensorTable:
             }
         )
         final = self.folder / f"part-{digest(*keys).hex()}"
-        scratch = tempfile.mkdtemp(dir=self.folder, prefix=".writing-", suffix=SCRAP)
+        scratch = tempfile.mkdtemp(dir=self.folder, prefix=".writing-", suffix=PARTIAL_SUFFIX)
         try:
             datasets.Dataset.from_dict(columns, features=features).save_to_disk(scratch, max_shard_size="100GB")
             os.chmod(scratch, 0o755)  # a cache may be shared

@@ -134,7 +134,7 @@ def train_autoencoder(
         size: (height, width) of the images.
 
     Raises:
-        UsageError: a stream, whose steps nobody can repeat here, or a size that the autoencoder cannot halve.
+        UsageError: a stream, whose steps cannot be counted, or a size that the autoencoder cannot halve.
     """
     folder, resumes = run.folder / AUTOENCODER, run.flags.resume_from_checkpoint
     if (folder / "config.json").is_file() and resumes:

@@ -5,7 +5,7 @@ The names are imported when they are first used, so that `--help`, which needs t
 
 from typing import TYPE_CHECKING
 
-from ..common.lazy import handed_on
+from ..common.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from .presets import MODEL_PRESETS as MODEL_PRESETS
@@ -18,4 +18,4 @@ _HOMES = {
 __all__ = [name for names in _HOMES.values() for name in names]
 
 if not TYPE_CHECKING:  # else type checkers take any name for one of ours
-    __getattr__, __dir__ = handed_on(__name__, _HOMES)
+    __getattr__, __dir__ = lazy_exports(__name__, _HOMES)

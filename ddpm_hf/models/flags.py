@@ -4,12 +4,12 @@ import os
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..common.arguments import FIXED, FREE, HfArg, Need, names_elsewhere
+from ..common.arguments import FIXED, FREE, HfArg, Need, synonyms
 from ..common.errors import UsageError
 from .presets import MODEL_PRESETS
 
 # What other programs call these flags
-UNET = names_elsewhere("""
+UNET = synonyms("""
 --model_preset: preset arch architecture model model_name network unet
 --model_config_name_or_path: unet_config model_config config_name_or_path
 --model_preset or --model_config_name_or_path (a UNet2DModel config): num_channels model_channels base_channels dim
@@ -20,12 +20,12 @@ UNET = names_elsewhere("""
 --model_preset or --model_config_name_or_path (a UNet2DModel config): use_scale_shift_norm resblock_updown full_attn
 --model_preset or --model_config_name_or_path (a UNet2DModel config): attention_head_dim norm_num_groups
 """)
-START_FROM = names_elsewhere("""
+START_FROM = synonyms("""
 --pretrained_model_name_or_path: pretrained pretrained_model init_from finetune fine_tune pretrained_unet
 --pretrained_model_name_or_path: unet_name_or_path pretrained_path load_from init_checkpoint pretrained_model_path
 --pretrained_model_name_or_path: model_name_or_path base_model init_checkpoint_path checkpoint_path
 """)
-ATTENTION = names_elsewhere("""
+ATTENTION = synonyms("""
 --enable_xformers_memory_efficient_attention: xformers use_xformers flash_attn flash_attention
 """)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..common.errors import UsageError, why_not_loaded
-from ..common.places import find_place
+from ..common.locations import find_location
 from ..objectives.names import TRAINED_BETAS
 from .flags import StartFlags
 from .sources import Source, find_source
@@ -28,7 +28,7 @@ def read_source(start: StartFlags, token: str | None) -> Source:
     """
     name = start.pretrained_model_name_or_path
     try:
-        source = find_source(find_place(name, start.revision, start.subfolder, token))
+        source = find_source(find_location(name, start.revision, start.subfolder, token))
         check_source(source)
     except ValueError as error:
         raise UsageError(f"{FLAG} {name}: {error}") from error
@@ -46,7 +46,7 @@ def source_of(start: StartFlags, token: str | None, checkpoint: Path | None) -> 
     """
     if not start.pretrained_model_name_or_path:
         return None
-    return find_source(find_place(str(checkpoint))) if checkpoint else read_source(start, token)
+    return find_source(find_location(str(checkpoint))) if checkpoint else read_source(start, token)
 
 
 def revision_of_vae(start: StartFlags, vae_name: str) -> str | None:

@@ -55,10 +55,10 @@ def weaker_layers(flags: Any) -> list[tuple[str, dict[str, Any]]]:
 
 def _goes_on(flags: Any) -> bool:
     """Whether a run is resumed from a checkpoint, which then decides all that the model to start from did."""
-    from ..common.checkpoints import settings_of
+    from ..common.checkpoints import recorded_settings
 
     wanted = flags.resume_from_checkpoint
-    return wanted is not None and bool(settings_of(Path(flags.output_dir), wanted))
+    return wanted is not None and bool(recorded_settings(Path(flags.output_dir), wanted))
 
 
 def advice_on_a_cpu(preset: str | None, sample_size: int | Sequence[int], trained: bool = False) -> str:

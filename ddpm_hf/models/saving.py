@@ -13,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ..common.errors import UsageError
-from ..common.files import SCRAP, flush, flush_tree, write_whole
+from ..common.files import PARTIAL_SUFFIX, flush, flush_tree, write_atomically
 from ..common.ownership import claim_files, listed, may_write, release_files, remove
 
 
@@ -34,7 +34,7 @@ def save_model(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder, prefix=".saving-", suffix=SCRAP))
+    scratch = Path(tempfile.mkdtemp(dir=folder, prefix=".saving-", suffix=PARTIAL_SUFFIX))
     try:
         model.save_pretrained(scratch, **options)
         for path in scratch.rglob("config.json"):
@@ -68,7 +68,7 @@ def forget_origin(config: Path) -> None:
     """Drop where a model was loaded from: a path of this machine, or another one where its training was resumed."""
     settings = json.loads(config.read_text(encoding="utf-8"))
     if settings.pop("_name_or_path", None) is not None:
-        write_whole(config, json.dumps(settings, indent=2, sort_keys=True) + "\n")
+        write_atomically(config, json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
 def save_pipeline(pipeline: DiffusionPipeline, folder: str | Path) -> None:

@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ..common.checkpoints import MANIFEST
-from ..common.places import (
+from ..common.locations import (
     MODEL_CONFIG,
     MODEL_INDEX,
     OTHER_WEIGHTS,
     UNET_FOLDERS,
-    Place,
-    find_place,
+    Location,
+    find_location,
     way_out,
 )
 from .unet import stock_unet_defaults
@@ -34,7 +34,7 @@ class Source(NamedTuple):
         factor: pixels for each of the UNet's, in each direction; None where that cannot be told.
     """
 
-    place: Place
+    place: Location
     title: str
     unet: dict[str, Any]
     scheduler: dict[str, Any] | None = None
@@ -52,7 +52,7 @@ class Source(NamedTuple):
         return sides[0] * self.factor, sides[1] * self.factor
 
 
-def find_source(place: Place) -> Source:
+def find_source(place: Location) -> Source:
     """The weights of a UNet2DModel in a place.
 
     Raises:
@@ -75,7 +75,7 @@ def find_source(place: Place) -> Source:
     raise ValueError(_nothing_in(place))
 
 
-def _nothing_in(place: Place) -> str:
+def _nothing_in(place: Location) -> str:
     """Why there is no model in a place."""
     if place.unreachable:
         return (
@@ -103,7 +103,7 @@ def unet_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**defaults, **{name: value for name, value in config.items() if name in defaults}}
 
 
-def _of_pipeline(place: Place, index: dict[str, Any]) -> Source:
+def _of_pipeline(place: Location, index: dict[str, Any]) -> Source:
     """The UNet of a pipeline, in its folder or, as in old repositories, at the root."""
     kind = index.get("_class_name")
     kind = kind[-1] if isinstance(kind, list) and kind else kind
@@ -118,7 +118,7 @@ def _of_pipeline(place: Place, index: dict[str, Any]) -> Source:
     return source._replace(**_pipeline_facts(place, index))
 
 
-def _pipeline_facts(place: Place, index: dict[str, Any]) -> dict[str, Any]:
+def _pipeline_facts(place: Location, index: dict[str, Any]) -> dict[str, Any]:
     """What a pipeline tells of its model's diffusion, classes and latents."""
     scheduler = (
         (place / "scheduler").json("scheduler_config.json")
@@ -142,7 +142,7 @@ def _factor(vae: Mapping[str, Any] | None) -> int | None:
     return downscaling(vae) if vae and isinstance(vae.get("block_out_channels"), list) else None
 
 
-def _training_of(place: Place) -> dict[str, Any]:
+def _training_of(place: Location) -> dict[str, Any]:
     """What a folder around a UNet tells of its training: a checkpoint of ours, or a pipeline, or one around it."""
     manifest = place.json(MANIFEST) or {}
     settings = manifest.get("settings")
@@ -152,7 +152,7 @@ def _training_of(place: Place) -> dict[str, Any]:
             "classes": manifest.get("classes") or None,
         }
         if settings.get("vae_name_or_path"):
-            vae = find_place(settings["vae_name_or_path"], token=place.token)
+            vae = find_location(settings["vae_name_or_path"], token=place.token)
             config = (vae / "vae").json(MODEL_CONFIG) or vae.json(MODEL_CONFIG)
             facts |= {"vae": settings["vae_name_or_path"], "factor": _factor(config)}
         return facts

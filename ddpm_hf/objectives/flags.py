@@ -11,11 +11,11 @@ from ..common.arguments import (
     HfArg,
     Need,
     has_grids,
-    names_elsewhere,
+    synonyms,
 )
 from ..common.errors import UsageError
+from ..portable.schedules_ddpm_hf import BETA_SCHEDULES
 from .names import (
-    BETA_SCHEDULES,
     LOSS_TYPES,
     OBJECTIVES,
     PREDICTION_TYPES,
@@ -24,13 +24,13 @@ from .names import (
     VARIANCE_TYPES,
 )
 
-SCHEDULE = names_elsewhere("""
+SCHEDULE = synonyms("""
 --ddpm_num_steps: timesteps num_timesteps t diffusion_steps num_diffusion_steps num_train_timesteps n_timesteps
 --ddpm_num_steps: ddpm_timesteps diffusion_timesteps num_diffusion_timesteps noise_steps
 --ddpm_beta_schedule: beta_schedule noise_schedule schedule beta_schedule_type
 --rescale_betas_zero_snr: zero_snr rescale_betas zero_terminal_snr
 """)
-OBJECTIVE = names_elsewhere("""
+OBJECTIVE = synonyms("""
 --variance_type learned_range --objective hybrid: learn_sigma learned_variance learned_sigma learn_variance
 --variance_type fixed_small: sigma_small
 --variance_type: var_type variance

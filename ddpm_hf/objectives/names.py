@@ -1,12 +1,8 @@
-"""The names that flags choose from, without the libraries behind them, so that `--help` takes no time.
+"""The choices of flags, without importing torch, so that `--help` is quick.
 
 A test compares them with the tables of `portable.scheduling_ddpm_hf` and `objectives`, which define them.
 """
 
-BETA_SCHEDULES = (
-    "linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "sigmoid_alpha_bar", "laplace", "const", "jsd",
-    "warmup10", "warmup50", "quadratic", "cosine",
-)  # fmt: skip
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "posterior_mean")
 VARIANCE_TYPES = ("fixed_small", "fixed_large", "fixed_small_log", "fixed_large_log", "learned", "learned_range")
 OBJECTIVES = ("simple", "vlb", "hybrid")

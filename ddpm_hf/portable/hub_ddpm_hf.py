@@ -24,7 +24,7 @@ from diffusers.configuration_utils import FrozenDict
 Pipeline = TypeVar("Pipeline", bound="PortablePipelineMixin")
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
     """Write a text file completely or not at all."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -183,7 +183,7 @@ class PortablePipelineMixin:
         directory.mkdir(parents=True, exist_ok=True)
         module = sys.modules[self.portable_class().__module__]
         for name, text in portable_sources(Path(module.__file__)).items():
-            write_whole(directory / name, text)
+            write_atomically(directory / name, text)
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def to_json_file(self, json_file_path: str | os.PathLike) -> None:
@@ -202,7 +202,7 @@ class PortablePipelineMixin:
                 index[f"_{name}"] = index.pop(name)
         cls = self.portable_class()
         index["_class_name"] = self.stock_class_name() or [cls.__module__.rpartition(".")[2], cls.__name__]
-        write_whole(Path(json_file_path), json.dumps(index, indent=2, sort_keys=True) + "\n")
+        write_atomically(Path(json_file_path), json.dumps(index, indent=2, sort_keys=True) + "\n")
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict, **kwargs: Any) -> tuple[dict, dict, dict]:

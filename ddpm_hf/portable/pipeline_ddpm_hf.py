@@ -220,7 +220,7 @@ def check_labels(
     """
     if classifier is None:
         if class_labels is not None:
-            raise ValueError("class_labels without a classifier: this model knows no classes by itself")
+            raise ValueError("class_labels without a classifier: this model has no classes")
         return None
     try:
         labels = torch.as_tensor([] if class_labels is None else class_labels).reshape(-1)

@@ -192,7 +192,7 @@ class TextToImageDDPMPipeline(SamplingMixin, AccelerationMixin, PortablePipeline
             num_inference_steps: of the T timesteps, how many to visit; None means all of them.
             guidance_scale: 1 is the conditional model, in a single pass; higher values follow the prompt more strongly
                 (Ho & Salimans 2022). By default that of the pipeline's config.
-            negative_prompt: what to move away from, in the place of the empty prompt.
+            negative_prompt: what to move away from, instead of the empty prompt.
             latents: x_T [N, C, H/f, W/f] to start from, instead of noise.
             prompt_embeds, negative_prompt_embeds: embedded prompts [N, L, D], instead of texts.
             guidance_rescale: from 0 to 1, against over-exposure at high scales (Lin et al. 2023).

@@ -428,7 +428,7 @@ class DDPMScheduler(StockDDPMScheduler):
     def _predict_mean(
         self, c: StepCoefficients, output: torch.Tensor, x_t: torch.Tensor, clip_sample: bool | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The mean of p(x_s | x_t) and x̂_0, by Ho et al.'s Eq. 7 with x̂_0 in the place of x_0."""
+        """The mean of p(x_s | x_t) and x̂_0, by Ho et al.'s Eq. 7 with x̂_0 for x_0."""
         pred_x0 = combine(c.x0_from_sample, x_t, c.x0_from_output, output)
         clipped = self.clip(pred_x0, clip_sample)
         # With posterior_mean the raw output is the mean, and clipping touches x̂_0 alone.

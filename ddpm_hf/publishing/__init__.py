@@ -1,1 +1,1 @@
-"""From a trained pipeline to a repository that a stranger can use."""
+"""Publishing a trained pipeline: model card, upload, Space."""

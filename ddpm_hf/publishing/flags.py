@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from ..common.arguments import FREE, HfArg, Need, check_license, names_elsewhere
+from ..common.arguments import FREE, HfArg, Need, check_license, synonyms
 from ..common.errors import UsageError
 
 VARIANTS = ("fp16", "non_ema")  # of the weights, in addition to the pipeline's
@@ -14,7 +14,7 @@ USES_OF_THE_TOKEN = (
 
 # What other programs call these flags
 ACCESS = dict.fromkeys(("token", "hf_token", "use_auth_token"), "--hub_token")
-PUBLISHING = names_elsewhere("""
+PUBLISHING = synonyms("""
 --hub_model_id: repo repo_id repository hub_repo hub_repo_id hub_id push_to_hub_model_id
 --hub_private_repo: private private_repo hub_private
 --hub_license: license

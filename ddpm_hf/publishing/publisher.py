@@ -1,4 +1,4 @@
-"""Uploading a run while it trains and when it ends."""
+"""Saves a run's pipeline and uploads it, during training and at its end."""
 
 import contextlib
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.errors import UsageError
-from ..common.files import write_whole
+from ..common.files import write_atomically
 from ..common.layout import METRICS_FILE, RUN_FILE
 from ..common.ownership import claim_files
 from ..models.saving import save_half_precision, save_model, save_pipeline
@@ -26,8 +26,8 @@ from . import hub
 from .card.facts import read_facts
 from .card.illustrations import write_pictures
 from .card.merging import make_card
+from .files import publishable
 from .flags import PublishingFlags
-from .folder import publishable
 from .hub import Upload, read_card, reason_of, refuses
 
 
@@ -110,7 +110,7 @@ class Publisher:
                     save_model(part, self.folder / name, "*.non_ema[.-]*", within=self.folder, variant="non_ema")
         run = {**self.facts, "step": step, "sessions": self.state.sessions.until(step)}
         claim_files(self.folder, [RUN_FILE])
-        write_whole(self.folder / RUN_FILE, json.dumps(run, indent=1) + "\n")
+        write_atomically(self.folder / RUN_FILE, json.dumps(run, indent=1) + "\n")
         self.saved_at = step
         if flags.push_to_hub and flags.hub_strategy != "end" and at_checkpoint and step < self.total_steps:
             self.upload_beside(pipeline, step)
@@ -160,7 +160,7 @@ class Publisher:
             write_pictures(self.folder)
             facts = read_facts(self.folder, self.repository, pipeline, flags.hub_license)
             claim_files(self.folder, ["README.md"])
-            write_whole(self.folder / "README.md", make_card(facts, read_card(self.folder), to_hub=False))
+            write_atomically(self.folder / "README.md", make_card(facts, read_card(self.folder), to_hub=False))
         except ValueError as error:
             raise UsageError(f"the model is saved to {self.folder}, but not its card: {error}") from error
         how = "" if pipeline.stock_class_name() else ", trust_remote_code=True"

@@ -1,4 +1,4 @@
-"""A Space for a published model: the folder of its app, and its upload."""
+"""A Gradio Space for a published model: its files and their upload."""
 
 import contextlib
 import functools
@@ -7,20 +7,23 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from .._version import __version__
 from ..common.ownership import MANIFEST, check_replaceable, listed, replace_files
 from ..inference.kinds import pipeline_class
 from ..training.earlier_run import settle
 
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
 PACKAGE = Path(__file__).parents[1]
 GRADIO_VERSION = "6.31.0"  # what the app was tested with
 PYTHON_VERSION = "3.11"
-PART = "space"  # of the manifest of the folder
-CODE = "ddpm_hf_space"  # the folder, and package, of what is copied
+PART = "space"  # of the folder's manifest
+CODE = "ddpm_hf_space"  # the package that the copied modules form
 COPIED = (
     *(f"common/{name}.py" for name in ("__init__", "errors", "randomness")),
     "portable/*.py",
@@ -29,7 +32,7 @@ COPIED = (
     "publishing/space/*.py",
 )
 
-APP = f'''"""The Space's page; what it does lies in {CODE}/."""
+APP = f'''"""The Space's page; its code is in {CODE}/."""
 
 from pathlib import Path
 
@@ -50,23 +53,24 @@ pip install -r requirements.txt gradio=={gradio}
 python app.py
 ```
 """
-NEEDED_IN_README = ("sdk", "sdk_version", "python_version", "app_file", "models")  # the rest is its owner's to edit
+NEEDED_IN_README = ("sdk", "sdk_version", "python_version", "app_file", "models")  # the owner may edit the rest
 
 
 class Model(NamedTuple):
-    """What a Space needs to know of a model."""
+    """The model of a Space."""
 
     name: str  # on the Hub, or its folder
-    address: str | None = None  # its page; None for a folder
+    address: str | None = None  # its page on the Hub; None for a folder
     private: bool = False
-    license: str | None = None  # as its card says
+    license: str | None = None  # from its card
 
 
 def look_up(name: str, token: str | None = None, examples: Sequence[str] = ()) -> Model:
-    """A model of ours, on the Hub or in a folder.
+    """A model on the Hub or in a folder.
 
     Raises:
-        ValueError: none can be reached by the name, or it is not one of ours, or it does not read the examples.
+        ValueError: it cannot be reached, or this package cannot load it, or it does not take prompts but examples are
+            given.
     """
     from huggingface_hub import HfApi, ModelCard, constants
     from huggingface_hub.errors import RemoteEntryNotFoundError
@@ -74,10 +78,10 @@ def look_up(name: str, token: str | None = None, examples: Sequence[str] = ()) -
     settle(name)
     reads_text = "prompt" in inspect.signature(pipeline_class(name, token=token).__call__).parameters
     if examples and not reads_text:
-        raise ValueError(f"--example {examples[0]}: {name} reads no text; leave it out")
+        raise ValueError(f"--example {examples[0]}: {name} has no text encoder; leave it out")
     if Path(name).is_dir():
         return Model(str(Path(name).resolve()))
-    with said_in_a_line(f"{name} could not be looked up"):
+    with hub_errors_named(f"{name} could not be looked up"):
         info = HfApi(token=token).model_info(name)
         try:
             license = ModelCard.load(name, token=token, ignore_metadata_errors=True).data.license
@@ -87,14 +91,14 @@ def look_up(name: str, token: str | None = None, examples: Sequence[str] = ()) -
 
 
 def write_space(folder: str | Path, model: Model, examples: Sequence[str] = ()) -> None:
-    """Write a Space's folder, whole or not at all.
+    """Write a Space's folder, atomically.
 
     Args:
-        folder: is made; if it is there, it must be empty, or hold an app that this wrote.
-        examples: prompts to offer, the first of which is filled in.
+        folder: created if it does not exist; else it must be empty, or hold an app written by this function.
+        examples: prompts to offer; the first is the default.
 
     Raises:
-        ValueError: there are other files in the folder already, or files of the app that were edited since.
+        ValueError: the folder holds other files, or files of the app that were edited.
     """
     folder = Path(folder).resolve()
     files = {name: text.encode() for name, text in space_files(model, examples).items()}
@@ -103,7 +107,7 @@ def write_space(folder: str | Path, model: Model, examples: Sequence[str] = ()) 
         replace_files(folder, PART, {name: functools.partial(bytes, data) for name, data in files.items()})
         return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is there and not empty; name a new folder")
+        raise ValueError(f"{folder} exists and is not empty; give a new folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
@@ -152,26 +156,26 @@ def space_files(model: Model, examples: Sequence[str] = ()) -> dict[str, str]:
 def push_space(
     model: Model, space: str, token: str | None = None, private: bool = False, examples: Sequence[str] = ()
 ) -> str:
-    """Upload a Space in one commit, a new one or over an earlier app of ours; its address.
+    """Upload a Space in one commit, new or over an earlier app of this function; return its address.
 
-    What its owner wrote into an earlier app's README stays.
+    The owner's edits of an earlier app's README stay.
 
     Args:
         space: its name, user/name or in the token's account. A private model's Space is made private too.
 
     Raises:
-        ValueError: the model is in a folder; the Space holds another app, or is public where it is to be private; the
-            Hub cannot be reached, or says no.
+        ValueError: the model is in a folder; the Space holds another app, or is public but should be private; the Hub
+            cannot be reached, or rejects the request.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     if model.address is None:
         raise ValueError(
             f"{model.name} is a folder, which a Space cannot read: publish the model and give its name, or write the"
-            " app for yourself with --out"
+            " app to a folder with --out"
         )
     api = HfApi(token=token)
-    with said_in_a_line(f"the Space {space} could not be uploaded"), tempfile.TemporaryDirectory() as scratch:
+    with hub_errors_named(f"the Space {space} could not be uploaded"), tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "space"
         write_space(folder, model, examples)
         name = open_space(api, space, private or model.private, folder / "README.md")
@@ -180,24 +184,24 @@ def push_space(
             for path in folder.rglob("*")
             if path.is_file() and path.name != MANIFEST
         }
-        there = api.list_repo_files(name, repo_type="space")
+        existing = api.list_repo_files(name, repo_type="space")
         operations = [CommitOperationAdd(path, str(file)) for path, file in files.items()]
-        operations += [CommitOperationDelete(path) for path in there if is_outdated(path, files)]
-        # upload_folder may make several commits, and the Space would start with half of an app
+        operations += [CommitOperationDelete(path) for path in existing if is_outdated(path, files)]
+        # upload_folder may make several commits, and the Space would start an incomplete app
         api.create_commit(name, operations, repo_type="space", commit_message="Upload the app")
     return f"{api.endpoint}/spaces/{name}"
 
 
-def is_outdated(path: str, files) -> bool:
-    """Whether a file of the Space is code of an earlier version, which this one has no more."""
+def is_outdated(path: str, files: Container[str]) -> bool:
+    """Whether a file of the Space is code of an earlier version that this one no longer has."""
     return path.startswith(f"{CODE}/") and path not in files
 
 
-def open_space(api, space: str, private: bool, readme: Path) -> str:
-    """Create the Space, or look at the one that is there and take over its README; its full name.
+def open_space(api: "HfApi", space: str, private: bool, readme: Path) -> str:
+    """Create the Space, or check the existing one and adopt its README; return its full name.
 
     Raises:
-        ValueError: it holds another app, or is public where it is to be private.
+        ValueError: it holds another app, or is public but should be private.
     """
     from huggingface_hub import SpaceCard
     from huggingface_hub.errors import RepositoryNotFoundError
@@ -223,8 +227,8 @@ def open_space(api, space: str, private: bool, readme: Path) -> str:
 
 
 @contextlib.contextmanager
-def said_in_a_line(what: str) -> Iterator[None]:
-    """Whatever the network or the Hub does becomes a ValueError that says what failed, and why."""
+def hub_errors_named(what: str) -> Iterator[None]:
+    """Turn any error of the network or the Hub into a ValueError that says what failed, and why."""
     try:
         yield
     except ValueError:

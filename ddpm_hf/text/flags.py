@@ -12,7 +12,7 @@ from ..common.arguments import (
     Need,
     Range,
     has_grids,
-    names_elsewhere,
+    synonyms,
 )
 from ..common.errors import UsageError
 from ..data.flags import CAPTION_COLUMN
@@ -22,18 +22,18 @@ from ..objectives.names import LOSS_TYPES, PREDICTION_TYPES
 NUMBER = Range(lambda value: value >= 0, "a number of 0 or more")
 
 # What other programs call these flags
-MODEL = names_elsewhere("""
+MODEL = synonyms("""
 --pretrained_model_name_or_path: model model_id model_name pretrained pretrained_model base_model checkpoint_path sd
 --pretrained_model_name_or_path: pretrained_model_name model_name_or_path model_path pretrained_path
 --text_encoder_name_or_path: text_encoder clip clip_model
 --train_text_encoder: finetune_text_encoder train_clip
 """)
-CAPTIONS = names_elsewhere("""
+CAPTIONS = synonyms("""
 --caption_column: caption text_column prompt_column caption_key txt_column captions
 --caption_dropout: p_uncond uncond_prob cond_drop_prob proportion_empty_prompts text_dropout cfg_dropout
 --aspect_ratio_buckets: buckets bucketing enable_bucket aspect_ratio_bucketing
 """)
-OBJECTIVE = names_elsewhere("""
+OBJECTIVE = synonyms("""
 --prediction_type: parameterization pred_type
 --prediction_type v_prediction: v_prediction v_pred v_parameterization
 --loss_type: loss loss_fn
@@ -42,7 +42,7 @@ OBJECTIVE = names_elsewhere("""
 --noise_offset: offset_noise
 --dream_training: dream
 """)
-PROMPTS = names_elsewhere("""
+PROMPTS = synonyms("""
 --validation_prompts: prompt prompts validation_prompt sample_prompts
 --guidance_scale: cfg_scale guidance cfg
 --num_inference_steps: inference_steps sampling_steps num_sampling_steps sampling_timesteps ddpm_num_inference_steps

@@ -82,7 +82,7 @@ def cached(
 
 
 def check_images(images: Images, cached: bool, new_autoencoder: bool) -> None:
-    """Raise DataError or UsageError for captions that are no texts, and latents that cannot be cached.
+    """Raise DataError or UsageError for captions that are not strings, and latents that cannot be cached.
 
     Where they are cached, images that cannot be read are left out, if they may be, before the batches are planned.
     """

@@ -8,7 +8,7 @@ import torch
 from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
 
-from ..common.files import write_whole
+from ..common.files import write_atomically
 from .flags import TrainingFlags
 from .sharded import cut_like
 
@@ -79,7 +79,7 @@ def save_ema(ema: EMAModel, part: torch.nn.Module, folder: Path) -> None:
     with ema_weights(ema, part):
         part.save_pretrained(folder)
     scalars = {name: value for name, value in ema.state_dict().items() if name != "shadow_params"}
-    write_whole(folder / SCALARS, json.dumps(scalars, indent=1) + "\n")
+    write_atomically(folder / SCALARS, json.dumps(scalars, indent=1) + "\n")
 
 
 def load_ema(ema: EMAModel, part: torch.nn.Module, folder: Path) -> None:

@@ -17,7 +17,7 @@ from ..common.checkpoints import (
     checkpoint_step,
     discard,
     file_digest,
-    is_sealed,
+    is_complete,
     list_checkpoints,
     made_by_diffusers,
     seal,
@@ -116,7 +116,7 @@ def rotate(output_dir: Path, limit: int | None) -> list[Path]:
     kept = list_checkpoints(output_dir, complete=True)
     for path in output_dir.glob("checkpoint-*.superseded"):
         step = checkpoint_step(path.with_suffix(""))
-        if kept and 0 <= step <= checkpoint_step(kept[-1]) and is_sealed(path):
+        if kept and 0 <= step <= checkpoint_step(kept[-1]) and is_complete(path):
             discard(path)
     removed = kept[:-limit] if limit is not None else []
     for path in removed:

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..common.checkpoints import checkpoint_step, discard, is_sealed, strangers
+from ..common.checkpoints import checkpoint_step, discard, is_complete, unlisted_files
 from ..common.errors import UsageError
-from ..common.files import flush, write_whole
+from ..common.files import flush, write_atomically
 from ..common.layout import AUTOENCODER, EARLIER, KEPT_IN_PLACE, LAYOUT, Entry, json_or_none, matching
 from ..common.ownership import (
     MANIFEST,
@@ -49,7 +49,7 @@ def cannot_be_moved(folder: Path, entries: Sequence[Entry], ours: Iterable[str])
     names = {name for one in entries for name in matching(folder, one.pattern)}.intersection(ours)
     found = [name for name in sorted(names) if not is_within(folder, name)]
     checkpoints = (name for name in sorted(names) if name.endswith("/"))
-    return found + [f"{name}{stranger}" for name in checkpoints for stranger in strangers(folder / name)]
+    return found + [f"{name}{stranger}" for name in checkpoints for stranger in unlisted_files(folder / name)]
 
 
 def this_process() -> dict[str, Any]:
@@ -89,7 +89,7 @@ def set_aside(folder: Path, names: Sequence[str]) -> None:
     with manifest_lock:
         manifest = load_manifest(folder)
         record = {"by": this_process(), "manifest": manifest, "names": sorted(names)}
-        write_whole(aside / MANIFEST, json.dumps(record, indent=1) + "\n")
+        write_atomically(aside / MANIFEST, json.dumps(record, indent=1) + "\n")
         for name in names:
             if name not in KEPT_IN_PLACE and is_within(folder, name):
                 (aside / name).parent.mkdir(parents=True, exist_ok=True)
@@ -156,7 +156,7 @@ def comes_back(folder: str | Path) -> bool:
     if _record(folder) is None:
         return False
     steps = [part / name for part in (folder, folder / AUTOENCODER) for name in listed(part)]
-    has_checkpoint = any(checkpoint_step(one) >= 0 and is_sealed(one) for one in steps)
+    has_checkpoint = any(checkpoint_step(one) >= 0 and is_complete(one) for one in steps)
     return not (load_manifest(folder).get("replaces") and has_checkpoint)
 
 

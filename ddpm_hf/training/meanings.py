@@ -1,10 +1,10 @@
 """What other training programs call the flags that every script has: what to write here, and the names elsewhere."""
 
-from ..common.arguments import names_elsewhere
+from ..common.arguments import synonyms
 
 # Among them those of lucidrains' denoising-diffusion-pytorch, OpenAI's improved-diffusion and guided-diffusion,
 # transformers' Trainer and Lightning
-TRAINING = names_elsewhere(
+TRAINING = synonyms(
     """
 --output_dir: output out out_dir outdir save_dir save_path results_folder results_dir output_path model_dir save_folder
 --overwrite_output_dir: overwrite force replace
@@ -71,7 +71,7 @@ accelerate launch --multi_gpu: multi_gpu distributed ddp
 """.replace("\n\n", "\n")
 )
 # Flags that only trainings of pipelines have
-GRIDS = names_elsewhere("""
+GRIDS = synonyms("""
 --save_images_steps: sample_interval sample_every sample_freq image_interval sample_steps preview_steps
 --save_images_epochs: sample_epochs sample_every_n_epochs preview_epochs
 --save_images_epochs 0: no_samples no_grids no_images no_previews no_sampling

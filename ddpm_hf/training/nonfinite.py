@@ -100,7 +100,7 @@ def named(rows: list[int], name_of: Callable[[int], str]) -> str:
 
 
 def diverged(folder: Path, count: int, good: int, what: str, given_back: bool) -> UsageError:
-    """The error of a run whose steps are skipped for ever; `good` is the step before the first of them."""
+    """The error of a run that skips every step; `good` is the step before the first of them."""
     if given_back:
         return UsageError(
             f"{count} steps in a row up to {good + count} had a loss or gradient that is not finite ({what}), before"

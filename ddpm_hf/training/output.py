@@ -139,7 +139,7 @@ class TrainingOutput:
         Args:
             given_back: whether that was before its first checkpoint, and so an earlier run is back.
         """
-        instead = " in the place of --overwrite_output_dir" if self.run.flags.overwrite_output_dir else ""
+        instead = " instead of --overwrite_output_dir" if self.run.flags.overwrite_output_dir else ""
         what_next = (
             ", before the first checkpoint: the earlier run is back"
             if given_back

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import yaml
 from transformers import HfArgumentParser
 
-from ..common.arguments import APPLIED, FIXED, FREE, SECRET_FLAGS, flags_that
+from ..common.arguments import APPLIED, FIXED, FREE, SECRET_FLAGS, flags_by_resume
 from ..common.errors import UsageError, one_line
 from ..common.files import expand_home
 from ..common.machine import accept_any_text
@@ -26,7 +26,7 @@ from .help import EPILOG, FlagFormatter, bare_name, grouped, meanings_of, meant
 
 
 def _is_like_a_flag(word: str) -> bool:
-    """Whether argparse takes a word of a list for a flag: one with a dash in front that is no number."""
+    """Whether argparse takes a word of a list for a flag: one with a leading dash that is not a number."""
     return word.startswith("-") and not re.fullmatch(r"-(\d+|\d*\.\d+)", word)
 
 
@@ -238,15 +238,15 @@ def read_config_file(path: str) -> dict[str, Any]:
 
 def _trained_with(flags: Flags, stages: tuple[str, ...]) -> dict[str, Any]:
     """The settings in the checkpoint that --resume_from_checkpoint names: of the program's flags, those that go on."""
-    from ..common.checkpoints import settings_of  # which needs this module's UsageError
+    from ..common.checkpoints import recorded_settings  # which needs this module's UsageError
     from ..common.layout import EARLIER
     from .earlier_run import comes_back
 
     fields = flags.fields()
-    names = {name for kind in (FREE, APPLIED, FIXED) for name in flags_that(fields, kind)} - set(SECRET_FLAGS)
+    names = {name for kind in (FREE, APPLIED, FIXED) for name in flags_by_resume(fields, kind)} - set(SECRET_FLAGS)
     folder = Path(flags.output_dir)
     stages = (EARLIER, *stages) if comes_back(folder) else stages
-    settings = (settings_of(folder / stage, flags.resume_from_checkpoint) for stage in stages)
+    settings = (recorded_settings(folder / stage, flags.resume_from_checkpoint) for stage in stages)
     recorded = next(filter(None, settings), {})
     if not flags.knows(recorded):
         return {}  # what is wrong with its checkpoint is said where it is read

@@ -286,6 +286,6 @@ def test_prompts_and_classes_are_for_models_that_read_them(run, model, text_mode
     """Else a wish is dropped in silence, or ends in a traceback."""
     assert_one_line(run("sample", text_model, "--out", tmp_path / "a"), "--prompt")
     assert_one_line(run("sample", text_model, "--out", tmp_path / "a", "--prompt", "x", "--class", "1"), "--class")
-    assert_one_line(run("sample", model, "--out", tmp_path / "a", "--prompt", "x"), "reads no text")
-    assert_one_line(run("sample", model, "--out", tmp_path / "a", "--negative-prompt", "x"), "reads no text")
+    assert_one_line(run("sample", model, "--out", tmp_path / "a", "--prompt", "x"), "has no text encoder")
+    assert_one_line(run("sample", model, "--out", tmp_path / "a", "--negative-prompt", "x"), "has no text encoder")
     assert not (tmp_path / "a").exists()

@@ -69,7 +69,7 @@ def observe(shop, tmp_path, run, monkeypatch):
     from ddpm_hf.cli import info, sample
     from ddpm_hf.inference import loading as inference
     from ddpm_hf.models import saving
-    from ddpm_hf.publishing import folder as published_folder
+    from ddpm_hf.publishing import files as published_folder
     from ddpm_hf.publishing import hub as publishing
     from ddpm_hf.publishing import spaces
 
@@ -93,7 +93,7 @@ def observe(shop, tmp_path, run, monkeypatch):
     )))  # fmt: skip
     monkeypatch.setattr(publishing, "open_repository", noted("open", lambda name, *more: name))
     monkeypatch.setattr(publishing, "push_folder", noted("push", pushed))
-    monkeypatch.setattr(published_folder, "draw_missing_pictures", noted("pictures", None))
+    monkeypatch.setattr(published_folder, "sample_missing_pictures", noted("pictures", None))
     monkeypatch.setattr(saving, "save_half_precision", noted("half", None))
     monkeypatch.setattr(spaces, "push_space", noted("space", "https://hub/space"))
     monkeypatch.setattr(info, "hub_source", noted("info", info.local_source(shop / "plain")))

@@ -21,7 +21,7 @@ from ddpm_hf.cli import train
 from ddpm_hf.inference import kinds
 from ddpm_hf.models.presets import MODEL_PRESETS
 from ddpm_hf.portable.hub_ddpm_hf import SAMPLED_BY
-from ddpm_hf.publishing import folder as published_folder
+from ddpm_hf.publishing import files as published_folder
 from ddpm_hf.publishing import hub as publishing
 from ddpm_hf.publishing import spaces
 from tests.support import ROOT
@@ -205,7 +205,7 @@ def test_a_stopped_sample_says_so(number, run, model, tmp_path, monkeypatch):
 def test_a_stopped_push_says_what_the_hub_has(number, at, left, run, model, monkeypatch):
     # Breaks if the user cannot tell whether the model is published.
     monkeypatch.setattr(publishing, "open_repository", lambda name, *_: f"user/{name}")
-    monkeypatch.setattr(published_folder, "draw_missing_pictures", lambda *_: None)
+    monkeypatch.setattr(published_folder, "sample_missing_pictures", lambda *_: None)
     monkeypatch.setattr(publishing, at, lambda *_, **__: signal.raise_signal(number))
     assert_stopped(run("push", model, "--token", "hf_some"), number, left)
 
@@ -290,7 +290,7 @@ def test_a_dry_run_writes_and_uploads_nothing(words, run, model, tmp_path, monke
     assert code == 0, err
     assert "README.md" in said
     if words[0] == "push":
-        assert "model: me/tiny does not exist, or not for this token; it would be created" in said
+        assert "model: me/tiny does not exist, or this token has no access; it would be created" in said
         assert "unet/diffusion_pytorch_model.safetensors" in said
     assert contents(model.parent) == before
     assert not list(tmp_path.iterdir())
@@ -306,7 +306,7 @@ def test_a_token_is_read_without_the_end_of_its_line(source, ending, run, model,
     words = ["--token", f"hf_secret{ending}"] if source == "--token" else []
     code, said, err = run("push", model, "--dry-run", *words)
     assert (code, hub.tokens) == (0, ["hf_secret"]), err
-    assert "token: valid, of me" in said
+    assert "token: valid, belongs to me" in said
     assert "hf_secret" not in said + err
 
 
@@ -344,7 +344,7 @@ def test_a_token_that_cannot_be_one_is_not_shown(run, model, monkeypatch):
 
 @pytest.mark.parametrize("address", ["", "ddpm-hf-of-somebody", "git+https://git.example.org/ddpm_hf@v1"])
 def test_a_card_names_the_package_only_where_it_is_to_be_had(address, run, model, monkeypatch):
-    # Breaks if a card tells strangers to install from an address that nobody has set.
+    # Breaks if a card tells unlisted_files to install from an address that nobody has set.
     FakeHub(monkeypatch)
     monkeypatch.setenv("DDPM_HF_PACKAGE_URL", address)
     code, card, err = run("push", model, "--dry-run")

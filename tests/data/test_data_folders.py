@@ -346,7 +346,7 @@ METADATA_ERRORS = {
     "not JSON": ({"metadata.jsonl": "{"}, "metadata.jsonl cannot be read"),
     "empty": ({"metadata.csv": ""}, "metadata.csv cannot be read"),
     "not UTF-8": ({"metadata.csv": "file_name,text\n1.png,\xe9".encode("latin-1")}, "metadata.csv cannot be read"),
-    "numbers": ({"metadata.jsonl": '{"file_name": 1}'}, "file names are texts"),
+    "numbers": ({"metadata.jsonl": '{"file_name": 1}'}, "file names are strings"),
     "one column twice": ({"metadata.csv": "file_name,image\n1.png,a\n"}, "two columns give the column 'image'"),
     "none of the images": ({"metadata.csv": "file_name,text\n"}, "no images to read; left out: image that no"),
     "a URL": ({"metadata.csv": "file_name,text\nfile:///etc/passwd,a\n"}, "pointing inside its folder"),

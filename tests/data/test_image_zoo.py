@@ -371,7 +371,7 @@ def test_a_dataset_cannot_name_files_elsewhere(tmp_path):
         if kind == "own":
             assert len(ImageDataset(rows, ImageTransform(SIDE, SIDE, 3), 0, True)) == 1
             continue
-        with pytest.raises(DataError, match=r"broken image .*0\.png: it lies outside of .*; put the images into it"):
+        with pytest.raises(DataError, match=r"broken image .*0\.png: it is outside of .*; put the images into it"):
             ImageDataset(rows, ImageTransform(SIDE, SIDE, 3), 0, True)
 
 

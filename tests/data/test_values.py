@@ -477,12 +477,12 @@ def captioned(texts: list, feature=None) -> Rows:
 @pytest.mark.parametrize(
     ("texts", "fragments"),
     [
-        ([1, 2], ("int64", "'text'", "texts are in title")),
+        ([1, 2], ("int64", "'text'", "strings are in title")),
         ([[1], [2]], ("int64", "'text'")),
         ([0.5, None], ("float64",)),
         ([b"a", b"b"], ("binary",)),
         ([{"a": "b"}], ("'text'",)),
-        ([None, None], ("all 2 captions", "'text'", "--caption_column (texts are in title)")),
+        ([None, None], ("all 2 captions", "'text'", "--caption_column (strings are in title)")),
         (["", " "], ("all 2 captions", "train_unconditional.py")),
         ([[], ["", None]], ("all 2 captions",)),
     ],

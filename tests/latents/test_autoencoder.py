@@ -207,7 +207,7 @@ def data(tmp_path_factory):
     return write_rows(tmp_path_factory.mktemp("data") / "rows", [encoded(one) for one in PIXELS], text=captions)
 
 
-def settings_of(data, output_dir, **more) -> Flags:
+def recorded_settings(data, output_dir, **more) -> Flags:
     """A run with an autoencoder of eight steps."""
     return defaults(
         train_text2image.PROGRAM,
@@ -244,7 +244,7 @@ def finished(data, tmp_path_factory):
     """An autoencoder that was trained without a stop: (what came back, its run's folder, the images)."""
     output_dir = tmp_path_factory.mktemp("finished")
     with torch.random.fork_rng(), quiet():
-        trained, images = train(settings_of(data, output_dir))
+        trained, images = train(recorded_settings(data, output_dir))
     AcceleratorState._reset_state(reset_partial_state=True)
     return trained, output_dir, images
 
@@ -305,13 +305,13 @@ def test_resumed_is_uninterrupted(finished, data, how, step, monkeypatch, tmp_pa
         stopped.setattr(autoencoder, "compute_loss", stopping)
         if how == "killed":
             with pytest.raises(MemoryError):
-                train(settings_of(data, tmp_path))
+                train(recorded_settings(data, tmp_path))
         else:
-            assert train(settings_of(data, tmp_path))[0] is None
+            assert train(recorded_settings(data, tmp_path))[0] is None
             assert (folder / f"checkpoint-{step + 1}").is_dir()
     assert not (folder / "config.json").exists()
 
-    trained, _ = train(settings_of(data, tmp_path, resume_from_checkpoint="latest"))
+    trained, _ = train(recorded_settings(data, tmp_path, resume_from_checkpoint="latest"))
     assert equal(trained.state_dict(), tensors(reference / "autoencoder"))
     for name in ("config.json", "diffusion_pytorch_model.safetensors", "metrics.jsonl", "samples/step-000008.png"):
         assert (folder / name).read_bytes() == (reference / "autoencoder" / name).read_bytes()
@@ -330,7 +330,7 @@ def test_a_finished_autoencoder_is_taken_as_it_is(finished, data, asked):
     """Else resuming the diffusion would change the latents under it."""
     trained, output_dir, _ = finished
     before = contents(output_dir)
-    again, _ = train(settings_of(data, output_dir, resume_from_checkpoint=asked))
+    again, _ = train(recorded_settings(data, output_dir, resume_from_checkpoint=asked))
     assert contents(output_dir) == before
     assert equal(again.state_dict(), trained.state_dict())
     assert again.config.scaling_factor == trained.config.scaling_factor
@@ -340,17 +340,17 @@ def test_a_finished_autoencoder_is_not_trained_by_other_settings(finished, data)
     """Else settings are recorded that did not train it."""
     before = contents(finished[1])
     with pytest.raises(UsageError, match="--vae_train_steps 20: the run to resume was trained with"):
-        train(settings_of(data, finished[1], resume_from_checkpoint="latest", vae_train_steps=20))
+        train(recorded_settings(data, finished[1], resume_from_checkpoint="latest", vae_train_steps=20))
     assert contents(finished[1]) == before
 
 
 def test_an_autoencoder_that_was_trained_but_not_saved_is_saved(data, finished, tmp_path):
     """Else a kill between the last step and the saving loses the autoencoder, or trains it twice."""
-    train(settings_of(data, tmp_path))
+    train(recorded_settings(data, tmp_path))
     folder = tmp_path / "autoencoder"
     for name in ("config.json", "diffusion_pytorch_model.safetensors"):
         (folder / name).unlink()
-    train(settings_of(data, tmp_path, resume_from_checkpoint="latest"))
+    train(recorded_settings(data, tmp_path, resume_from_checkpoint="latest"))
     reference = finished[1] / "autoencoder"
     for name in ("config.json", "diffusion_pytorch_model.safetensors", "metrics.jsonl"):
         assert (folder / name).read_bytes() == (reference / name).read_bytes()
@@ -360,7 +360,7 @@ def test_an_earlier_autoencoder_is_not_overwritten_unasked(finished, data):
     """Else a second run into the same folder destroys what took hours."""
     before = contents(finished[1])
     with pytest.raises(UsageError, match="holds an earlier run"):
-        train(settings_of(data, finished[1]))
+        train(recorded_settings(data, finished[1]))
     assert contents(finished[1]) == before
 
 
@@ -368,13 +368,13 @@ def test_another_autoencoder_is_not_resumed(data, finished, tmp_path):
     """Else weights of one shape would go on with the optimizer of another."""
     shutil.copytree(finished[1] / "autoencoder" / "checkpoint-8", tmp_path / "autoencoder" / "checkpoint-8")
     with pytest.raises(UsageError, match="latent_channels is 2, this run's 3"):
-        train(settings_of(data, tmp_path, vae_latent_channels=3, resume_from_checkpoint="latest"))
+        train(recorded_settings(data, tmp_path, vae_latent_channels=3, resume_from_checkpoint="latest"))
 
 
 @pytest.mark.parametrize("resolution", ["6", "8x10", "10x8"])
 def test_a_size_that_cannot_be_halved_is_refused(data, resolution, tmp_path):
     """Else the decoder's images have another size than the data, and the loss is a traceback."""
-    config = settings_of(data, tmp_path, resolution=resolution, vae_widths="8,8,8")
+    config = recorded_settings(data, tmp_path, resolution=resolution, vae_widths="8,8,8")
     with pytest.raises(UsageError, match=r"--resolution \d+x\d+: .*multiples of 4"):
         train(config)
     assert not (tmp_path / "autoencoder").exists()
@@ -389,7 +389,7 @@ def test_the_autoencoder_has_flags_of_its_own(data, monkeypatch, tmp_path):
         return False
 
     monkeypatch.setattr(autoencoder, "training_loop", loop)
-    config = settings_of(
+    config = recorded_settings(
         data, tmp_path, vae_learning_rate=0.02, vae_kl_weight=0.5, learning_rate=1e-5, gradient_accumulation_steps=4,
         lr_scheduler="constant", lr_warmup_steps=500, max_train_steps=1000, num_epochs=3,
     )  # fmt: skip

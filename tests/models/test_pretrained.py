@@ -13,7 +13,7 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 
 from ddpm_hf import ClassConditionalDDPMPipeline, DDPMPipeline, DDPMScheduler
-from ddpm_hf.common.places import find_place
+from ddpm_hf.common.locations import find_location
 from ddpm_hf.models.flags import StartFlags
 from ddpm_hf.models.pretrained import fit_classes, fit_variance, load_weights, read_source, trained_settings
 from ddpm_hf.models.sources import Source, find_source
@@ -100,7 +100,7 @@ def start(shop, folder, pretrained, **flags):
 )
 def test_a_model_is_known_by_its_folder(shop, name, weights, schedule, steps):
     # Breaks if another folder's weights are taken than those that the name means, or its diffusion is not known.
-    source = find_source(find_place(str(shop / name)))
+    source = find_source(find_location(str(shop / name)))
     assert source.place.root == str((shop / name) / weights)
     assert source.unet["block_out_channels"] in ([8, 16], (8, 16))
     settings = trained_settings(source)
@@ -144,14 +144,14 @@ def test_a_model_is_known_by_its_name_on_the_hub(hub, shop):
     source, of_branch = weights("--revision", "trial")
     assert (source.place.subfolder, torch.equal(of_branch, of_main)) == ("unet", True)
     with pytest.raises(ValueError, match="neither a folder nor a model that can be reached"):
-        find_source(find_place("user/unknown"))
+        find_source(find_location("user/unknown"))
 
 
 def test_a_variant_of_the_weights_can_be_named(shop, tmp_path):
     # Breaks if --variant is ignored: an fp16 copy differs in its last bits, and trains in float32.
     tiny_unet(3).half().save_pretrained(tmp_path, variant="fp16")
     tiny_unet(3, seed=5).save_pretrained(tmp_path)
-    source = find_source(find_place(str(tmp_path)))
+    source = find_source(find_location(str(tmp_path)))
     half, whole = (load_weights(source, variant)["conv_in.weight"] for variant in ("fp16", None))
     assert half.dtype == whole.dtype == torch.float32
     assert torch.equal(half, tiny_unet(3).half().conv_in.weight.float())
@@ -377,7 +377,7 @@ def test_a_run_starts_from_them_and_resumes_without_them(shop, tmp_path):
     assert again.code == 0, again.err
     assert "starting from" not in again.err
     # and a checkpoint of ours is a start again, with all that it knows
-    source = find_source(find_place(str(tmp_path / "run/checkpoint-2")))
+    source = find_source(find_location(str(tmp_path / "run/checkpoint-2")))
     assert source.classes == ["a", "b", "c"]
     assert trained_settings(source)["ddpm_beta_schedule"] == "linear"
 

@@ -21,9 +21,9 @@ NO_ADVICE = (
     "then ddpm-hf sample ddpm-model-64", "Example", "ddpm-hf: error: {} (see --help)",
     "a classifier of noised images, for",
     "an autoencoder, for", "become -1 to 1  (--pixel_range)", "Train a classifier of noised images, whose",
-    "Samplers that run it", "only its recipe counts", "[--flag value", "--config {}", "Hyphens work as well",
+    "Supported samplers", "only its recipe counts", "[--flag value", "--config {}", "Hyphens work as well",
     "accelerate's --", "--mixed_precision fp16", "the time limit of", "a prompt of --validation_prompts is too long",
-    " with --dataset_config_name {}", " in the place of --overwrite_output_dir",
+    " with --dataset_config_name {}", " instead of --overwrite_output_dir",
 )  # fmt: skip
 
 
@@ -96,7 +96,7 @@ def text_of(node: ast.AST) -> str:
     return "{}"
 
 
-HELP = {"HfArg", "Option", "Argument", "option", "names_elsewhere"}  # calls whose strings are help texts
+HELP = {"HfArg", "Option", "Argument", "option", "synonyms"}  # calls whose strings are help texts
 
 
 def messages() -> dict[str, str]:

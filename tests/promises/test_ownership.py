@@ -19,7 +19,7 @@ from ddpm_hf.common.ownership import MANIFEST, claim_files, listed, run_files
 from ddpm_hf.evaluation.results import record_result
 from ddpm_hf.models.saving import save_half_precision
 from ddpm_hf.publishing.card.illustrations import write_pictures
-from ddpm_hf.publishing.folder import PUBLISHED
+from ddpm_hf.publishing.files import PUBLISHED
 from ddpm_hf.publishing.spaces import Model, write_space
 from ddpm_hf.training import earlier_run
 from ddpm_hf.training.checkpointing import rotate

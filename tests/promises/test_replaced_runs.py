@@ -224,7 +224,7 @@ def captioned(folder: Path, captions: list, height: int = 16, width: int = 16) -
 @pytest.mark.parametrize(
     ("captions", "size", "flags", "says"),
     [
-        ([1, 2, 3], (16, 16), {}, "captions are texts"),
+        ([1, 2, 3], (16, 16), {}, "captions are strings"),
         (["a", "b", "c"], (16, 16), {"enable_xformers_memory_efficient_attention": True}, "xFormers"),
         (["a", "b", "c"], (16, 40), {"center_crop": "false"}, "--center_crop"),
         (["a", "b", "c"], (16, 40), {"center_crop": "false", "cache_dataset": "never"}, "--center_crop"),

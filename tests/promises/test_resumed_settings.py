@@ -12,7 +12,7 @@ import torch
 import train_text2image
 import train_unconditional
 from ddpm_hf.cli.classifier_flags import CLASSIFIER, parse_classifier_flags
-from ddpm_hf.common.arguments import APPLIED, FIXED, FREE, SECRET_FLAGS, START, flags_that
+from ddpm_hf.common.arguments import APPLIED, FIXED, FREE, SECRET_FLAGS, START, flags_by_resume
 from ddpm_hf.common.errors import UsageError
 from ddpm_hf.training.flags import TrainingFlags
 from ddpm_hf.training.run import Resumed, Run
@@ -152,14 +152,14 @@ def test_each_flag_is_free_applied_or_fixed(program, tmp_path):
     """Else a flag that is added says nothing of resuming, and is ignored or breaks what it meets."""
     config, model, said = defaults(PROGRAMS[program]), tiny_unet(), []
     names, fields = set(config.values()), config.fields()
-    assert names == {name for what in (START, FREE, APPLIED, FIXED) for name in flags_that(fields, what)}
+    assert names == {name for what in (START, FREE, APPLIED, FIXED) for name in flags_by_resume(fields, what)}
     facts = {"processes": 1, "global_batch": 4}
     before = {**facts, "settings": settings_that_go_on(config)}
-    assert set(before["settings"]) == names - set(flags_that(fields, START)) - set(SECRET_FLAGS)
+    assert set(before["settings"]) == names - set(flags_by_resume(fields, START)) - set(SECRET_FLAGS)
     model.save_pretrained(tmp_path / "unet")
     for name in names - set(SECRET_FLAGS):
         another = changed(config, **{name: other(config, name)})
-        if name in flags_that(fields, FIXED):
+        if name in flags_by_resume(fields, FIXED):
             with pytest.raises(UsageError, match=f"--{name} .* was trained with .*; leave the flag out"):
                 check_unchanged(another, before)
             continue
@@ -168,7 +168,7 @@ def test_each_flag_is_free_applied_or_fixed(program, tmp_path):
         run = Run(another[TrainingFlags], another, None, resumed=Resumed(tmp_path, before))
         run.log = said.append
         check_resumable(run, model, now, "unet")
-        assert bool(said) == (name in flags_that(fields, APPLIED)), (name, said)
+        assert bool(said) == (name in flags_by_resume(fields, APPLIED)), (name, said)
         assert all(f"{name} was" in line for line in said)
         said.clear()
 

@@ -171,7 +171,7 @@ def test_pickled_weights_are_refused_with_the_way_out(place, shop, tmp_path, mar
     pickled(bad / part, marker)
     capfd.readouterr()
     line = the_line(call(shop, bad, tmp_path / "out"))
-    for fragment in (str(bad), "safetensors alone", "safe_serialization=True"):
+    for fragment in (str(bad), "only from safetensors", "safe_serialization=True"):
         assert fragment in line
     assert not (tmp_path / "out").exists()
     assert "error" not in capfd.readouterr().err.lower()  # of a library that logs past us

@@ -20,8 +20,8 @@ from ddpm_hf.common.pictures import save_image
 from ddpm_hf.data import Rows, read_dataset
 from ddpm_hf.models.saving import save_half_precision, save_model, save_pipeline
 from ddpm_hf.publishing.card.illustrations import write_pictures
+from ddpm_hf.publishing.files import files_to_publish, frozen_copy
 from ddpm_hf.publishing.flags import PublishingFlags
-from ddpm_hf.publishing.folder import files_to_publish, frozen_copy
 from ddpm_hf.publishing.hub import attributes, outdated, read_remote
 from ddpm_hf.publishing.publisher import Publisher
 from tests.support.fixtures_hub import STRANGERS, TOKEN, WRONG, run

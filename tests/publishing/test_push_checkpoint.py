@@ -120,7 +120,7 @@ def test_a_checkpoint_of_a_run_without_a_pipeline_is_published(checkpoint, pushe
 
 def test_dry_run_shows_the_checkpoints_files(checkpoint, pushed, run, monkeypatch):
     # Breaks if --dry-run shows the run's files, or uploads.
-    monkeypatch.setattr("ddpm_hf.cli.push.look_at_hub", lambda *_: [])
+    monkeypatch.setattr("ddpm_hf.cli.push.check_hub", lambda *_: [])
     before = files_of(checkpoint.parent)
     code, out, err = run("push", checkpoint, "--dry-run")
     assert code == 0, err

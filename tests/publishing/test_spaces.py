@@ -496,7 +496,7 @@ def test_what_a_person_wrote_into_the_readme_stays(world):
         ("taken", "holds another app; name another --space"),
         ("public", "is public; make it private"),
         ("folder", "--out"),
-        ("no-text", "reads no text"),
+        ("no-text", "has no text encoder"),
         ("both", "leave out --space"),
         ("full", "not empty"),
         ("faulty", "user/faulty could not be uploaded .*500"),

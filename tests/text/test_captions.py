@@ -225,7 +225,7 @@ def test_a_text_is_itself_and_a_missing_one_is_empty(uniform):
 @pytest.mark.parametrize("value", [5, 0.5, True, b"a cat", {"text": "a cat"}, [3], ["a cat", 3], [["a cat"]]])
 def test_what_is_no_caption_is_named(value):
     """Else a column of numbers is trained on as text, or ends in a traceback that names no row."""
-    with pytest.raises(DataError, match=r"17 of photos.*captions are texts"):
+    with pytest.raises(DataError, match=r"17 of photos.*captions are strings"):
         choose_caption(value, 0.999, "17 of photos")
 
 
@@ -344,7 +344,7 @@ def test_a_streams_bad_caption_is_named():
     files = [encoded(np.zeros((1, 1), dtype=np.uint8))] * 4
     rows = image_rows(files, text=[1, 2, 3, 4]).cast_column("image", datasets.Image(decode=False))
     stream = Rows(rows.to_iterable_dataset(), "numbers", "image", caption_column="text")
-    with pytest.raises(DataError, match=r"of numbers is [1-4]; captions are texts"):
+    with pytest.raises(DataError, match=r"of numbers is [1-4]; captions are strings"):
         next(iter(StreamingBatches(stream, ImageTransform(1, 1, 1), 0, 2)))
 
 

@@ -99,7 +99,6 @@ def test_a_percent_sign_in_a_help_text_is_shown_as_it_is():
 
 def test_the_names_that_help_lists_are_those_of_the_tables():
     # Breaks if a schedule, objective or sampler is added to its table and its flag refuses it.
-    assert set(names.BETA_SCHEDULES) == set(scheduling_ddpm_hf.BETA_SCHEDULES)
     assert names.PREDICTION_TYPES == scheduling_ddpm_hf.PREDICTION_TYPES
     assert names.VARIANCE_TYPES == scheduling_ddpm_hf.VARIANCE_TYPES
     assert tuple(objectives.OBJECTIVES) == names.OBJECTIVES

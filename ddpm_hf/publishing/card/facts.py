@@ -1,4 +1,4 @@
-"""What a model card is made from."""
+"""The data that a model card is written from."""
 
 import math
 from dataclasses import dataclass, field
@@ -13,16 +13,16 @@ from ...inference.kinds import KINDS
 
 @dataclass(frozen=True)
 class Facts:
-    """What a card is written from.
+    """The data that a card is written from.
 
     Args:
         repository: user/name on the Hub, or a folder.
-        pipeline: the trained one.
-        folder: where it is saved, with its pictures.
-        run: what `run.json` says of the training; empty where it is not known.
+        pipeline: the trained pipeline.
+        folder: the folder that it is saved in, with its pictures.
+        run: the content of `run.json`; empty if the training is unknown.
         metrics: the lines of `metrics.jsonl`.
-        results: those of `evaluation.json`, as `record_result` wrote them.
-        license: the model's, if one was chosen.
+        results: the content of `evaluation.json`, written by `record_result`.
+        license: the model's license, if one was chosen.
     """
 
     repository: str
@@ -35,35 +35,35 @@ class Facts:
 
     @property
     def class_name(self) -> str:
-        """The pipeline's class among ours."""
+        """The name of the pipeline's class in this package."""
         return self.pipeline.portable_class().__name__
 
     @property
     def kind(self) -> str:
-        """What it is conditioned on: nothing, a class or a text."""
+        """Its task on the Hub, which depends on its conditions: none, a class or a text."""
         return KINDS[self.class_name].task
 
     @property
     def dataset(self) -> dict[str, Any]:
-        """Name, number of images and so on of what it was trained on."""
+        """Name, number of images and so on of the training data."""
         return self.run.get("dataset", {})
 
     def has(self, picture: str) -> bool:
-        """Whether a picture of the card is there."""
+        """Whether a picture of the card exists."""
         return (self.folder / picture).is_file()
 
 
-def read_facts(folder: Path, repository: str, pipeline, license: str | None = None) -> Facts:
-    """What a folder tells of its model."""
+def read_facts(folder: Path, repository: str, pipeline: Any, license: str | None = None) -> Facts:
+    """Read a folder's data for its card."""
     run, results = (read_json(folder / name) for name in (RUN_FILE, RESULTS_FILE))
     return Facts(repository, pipeline, folder, run or {}, read_metrics(folder), results or [], license)
 
 
 def all_results(facts: Facts) -> list[dict[str, Any]]:
-    """What was recorded of these weights, and the last held-out loss of the training itself."""
+    """The results recorded for these weights, and the training's last held-out loss."""
     held_out = [line for line in facts.metrics if "validation_loss" in line]
     step, images = facts.run.get("step"), facts.run.get("held_out", 0)
-    own = [
+    of_training = [
         {
             "metric": "held-out loss",
             "value": line["validation_loss"],
@@ -75,4 +75,4 @@ def all_results(facts: Facts) -> list[dict[str, Any]]:
         for line in held_out
         if line["step"] == step and images and math.isfinite(line["validation_loss"])
     ]
-    return own + [one for one in facts.results if one.get("step") == step]
+    return of_training + [one for one in facts.results if one.get("step") == step]

@@ -62,10 +62,10 @@ def parse_card(text: str) -> Card:
             f"the metadata of README.md are not YAML ({' '.join(str(error).split())}); fix them"
         ) from error
     head = card.data.to_dict()
-    if found := _BLOCK.search(card.text):
-        above, below = card.text[: found.start()].strip(), card.text[found.end() :].strip()
-        left_out = set(re.findall(r"\w+", found[1])) & set(SECTIONS)
-        return Card(head, above, below, found[3], tuple(sorted(left_out)), found[2])
+    if match := _BLOCK.search(card.text):
+        above, below = card.text[: match.start()].strip(), card.text[match.end() :].strip()
+        left_out = set(re.findall(r"\w+", match[1])) & set(SECTIONS)
+        return Card(head, above, below, match[3], tuple(sorted(left_out)), match[2])
     if _OLD_SECTION.search(card.text) or _OLD_STATE.search(card.text):
         return _from_sections(head, card.text)
     return Card(head, card.text.strip())
@@ -74,10 +74,10 @@ def parse_card(text: str) -> Card:
 def _from_sections(head: dict[str, Any], text: str) -> Card:
     """A card of version 0.1: edited sections become the user's text, and neither they nor deleted ones are renewed."""
     recorded = _OLD_STATE.search(text)
-    sections = {found[1]: found[3] for found in _OLD_SECTION.finditer(text)}
-    edited = {found[1] for found in _OLD_SECTION.finditer(text) if _digest(found[3]) != found[2]}
+    sections = {match[1]: match[3] for match in _OLD_SECTION.finditer(text)}
+    edited = {match[1] for match in _OLD_SECTION.finditer(text) if _digest(match[3]) != match[2]}
     deleted = set(recorded[1].split() if recorded else ()) - set(sections)
-    text = _OLD_SECTION.sub(lambda found: found[3] if found[1] in edited else "\0", _OLD_STATE.sub("\n", text))
+    text = _OLD_SECTION.sub(lambda match: match[3] if match[1] in edited else "\0", _OLD_STATE.sub("\n", text))
     old_state = _digest(head, list(sections), text.replace("\0", "").strip())
     above, _, below = (re.sub(r"[\n\0]*\0\n*", "\n\n", part).strip() for part in text.partition("\0"))
     block = "\n\n".join(section for name, section in sections.items() if name not in edited)

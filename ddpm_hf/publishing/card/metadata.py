@@ -40,25 +40,29 @@ def metadata(facts: Facts) -> dict[str, Any]:
 
 
 def after_comma(text: str | None) -> str:
+    """The text after a comma; empty for none."""
     return f", {text}" if text else ""
 
 
-def merge_metadata(own: dict[str, Any], before: dict[str, Any], model: str = "") -> dict[str, Any]:
-    """Ours over what a card says already: lists are joined, and what is not ours stays, its license too.
+def merge_metadata(new: dict[str, Any], before: dict[str, Any], model: str = "") -> dict[str, Any]:
+    """`new` over a card's metadata: lists are joined, and the user's other entries stay.
 
-    What we said of other weights goes: the results of the same `model`, the task of another kind of it.
+    What an earlier push said of other weights is removed: the results of the same `model`, the task of another kind.
     """
     merged = {name: value for name, value in before.items() if name != "model-index"}
-    if merged.get("pipeline_tag") in PIPELINE_TAGS and "pipeline_tag" not in own:
+    if merged.get("pipeline_tag") in PIPELINE_TAGS and "pipeline_tag" not in new:
         del merged["pipeline_tag"]
-    other_kinds = {kind.task for kind in KINDS.values()} - set(own.get("tags") or [])
-    for name, value in ((name, value) for name, value in own.items() if name != "model-index"):
-        there = before.get(name)
-        if isinstance(value, list) and there is not None:
-            there = there if isinstance(there, list) else [there]
-            value = [one for one in there if str(one) not in other_kinds] + [one for one in value if one not in there]
+    other_kinds = {kind.task for kind in KINDS.values()} - set(new.get("tags") or [])
+    for name, value in ((name, value) for name, value in new.items() if name != "model-index"):
+        existing = before.get(name)
+        if isinstance(value, list) and existing is not None:
+            existing = existing if isinstance(existing, list) else [existing]
+            value = [one for one in existing if str(one) not in other_kinds] + [
+                one for one in value if one not in existing
+            ]
         merged[name] = value
-    listed = before.get("model-index") if isinstance(before.get("model-index"), list) else []
+    index = before.get("model-index")
+    listed = index if isinstance(index, list) else []
     results = [entry for entry in listed if not (isinstance(entry, dict) and entry.get("name") == model)]
-    merged["model-index"] = results + own.get("model-index", [])
+    merged["model-index"] = results + new.get("model-index", [])
     return {name: value for name, value in merged.items() if name != "model-index" or value}

@@ -1,4 +1,4 @@
-"""The sections of a model card: each is a function from `Facts` to Markdown, or to nothing."""
+"""The sections of a model card: each is a function from `Facts` to Markdown, which may be empty."""
 
 import json
 import re
@@ -38,13 +38,13 @@ def _linked(dataset: dict[str, Any]) -> str:
 
 
 def pictures(facts: Facts) -> str:
-    """What it samples."""
+    """Samples, and predictions along the chain."""
     shown = []
     if facts.has(SAMPLES):
         rows = ", ".join(f"“{_as_text(name)}”" for name in facts.run.get("rows", []))
         by_row = f" One row each for {rows}." if rows else ""
-        drawn = facts.run.get("pictures_step")
-        when = f" at step {drawn:,}" if drawn not in (None, facts.run.get("step")) else ""
+        step = facts.run.get("pictures_step")
+        when = f" at step {step:,}" if step not in (None, facts.run.get("step")) else ""
         shown.append(f"![Samples]({SAMPLES})\n\nSamples{when}, not chosen by hand.{by_row}")
     if shown and not has_pictures(facts):
         shown[0] += f" They show the first three of {facts.pipeline.image_channels} channels."
@@ -57,17 +57,17 @@ def pictures(facts: Facts) -> str:
 
 
 def _as_text(words: str) -> str:
-    """Words of a dataset as Markdown that means nothing but them."""
+    """A text of the dataset with Markdown escaped."""
     return re.sub(r"([\\`*_{}\[\]<>|#!&])", r"\\\1", " ".join(words.split()))
 
 
 def _as_string(words: str) -> str:
-    """A Python string that does not end a block of code."""
+    """A Python string literal that cannot end a code block."""
     return json.dumps(words, ensure_ascii=False).replace("`", "\\u0060")
 
 
 def use(facts: Facts) -> str:
-    """The ways to load it, as code that runs as it stands."""
+    """The ways to load it, as runnable code."""
     call = f"pipeline({call_arguments(facts)}).images[0]"
     lines = ["## Use", ""]
     if facts.pipeline.stock_class_name():
@@ -106,13 +106,13 @@ def use(facts: Facts) -> str:
 
 
 def samplers(facts: Facts) -> str:
-    """Which samplers run the model, by their names on the command line."""
+    """The samplers that support the model, by their names on the command line."""
     usable = [f"`{name}` ({SAMPLERS[name].title})" for name in usable_samplers(facts.pipeline)]
-    return f"Samplers that run it, for `--sampler`: {', '.join(usable)}."
+    return f"Supported samplers, for `--sampler`: {', '.join(usable)}."
 
 
 def _where_to_get_it() -> str:
-    """How to install the package, in brackets, where its address is known."""
+    """How to install the package, in brackets; empty if its address is unknown."""
     url = package_url()
     return f" (`pip install '{url}'`)" if url else ""
 
@@ -124,17 +124,17 @@ def _python(facts: Facts, options: str, call: str) -> list[str]:
 
 
 def call_arguments(facts: Facts) -> str:
-    """What to call the pipeline with, so that any of the classes that load it samples an image."""
+    """The arguments of the pipeline's call, valid for every class that can load it."""
     T = facts.pipeline.scheduler.config.num_train_timesteps
     if facts.kind == "text-to-image":
         usual = [] if T >= 50 else [f"num_inference_steps={T - 1}"]
-        # Stable Diffusion's pipeline does not read the default that ours saves
+        # Stable Diffusion's pipeline ignores the default in our config
         scale = facts.pipeline.config.guidance_scale
         usual += [] if scale == 7.5 else [f"guidance_scale={scale:g}"]
         return ", ".join([_as_string(first_prompt(facts)), *usual])
     by_class = facts.kind == "class-conditional-image-generation"
     classes = [f"[{_as_string(first_class(facts.pipeline))}]"] if by_class else []
-    # stock's pipeline would take 1000 steps
+    # Diffusers' pipeline would take 1000 steps
     steps = [f"num_inference_steps={T}"] if T != 1000 else []
     return ", ".join(classes + steps + ([] if has_pictures(facts) else ['output_type="np"']))
 
@@ -145,19 +145,19 @@ def has_pictures(facts: Facts) -> bool:
 
 
 def saving(facts: Facts) -> str:
-    """The code that saves the image that a call gave."""
+    """The code that saves the sampled image."""
     if has_pictures(facts):
         return 'image.save("sample.png")'
     return 'import numpy\n\nnumpy.save("sample.npy", image)  # [height, width, channels] in [0, 1]'
 
 
 def first_prompt(facts: Facts) -> str:
-    """A prompt like those it was trained on."""
+    """A prompt like those of the training data."""
     return " ".join(next(iter(facts.run.get("rows", [])), "").split()) or "a picture"
 
 
-def first_class(pipeline) -> str:
-    """The name of its first class that was trained; "0" for a model without classes."""
+def first_class(pipeline: Any) -> str:
+    """The name of its first trained class; "0" for a model without classes."""
     return pipeline.config.id2label[str(pipeline.default_classes[0])] if hasattr(pipeline, "default_classes") else "0"
 
 
@@ -205,7 +205,7 @@ def duration(seconds: float) -> str:
 
 
 def evaluation(facts: Facts) -> str:
-    """What was measured, with the number of images."""
+    """The results, with the number of images."""
     results = all_results(facts)
     if not results:
         return ""
@@ -218,7 +218,7 @@ def evaluation(facts: Facts) -> str:
 
 
 def limits(facts: Facts) -> str:
-    """What it is not for."""
+    """Limits and misuse."""
     dataset = facts.dataset.get("name", "its training data")
     words = {
         "text-to-image": " It knows the words of its captions, and no others.",

@@ -1,4 +1,4 @@
-"""The page of a Space: what to sample on the left, the images as they form on the right, their chains below.
+"""The page of a Space: controls on the left, the images as they form on the right, their chains below.
 
 Gradio comes with the Space (`sdk_version` in its README); this module imports it when the page is made.
 """
@@ -9,17 +9,23 @@ import io
 import json
 import random
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ...inference.samplers import SAMPLERS
 from ...inference.studio import MOMENTS, MOST_IMAGES, SampleRequest, Step, Studio, streamed
 
+if TYPE_CHECKING:
+    import gradio as gr
+    from PIL import Image
+
 EVERY_CLASS, NO_CLASS = "every", "none"  # in addition to "class NAME"
 DEFAULT_IMAGES = 8
-SMALL = 128  # pixels, below which they are shown as squares
+PIXELATED_BELOW = 128  # pixels; smaller images are enlarged without smoothing
 ROWS = 4  # images whose chain is shown
 THUMBNAIL = 96  # pixels of an image in a chain
-CHAIN_HEADING = "### How they formed\nWhat the model took the image for at timesteps from noise to the end."
+CHAIN_HEADING = "### How they formed\nThe predicted images at timesteps from noise to the end."
 
 CSS = """
 .gradio-container {width: 100% !important; max-width: 1180px !important; margin: auto}
@@ -34,7 +40,7 @@ CSS = """
 """
 
 
-def thumbnail(image) -> str:
+def thumbnail(image: "Image.Image") -> str:
     """A PIL image as a data URI of at most `THUMBNAIL` pixels."""
     small = image.copy()
     small.thumbnail((THUMBNAIL, THUMBNAIL))
@@ -67,49 +73,50 @@ def introduction(studio: Studio, settings: dict) -> str:
     ).replace("  ", " ")
 
 
-def what_controls(gr, studio: Studio, settings: dict) -> dict:
+def condition_controls(gr: Any, studio: Studio, settings: dict) -> dict:
     """The controls of what to sample, by the names that `request_of` reads."""
-    asked = {}
+    controls = {}
     if studio.by_text:
         examples = settings.get("examples", [])
         first = examples[0] if examples else ""
-        asked["prompt"] = gr.Textbox(first, label="Prompt", placeholder="What to show", elem_id="prompt")
+        controls["prompt"] = gr.Textbox(first, label="Prompt", placeholder="What to show", elem_id="prompt")
         if len(examples) > 1:
-            gr.Examples(examples, asked["prompt"])
+            gr.Examples(examples, controls["prompt"])
     if studio.classes:
         choices = [("Every class in turn", EVERY_CLASS), *((name, f"class {name}") for name in studio.classes)]
         choices += [("No class", NO_CLASS)] * studio.knows_no_class
-        asked["class"] = gr.Dropdown(choices, value=EVERY_CLASS, label="Class", elem_id="class")
-    asked["count"] = gr.Slider(1, MOST_IMAGES, DEFAULT_IMAGES, step=1, label="Images", elem_id="count")
-    return asked
+        controls["class"] = gr.Dropdown(choices, value=EVERY_CLASS, label="Class", elem_id="class")
+    controls["count"] = gr.Slider(1, MOST_IMAGES, DEFAULT_IMAGES, step=1, label="Images", elem_id="count")
+    return controls
 
 
-def how_controls(gr, studio: Studio) -> dict:
+def sampling_controls(gr: Any, studio: Studio) -> dict:
     """The controls of how to sample, by the names that `request_of` reads; only what the model supports."""
-    asked = {}
+    controls = {}
     titles = [(SAMPLERS[name].title, name) for name in studio.samplers]
     chosen = "ddim" if "ddim" in studio.samplers else titles[0][1]
-    asked["sampler"] = gr.Dropdown(titles, value=chosen, label="Sampler", elem_id="sampler")
+    controls["sampler"] = gr.Dropdown(titles, value=chosen, label="Sampler", elem_id="sampler")
     most_steps = max(2, studio.max_steps)
-    asked["steps"] = gr.Slider(1, most_steps, studio.samplers[chosen], step=1, label="Steps", elem_id="steps")
-    usual_steps = f"name => ({json.dumps(studio.samplers)})[name]"  # at once, or it would undo a later choice
-    asked["sampler"].input(None, asked["sampler"], asked["steps"], js=usual_steps, api_visibility="private")
+    controls["steps"] = gr.Slider(1, most_steps, studio.samplers[chosen], step=1, label="Steps", elem_id="steps")
+    # in the browser, so that no late answer undoes a choice
+    usual_steps = f"name => ({json.dumps(studio.samplers)})[name]"
+    controls["sampler"].input(None, controls["sampler"], controls["steps"], js=usual_steps, api_visibility="private")
     if studio.guided:
         most = 15 if studio.by_text else 8
         scale = min(max(studio.guidance_scale, 1), most)
-        about = f"1 disables guidance; higher values follow the {'text' if studio.by_text else 'class'} more strongly."
-        asked["guidance"] = gr.Slider(1, most, scale, step=0.5, label="Guidance", info=about, elem_id="guidance")
+        hint = f"1 disables guidance; higher values follow the {'text' if studio.by_text else 'class'} more strongly."
+        controls["guidance"] = gr.Slider(1, most, scale, step=0.5, label="Guidance", info=hint, elem_id="guidance")
     if studio.by_text:
-        asked["negative"] = gr.Textbox(label="Negative prompt", placeholder="What not to show", elem_id="negative")
-    asked["random"] = gr.Checkbox(True, label="A new seed each time", elem_id="random")
-    asked["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed")
-    return asked
+        controls["negative"] = gr.Textbox(label="Negative prompt", placeholder="What not to show", elem_id="negative")
+    controls["random"] = gr.Checkbox(True, label="A new seed each time", elem_id="random")
+    controls["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed")
+    return controls
 
 
 def request_of(values: dict, studio: Studio) -> SampleRequest:
     """The request that the controls' values, by their names, make; a random seed is chosen here.
 
-    Each image has a label in turn: the class chosen, or all of them, or that of no class.
+    The images have the labels in turn: the chosen class, all classes, or no class.
     """
     chosen = values.get("class", EVERY_CLASS)
     labels = {EVERY_CLASS: None, NO_CLASS: [None]}.get(chosen, [chosen.removeprefix("class ")])
@@ -126,29 +133,29 @@ def request_of(values: dict, studio: Studio) -> SampleRequest:
 
 
 def captions_of(request: SampleRequest, studio: Studio) -> list[str | None]:
-    """What to write below each image: its class."""
+    """The caption of each image: its class."""
     if not studio.classes:
         return [None] * request.count
     labels = request.class_labels or studio.classes
     return [labels[index % len(labels)] for index in range(request.count)]
 
 
-def make_page(studio: Studio, settings: dict):
+def make_page(studio: Studio, settings: dict) -> "gr.Blocks":
     """The page, as Gradio's `Blocks`."""
     import gradio as gr
 
-    small = ["small-images"] if max(studio.image_size) < SMALL else []
+    small = ["small-images"] if max(studio.image_size) < PIXELATED_BELOW else []
     with gr.Blocks(
         title=settings["title"], analytics_enabled=False, delete_cache=(3600, 3600), fill_width=True
     ) as page:
         gr.Markdown(introduction(studio, settings))
         with gr.Row():
             with gr.Column(scale=3, min_width=300):
-                asked = what_controls(gr, studio, settings)
+                controls = condition_controls(gr, studio, settings)
                 with gr.Row():
                     button = gr.Button("Sample", variant="primary", elem_id="draw", min_width=100)
                     stop = gr.Button("Stop", elem_id="stop", min_width=60)
-                asked |= how_controls(gr, studio)
+                controls |= sampling_controls(gr, studio)
             with gr.Column(scale=7, min_width=300):
                 gallery = gr.Gallery(
                     show_label=False, format="png", columns=4, height="auto", object_fit="contain", interactive=False,
@@ -158,35 +165,36 @@ def make_page(studio: Studio, settings: dict):
                 gr.Markdown(CHAIN_HEADING)
                 chain = gr.HTML(elem_id="chain", elem_classes=small)
 
-        def draw(values: dict, progress=gr.Progress()):  # noqa: B008  (Gradio finds it by its default)
-            request = request_of({name: values[component] for name, component in asked.items()}, studio)
+        # Gradio finds `progress` by its default
+        def sample(values: dict, progress: Any = gr.Progress()) -> Iterator[dict]:  # noqa: B008
+            request = request_of({name: values[component] for name, component in controls.items()}, studio)
             captions, moments, begun = captions_of(request, studio), [], time.monotonic()
             try:
                 for step in streamed(functools.partial(studio.sample, request)):
                     if not isinstance(step, Step):
                         took = f"Seed {request.seed}, {request.steps} steps, {time.monotonic() - begun:.1f} seconds."
-                        yield {gallery: list(zip(step, captions)), asked["seed"]: request.seed, progress_bar: took}
+                        yield {gallery: list(zip(step, captions)), controls["seed"]: request.seed, progress_bar: took}
                         break
                     if step.predictions is not None:
                         moments.append((step.timestep, [thumbnail(image) for image in step.predictions[:ROWS]]))
                         seen = {chain: chain_picture(moments, min(MOMENTS, step.total)), progress_bar: ""}
-                        if step.done < step.total:  # the last are the images: one file must not be written twice
-                            seen |= {gallery: list(zip(step.predictions, captions)), asked["seed"]: request.seed}
+                        if step.done < step.total:  # the last are the results, which Gradio must not store twice
+                            seen |= {gallery: list(zip(step.predictions, captions)), controls["seed"]: request.seed}
                         yield seen
-                    progress((step.done, step.total), desc="Drawing")  # last: what is yielded hides the bar
+                    progress((step.done, step.total), desc="Sampling")  # last: a yield hides the bar
             except ValueError as error:
                 raise gr.Error(str(error), title="Not sampled", print_exception=False) from error
 
-        triggers = [button.click] + ([asked["prompt"].submit] if studio.by_text else [])
-        drawing = gr.on(
+        triggers = [button.click] + ([controls["prompt"].submit] if studio.by_text else [])
+        sampling = gr.on(
             triggers,
-            draw,
-            set(asked.values()),
-            [gallery, chain, asked["seed"], progress_bar],
+            sample,
+            set(controls.values()),
+            [gallery, chain, controls["seed"], progress_bar],
             show_progress_on=progress_bar,
-            concurrency_limit=1,  # a pipeline's sampler is in one chain at a time
+            concurrency_limit=1,  # a pipeline's scheduler holds the state of one chain
         )
-        stop.click(None, cancels=[drawing])
+        stop.click(None, cancels=[sampling])
     return page
 
 

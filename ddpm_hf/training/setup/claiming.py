@@ -9,7 +9,7 @@ from typing import Any
 
 from accelerate.utils import gather_object
 
-from ...common.arguments import APPLIED, FIXED, flags_that
+from ...common.arguments import APPLIED, FIXED, flags_by_resume
 from ...common.checkpoints import SETTINGS, checkpoint_step, list_checkpoints, made_by_diffusers
 from ...common.errors import UsageError
 from ...common.files import truncate_jsonl
@@ -248,7 +248,7 @@ def check_unchanged(flags: Flags, resumed: dict[str, Any] | None) -> None:
     before = (resumed or {}).get("settings", {})
     if not flags.knows(before):
         return  # `check_resumable` refuses the checkpoint
-    for name in flags_that(flags.fields(), FIXED):
+    for name in flags_by_resume(flags.fields(), FIXED):
         was, now = before.get(name), getattr(flags, name)
         if name in before and was != now and not _was_moved(was, now):
             raise UsageError(
@@ -290,7 +290,7 @@ def check_resumable(run: Run, model, facts: dict[str, Any], name: str) -> None:
     try:
         saved = dict(json.loads((checkpoint / name / "config.json").read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
-        raise UsageError(f"{checkpoint}: {name}/config.json is no model's config") from error
+        raise UsageError(f"{checkpoint}: {name}/config.json is not a model's config") from error
     ours = json.loads(model.to_json_string())
     for key in ours:
         if not key.startswith("_") and ours[key] != saved.get(key):
@@ -298,7 +298,7 @@ def check_resumable(run: Run, model, facts: dict[str, Any], name: str) -> None:
                 f"{checkpoint} is of another model: its {key} is {saved.get(key)}, this run's {ours[key]}; resume with"
                 " the flags that it was trained with"
             )
-    counts = {*facts, *flags_that(run.settings.fields(), APPLIED)} - {"settings"}
+    counts = {*facts, *flags_by_resume(run.settings.fields(), APPLIED)} - {"settings"}
     flat, before = ({**each, **each.get("settings", {})} for each in (facts, manifest))
     for name in (name for name in flat if name in counts and name in before and before[name] != flat[name]):
         run.log(f"warning: {name} was {before[name]} and is {flat[name]}: not an exact continuation")

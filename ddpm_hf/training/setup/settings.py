@@ -7,10 +7,10 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
-from ...common.arguments import SECRET_FLAGS, START, flags_that
+from ...common.arguments import SECRET_FLAGS, START, flags_by_resume
 from ...common.checkpoints import SETTINGS
 from ...common.errors import UsageError
-from ...common.files import write_whole
+from ...common.files import write_atomically
 from ..flags import Flags
 
 
@@ -39,11 +39,11 @@ def public_settings(flags: Flags) -> dict[str, Any]:
 
 def settings_that_go_on(flags: Flags) -> dict[str, Any]:
     """The settings that a run which is resumed takes over: all but those of a start, and secrets."""
-    of_the_start = flags_that(flags.fields(), START)
+    of_the_start = flags_by_resume(flags.fields(), START)
     return {name: value for name, value in public_settings(flags).items() if name not in of_the_start}
 
 
 def save_settings(flags: Flags) -> None:
     """Write `training_config.json`, which `--config` reads back."""
     settings = {"output_dir": flags.output_dir, **settings_that_go_on(flags)}
-    write_whole(Path(flags.output_dir) / SETTINGS, json.dumps(settings, indent=2) + "\n")
+    write_atomically(Path(flags.output_dir) / SETTINGS, json.dumps(settings, indent=2) + "\n")

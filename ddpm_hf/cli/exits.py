@@ -1,4 +1,4 @@
-"""How a command ends: an exit code, and one line where something stopped it."""
+"""Exit codes, and one-line messages for errors and stops."""
 
 import contextlib
 import difflib
@@ -7,18 +7,19 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import typer
 from typer.core import TyperCommand
 
-from ..common.arguments import names_elsewhere
+from ..common.arguments import synonyms
 from ..common.errors import one_line
 from ..common.files import expand_home
 
 ClickException = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
 
-# What other tools call an option or a command of ours
-OPTIONS = names_elsewhere("""
+# The names of our options and commands in other tools
+OPTIONS = synonyms("""
 --num-images: num-samples samples n-samples n count number images num num-images-per-prompt eval-batch-size total
 --batch-size: batch bs batchsize train-batch-size per-device-batch-size sample-batch-size
 --out: output output-dir out-dir outdir output-path o save-dir save-path dir sample-dir
@@ -44,7 +45,7 @@ OPTIONS = names_elsewhere("""
 --space: name space-id repo repo-id hub-model-id
 --example: examples
 """)
-COMMANDS = names_elsewhere("""
+COMMANDS = synonyms("""
 sample: generate draw infer inference predict image images samples
 train: fit train-unconditional finetune fine-tune launch run train-ddpm
 train-text2image: train-text-to-image text2image train-text
@@ -56,11 +57,11 @@ presets: models list list-presets model-presets
 """)
 
 
-class HandOver(TyperCommand):
-    """A command that hands all of its words on, `--help` and `--` included."""
+class PassThrough(TyperCommand):
+    """A command that passes all of its arguments on, `--help` and `--` included."""
 
-    def parse_args(self, ctx, args: list[str]) -> list[str]:
-        """All words are arguments."""
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        """Parse nothing."""
         return super().parse_args(ctx, ["--", *args])
 
 
@@ -73,27 +74,27 @@ class StoppedError(Exception):
 
     Args:
         code: the exit code, 128 and the signal's number.
-        left: what is left on disk or on the Hub.
+        remaining: what remains on disk or on the Hub.
     """
 
-    def __init__(self, code: int, left: str = ""):
-        super().__init__(left)
-        self.code, self.left = code, left
+    def __init__(self, code: int, remaining: str = ""):
+        super().__init__(remaining)
+        self.code, self.remaining = code, remaining
 
 
 @contextlib.contextmanager
-def says_what_is_left(left: Callable[[], str]) -> Iterator[None]:
-    """Within, a stop by Ctrl-C or SIGTERM is one line that says what is left of the work."""
+def reports_stop(remaining: Callable[[], str]) -> Iterator[None]:
+    """Within, Ctrl-C or SIGTERM ends with one line that says what remains of the work."""
     try:
         yield
     except KeyboardInterrupt as error:
-        raise StoppedError(128 + signal.SIGINT, left()) from error
+        raise StoppedError(128 + signal.SIGINT, remaining()) from error
     except Terminated as error:
-        raise StoppedError(128 + signal.SIGTERM, left()) from error
+        raise StoppedError(128 + signal.SIGTERM, remaining()) from error
 
 
 def run(app: typer.Typer, words: list[str]) -> int:
-    """Run the command line of these words; its exit code. What the user can mend is one line and exit code 2."""
+    """Run a command line; return its exit code. An error that the user can fix is one line and exit code 2."""
     try:
         with _terminating():
             code = app([expand_home(word) for word in words], standalone_mode=False)
@@ -105,7 +106,7 @@ def run(app: typer.Typer, words: list[str]) -> int:
     except StoppedError as stopped:
         return _stopped(stopped)
     except BrokenPipeError:  # such as `ddpm-hf info FOLDER | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or it fails again when it is closed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else closing it fails again
         return 1
     except (ClickException, ValueError, OSError) as error:
         return _failed(error)
@@ -122,9 +123,9 @@ def run(app: typer.Typer, words: list[str]) -> int:
 
 @contextlib.contextmanager
 def _terminating() -> Iterator[None]:
-    """Within, SIGTERM raises `Terminated`; not where signals belong to another thread."""
+    """Within, SIGTERM raises `Terminated`; without effect outside of the main thread."""
 
-    def terminate(number, frame):
+    def terminate(number: int, frame: Any) -> None:
         raise Terminated
 
     try:
@@ -140,7 +141,7 @@ def _terminating() -> Iterator[None]:
 
 def _stopped(stopped: StoppedError) -> int:
     by = "SIGTERM" if stopped.code == 128 + signal.SIGTERM else "Ctrl-C"
-    print(f"\nddpm-hf: stopped by {by}{stopped.left and f'; {stopped.left}'}", file=sys.stderr)
+    print(f"\nddpm-hf: stopped by {by}{stopped.remaining and f'; {stopped.remaining}'}", file=sys.stderr)
     return stopped.code
 
 
@@ -153,7 +154,7 @@ def _failed(error: Exception) -> int:
 
 
 def unknown_name(error: Exception) -> str | None:
-    """The message for an unknown option or command, with the one that it stands for; None for another error."""
+    """The message for an unknown option or command, with the closest known one; None for another error."""
     context, message = getattr(error, "ctx", None), getattr(error, "message", "")
     if context is None:
         return None
@@ -168,10 +169,10 @@ def unknown_name(error: Exception) -> str | None:
     return None
 
 
-def _hint(unknown: str, known: set[str], elsewhere: dict[str, str]) -> str:
-    """The known name that an unknown one is in other tools, or else resembles."""
+def _hint(unknown: str, known: set[str], synonyms: dict[str, str]) -> str:
+    """The known name that an unknown one stands for in other tools, or else resembles."""
     word = unknown.lower().replace("_", "-")
-    meant = elsewhere.get(word.strip("-"))
+    meant = synonyms.get(word.strip("-"))
     near = difflib.get_close_matches(word, sorted(known), n=1)
     meant = meant if meant in known else near[0] if near else None
     return f" Did you mean {meant}?" if meant else ""

@@ -1,4 +1,4 @@
-"""A folder on this machine, or a folder of a repository on the Hub, and the files in it."""
+"""A local folder, or a folder of a repository on the Hub, and the files in it."""
 
 import json
 import os
@@ -13,15 +13,15 @@ OTHER_WEIGHTS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".pkl")
 
 
 @dataclass(frozen=True)
-class Place:
-    """A folder on this machine, or a folder of a repository on the Hub.
+class Location:
+    """A local folder, or a folder of a repository on the Hub.
 
     Args:
         root: the folder, or the repository's user/name.
-        local: whether it is on this machine.
+        local: whether it is a local folder.
         subfolder: within the repository.
         revision: branch, tag or commit of the repository.
-        unreachable: why files were not looked for on the Hub; of all places made from one.
+        unreachable: why files could not be fetched from the Hub; shared by all locations made from this one.
     """
 
     root: str
@@ -34,14 +34,14 @@ class Place:
     def __str__(self) -> str:
         return f"{self.root}/{self.subfolder}" if self.subfolder else self.root
 
-    def __truediv__(self, name: str) -> "Place":
+    def __truediv__(self, name: str) -> "Location":
         if self.local:
             return replace(self, root=str(Path(self.root) / name))
         return replace(self, subfolder=f"{self.subfolder}/{name}" if self.subfolder else name)
 
     @property
-    def parent(self) -> "Place | None":
-        """The folder around it; None around a repository."""
+    def parent(self) -> "Location | None":
+        """The parent folder; None for a repository."""
         if self.local:
             return replace(self, root=str(Path(self.root).resolve().parent))
         return replace(self, subfolder=self.subfolder.rpartition("/")[0]) if self.subfolder else None
@@ -52,7 +52,7 @@ class Place:
         return Path(self.root).resolve().name if self.local else str(self).rpartition("/")[2]
 
     def file(self, name: str) -> Path | None:
-        """A file's path on this machine, downloaded if need be; None where there is none.
+        """A file's local path, downloaded if necessary; None if it does not exist.
 
         Raises:
             ValueError: no such repository, or no access to it.
@@ -70,12 +70,12 @@ class Place:
 
         inner = f"{self.subfolder}/{name}" if self.subfolder else name
         try:
-            # a request without an answer is repeated for half a minute: once is enough
+            # the client retries an unanswered request for half a minute: do so once
             cached = bool(self.unreachable)
             return Path(
                 hf_hub_download(self.root, inner, revision=self.revision, token=self.token, local_files_only=cached)
             )
-        except LocalEntryNotFoundError as error:  # offline; it may be that the file does not exist
+        except LocalEntryNotFoundError as error:  # offline, or the file does not exist
             self.unreachable.append(error.__class__.__name__)
         except EntryNotFoundError:
             pass
@@ -87,7 +87,7 @@ class Place:
         return None
 
     def json(self, name: str) -> dict[str, Any] | None:
-        """A file's JSON object; None where there is no such file.
+        """A file's JSON object; None if the file does not exist.
 
         Raises:
             ValueError: it is not a JSON object, or what `file` raises.
@@ -104,27 +104,27 @@ class Place:
         return value
 
 
-def find_place(
+def find_location(
     name: str, revision: str | None = None, subfolder: str | None = None, token: str | None = None
-) -> Place:
+) -> Location:
     """A folder or a repository by its name.
 
     Raises:
-        ValueError: a file, or what can be neither a folder nor a name on the Hub.
+        ValueError: it is a file, or neither a folder nor a name on the Hub.
     """
     if os.path.isfile(name):
         raise ValueError(f"a file; {way_out(name)}")
     if not os.path.isdir(name) and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise ValueError("no such folder, and not a name on the Hub, which is user/name")
-    place = Place(name, os.path.isdir(name), revision=revision, token=token)
-    place = place / subfolder.strip("/") if subfolder else place
-    if place.local and not os.path.isdir(place.root):
+    location = Location(name, os.path.isdir(name), revision=revision, token=token)
+    location = location / subfolder.strip("/") if subfolder else location
+    if location.local and not os.path.isdir(location.root):
         raise ValueError(f"no folder {subfolder} in it")
-    return place
+    return location
 
 
 def way_out(name: str) -> str:
-    """What to give instead of another program's file of weights."""
+    """Advice for a path that is not a model."""
     return (
         "give the folder of a pipeline (model_index.json), of a checkpoint (checkpoint-N) or of a UNet2DModel"
         " (config.json and safetensors)"

@@ -1,4 +1,4 @@
-"""What of a run's folder is published."""
+"""Which files of a run's folder are published."""
 
 import contextlib
 import json
@@ -7,48 +7,52 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..common.checkpoints import MANIFEST, checkpoint_step
-from ..common.files import SCRAP, truncate_jsonl, write_whole
+from ..common.files import PARTIAL_SUFFIX, truncate_jsonl, write_atomically
 from ..common.layout import CHAIN, GRIDS, LAYOUT, METRICS_FILE, RESULTS_FILE, RUN_FILE, SAMPLES, matching
+from ..common.locations import find_location
 from ..common.ownership import claim_files, may_write
 from ..common.pictures import save_image
-from ..common.places import find_place
 from .card.illustrations import write_pictures
+
+if TYPE_CHECKING:
+    from ..inference.studio import Step, Studio
 
 PUBLISHED = (*(entry.pattern for entry in LAYOUT if entry.published and entry.pattern != "README.md"), "LICENSE*")
 COMPONENT_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
-CHAIN_ROWS = 8  # of the card's strip of predictions, where the run has sampled none
+CHAIN_ROWS = 8  # of the card's strip of predictions, if the run has none
 
 
 def component_folders(folder: Path) -> list[str]:
-    """The names of the components that a pipeline's folder holds."""
+    """The names of the components in a pipeline's folder."""
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     names = [name for name, value in index.items() if isinstance(value, list) and not name.startswith("_")]
     return [name for name in names if (folder / name).is_dir()]
 
 
 def files_to_publish(folder: Path, include: tuple[str, ...] = ()) -> dict[str, Path]:
-    """What of a folder goes up, by path in the repository: the pipeline, its code, card, pictures and figures.
+    """The files of a folder to upload, by path in the repository: the pipeline, its code, card, pictures and figures.
 
-    A run's checkpoints, optimizer states, logs and settings, and whatever else lies there, stay; `include` names more
-    files by patterns.
+    A run's checkpoints, optimizer states, logs and settings, and all other files, are not uploaded; `include` has
+    patterns of additional files.
     """
     patterns = [*PUBLISHED, *include]
     patterns += [f"{name}/{kind}" for name in component_folders(folder) for kind in COMPONENT_FILES]
-    found = {}
+    files = {}
     for pattern in patterns:
         for path in folder.glob(pattern):
             name = path.relative_to(folder)
             if path.is_file() and not any(part.startswith(".") for part in name.parts):
-                found[name.as_posix()] = path
-    return found
+                files[name.as_posix()] = path
+    return files
 
 
 @contextlib.contextmanager
 def frozen_copy(files: dict[str, Path], folder: Path) -> Iterator[dict[str, Path]]:
-    """The files as they are now, whatever a run writes meanwhile; weights by hard links, since they are replaced."""
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".publishing-", suffix=SCRAP) as scratch:
+    """A snapshot of the files, by hard links where possible: a continuing run replaces files, and changes none."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".publishing-", suffix=PARTIAL_SUFFIX) as scratch:
         copies = {}
         for name, path in files.items():
             copies[name] = Path(scratch) / name
@@ -58,8 +62,8 @@ def frozen_copy(files: dict[str, Path], folder: Path) -> Iterator[dict[str, Path
 
 
 def copy_or_link(path: Path, target: Path) -> None:
-    """The file's content at another place, whatever becomes of the first."""
-    if path.name != METRICS_FILE:  # which alone is written to in place
+    """Link or copy a file, so that replacing it does not affect `target`."""
+    if path.name != METRICS_FILE:  # the only file that is appended to
         with contextlib.suppress(OSError):  # another disk, or one without links
             os.link(path, target)
             return
@@ -68,7 +72,7 @@ def copy_or_link(path: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def publishable(folder: Path, include: tuple[str, ...] = ()) -> Iterator[dict[str, Path]]:
-    """What goes up of a folder but its card, with pictures, as it is now."""
+    """A snapshot of the files to upload, with pictures and without the card."""
     write_pictures(folder)
     with frozen_copy(files_to_publish(folder, include), folder) as files:
         yield files
@@ -76,16 +80,16 @@ def publishable(folder: Path, include: tuple[str, ...] = ()) -> Iterator[dict[st
 
 @contextlib.contextmanager
 def checkpoint_as_folder(checkpoint: Path, ema: bool | None) -> Iterator[Path]:
-    """A temporary folder with the pipeline of a run's checkpoint, and what its run knows up to that step.
+    """A temporary folder with the pipeline of a run's checkpoint, and the run's records up to that step.
 
     Args:
-        ema: as for `inference.load`, which also says what is raised.
+        ema: as in `inference.load`, which lists the errors raised.
     """
     from ..inference.loading import load
 
     run = checkpoint.resolve().parent
-    manifest = find_place(str(checkpoint)).json(MANIFEST) or {}
-    facts = find_place(str(run)).json(RUN_FILE)
+    manifest = find_location(str(checkpoint)).json(MANIFEST) or {}
+    record = find_location(str(run)).json(RUN_FILE)
     step = manifest.get("step", checkpoint_step(checkpoint.resolve()))
     with tempfile.TemporaryDirectory(prefix="ddpm_hf-") as temporary:
         folder = Path(temporary) / run.name
@@ -98,17 +102,17 @@ def checkpoint_as_folder(checkpoint: Path, ema: bool | None) -> Iterator[Path]:
         for path in (run / "samples").glob("*-*.png"):
             if path.stem.rpartition("-")[2].isdecimal() and int(path.stem.rpartition("-")[2]) <= step:
                 shutil.copyfile(path, folder / "samples" / path.name)
-        if facts is not None:
-            facts |= {"step": step, "sessions": manifest.get("sessions", [])}
-            write_whole(folder / RUN_FILE, json.dumps(facts, indent=1) + "\n")
+        if record is not None:
+            record |= {"step": step, "sessions": manifest.get("sessions", [])}
+            write_atomically(folder / RUN_FILE, json.dumps(record, indent=1) + "\n")
         yield folder
 
 
-def draw_missing_pictures(studio, folder: Path) -> None:
-    """Draw a grid and its chains for the card of a model that has none; not of a text, which nobody has given.
+def sample_missing_pictures(studio: "Studio", folder: Path) -> None:
+    """Sample a grid and its chains for the card of a model that has none; not for text to image, which needs prompts.
 
     Args:
-        studio: the model, as `space.drawing.Studio`.
+        studio: the model.
     """
     from tqdm.auto import tqdm
 
@@ -118,19 +122,19 @@ def draw_missing_pictures(studio, folder: Path) -> None:
     if studio.by_text or (folder / SAMPLES).is_file() or matching(folder, GRIDS):
         return
     sampler = "ddim" if "ddim" in studio.samplers else "ddpm"
-    moments = []
+    predictions = []  # of each shown step, the images' predictions
     with tqdm(total=studio.samplers[sampler], desc="sampling images for the card", leave=False) as bar:
 
-        def watch(step) -> None:
+        def watch(step: "Step") -> None:
             bar.update(1)
-            moments.extend([step.predictions] if step.predictions else [])
+            predictions.extend([step.predictions] if step.predictions else [])
 
-        images = studio.draw(SampleRequest(MOST_IMAGES, sampler, studio.samplers[sampler]), watch)
+        images = studio.sample(SampleRequest(MOST_IMAGES, sampler, studio.samplers[sampler]), watch)
     scale = max(1, 64 // images[0].width)
-    chains = [moment[i] for i in range(CHAIN_ROWS) for moment in moments]
+    chains = [images_at_step[i] for i in range(CHAIN_ROWS) for images_at_step in predictions]
     for name, grid in (
         (SAMPLES, image_grid(images, scale=scale)),
-        (CHAIN, image_grid(chains, len(moments), scale=scale)),
+        (CHAIN, image_grid(chains, len(predictions), scale=scale)),
     ):
         if may_write(folder, name):
             claim_files(folder, [name])

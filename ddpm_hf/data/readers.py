@@ -16,8 +16,8 @@ from huggingface_hub.repocard import metadata_load
 
 from ..common.errors import DataError
 from .errors import unreadable
-from .folders import Listing, image_splits, list_folder
 from .formats import image_suffixes, suffix_of
+from .image_folders import Listing, image_splits, list_folder
 
 KIND_OF = {
     ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json",
@@ -34,9 +34,9 @@ class Source(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What all readers are told."""
+    """What all readers are given."""
 
-    kind: str | None = None  # of files, such as imagefolder; None lets the files decide
+    kind: str | None = None  # of files, such as imagefolder; None: by their suffixes
     config_name: str | None = None
     cache_dir: str | None = None
 
@@ -45,13 +45,13 @@ def open_local(path: Path, options: Options) -> Source:
     """The dataset in a file or folder.
 
     Raises:
-        DataError: there is none.
+        DataError: there is no dataset in it.
     """
     for reader in READERS:
         source = reader(path, options)
         if source is not None:
             return source
-    raise AssertionError("the last reader takes everything")
+    raise AssertionError("the last reader accepts every path")
 
 
 # Splits
@@ -61,7 +61,7 @@ def of_parts(parts: dict[str, datasets.Dataset], name: str, note: str = "", mixe
     """The source whose splits are in memory or mapped: any part of them can be read.
 
     Args:
-        mixed: whether a stream comes in another order, always the same, for rows that are sorted by class.
+        mixed: whether to shuffle a stream, always the same way, because its rows are sorted by class.
     """
 
     def read(split: str, streaming: bool) -> Any:
@@ -112,12 +112,12 @@ def of_library(name: str, options: Options, is_local: bool, token: str | None = 
     named = {"cache_dir": options.cache_dir, "token": token, **more}
 
     def read(split: str, streaming: bool) -> Any:
-        part = streaming and is_local and re.search(r"[^\w.-]", split) is not None  # which no stream has
+        part = streaming and is_local and re.search(r"[^\w.-]", split) is not None  # a stream has no parts of splits
         try:
             dataset = datasets.load_dataset(
                 name, options.config_name, split=split, streaming=streaming and not part, **named
             )
-        except ValueError as error:  # of several configurations none was named; a network's errors are of other kinds
+        except ValueError as error:  # several configurations and none named; network errors have other types
             configurations = _unnamed_configurations(name, options, named)
             if not configurations:
                 raise
@@ -130,13 +130,13 @@ def of_library(name: str, options: Options, is_local: bool, token: str | None = 
 
 
 def _unnamed_configurations(name: str, options: Options, named: dict[str, Any]) -> list[str]:
-    """The configurations of a dataset that has several, none by default, where none was asked for."""
+    """The configurations of a dataset that has several and no default, if none was requested."""
     if options.config_name is not None:
         return []
     try:
-        found = datasets.get_dataset_config_names(name, **named)
-        return found if len(found) > 1 and datasets.get_dataset_default_config_name(name, **named) is None else []
-    except Exception:  # whatever kept the dataset from being read keeps its names from being read, and is reported
+        names = datasets.get_dataset_config_names(name, **named)
+        return names if len(names) > 1 and datasets.get_dataset_default_config_name(name, **named) is None else []
+    except Exception:  # the error that kept the dataset from being read is reported instead
         return []
 
 
@@ -144,10 +144,10 @@ def _unnamed_configurations(name: str, options: Options, named: dict[str, Any]) 
 
 
 def _of_kind(path: Path, options: Options) -> Source | None:
-    """A folder of files of a kind that was asked for, or a configuration that was."""
+    """A folder of files of the requested kind, or with the requested configuration."""
     if options.kind not in (None, "imagefolder"):
         listing = list_folder(path) if path.is_dir() and options.kind in KIND_OF.values() else None
-        if listing and listing.images:  # which `datasets` would read as tables
+        if listing and listing.images:  # `datasets` would read them as tables
             return _tables(path, listing, options, options.kind)
         return of_library(options.kind, options, True, data_dir=str(path))
     return of_library(str(path), options, True) if options.config_name is not None else None
@@ -163,7 +163,7 @@ def _saved(path: Path, options: Options) -> Source | None:
     recorded = split_names(str(saved.split or "train"))[0]
 
     def read(split: str, streaming: bool) -> Any:
-        """A single dataset is the split that it was when it was saved, and can be called `train` like any file."""
+        """A single dataset has the name of the split that it was saved from, and `train`, as a file has."""
         name = recorded if recorded in split_names(split) else "train"
         return of_parts({name: saved}, str(path)).read(split, streaming)
 
@@ -176,7 +176,7 @@ def _configured(path: Path, options: Options) -> Source | None:
         return None
     if glob.has_magic(str(path.resolve())):
         raise DataError(
-            f"{path}: its README.md says which files to read, by patterns, and * ? [ in the path make another pattern;"
+            f"{path}: its README.md gives patterns of the files to read, and * ? [ in the path would be part of them;"
             " rename the folder"
         )
     return of_library(str(path), options, True)
@@ -218,7 +218,7 @@ def _folder(path: Path, options: Options) -> Source:
         if not parts:
             raise DataError(f"{path} holds no images to read; left out: {listing.note()}")
         source = of_parts(parts, str(path), listing.note(), mixed=True)
-        return _refusing(source, path, listing.unclear) if listing.unclear else source
+        return _all_or_nothing(source, path, listing.unclear) if listing.unclear else source
     if listing.tables and not options.kind:
         if listing.images:
             listing.left_out["image in a folder of tables"] += len(listing.images)
@@ -229,8 +229,8 @@ def _folder(path: Path, options: Options) -> Source:
     raise DataError(f"{path} holds no images ({known}){tables}{left_out}")
 
 
-def _refusing(source: Source, path: Path, unclear: list[str]) -> Source:
-    """A source that is read only as a whole: its folders may hold classes, or parts that must not be trained on."""
+def _all_or_nothing(source: Source, path: Path, unclear: list[str]) -> Source:
+    """A source of which only `all` can be read: its folders may be classes, or splits that must not be trained on."""
 
     def read(split: str, streaming: bool) -> Any:
         if split != "all":
@@ -244,22 +244,22 @@ def _refusing(source: Source, path: Path, unclear: list[str]) -> Source:
     return source._replace(read=read)
 
 
-def _tables(path: Path, listing: Listing, options: Options, wanted: str | None = None) -> Source:
+def _tables(path: Path, listing: Listing, options: Options, only: str | None = None) -> Source:
     """A folder of tables, as `datasets` reads it; without the outputs of runs, whose JSON files are tables too.
 
     Args:
-        wanted: the kind of the tables to read; by default all of them.
+        only: the kind of the tables to read; by default all.
     """
-    if wanted is None and not listing.outputs and not glob.has_magic(listing.root):
+    if only is None and not listing.outputs and not glob.has_magic(listing.root):
         return of_library(listing.root, options, True)
     from datasets.data_files import _get_data_files_patterns, resolve_pattern
     from datasets.load import infer_module_for_data_files
 
     def matching(pattern: str) -> list[str]:
-        suffixes = [suffix for suffix, kind in KIND_OF.items() if wanted in (None, kind)]
-        found = resolve_pattern(pattern, glob.escape(listing.root), suffixes)
+        suffixes = [suffix for suffix, kind in KIND_OF.items() if only in (None, kind)]
+        files = resolve_pattern(pattern, glob.escape(listing.root), suffixes)
         outputs = [os.path.join(listing.path(name), "") for name in listing.outputs]
-        return [file for file in found if not os.path.join(file, "").startswith(tuple(outputs))]
+        return [file for file in files if not os.path.join(file, "").startswith(tuple(outputs))]
 
     patterns = _get_data_files_patterns(matching)
     files = {

@@ -29,11 +29,11 @@ SPLIT_NAMES = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 SPLIT_OF = {name: split for split, names in SPLIT_NAMES.items() for name in names}
-# Names in which people see a split too, such as train_images, seg_test or trainset
-SOUNDS_LIKE_A_SPLIT = re.compile(rf"(?:^|[-._ 0-9])({'|'.join(SPLIT_OF)})(?:set)?(?:[-._ 0-9]|$)", re.IGNORECASE)
-UNMENTIONED = ("thumbs.db", "desktop.ini", "readme", "readme.md", "readme.txt", "license", "license.txt")
+# Names that people understand as a split too, such as train_images, seg_test or trainset
+SPLIT_IN_NAME = re.compile(rf"(?:^|[-._ 0-9])({'|'.join(SPLIT_OF)})(?:set)?(?:[-._ 0-9]|$)", re.IGNORECASE)
+UNREPORTED = ("thumbs.db", "desktop.ini", "readme", "readme.md", "readme.txt", "license", "license.txt")
 HINTS = {".zip": "unpack it", **{suffix: f"pip install {plugin[0]}" for suffix, plugin in PLUGINS.items()}}
-# What a run leaves in an output folder that is the folder of images too, besides the files in its manifest
+# What a run leaves in its output folder besides the files in its manifest; it may be the folder of images too
 RUN_FOLDERS = re.compile(r"checkpoint-\d+(\.superseded|\.partial)+|earlier-run")
 # The same for a run of a version without manifests
 RUN_ENTRIES = re.compile(
@@ -53,7 +53,7 @@ class Listing:
     metadata: list[str] = field(default_factory=list)
     tables: list[str] = field(default_factory=list)
     outputs: list[str] = field(default_factory=list)  # folders and files of runs
-    ours: set[str] = field(default_factory=set)  # what the manifests of our programs list
+    written: set[str] = field(default_factory=set)  # the files that manifests list
     unclear: list[str] = field(default_factory=list)  # folders that may be those of splits or those of classes
     left_out: collections.Counter = field(default_factory=collections.Counter)  # a description -> how many
 
@@ -88,7 +88,7 @@ def list_folder(folder: str | Path) -> Listing:
             listing.tables.append(name)
         elif _may_be_image(name, suffix) and begins_like_an_image(entry.path):
             listing.images.append(name)
-        elif entry.name.lower() not in UNMENTIONED:
+        elif entry.name.lower() not in UNREPORTED:
             kind = f"{suffix} file" if suffix else "file without a suffix that is not an image"
             listing.left_out[kind + (f" ({HINTS[suffix]})" if suffix in HINTS else "")] += 1
     for names in (listing.images, listing.metadata, listing.tables):
@@ -104,7 +104,8 @@ def _may_be_image(name: str, suffix: str) -> bool:
 def _walk(listing: Listing) -> Iterator[tuple[str, os.DirEntry]]:
     """The regular files of a folder, by relative name: those of real folders first, then those behind links."""
     seen: set[str] = set()
-    real, linked = [("", listing.root)], []  # (relative name, resolved path)
+    real: list[tuple[str, str]] = [("", listing.root)]  # (relative name, resolved path)
+    linked: list[tuple[str, str]] = []
     while real or linked:
         name, resolved = real.pop() if real else linked.pop(linked.index(min(linked)))
         if resolved in seen or (name and _holds(resolved, listing.root)):
@@ -129,10 +130,10 @@ def _holds(folder: str, path: str) -> bool:
 
 
 def _entries(listing: Listing, name: str) -> list[os.DirEntry]:
-    """What a folder holds and is to be read; none of it where it is the output of a run."""
+    """The entries of a folder that are to be read; none if it is the output of a run."""
     try:
-        with os.scandir(listing.path(name)) as found:
-            entries = list(found)
+        with os.scandir(listing.path(name)) as opened:
+            entries = list(opened)
     except OSError as error:
         if not name:
             raise
@@ -145,19 +146,19 @@ def _entries(listing: Listing, name: str) -> list[os.DirEntry]:
         listing.outputs.append(name)
         listing.left_out[f"{name}/ (the output of a run)"] += 1
         return []
-    ours = {one for part in manifest.values() for one in part}
-    listing.ours |= {f"{name}/{one}" if name else one for one in ours}
+    written = {one for part in manifest.values() for one in part}
+    listing.written |= {f"{name}/{one}" if name else one for one in written}
     kept = []
     for entry in entries:
         inner = f"{name}/{entry.name}" if name else entry.name
         if entry.name.startswith(".") or (entry.name.startswith("__") and entry.is_dir()):
             if _holds_images(entry):
                 listing.left_out[f"hidden {'folder' if entry.is_dir() else 'file'}"] += 1
-        elif inner in listing.ours or f"{inner}/" in listing.ours:
+        elif inner in listing.written or f"{inner}/" in listing.written:
             listing.outputs.append(inner)
             if not is_output and entry.is_file():
                 listing.left_out[f"file that ddpm_hf wrote to {name or '.'}/"] += 1
-        elif is_output and (RUN_FOLDERS if ours else RUN_ENTRIES).fullmatch(entry.name):
+        elif is_output and (RUN_FOLDERS if written else RUN_ENTRIES).fullmatch(entry.name):
             listing.outputs.append(inner)
         else:
             kept.append(entry)
@@ -186,49 +187,49 @@ def _holds_images(entry: os.DirEntry) -> bool:
 
 
 class Division:
-    """Which folders are those of splits.
+    """Which folders are splits.
 
     A folder named `train`, `test` and the like is a split's at the top, and everywhere if anywhere two splits' folders
     are in one folder. Folders' names decide, and files' names never do.
 
     >>> division = Division(["train/a.png", "val/b.png", "cat/train.png"])
-    >>> division.place("train/a.png"), division.place("cat/train.png")
+    >>> division.locate("train/a.png"), division.locate("cat/train.png")
     (('train', ()), (None, ('cat',)))
     """
 
     def __init__(self, files: list[str]):
         folders = {each for name in {posixpath.dirname(file) for file in files} for each in _lineage(name)}
         named = {folder: split for folder in folders if (split := _split_named(posixpath.basename(folder)))}
-        together = collections.defaultdict(set)  # a folder -> the splits whose folders it holds
+        together: dict[str, set[str]] = collections.defaultdict(set)  # a folder -> the splits whose folders it holds
         for folder, split in named.items():
             together[posixpath.dirname(folder)].add(split)
         if all(len(splits) < 2 for splits in together.values()):
             named = {folder: split for folder, split in named.items() if folder in SPLIT_OF}
         self.splits = named  # a folder -> its split
         self.unclear = [] if named else _unclear(folders)
-        self._places: dict[str, tuple[str | None, tuple[str, ...]]] = {}
+        self._located: dict[str, tuple[str | None, tuple[str, ...]]] = {}
 
-    def place(self, name: str) -> tuple[str | None, tuple[str, ...]]:
+    def locate(self, name: str) -> tuple[str | None, tuple[str, ...]]:
         """A file's split (None outside of all), and the names of its folders without the split's."""
         folder = posixpath.dirname(name)
-        if folder not in self._places:
+        if folder not in self._located:
             parts = tuple(folder.split("/")) if folder else ()
             dividing = [each for each in _lineage(folder) if each in self.splits][:1]
             depth = dividing[0].count("/") if dividing else len(parts)
             split = self.splits[dividing[0]] if dividing else None if self.splits else "train"
-            self._places[folder] = split, parts[:depth] + parts[depth + 1 :]
-        return self._places[folder]
+            self._located[folder] = split, parts[:depth] + parts[depth + 1 :]
+        return self._located[folder]
 
 
 def _unclear(folders: set[str]) -> list[str]:
-    """Folders in one folder whose names sound like different splits."""
-    together = collections.defaultdict(dict)
+    """Folders in one folder whose names suggest different splits."""
+    together: dict[str, dict[str, str]] = collections.defaultdict(dict)
     for folder in sorted(folders):
         words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", posixpath.basename(folder))  # trainA, TrainImages
-        heard = SOUNDS_LIKE_A_SPLIT.search(words)
-        if heard:
-            together[posixpath.dirname(folder)][folder] = SPLIT_OF[heard[1].lower()]
-    return next((list(found) for found in together.values() if len(set(found.values())) > 1), [])
+        split = SPLIT_IN_NAME.search(words)
+        if split:
+            together[posixpath.dirname(folder)][folder] = SPLIT_OF[split[1].lower()]
+    return next((list(splits) for splits in together.values() if len(set(splits.values())) > 1), [])
 
 
 def _split_named(folder: str) -> str | None:
@@ -260,7 +261,7 @@ def image_splits(listing: Listing) -> dict[str, datasets.Dataset]:
     """
     division = Division(listing.images)
     listing.unclear = division.unclear
-    outside = [name for name in listing.images if division.place(name)[0] is None]
+    outside = [name for name in listing.images if division.locate(name)[0] is None]
     if outside:
         splits = ", ".join(f"{folder}/" for folder in sorted(division.splits)[:6])
         listing.left_out[f"image outside of {splits}"] += len(outside)
@@ -271,19 +272,19 @@ def image_splits(listing: Listing) -> dict[str, datasets.Dataset]:
 
 def _by_class(listing: Listing, division: Division) -> tuple[dict[str, pa.Table], dict[str, Any]]:
     """Images alone; with `label` where all lie equally deep in two or more class folders."""
-    places = {name: division.place(name) for name in listing.images}
-    places = {name: place for name, place in places.items() if place[0] is not None}
-    depths = {len(folders) for _, folders in places.values()}
-    classes = sorted({folders[-1] for _, folders in places.values() if folders})
+    located = {name: division.locate(name) for name in listing.images}
+    located = {name: where for name, where in located.items() if where[0] is not None}
+    depths = {len(folders) for _, folders in located.values()}
+    classes = sorted({folders[-1] for _, folders in located.values() if folders})
     labelled = len(depths) == 1 and len(classes) > 1
     features = {"image": datasets.Image()} | ({"label": datasets.ClassLabel(names=classes)} if labelled else {})
     numbers = {name: number for number, name in enumerate(classes)}
     tables = {}
-    for split in {split for split, _ in places.values()}:
-        names = [name for name, place in places.items() if place[0] == split]
+    for split in {split for split, _ in located.values() if split is not None}:
+        names = [name for name, where in located.items() if where[0] == split]
         columns = {"image": _image_column([listing.path(name) for name in names])}
         if labelled:
-            columns["label"] = pa.array([numbers[places[name][1][-1]] for name in names], pa.int64())
+            columns["label"] = pa.array([numbers[located[name][1][-1]] for name in names], pa.int64())
         tables[split] = pa.table(columns)
     return tables, features
 
@@ -321,7 +322,7 @@ def _described(listing: Listing, division: Division) -> tuple[dict[str, pa.Table
     firsts = [next((path for path in row if path is not None), "") for row in zip(*files.values(), strict=True)]
     rows = collections.defaultdict(list)
     for row, first in enumerate(firsts):
-        rows[division.place(first)[0]].append(row)
+        rows[division.locate(first)[0]].append(row)
     return {split: pa.table(columns).take(indices) for split, indices in rows.items() if split is not None}, kinds
 
 
@@ -354,11 +355,11 @@ def _read_metadata(listing: Listing, name: str) -> pa.Table:
 
 
 def _inside(path: str, folder: str, file: Any) -> str | None:
-    """A file that metadata names, relative to the root; strangers' metadata reaches nothing outside of its folder."""
+    """A file that metadata names, relative to the root; untrusted metadata must not reach outside of its folder."""
     if file is None:
         return None
     if not isinstance(file, str):
-        raise DataError(f"{path} names the file {file!r}; file names are texts")
+        raise DataError(f"{path} names the file {file!r}; file names are strings")
     normal = os.path.normpath(file).replace("\\", "/")
     if "://" in file or os.path.isabs(file) or normal.startswith("/") or normal.split("/")[0] == "..":
         raise DataError(f"{path} names the file {file!r}, which is not a relative path pointing inside its folder")
@@ -369,7 +370,7 @@ def _read_csv(path: str) -> pa.Table:
     import pandas
 
     columns = pandas.read_csv(path, nrows=0).columns
-    texts = {name: str for name in columns if _image_column_of(name)}  # 001 is a name, too
+    texts = {name: str for name in columns if _image_column_of(name)}  # "001" stays a string
     return pa.Table.from_pandas(pandas.read_csv(path, dtype=texts), preserve_index=False)
 
 

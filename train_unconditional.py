@@ -212,11 +212,7 @@ def train(flags: Flags) -> None:
     """From flags to a trained, saved and, if asked, published pipeline."""
     flags.check()
     data, unet, start, schedule, objective, classes, latents, training, _, attention, publishing, hub = flags
-    vae_name, token, xformers = (
-        latents.vae_name_or_path,
-        hub.hub_token,
-        attention.enable_xformers_memory_efficient_attention,
-    )
+    vae_name, token = latents.vae_name_or_path, hub.hub_token
     written = layout("unet", "scheduler", *(["vae"] if vae_name else []))
     run = start_run(flags, written, (data.train_data_dir, data.dataset_name))
     source = source_of(start, token, run.resumed and run.resumed.checkpoint)

@@ -46,7 +46,7 @@ __all__ = ["__version__", *_HOMES]
 
 if not TYPE_CHECKING:  # else type checkers take any name for one of ours
 
-    def __getattr__(name: str):
+    def __getattr__(name: str) -> None:
         if name in _HOMES:
             return getattr(importlib.import_module(_HOMES[name], __name__), name)
         if name in _SUBMODULES:
@@ -54,5 +54,5 @@ if not TYPE_CHECKING:  # else type checkers take any name for one of ours
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted([*globals(), *__all__, *_SUBMODULES])

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..common.errors import DataError, UsageError
+from ..common.errors import DataError, UsageError, one_line
 from ..common.layout import layout
 from ..common.randomness import StepKeys
 from ..data import ImageDataset, to_model_range
@@ -36,7 +36,9 @@ from ..training.state import averaged_weights, unwrap
 from .classifier_flags import CLASSIFIER_PROGRAM, parse_classifier_flags
 
 
-def compute_loss(model, batch: dict, keys: StepKeys, *, scheduler: DDPMScheduler, device: torch.device) -> Losses:
+def compute_loss(
+    model: torch.nn.Module, batch: dict, keys: StepKeys, *, scheduler: DDPMScheduler, device: torch.device
+) -> Losses:
     """Cross-entropy (nats) of the class of a noised image, at uniform t."""
     x_start = to_model_range(batch["images"].to(device, non_blocking=True))  # [N, C, H, W]
     timesteps = UniformTimestepSampler(len(scheduler)).sample(keys.uniform("timestep"))[0].to(x_start.device)
@@ -46,7 +48,9 @@ def compute_loss(model, batch: dict, keys: StepKeys, *, scheduler: DDPMScheduler
     return Losses(losses, groups=quartile_of(timesteps, len(scheduler)))
 
 
-def validation_accuracy(model, *, run: Run, held_out: ImageDataset, scheduler: DDPMScheduler) -> dict[str, float]:
+def validation_accuracy(
+    model: torch.nn.Module, *, run: Run, held_out: ImageDataset, scheduler: DDPMScheduler
+) -> dict[str, float]:
     """Accuracy over the held-out images, as they are (t = 0) and noised to the same random timesteps each time."""
     uniform = UniformTimestepSampler(len(scheduler))
 
@@ -82,7 +86,7 @@ def make_classifier(
             id2label={str(number): name for number, name in enumerate(names)},
         )
     except (ValueError, TypeError) as error:
-        raise UsageError(" ".join(str(error).split())) from error
+        raise UsageError(one_line(error)) from error
     return model
 
 

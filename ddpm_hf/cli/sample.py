@@ -1,8 +1,9 @@
 """`ddpm-hf sample`: sample images from a trained model."""
 
 import enum
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,6 +12,9 @@ from .common import check_revision, clean_token, quiet
 from .conditions import Conditions, read_conditions
 from .exits import reports_stop
 from .pictures import adm_arrays, check_out, write_pictures
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 DEFAULT_IMAGES, DEFAULT_BETWEEN, DEFAULT_BATCH = 16, 11, 64
 
@@ -56,7 +60,7 @@ ddpm-hf sample photos-ddpm --num-images 50000 --batch-size 256 --format npz
 ddpm-hf sample photos-ddpm --interpolate a.png b.png --timestep 500"""
 
 
-def option(panel: str, help: str, *names: str, **settings):
+def option(panel: str, help: str, *names: str, **settings: Any) -> Any:
     """A typer option in a panel of --help."""
     return typer.Option(*names, help=help, rich_help_panel=panel, **settings)
 
@@ -151,7 +155,7 @@ def sample(
     grid_only: Annotated[bool, option(WHERE, "Write the grid, no single images.", "--grid-only")] = False,
     ema: Annotated[
         bool | None,
-        option(WHERE, "Of a checkpoint-N: the averaged weights or not. Default: if it has them.", "--ema/--no-ema"),
+        option(WHERE, "For a checkpoint-N: use the EMA weights. Default: if it has them.", "--ema/--no-ema"),
     ] = None,
     revision: Annotated[str | None, option(WHERE, "Branch, tag or commit on the Hub.")] = None,
     token: Annotated[str | None, option(WHERE, "For a private model. Default: your login.", envvar="HF_TOKEN")] = None,
@@ -204,7 +208,15 @@ def sample(
     typer.echo(write_pictures(images, frames, out, conditions.names, columns, singles, arrays))
 
 
-def check_together(special: str | None, timestep, sampler: Sampler, eta: float, progressive: bool, format, grid_only):
+def check_together(
+    special: str | None,
+    timestep: int | None,
+    sampler: Sampler,
+    eta: float,
+    progressive: bool,
+    format: Format,
+    grid_only: bool,
+) -> None:
     """Raise ValueError for options that exclude each other, or that nothing would read."""
     if eta and sampler.value != "ddim":
         raise ValueError(f"--eta {eta:g} requires --sampler ddim (got {sampler.value})")
@@ -222,7 +234,7 @@ def check_together(special: str | None, timestep, sampler: Sampler, eta: float, 
         raise ValueError(f"{special} and --format npz: give one of them")
 
 
-def check_unconditional(pipeline, conditions: Conditions, special: str) -> None:
+def check_unconditional(pipeline: "DiffusionPipeline", conditions: Conditions, special: str) -> None:
     """Raise ValueError for a model that is sampled by class or text, and for classifier guidance."""
     if not hasattr(pipeline, "interpolate"):
         raise ValueError(f"{special} is for unconditional models, and this one samples by class or text")
@@ -261,7 +273,7 @@ def checked_device(device: str | None) -> str:
     return device
 
 
-def set_sampler(pipeline, sampler: str, steps: int | None) -> int:
+def set_sampler(pipeline: "DiffusionPipeline", sampler: str, steps: int | None) -> int:
     """Put a sampler into the pipeline; the number of steps to sample in, by default its usual one.
 
     Raises:
@@ -276,7 +288,7 @@ def set_sampler(pipeline, sampler: str, steps: int | None) -> int:
     return steps or usual_steps or timesteps
 
 
-def autocast(device: str, precision: Precision):
+def autocast(device: str, precision: Precision) -> AbstractContextManager:
     """A context in which the networks compute in a precision."""
     import contextlib
 
@@ -287,7 +299,7 @@ def autocast(device: str, precision: Precision):
 
 
 def sample_images(
-    pipeline,
+    pipeline: "DiffusionPipeline",
     conditions: Conditions,
     num_images: int,
     batch_size: int,
@@ -320,7 +332,9 @@ def sample_images(
     return images, frames
 
 
-def images_between(pipeline, files: tuple[Path, Path], timestep: int, count: int, seed: int, steps: int) -> list:
+def images_between(
+    pipeline: "DiffusionPipeline", files: tuple[Path, Path], timestep: int, count: int, seed: int, steps: int
+) -> list:
     """PIL images on the way from one to another (Ho et al. 2020, fig. 8), ends included."""
     import torch
     from PIL import Image, UnidentifiedImageError
@@ -343,7 +357,7 @@ def images_between(pipeline, files: tuple[Path, Path], timestep: int, count: int
     return pipeline.interpolate(*ends, timestep, **options).images
 
 
-def images_from_shared(pipeline, count: int, timestep: int, seed: int, steps: int) -> list:
+def images_from_shared(pipeline: "DiffusionPipeline", count: int, timestep: int, seed: int, steps: int) -> list:
     """PIL images that have the chain down to a timestep in common (Ho et al. 2020, fig. 7)."""
     from ..inference.studio import keyed_generators
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 
-def one_line(message: Any) -> str:
-    """A message as one printable line of limited length, without tokens.
+def one_line(message: Any, limit: int = 1000) -> str:
+    """A message or an error as one printable line of about `limit` letters, without tokens.
 
     >>> one_line("no such\\ncolumn, and hf_" + 9 * "a")
     'no such column, and hf_...'
@@ -16,7 +16,7 @@ def one_line(message: Any) -> str:
     line = re.sub(r"\bhf_\w{8,}", "hf_...", " ".join(str(message).split()))
     line = re.sub(r"\S{400,}", lambda word: f"{word[0][:100]}...{word[0][-20:]}", line)
     line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
-    return line if len(line) <= 1000 else f"{line[:600]} ... {line[-300:]}"
+    return line if len(line) <= limit else f"{line[: limit * 6 // 10]} ... {line[-limit * 3 // 10 :]}"
 
 
 class DataError(ValueError):
@@ -34,7 +34,7 @@ class ImageMismatchError(DataError):
 
 def why_not_loaded(error: Exception) -> str:
     """Why a model cannot be loaded; with a fix for pickled weights, which can run code and are refused."""
-    reason = " ".join(str(error).split())[:250]
+    reason = one_line(error, 250)
     if ".safetensors" in reason and "no file" in reason.lower():
         reason += (
             "; weights are read only from safetensors: load pickled ones with the library that wrote them, if you"

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from .errors import one_line
+
 MODEL_INDEX, MODEL_CONFIG = "model_index.json", "config.json"
 UNET_FOLDERS = ("unet_ema", "unet")  # of a checkpoint, the averaged weights first
 OTHER_WEIGHTS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".pkl")
@@ -98,7 +100,7 @@ class Location:
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{name} is not JSON ({' '.join(str(error).split())[:100]})") from error
+            raise ValueError(f"{name} is not JSON ({one_line(error, 100)})") from error
         if not isinstance(value, dict):
             raise ValueError(f"{name} is not a JSON object")
         return value

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from ..common.errors import DataError, ImageMismatchError
 from .errors import broken_image, unreadable
-from .images import ImageTransform, augmentation_uniforms, choose_caption, decode_row, peek, reason_of
+from .images import ImageTransform, augmentation_uniforms, choose_caption, decode_row, peek, why_unreadable
 from .labels import label_ids
 from .pixels import PixelRange, has_alpha, is_deep, kind_of, prepare_image, range_of
 from .rows import Rows
@@ -55,7 +55,7 @@ class RowDecoder(NamedTuple):
         except Exception as error:  # also what damaged EXIF data or a palette without colours makes PIL raise
             if self.skip_broken:
                 return None
-            reason = reason_of(error)
+            reason = why_unreadable(error)
             raise error if reason.startswith("broken image") else broken_image(name, reason) from error
 
 

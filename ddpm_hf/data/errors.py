@@ -1,6 +1,6 @@
 """Errors that name the image or the dataset that cannot be read."""
 
-from ..common.errors import DataError
+from ..common.errors import DataError, one_line
 
 
 def broken_image(name: str, reason: str) -> DataError:
@@ -10,4 +10,4 @@ def broken_image(name: str, reason: str) -> DataError:
 
 def unreadable(what: str, error: Exception) -> DataError:
     """The error for a dataset that fails while it is read."""
-    return DataError(f"{what} cannot be read: {' '.join(str(error).split())[:300]} ({error.__class__.__name__})")
+    return DataError(f"{what} cannot be read: {one_line(error, 300)} ({error.__class__.__name__})")

@@ -77,7 +77,9 @@ class DataFlags:
         " data; a train/ folder in it is trained on, and validation/ is for --validation_steps.",
     )
     cache_dir: str | None = HfArg(resume=FREE, default=None, help="Where datasets are cached.")
-    streaming: bool = HfArg(default=False, help="Read the dataset as it comes; needs --max_train_steps.")
+    streaming: bool = HfArg(
+        default=False, help="Stream the dataset instead of downloading it first; requires --max_train_steps."
+    )
     image_column: str | None = HfArg(
         default=None, aliases=["--dataset_image_column_name"], help="By default the column that holds images."
     )
@@ -89,7 +91,7 @@ class DataFlags:
     cache_dataset: Literal["auto", "never", "always"] = HfArg(
         resume=FREE,
         default="auto",
-        help="Keep all images decoded in memory; auto does if they take a quarter of it at most.",
+        help="Keep all images decoded in memory; auto: if they take at most a quarter of the free memory.",
     )
     skip_broken_images: bool = HfArg(default=False, help="Leave out images that cannot be read, instead of stopping.")
     max_train_samples: int | None = HfArg(default=None, help="Train on a random subset of this many images.")

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ..common.errors import DataError
+from ..common.errors import DataError, one_line
 from ..common.randomness import keyed_generator
 from .errors import broken_image
 from .formats import EXECUTED, register_plugins
@@ -133,7 +133,7 @@ def decode_row(value: Any, name: str, dtype: str | None = None) -> Image.Image |
         image.load()
         return image
     except Exception as error:  # PIL's decoders have no common base for the errors of a damaged file
-        raise broken_image(name, reason_of(error)) from error
+        raise broken_image(name, why_unreadable(error)) from error
 
 
 def peek(value: Any, dtype: str | None = None) -> Image.Image | np.ndarray:
@@ -159,8 +159,8 @@ def image_size(image: Image.Image | np.ndarray, channels: int) -> tuple[int, int
     return height, width
 
 
-def reason_of(error: Exception) -> str:
+def why_unreadable(error: Exception) -> str:
     """Why an image cannot be read, in the same words each time."""
     if isinstance(error, UnidentifiedImageError):  # its text contains a memory address
         return "not an image, or its header is corrupt"
-    return " ".join(str(error).split()) or error.__class__.__name__
+    return one_line(error) or error.__class__.__name__

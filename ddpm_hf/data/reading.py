@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..common.errors import DataError
+from ..common.errors import DataError, one_line
 from ..common.randomness import keyed_generator
 from .digits import EMBEDDED_DATASET, embedded_digits
 from .flags import DataFlags
@@ -144,7 +144,7 @@ def _errors_named(name: str, config_name: str | None) -> Iterator[None]:
         raise
     except Exception as error:  # `datasets` has no common base for its errors
         first = error.__cause__ or error  # the cause says more than "an error occurred"
-        reason = " ".join(str(first).split())[:300] + f" ({first.__class__.__name__})"
+        reason = one_line(first, 300) + f" ({first.__class__.__name__})"
         asked = f" with --dataset_config_name {config_name}" if config_name else ""
         raise DataError(f"dataset {name!r} cannot be loaded{asked}: {reason}") from error
 

@@ -25,9 +25,9 @@ def record_result(
     split: str = "test",
     settings: str | None = None,
 ) -> None:
-    """Note a figure of a saved model in its `evaluation.json`; the card and its metadata then show it.
+    """Record a figure of a saved model in its `evaluation.json`; the card and its metadata then show it.
 
-    They do as long as these are the weights: after more training they wait for a new figure.
+    It is shown only while the weights are the same: after more training, a new figure must be recorded.
 
     Args:
         folder: the pipeline's.

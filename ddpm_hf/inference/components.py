@@ -62,8 +62,8 @@ def load_checkpoint_components(
         raise UsageError(
             f"--pretrained_model_name_or_path {name}: no Stable Diffusion checkpoint there ({reason})"
         ) from error
-    changes = {"rescale_betas_zero_snr": rescale_betas_zero_snr or None, "prediction_type": prediction_type}
-    changes = {key: value for key, value in changes.items() if value is not None}
+    changes: dict[str, Any] = {"rescale_betas_zero_snr": True} if rescale_betas_zero_snr else {}
+    changes |= {"prediction_type": prediction_type} if prediction_type is not None else {}
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, **changes)
     extra = {key: pipeline.components.get(key) for key in ("safety_checker", "feature_extractor", "image_encoder")}
     scale = pipeline.config.guidance_scale if guidance_scale is None else guidance_scale

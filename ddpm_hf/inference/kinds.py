@@ -15,6 +15,8 @@ class Kind(NamedTuple):
         title: for people.
         task: for the tags of a model card.
         known_task: whether the Hub has a category for the task.
+        does: for a model card, what it does.
+        limits: for a model card, what it does not do; a sentence, or empty.
         stock: the classes of Diffusers whose models it samples too.
     """
 
@@ -22,26 +24,31 @@ class Kind(NamedTuple):
     title: str
     task: str
     known_task: bool
+    does: str = "samples images"
+    limits: str = ""
     stock: tuple[str, ...] = ()
 
 
 # by the name of the class
 KINDS = {
     "DDPMPipeline": Kind(
-        "pipeline_ddpm_hf", "unconditional", "unconditional-image-generation", True, ("DDIMPipeline",)
+        "pipeline_ddpm_hf", "unconditional", "unconditional-image-generation", True, stock=("DDIMPipeline",)
     ),
     "ClassConditionalDDPMPipeline": Kind(
-        "pipeline_class_conditional_ddpm_hf", "by class", "class-conditional-image-generation", False
+        "pipeline_class_conditional_ddpm_hf", "by class", "class-conditional-image-generation", False,
+        "samples images of a class", "It knows its classes, and no others.",
     ),
     "TextToImageDDPMPipeline": Kind(
-        "pipeline_text2image_ddpm_hf", "text to image", "text-to-image", True, ("StableDiffusionPipeline",)
+        "pipeline_text2image_ddpm_hf", "text to image", "text-to-image", True,
+        "samples images from a text", "It knows the words of its captions, and no others.",
+        ("StableDiffusionPipeline",),
     ),
-}
+}  # fmt: skip
 # The class of ours, by the class that saved a model; `hub_ddpm_hf.SAMPLED_BY`, for Diffusers' classes, says the same
 SAMPLED_BY = {saved_by: name for name, kind in KINDS.items() for saved_by in (name, *kind.stock)}
 
 
-def pipeline_class(model: str, revision: str | None = None, token: str | None = None) -> type:
+def pipeline_class(model: str, revision: str | None = None, token: str | None = None) -> Any:
     """The class of ours that loads a folder or a model on the Hub, by its `model_index.json` alone.
 
     Raises:

@@ -28,7 +28,7 @@ def keyed_generators(device: "torch.device", seed: int, indices: Iterable[int]) 
 class SampleRequest(NamedTuple):
     """A request for samples."""
 
-    count: int = 4
+    count: int = 4  # type: ignore[assignment]  # tuples have a method of that name
     sampler: str = "ddpm"
     steps: int | None = None  # None: all of T
     seed: int = 0
@@ -142,7 +142,8 @@ def streamed(sample: Callable[[Callable[[Any], None]], Any]) -> Iterator[Any]:
 
     Closing the iterator cancels sampling at the next step; what `sample` raises is raised here.
     """
-    reports, closed = queue.SimpleQueue(), threading.Event()
+    reports: queue.SimpleQueue = queue.SimpleQueue()
+    closed = threading.Event()
 
     def report(value: Any) -> None:
         if closed.is_set():

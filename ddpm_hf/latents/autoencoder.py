@@ -1,4 +1,4 @@
-"""A new autoencoder for one's own images (Rombach et al. 2022, sec. 3.1)."""
+"""A new autoencoder for a dataset (Rombach et al. 2022, sec. 3.1)."""
 
 import torch
 from diffusers import AutoencoderKL

@@ -8,7 +8,7 @@ image thus never gets another one's latent.
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,6 +17,10 @@ from diffusers import AutoencoderKL
 from ..common.errors import UsageError
 from ..data import ImageDataset, augmentation_uniforms, to_model_range
 from .table import TensorTable, digest
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import CLIPTokenizer
 
 UNAUGMENTED = np.zeros(4)  # crop at the corner, flip if anything is flipped, the first caption
 SMALL_FILE, BLOCK, BLOCKS = 2**18, 2**14, 16  # a file of so many bytes is read whole, of a larger one some blocks
@@ -86,9 +90,9 @@ class LatentDataset(torch.utils.data.Dataset):
         uniforms = [augmentation_uniforms(self.images.seed, epoch, index) for epoch, index in keys]
         chosen = [index for _, index in keys]
         flips = [self.images.transform.random_flip and bool(drawn[2] < 0.5) for drawn in uniforms]
-        wanted = [flipped(self.keys[index]) if flip else self.keys[index] for index, flip in zip(chosen, flips)]
+        rows = [flipped(self.keys[index]) if flip else self.keys[index] for index, flip in zip(chosen, flips)]
         batch = {
-            "moments": self.table.look_up(wanted),
+            "moments": self.table.look_up(rows),
             "index": torch.from_numpy(self.images.indices[chosen]),
             **self.images.described(chosen, uniforms),
         }
@@ -127,7 +131,7 @@ def check_cacheable(images: ImageDataset, every: bool = False) -> None:
 
 @torch.no_grad()
 def cache_latents(
-    images: ImageDataset, vae: AutoencoderKL, folder: Path, accelerator
+    images: ImageDataset, vae: AutoencoderKL, folder: Path, accelerator: "Accelerator"
 ) -> tuple[TensorTable, list[bytes]]:
     """The moments of all images' latents, mirrored ones too where images are flipped; and the images' keys.
 
@@ -140,25 +144,29 @@ def cache_latents(
     table, keys = TensorTable(folder / f"latents-{name}"), image_keys(images)
     size = (transform.height, transform.width)
 
-    def moments(places: list[int]) -> torch.Tensor:
-        found = []
-        for place in places:
-            index, mirrored = place % len(keys), place >= len(keys)
+    def moments(indices: list[int]) -> torch.Tensor:
+        pictures = []
+        for number in indices:
+            index, mirrored = number % len(keys), number >= len(keys)
             pixels = images.read_pixels(index)[1]
             if pixels.shape[:2] != size:
                 raise UsageError(RANDOM_CROPS)
             upright = transform._replace(random_flip=mirrored).crop_and_flip(pixels, UNAUGMENTED)
-            found.append(torch.from_numpy(upright))
-        batch = to_model_range(torch.stack(found).to(vae.device)).to(vae.dtype)  # [N, C, H, W]
+            pictures.append(torch.from_numpy(upright))
+        batch = to_model_range(torch.stack(pictures).to(vae.device)).to(vae.dtype)  # [N, C, H, W]
         return vae.encode(batch).latent_dist.parameters
 
-    wanted = keys + [flipped(key) for key in keys] if transform.random_flip else keys
-    table.fill(wanted, moments, accelerator, "encoding images")
+    both = keys + [flipped(key) for key in keys] if transform.random_flip else keys
+    table.fill(both, moments, accelerator, "encoding images")
     return table, keys
 
 
 def cached_latents(
-    images: ImageDataset, vae: AutoencoderKL, folder: Path, accelerator, embeddings: TensorTable | None = None
+    images: ImageDataset,
+    vae: AutoencoderKL,
+    folder: Path,
+    accelerator: "Accelerator",
+    embeddings: TensorTable | None = None,
 ) -> LatentDataset:
     """The images as their latents, computed once; the pixels that were kept decoded are let go."""
     table, keys = cache_latents(images, vae, folder, accelerator)
@@ -168,12 +176,17 @@ def cached_latents(
 
 @torch.no_grad()
 def cache_embeddings(
-    captions: list[str], text_encoder, tokenizer, encode: Callable, folder: Path, accelerator
+    captions: list[str],
+    text_encoder: torch.nn.Module,
+    tokenizer: "CLIPTokenizer",
+    encode: Callable,
+    folder: Path,
+    accelerator: "Accelerator",
 ) -> TensorTable:
     """The embeddings [L, D] of captions; `encode` makes them of a list of texts."""
     words = tokenizer.backend_tokenizer.to_str() + str(tokenizer.model_max_length)
     name = digest(network_digest(text_encoder), words.encode()).hex()
     table = TensorTable(folder / f"embeddings-{name}")
     keys = [caption_key(caption) for caption in captions]
-    table.fill(keys, lambda places: encode([captions[place] for place in places]), accelerator, "encoding captions")
+    table.fill(keys, lambda indices: encode([captions[index] for index in indices]), accelerator, "encoding captions")
     return table

@@ -6,13 +6,14 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from ..common.randomness import StepKeys
 from ..data import to_model_range
+from ..portable.sampling_ddpm_hf import scale_latents
 
 
 def draw_latents(moments: torch.Tensor, vae: AutoencoderKL, keys: StepKeys) -> torch.Tensor:
     """x_0 [N, C, h, w] of the diffusion: a sample of the autoencoder's posterior, scaled to unit variance."""
     posterior = DiagonalGaussianDistribution(moments)
     latents = posterior.mean + posterior.std * keys.normal_like(posterior.mean, "posterior")
-    return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+    return scale_latents(vae, latents)
 
 
 def x_start_of(batch: dict, keys: StepKeys, vae: AutoencoderKL | None, device: torch.device) -> torch.Tensor:

@@ -22,10 +22,10 @@ ROWS_A_FILE = 2048
 
 def digest(*parts: bytes) -> bytes:
     """16 bytes that stand for a content."""
-    found = hashlib.blake2b(digest_size=16)
+    state = hashlib.blake2b(digest_size=16)
     for part in parts:
-        found.update(len(part).to_bytes(8, "little") + part)
-    return found.digest()
+        state.update(len(part).to_bytes(8, "little") + part)
+    return state.digest()
 
 
 class TensorTable:
@@ -98,29 +98,29 @@ class TensorTable:
 
     def fill(
         self,
-        wanted: Sequence[bytes],
+        keys: Sequence[bytes],
         compute: Callable[[list[int]], torch.Tensor],
         accelerator: Accelerator,
         what: str,
     ) -> None:
         """Compute the tensors that are not there yet, shared out over the ranks; `compute` gets indices."""
-        places = {key: place for place, key in enumerate(wanted)}
+        indices = {key: index for index, key in enumerate(keys)}
         if accelerator.process_index == 0:
             self.remove_unfinished()
         # shared out before looking at what is there, which another rank may be writing
-        own = sorted(places.values())[accelerator.process_index :: accelerator.num_processes]
-        missing = [place for place in own if wanted[place] not in self.row_of]
+        local = sorted(indices.values())[accelerator.process_index :: accelerator.num_processes]
+        missing = [index for index in local if keys[index] not in self.row_of]
         with task(what, len(missing), accelerator.is_local_main_process and len(missing) >= 100) as bar:
             for part in _parts(missing, ROWS_A_FILE):
                 tensors = []
                 for batch in _parts(part, 64):
                     tensors.append(compute(batch).float().cpu())
                     bar.update(len(batch))
-                self.add([wanted[place] for place in part], torch.cat(tensors))
+                self.add([keys[index] for index in part], torch.cat(tensors))
         accelerator.wait_for_everyone()
         self.read()
 
 
-def _parts(places: list[int], size: int) -> Iterator[list[int]]:
-    for first in range(0, len(places), size):
-        yield places[first : first + size]
+def _parts(indices: list[int], size: int) -> Iterator[list[int]]:
+    for first in range(0, len(indices), size):
+        yield indices[first : first + size]

@@ -1,7 +1,8 @@
-"""Training an autoencoder of one's own images (Rombach et al. 2022, sec. 3.1)."""
+"""Training an autoencoder on the images (Rombach et al. 2022, sec. 3.1)."""
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from ..data.batches import Images, make_batches, plan_steps
 from ..models.autoencoder import load_autoencoder
 from ..models.saving import save_model
 from ..objectives.gaussians import mean_flat
+from ..portable.sampling_ddpm_hf import downscaling
 from ..training.checkpointing import find_checkpoint
 from ..training.earlier_run import remove_unfinished
 from ..training.flags import GridFlags, TrainingFlags
@@ -43,14 +45,18 @@ class Reconstruction(torch.nn.Module):
         super().__init__()
         self.vae = vae
 
-    def forward(self, images: torch.Tensor, noise_of) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, images: torch.Tensor, noise_of: Callable[[torch.Tensor], torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """[N, C, H, W] -> the same, and nats [N]; `noise_of` samples noise in a tensor's shape."""
         posterior = self.vae.encode(images).latent_dist
         latents = posterior.mean + posterior.std * noise_of(posterior.mean)
         return self.vae.decode(latents).sample, posterior.kl()
 
 
-def compute_loss(model, batch: dict, keys: StepKeys, *, kl_weight: float, device: torch.device) -> Losses:
+def compute_loss(
+    model: torch.nn.Module, batch: dict, keys: StepKeys, *, kl_weight: float, device: torch.device
+) -> Losses:
     """Mean absolute error, and the KL a pixel (Rombach et al. 2022, Eq. 25, without the adversary)."""
     images = to_model_range(batch["images"].to(device, non_blocking=True))  # [N, C, H, W]
     output, kl = model(images, functools.partial(keys.normal_like, name="posterior"))
@@ -58,7 +64,7 @@ def compute_loss(model, batch: dict, keys: StepKeys, *, kl_weight: float, device
 
 
 @torch.no_grad()
-def draw_reconstructions(model, step: int, *, run: Run, images: Images) -> Path | None:
+def draw_reconstructions(model: torch.nn.Module, step: int, *, run: Run, images: Images) -> Path | None:
     """A picture of eight images, and what the autoencoder makes of them."""
     from diffusers.image_processor import VaeImageProcessor
 
@@ -143,7 +149,7 @@ def train_autoencoder(
         if run.accelerator.is_main_process and not rehearse_only:
             remove_unfinished(folder)
         return load_autoencoder(str(folder)).to(run.device)
-    factor = 2 ** (len(flags.widths()) - 1)
+    factor = downscaling(flags.widths())
     if size[0] % factor or size[1] % factor:
         raise UsageError(f"--resolution {size[0]}x{size[1]}: the autoencoder requires multiples of {factor}")
     run = dataclasses.replace(

@@ -6,11 +6,12 @@ from ..common.errors import UsageError
 
 if TYPE_CHECKING:  # else imported where it is used, so that --help is quick
     import torch
+    from diffusers import ModelMixin
 
     from .gradient_gate import Call
 
 
-def use_xformers(model) -> None:
+def use_xformers(model: "ModelMixin") -> None:
     """Attention by xFormers.
 
     Raises:
@@ -26,7 +27,11 @@ def use_xformers(model) -> None:
 
 
 def choose_execution(
-    model, device: "torch.device", gradient_checkpointing: bool, xformers: bool = False, acceleration: str = "auto"
+    model: "ModelMixin",
+    device: "torch.device",
+    gradient_checkpointing: bool,
+    xformers: bool = False,
+    acceleration: str = "auto",
 ) -> None:
     """How a model of Diffusers is executed where it trains: what is settled before its optimizer is made.
 

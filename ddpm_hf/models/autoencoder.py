@@ -38,8 +38,3 @@ def in_own_memory(model: AutoencoderKL) -> AutoencoderKL:
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()
     return model
-
-
-def downscaling(vae: AutoencoderKL) -> int:
-    """How many pixels a latent stands for, in each direction."""
-    return 2 ** (len(vae.config.block_out_channels) - 1)

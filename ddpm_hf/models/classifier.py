@@ -55,7 +55,7 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         width = network.config.block_out_channels[-1]
         size = network.config.sample_size
         height, breadth = (size, size) if isinstance(size, int) else size
-        shrunk = downscaling(network.config)
+        shrunk = downscaling(network.config.block_out_channels)
         self.norm = torch.nn.GroupNorm(network.config.norm_num_groups, width)
         heads = max(count for count in range(1, max(1, width // 64) + 1) if width % count == 0)
         self.pool = AttentionPool(width, (height // shrunk) * (breadth // shrunk), heads)

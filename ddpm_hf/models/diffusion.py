@@ -29,8 +29,8 @@ def make_scheduler(
         raise UsageError(
             f"--objective {objective.objective} bounds the likelihood of bytes, and latents are none; use simple"
         )
-    trained = source and trained_scheduler(source)
-    if trained:
+    trained = None if source is None else trained_scheduler(source)
+    if source is not None and trained is not None:
         scheduler = changed_scheduler(trained, trained_settings(source), {**vars(schedule), **vars(objective)})
     else:
         scheduler = DDPMScheduler(

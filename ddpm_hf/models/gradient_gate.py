@@ -29,7 +29,7 @@ def recorded_call(model: torch.nn.Module) -> Iterator[Call]:
     """Within, keep the arguments of the model's latest call with gradients."""
     call = Call()
 
-    def keep(_, args, kwargs):
+    def keep(_: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if torch.is_grad_enabled():
             call.args, call.kwargs = args, kwargs
 

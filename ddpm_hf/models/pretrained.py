@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..common.errors import UsageError, why_not_loaded
+from ..common.errors import UsageError, one_line, why_not_loaded
 from ..common.locations import find_location
 from ..objectives.names import TRAINED_BETAS
 from .flags import StartFlags
@@ -12,6 +12,7 @@ from .sources import Source, find_source
 
 if TYPE_CHECKING:  # else imported where it is used, so that --help is quick
     import torch
+    from diffusers import UNet2DModel
 
     from ..portable.scheduling_ddpm_hf import DDPMScheduler
 
@@ -26,7 +27,7 @@ def read_source(start: StartFlags, token: str | None) -> Source:
     Raises:
         UsageError: there is none, or it is no unconditional or class-conditional model of a diffusion by betas.
     """
-    name = start.pretrained_model_name_or_path
+    name = str(start.pretrained_model_name_or_path)
     try:
         source = find_source(find_location(name, start.revision, start.subfolder, token))
         check_source(source)
@@ -84,7 +85,7 @@ def trained_scheduler(source: Source) -> "DDPMScheduler | None":
     try:
         return DDPMScheduler.from_config(source.scheduler)
     except (ValueError, TypeError, NotImplementedError) as error:
-        raise UsageError(f"{FLAG}: the scheduler of {source.title}: {' '.join(str(error).split())}") from error
+        raise UsageError(f"{FLAG}: the scheduler of {source.title}: {one_line(error)}") from error
 
 
 def trained_settings(source: Source) -> dict[str, Any]:
@@ -143,7 +144,7 @@ def changed_scheduler(trained: "DDPMScheduler", before: Mapping[str, Any], now: 
     try:
         return trained.from_config(trained.config, **changes)
     except (ValueError, TypeError, NotImplementedError) as error:
-        raise UsageError(" ".join(str(error).split())) from error
+        raise UsageError(one_line(error)) from error
 
 
 def _schedule_name(scheduler: "DDPMScheduler") -> str:
@@ -215,12 +216,16 @@ def load_weights(source: Source, variant: str | None = None) -> dict[str, "torch
 
 
 def start_from(
-    model, source: Source, class_names: Sequence[str], scheduler: "DDPMScheduler", variant: str | None
+    model: "UNet2DModel",
+    source: Source,
+    class_names: Sequence[str],
+    scheduler: "DDPMScheduler",
+    variant: str | None,
 ) -> list[str]:
     """Give a new UNet the trained weights, fitted to its classes and its variance.
 
     Args:
-        model: a `UNet2DModel` of the trained one's config, but for size, class embeddings and a learned variance.
+        model: of the trained one's config, but for size, class embeddings and a learned variance.
         class_names: by id; empty for an unconditional model. Where it embeds one more, that is the null class.
         scheduler: of this run.
         variant: of the weights.
@@ -271,7 +276,7 @@ def fit_classes(
     if not class_names:
         weights[bias] = weights[bias] + no_class
         return [f"the model was trained by class and goes on without: it begins as {what}"]
-    rows = dict(zip(named, before))
+    rows = dict(zip(named or [], before))
     new = [name for name in class_names if name not in rows]
     weights[key] = torch.stack(
         [rows.get(name, no_class) for name in class_names] + [no_class] * (embeddings - len(class_names))

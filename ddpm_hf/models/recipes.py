@@ -72,7 +72,8 @@ def advice_on_a_cpu(preset: str | None, sample_size: int | Sequence[int], traine
 
     sides = [sample_size] if isinstance(sample_size, int) else list(sample_size)
     small = [name for name in MODEL_PRESETS if name.startswith("small-")]  # smallest first
-    fitting = [name for name in small if not any(side % downscaling(MODEL_PRESETS[name].unet) for side in sides)]
+    steps = {name: downscaling(MODEL_PRESETS[name].unet["block_out_channels"]) for name in small}
+    fitting = [name for name in small if not any(side % steps[name] for side in sides)]
     large_enough = [name for name in fitting if MODEL_PRESETS[name].unet["sample_size"] >= max(sides)]
     if trained or preset in small or not fitting:
         return SHORTER_TRAINING

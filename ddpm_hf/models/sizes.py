@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..common.errors import UsageError
+from ..common.errors import UsageError, one_line
 from .flags import UNetFlags
 from .presets import MODEL_PRESETS, preset_unet_config
 from .pretrained import check_channels
@@ -70,7 +70,7 @@ def model_size(
 
     if source is not None:
         return source.size, 1
-    factor = 1 if vae is None else downscaling(vae.config)
+    factor = 1 if vae is None else downscaling(vae.config.block_out_channels)
     if flags.model_config_name_or_path:
         return read_unet_config(flags.model_config_name_or_path, token).get("sample_size"), factor
     if flags.model_preset:
@@ -100,16 +100,16 @@ def unet_arguments(
     if vae is not None:
         if data.channels not in (None, vae.config.in_channels):
             raise UsageError(f"--channels {data.channels}: the autoencoder reads images of {vae.config.in_channels}")
-        factor = downscaling(vae.config)
+        factor = downscaling(vae.config.block_out_channels)
         if height % factor or width % factor:
             raise UsageError(f"--resolution {data.resolution}: the autoencoder requires multiples of {factor}")
         height, width = height // factor, width // factor
     if source is not None:
-        chosen = {**source.unet, "num_class_embeds": None}  # classes are the data's: --label_column
+        chosen: dict[str, Any] = {**source.unet, "num_class_embeds": None}  # classes are the data's: --label_column
         channels = data.channels or chosen["in_channels"] if vae is None else vae.config.latent_channels
         check_channels(source, channels, "images" if vae is None else "latents")
     elif flags.model_config_name_or_path:
-        chosen = dict(read_unet_config(flags.model_config_name_or_path, token))
+        chosen = read_unet_config(flags.model_config_name_or_path, token)
         for key in ("num_class_embeds", "class_embed_type"):  # classes are the data's: --label_column
             chosen.pop(key, None)
         expected = chosen.get("in_channels", 3)
@@ -135,7 +135,7 @@ def unet_arguments(
         "in_channels": channels,
         "out_channels": channels,
     }
-    step = downscaling(chosen)
+    step = downscaling(chosen["block_out_channels"])
     if height % step or width % step:
         raise UsageError(
             f"--resolution {data.resolution}: this UNet halves the {'image' if vae is None else 'latent'}"
@@ -145,16 +145,20 @@ def unet_arguments(
     return chosen
 
 
-def read_unet_config(name_or_path: str, token: str | None = None) -> dict[str, Any]:
-    from diffusers import UNet2DModel
+def read_unet_config(name_or_path: str, token: str | None = None, kind: str = "UNet2DModel") -> dict[str, Any]:
+    """The arguments in the config of a UNet of Diffusers, on the Hub or on disk.
+
+    Raises:
+        UsageError: there is none, or one of another kind.
+    """
+    import diffusers
 
     try:
-        loaded = UNet2DModel.load_config(name_or_path, token=token)
+        loaded = getattr(diffusers, kind).load_config(name_or_path, token=token)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UsageError(
-            f"--model_config_name_or_path {name_or_path}: no UNet2DModel config there ({reason})"
-        ) from error
-    if loaded.get("_class_name", "UNet2DModel") != "UNet2DModel":
-        raise UsageError(f"--model_config_name_or_path {name_or_path}: a {loaded['_class_name']}, not a UNet2DModel")
-    return {**stock_unet_defaults(), **{name: value for name, value in loaded.items() if not name.startswith("_")}}
+        reason = one_line(error, 200)
+        raise UsageError(f"--model_config_name_or_path {name_or_path}: no {kind} config there ({reason})") from error
+    if loaded.get("_class_name", kind) != kind:
+        raise UsageError(f"--model_config_name_or_path {name_or_path}: a {loaded['_class_name']}, not a {kind}")
+    defaults = stock_unet_defaults() if kind == "UNet2DModel" else {}
+    return {**defaults, **{name: value for name, value in loaded.items() if not name.startswith("_")}}

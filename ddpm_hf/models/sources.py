@@ -129,7 +129,7 @@ def _pipeline_facts(place: Location, index: dict[str, Any]) -> dict[str, Any]:
     classes = None
     if isinstance(names, dict) and set(names) == {str(number) for number in range(len(names))}:
         classes = [str(names[str(number)]) for number in range(len(names))]
-    facts = {"scheduler": scheduler, "classes": classes}
+    facts: dict[str, Any] = {"scheduler": scheduler, "classes": classes}
     if isinstance(index.get("vae"), list) and index["vae"][-1:] != [None]:
         facts |= {"vae": place.root, "factor": _factor((place / "vae").json(MODEL_CONFIG))}
     return facts
@@ -139,7 +139,8 @@ def _factor(vae: Mapping[str, Any] | None) -> int | None:
     """How many pixels each of an autoencoder's latents stands for, in each direction, by its config."""
     from ..portable.sampling_ddpm_hf import downscaling
 
-    return downscaling(vae) if vae and isinstance(vae.get("block_out_channels"), list) else None
+    widths = (vae or {}).get("block_out_channels")
+    return downscaling(widths) if isinstance(widths, list) else None
 
 
 def _training_of(place: Location) -> dict[str, Any]:
@@ -158,7 +159,7 @@ def _training_of(place: Location) -> dict[str, Any]:
         return facts
     for around in (place, place.parent):
         index = around and around.json(MODEL_INDEX)
-        if index:
+        if around and index:
             return _pipeline_facts(around, index)
     return {}
 

@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..common.errors import UsageError
+from ..common.errors import UsageError, one_line
 
 if TYPE_CHECKING:  # else imported where it is used, so that --help is quick
     from diffusers import UNet2DModel
@@ -34,7 +34,7 @@ def make_unet(
     try:
         return build_unet(arguments)
     except (ValueError, TypeError) as error:
-        raise UsageError(" ".join(str(error).split())) from error
+        raise UsageError(one_line(error)) from error
 
 
 def stock_unet_defaults() -> dict[str, Any]:
@@ -86,9 +86,11 @@ def time_blindness(config: Mapping[str, Any]) -> str | None:
 
 def text_unet_config(channels: int, size: tuple[int, int], text_width: int) -> dict[str, Any]:
     """A small `UNet2DConditionModel` for latents [channels, *size]; all levels but the finest read the text."""
+    from ..portable.sampling_ddpm_hf import downscaling
+
     height, width = size
     widths = (64, 128) if min(size) < 16 else (64, 128, 256)
-    step = 2 ** (len(widths) - 1)
+    step = downscaling(widths)
     if height % step or width % step:
         raise ValueError(f"latents of {height}x{width}: both sides must be multiples of {step}")
     return {

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ..portable.scheduling_ddpm_hf import LEARNED_VARIANCE_TYPES, DDPMScheduler
 from .bound import vb_terms_bpd
@@ -25,7 +26,7 @@ def quartile_of(timesteps: torch.Tensor, num_train_timesteps: int) -> torch.Tens
 # The simple objective: a loss between output and target, and its weight by signal-to-noise ratio
 
 # name -> elementwise loss(output, target)
-LOSS_TYPES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+LOSS_TYPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "l2": lambda output, target: (output - target) ** 2,
     "l1": lambda output, target: (output - target).abs(),
     "huber": lambda output, target: F.huber_loss(output, target, reduction="none"),
@@ -33,8 +34,8 @@ LOSS_TYPES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
 
 
 def min_snr_weights(
-    scheduler: DDPMScheduler, timesteps: torch.Tensor, snr_gamma: float, dtype: torch.dtype = torch.float32
-) -> torch.Tensor:
+    scheduler: DDPMScheduler, timesteps: Tensor, snr_gamma: float, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Weights [N] that make a squared error weigh min(SNR, γ) on x_0 (Hang et al. 2023, Eq. 6).
 
     An error of the output is an error of x̂_0 times its factor k in x̂_0, so the weight is min(SNR, γ)·k²: the known
@@ -51,13 +52,13 @@ def min_snr_weights(
 
 def simple_losses(
     scheduler: DDPMScheduler,
-    output: torch.Tensor,
-    x_start: torch.Tensor,
-    noise: torch.Tensor,
-    timesteps: torch.Tensor,
+    output: Tensor,
+    x_start: Tensor,
+    noise: Tensor,
+    timesteps: Tensor,
     loss_type: str = "l2",
     snr_gamma: float | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """The mean loss between output and target (Ho et al., Eq. 14), [N]; with `snr_gamma`, weighted by min-SNR."""
     losses = mean_flat(LOSS_TYPES[loss_type](output, scheduler.training_target(x_start, noise, timesteps)))
     if snr_gamma is not None:
@@ -77,43 +78,26 @@ class LossOptions(NamedTuple):
 
 
 def _simple(
-    scheduler: DDPMScheduler,
-    model_output: torch.Tensor,
-    x_start: torch.Tensor,
-    noise: torch.Tensor,
-    timesteps: torch.Tensor,
-    options: LossOptions,
-) -> torch.Tensor:
-    output = model_output[:, : x_start.shape[1]]  # a learned variance's half gets no gradient
-    return simple_losses(scheduler, output, x_start, noise, timesteps, options.loss_type, options.snr_gamma)
+    scheduler: DDPMScheduler, output: Tensor, x_start: Tensor, noise: Tensor, timesteps: Tensor, options: LossOptions
+) -> Tensor:
+    mean = output[:, : x_start.shape[1]]  # a learned variance's half gets no gradient
+    return simple_losses(scheduler, mean, x_start, noise, timesteps, options.loss_type, options.snr_gamma)
 
 
 def _vlb(
-    scheduler: DDPMScheduler,
-    model_output: torch.Tensor,
-    x_start: torch.Tensor,
-    noise: torch.Tensor,
-    timesteps: torch.Tensor,
-    options: LossOptions,
-) -> torch.Tensor:
+    scheduler: DDPMScheduler, output: Tensor, x_start: Tensor, noise: Tensor, timesteps: Tensor, options: LossOptions
+) -> Tensor:
     x_t = scheduler.add_noise(x_start, noise, timesteps)
-    return (
-        len(scheduler) * vb_terms_bpd(scheduler, model_output, x_start, x_t, timesteps, clip_sample=False).bits_per_dim
-    )
+    return len(scheduler) * vb_terms_bpd(scheduler, output, x_start, x_t, timesteps, clip_sample=False).bits_per_dim
 
 
 def _hybrid(
-    scheduler: DDPMScheduler,
-    model_output: torch.Tensor,
-    x_start: torch.Tensor,
-    noise: torch.Tensor,
-    timesteps: torch.Tensor,
-    options: LossOptions,
-) -> torch.Tensor:
-    mean, variance = model_output.chunk(2, dim=1)
+    scheduler: DDPMScheduler, output: Tensor, x_start: Tensor, noise: Tensor, timesteps: Tensor, options: LossOptions
+) -> Tensor:
+    mean, variance = output.chunk(2, dim=1)
     variance_alone = torch.cat([mean.detach(), variance], dim=1)  # Nichol & Dhariwal, sec. 3.1
     bound = _vlb(scheduler, variance_alone, x_start, noise, timesteps, options)
-    return _simple(scheduler, model_output, x_start, noise, timesteps, options) + options.vlb_weight * bound
+    return _simple(scheduler, output, x_start, noise, timesteps, options) + options.vlb_weight * bound
 
 
 OBJECTIVES = {"simple": _simple, "vlb": _vlb, "hybrid": _hybrid}
@@ -141,16 +125,16 @@ def check_objective(
 
 def training_losses(
     scheduler: DDPMScheduler,
-    model_output: torch.Tensor,
-    x_start: torch.Tensor,
-    noise: torch.Tensor,
-    timesteps: torch.Tensor,
+    model_output: Tensor,
+    x_start: Tensor,
+    noise: Tensor,
+    timesteps: Tensor,
     *,
     objective: str = "simple",
     loss_type: str = "l2",
     snr_gamma: float | None = None,
     vlb_weight: float = 0.001,
-) -> torch.Tensor:
+) -> Tensor:
     """The loss of each sample, [N].
 
     Args:

@@ -74,7 +74,7 @@ class LossSecondMomentSampler:
         return {"history": self.history, "counts": self.counts}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Take over what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         if state["history"].shape != self.history.shape:
             raise ValueError(
                 f"the checkpoint's timestep sampler remembers {tuple(state['history'].shape)} losses and this run"

@@ -27,7 +27,7 @@ class AttentionBySize:
     choice follows from the shape alone, so that a resumed run makes the same one.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.plain, self.fused = AttnProcessor(), AttnProcessor2_0()
 
     def __call__(
@@ -83,7 +83,7 @@ def signature(args: tuple, kwargs: dict[str, Any]) -> tuple | None:
 
 
 class GraphedForward:
-    """A network's forward pass as a CUDA graph: one launch in the place of a launch for each kernel.
+    """A network's forward pass as a CUDA graph: one launch instead of one for each kernel.
 
     The first call of each signature is captured; without gradients only, and where capture fails the network runs as
     it is. The kernels are the same, so the output is equal to the bit.
@@ -215,7 +215,7 @@ class CastTogether(torch.autograd.Function):
     """Many tensors to another type, and their gradients back, in a few launches."""
 
     @staticmethod
-    def forward(ctx, dtype: torch.dtype, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(ctx: Any, dtype: torch.dtype, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The tensors as `dtype`."""
         ctx.dtypes = [tensor.dtype for tensor in tensors]
         cast = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
@@ -223,7 +223,7 @@ class CastTogether(torch.autograd.Function):
         return tuple(cast)
 
     @staticmethod
-    def backward(ctx, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """The gradients as what the tensors were."""
         cast = [torch.empty_like(gradient, dtype=dtype) for gradient, dtype in zip(gradients, ctx.dtypes)]
         torch._foreach_copy_(cast, list(gradients))

@@ -7,12 +7,13 @@ This file is copied into published repositories: it imports torch and numpy alon
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 
-Timesteps = int | torch.Tensor  # one for all samples, or a LongTensor [N]
+Timesteps: TypeAlias = int | torch.Tensor  # one for all samples, or a LongTensor [N]
+Coefficient: TypeAlias = Any  # a Python float, or a column: for each sample, [N, 1, ...]
 
 FIXED_LARGE = ("fixed_large", "fixed_large_log")
 FIXED_VARIANCE_TYPES = ("fixed_small", "fixed_large", "fixed_small_log", "fixed_large_log")
@@ -30,23 +31,21 @@ class ExactTables(NamedTuple):
 class StepCoefficients(NamedTuple):
     """What one reverse step from t to s is made of: Python floats, or columns."""
 
-    x0_from_sample: float | torch.Tensor  # x̂_0 = x0_from_sample · x_t + x0_from_output · output
-    x0_from_output: float | torch.Tensor
-    mean_from_x0: float | torch.Tensor  # μ̃ = mean_from_x0 · x̂_0 + mean_from_sample · x_t      (Ho et al., Eq. 7)
-    mean_from_sample: float | torch.Tensor
-    posterior_variance: float | torch.Tensor  # β̃, 0 where s = -1                                (Ho et al., Eq. 7)
-    min_log_variance: float | torch.Tensor  # log β̃, clipped where s = -1
-    max_log_variance: float | torch.Tensor  # log β_{t|s}
-    min_variance: float | torch.Tensor  # the exponentials of these two, taken before the cast
-    max_variance: float | torch.Tensor
+    x0_from_sample: Coefficient  # x̂_0 = x0_from_sample · x_t + x0_from_output · output
+    x0_from_output: Coefficient
+    mean_from_x0: Coefficient  # μ̃ = mean_from_x0 · x̂_0 + mean_from_sample · x_t      (Ho et al., Eq. 7)
+    mean_from_sample: Coefficient
+    posterior_variance: Coefficient  # β̃, 0 where s = -1                                (Ho et al., Eq. 7)
+    min_log_variance: Coefficient  # log β̃, clipped where s = -1
+    max_log_variance: Coefficient  # log β_{t|s}
+    min_variance: Coefficient  # the exponentials of these two, taken before the cast
+    max_variance: Coefficient
 
-    def log_variance(
-        self, variance_type: str, output: torch.Tensor | None, last: bool | torch.Tensor
-    ) -> float | torch.Tensor:
+    def log_variance(self, variance_type: str, output: Any, last: bool | torch.Tensor) -> Coefficient:
         """log Σ of p(x_s | x_t).
 
         Args:
-            output: the learned variance's half of the model's output, or None.
+            output: a tensor, the learned variance's half of the model's output; None for a fixed variance.
             last: where s = -1; a bool, or a column.
         """
         if variance_type == "learned":
@@ -58,9 +57,7 @@ class StepCoefficients(NamedTuple):
             return choose(last, self.min_log_variance, self.max_log_variance)
         return self.min_log_variance
 
-    def variance(
-        self, variance_type: str, log_variance: float | torch.Tensor, last: bool | torch.Tensor
-    ) -> float | torch.Tensor:
+    def variance(self, variance_type: str, log_variance: Coefficient, last: bool | torch.Tensor) -> Coefficient:
         """Σ of p(x_s | x_t), whose log is `log_variance`: 0 for `fixed_small` where s = -1, though that is clipped."""
         if variance_type in LEARNED_VARIANCE_TYPES:
             return torch.exp(log_variance)
@@ -69,9 +66,7 @@ class StepCoefficients(NamedTuple):
         return self.posterior_variance
 
 
-def choose(
-    condition: bool | torch.Tensor, where_true: float | torch.Tensor, where_false: float | torch.Tensor
-) -> float | torch.Tensor:
+def choose(condition: bool | torch.Tensor, where_true: Coefficient, where_false: Coefficient) -> Coefficient:
     """One of two values, or of two columns where the condition is a column."""
     if isinstance(condition, torch.Tensor):
         return torch.where(condition, where_true, where_false)
@@ -81,7 +76,7 @@ def choose(
 # What meets a sample
 
 
-def combine(a: float | torch.Tensor, x: torch.Tensor, b: float | torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def combine(a: Coefficient, x: torch.Tensor, b: Coefficient, y: torch.Tensor) -> torch.Tensor:
     """a·x + b·y in x's dtype, for floats or columns a and b, in as few passes over memory as torch has for it."""
     if isinstance(a, torch.Tensor):
         if x.dtype == y.dtype == a.dtype:
@@ -258,46 +253,39 @@ def x0_coefficients(
 # The rows of the tables, float64 [T] each
 
 
-def _marginal(c: Coefficients, prediction_type: str | None) -> list[torch.Tensor]:
+def _marginal(c: Coefficients, _: Any) -> list[torch.Tensor]:
     """√ᾱ_t and √(1-ᾱ_t)."""
     log_t = c.log_alpha_bar[1:]
     return [torch.exp(0.5 * log_t), torch.sqrt(-torch.expm1(log_t))]
 
 
-def _marginal_moments(c: Coefficients, prediction_type: str | None) -> list[torch.Tensor]:
-    """Of q(x_t | x_0): √ᾱ_t, 1-ᾱ_t and its log."""
-    log_t = c.log_alpha_bar[1:]
-    return [torch.exp(0.5 * log_t), -torch.expm1(log_t), torch.log(-torch.expm1(log_t))]
+def _moments(log_scale: torch.Tensor) -> list[torch.Tensor]:
+    """Of q(x_t | x_s), from log ᾱ_t/ᾱ_s: the factor of x_s in the mean, the variance and its log."""
+    return [torch.exp(0.5 * log_scale), -torch.expm1(log_scale), torch.log(-torch.expm1(log_scale))]
 
 
-def _forward_step_moments(c: Coefficients, prediction_type: str | None) -> list[torch.Tensor]:
-    """Of q(x_t | x_{t-1}): √α_t, β_t and its log."""
-    log_alpha = c.log_alpha_bar.diff()
-    return [torch.exp(0.5 * log_alpha), -torch.expm1(log_alpha), torch.log(-torch.expm1(log_alpha))]
-
-
-def _epsilon(c: Coefficients, prediction_type: str | None) -> list[torch.Tensor]:
+def _epsilon(c: Coefficients, _: Any) -> list[torch.Tensor]:
     """The factors of x_t and x_0 in ε."""
-    signal, deviation = _marginal(c, prediction_type)
+    signal, deviation = _marginal(c, None)
     return [1 / deviation, -signal / deviation]
 
 
-def _x0(c: Coefficients, prediction_type: str | None) -> list[torch.Tensor]:
+def _x0(c: Coefficients, prediction_type: Any) -> list[torch.Tensor]:
     """The factors of x_t and the model's output in x̂_0."""
     return list(x0_coefficients(prediction_type, c.log_alpha_bar[1:], c.log_alpha_bar[:-1]))
 
 
-def _step(c: Coefficients, prediction_type: str | None) -> list[torch.Tensor]:
+def _step(c: Coefficients, prediction_type: Any) -> list[torch.Tensor]:
     """`StepCoefficients` of the full chain's steps, from t to t-1."""
     timesteps = torch.arange(len(c))
     return list(c.of_steps(timesteps, timesteps - 1, prediction_type))
 
 
 # name -> (coefficients, prediction type or None) -> rows
-ROWS = {
+ROWS: dict[str, Callable[[Coefficients, Any], list[torch.Tensor]]] = {
     "marginal": _marginal,
-    "marginal_moments": _marginal_moments,
-    "forward_step_moments": _forward_step_moments,
+    "marginal_moments": lambda c, _: _moments(c.log_alpha_bar[1:]),
+    "forward_step_moments": lambda c, _: _moments(c.log_alpha_bar.diff()),
     "epsilon": _epsilon,
     "x0": _x0,
     "step": _step,

@@ -5,15 +5,19 @@ This file is copied into published repositories: it imports torch and the schedu
 
 import difflib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
 from .scheduling_ddpm_hf import DDPMScheduler
 
-Predict = Callable[..., torch.Tensor]  # (x_t [N, C, H, W], t, **conditioning [N, ...]) -> the model's output
-TakeStep = Callable[[torch.Tensor, float, torch.Tensor], SchedulerOutput]  # (output, t, x_t) -> x_s, `prev_sample`
+Predict: TypeAlias = Callable[
+    ..., torch.Tensor
+]  # (x_t [N, C, H, W], t, **conditioning [N, ...]) -> the model's output
+TakeStep: TypeAlias = Callable[
+    [torch.Tensor, float, torch.Tensor], SchedulerOutput
+]  # (output, t, x_t) -> x_s, `prev_sample`
 MAX_SCALE = 1e4  # far beyond use, and far from where float32 overflows
 
 
@@ -60,7 +64,8 @@ class FreeGuidance(NamedTuple):
             if not self.acts(t):
                 return predict(x, t, **{name: condition})
             both = predict(torch.cat([x, x]), t, **{name: torch.cat([condition, null])})  # [2N, C or 2C, H, W]
-            return classifier_free_guidance(*both.chunk(2), self.scale, self.rescale, x.shape[1])
+            conditional, unconditional = both.chunk(2)
+            return classifier_free_guidance(conditional, unconditional, self.scale, self.rescale, x.shape[1])
 
         return guided_predict
 

@@ -16,11 +16,15 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import FrozenDict
 
+if TYPE_CHECKING:  # the mixins stand before it
+    from diffusers import DiffusionPipeline as MixinBase
+else:
+    MixinBase = object
 Pipeline = TypeVar("Pipeline", bound="PortablePipelineMixin")
 
 
@@ -37,9 +41,10 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
-def portable_sources(module_file: Path) -> dict[str, str]:
+def portable_sources(file: Path) -> dict[str, str]:
     """The texts, by file name, of a portable module and of all `*_ddpm_hf` modules that it imports."""
-    sources, pending = {}, [module_file]
+    sources: dict[str, str] = {}
+    pending = [file]
     while pending:
         path = pending.pop()
         if path.name in sources:
@@ -49,6 +54,11 @@ def portable_sources(module_file: Path) -> dict[str, str]:
             path.with_name(f"{name}.py") for name in re.findall(r"^from \.(\w+) import", sources[path.name], re.M)
         ]
     return sources
+
+
+def module_file(cls: type) -> Path:
+    """The file that defines a class."""
+    return Path(str(sys.modules[cls.__module__].__file__))
 
 
 @contextlib.contextmanager
@@ -93,7 +103,7 @@ PRIVATE_SETTINGS = ("guidance_scale",)
 _LOADED: dict[str, str] = {}  # digests of the files that this process runs, where Diffusers loaded them
 
 
-class PortablePipelineMixin:
+class PortablePipelineMixin(MixinBase):
     """Saving for a `DiffusionPipeline` whose folder is to load anywhere. Put it before `DiffusionPipeline`."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -105,7 +115,7 @@ class PortablePipelineMixin:
         folder, _, module = cls.__module__.rpartition(".")
         if not (folder.startswith("diffusers_modules") and module.endswith("_ddpm_hf")):
             return
-        sources = portable_sources(Path(sys.modules[cls.__module__].__file__))
+        sources = portable_sources(module_file(cls))
         del sources[f"{module}.py"]  # is run anew each time
         for name, text in sources.items():
             digest = hashlib.sha256(text.encode()).hexdigest()
@@ -181,8 +191,7 @@ class PortablePipelineMixin:
         """Write `model_index.json` and the code that it may name, before any upload."""
         directory = Path(save_directory)
         directory.mkdir(parents=True, exist_ok=True)
-        module = sys.modules[self.portable_class().__module__]
-        for name, text in portable_sources(Path(module.__file__)).items():
+        for name, text in portable_sources(module_file(self.portable_class())).items():
             write_atomically(directory / name, text)
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 

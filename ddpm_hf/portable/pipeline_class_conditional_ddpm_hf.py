@@ -5,6 +5,7 @@ This file is copied into published repositories: it imports torch, diffusers and
 
 import numbers
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DModel
@@ -21,7 +22,7 @@ from .scheduling_ddpm_hf import DDPMScheduler
 logger = logging.get_logger(__name__)
 
 # An id or a name, several of them, or None for the null class
-ClassLabels = int | str | Sequence[int | str | None] | torch.Tensor | None
+ClassLabels: TypeAlias = int | str | Sequence[int | str | None] | torch.Tensor | None
 
 
 class ClassConditionalDDPMPipeline(SamplingMixin, AccelerationMixin, PortablePipelineMixin, DiffusionPipeline):
@@ -113,7 +114,7 @@ class ClassConditionalDDPMPipeline(SamplingMixin, AccelerationMixin, PortablePip
                 ids.append(find_class(label, known))
             elif label is None and self.null_class is not None:
                 ids.append(self.null_class)
-            elif isinstance(label, numbers.Integral) and not isinstance(label, bool) and 0 <= label < count:
+            elif isinstance(label, numbers.Integral) and not isinstance(label, bool) and 0 <= int(label) < count:
                 ids.append(int(label))
             else:
                 names = ", ".join(map(repr, list(known)[:12])) + (", ..." if count > 12 else "")
@@ -186,14 +187,14 @@ class ClassConditionalDDPMPipeline(SamplingMixin, AccelerationMixin, PortablePip
             predict, take_step = guidance.guided(predict, take_step, self.ddpm_scheduler(), ancestral)
         visited = self.prepare_timesteps(num_inference_steps, timesteps)
         x = self.prepare_latents(len(ids), generator, latents)
-        x, frames = self.denoise(
+        return self.denoise(
             x,
             visited,
             predict,
             take_step,
+            output_type,
+            return_dict,
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
             num_frames,
-            output_type,
         )
-        return self.finish(x, frames, output_type, return_dict)

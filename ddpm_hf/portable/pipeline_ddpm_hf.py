@@ -109,21 +109,21 @@ class DDPMPipeline(SamplingMixin, AccelerationMixin, PortablePipelineMixin, Diff
         x = self.prepare_latents(batch_size, generator, latents)  # Algorithm 2, line 1
         predict = self.predict
         take_step = self.sampler_step(generator, eta, extrapolates=lambda t: classifier is not None)
-        if classifier is not None:
+        if classifier is not None and labels is not None:
             guidance = ClassifierGuidance(classifier, labels.to(x.device), classifier_scale)
             ancestral = isinstance(self.scheduler, DDPMScheduler)
             predict, take_step = guidance.guided(predict, take_step, self.ddpm_scheduler(), ancestral)
-        x, frames = self.denoise(
+        return self.denoise(
             x,
             visited,
             predict,
             take_step,
+            output_type,
+            return_dict,
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
             num_frames,
-            output_type,
         )
-        return self.finish(x, frames, output_type, return_dict)
 
     @torch.no_grad()
     def interpolate(
@@ -162,8 +162,7 @@ class DDPMPipeline(SamplingMixin, AccelerationMixin, PortablePipelineMixin, Diff
         device = "cpu" if generator is None else generator.device
         seed = int(torch.randint(2**62, (1,), generator=generator, device=device))
         generators = [torch.Generator(device).manual_seed(seed) for _ in weights]
-        x, frames = self.denoise(x, tail, self.predict, self.sampler_step(generators))
-        return self.finish(x, frames, output_type, return_dict)
+        return self.denoise(x, tail, self.predict, self.sampler_step(generators), output_type, return_dict)
 
     @torch.no_grad()
     def sample_from_shared(
@@ -191,9 +190,9 @@ class DDPMPipeline(SamplingMixin, AccelerationMixin, PortablePipelineMixin, Diff
         head = self.scheduler.timesteps.tolist()[: -len(tail)]
         x = self.prepare_latents(1, generator)
         take_step = self.sampler_step(generator)
-        x, _ = self.denoise(x, head, self.predict, take_step)
-        x, frames = self.denoise(x.repeat(batch_size, 1, 1, 1), tail, self.predict, take_step)
-        return self.finish(x, frames, output_type, return_dict)
+        x = self.denoise(x, head, self.predict, take_step, "latent").images  # [1, C, H, W]
+        x = x.repeat(batch_size, 1, 1, 1)
+        return self.denoise(x, tail, self.predict, take_step, output_type, return_dict)
 
     def _chain_from(self, timestep: int, num_inference_steps: int | None) -> list[int]:
         """The part of the chain at and below a timestep. These methods need a memoryless sampler."""

@@ -4,6 +4,7 @@ This file is copied into published repositories: it imports torch, diffusers, tr
 """
 
 import numbers
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
@@ -130,7 +131,7 @@ class TextToImageDDPMPipeline(SamplingMixin, AccelerationMixin, PortablePipeline
                 and value.isfinite().all()
             ):
                 raise ValueError(f"{name}: give a tensor [N, L, {width_of_text}] of finite numbers")
-        side = self.vae_scale_factor * downscaling(self.unet.config)
+        side = self.vae_scale_factor * downscaling(self.unet.config.block_out_channels)
         for name, value in (("height", height), ("width", width)):
             if not isinstance(value, numbers.Integral) or value < 1 or value % self.vae_scale_factor:
                 raise ValueError(
@@ -143,20 +144,20 @@ class TextToImageDDPMPipeline(SamplingMixin, AccelerationMixin, PortablePipeline
             raise ValueError(f"prompt={prompt!r}: a text, or a list of texts")
         if negative_prompt is not None and negative_prompt_embeds is not None:
             raise ValueError("give one of negative_prompt and negative_prompt_embeds")
-        if negative_prompt_embeds is not None and len(negative_prompt_embeds) != len(prompts or prompt_embeds):
+        given: Any = prompt_embeds if prompts is None else prompts
+        if negative_prompt_embeds is not None and len(negative_prompt_embeds) != len(given):
             raise ValueError(
-                f"negative_prompt_embeds of shape {tuple(negative_prompt_embeds.shape)} for"
-                f" {len(prompts or prompt_embeds)} prompts; give one for each"
+                f"negative_prompt_embeds of shape {tuple(negative_prompt_embeds.shape)} for {len(given)} prompts; give"
+                " one for each"
             )
         if not (isinstance(num_images_per_prompt, numbers.Integral) and num_images_per_prompt >= 1):
             raise ValueError(f"num_images_per_prompt={num_images_per_prompt!r}: must be a whole number of 1 or more")
         negatives = [negative_prompt or ""] if isinstance(negative_prompt, (str, type(None))) else negative_prompt
         if not (isinstance(negatives, (list, tuple)) and all(isinstance(one, str) for one in negatives)):
             raise ValueError(f"negative_prompt={negative_prompt!r}: a text, or a list of texts")
-        if isinstance(negative_prompt, (list, tuple)) and len(negative_prompt) != len(prompts or prompt_embeds):
+        if isinstance(negative_prompt, (list, tuple)) and len(negative_prompt) != len(given):
             raise ValueError(
-                f"{len(negative_prompt)} negative prompts for {len(prompts or prompt_embeds)} prompts; give one for"
-                " each, or one"
+                f"{len(negative_prompt)} negative prompts for {len(given)} prompts; give one for each, or one"
             )
         return None if prompts is None else list(prompts)
 
@@ -212,7 +213,8 @@ class TextToImageDDPMPipeline(SamplingMixin, AccelerationMixin, PortablePipeline
         free = FreeGuidance(guidance_scale, guidance_rescale, guidance_interval).check()
         visited = self.prepare_timesteps(num_inference_steps if timesteps is None else None, timesteps)
 
-        context = self.encode_prompt(prompts) if prompt_embeds is None else prompt_embeds.to(self._execution_device)
+        context: Any = prompt_embeds if prompts is None else self.encode_prompt(prompts)
+        context = context.to(self._execution_device)
         null = negative_prompt_embeds
         if guidance_scale != 1.0 and null is None:
             negative = negative_prompt or ""
@@ -225,17 +227,17 @@ class TextToImageDDPMPipeline(SamplingMixin, AccelerationMixin, PortablePipeline
         predict = free.guided(self.predict, "encoder_hidden_states", context, null)
         size = (height // self.vae_scale_factor, width // self.vae_scale_factor)
         x = self.prepare_latents(len(context), generator, latents, size)
-        x, frames = self.denoise(
+        return self.denoise(
             x,
             visited,
             predict,
             self.sampler_step(generator, eta),
+            output_type,
+            return_dict,
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
             num_frames,
-            output_type,
         )
-        return self.finish(x, frames, output_type, return_dict)
 
 
 def cut_off(tokenizer: CLIPTokenizer, texts: list[str]) -> list[str]:

@@ -5,9 +5,9 @@ This file is copied into published repositories: it imports torch, diffusers and
 
 import inspect
 import numbers
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import diffusers
 import torch
@@ -17,13 +17,14 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from .guidance_ddpm_hf import Predict, TakeStep
+from .hub_ddpm_hf import MixinBase
 from .scheduling_ddpm_hf import LEARNED_VARIANCE_TYPES, DDPMScheduler
 
 OUTPUT_TYPES = ("pil", "np", "numpy", "pt", "latent", "preview")  # "numpy" is stock DDPMPipeline's word for "np"
 PIL_CHANNELS = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # that images of these modes have
 # (pipeline, index, timestep, {"latents": x_s}) -> what replaces these, or nothing
-StepCallback = Callable[[Any, int, Any, dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]
-Generators = torch.Generator | list[torch.Generator] | None  # for all images, or one for each
+StepCallback: TypeAlias = Callable[[Any, int, Any, dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]
+Generators: TypeAlias = torch.Generator | list[torch.Generator] | None  # for all images, or one for each
 # What these samplers raise an error for only once the network has run
 UNSUPPORTED_PREDICTIONS = {"PNDMScheduler": ("sample",)}
 
@@ -71,10 +72,10 @@ def adopt_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
     return scheduler
 
 
-def check_sampler(scheduler: SchedulerMixin, timesteps: Iterable[float]) -> None:
+def check_sampler(scheduler: SchedulerMixin, timesteps: Sequence[float]) -> None:
     """Raise ValueError, with the way out, where the sampler cannot run the model over the timesteps."""
     if isinstance(scheduler, DDPMScheduler):
-        return scheduler.check_invertible(timesteps)
+        return scheduler.check_invertible(int(t) for t in timesteps)
     name = type(scheduler).__name__
     if scheduler.config.prediction_type == "posterior_mean":
         raise ValueError(
@@ -130,9 +131,9 @@ def output_channels(unet: torch.nn.Module) -> int:
     return unet.config.get("out_channels") or unet.config.in_channels
 
 
-def downscaling(config: Mapping[str, Any]) -> int:
-    """How many times a UNet or an autoencoder halves height and width, as the factor of each: from its config."""
-    return 2 ** (len(config["block_out_channels"]) - 1)
+def downscaling(widths: Sequence[int]) -> int:
+    """The factor by which a UNet or an autoencoder of these `block_out_channels` reduces height and width."""
+    return 2 ** (len(widths) - 1)
 
 
 def scale_latents(vae: torch.nn.Module, latents: torch.Tensor) -> torch.Tensor:
@@ -140,9 +141,11 @@ def scale_latents(vae: torch.nn.Module, latents: torch.Tensor) -> torch.Tensor:
     return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
 
 
-class SamplingMixin:
+class SamplingMixin(MixinBase):
     """What a pipeline with a `unet`, a `scheduler` and an optional `vae` needs in order to sample."""
 
+    unet: Any
+    vae: Any
     scheduler: Any  # ours, or another sampler of Diffusers
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -168,7 +171,7 @@ class SamplingMixin:
     @property
     def vae_scale_factor(self) -> int:
         """How many pixels a latent stands for, in each direction; 1 without a `vae`."""
-        return 1 if self.vae is None else downscaling(self.vae.config)
+        return 1 if self.vae is None else downscaling(self.vae.config.block_out_channels)
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -300,12 +303,13 @@ class SamplingMixin:
         timesteps: list,
         predict: Predict,
         take_step: TakeStep,
+        output_type: str = "pil",
+        return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: tuple[str, ...] = ("latents",),
         num_frames: int = 0,
-        output_type: str = "pil",
-    ) -> tuple[torch.Tensor, list[Frame] | None]:
-        """Run a `chain` to its end: x_0 [N, C, H, W], and the frames or None.
+    ) -> DDPMPipelineOutput:
+        """Run a `chain` to its end: the images and the frames; without `return_dict` the tuple (images,), as in stock.
 
         Args:
             callback_on_step_end: called with (pipeline, index, timestep, {"latents": x_s}); what it returns replaces
@@ -340,7 +344,11 @@ class SamplingMixin:
                     replaced = callback_on_step_end(self, step.index, step.timestep, chosen) or {}
                     step.sample = x = replaced.get("latents", x)
                 progress_bar.update()
-        return x, frames if num_frames else None
+        images = self.decode(x, output_type)
+        self.maybe_free_model_hooks()
+        if not return_dict:
+            return (images,)  # type: ignore[return-value]  # a union would make every caller test it
+        return DDPMPipelineOutput(images=images, frames=frames if num_frames else None)  # type: ignore[arg-type]
 
     def predicted_x_start(self, step: ChainStep) -> torch.Tensor:
         """x̂_0 as the sampler reports it, or else by DDPM's formula (samplers that rescale x_t report it)."""
@@ -353,8 +361,9 @@ class SamplingMixin:
         """Our scheduler over the sampler's diffusion, for its formulas: the sampler itself where it is ours."""
         if isinstance(self.scheduler, DDPMScheduler):
             return self.scheduler
-        fixed = {"variance_type": "fixed_small", "timestep_spacing": "leading", "steps_offset": 0}
-        return DDPMScheduler.from_config(self.scheduler.config, **fixed)
+        return DDPMScheduler.from_config(
+            self.scheduler.config, variance_type="fixed_small", timestep_spacing="leading", steps_offset=0
+        )
 
     def encode(self, images: Any, generator: torch.Generator | None = None) -> torch.Tensor:
         """Images (PIL, numpy or tensor in [0, 1]) as x_0 [N, C, H, W]: in [-1, 1], or latents with a `vae`."""
@@ -392,11 +401,3 @@ class SamplingMixin:
                 f"output_type='pil': PIL images have up to 4 channels, this model's {self.image_channels}; use 'np' or"
                 " 'pt', or 'preview' for the first three"
             )
-
-    def finish(
-        self, x: torch.Tensor, frames: list[Frame] | None, output_type: str, return_dict: bool
-    ) -> DDPMPipelineOutput | tuple:
-        """x_0 as what a pipeline's call returns."""
-        images = self.decode(x, output_type)
-        self.maybe_free_model_hooks()
-        return DDPMPipelineOutput(images=images, frames=frames) if return_dict else (images,)

@@ -110,6 +110,13 @@ class DDPMScheduler(StockDDPMScheduler):
 
     _compatibles = [e.name for e in KarrasDiffusionSchedulers]
     order = 1
+    betas: torch.Tensor
+    alphas_cumprod: torch.Tensor
+    timesteps: torch.Tensor
+    variance_type: str
+    num_inference_steps: int | None
+    custom_timesteps: bool
+    _coefficients: Coefficients
 
     @register_to_config
     def __init__(
@@ -255,31 +262,31 @@ class DDPMScheduler(StockDDPMScheduler):
             ValueError: both or neither given, a number outside 1..T, or timesteps not descending within 0..T-1.
         """
         T = self.config.num_train_timesteps
-        if (num_inference_steps is None) == (timesteps is None):
-            raise ValueError("Can only pass one of `num_inference_steps` or `custom_timesteps`.")
-        if timesteps is not None:
-            given, timesteps = timesteps, np.asarray(timesteps)
-            if timesteps.ndim != 1 or (timesteps.size and timesteps.dtype.kind not in "iu"):
-                raise ValueError(f"`timesteps` {given!r}: give whole numbers, descending.")
-            if len(timesteps) == 0:
+        if timesteps is not None and num_inference_steps is None:
+            chain = np.asarray(timesteps)
+            if chain.ndim != 1 or (chain.size and chain.dtype.kind not in "iu"):
+                raise ValueError(f"`timesteps` {timesteps!r}: give whole numbers, descending.")
+            if len(chain) == 0:
                 raise ValueError("`timesteps` is empty; give at least one timestep.")
-            if (np.diff(timesteps) >= 0).any():
+            if (np.diff(chain) >= 0).any():
                 raise ValueError("`custom_timesteps` must be in descending order.")
-            if timesteps[0] >= T:
+            if chain[0] >= T:
                 raise ValueError(f"`timesteps` must start before `self.config.train_timesteps`: {T}.")
-            if timesteps[-1] < 0:
-                raise ValueError(f"`timesteps` must not be negative; the last is {timesteps[-1]}.")
-        else:
+            if chain[-1] < 0:
+                raise ValueError(f"`timesteps` must not be negative; the last is {chain[-1]}.")
+        elif num_inference_steps is not None and timesteps is None:
             if not 1 <= num_inference_steps <= T or num_inference_steps != int(num_inference_steps):
                 raise ValueError(
                     f"`num_inference_steps`: {num_inference_steps} cannot be smaller than 1 or larger than"
                     f" `self.config.train_timesteps`: {T}, the timesteps that the model was trained with."
                 )
-            timesteps = self._spaced_timesteps(int(num_inference_steps))
+            chain = self._spaced_timesteps(int(num_inference_steps))
+        else:
+            raise ValueError("Can only pass one of `num_inference_steps` or `custom_timesteps`.")
         # only now: a refused call leaves the chain as it was
         self.custom_timesteps = num_inference_steps is None
         self.num_inference_steps = num_inference_steps
-        self._set_chain(timesteps, device)
+        self._set_chain(chain, device)
 
     def _spaced_timesteps(self, n: int) -> np.ndarray:
         """n of the T timesteps, descending (Lin et al. 2023, Table 2)."""

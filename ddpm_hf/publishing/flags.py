@@ -50,7 +50,7 @@ class PublishingFlags:
     hub_revision: str | None = HfArg(
         resume=FREE,
         default=None,
-        help="Tag of the last upload: from_pretrained(..., revision=TAG) goes on loading it.",
+        help="Tag of the last upload: from_pretrained(..., revision=TAG) always loads it.",
     )
     hub_license: str | None = HfArg(
         resume=FREE, default=None, help="License that the model card names, such as apache-2.0."
@@ -58,18 +58,18 @@ class PublishingFlags:
     save_variants: list[str] = HfArg(  # noqa: RUF009
         resume=FREE,
         default_factory=list,
-        help="Additional weights, for from_pretrained(..., variant=NAME): fp16, or with --use_ema"
-        " non_ema, those that are not averaged.",
+        help="Additional weights, for from_pretrained(..., variant=NAME): fp16; with --use_ema also"
+        " non_ema, the weights without averaging.",
     )
 
     def check(self, flags: Any) -> None:
-        """Raise UsageError for a name that is not known, and for what a training with these flags does not give."""
+        """Raise UsageError for an unknown variant or license, and for a strategy that the other flags rule out."""
         check_license("hub_license", self.hub_license)
         unknown = [name for name in self.save_variants if name not in VARIANTS]
         if unknown:
             raise UsageError(f"--save_variants: each must be one of {', '.join(VARIANTS)} (got {unknown[0]!r})")
         if "non_ema" in self.save_variants and not flags.use_ema:
-            raise UsageError("--save_variants non_ema requires --use_ema: without, there is one kind of weights")
+            raise UsageError("--save_variants non_ema requires --use_ema; without it there is only one set of weights")
         if self.hub_strategy == "best" and (
             not flags.validation_steps or flags.checkpointing_steps % flags.validation_steps
         ):

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .. import portable
+from ..common.errors import one_line
 from ..common.files import write_atomically
 from ..common.layout import CHAIN, LOSS_CURVE, SAMPLES
 from ..common.ownership import claim_files
@@ -150,7 +151,7 @@ def read_card(folder: Path) -> str:
 
 def reason_of(error: Exception) -> str:
     """An error of the Hub, in one line."""
-    text = " ".join(str(error).split()).partition(" For more information")[0][:300]
+    text = one_line(error).partition(" For more information")[0][:300]
     return f"{error.__class__.__name__}: {text}"
 
 

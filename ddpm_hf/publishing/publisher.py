@@ -8,7 +8,7 @@ import shlex
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..common.errors import UsageError
 from ..common.files import write_atomically
@@ -30,19 +30,23 @@ from .files import publishable
 from .flags import PublishingFlags
 from .hub import Upload, read_card, reason_of, refuses
 
+if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline
+
 
 def reserve_repository(run: Run, flags: PublishingFlags, token: str | None, held_out: bool) -> str:
-    """Before training: the name of the repository to upload to, once the Hub has said that it accepts the upload.
+    """Check before training that the Hub accepts the upload; return the full name of the repository.
 
-    It has the user's name too where it is to be uploaded. With --dry_run the repository is not created.
+    The repository is created, but not with --dry_run.
 
     Args:
-        token: of the Hub.
+        token: with write access to the Hub.
         held_out: whether images are held out.
 
     Raises:
-        UsageError: variants that cannot be saved, or the Hub says no. Where it does not answer, training goes on; the
-            upload is tried at its end.
+        UsageError: variants that cannot be saved, or the Hub rejects the upload. If it does not answer, training
+            starts, and the upload is tried at its end.
     """
     if run.accelerator.is_fsdp2 and "non_ema" in flags.save_variants:
         raise UsageError("--save_variants non_ema: not with FSDP; the checkpoints' unet/ holds these weights")
@@ -69,12 +73,12 @@ def reserve_repository(run: Run, flags: PublishingFlags, token: str | None, held
 
 
 class Publisher:
-    """Saves the pipeline of a run while it trains and at its end, and uploads it as the flags say.
+    """Saves the pipeline of a run, during training and at its end, and uploads it according to the flags.
 
     Args:
         pipeline_of: trained model -> pipeline.
-        facts: what `describe_run` gave.
-        total_steps: of the whole training.
+        record: the result of `describe_run`.
+        total_steps: of the training.
     """
 
     def __init__(
@@ -84,18 +88,18 @@ class Publisher:
         token: str | None,
         state: TrainingState,
         pipeline_of: Callable,
-        facts: dict[str, Any],
+        record: dict[str, Any],
         total_steps: int,
         repository: str,
     ):
         self.run, self.flags, self.token, self.state = run, flags, token, state
-        self.pipeline_of, self.facts, self.total_steps = pipeline_of, facts, total_steps
+        self.pipeline_of, self.record, self.total_steps = pipeline_of, record, total_steps
         self.folder, self.repository = run.folder, repository
         self.saved_at: int | None = None
         self.uploading: threading.Thread | None = None
 
-    def save(self, model, step: int) -> None:
-        """Save the pipeline if `--hub_strategy` asks for this one, and upload it if it asks for that too."""
+    def save(self, model: "torch.nn.Module", step: int) -> None:
+        """Save the pipeline if `--hub_strategy` selects this step, and upload it if it says so."""
         flags, at_checkpoint = self.flags, step % self.run.flags.checkpointing_steps == 0
         none_yet = not (self.folder / "model_index.json").is_file()
         if flags.hub_strategy == "best" and not self.is_best(step) and not (none_yet and step == self.total_steps):
@@ -108,12 +112,12 @@ class Publisher:
             for name, part in self.state.parts.items():
                 with raw_weights(self.state.emas[name], part):
                     save_model(part, self.folder / name, "*.non_ema[.-]*", within=self.folder, variant="non_ema")
-        run = {**self.facts, "step": step, "sessions": self.state.sessions.until(step)}
+        run = {**self.record, "step": step, "sessions": self.state.sessions.until(step)}
         claim_files(self.folder, [RUN_FILE])
         write_atomically(self.folder / RUN_FILE, json.dumps(run, indent=1) + "\n")
         self.saved_at = step
         if flags.push_to_hub and flags.hub_strategy != "end" and at_checkpoint and step < self.total_steps:
-            self.upload_beside(pipeline, step)
+            self.upload_in_background(pipeline, step)
 
     def is_best(self, step: int) -> bool:
         """Whether the held-out loss at a checkpoint is the lowest of those at checkpoints so far."""
@@ -127,30 +131,30 @@ class Publisher:
         }
         return step in losses and losses[step] <= min(losses.values())
 
-    def upload_beside(self, pipeline, step: int) -> None:
-        """Upload while training goes on; an upload that is still under way is not waited for."""
+    def upload_in_background(self, pipeline: "DiffusionPipeline", step: int) -> None:
+        """Upload while training continues; skip it if the last upload is not finished."""
         if self.uploading is not None and self.uploading.is_alive():
-            self.run.log(f"step {step}: the last upload is still under way, so this one is left out")
+            self.run.log(f"step {step}: the last upload is not finished, so this one is skipped")
             return
 
         files = contextlib.ExitStack()
-        frozen = files.enter_context(publishable(self.folder))  # before training writes there again
+        frozen = files.enter_context(publishable(self.folder))  # before training changes the files
 
         def upload() -> None:
             with files:
                 try:
                     self.push(pipeline, f"Step {step}", frozen)
-                except Exception as error:  # training is not to end by it
+                except Exception as error:  # training must go on
                     self.run.log(f"warning: the upload at step {step} failed ({reason_of(error)})")
 
         self.uploading = threading.Thread(target=upload, daemon=True)
         self.uploading.start()
 
-    def finish(self, model, step: int) -> None:
-        """Save what is not saved yet, write the card, and upload it if that was asked for; a failure loses nothing.
+    def finish(self, model: "torch.nn.Module", step: int) -> None:
+        """Save the pipeline if it is not yet saved, write the card, and upload both with `--push_to_hub`.
 
         Raises:
-            UsageError: the upload failed; how to repeat it.
+            UsageError: the upload failed; the message has the command that repeats it.
         """
         flags = self.flags
         if self.saved_at != step:
@@ -173,7 +177,7 @@ class Publisher:
             self.repository = hub.open_repository(self.repository, self.token, flags.hub_private_repo)
             with publishable(self.folder) as files:
                 upload = self.push(pipeline, "Upload the pipeline", files, flags.hub_revision)
-        except Exception as error:  # whatever the network does, the trained model is on disk
+        except Exception as error:  # any error of the network: the trained model is on disk
             raise UsageError(
                 f"the upload to {self.repository} failed ({reason_of(error)}); {self.folder} is complete:"
                 f" `{self.command()}` uploads it"
@@ -181,7 +185,7 @@ class Publisher:
         self.run.log(f"published at {upload.address}")
 
     def close(self, finished: bool) -> None:
-        """Publish a model whose training is finished; else say what becomes of an upload under way. All ranks call it.
+        """Publish a model whose training is finished; else log an upload that is aborted. All ranks call it.
 
         Raises:
             UsageError: as `finish`.
@@ -191,29 +195,33 @@ class Publisher:
                 if self.run.accelerator.is_main_process:
                     self.finish(trained, self.state.step)
         elif self.uploading is not None and self.uploading.is_alive():
-            self.run.log(f"an upload was under way and is given up; `{self.command()}` repeats it")
+            self.run.log(f"an unfinished upload is aborted; `{self.command()}` repeats it")
 
     def command(self) -> str:
-        """What uploads the folder as the flags say; the token is not shown."""
+        """The command that uploads the folder according to the flags, without the token."""
         flags = self.flags
         options = ["--private"] if flags.hub_private_repo else []
         for name, value in (("--license", flags.hub_license), ("--revision", flags.hub_revision)):
             options += [name, value] if value else []
         return shlex.join(["ddpm-hf", "push", str(self.folder), self.repository, *options])
 
-    def push(self, pipeline, message: str, files: dict[str, Path], tag: str | None = None) -> Upload:
+    def push(
+        self, pipeline: "DiffusionPipeline", message: str, files: dict[str, Path], tag: str | None = None
+    ) -> Upload:
         """Upload the files to the run's repository."""
-        options = {"license": self.flags.hub_license, "tag": tag, "message": message}
-        return hub.push_files(files, self.folder, self.repository, self.token, pipeline, **options)
+        options = {"license": self.flags.hub_license, "tag": tag}
+        return hub.push_files(files, self.folder, self.repository, self.token, pipeline, message=message, **options)
 
 
-def describe_run(run: Run, images, plan: StepPlan, model, shown: tuple[str, ...], rows: list[str]) -> dict[str, Any]:
-    """What is known of a run before it starts, for its card.
+def describe_run(
+    run: Run, images: Any, plan: StepPlan, model: "torch.nn.Module", shown: tuple[str, ...], rows: list[str]
+) -> dict[str, Any]:
+    """The data of a run that is known before it starts, for its card.
 
     Args:
-        images: what it trains on, as `open_images` gave it.
+        images: the result of `open_images`.
         shown: the settings that the card lists.
-        rows: what the rows of its grids show: classes or prompts.
+        rows: the classes or prompts of the rows of its grids.
     """
     settings = public_settings(run.settings)
     dataset, base_model = settings["dataset_name"], settings["pretrained_model_name_or_path"]

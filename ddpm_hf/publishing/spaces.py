@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from .._version import __version__
+from ..common.errors import one_line
 from ..common.ownership import MANIFEST, check_replaceable, listed, replace_files
 from ..inference.kinds import pipeline_class
 from ..training.earlier_run import settle
@@ -234,7 +235,7 @@ def hub_errors_named(what: str) -> Iterator[None]:
     except ValueError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split()).partition(" For more information")[0][:300]
+        reason = one_line(error).partition(" For more information")[0][:300]
         raise ValueError(
             f"{what} ({error.__class__.__name__}: {reason}); check the name, your network, and --token"
         ) from error

@@ -6,12 +6,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ..common.errors import UsageError
 from ..data import choose_caption
-from ..portable.pipeline_text2image_ddpm_hf import cut_off, tokenize
+from ..portable.pipeline_text2image_ddpm_hf import cut_off
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -20,11 +19,11 @@ LONGEST = 77  # tokens that CLIP reads, start and end included
 
 def all_captions(column: Iterable[Any], name: str) -> list[str]:
     """The different captions of a column, sorted."""
-    found = set()
+    texts = set()
     for value in column:
         several = (value or [None]) if isinstance(value, (list, tuple)) else [value]
-        found.update(choose_caption(one, 0, name) for one in several)
-    return sorted(found)
+        texts.update(choose_caption(one, 0, name) for one in several)
+    return sorted(texts)
 
 
 def warn_of_cut_captions(tokenizer: CLIPTokenizer, captions: Iterable[str], most: int = 100_000) -> list[str]:
@@ -107,10 +106,3 @@ def make_text_encoder(tokenizer: CLIPTokenizer, width: int = 128, layers: int = 
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-
-
-def encode_captions(text_encoder, tokenizer, captions: list[str], device: torch.device) -> torch.Tensor:
-    """Captions as what a UNet attends to, [N, L, D]."""
-    ids, mask = tokenize(tokenizer, captions)
-    mask = mask.to(device) if getattr(text_encoder.config, "use_attention_mask", None) else None
-    return text_encoder(ids.to(device), attention_mask=mask)[0]

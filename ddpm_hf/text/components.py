@@ -1,27 +1,31 @@
 """A new text-to-image model: its parts planned and checked before training, then built to fit the images."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from ..common.checkpoints import part_of_run
-from ..common.errors import UsageError
+from ..common.errors import UsageError, one_line
 from ..data import DataFlags
 from ..data.batches import Images
 from ..inference.components import Components, load_text_encoder
 from ..latents.flags import AutoencoderFlags
-from ..models.autoencoder import downscaling, load_autoencoder
+from ..models.autoencoder import load_autoencoder
 from ..models.saving import save_model
-from ..models.sizes import settle_resolution
+from ..models.sizes import read_unet_config, settle_resolution
 from ..models.unet import text_unet_config
 from ..objectives.flags import ScheduleFlags
 from ..portable.pipeline_text2image_ddpm_hf import STABLE_DIFFUSION_SETTINGS
+from ..portable.sampling_ddpm_hf import downscaling
 from ..portable.scheduling_ddpm_hf import DDPMScheduler
 from ..training.run import Run
 from .captions import TOKENIZER_FILES, all_captions, fit_tokenizer, make_text_encoder, read_tokenizer
 from .flags import TextModelFlags
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
 
 TEXT_WIDTH = 128  # of a new text encoder
 
@@ -32,7 +36,7 @@ def fit_to_checkpoint(run: Run, data: DataFlags, components: Components) -> None
     Raises:
         UsageError: a size that the autoencoder cannot halve.
     """
-    factor = downscaling(components.vae)
+    factor = downscaling(components.vae.config.block_out_channels)
     run.log(settle_resolution(data, components.unet.config.sample_size, factor, usual="512", trained=True))
     check_multiples(data, factor)
     height, width = (side // factor for side in data.size())
@@ -78,8 +82,10 @@ def draw_blueprint(
     tokenizer = text_encoder = None
     if model.text_encoder_name_or_path:
         tokenizer, text_encoder = load_text_encoder(model.text_encoder_name_or_path, token)
-    factor = downscaling(vae) if vae is not None else 2 ** (len(autoencoder.widths()) - 1)
-    given = read_unet_config(model.model_config_name_or_path, token) if model.model_config_name_or_path else None
+    factor = downscaling(autoencoder.widths() if vae is None else vae.config.block_out_channels)
+    given = None
+    if model.model_config_name_or_path:
+        given = read_unet_config(model.model_config_name_or_path, token, "UNet2DConditionModel")
     if given is not None:
         line = settle_resolution(data, given.get("sample_size"), factor, usual="32")
     else:
@@ -92,14 +98,15 @@ def draw_blueprint(
     if given is not None:
         unet = given
         unet["sample_size"] = height if height == width else (height, width)
-        for name, wanted in (("in_channels", channels), ("out_channels", channels), ("cross_attention_dim", context)):
-            if unet.setdefault(name, wanted) != wanted:
-                raise UsageError(f"--model_config_name_or_path: {name} is {unet[name]} and must be {wanted} here")
+        expected = {"in_channels": channels, "out_channels": channels, "cross_attention_dim": context}
+        for name, number in expected.items():
+            if unet.setdefault(name, number) != number:
+                raise UsageError(f"--model_config_name_or_path: {name} is {unet[name]} and must be {number} here")
         try:
             with torch.device("meta"):
                 UNet2DConditionModel(**unet)
         except (ValueError, TypeError) as error:
-            raise UsageError(f"--model_config_name_or_path: {' '.join(str(error).split())}") from error
+            raise UsageError(f"--model_config_name_or_path: {one_line(error)}") from error
     else:
         try:
             unet = text_unet_config(channels, (height, width), context)
@@ -140,23 +147,6 @@ def build(
     return Components(vae, text_encoder, tokenizer, unet, blueprint.scheduler, {"sampler": DDPMScheduler})
 
 
-def save_tokenizer(tokenizer, output_dir: str | Path) -> None:
+def save_tokenizer(tokenizer: "CLIPTokenizer", output_dir: str | Path) -> None:
     """Save a new model's tokenizer, as its pipeline will, so that a checkpoint of the run can be sampled before."""
     save_model(tokenizer, Path(output_dir) / "tokenizer", within=output_dir)
-
-
-def read_unet_config(name_or_path: str, token: str | None = None) -> dict:
-    """The arguments in a UNet2DConditionModel's config.
-
-    Raises:
-        UsageError: there is none.
-    """
-    try:
-        loaded = UNet2DConditionModel.load_config(name_or_path, token=token)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UsageError(f"--model_config_name_or_path {name_or_path}: no config there ({reason})") from error
-    if loaded.get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel":
-        kind = loaded["_class_name"]
-        raise UsageError(f"--model_config_name_or_path {name_or_path}: a {kind}, not a UNet2DConditionModel")
-    return {name: value for name, value in loaded.items() if not name.startswith("_")}

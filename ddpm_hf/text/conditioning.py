@@ -1,14 +1,18 @@
 """The network that is trained on captions, and the captions as its input."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from diffusers import UNet2DConditionModel
 
 from ..common.randomness import StepKeys
 from ..inference.components import Components
 from ..models.acceleration import choose_execution
-from ..portable.pipeline_text2image_ddpm_hf import tokenize
+from ..portable.pipeline_text2image_ddpm_hf import encode_texts, tokenize
 from ..training.flags import TrainingFlags
-from .captions import encode_captions
+
+if TYPE_CHECKING:
+    from ..portable.scheduling_ddpm_hf import DDPMScheduler
 
 
 class TextConditioned(torch.nn.Module):
@@ -22,7 +26,9 @@ class TextConditioned(torch.nn.Module):
         """What is saved, by the names of its folders."""
         return {"unet": self.unet} | ({} if self.text_encoder is None else {"text_encoder": self.text_encoder})
 
-    def forward(self, x_t: torch.Tensor, timesteps: torch.Tensor, text: torch.Tensor, mask=None) -> torch.Tensor:
+    def forward(
+        self, x_t: torch.Tensor, timesteps: torch.Tensor, text: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """x_t [N, C, h, w], t [N], and ids [N, L] or embeddings [N, L, D] -> the prediction [N, C, h, w]."""
         if not text.is_floating_point():
             text = self.text_encoder(text, attention_mask=mask)[0]
@@ -56,11 +62,19 @@ def caption_input(
     if learns:
         return tokenize(components.tokenizer, captions)[0].to(device)
     with torch.no_grad():
-        return encode_captions(components.text_encoder, components.tokenizer, captions, device)
+        return encode_texts(components.text_encoder, components.tokenizer, captions, device)
 
 
 @torch.no_grad()
-def dream_noise(model, scheduler, x_start, noise, timesteps, text, power: float) -> torch.Tensor:
+def dream_noise(
+    model: torch.nn.Module,
+    scheduler: "DDPMScheduler",
+    x_start: torch.Tensor,
+    noise: torch.Tensor,
+    timesteps: torch.Tensor,
+    text: torch.Tensor,
+    power: float,
+) -> torch.Tensor:
     """The noise moved by λ times the model's own error, λ = √(1-ᾱ)^p (Zhou et al. 2023, Algorithm 1)."""
     x_t = scheduler.add_noise(x_start, noise, timesteps)
     predicted = scheduler.predict_original_sample(model(x_t, timesteps, text).float(), timesteps, x_t)

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from diffusers import AutoencoderKL
@@ -13,18 +14,22 @@ from ..data.batches import Images
 from ..data.buckets import BucketedDataset, bucket_sizes, bucketed
 from ..inference.components import Components
 from ..latents.cache import cache_embeddings, cached_latents, check_cacheable
-from ..models.autoencoder import downscaling
 from ..objectives.losses import check_objective
-from ..portable.pipeline_text2image_ddpm_hf import cut_off
+from ..portable.pipeline_text2image_ddpm_hf import cut_off, encode_texts
+from ..portable.sampling_ddpm_hf import downscaling
 from ..portable.scheduling_ddpm_hf import DDPMScheduler
 from ..training.plan import StepPlan
 from ..training.previews import draw_grid
 from ..training.reporting import run_lines
 from ..training.run import Run
-from .captions import all_captions, encode_captions, warn_of_cut_captions
+from .captions import all_captions, warn_of_cut_captions
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTokenizer
 
 
-def log_cut_texts(run: Run, prompts: list[str], images: Images, tokenizer) -> None:
+def log_cut_texts(run: Run, prompts: list[str], images: Images, tokenizer: "CLIPTokenizer") -> None:
     """Say once which captions and prompts the text encoder does not read to their ends."""
     captions = [] if images.dataset is None else all_captions(images.dataset.captions, images.rows.name)
     lines = warn_of_cut_captions(tokenizer, captions)
@@ -45,10 +50,10 @@ def default_prompts(given: list[str], embedded: bool, images: Images) -> list[st
     return captions[:: max(1, len(captions) // 8)][:8]
 
 
-def in_buckets(run: Run, images: Images, data: DataFlags, vae: AutoencoderKL, unet) -> Images:
+def in_buckets(run: Run, images: Images, data: DataFlags, vae: AutoencoderKL, unet: "UNet2DConditionModel") -> Images:
     """The images by aspect ratio, in sizes that autoencoder and UNet can halve."""
     widths = unet["block_out_channels"] if isinstance(unet, dict) else unet.config.block_out_channels
-    sizes = bucket_sizes(*data.size(), downscaling(vae) * 2 ** (len(widths) - 1))
+    sizes = bucket_sizes(*data.size(), downscaling(vae.config.block_out_channels) * downscaling(widths))
     dataset = bucketed(images.dataset, sizes, cached=should_cache(images.rows, images.transform, data.cache_dataset))
     counts = (f"{p.transform.height}x{p.transform.width}: {len(p)}" for p in dataset.parts)
     run.log(f"images by size: {', '.join(counts)}")
@@ -68,7 +73,7 @@ def cached(
     embeddings = null = None
     if with_captions:
         encode = functools.partial(
-            encode_captions, components.text_encoder, components.tokenizer, device=accelerator.device
+            encode_texts, components.text_encoder, components.tokenizer, device=accelerator.device
         )
         captions = all_captions([*images.dataset.captions, ""], images.rows.name)
         embeddings = cache_embeddings(
@@ -130,7 +135,7 @@ def check_schedule(scheduler: DDPMScheduler, loss_type: str, snr_gamma: float | 
 
 
 def draw_prompts(
-    model, step: int, *, run: Run, pipeline_of: Callable, prompts: list[str], num_inference_steps: int
+    model: torch.nn.Module, step: int, *, run: Run, pipeline_of: Callable, prompts: list[str], num_inference_steps: int
 ) -> Path | None:
     """A grid with a row for each prompt."""
     pipeline, prompts = pipeline_of(model), prompts[: run.flags.eval_batch_size]

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -15,20 +16,20 @@ from .sharded import cut_like
 SCALARS = "ema.json"  # where a model of transformers keeps what Diffusers' models keep in their config
 
 
-def make_ema(config: TrainingFlags, part: torch.nn.Module, device: torch.device) -> EMAModel:
+def make_ema(flags: TrainingFlags, part: torch.nn.Module, device: torch.device) -> EMAModel:
     """The EMA of a part's weights, on its device, or on the CPU with --offload_ema."""
     ema = EMAModel(
         part.parameters(),
-        decay=config.ema_max_decay,
-        min_decay=config.ema_min_decay,
+        decay=flags.ema_max_decay,
+        min_decay=flags.ema_min_decay,
         use_ema_warmup=True,
-        inv_gamma=config.ema_inv_gamma,
-        power=config.ema_power,
-        foreach=config.foreach_ema,
+        inv_gamma=flags.ema_inv_gamma,
+        power=flags.ema_power,
+        foreach=flags.foreach_ema,
         model_cls=type(part),
         model_config=part.config,
     )
-    ema.pin_memory() if config.offload_ema and device.type == "cuda" else ema.to(device)
+    ema.pin_memory() if flags.offload_ema and device.type == "cuda" else ema.to(device)
     return ema
 
 
@@ -50,7 +51,7 @@ def update_ema(ema: EMAModel, part: torch.nn.Module, taken: torch.Tensor | None 
 
 
 @contextlib.contextmanager
-def ema_weights(ema: EMAModel, part: torch.nn.Module):
+def ema_weights(ema: EMAModel, part: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """The part with its averaged weights; then with its own again."""
     ema.store(part.parameters())
     ema.copy_to(part.parameters())
@@ -61,7 +62,7 @@ def ema_weights(ema: EMAModel, part: torch.nn.Module):
 
 
 @contextlib.contextmanager
-def raw_weights(ema: EMAModel, part: torch.nn.Module):
+def raw_weights(ema: EMAModel, part: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """Within `ema_weights`: the part with its own weights; then with the averaged ones again."""
     ema.restore(part.parameters())
     try:

@@ -22,7 +22,7 @@ from ..common.checkpoints import (
     made_by_diffusers,
     seal,
 )
-from ..common.errors import UsageError
+from ..common.errors import UsageError, one_line
 from ..common.files import flush
 from ..common.layout import METRICS_FILE, TIMINGS_FILE
 from ..common.ownership import claim_files, release_files
@@ -85,7 +85,7 @@ def find_checkpoint(output_dir: Path, wanted: str, warn: Callable[[str], object]
         warn: called with a line for each broken checkpoint that `latest` passed over.
 
     Raises:
-        UsageError: a named checkpoint that does not exist or is broken; or checkpoints, but no whole one.
+        UsageError: a named checkpoint that does not exist or is broken; or checkpoints, but no complete one.
     """
     if wanted == "latest":
         there = list_checkpoints(output_dir)
@@ -111,7 +111,7 @@ def find_checkpoint(output_dir: Path, wanted: str, warn: Callable[[str], object]
 def rotate(output_dir: Path, limit: int | None) -> list[Path]:
     """Remove all but the newest `limit` checkpoints, and those set aside that the run has written anew; which ones.
 
-    Only complete checkpoints of ours are counted and removed.
+    Only complete checkpoints of this package are counted and removed.
     """
     kept = list_checkpoints(output_dir, complete=True)
     for path in output_dir.glob("checkpoint-*.superseded"):
@@ -145,7 +145,7 @@ LOGS = (METRICS_FILE, TIMINGS_FILE)
 
 
 def save_checkpoint(run: Run, state: TrainingState, limit: int | None) -> str | None:
-    """Write `checkpoint-N`, whole or not at all, then let the oldest go. All ranks take part.
+    """Write `checkpoint-N` atomically, then remove the oldest. All ranks take part.
 
     Returns:
         What kept it from being written, for all ranks; then nothing of it is left, and no other has gone.
@@ -154,12 +154,12 @@ def save_checkpoint(run: Run, state: TrainingState, limit: int | None) -> str | 
     partial, final = (output_dir / f"checkpoint-{state.step}{suffix}" for suffix in (".partial", ""))
     meter = state.meter.gathered(accelerator)
 
-    def begin():
+    def begin() -> None:
         claim_files(output_dir, [f"{final.name}/"])
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()  # and no parent: where the folder has gone, as with a disk, another would fill in its place
 
-    def finish():
+    def finish() -> None:
         save_tensors(partial, state.extra)
         for log in LOGS:  # a checkpoint that outlives a power cut must find all that was logged before it
             if (output_dir / log).is_file():
@@ -197,7 +197,7 @@ def remove_earlier_run(run: Run) -> None:
     An autoencoder's checkpoint counts: its folder lies within that of the run.
     """
 
-    def remove():
+    def remove() -> None:
         for folder in (run.folder, run.folder.parent):
             if replaces(folder):
                 let_go(folder)
@@ -209,7 +209,7 @@ def remove_earlier_run(run: Run) -> None:
 def rotate_checkpoints(run: Run, limit: int | None) -> None:
     """Remove the checkpoints that are too many. All ranks take part."""
 
-    def remove():
+    def remove() -> None:
         release_files(run.folder, [f"{path.name}/" for path in rotate(run.folder, limit)])
 
     if stuck := run.attempt(remove):
@@ -240,7 +240,7 @@ def load_checkpoint(accelerator: Accelerator, state: TrainingState, checkpoint: 
     except UsageError:
         raise
     except Exception as error:  # whatever a stranger's file makes the libraries raise
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise UsageError(
             f"{checkpoint} cannot be resumed: malformed checkpoint ({type(error).__name__}: {reason})"
         ) from error

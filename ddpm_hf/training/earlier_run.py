@@ -37,19 +37,19 @@ from ..common.ownership import (
 def in_the_way(folder: Path, entries: Sequence[Entry], ours: Iterable[str]) -> list[str]:
     """What exists under the names that a run is to write, and is not of `ours`."""
     ours = set(ours)
-    found = [name for one in entries for name in matching(folder, one.pattern) if name not in ours]
+    names = [name for one in entries for name in matching(folder, one.pattern) if name not in ours]
     if os.path.lexists(folder / EARLIER) and _record(folder) is None:
-        found.append(EARLIER)
+        names.append(EARLIER)
     parents = {parent.as_posix() for one in entries for parent in PurePosixPath(one.pattern).parents}
-    return [*found, *sorted(name for name in parents if os.path.isfile(folder / name))]
+    return [*names, *sorted(name for name in parents if os.path.isfile(folder / name))]
 
 
 def cannot_be_moved(folder: Path, entries: Sequence[Entry], ours: Iterable[str]) -> list[str]:
     """What of a run lies behind a link that leaves the folder, and foreign files within its checkpoints."""
     names = {name for one in entries for name in matching(folder, one.pattern)}.intersection(ours)
-    found = [name for name in sorted(names) if not is_within(folder, name)]
+    outside = [name for name in sorted(names) if not is_within(folder, name)]
     checkpoints = (name for name in sorted(names) if name.endswith("/"))
-    return found + [f"{name}{stranger}" for name in checkpoints for stranger in unlisted_files(folder / name)]
+    return outside + [f"{name}{stranger}" for name in checkpoints for stranger in unlisted_files(folder / name)]
 
 
 def this_process() -> dict[str, Any]:
@@ -131,7 +131,7 @@ def let_go(folder: str | Path) -> None:
 
 
 def bring_back(folder: str | Path) -> None:
-    """Put the run that was set aside in its place again; the files of the run that was to replace it go."""
+    """Put the run that was set aside back; the files of the run that was to replace it go."""
     folder = Path(folder)
     aside, record = folder / EARLIER, _record(folder)
     for name in run_files(folder) if load_manifest(folder).get("replaces") else ():
@@ -203,10 +203,10 @@ _UNFINISHED = re.compile(r"\.(saving-|writing-|publishing-|.+\.)[a-z0-9_]{8}\.pa
 
 def remove_unfinished(folder: Path) -> None:
     """Remove what killed writes left in a run's folder; no other process may be writing there."""
-    places = {PurePosixPath(entry.pattern).parent.as_posix() for entry in LAYOUT}
+    folders = {PurePosixPath(entry.pattern).parent.as_posix() for entry in LAYOUT}
     names = [
         path.relative_to(folder).as_posix()
-        for pattern in (*places, "cache/*")
+        for pattern in (*folders, "cache/*")
         for path in folder.glob(f"{pattern}/.*.partial")
         if _UNFINISHED.fullmatch(path.name)
     ]

@@ -5,7 +5,9 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,7 +23,7 @@ class Terminated(BaseException):
     """SIGTERM, outside of the training loop."""
 
 
-def end_by_sigterm(number, frame) -> None:
+def end_by_sigterm(number: int, frame: Any) -> None:
     """Handle SIGTERM by unwinding, so that an earlier run comes back."""
     raise Terminated
 
@@ -31,7 +33,7 @@ def where_it_goes_on(output_dir: str) -> str:
     if replaces(output_dir):
         return f"; the run that was in {output_dir} is there again"
     checkpoints = list_checkpoints(Path(output_dir), complete=True)
-    return f"; {checkpoints[-1]} is whole, go on with --resume_from_checkpoint latest" if checkpoints else ""
+    return f"; {checkpoints[-1]} is complete, go on with --resume_from_checkpoint latest" if checkpoints else ""
 
 
 def explained(error: BaseException, output_dir: str, mendable: tuple[type, ...]) -> tuple[int, str] | None:
@@ -45,7 +47,9 @@ def explained(error: BaseException, output_dir: str, mendable: tuple[type, ...])
         return 1, f"{error}{goes_on}"
     if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
         return 1, DEAD_WORKER + goes_on
-    lost = any(words in str(error) for words in ("gloo", "onnection closed by peer", "onnection reset by peer"))
+    lost = any(
+        words in str(error).lower() for words in ("gloo", "connection closed by peer", "connection reset by peer")
+    )
     if isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and lost):
         return 1, LOST_CONTACT + goes_on
     if isinstance(error, OSError) and error.errno is not None:
@@ -54,7 +58,7 @@ def explained(error: BaseException, output_dir: str, mendable: tuple[type, ...])
 
 
 @contextlib.contextmanager
-def ends_in_one_line(program: str, output_dir: str, *mendable: type):
+def ends_in_one_line(program: str, output_dir: str, *mendable: type) -> Iterator[None]:
     """Turn what is understood into one line on stderr and an exit code, with no traceback; the process is as before.
 
     Args:
@@ -65,7 +69,7 @@ def ends_in_one_line(program: str, output_dir: str, *mendable: type):
 
 
 @contextlib.contextmanager
-def _in_one_line(program: str, output_dir: str, mendable: tuple[type, ...]):
+def _in_one_line(program: str, output_dir: str, mendable: tuple[type, ...]) -> Iterator[None]:
     handler = signal.getsignal(signal.SIGTERM)
     if "WORLD_SIZE" not in os.environ and handler == signal.SIG_DFL:  # a rank that waits for others cannot answer
         with contextlib.suppress(ValueError):  # not the main thread
@@ -79,21 +83,21 @@ def _in_one_line(program: str, output_dir: str, mendable: tuple[type, ...]):
         print(f"{program}: interrupted{where_it_goes_on(output_dir)}", file=sys.stderr)
         raise SystemExit(130) from None
     except Exception as error:
-        own = error.own if isinstance(error, EndedTogetherError) else error
-        found = (1, None) if own is None else explained(own, output_dir, mendable)
-        if found is None and own is error:
+        cause = error.local if isinstance(error, EndedTogetherError) else error
+        code, line = (1, None) if cause is None else explained(cause, output_dir, mendable) or (1, None)
+        if line is None and cause is error:
             raise
-        if found is None:
-            traceback.print_exception(own)
-        elif found[1] is not None:
-            # another rank than the main one speaks into that one's progress bar
+        if line is None and cause is not None:
+            traceback.print_exception(cause)
+        elif line is not None:
+            # another rank than the main one writes into that one's progress bar
             before = "\n" if os.environ.get("LOCAL_RANK", "0") != "0" else ""
-            print(f"{before}{program}: error: {one_line(found[1])}", file=sys.stderr, flush=True)
+            print(f"{before}{program}: error: {one_line(line)}", file=sys.stderr, flush=True)
         if isinstance(error, EndedTogetherError):  # or a launcher would end the others before they have spoken
             with contextlib.suppress(RuntimeError):
                 torch.distributed.barrier()
                 torch.distributed.destroy_process_group()
-        raise SystemExit(found[0] if found else 1) from None
+        raise SystemExit(code) from None
     finally:
         give_back_earlier_run(output_dir)
 

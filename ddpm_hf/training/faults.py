@@ -7,6 +7,8 @@ machine failed (a disk, a process) and the same command line goes on once that i
 import torch
 from safetensors import SafetensorError
 
+from ..common.errors import one_line
+
 OUT_OF_MEMORY = (
     "out of memory: make --train_batch_size smaller (--gradient_accumulation_steps makes up for it), add"
     " --gradient_checkpointing or --mixed_precision bf16; where a grid was sampled, make --eval_batch_size smaller"
@@ -18,17 +20,17 @@ LOST_CONTACT = "lost contact with the run's other processes: one of them ended, 
 
 
 class EndedTogetherError(Exception):
-    """All ranks end for one reason, which one of them tells; `own` is that rank's error, None on the others."""
+    """All ranks end for one reason, which one of them tells; `local` is that rank's error, None on the others."""
 
-    def __init__(self, own: BaseException | None):
-        super().__init__(str(own))
-        self.own = own
+    def __init__(self, local: BaseException | None):
+        super().__init__(str(local))
+        self.local = local
 
 
 def storage_fault(error: BaseException) -> str | None:
     """What kept something from being written, in a few words; None for an error of another kind."""
     if isinstance(error, OSError):
-        return (error.strerror or " ".join(str(error).split())) + (f": {error.filename}" if error.filename else "")
+        return (error.strerror or one_line(error)) + (f": {error.filename}" if error.filename else "")
     if isinstance(error, SafetensorError):
         return str(error).removeprefix("Error while serializing: ")
     if isinstance(error, RuntimeError) and "inline_container" in str(error):  # torch.save, of a disk that is full

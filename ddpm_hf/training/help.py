@@ -6,6 +6,7 @@ import difflib
 import re
 import textwrap
 from collections.abc import Iterable
+from typing import Any
 
 EPILOG = "Hyphens work as well as underscores, and --flag=VALUE as well as --flag VALUE. A switch takes no value."
 
@@ -13,7 +14,7 @@ EPILOG = "Hyphens work as well as underscores, and --flag=VALUE as well as --fla
 class FlagFormatter(argparse.HelpFormatter):
     """Shows a flag by its spellings with underscores, what it takes, and its default where that says something."""
 
-    def __init__(self, prog: str, **options):
+    def __init__(self, prog: str, **options: Any):
         super().__init__(prog, max_help_position=30, **options)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:

@@ -27,10 +27,10 @@ def launched_precision() -> Precision | None:
     Raises:
         UsageError: one that is not supported.
     """
-    found = _of_the_notebook() or _of_the_environment()
-    if found is not None and found.name not in ("fp16", "bf16"):
-        raise UsageError(f"{found.source}: {found.name} is not supported; use bf16, fp16 or no")
-    return found
+    precision = _of_the_notebook() or _of_the_environment()
+    if precision is not None and precision.name not in ("fp16", "bf16"):
+        raise UsageError(f"{precision.source}: {precision.name} is not supported; use bf16, fp16 or no")
+    return precision
 
 
 def _of_the_environment() -> Precision | None:

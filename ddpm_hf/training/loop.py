@@ -38,7 +38,7 @@ def training_loop(
 
     Args:
         batches: this rank's batches from `state.step` on, as `plan` says; their `index` [N] are the samples' rows.
-        compute_loss: (model, batch, keys) -> `Losses`; what it draws, it draws from `keys`.
+        compute_loss: (model, batch, keys) -> `Losses`; all its random numbers come from `keys`.
         validate, draw, save: given the model, in eval mode and with the EMA weights, the last two also the step.
             `validate` and `draw` run on all ranks, `save` on the main one. `draw` returns what it has written.
         saves_checkpoints: whether `save` is called at each checkpoint too, before it is written.

@@ -1,12 +1,15 @@
 """Losses, and their running means."""
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from accelerate.utils import gather_object
 
 from ..common.errors import UsageError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 class Losses(NamedTuple):
@@ -28,7 +31,7 @@ class Meter:
     device: torch.device
     sums: torch.Tensor = field(init=False)  # [2, 1 + groups, 2]: sum and compensation, of losses and of their count
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
@@ -48,11 +51,11 @@ class Meter:
         total = sums + values
         self.sums = torch.stack([total, (total - sums) - values])
 
-    def gathered(self, accelerator) -> list:
+    def gathered(self, accelerator: "Accelerator") -> list:
         """Every rank's sums, for a checkpoint."""
         return accelerator.gather(self.sums[None]).tolist()
 
-    def restore(self, gathered: list, accelerator) -> None:
+    def restore(self, gathered: list, accelerator: "Accelerator") -> None:
         """Take up what `gathered` gave: this rank's sums where the ranks are as many, else all on the main one."""
         sums = torch.tensor(gathered, dtype=torch.float64)
         if sums.ndim == 3:  # of a checkpoint without compensation
@@ -66,7 +69,7 @@ class Meter:
         else:
             self.reset()
 
-    def means(self, accelerator) -> dict[str, float]:
+    def means(self, accelerator: "Accelerator") -> dict[str, float]:
         """The means over all ranks since the last reset; a group that saw nothing is left out."""
         gathered = accelerator.gather(self.sums[None]).cpu().double()
         sums = (gathered[:, 0] - gathered[:, 1]).sum(0).tolist()

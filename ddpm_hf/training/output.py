@@ -90,7 +90,7 @@ class TrainingOutput:
         with (
             contextlib.suppress(InterruptedSamplingError),
             averaged_weights(self.state, self.model) as averaged,
-            stop.interrupting(self.state.whole_parts.values()),
+            stop.interrupting(self.state.full_parts.values()),
         ):
             path = draw(averaged, self.state.step)
             self.state.grid_due = False

@@ -10,9 +10,9 @@ import copy
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
@@ -95,7 +95,7 @@ class OneLineParser(HfArgumentParser):
         }
         HfArgumentParser._parse_dataclass_field(parser, plain)
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         """End with exit code 2 and one line."""
         unknown = message.partition("unrecognized arguments: ")[2].split(" ")[0]
         reason = self.absent.get(bare_name(unknown))
@@ -119,7 +119,7 @@ class OneLineParser(HfArgumentParser):
         known = self._option_string_actions
         return underscored + equals + value if flag not in known and underscored in known else word
 
-    def parse_known_args(self, args=None, namespace=None):
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """As argparse, with hyphens for underscores in any flag, and `~` in any value."""
         return super().parse_known_args([expand_home(self.spelled(word)) for word in args or []], namespace)
 
@@ -228,7 +228,7 @@ def read_config_file(path: str) -> dict[str, Any]:
         json_given = path.endswith(".json")
         values = json.loads(text, object_pairs_hook=_each_key_once) if json_given else _read_yaml(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: also an impossible date, or number
-        raise UsageError(f"--config {path}: not YAML or JSON ({' '.join(str(error).split())})") from error
+        raise UsageError(f"--config {path}: not YAML or JSON ({one_line(error)})") from error
     if values is None:
         return {}
     if not isinstance(values, dict):

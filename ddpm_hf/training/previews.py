@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object
@@ -16,6 +16,9 @@ from .reporting import shows_bars
 from .run import Run
 from .stopping import InterruptedSamplingError
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
 INTERRUPTED = "interrupted"
 
 CHAIN_ROWS, CHAIN_MOMENTS = 8, 10  # of the strip of predictions: images, and moments of each one's chain
@@ -23,7 +26,7 @@ CHAIN_ROWS, CHAIN_MOMENTS = 8, 10  # of the strip of predictions: images, and mo
 
 def draw_grid(
     run: Run,
-    pipeline,
+    pipeline: "DiffusionPipeline",
     requests: int | Sequence[Any],
     columns: int | None,
     step: int,
@@ -51,7 +54,7 @@ def draw_grid(
     )
     local = list(range(accelerator.process_index, count, accelerator.num_processes))
     shown = set(range(0, count, columns or 1)[:CHAIN_ROWS])
-    drawn, fault = [], None
+    samples, fault = [], None
     try:
         if local:
             seeds = [keyed_seed(run.seed, "sample", 0, index) for index in local]
@@ -64,22 +67,22 @@ def draw_grid(
                 [frame.prediction[i] for frame in output.frames or [] if index in shown]
                 for i, index in enumerate(local)
             ]
-            drawn = list(zip(local, output.images, chains))
+            samples = list(zip(local, output.images, chains))
     except InterruptedSamplingError:
         fault = INTERRUPTED
     except Exception as error:
         if not out_of_memory(error):
             raise
         fault = "out of memory; make --eval_batch_size smaller"
-    parts = gather_object([(fault, drawn)])  # of all ranks, whatever happened to this one
+    parts = gather_object([(fault, samples)])  # of all ranks, whatever happened to this one
     faults = [fault for fault, _ in parts if fault is not None]
     if INTERRUPTED in faults:
         raise InterruptedSamplingError
     if not faults and accelerator.is_main_process:
-        drawn = sorted((one for _, part in parts for one in part), key=lambda one: one[0])
-        scale, folder = max(1, 64 // drawn[0][1].width), run.folder / "samples"
-        grid = image_grid([image for _, image, _ in drawn], columns, scale=scale, legend=legend)
-        chains = [chain for index, _, chain in drawn if index in shown]
+        samples = sorted((one for _, part in parts for one in part), key=lambda one: one[0])
+        scale, folder = max(1, 64 // samples[0][1].width), run.folder / "samples"
+        grid = image_grid([image for _, image, _ in samples], columns, scale=scale, legend=legend)
+        chains = [chain for index, _, chain in samples if index in shown]
         strip = image_grid([image for chain in chains for image in chain], len(chains[0]), scale=scale, legend=legend)
         try:
             claim_files(run.folder, [f"samples/{kind}-{step:06d}.png" for kind in ("step", "chain")])

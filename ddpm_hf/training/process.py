@@ -49,15 +49,15 @@ def _of_torch() -> Iterator[Callable[[], object]]:
     yield lambda: torch.set_num_threads(threads)
     if not torch.accelerator.is_available():
         yield keep_freed_memory()
-    for place in (torch.backends.cuda.matmul, torch.backends.cudnn):
-        yield _attribute(place, "allow_tf32")
+    for backend in (torch.backends.cuda.matmul, torch.backends.cudnn):
+        yield _attribute(backend, "allow_tf32")
     state = torch.get_rng_state()
     yield lambda: torch.set_rng_state(state)
 
 
-def _attribute(place, name: str) -> Callable[[], object]:
-    value = getattr(place, name)
-    return lambda: setattr(place, name, value)
+def _attribute(owner: object, name: str) -> Callable[[], object]:
+    value = getattr(owner, name)
+    return lambda: setattr(owner, name, value)
 
 
 def _of_libraries() -> Iterator[Callable[[], object]]:
@@ -75,7 +75,7 @@ def _of_libraries() -> Iterator[Callable[[], object]]:
 def _of_the_process() -> Iterator[Callable[[], object]]:
     handler = signal.getsignal(signal.SIGTERM)
 
-    def put_back():
+    def put_back() -> None:
         with contextlib.suppress(ValueError):  # not the main thread
             signal.signal(signal.SIGTERM, handler)
 

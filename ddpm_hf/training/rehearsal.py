@@ -10,7 +10,7 @@ import torch
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 
 from ..common.arguments import SHORTER_TRAINING
-from ..common.errors import UsageError
+from ..common.errors import UsageError, one_line
 from ..common.randomness import StepKeys, keyed_seed
 from .ending import explained
 from .plan import StepPlan
@@ -57,7 +57,7 @@ def rehearse(
         except (RuntimeError, ValueError) as error:
             if explained(error, run.flags.output_dir, ()) is not None or _is_of_data(error):
                 raise
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error, 300)
             raise UsageError(f"the first batch does not fit the model: {reason}") from error
         finally:
             for name, one in state.extra.items():
@@ -149,7 +149,7 @@ def _is_of_data(error: Exception) -> bool:
 
 
 @contextlib.contextmanager
-def agreed_failure(run: Run):
+def agreed_failure(run: Run) -> Iterator[None]:
     """Whatever one rank raises within ends all of them; the first of them to fail says why."""
     error = None
     try:

@@ -8,8 +8,8 @@ import contextlib
 import shlex
 import sys
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
@@ -20,6 +20,9 @@ from .plan import StepPlan
 from .run import Run
 from .sessions import hardware
 from .state import TrainingState
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 FEW_STEPS, FEW_SECONDS = 10, 5.0  # what is measured before the time of a step is said
 LONG_ON_A_CPU = 12 * 3600  # seconds of a training after which another model is suggested
@@ -57,7 +60,7 @@ def table(lines: dict[str, str]) -> str:
     return "\n".join(f"{name:>{width}}  {value}" for name, value in lines.items())
 
 
-def precision(accelerator) -> str:
+def precision(accelerator: "Accelerator") -> str:
     """What the model computes in."""
     tf32 = accelerator.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
     half = accelerator.mixed_precision
@@ -69,7 +72,7 @@ def run_lines(run: Run, plan: StepPlan) -> dict[str, str]:
     flags = run.flags
     epochs = "" if plan.samples is None else f" ({plan.steps_per_epoch:,} an epoch)"
     return {
-        "batch": f"{plan.batch_size} × {plan.world} process{'es'[: 2 * (plan.world > 1)]} × {plan.accumulation}"
+        "batch": f"{plan.batch_size} × {plan.world} process{'es' if plan.world > 1 else ''} × {plan.accumulation}"
         f" accumulated = {plan.global_batch * plan.accumulation}",
         "steps": f"{plan.total:,}{epochs}",
         "device": f"{hardware(run.accelerator)}, {precision(run.accelerator)}",
@@ -157,7 +160,7 @@ class Progress:
         advice: what to do where this is long on a CPU.
     """
 
-    def __init__(self, accelerator, total_steps: int, first_step: int, advice: str = SHORTER_TRAINING):
+    def __init__(self, accelerator: "Accelerator", total_steps: int, first_step: int, advice: str = SHORTER_TRAINING):
         self.speaks, self.on_cpu = accelerator.is_main_process, accelerator.device.type == "cpu"
         self.total, self.step, self.advice = total_steps, first_step, advice
         self.bar = tqdm(
@@ -170,10 +173,10 @@ class Progress:
         self.paused = 0.0  # seconds since then that went into pictures and files
         self.said_pace = False
 
-    def __enter__(self):
+    def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: Any) -> None:
         self.bar.close()
 
     def done(self, step: int) -> None:
@@ -189,7 +192,7 @@ class Progress:
             self.say_pace(training / steps)
 
     @contextlib.contextmanager
-    def pause(self):
+    def pause(self) -> Iterator[None]:
         """Within, time is not that of steps."""
         begin = time.perf_counter()
         yield

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 from tqdm.auto import tqdm
 
-from ..common.errors import RunError
+from ..common.errors import RunError, one_line
 from ..common.layout import Entry
 from .faults import EndedTogetherError, storage_fault
 from .flags import Flags, GridFlags, TrainingFlags
@@ -142,5 +142,5 @@ class Run:
                 action(tracker)
             except Exception as error:  # of whatever library: figures are in metrics.jsonl too
                 self.accelerator.trackers.remove(tracker)
-                reason = " ".join(str(error).split())[:200]
+                reason = one_line(error, 200)
                 self.warn(f"{tracker.name} fails ({error.__class__.__name__}: {reason}); going on without it")

@@ -5,36 +5,39 @@ import importlib.metadata
 import platform
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 PACKAGES = ("torch", "diffusers", "accelerate", "transformers", "datasets")
 
 
-def hardware(accelerator) -> str:
+def hardware(accelerator: "Accelerator") -> str:
     """What computes, such as `2 × NVIDIA A100-SXM4-80GB` or `CPU, 2 threads of Intel(R) Xeon(R) Processor`."""
     if accelerator.device.type == "cuda":
         return f"{accelerator.num_processes} × {torch.cuda.get_device_name(accelerator.device)}"
     threads = torch.get_num_threads() * accelerator.num_processes
-    return f"{accelerator.device.type.upper()}, {threads} thread{'s'[: threads - 1]} of {processor()}"
+    return f"{accelerator.device.type.upper()}, {threads} thread{'s' if threads > 1 else ''} of {processor()}"
 
 
 def processor() -> str:
     """The CPU's name."""
-    about = Path("/proc/cpuinfo")
-    lines = about.read_text(encoding="utf-8", errors="replace").splitlines() if about.is_file() else []
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines() if cpuinfo.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return next(iter(names), platform.processor() or platform.machine())
 
 
 class Sessions:
-    """The sessions of a run; the last is this process's own."""
+    """The sessions of a run; the last is this process's."""
 
-    def __init__(self, accelerator):
+    def __init__(self, accelerator: "Accelerator"):
         self.before: list[dict[str, Any]] = []
         self.started = time.perf_counter()
-        self.own = {
+        self.current = {
             "first_step": 0,
             "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
             "hardware": hardware(accelerator),
@@ -45,9 +48,9 @@ class Sessions:
 
     def resume(self, before: list[dict[str, Any]], step: int) -> None:
         """Follow those that a checkpoint at `step` tells of."""
-        self.before, self.own["first_step"] = before, step
+        self.before, self.current["first_step"] = before, step
 
     def until(self, step: int) -> list[dict[str, Any]]:
         """All sessions that trained, up to a step, with the seconds that each took."""
-        own = {**self.own, "last_step": step, "seconds": round(time.perf_counter() - self.started, 1)}
-        return [*self.before, own] if step > own["first_step"] or not self.before else self.before
+        current = {**self.current, "last_step": step, "seconds": round(time.perf_counter() - self.started, 1)}
+        return [*self.before, current] if step > current["first_step"] or not self.before else self.before

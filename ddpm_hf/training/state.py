@@ -1,9 +1,10 @@
 """What a run consists of, and what of it a checkpoint holds."""
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -11,7 +12,10 @@ from ..common.errors import UsageError
 from .averaging import ema_weights, load_ema, save_ema
 from .meter import Meter
 from .sessions import Sessions
-from .sharded import WholeModel, whole_ema
+from .sharded import FullModel, full_ema
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 @dataclass
@@ -29,26 +33,26 @@ class TrainingState:
     step: int = 0  # optimizer steps taken
     nonfinite_steps: int = 0  # skipped, in a row
     grid_due: bool = False  # pictures of this step that a stop prevented
-    whole: WholeModel | None = None  # where the model is sharded
+    full: FullModel | None = None  # where the model is sharded
     figures: dict[str, float] = field(default_factory=dict)  # those logged last, without the learning rate
     first_pass: float = 0.0  # seconds of the first batch, forward and backward, before training
     given_up: set[str] = field(default_factory=set)  # files that are no longer written
     facts: dict[str, Any] = field(default_factory=dict)  # what a resumed run must share; into the manifest
 
     @property
-    def whole_parts(self) -> dict[str, torch.nn.Module]:
+    def full_parts(self) -> dict[str, torch.nn.Module]:
         """The parts that can be called and saved by one rank alone."""
-        return self.parts if self.whole is None else self.whole.parts
+        return self.parts if self.full is None else self.full.parts
 
 
-def register_model_hooks(accelerator, state: TrainingState) -> None:
+def register_model_hooks(accelerator: "Accelerator", state: TrainingState) -> None:
     """Make Accelerate's checkpoints hold each part as Diffusers does: under `NAME/`, its EMA under `NAME_ema/`."""
 
-    def save(models, weights, output_dir):
-        if state.whole is not None:
-            state.whole.fill(state.model, {}, accelerator.device)
-        for name, part in state.whole_parts.items():
-            with whole_ema(state.emas[name]) if name in state.emas else contextlib.nullcontext() as ema:
+    def save(models: list[torch.nn.Module], weights: list[dict], output_dir: str) -> None:
+        if state.full is not None:
+            state.full.fill(state.model, {}, accelerator.device)
+        for name, part in state.full_parts.items():
+            with full_ema(state.emas[name]) if name in state.emas else contextlib.nullcontext() as ema:
                 if accelerator.is_main_process:
                     part.save_pretrained(Path(output_dir) / name)
                 if accelerator.is_main_process and ema is not None:
@@ -56,10 +60,10 @@ def register_model_hooks(accelerator, state: TrainingState) -> None:
         while weights:  # what is left here Accelerate would save again
             weights.pop()
 
-    def load(models, input_dir):
+    def load(models: list[torch.nn.Module], input_dir: str) -> None:
         models.clear()  # what is left here Accelerate would load by itself
         for name, part in state.parts.items():
-            if state.whole is None:  # else Accelerate has loaded the shards
+            if state.full is None:  # else Accelerate has loaded the shards
                 loaded = type(part).from_pretrained(Path(input_dir) / name, use_safetensors=True)
                 part.load_state_dict(loaded.state_dict())
             folder = Path(input_dir) / f"{name}_ema"
@@ -74,7 +78,7 @@ def register_model_hooks(accelerator, state: TrainingState) -> None:
     accelerator.register_load_state_pre_hook(load)
 
 
-def unwrap(accelerator, model: torch.nn.Module) -> torch.nn.Module:
+def unwrap(accelerator: "Accelerator", model: torch.nn.Module) -> torch.nn.Module:
     """The model itself, without what Accelerate and torch.compile put around it."""
     model = accelerator.unwrap_model(model)
     return model._orig_mod if hasattr(model, "_orig_mod") else model
@@ -90,15 +94,15 @@ def set_rates(state: TrainingState, settings: list[dict[str, Any]]) -> None:
     schedule._last_lr = [
         base * factor(schedule.last_epoch) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas)
     ]
-    for group, own, rate in zip(state.optimizer.param_groups, settings, schedule._last_lr, strict=True):
-        group.update({**own, "lr": rate})
+    for group, options, rate in zip(state.optimizer.param_groups, settings, schedule._last_lr, strict=True):
+        group.update({**options, "lr": rate})
 
 
 @contextlib.contextmanager
-def averaged_weights(state: TrainingState, model: torch.nn.Module):
+def averaged_weights(state: TrainingState, model: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """The model in eval mode, with its EMA weights where there are any; then all as it was. All ranks take part."""
-    if state.whole is not None:
-        yield state.whole.fill(state.model, state.emas, next(state.model.parameters()).device).eval()
+    if state.full is not None:
+        yield state.full.fill(state.model, state.emas, next(state.model.parameters()).device).eval()
         return
     training = model.training
     model.eval()

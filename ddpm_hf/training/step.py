@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from ..common.randomness import StepKeys, keyed_seed
@@ -49,22 +50,14 @@ def take_step(
                 result = compute_loss(state.model, batch, StepKeys(seed, step, first, count, valid=end - begin))
             # The mean over the step's samples, whatever parts they come in; ranks average what each sums.
             loss = result.losses[: end - begin].sum() if end > begin else 0.0 * result.losses.sum()
-            spoils = 1 + 0 * loss.detach()  # NaN of a loss that is not finite: then so is the gradient of all
+            # the gradient of all ranks is NaN where one's loss is not finite
+            spoils = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
             accelerator.backward(loss * (spoils * (accelerator.num_processes / in_window)))
         results.append((result, end - begin))
         taken.append((batch.get("index"), result.losses.detach()[: end - begin or None]))
 
     norm = accelerator.clip_grad_norm_(state.model.parameters(), run.flags.max_grad_norm or math.inf)
-    if device_decides(run, state):
-        finite = torch.isfinite(norm)
-        optimizer = state.optimizer.optimizer
-        optimizer.found_inf = 1 - finite.float()  # a fused optimizer reads it on the device, and skips the step
-        state.optimizer.step()
-    else:
-        norm = float("nan") if norm is None else float(norm)
-        if math.isfinite(norm) or accelerator.scaler is not None or not _known_norm(accelerator):
-            state.optimizer.step()  # a loss scaler skips what overflowed by itself
-        finite = math.isfinite(norm) or not _known_norm(accelerator)
+    norm, finite = _update_weights(run, state, norm)
     state.optimizer.zero_grad(set_to_none=True)
     state.lr_scheduler.step()
     if finite is not False:
@@ -73,6 +66,23 @@ def take_step(
         for result, count in results:
             state.meter.add(result, count, None if finite is True else finite)
     return StepResult(norm, finite, taken)
+
+
+def _update_weights(
+    run: Run, state: TrainingState, norm: torch.Tensor | float | None
+) -> tuple[float | torch.Tensor, bool | torch.Tensor]:
+    """The optimizer's update, unless the gradient is not finite: the norm, and whether it was taken."""
+    if device_decides(run, state):
+        finite = torch.isfinite(torch.as_tensor(norm))
+        # a fused optimizer reads it on the device, and skips the step
+        state.optimizer.optimizer.found_inf = 1 - finite.float()  # type: ignore[attr-defined]
+        state.optimizer.step()
+        return torch.as_tensor(norm), finite
+    norm = float("nan") if norm is None else float(norm)
+    known = _known_norm(run.accelerator)
+    if math.isfinite(norm) or run.accelerator.scaler is not None or not known:
+        state.optimizer.step()  # a loss scaler skips what overflowed by itself
+    return norm, math.isfinite(norm) or not known
 
 
 def device_decides(run: Run, state: TrainingState) -> bool:
@@ -86,6 +96,6 @@ def device_decides(run: Run, state: TrainingState) -> bool:
     )
 
 
-def _known_norm(accelerator) -> bool:
-    """Whether the gradient's norm is ours to judge: DeepSpeed clips and skips by itself."""
-    return str(accelerator.distributed_type) != "DistributedType.DEEPSPEED"
+def _known_norm(accelerator: Accelerator) -> bool:
+    """Whether the gradient's norm is known here: DeepSpeed clips and skips by itself."""
+    return accelerator.distributed_type != DistributedType.DEEPSPEED

@@ -29,20 +29,20 @@ class Stop:
         self.codes = [0]  # of all ranks
         self.previous = {}
 
-    def __enter__(self):
+    def __enter__(self) -> "Stop":
         for number in (signal.SIGTERM, signal.SIGINT):
-            with contextlib.suppress(ValueError):  # not the main thread: signals are not ours
+            with contextlib.suppress(ValueError):  # not the main thread, which alone handles signals
                 self.previous[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(self, kind, error, traceback):
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
         # the launcher ends all ranks once one has ended: what went wrong is said before (`ends_in_one_line`)
         if error is not None and "WORLD_SIZE" in os.environ and self.previous:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
-    def _note(self, number, frame):
+    def _note(self, number: int, frame: Any) -> None:
         # launchers pass on what the terminal has sent already, so a second one is the user's only a moment later
         if number == signal.SIGINT == self.signal and time.monotonic() - self.asked_at > 1:
             raise KeyboardInterrupt
@@ -90,10 +90,10 @@ class Stop:
             run.end(self.failure if self.codes.index(FAILED) == run.accelerator.process_index else None)
 
     @contextlib.contextmanager
-    def interrupting(self, networks: Iterable[torch.nn.Module]):
+    def interrupting(self, networks: Iterable[torch.nn.Module]) -> Iterator[None]:
         """Within, a network that is called after this rank was asked to stop raises `InterruptedSamplingError`."""
 
-        def check(*_):
+        def check(*_: Any) -> None:
             if self.code():
                 raise InterruptedSamplingError
 

@@ -98,9 +98,9 @@ def batches(monkeypatch):
     """The batches of whatever is trained in the test, in order."""
     seen, compute_loss = [], train_unconditional.compute_loss
 
-    def watched(model, batch, *args, **kwargs):
-        seen.append(batch)
-        return compute_loss(model, batch, *args, **kwargs)
+    def watched(model, batch, keys, **kwargs):
+        seen.extend([batch] if not keys.validation else [])
+        return compute_loss(model, batch, keys, **kwargs)
 
     monkeypatch.setattr(train_unconditional, "compute_loss", watched)
     return seen

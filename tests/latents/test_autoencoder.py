@@ -25,7 +25,8 @@ from ddpm_hf.data.batches import Images, open_images
 from ddpm_hf.latents import training as autoencoder
 from ddpm_hf.latents.autoencoder import AutoencoderFlags, make_autoencoder
 from ddpm_hf.latents.training import Reconstruction, compute_loss, measure_scaling_factor, train_autoencoder
-from ddpm_hf.models.autoencoder import downscaling, load_autoencoder
+from ddpm_hf.models.autoencoder import load_autoencoder
+from ddpm_hf.portable.sampling_ddpm_hf import downscaling
 from ddpm_hf.training.flags import Flags, GridFlags, TrainingFlags
 from ddpm_hf.training.run import Run
 from ddpm_hf.training.setup.accelerator import start_accelerator
@@ -76,7 +77,7 @@ def test_widths_are_levels(text, widths):
     vae = make_autoencoder(flags, 1, (8, 16), 0)
     assert tuple(vae.config.block_out_channels) == widths
     factor = 2 ** (len(widths) - 1)
-    assert downscaling(vae) == factor
+    assert downscaling(vae.config.block_out_channels) == factor
     latents = vae.encode(torch.zeros(2, 1, 8, 16)).latent_dist.mode()
     assert latents.shape == (2, 3, 8 // factor, 16 // factor)
     assert vae.decode(latents).sample.shape == (2, 1, 8, 16)

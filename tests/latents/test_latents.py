@@ -24,7 +24,8 @@ from ddpm_hf.latents.cache import (
 )
 from ddpm_hf.latents.encoding import draw_latents, x_start_of
 from ddpm_hf.latents.table import TensorTable
-from ddpm_hf.text.captions import all_captions, encode_captions, fit_tokenizer, make_text_encoder
+from ddpm_hf.portable.pipeline_text2image_ddpm_hf import encode_texts
+from ddpm_hf.text.captions import all_captions, fit_tokenizer, make_text_encoder
 from ddpm_hf.training.plan import StepPlan
 from tests.support.fixtures_pipeline import tiny_vae
 from tests.support.latents import CPU, rank
@@ -351,7 +352,7 @@ def text():
 
 def embedded(tokenizer, encoder, captions, folder, accelerator=None):
     """The table of the captions' embeddings."""
-    encode_all = functools.partial(encode_captions, encoder, tokenizer, device=CPU)
+    encode_all = functools.partial(encode_texts, encoder, tokenizer, device=CPU)
     return cache_embeddings(captions, encoder, tokenizer, encode_all, folder, accelerator or rank())
 
 
@@ -364,7 +365,7 @@ def test_the_table_holds_every_captions_embedding(text, memory, tmp_path):
     assert len(table) == len(set(captions))
     for caption in captions:
         found = table.look_up([caption_key(caption)])
-        close(found, encode_captions(encoder, tokenizer, [caption], CPU).detach())
+        close(found, encode_texts(encoder, tokenizer, [caption], CPU).detach())
     assert not table.look_up([caption_key("")]).requires_grad
 
 
@@ -380,7 +381,7 @@ def test_batches_bring_their_captions_embeddings(text, vae, tmp_path):
         batch = dataset.__getitems__(keys)
         assert batch["captions"] == images.__getitems__(keys)["captions"]
         seen |= set(batch["captions"])
-        close(batch["embeddings"], encode_captions(encoder, tokenizer, batch["captions"], CPU).detach())
+        close(batch["embeddings"], encode_texts(encoder, tokenizer, batch["captions"], CPU).detach())
     assert seen == set(all_captions(CAPTIONS, "captions"))
 
 
@@ -393,7 +394,7 @@ def test_another_text_encoder_has_another_table(text, tmp_path):
         table = embedded(tokenizer, one, ["dog", ""], tmp_path)
         assert len(folders(tmp_path)) == min(made, 2)
         for caption in ("dog", ""):
-            close(table.look_up([caption_key(caption)]), encode_captions(one, tokenizer, [caption], CPU).detach())
+            close(table.look_up([caption_key(caption)]), encode_texts(one, tokenizer, [caption], CPU).detach())
 
 
 def test_embeddings_of_new_captions_are_added(text, tmp_path):
@@ -403,12 +404,12 @@ def test_embeddings_of_new_captions_are_added(text, tmp_path):
 
     def encode_some(texts):
         encoded_captions.extend(texts)
-        return encode_captions(encoder, tokenizer, texts, CPU)
+        return encode_texts(encoder, tokenizer, texts, CPU)
 
     for captions in (["dog", ""], ["", "two cats", "dog"], ["dog"]):
         table = cache_embeddings(captions, encoder, tokenizer, encode_some, tmp_path, rank())
         close(
             table.look_up([caption_key(caption) for caption in captions]),
-            encode_captions(encoder, tokenizer, captions, CPU).detach(),
+            encode_texts(encoder, tokenizer, captions, CPU).detach(),
         )
     assert sorted(encoded_captions) == ["", "dog", "two cats"]

@@ -103,7 +103,7 @@ def test_a_stop_that_cannot_save_is_an_error(shop, tmp_path):
         at_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM)),
     ):
         run = attempt(shop, tmp_path / "run", num_epochs=3, checkpointing_steps=2)
-    check_one_line(run, 1, "checkpoint-3 cannot be written", "checkpoint-2 is whole")
+    check_one_line(run, 1, "checkpoint-3 cannot be written", "checkpoint-2 is complete")
     assert checkpoints(run) == [2]
 
 
@@ -140,7 +140,7 @@ def test_a_pipeline_that_finds_no_room(shop, whole, tmp_path):
     check_same_run(run, attempt(shop, tmp_path / "clean", **flags))
     with without_room(publisher, "save_pipeline"):
         run = attempt(shop, tmp_path / "never", **SIX_STEPS)
-    check_one_line(run, 1, "the model of step 6 cannot be written", "checkpoint-5 is whole")
+    check_one_line(run, 1, "the model of step 6 cannot be written", "checkpoint-5 is complete")
     assert not (run.folder / "model_index.json").exists()
     check_same_run(attempt(shop, run.folder, **SIX_STEPS, resume_from_checkpoint="latest"), whole)
 
@@ -150,7 +150,7 @@ def test_metrics_that_find_no_room_end_the_run(shop, whole, tmp_path):
     of_step = lambda path, record: path.name == "metrics.jsonl" and record["step"] == 4  # noqa: E731
     with without_room(output, "append_jsonl", of_step, room=100):
         run = attempt(shop, tmp_path / "run", **SIX_STEPS)
-    check_one_line(run, 1, "metrics.jsonl cannot be written", "checkpoint-3 is whole")
+    check_one_line(run, 1, "metrics.jsonl cannot be written", "checkpoint-3 is complete")
     assert checkpoints(run) == [1, 2, 3]
     check_same_run(attempt(shop, run.folder, **SIX_STEPS, resume_from_checkpoint="latest"), whole)
 
@@ -329,7 +329,7 @@ def test_a_reader_that_is_killed(shop, whole, tmp_path):
 
     with at_step(3, kill):
         run = attempt(shop, tmp_path / "run", **flags)
-    check_one_line(run, 1, "--dataloader_num_workers", "is whole")
+    check_one_line(run, 1, "--dataloader_num_workers", "is complete")
     assert set(checkpoints(run)) <= {1, 2, 3}
     check_same_run(attempt(shop, run.folder, **flags, resume_from_checkpoint="latest"), whole)
 
@@ -354,7 +354,7 @@ def test_memory_that_runs_out(action, shop, tmp_path):
         run = attempt(shop, tmp_path / "run", num_epochs=3, checkpointing_steps=2)
     check_one_line(
         run, 2, "out of memory", "--train_batch_size", "--gradient_accumulation_steps", "--gradient_checkpointing",
-        "--mixed_precision bf16", "checkpoint-2 is whole",
+        "--mixed_precision bf16", "checkpoint-2 is complete",
     )  # fmt: skip
     assert checkpoints(run) == [2]
 

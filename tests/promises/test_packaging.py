@@ -90,7 +90,7 @@ FLOORS = {
     "data": "common training",
     "evaluation": "common objectives portable",
     "publishing": "common evaluation inference models portable training",
-    "latents": "common data models objectives training",
+    "latents": "common data models objectives portable training",
     "text": "common data inference latents models objectives portable training",
 }
 ROOTS = {"ddpm_hf", "ddpm_hf._version", "ddpm_hf.functional", "ddpm_hf.__main__"}
@@ -100,6 +100,7 @@ MATH = [
     "ddpm_hf.objectives.gaussians",
     "ddpm_hf.objectives.bound",
     "ddpm_hf.objectives.losses",
+    "ddpm_hf.portable.coefficients_ddpm_hf",
     "ddpm_hf.portable.scheduling_ddpm_hf",
 ]
 

@@ -31,13 +31,15 @@ def observe(flags: dict, folder: Path) -> Seen:
 
     compute_loss = train_unconditional.compute_loss
 
-    def watched_loss(model, batch, *args, **kwargs):
+    def watched_loss(model, batch, keys, **kwargs):
+        if keys.validation:
+            return compute_loss(model, batch, keys, **kwargs)
         batches.append(batch)
         calls.append(("precision", AcceleratorState().mixed_precision))
         calls.append(("threads", torch.get_num_threads()))
         calls.append(("tf32", torch.backends.cuda.matmul.allow_tf32))
         calls.append(("checkpointing", model.is_gradient_checkpointing))
-        return compute_loss(model, batch, *args, **kwargs)
+        return compute_loss(model, batch, keys, **kwargs)
 
     spies = {
         "create": (publishing, "open_repository", lambda name, *a: name),

@@ -44,11 +44,12 @@ def check_types() -> int:
             path.write_text(program(page), "utf-8")
             names[str(path)] = str(page.relative_to(ROOT))
         config = str(ROOT / "setup.cfg")
-        report, errors, code = api.run(["--config-file", config, str(ROOT / "ddpm_hf"), str(TYPED_API), *names])
+        code = [str(ROOT / "ddpm_hf"), *map(str, ROOT.glob("train_*.py")), str(TYPED_API)]
+        report, errors, status = api.run(["--config-file", config, *code, *names])
     for path, name in names.items():
         report = report.replace(path, name)
     print(report + errors, end="")
-    return code
+    return status
 
 
 if __name__ == "__main__":

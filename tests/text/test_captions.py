@@ -31,7 +31,8 @@ from ddpm_hf.data import (
     read_dataset,
 )
 from ddpm_hf.data.orders import keyed_permutation
-from ddpm_hf.text.captions import END, START, all_captions, encode_captions, fit_tokenizer, make_text_encoder
+from ddpm_hf.portable.pipeline_text2image_ddpm_hf import encode_texts
+from ddpm_hf.text.captions import END, START, all_captions, fit_tokenizer, make_text_encoder
 from ddpm_hf.training.flags import Flags
 from ddpm_hf.training.plan import KeyedBatchSampler, StepPlan
 from tests.support.fixtures_pipeline import tiny_vae
@@ -168,9 +169,9 @@ def test_captions_become_what_a_unet_attends_to(tokenizer, width, layers):
     torch.manual_seed(0)
     encoder = make_text_encoder(tokenizer, width, layers).eval()
     captions = [*DIGITS[:3], ""]
-    together = encode_captions(encoder, tokenizer, captions, CPU)
+    together = encode_texts(encoder, tokenizer, captions, CPU)
     assert together.shape == (4, tokenizer.model_max_length, width)
-    alone = torch.cat([encode_captions(encoder, tokenizer, [caption], CPU) for caption in captions])
+    alone = torch.cat([encode_texts(encoder, tokenizer, [caption], CPU) for caption in captions])
     torch.testing.assert_close(together, alone)
     assert len({one.numpy(force=True).tobytes() for one in alone}) == 4
 
@@ -180,7 +181,7 @@ def test_stock_loads_the_encoder(tokenizer, text_encoder, tmp_path):
     text_encoder.save_pretrained(tmp_path)
     loaded = CLIPTextModel.from_pretrained(tmp_path).eval()
     for texts in (DIGITS[:5], ["", "unseen 四つ"]):
-        ours, theirs = (encode_captions(encoder, tokenizer, texts, CPU) for encoder in (text_encoder, loaded))
+        ours, theirs = (encode_texts(encoder, tokenizer, texts, CPU) for encoder in (text_encoder, loaded))
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
 
@@ -196,7 +197,7 @@ def test_captions_are_encoded_as_stock_encodes_prompts(tokenizer, text_encoder, 
         tiny_vae(), text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
     )
     theirs, null = stock.encode_prompt(prompt, CPU, 1, True)
-    ours = [encode_captions(text_encoder, tokenizer, [text], CPU) for text in (prompt, "")]
+    ours = [encode_texts(text_encoder, tokenizer, [text], CPU) for text in (prompt, "")]
     torch.testing.assert_close(ours, [theirs, null], rtol=0, atol=1e-4)
 
 

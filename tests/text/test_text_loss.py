@@ -10,8 +10,7 @@ from diffusers.training_utils import compute_dream_and_update_latents
 
 import train_text2image
 from ddpm_hf.common.randomness import StepKeys
-from ddpm_hf.portable.pipeline_text2image_ddpm_hf import tokenize
-from ddpm_hf.text.captions import encode_captions
+from ddpm_hf.portable.pipeline_text2image_ddpm_hf import encode_texts, tokenize
 from ddpm_hf.text.flags import TextObjectiveFlags
 from ddpm_hf.training.flags import Flags
 from tests.support.fixtures_pipeline import tiny_vae
@@ -199,9 +198,9 @@ def test_captions_are_left_out_as_often_as_asked(how):
     one.batch["captions"] = ["a red square"] * count
     null = tokenize(tokenizer, [""])[0]
     if how != "ids":
-        null = encode_captions(encoder, tokenizer, [""], torch.device("cpu")).detach()
+        null = encode_texts(encoder, tokenizer, [""], torch.device("cpu")).detach()
     if how == "cached":
-        embedding = encode_captions(encoder, tokenizer, ["a red square"], torch.device("cpu")).detach()
+        embedding = encode_texts(encoder, tokenizer, ["a red square"], torch.device("cpu")).detach()
         one.batch["embeddings"] = embedding.expand(count, -1, -1)
     keys = StepKeys(7, 0, 0, count)
     found = text_input(one, keys, null)

@@ -109,7 +109,7 @@ def test_the_preset_that_is_suggested_fits_the_images(size, preset):
     # Breaks if a user who follows the advice is refused for a side that the preset's UNet cannot halve.
     advice = advice_on_a_cpu(None, size)
     assert f"--model_preset {preset};" in advice
-    step = downscaling(MODEL_PRESETS[preset].unet)
+    step = downscaling(MODEL_PRESETS[preset].unet["block_out_channels"])
     assert all(side % step == 0 for side in ([size] if isinstance(size, int) else size))
 
 

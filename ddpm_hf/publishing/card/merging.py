@@ -5,6 +5,7 @@ import json
 import re
 from typing import Any, NamedTuple
 
+from ...common.errors import one_line
 from .facts import Facts
 from .metadata import merge_metadata, metadata
 from .sections import SECTIONS
@@ -58,9 +59,7 @@ def parse_card(text: str) -> Card:
     try:
         card = RepoCard(text if text.lstrip().startswith("---") else f"---\n{{}}\n---\n{text}")
     except (yaml.YAMLError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"the metadata of README.md are not YAML ({' '.join(str(error).split())}); fix them"
-        ) from error
+        raise ValueError(f"the metadata of README.md are not YAML ({one_line(error)}); fix them") from error
     head = card.data.to_dict()
     if match := _BLOCK.search(card.text):
         above, below = card.text[: match.start()].strip(), card.text[match.end() :].strip()

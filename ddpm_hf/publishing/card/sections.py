@@ -7,6 +7,7 @@ from typing import Any
 
 from ...common.layout import CHAIN, LOSS_CURVE, SAMPLES
 from ...common.package import package_url
+from ...inference.kinds import KINDS
 from ...inference.samplers import SAMPLERS, usable_samplers
 from .facts import Facts, all_results
 from .metadata import after_comma
@@ -14,11 +15,7 @@ from .metadata import after_comma
 
 def about(facts: Facts) -> str:
     """What the model is."""
-    what = {
-        "unconditional-image-generation": "samples images",
-        "class-conditional-image-generation": "samples images of a class",
-        "text-to-image": "samples images from a text",
-    }[facts.kind]
+    does = KINDS[facts.class_name].does
     height, width = facts.pipeline.image_size
     dataset = facts.dataset.get("name")
     like = f" like those of {_linked(facts.dataset)}" if dataset else ""
@@ -27,7 +24,7 @@ def about(facts: Facts) -> str:
     start = f", fine-tuned from [{base}](https://huggingface.co/{base})" if base else ""
     title = facts.repository.split("/")[-1]
     return (
-        f"# {title}\n\nThis diffusion model {what}{like}, at {height}×{width} pixels. It is a DDPM"
+        f"# {title}\n\nThis diffusion model {does}{like}, at {height}×{width} pixels. It is a DDPM"
         f" ([Ho et al. 2020](https://arxiv.org/abs/2006.11239)){space}, trained with ddpm_hf{start}."
     )
 
@@ -220,10 +217,7 @@ def evaluation(facts: Facts) -> str:
 def limits(facts: Facts) -> str:
     """Limits and misuse."""
     dataset = facts.dataset.get("name", "its training data")
-    words = {
-        "text-to-image": " It knows the words of its captions, and no others.",
-        "class-conditional-image-generation": " It knows its classes, and no others.",
-    }.get(facts.kind, "")
+    words = f" {KINDS[facts.class_name].limits}".rstrip()
     untrained = facts.pipeline.untrained() if hasattr(facts.pipeline, "untrained") else []
     if untrained:
         words += f" These classes had no training image and are untrained: {', '.join(map(_as_text, untrained))}."

@@ -84,7 +84,8 @@ def condition_controls(gr: Any, studio: Studio, settings: dict) -> dict:
             gr.Examples(examples, controls["prompt"])
     if studio.classes:
         choices = [("Every class in turn", EVERY_CLASS), *((name, f"class {name}") for name in studio.classes)]
-        choices += [("No class", NO_CLASS)] * studio.knows_no_class
+        if studio.knows_no_class:
+            choices.append(("No class", NO_CLASS))
         controls["class"] = gr.Dropdown(choices, value=EVERY_CLASS, label="Class", elem_id="class")
     controls["count"] = gr.Slider(1, MOST_IMAGES, DEFAULT_IMAGES, step=1, label="Images", elem_id="count")
     return controls

@@ -17,7 +17,7 @@ from ..needs import without_effect
 from ..plan import StepPlan
 from ..run import Run
 from ..sessions import Sessions
-from ..sharded import WholeModel
+from ..sharded import FullModel
 from ..state import TrainingState, register_model_hooks
 from ..stopping import deadline_of
 from .accelerator import start_accelerator
@@ -55,8 +55,8 @@ def start_run(
         library.disable_progress_bar()  # one for each file that is saved or loaded
     run.resumed = begun = find_run(run, data)
     if flags.resume_from_checkpoint and begun is None:
-        found = (find_checkpoint(run.folder / stage, "latest", lambda line: None) for stage in stages)
-        begun = next(filter(None, found), None)
+        checkpoints = (find_checkpoint(run.folder / stage, "latest", lambda line: None) for stage in stages)
+        begun = next(filter(None, checkpoints), None)
     flags.seed = run.seed = agree_on_seed(flags.seed, begun and begun.manifest)
     check_unchanged(settings, begun and begun.manifest)
     return run
@@ -97,7 +97,7 @@ def begin_training(
     )
     state.lr_scheduler = make_lr_scheduler(flags, state.optimizer, plan.total)
     if accelerator.is_fsdp2:
-        state.whole = WholeModel(model, parts)
+        state.full = FullModel(model, parts)
     state.model, state.optimizer = accelerator.prepare(model, state.optimizer)
     if flags.use_ema:
         state.emas = {name: make_ema(flags, part, run.device) for name, part in parts.items()}

@@ -5,7 +5,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path, PureWindowsPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import gather_object
 
@@ -31,6 +31,9 @@ from ..reporting import table
 from ..run import Resumed, Run
 from .settings import save_settings
 
+if TYPE_CHECKING:
+    import torch
+
 
 def find_run(run: Run, data: Sequence[str | None] = ()) -> Resumed | None:
     """The checkpoint to resume from and its state, or None; an earlier run that waits for one that ended comes back.
@@ -42,30 +45,30 @@ def find_run(run: Run, data: Sequence[str | None] = ()) -> Resumed | None:
         UsageError: the folder holds an earlier run and neither resuming nor overwriting was asked for, or files that
             this run would replace; a checkpoint that does not exist, is broken, or is of another run than the folder.
     """
-    config, folder = run.flags, run.folder
+    flags, folder = run.flags, run.folder
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
     if not there.is_dir():
         what = "is a file" if there == folder.absolute() else f"lies in {there}, which is a file"
         raise UsageError(f"--output_dir {folder} {what}; name a folder")
-    if config.overwrite_output_dir and config.resume_from_checkpoint:
+    if flags.overwrite_output_dir and flags.resume_from_checkpoint:
         raise UsageError(
             "--overwrite_output_dir would remove the run that --resume_from_checkpoint goes on from; give one of them"
         )
-    if not config.dry_run:
+    if not flags.dry_run:
         settle_earlier_run(run)
     ours = [*run_files(folder), *waiting(folder)]
     if not ours:
         refuse_other_runs(folder)
-    refuse_foreign_files(config, run.entries, ours)
-    if config.resume_from_checkpoint:
-        found = find_checkpoint(folder, config.resume_from_checkpoint, run.log)
-        if found is None:
+    refuse_foreign_files(flags, run.entries, ours)
+    if flags.resume_from_checkpoint:
+        resumed = find_checkpoint(folder, flags.resume_from_checkpoint, run.log)
+        if resumed is None:
             refuse_lost_checkpoints(folder, can_start=hasattr(run.settings, "pretrained_model_name_or_path"))
             run.log(f"no checkpoint in {folder} yet: training from the beginning")
         else:
-            refuse_checkpoint_of_another_run(folder, found.checkpoint)
-        return found
-    if ours and not config.overwrite_output_dir:
+            refuse_checkpoint_of_another_run(folder, resumed.checkpoint)
+        return resumed
+    if ours and not flags.overwrite_output_dir:
         raise UsageError(
             f"--output_dir {folder} holds an earlier run ({some(ours)}); go on with"
             " --resume_from_checkpoint latest, replace it with --overwrite_output_dir, or name another folder"
@@ -135,15 +138,15 @@ def refuse_other_runs(folder: Path) -> None:
             raise UsageError(line)
 
 
-def refuse_foreign_files(config: TrainingFlags, entries: Sequence[Entry], ours: Sequence[str]) -> None:
+def refuse_foreign_files(flags: TrainingFlags, entries: Sequence[Entry], ours: Sequence[str]) -> None:
     """Raise UsageError for files that the run would replace and that are not of an earlier one."""
-    folder, resuming = Path(config.output_dir), config.resume_from_checkpoint
+    folder, resuming = Path(flags.output_dir), flags.resume_from_checkpoint
     if resuming and ours and not has_manifest(folder):  # of a version without manifests, which wrote over such files
         return
     foreign = in_the_way(folder, entries, ours)
     if resuming and ours:  # a card that a person began is completed
         foreign = [name for name in foreign if name not in KEPT_IN_PLACE]
-    if config.overwrite_output_dir:
+    if flags.overwrite_output_dir:
         foreign += cannot_be_moved(folder, entries, ours)
     if foreign:
         raise UsageError(
@@ -271,7 +274,7 @@ def _was_moved(was: Any, now: Any) -> bool:
     return absolute or path.name in ("", "..", Path(now).resolve().name)
 
 
-def check_resumable(run: Run, model, facts: dict[str, Any], name: str) -> None:
+def check_resumable(run: Run, model: "torch.nn.Module", facts: dict[str, Any], name: str) -> None:
     """Say what is another than in the run to resume, and counts from here on.
 
     Args:

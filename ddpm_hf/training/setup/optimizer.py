@@ -7,16 +7,16 @@ from ...common.errors import UsageError
 from ..flags import TrainingFlags
 
 
-def scaled_learning_rate(config: TrainingFlags, world: int) -> float:
+def scaled_learning_rate(flags: TrainingFlags, world: int) -> float:
     """The peak learning rate that is trained with: with --scale_lr, that of the flag times the samples of a step."""
-    scale = world * config.train_batch_size * config.gradient_accumulation_steps if config.scale_lr else 1
-    return config.learning_rate * scale
+    scale = world * flags.train_batch_size * flags.gradient_accumulation_steps if flags.scale_lr else 1
+    return flags.learning_rate * scale
 
 
-def make_optimizer(config: TrainingFlags, model: torch.nn.Module, world: int) -> torch.optim.Optimizer:
-    """AdamW with the config's settings, over what of the model is trained."""
+def make_optimizer(flags: TrainingFlags, model: torch.nn.Module, world: int) -> torch.optim.Optimizer:
+    """AdamW with the settings of the flags, over what of the model is trained."""
     make, options = torch.optim.AdamW, {"fused": True}
-    if config.use_8bit_adam:
+    if flags.use_8bit_adam:
         try:
             from bitsandbytes.optim import AdamW8bit
         except ImportError as error:
@@ -24,20 +24,22 @@ def make_optimizer(config: TrainingFlags, model: torch.nn.Module, world: int) ->
         make, options = AdamW8bit, {}
     return make(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
-        lr=scaled_learning_rate(config, world),
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.adam_weight_decay,
-        eps=config.adam_epsilon,
+        lr=scaled_learning_rate(flags, world),
+        betas=(flags.adam_beta1, flags.adam_beta2),
+        weight_decay=flags.adam_weight_decay,
+        eps=flags.adam_epsilon,
         **options,
     )
 
 
-def make_lr_scheduler(config: TrainingFlags, optimizer, total_steps: int):
+def make_lr_scheduler(
+    flags: TrainingFlags, optimizer: torch.optim.Optimizer, total_steps: int
+) -> torch.optim.lr_scheduler.LambdaLR:
     """The learning rate's schedule over optimizer steps, whatever the processes and the accumulation."""
     return get_scheduler(
-        config.lr_scheduler,
+        flags.lr_scheduler,
         optimizer=optimizer,
-        num_warmup_steps=min(config.lr_warmup_steps, total_steps),  # Diffusers' script would not reach the rate
+        num_warmup_steps=min(flags.lr_warmup_steps, total_steps),  # Diffusers' script would not reach the rate
         num_training_steps=total_steps,
     )
 

@@ -69,7 +69,7 @@ def compile_blocks(model: torch.nn.Module) -> None:
 
 def signature(args: tuple, kwargs: dict[str, Any]) -> tuple | None:
     """What a CUDA graph fixes of a call: tensors' shapes, types and layout, other values; None if it cannot be one."""
-    parts = []
+    parts: list[tuple] = []
     for name, value in [*enumerate(args), *sorted(kwargs.items())]:
         if isinstance(value, torch.Tensor):
             if not value.is_cuda:
@@ -109,9 +109,10 @@ class GraphedForward:
             if len(self.captured) >= MOST_GRAPHS:
                 self.captured.pop(next(iter(self.captured)))
             self.captured[key] = self._capture(args, kwargs)
-        if self.captured[key] is None:
+        captured = self.captured[key]
+        if captured is None:
             return self.forward(*args, **kwargs)
-        graph, inputs, output = self.captured[key]
+        graph, inputs, output = captured
         for static, given in zip(inputs, tensors_of(args, kwargs)):
             static.copy_(given)
         graph.replay()

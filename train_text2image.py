@@ -71,13 +71,15 @@ if __name__ == "__main__":  # before torch is imported, so that --help and an un
 import torch
 
 from ddpm_hf.common.errors import DataError
-from ddpm_hf.common.randomness import StepKeys
+from ddpm_hf.common.randomness import StepKeys, sent
 from ddpm_hf.data import ImageDataset
 from ddpm_hf.data.batches import held_out_means, make_batches, open_images, plan_steps
 from ddpm_hf.inference.components import Components, assemble, load_checkpoint_components, of_a_checkpoint
 from ddpm_hf.latents.autoencoder import make_autoencoder
 from ddpm_hf.latents.encoding import x_start_of
 from ddpm_hf.latents.training import autoencoder_of, take_over_autoencoder, train_autoencoder
+from ddpm_hf.models.acceleration import accelerate_for_training
+from ddpm_hf.models.gradient_gate import recorded_call
 from ddpm_hf.models.unet import time_blindness
 from ddpm_hf.objectives.losses import QUARTILES, quartile_of, training_losses
 from ddpm_hf.objectives.timestep_samplers import UniformTimestepSampler
@@ -123,7 +125,7 @@ def compute_loss(
     """Draw t and noise, add it to the latents, predict from the caption, compare (Rombach et al. 2022, Eq. 3)."""
     scheduler = components.scheduler
     x_start = x_start_of(batch, keys, components.vae, run.device)  # [N, C, h, w]
-    timesteps = UniformTimestepSampler(len(scheduler)).sample(keys.uniform("timestep"))[0].to(x_start.device)
+    timesteps = sent(UniformTimestepSampler(len(scheduler)).sample(keys.uniform("timestep"))[0], x_start.device)
     noise = keys.normal_like(x_start)
     text = caption_input(batch, keys, components, null_embedding, run.device, caption_dropout, learns)
     if objective.noise_offset and not keys.validation:
@@ -190,7 +192,7 @@ def train(flags: Flags) -> None:
     if checkpoint is None:
         run.log(time_blindness(components.unet.config))
     xformers = attention.enable_xformers_memory_efficient_attention
-    model = trained_model(components, learns, run.device, training.gradient_checkpointing, xformers)
+    model = trained_model(components, learns, run.device, training, xformers)
     facts = run_facts(run, images.count, plan)
     check_resumable(run, model.unet, facts, "unet")
     check_parts(run, model.parts())
@@ -200,8 +202,11 @@ def train(flags: Flags) -> None:
     state = begin_training(run, model, plan, facts, model.parts(), QUARTILES)
     shared = {"run": run, "caption_dropout": captions.caption_dropout, "learns": learns, "objective": objective}
     loss_of = functools.partial(compute_loss, components=components, null_embedding=None, **shared)
-    batches = rehearse(run, state, plan, make_batches(run, images, plan, state.step), loss_of)
+    with recorded_call(model.unet) as call:
+        batches = rehearse(run, state, plan, make_batches(run, images, plan, state.step), loss_of)
     lines = describe(run, images, plan, parameter_count(model), learns)
+    kind, dtype, graphs = training.acceleration, run.autocast_dtype, run.captures_steps(plan)
+    lines["acceleration"] = accelerate_for_training(model.unet, call, kind, dtype, graphs)
     if training.dry_run:
         if new_autoencoder and run.resumed is None:
             train_autoencoder(run, autoencoder, images, data.size(), rehearse_only=True)

@@ -93,14 +93,15 @@ from diffusers import AutoencoderKL, UNet2DModel
 
 from ddpm_hf.common.errors import DataError
 from ddpm_hf.common.layout import layout
-from ddpm_hf.common.randomness import StepKeys
+from ddpm_hf.common.randomness import StepKeys, sent
 from ddpm_hf.data import ImageDataset
 from ddpm_hf.data.batches import Images, held_out_means, make_batches, open_images, plan_steps
 from ddpm_hf.latents.cache import cached_latents, check_cacheable
 from ddpm_hf.latents.encoding import x_start_of
-from ddpm_hf.models.acceleration import choose_execution
+from ddpm_hf.models.acceleration import accelerate_for_training, choose_execution
 from ddpm_hf.models.autoencoder import load_autoencoder
 from ddpm_hf.models.diffusion import make_scheduler, terminal_snr_warning
+from ddpm_hf.models.gradient_gate import recorded_call
 from ddpm_hf.models.pretrained import differences, revision_of_vae, source_of, start_from
 from ddpm_hf.models.sizes import model_size, settle_resolution, unet_arguments
 from ddpm_hf.models.unet import make_unet, time_blindness
@@ -138,14 +139,14 @@ def compute_loss(
 ) -> Losses:
     """Draw t and noise, add it, predict, compare (Ho et al. 2020, Algorithm 1)."""
     x_start = x_start_of(batch, keys, vae, run.device)  # [N, C, H, W]
-    timesteps, weights = (one.to(x_start.device) for one in sampler.sample(keys.uniform("timestep")))
+    timesteps, weights = (sent(one, x_start.device) for one in sampler.sample(keys.uniform("timestep")))
     noise = keys.normal_like(x_start)
     conditioning = {}
     if "labels" in batch:
         labels = batch["labels"]
         if not keys.validation:  # a share of them become the null class (Ho & Salimans 2022, Algorithm 1)
             labels = torch.where(keys.uniform("class_dropout") < class_dropout, null_class, labels)
-        conditioning["class_labels"] = labels.to(x_start.device)
+        conditioning["class_labels"] = sent(labels, x_start.device)
     output = model(scheduler.add_noise(x_start, noise, timesteps), timesteps, **conditioning).sample.float()
     losses = training_losses(scheduler, output, x_start, noise, timesteps, **loss_options)
     if model.training and not isinstance(sampler, UniformTimestepSampler):  # it learns from the losses of all ranks
@@ -211,11 +212,7 @@ def train(flags: Flags) -> None:
     """From flags to a trained, saved and, if asked, published pipeline."""
     flags.check()
     data, unet, start, schedule, objective, classes, latents, training, _, attention, publishing, hub = flags
-    vae_name, token, xformers = (
-        latents.vae_name_or_path,
-        hub.hub_token,
-        attention.enable_xformers_memory_efficient_attention,
-    )
+    vae_name, token = latents.vae_name_or_path, hub.hub_token
     written = layout("unet", "scheduler", *(["vae"] if vae_name else []))
     run = start_run(flags, written, (data.train_data_dir, data.dataset_name))
     source = source_of(start, token, run.resumed and run.resumed.checkpoint)
@@ -233,7 +230,7 @@ def train(flags: Flags) -> None:
     embedded = len(class_names) + (classes.class_dropout > 0) if class_names else None
     model = make_unet(arguments, objective.variance_type, embedded, run.seed)
     xformers = attention.enable_xformers_memory_efficient_attention
-    choose_execution(model, run.device, training.gradient_checkpointing, xformers)
+    choose_execution(model, run.device, training.gradient_checkpointing, xformers, training.acceleration)
     if source is None:
         run.log(time_blindness(model.config))
     elif fresh:
@@ -256,8 +253,11 @@ def train(flags: Flags) -> None:
     shared = {"run": run, "scheduler": scheduler, "vae": vae, **by_class}
     loss_of = functools.partial(compute_loss, sampler=sampler, loss_options=objective.loss_options(), **shared)
     batches = make_batches(run, images, plan, state.step, classes.class_balanced)
-    batches = rehearse(run, state, plan, batches, loss_of)
+    with recorded_call(model) as call:
+        batches = rehearse(run, state, plan, batches, loss_of)
     lines = describe(run, images, plan, parameter_count(model))
+    graphs = run.captures_steps(plan)
+    lines["acceleration"] = accelerate_for_training(model, call, training.acceleration, run.autocast_dtype, graphs)
     advice = advice_on_a_cpu(unet.model_preset, arguments["sample_size"], trained=source is not None)
     if training.dry_run:
         show_dry_run(run, lines, state, plan, batches, loss_of, advice)

@@ -2,7 +2,7 @@
 
 For each number of heads, width and resolution: the median, over rounds in turn, of the fused kernel's time over the
 plain one's; above 1 the plain one is faster. `AttentionBySize`
-(ddpm_hf/models/attention.py) takes its rule from this table.
+(ddpm_hf/portable/acceleration_ddpm_hf.py) takes its rule from this table.
 """
 
 import argparse

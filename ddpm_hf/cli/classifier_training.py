@@ -12,8 +12,9 @@ from ..common.layout import layout
 from ..common.randomness import StepKeys
 from ..data import ImageDataset, to_model_range
 from ..data.batches import held_out_means, make_batches, open_images, plan_steps
-from ..models.acceleration import choose_execution
+from ..models.acceleration import accelerate_for_training, choose_execution
 from ..models.classifier import NoisyClassifier
+from ..models.gradient_gate import recorded_call
 from ..models.recipes import advice_on_a_cpu
 from ..models.saving import save_model
 from ..models.sizes import model_size, settle_resolution, unet_arguments
@@ -104,7 +105,7 @@ def train(flags: Flags) -> None:
     images = open_images(run, data, arguments["in_channels"], hub.hub_token)
     names = images.rows.label_names
     model = make_classifier(arguments, scheduler, names, run.seed)
-    choose_execution(model, run.device, training.gradient_checkpointing)
+    choose_execution(model, run.device, training.gradient_checkpointing, acceleration=training.acceleration)
     run.log(time_blindness(arguments))
     plan = plan_steps(run, images)
     facts = run_facts(run, images.count, plan, classes=names)
@@ -113,7 +114,8 @@ def train(flags: Flags) -> None:
 
     state = begin_training(run, model, plan, facts, {"classifier": model}, QUARTILES)
     loss_of = functools.partial(compute_loss, scheduler=scheduler, device=run.device)
-    batches = rehearse(run, state, plan, make_batches(run, images, plan, state.step), loss_of)
+    with recorded_call(model) as call:
+        batches = rehearse(run, state, plan, make_batches(run, images, plan, state.step), loss_of)
     parameters = parameter_count(model)
     name = unet.model_preset or unet.model_config_name_or_path or "the default UNet"
     lines = {
@@ -121,6 +123,7 @@ def train(flags: Flags) -> None:
         "model": f"the encoder of {name}, {parameters:,} parameters",
         **run_lines(run, plan),
         "memory": f"{weights_memory(parameters, training.use_ema)}; activations on top",
+        "acceleration": accelerate_for_training(model, call, training.acceleration, run.autocast_dtype, graphs=False),
     }
     advice = advice_on_a_cpu(unet.model_preset, arguments["sample_size"])
     if training.dry_run:

@@ -29,6 +29,13 @@ class Precision(str, enum.Enum):
     fp16 = "fp16"
 
 
+class Acceleration(str, enum.Enum):
+    """How the network is executed."""
+
+    auto = "auto"
+    none = "none"
+
+
 class Format(str, enum.Enum):
     """How the images are written."""
 
@@ -128,6 +135,10 @@ def sample(
     precision: Annotated[
         Precision, option(HOW, "bf16 and fp16 are faster where the hardware supports them.")
     ] = "fp32",
+    acceleration: Annotated[
+        Acceleration,
+        option(HOW, "auto: CUDA graphs on a GPU, attention by size on a CPU; images are equal but for rounding."),
+    ] = "auto",
     device: Annotated[str | None, option(HOW, "cuda, mps or cpu. Default: the best of this machine.")] = None,
     out: Annotated[Path, option(WHERE, "The folder to write to.")] = Path("samples"),
     format: Annotated[
@@ -170,6 +181,8 @@ def sample(
     device = checked_device(device)
     settle(model)
     pipeline = load(model, ema=ema, revision=revision, token=clean_token(token)).to(device)
+    if acceleration.value == "auto":
+        pipeline.enable_acceleration()
     guidance = (guidance_scale, guidance_rescale, guidance_interval)
     if pipeline.image_channels > 4:
         shown = f"the first three of {pipeline.image_channels} channels"

@@ -5,6 +5,7 @@ one with twice the batch, and sampling in between changes nothing. The numbers c
 generator (Salmon et al. 2011): the counter identifies the purpose, so there is no state to save.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +24,11 @@ GENERATORS = {
 }  # fmt: skip
 
 
+# SplitMix64's constants as signed numbers: its increment; the shifts and factors of its mixing
+GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+MIXING = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))
+
+
 def keyed_blocks(seed: int, stream: str, step: int, first: int, count: int) -> np.ndarray:
     """Random uint64 [count, 4]: row i is a function of (seed, stream, step, first + i)."""
     counter = [first, step, STREAMS[stream], 0]
@@ -38,6 +44,37 @@ def keyed_generator(seed: int, purpose: str, *counter: int) -> np.random.Generat
 def keyed_seed(seed: int, stream: str, step: int, index: int = 0) -> int:
     """One 63-bit seed for a generator, keyed by (seed, stream, step, index)."""
     return int(keyed_blocks(seed, stream, step, index, 1)[0, 0] >> np.uint64(1))
+
+
+def counted_normal(seeds: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Standard normal numbers of which row i depends on `seeds[i]` alone, computed together on the seeds' device.
+
+    Element pairs are Box and Muller's transform (1958) of SplitMix64's output (Steele et al. 2014): the seed plus a
+    multiple of the golden ratio, mixed.
+
+    Args:
+        seeds: LongTensor [N], of any value.
+        shape: of a row.
+
+    Returns: float32 [N, *shape].
+    """
+    count = math.prod(shape)
+    pairs = (count + 1) // 2
+    state = seeds[:, None] + torch.arange(1, pairs + 1, device=seeds.device) * GOLDEN  # wraps, as in C
+    for shift, factor in MIXING:
+        state = (state ^ (state >> shift & (1 << 64 - shift) - 1)) * factor  # the mask makes the shift a logical one
+    state = state ^ (state >> 31 & (1 << 33) - 1)
+    radius = torch.sqrt(-2 * torch.log(((state >> 32 & 0xFFFFFFFF) + 1).float() * 2.0**-32))
+    angle = (state & 0xFFFFFFFF).float() * (2 * math.pi * 2.0**-32)
+    normal = torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], dim=1)
+    return normal[:, :count].reshape(len(seeds), *shape)
+
+
+def sent(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """A tensor of the CPU on a device, without waiting for a GPU to have taken it."""
+    if torch.device(device).type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class StepKeys(NamedTuple):
@@ -61,6 +98,9 @@ class StepKeys(NamedTuple):
     def normal_like(self, reference: torch.Tensor, name: str = "noise") -> torch.Tensor:
         """Standard normal noise of the reference's shape [count, ...], dtype and device."""
         blocks = keyed_blocks(self.seed, self._stream(name), self.step, self.first, self.count)
+        if reference.is_cuda:  # where a launch for each sample would take longer than the noise
+            seeds = sent(torch.from_numpy(blocks[:, 0].view(np.int64)), reference.device)
+            return counted_normal(seeds, reference.shape[1:]).to(reference.dtype)
         generator = torch.Generator(reference.device)
         # contiguous, whatever the reference's memory layout, which would change the order of the numbers
         noise = torch.empty(reference.shape, dtype=reference.dtype, device=reference.device)

@@ -11,6 +11,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DModel
 from diffusers.utils import logging
 
+from .acceleration_ddpm_hf import AccelerationMixin
 from .coefficients_ddpm_hf import Coefficients  # noqa: F401  Diffusers fetches what a pipeline imports itself
 from .guidance_ddpm_hf import ClassifierGuidance, FreeGuidance, find_class
 from .hub_ddpm_hf import PortablePipelineMixin
@@ -24,7 +25,7 @@ logger = logging.get_logger(__name__)
 ClassLabels: TypeAlias = int | str | Sequence[int | str | None] | torch.Tensor | None
 
 
-class ClassConditionalDDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPipeline):
+class ClassConditionalDDPMPipeline(SamplingMixin, AccelerationMixin, PortablePipelineMixin, DiffusionPipeline):
     """Sample images of given classes from a `UNet2DModel` with class embeddings.
 
     Args:

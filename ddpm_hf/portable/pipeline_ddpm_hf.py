@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, SchedulerMixin, UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
 
+from .acceleration_ddpm_hf import AccelerationMixin
 from .coefficients_ddpm_hf import Coefficients  # noqa: F401  Diffusers fetches what a pipeline imports itself
 from .guidance_ddpm_hf import ClassifierGuidance
 from .hub_ddpm_hf import PortablePipelineMixin
@@ -25,7 +26,7 @@ from .schedules_ddpm_hf import BETA_SCHEDULES  # noqa: F401  Diffusers fetches w
 from .scheduling_ddpm_hf import DDPMScheduler
 
 
-class DDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPipeline):
+class DDPMPipeline(SamplingMixin, AccelerationMixin, PortablePipelineMixin, DiffusionPipeline):
     """Sample images from a `UNet2DModel` with DDPM (Ho et al. 2020) or any other sampler of Diffusers.
 
     Args:

@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DCo
 from diffusers.utils import logging
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from .acceleration_ddpm_hf import AccelerationMixin
 from .coefficients_ddpm_hf import Coefficients  # noqa: F401  Diffusers fetches what a pipeline imports itself
 from .guidance_ddpm_hf import FreeGuidance
 from .hub_ddpm_hf import PortablePipelineMixin
@@ -32,7 +33,7 @@ logger = logging.get_logger(__name__)
 STABLE_DIFFUSION_SETTINGS = {"steps_offset": 1, "clip_sample": False}
 
 
-class TextToImageDDPMPipeline(SamplingMixin, PortablePipelineMixin, DiffusionPipeline):
+class TextToImageDDPMPipeline(SamplingMixin, AccelerationMixin, PortablePipelineMixin, DiffusionPipeline):
     """Sample images of prompts; its folder is one of Stable Diffusion's, in both directions.
 
     Args:

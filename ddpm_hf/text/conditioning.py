@@ -9,6 +9,7 @@ from ..common.randomness import StepKeys
 from ..inference.components import Components
 from ..models.acceleration import choose_execution
 from ..portable.pipeline_text2image_ddpm_hf import encode_texts, tokenize
+from ..training.flags import TrainingFlags
 
 if TYPE_CHECKING:
     from ..portable.scheduling_ddpm_hf import DDPMScheduler
@@ -83,18 +84,18 @@ def dream_noise(
 
 
 def trained_model(
-    components: Components, with_text_encoder: bool, device: torch.device, checkpointing: bool, xformers: bool
+    components: Components, with_text_encoder: bool, device: torch.device, flags: TrainingFlags, xformers: bool
 ) -> TextConditioned:
     """What is trained of the components.
 
     Args:
         with_text_encoder: whether the text encoder learns too.
-        checkpointing: whether to compute activations anew in the backward pass.
+        flags: how it is executed.
         xformers: whether to use xFormers' attention.
     """
     text_encoder = components.text_encoder if with_text_encoder else None
     model = TextConditioned(components.unet, text_encoder).requires_grad_(True)
-    choose_execution(model.unet, device, checkpointing, xformers)
-    if checkpointing and text_encoder is not None:
+    choose_execution(model.unet, device, flags.gradient_checkpointing, xformers, flags.acceleration)
+    if flags.gradient_checkpointing and text_encoder is not None:
         text_encoder.gradient_checkpointing_enable()
     return model

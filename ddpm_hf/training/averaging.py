@@ -33,9 +33,20 @@ def make_ema(flags: TrainingFlags, part: torch.nn.Module, device: torch.device) 
     return ema
 
 
-def update_ema(ema: EMAModel, part: torch.nn.Module) -> None:
-    """Take in the part's weights after a step, wherever the average is kept."""
+def update_ema(ema: EMAModel, part: torch.nn.Module, taken: torch.Tensor | None = None) -> None:
+    """Take in the part's weights after a step, wherever the average is kept.
+
+    Args:
+        taken: a bool on the weights' device, for a step that the device may have skipped: the average then stays.
+    """
     device = ema.shadow_params[0].device
+    if taken is not None and taken.device == device:
+        ema.optimization_step += 1
+        ema.cur_decay_value = ema.get_decay(ema.optimization_step)
+        moved = torch._foreach_sub([one.detach() for one in part.parameters()], ema.shadow_params)
+        torch._foreach_mul_(moved, (1 - ema.cur_decay_value) * taken)
+        torch._foreach_add_(ema.shadow_params, moved)
+        return
     ema.step([own.detach().to(device).requires_grad_(own.requires_grad) for own in part.parameters()])
 
 

@@ -18,23 +18,26 @@ class Due(NamedTuple):
     checkpoint: bool
 
     @classmethod
-    def after(cls, step: int, run: Run, plan: StepPlan, finite: bool) -> "Due":
+    def after(cls, step: int, run: Run, plan: StepPlan) -> "Due":
         """What follows a step of a training that can do all of it.
 
         Args:
             step: counted from 1.
-            finite: whether it was taken; one that was skipped has no figures, and no checkpoint but the last.
         """
         flags, end = run.flags, step == plan.total
         epoch, epoch_ends = plan.epoch_of(step - 1), end or step % plan.steps_per_epoch == 0
         return cls(
             end=end,
-            log=finite and (end or step % flags.logging_steps == 0),
+            log=end or step % flags.logging_steps == 0,
             validate=bool(flags.validation_steps) and (end or step % flags.validation_steps == 0),
             samples=samples_due(run.grids, step, epoch, epoch_ends, end),
             model=epoch_ends and (end or epoch % flags.save_model_epochs == 0),
-            checkpoint=end or (finite and step % flags.checkpointing_steps == 0),
+            checkpoint=end or step % flags.checkpointing_steps == 0,
         )
+
+    def if_skipped(self) -> "Due":
+        """What follows if the step was skipped: no figures, and no checkpoint but the last."""
+        return self._replace(log=False, checkpoint=self.end)
 
 
 def samples_due(grids: GridFlags | None, step: int, epoch: int, epoch_ends: bool, end: bool) -> bool:

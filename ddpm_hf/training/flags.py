@@ -159,7 +159,17 @@ class TrainingFlags:
         help="Autocast the model to half precision; bf16 works on recent CPUs too.",
     )
     allow_tf32: bool = HfArg(default=False, help="TF32 matrix products on Ampere GPUs and later.")
-    compile: bool = HfArg(resume=FREE, default=False, help="torch.compile the model (needs a C++ compiler or a GPU).")
+    acceleration: Literal["auto", "compile", "none"] = HfArg(
+        resume=FREE,
+        default="auto",
+        help="How the network is executed; its gradients are checked first. auto: CUDA graphs on a GPU, attention by"
+        " size on a CPU. compile: its blocks are compiled, which takes minutes. none: as Diffusers does.",
+    )
+    compile: bool = HfArg(
+        resume=FREE,
+        default=False,
+        help="torch.compile the whole model (needs a C++ compiler or a GPU), without --acceleration.",
+    )
     gradient_checkpointing: bool = HfArg(
         resume=FREE, default=False, help="Recompute activations in the backward pass: less memory."
     )

@@ -68,13 +68,15 @@ def training_loop(
             result = take_step(run, state, plan, fetched, compute_loss)
             state.step += 1
             guard.judge(result, output)
-            seconds = time.perf_counter() - output.since
             progress.done(state.step)
 
-            due, record = Due.after(state.step, run, plan, result.finite), {}
+            due, record = Due.after(state.step, run, plan), {}
+            if any(due) and not guard.settle(output):
+                due = due.if_skipped()
+            seconds = time.perf_counter() - output.since
             if due.log:
                 lr = state.lr_scheduler.get_last_lr()[0]
-                record = {**state.meter.means(run.accelerator), "lr": lr, "grad_norm": result.norm}
+                record = {**state.meter.means(run.accelerator), "lr": lr, "grad_norm": float(result.norm)}
             if due.validate and validate is not None:
                 record |= output.validated(validate)
             if record:
@@ -96,6 +98,7 @@ def end_early(stop: Stop, guard: NonfiniteGuard, output: TrainingOutput) -> None
     Raises:
         Exception: what reading a batch raised.
     """
+    guard.settle(output)
     given_back = not stop.by_clock and output.earlier_run_waits()
     if not given_back:
         guard.put_back()

@@ -38,13 +38,13 @@ class Meter:
         """Forget everything."""
         self.sums = torch.zeros(2, 1 + len(self.groups), 2, device=self.device)
 
-    def add(self, result: Losses, count: int) -> None:
-        """Take in the first `count` samples of a batch."""
-        pairs = _with_count(result.losses[:count])  # [N, 2]
+    def add(self, result: Losses, count: int, taken: torch.Tensor | None = None) -> None:
+        """Take in the first `count` samples of a batch; nothing where `taken`, a bool on the device, is False."""
+        pairs = _with_count(result.losses[:count], taken)  # [N, 2]
         values = torch.zeros_like(self.sums[0])
         values[0] = pairs.sum(0)
         if result.groups is not None:
-            logged = pairs if result.logged is None else _with_count(result.logged[:count])
+            logged = pairs if result.logged is None else _with_count(result.logged[:count], taken)
             values[1:].index_add_(0, result.groups[:count].to(self.device), logged)
         sums, compensation = self.sums
         values = values - compensation
@@ -77,10 +77,11 @@ class Meter:
         return {name: s / n for name, (s, n) in zip(("loss", *self.groups), sums) if n}
 
 
-def _with_count(losses: torch.Tensor) -> torch.Tensor:
-    """Losses [N] as pairs with a 1, float32 [N, 2]: their sum is the sum and the count."""
+def _with_count(losses: torch.Tensor, taken: torch.Tensor | None) -> torch.Tensor:
+    """Losses [N] as pairs with a 1, float32 [N, 2]: their sum is the sum and the count; zeros if not `taken`."""
     losses = losses.detach().float()
-    return torch.stack([losses, torch.ones_like(losses)], dim=1)
+    pairs = torch.stack([losses, torch.ones_like(losses)], dim=1)
+    return pairs if taken is None else torch.where(taken, pairs, 0.0)
 
 
 def sum_over_ranks(sums: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,8 @@ from .run import Run
 from .state import Snapshot, TrainingState
 from .step import StepResult
 
+MOST_PENDING = 1000  # steps whose results are kept unread
+
 
 class NonfiniteGuard:
     """Judges each step; what a skipped one changed after all, such as the learning rate, can be put back.
@@ -23,13 +25,13 @@ class NonfiniteGuard:
 
     def __init__(self, run: Run, state: TrainingState, name_of: Callable[[int], str]):
         self.run, self.state, self.name_of = run, state, name_of
-        self.good = Snapshot(state)  # of the last step that was finite
-        self.rows: list[int] = []  # samples that were not, since then
+        self.before = self.good = Snapshot(state)  # before the step that comes; before the first of those skipped
+        self.rows: list[int] = []  # samples that were not finite, in these
+        self.pending: list[tuple[Snapshot, StepResult]] = []  # steps of which a GPU has not told yet
 
     def before_step(self) -> None:
-        """Remember a good state."""
-        if not self.state.nonfinite_steps:
-            self.good, self.rows = Snapshot(self.state), []
+        """Remember the state."""
+        self.before = Snapshot(self.state)
 
     def put_back(self) -> None:
         """Make the state that of before the steps that were skipped last."""
@@ -37,20 +39,37 @@ class NonfiniteGuard:
             self.good.put_back(self.state)
 
     def judge(self, result: StepResult, output: TrainingOutput) -> None:
-        """Count the step that has been taken, and say what was not finite in it.
+        """Count the step that has been taken; what a GPU knows of it is read later, by `settle`."""
+        self.pending.append((self.before, result))
+        if not isinstance(result.finite, torch.Tensor) or len(self.pending) >= MOST_PENDING:
+            self.settle(output)
+
+    def settle(self, output: TrainingOutput) -> bool:
+        """Read how the steps since the last call ended, and say what was not finite; True if the last was taken.
 
         Raises:
-            UsageError: it is one of `--max_nonfinite_steps` in a row; what came before them is saved.
+            UsageError: one was the last of `--max_nonfinite_steps` in a row; what came before them is saved.
         """
-        if result.finite:
-            self.state.nonfinite_steps = 0
-            return
-        self.state.nonfinite_steps += 1
-        self.state.meter.sums = self.good.sums.clone()
+        pending, self.pending = self.pending, []
+        read = torch.stack([torch.as_tensor(result.finite) for _, result in pending]).tolist() if pending else []
+        for (before, result), finite in zip(pending, read):
+            if finite:
+                self.state.nonfinite_steps = 0
+                continue
+            if not self.state.nonfinite_steps:
+                self.good, self.rows = before, []
+            if isinstance(result.finite, torch.Tensor):
+                for ema in self.state.emas.values():
+                    ema.optimization_step -= 1  # the host had counted it
+            self.state.nonfinite_steps += 1
+            self._skipped(before.step + 1, result, output)
+        return not self.state.nonfinite_steps
+
+    def _skipped(self, step: int, result: StepResult, output: TrainingOutput) -> None:
         rows = bad_samples(result.taken)
         self.rows += [row for row in rows if row not in self.rows]
         what = f"not finite: {named(rows, self.name_of)}"
-        self.run.warn(f"step {self.state.step}: loss or gradient is {what}; step skipped")
+        self.run.warn(f"step {step}: loss or gradient is {what}; step skipped")
         count = self.state.nonfinite_steps
         if count >= self.run.flags.max_nonfinite_steps:
             given_back = output.earlier_run_waits()

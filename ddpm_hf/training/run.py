@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from tqdm.auto import tqdm
 
 from ..common.errors import RunError, one_line
 from ..common.layout import Entry
 from .faults import EndedTogetherError, storage_fault
 from .flags import Flags, GridFlags, TrainingFlags
+from .plan import StepPlan
 
 
 class Resumed(NamedTuple):
@@ -59,6 +60,16 @@ class Run:
     def device(self) -> torch.device:
         """This rank's device."""
         return self.accelerator.device
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """What the model is autocast to; None without mixed precision."""
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
+
+    def captures_steps(self, plan: StepPlan) -> bool:
+        """Whether a CUDA graph can hold the model's part of a step: one process, one batch, nothing recomputed."""
+        alone = self.accelerator.distributed_type == DistributedType.NO and plan.accumulation == 1
+        return alone and not (self.flags.compile or self.flags.gradient_checkpointing)
 
     @property
     def class_names(self) -> list[str] | None:

@@ -119,7 +119,7 @@ class Snapshot:
     """What steps that are skipped change after all, to put it back; weights, moments and EMA they leave alone."""
 
     def __init__(self, state: TrainingState):
-        self.step, self.sums = state.step, state.meter.sums.clone()
+        self.step = state.step
         self.schedule = state.lr_scheduler.state_dict().copy()
         self.rates = [group["lr"] for group in state.optimizer.param_groups]
         self.extra = {
@@ -129,7 +129,6 @@ class Snapshot:
     def put_back(self, state: TrainingState) -> None:
         """Make the state that of before the steps that were skipped."""
         state.step, state.nonfinite_steps, state.grid_due = self.step, 0, False
-        state.meter.sums = self.sums.clone()
         state.lr_scheduler.load_state_dict(self.schedule)
         for group, rate in zip(state.optimizer.param_groups, self.rates):
             group["lr"] = rate

@@ -205,6 +205,7 @@ ROWS = [
     Row("cpu_threads", 2, spied("threads"), 1, 2, {"max_train_steps": 1}),
     Row("mixed_precision", "bf16", spied("precision"), "no", "bf16", **MACHINE),
     Row("allow_tf32", True, spied("tf32"), False, True, **MACHINE),
+    Row("acceleration", "none", lambda s: "attention by size" in s.run.err, True, False, **MACHINE),
     Row("compile", True, lambda s: len(s.spied("compile")), 0, 1, **MACHINE),
     Row("gradient_checkpointing", True, spied("checkpointing"), False, True, **MACHINE),
     Row("checkpointing_steps", 1, checkpoints, ["checkpoint-6"], ["checkpoint-5", "checkpoint-6"], **SAVING),

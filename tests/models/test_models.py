@@ -9,11 +9,11 @@ from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention
 
 from ddpm_hf.data import DataFlags
-from ddpm_hf.models.attention import AttentionBySize, choose_attention
 from ddpm_hf.models.flags import UNetFlags
 from ddpm_hf.models.presets import MODEL_PRESETS, preset_unet_config
 from ddpm_hf.models.sizes import DEFAULT_UNET, model_size, settle_resolution
 from ddpm_hf.models.unet import build_unet, stock_unet_defaults, time_blindness
+from ddpm_hf.portable.acceleration_ddpm_hf import AttentionBySize, choose_attention
 from ddpm_hf.portable.sampling_ddpm_hf import downscaling
 from ddpm_hf.portable.scheduling_ddpm_hf import DDPMScheduler
 from tests.support import ROOT

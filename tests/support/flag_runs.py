@@ -10,6 +10,7 @@ from accelerate.state import AcceleratorState
 from diffusers import UNet2DModel
 
 import train_unconditional
+from ddpm_hf.portable import acceleration_ddpm_hf
 from ddpm_hf.publishing import hub as publishing
 from ddpm_hf.publishing import publisher
 from tests.support.flag_rows import Seen, digest
@@ -47,6 +48,7 @@ def observe(flags: dict, folder: Path) -> Seen:
         "save": (publisher, "save_pipeline", None),
         "loader": (torch.utils.data.DataLoader, "__init__", None),
         "compile": (torch, "compile", lambda model, **k: model),
+        "compile_blocks": (acceleration_ddpm_hf, "compile_blocks", lambda model: None),
         "xformers": (UNet2DModel, "enable_xformers_memory_efficient_attention", lambda *a, **k: 0),
     }
     tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32

@@ -190,6 +190,7 @@ ROWS = [
     Row("mixed_precision", "bf16", lambda s: s.spied("precision")[0], "no", "bf16"),
     Row("mixed_precision", "bf16", weights),
     Row("allow_tf32", True, lambda s: s.spied("tf32")[0], False, True),
+    Row("acceleration", "compile", lambda s: len(s.spied("compile_blocks")), 0, 1),
     Row("compile", True, lambda s: len(s.spied("compile")), 0, 1),
     Row("gradient_checkpointing", True, lambda s: s.spied("checkpointing")[0], False, True),
     Row("enable_xformers_memory_efficient_attention", True, lambda s: len(s.spied("xformers")), 0, 1),

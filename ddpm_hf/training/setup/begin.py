@@ -22,7 +22,7 @@ from ..state import TrainingState, register_model_hooks
 from ..stopping import deadline_of
 from .accelerator import start_accelerator
 from .claiming import check_unchanged, find_run
-from .optimizer import make_lr_scheduler, make_optimizer
+from .optimizer import make_lr_scheduler, make_optimizer, match_layout
 from .settings import agree_on_seed, settings_that_go_on
 
 
@@ -104,6 +104,7 @@ def begin_training(
     register_model_hooks(accelerator, state)
     if run.resumed is not None:
         load_checkpoint(accelerator, state, run.resumed.checkpoint)
+        match_layout(state.optimizer)
         run.log(f"resuming from {run.resumed.checkpoint}")
     if flags.compile and not flags.dry_run:  # compiling takes minutes
         state.model = compiled(state.model)

@@ -42,3 +42,11 @@ def make_lr_scheduler(
         num_warmup_steps=min(flags.lr_warmup_steps, total_steps),  # Diffusers' script would not reach the rate
         num_training_steps=total_steps,
     )
+
+
+def match_layout(optimizer: torch.optim.Optimizer) -> None:
+    """Give the moments that a checkpoint brought the memory layout of their parameters, as fused kernels require."""
+    for parameter, moments in optimizer.state.items():
+        for name, value in moments.items():
+            if getattr(value, "shape", None) == parameter.shape and value.stride() != parameter.stride():
+                moments[name] = value.new_empty_strided(parameter.shape, parameter.stride()).copy_(value)

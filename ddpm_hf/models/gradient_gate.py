@@ -1,0 +1,80 @@
+"""The gate in front of an accelerated model: its gradients on one batch are those of the model as it is.
+
+A wrong kernel need not show in the loss: Inductor's layout optimisation gave wrong gradients for this network on CPUs,
+some exactly zero, at an equal loss.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from ..common.errors import UsageError
+
+# The greatest relative error of a gradient; reduced: products in bf16, fp16 or TF32, whose last digits differ anyway
+LIMITS = {"fp32": 1e-4, "reduced": 2e-2}
+SMALL = 0.1  # of the whole gradient's norm: a parameter's gradient below it counts as that large
+
+
+class Call:
+    """The arguments of a network's call."""
+
+    args: tuple = ()
+    kwargs: dict[str, Any] = {}
+
+
+@contextlib.contextmanager
+def recorded_call(model: torch.nn.Module) -> Iterator[Call]:
+    """Within, keep the arguments of the model's latest call with gradients."""
+    call = Call()
+
+    def keep(_: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if torch.is_grad_enabled():
+            call.args, call.kwargs = args, kwargs
+
+    hook = model.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        yield call
+    finally:
+        hook.remove()
+
+
+def gradients(model: torch.nn.Module, call: Call) -> list[torch.Tensor]:
+    """The parameters' gradients, float32, of one call's output times fixed random numbers."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    device = parameters[0].device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # dropout is the same each time
+        torch.manual_seed(0)
+        output = model(*call.args, **call.kwargs)
+        output = getattr(output, "sample", output).float()  # a classifier gives its logits alone
+        weights = torch.randn(output.shape, generator=torch.Generator(device).manual_seed(0), device=device)
+        given = torch.autograd.grad((output * weights).mean(), parameters, allow_unused=True)
+    return [torch.zeros_like(one) if g is None else g.float().clone() for one, g in zip(parameters, given)]
+
+
+def gradient_error(accelerated: list[torch.Tensor], eager: list[torch.Tensor]) -> float:
+    """The greatest relative error of a parameter's gradient in the 2-norm; infinite where one is not finite."""
+    norms = torch.stack([one.norm() for one in eager])
+    errors = torch.stack([(one - right).norm() for one, right in zip(accelerated, eager, strict=True)])
+    return float((errors / norms.clamp(min=SMALL * float(norms.norm()))).nan_to_num(float("inf")).max())
+
+
+def check_gradients(accelerated: list[torch.Tensor], eager: list[torch.Tensor], reduced: bool, what: str) -> float:
+    """The `gradient_error`, if it is small enough to train with.
+
+    Args:
+        reduced: whether products are computed in bf16, fp16 or TF32.
+        what: names what was done to the model.
+
+    Raises:
+        UsageError: it is larger than `LIMITS` allows.
+    """
+    error, limit = gradient_error(accelerated, eager), LIMITS["reduced" if reduced else "fp32"]
+    if not error <= limit:
+        raise UsageError(
+            f"--acceleration: with {what}, gradients differ by {error:.1e} (relative) from those without, more than"
+            f" rounding does ({limit:.0e}); train with --acceleration none, and report the versions of torch and"
+            " diffusers"
+        )
+    return error

@@ -1,0 +1,285 @@
+"""How a UNet is executed: its memory format, its attention, regional compilation, CUDA graphs.
+
+None of it changes what a model is: weights, config and saved files stay those of stock Diffusers.
+
+This file is copied into published repositories: it imports torch and diffusers alone.
+"""
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from diffusers.models.unets.unet_2d import UNet2DOutput
+
+PLAIN_POSITIONS = 64  # of an 8×8 feature map
+MOST_GRAPHS = 4  # shapes that a network keeps CUDA graphs of; each holds its activations
+COMPILED_BLOCKS = ("ResnetBlock2D", "Attention", "BasicTransformerBlock")
+
+
+class AttentionBySize:
+    """An attention processor for CPUs: plain matrix products for one head over few positions, else the fused kernel.
+
+    Both compute the same function. With several heads or more positions than `PLAIN_POSITIONS` the products write
+    score matrices that no longer fit into a cache, and take up to four times as long (`benchmarks/attention.py`). The
+    choice follows from the shape alone, so that a resumed run makes the same one.
+    """
+
+    def __init__(self) -> None:
+        self.plain, self.fused = AttnProcessor(), AttnProcessor2_0()
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        temb: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """hidden_states [N, C, H, W] or [N, L, C] -> the same shape."""
+        positions = hidden_states[0, 0].numel() if hidden_states.ndim == 4 else hidden_states.shape[1]
+        process = self.plain if attn.heads == 1 and positions <= PLAIN_POSITIONS else self.fused
+        return process(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+
+
+def choose_attention(model: torch.nn.Module) -> None:
+    """Attention by `AttentionBySize` in every layer, for a model on a CPU. Nothing of it is saved."""
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.set_processor(AttentionBySize())
+
+
+def use_channels_last(model: torch.nn.Module) -> None:
+    """Keep the weights of convolutions as NHWC, which tensor cores read without a transposition."""
+    model.to(memory_format=torch.channels_last)
+
+
+def compile_blocks(model: torch.nn.Module) -> None:
+    """Compile each residual block and attention layer by itself: seconds a block, where a network takes minutes.
+
+    The layout optimisation is off: with it, gradients of this network were wrong on CPUs.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)  # one a shape of a block
+    for module in model.modules():
+        if type(module).__name__ in COMPILED_BLOCKS:
+            module.compile(options={"layout_optimization": False})
+
+
+def signature(args: tuple, kwargs: dict[str, Any]) -> tuple | None:
+    """What a CUDA graph fixes of a call: tensors' shapes, types and layout, other values; None if it cannot be one."""
+    parts: list[tuple] = []
+    for name, value in [*enumerate(args), *sorted(kwargs.items())]:
+        if isinstance(value, torch.Tensor):
+            if not value.is_cuda:
+                return None
+            parts.append((name, value.shape, value.dtype, value.stride(), value.requires_grad))
+        elif value is None or isinstance(value, (bool, int, float, str)):
+            parts.append((name, value))
+        else:
+            return None
+    return tuple(parts)
+
+
+class GraphedForward:
+    """A network's forward pass as a CUDA graph: one launch instead of one for each kernel.
+
+    The first call of each signature is captured; without gradients only, and where capture fails the network runs as
+    it is. The kernels are the same, so the output is equal to the bit.
+
+    Args:
+        model: maps tensors and other values to an output whose `sample` is a tensor.
+    """
+
+    def __init__(self, model: torch.nn.Module):
+        self.model, self.forward = model, model.forward
+        self.captured: dict[tuple, tuple | None] = {}  # None: it cannot be captured
+
+    def __deepcopy__(self, memo: dict) -> Callable[..., Any]:
+        return copy.deepcopy(self.forward, memo)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        key = signature(args, kwargs)
+        if key is None or torch.is_grad_enabled() or torch.cuda.is_current_stream_capturing():
+            return self.forward(*args, **kwargs)
+        # a graph reads weights where they were: those that were moved or replaced since need another
+        key += (autocast_dtype(), *(parameter.data_ptr() for parameter in self.model.parameters()))
+        if key not in self.captured:
+            if len(self.captured) >= MOST_GRAPHS:
+                self.captured.pop(next(iter(self.captured)))
+            self.captured[key] = self._capture(args, kwargs)
+        captured = self.captured[key]
+        if captured is None:
+            return self.forward(*args, **kwargs)
+        graph, inputs, output = captured
+        for static, given in zip(inputs, tensors_of(args, kwargs)):
+            static.copy_(given)
+        graph.replay()
+        return UNet2DOutput(sample=output.clone())
+
+    def _capture(self, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
+        args, kwargs = own_copy(args, kwargs)
+        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        side.wait_stream(torch.cuda.current_stream())
+        try:
+            with torch.cuda.stream(side):
+                for _ in range(2):  # what kernels set up at their first calls
+                    self.plain(*args, **kwargs)
+            torch.cuda.current_stream().wait_stream(side)
+            with torch.cuda.graph(graph):
+                output = self.plain(*args, **kwargs)
+        except RuntimeError:  # an operation that cannot be captured
+            torch.cuda.synchronize()
+            return None
+        return graph, tensors_of(args, kwargs), output
+
+    def plain(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The output's `sample` without autocast's cache of weights, whose copies would be those of the capture."""
+        dtype = autocast_dtype()
+        with torch.autocast("cuda", dtype, enabled=dtype is not None, cache_enabled=False):
+            return self.forward(*args, **kwargs).sample
+
+
+class GraphedTraining(GraphedForward):
+    """A network's forward and backward pass as CUDA graphs, for calls like a given one; else as `GraphedForward`.
+
+    Args:
+        args, kwargs: of a call in a training step.
+        dtype: of Accelerate's autocast, which is part of the model's `forward`; None without.
+    """
+
+    def __init__(self, model: torch.nn.Module, args: tuple, kwargs: dict[str, Any], dtype: torch.dtype | None):
+        super().__init__(model)
+        self.key, self.dtype = signature(args, kwargs), dtype
+        step = CapturedStep(model, *own_copy(args, kwargs), dtype)
+        with torch.random.fork_rng([next(model.parameters()).device]):
+            self.step = torch.cuda.make_graphed_callables(
+                step, tuple(tensors_of(step.args, step.kwargs)), allow_unused_input=True
+            )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled() and self.model.training and signature(args, kwargs) == self.key:
+            return UNet2DOutput(sample=self.step(*tensors_of(args, kwargs)))
+        return super().__call__(*args, **kwargs)
+
+    def plain(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As of `GraphedForward`, with the autocast that Accelerate would enter."""
+        with torch.autocast("cuda", self.dtype, enabled=self.dtype is not None, cache_enabled=False):
+            return getattr(self.model, "_original_forward", self.forward)(*args, **kwargs).sample.float()
+
+
+class CapturedStep(torch.nn.Module):
+    """A network as a function of its call's tensors alone, which is what a CUDA graph of a training step captures."""
+
+    def __init__(self, model: torch.nn.Module, args: tuple, kwargs: dict[str, Any], dtype: torch.dtype | None):
+        super().__init__()
+        self.model, self.args, self.kwargs, self.dtype = model, args, kwargs, dtype
+        layers = (torch.nn.Conv2d, torch.nn.Linear)  # whose weights autocast casts
+        first = next((name for name, _ in model.named_parameters()), None)  # what Diffusers calls the model's dtype
+        self.cast = [
+            f"{name}.{key}"
+            for name, module in model.named_modules()
+            if dtype is not None and isinstance(module, layers)
+            for key, _ in module.named_parameters(recurse=False)
+            if f"{name}.{key}" != first
+        ]
+        self.train(model.training)
+
+    def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
+        """The output's `sample`, float32, for tensors in the order of `tensors_of`."""
+        given = iter(tensors)
+        args = [next(given) if isinstance(value, torch.Tensor) else value for value in self.args]
+        kwargs = {
+            name: next(given) if isinstance(value, torch.Tensor) else value
+            for name, value in sorted(self.kwargs.items())
+        }
+        weights = [self.model.get_parameter(name) for name in self.cast]
+        with torch.autocast(tensors[0].device.type, self.dtype, enabled=self.dtype is not None, cache_enabled=False):
+            cast = dict(zip(self.cast, CastTogether.apply(self.dtype, *weights))) if weights else {}
+            with without_accelerate(self.model):
+                return torch.func.functional_call(self.model, cast, tuple(args), kwargs).sample.float()
+
+
+@contextlib.contextmanager
+def without_accelerate(model: torch.nn.Module) -> Iterator[None]:
+    """Within, the model's `forward` is its own, without the autocast that Accelerate put around it."""
+    patched = vars(model).pop("forward", None)
+    try:
+        yield
+    finally:
+        if patched is not None:
+            model.forward = patched
+
+
+class CastTogether(torch.autograd.Function):
+    """Many tensors to another type, and their gradients back, in a few launches."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The tensors as `dtype`."""
+        ctx.dtypes = [tensor.dtype for tensor in tensors]
+        cast = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+        torch._foreach_copy_(cast, list(tensors))
+        return tuple(cast)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """The gradients as what the tensors were."""
+        cast = [torch.empty_like(gradient, dtype=dtype) for gradient, dtype in zip(gradients, ctx.dtypes)]
+        torch._foreach_copy_(cast, list(gradients))
+        return (None, *cast)
+
+
+def own_copy(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """The call with copies of its tensors."""
+
+    def copied(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return value.detach().clone().requires_grad_(value.requires_grad)
+
+    return tuple(copied(value) for value in args), {name: copied(value) for name, value in kwargs.items()}
+
+
+def autocast_dtype() -> torch.dtype | None:
+    """What autocast computes in on a GPU; None where it is off."""
+    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+
+
+def tensors_of(args: tuple, kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """The tensors of a call, in the order of `signature`."""
+    values = [*args, *(value for _, value in sorted(kwargs.items()))]
+    return [value for value in values if isinstance(value, torch.Tensor)]
+
+
+class AccelerationMixin:
+    """`enable_acceleration` of a pipeline with a `unet`."""
+
+    unet: torch.nn.Module
+
+    def enable_acceleration(self) -> str:
+        """Sample faster, with images that are equal but for rounding; what is saved stays as it is.
+
+        On a GPU, the UNet's kernels are launched as one CUDA graph for each batch size, to the same bits. On a CPU,
+        attention is computed by whichever kernel suits its size. Call it once the pipeline is on its device.
+
+        Returns: what was chosen, in a few words.
+        """
+        device = next(self.unet.parameters()).device
+        if device.type == "cpu":
+            choose_attention(self.unet)
+            return "attention by size"
+        if device.type != "cuda":
+            return f"none on {device.type}"
+        if not isinstance(self.unet.forward, GraphedForward):
+            self.unet.forward = GraphedForward(self.unet)
+        return "CUDA graphs"
+
+    def disable_acceleration(self) -> None:
+        """Take back what `enable_acceleration` did."""
+        if isinstance(self.unet.forward, GraphedForward):
+            self.unet.forward = self.unet.forward.forward
+        for module in self.unet.modules():
+            if isinstance(module, Attention) and isinstance(module.processor, AttentionBySize):
+                module.set_processor(AttnProcessor2_0())

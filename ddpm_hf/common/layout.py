@@ -104,7 +104,16 @@ PIPELINE = (
     Entry("pipeline_*ddpm_hf.py", published=True),
     *(
         Entry(f"{name}_ddpm_hf.py", published=True)
-        for name in ("hub", "guidance", "sampling", "coefficients", "scheduling", "schedules", "operators")
+        for name in (
+            "hub",
+            "acceleration",
+            "guidance",
+            "sampling",
+            "coefficients",
+            "scheduling",
+            "schedules",
+            "operators",
+        )
     ),
     Entry(RUN_FILE, published=True, recognised=_has("sessions")),
     Entry(RESULTS_FILE, published=True, recognised=_is_results),

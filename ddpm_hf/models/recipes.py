@@ -6,6 +6,7 @@ from typing import Any
 
 from ..common.arguments import SHORTER_TRAINING
 from ..common.errors import UsageError
+from .flags import StartFlags
 from .presets import MODEL_PRESETS
 from .pretrained import read_source, trained_settings
 
@@ -49,7 +50,9 @@ def weaker_layers(flags: Any) -> list[tuple[str, dict[str, Any]]]:
     if preset is not None and preset not in MODEL_PRESETS:
         raise UsageError(f"--model_preset must be one of {', '.join(MODEL_PRESETS)} (got {preset!r})")
     recipe = MODEL_PRESETS[preset].recipe if preset else {}
-    trained = trained_settings(read_source(flags, flags.hub_token)) if start and not _goes_on(flags) else {}
+    trained = {}
+    if start and not _goes_on(flags):
+        trained = trained_settings(read_source(flags[StartFlags], flags.hub_token))
     return [("the embedded recipe", embedded), (f"the preset {preset}", recipe), (f"the model {start}", trained)]
 
 

@@ -106,7 +106,7 @@ def push_files(
     before = api.model_info(repository)
     tags = {one.name: one.target_commit for one in api.list_repo_refs(repository).tags} if tag else {}
     if tags.get(tag, before.sha) != before.sha:
-        raise ValueError(f"{repository} already has a tag {tag}; give another one")
+        raise ValueError(f"{repository} has a tag {tag} already; give another one")
     local_card = read_card(folder)
     latest = newer_card(local_card, read_remote(api, before, "README.md"))
     frozen = files["model_index.json"].parent  # these files do not change, whatever a run writes meanwhile
@@ -183,4 +183,4 @@ def check_tag(repository: str, tag: str, token: str | None) -> None:
     from huggingface_hub import HfApi
 
     if tag in {one.name for one in HfApi(token=token).list_repo_refs(repository).tags}:
-        raise ValueError(f"it already has a tag {tag}")
+        raise ValueError(f"it has a tag {tag} already")

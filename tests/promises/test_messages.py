@@ -73,6 +73,7 @@ EXCEPTIONS = {
     "is another autoencoder than that of {}": "test_lost_parts.py, which resumes it in a new folder",
     "the warm-up of --lr_warmup_steps {} takes all": "says what happens, and advises nothing",
     "--use_8bit_adam requires bitsandbytes": "needs a GPU",
+    "--acceleration: with {}, gradients differ by {}": "needs kernels that are wrong: test_gradient_gate.py",
     "the checkpoint's timestep sampler remembers": "of checkpoints without settings; the flag is refused before",
     "has no EMA; resume without --use_ema": "of checkpoints without settings; the flag itself is refused before",
     "has an EMA, which would be lost": "of checkpoints without settings; the flag itself is refused before",

@@ -65,7 +65,7 @@ def test_validation_and_sampling_are_shared_out(shop, clean, tmp_path):
     held_out, drawn = notes(clean, "held out"), notes(clean, "drawn")
     assert [sum(call["n"] for call in rank) for rank in held_out] == [3 * 2, 3 * 1]  # three times 3 images
     assert [[call["n"] for call in rank] for rank in drawn] == [[1, 1], [1, 1]]  # of 2 images at steps 3 and 6
-    one = run_script(command(shop, tmp_path / "run", train_batch_size=8), tmp_path / "run")
+    one = run_script(command(shop, tmp_path / "run", FLAGS, train_batch_size=8), tmp_path / "run")
     assert one.code == 0, one.err
     for ours, theirs in zip(records(clean / "run"), records(tmp_path / "run"), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)

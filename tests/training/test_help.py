@@ -76,6 +76,16 @@ def test_help_shows_each_flag_once_and_in_a_group(program):
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
+def test_each_flag_has_one_owner(program):
+    # Breaks if dataclasses of flags inherit from one another, so that one instance is passed as two things.
+    kinds = PROGRAMS[program].flags
+    assert all(kind.__bases__ == (object,) for kind in kinds)
+    names = [field.name for kind in kinds for field in dataclasses.fields(kind)]
+    assert len(names) == len(set(names)) > 60
+    assert PROGRAMS[program].defaults.keys() | PROGRAMS[program].helps.keys() <= set(names)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
 def test_help_states_the_defaults_and_nothing_of_those_that_say_nothing(program):
     # Breaks if a default is no longer shown, or "(default: None)" and "(default: False)" fill the page again.
     text = " ".join(OneLineParser(PROGRAMS[program]).format_help().split())

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SPACE := .venv-space
 DEMO := demo
 
-.PHONY: help demo test test-slow test-isa quality style bench clean
+.PHONY: help demo test test-slow test-isa quality style bench bench-gpu clean
 
 help:
 	@echo "make demo       train on the embedded digits and draw pictures into $(DEMO)/"
@@ -15,6 +15,7 @@ help:
 	@echo "make quality    check format, lint, and the types, those in the snippets of README.md and docs/ too"
 	@echo "make style      format"
 	@echo "make bench      run the benchmarks"
+	@echo "make bench-gpu  measure training and sampling against Diffusers on a CUDA GPU, for docs/performance.md"
 
 # One environment; the stamp is made anew when what it rests on changes.
 $(VENV)/stamp: setup.cfg constraints.txt
@@ -64,6 +65,10 @@ style: $(VENV)/stamp
 bench: $(VENV)/stamp $(DEMO)/model_index.json
 	$(BIN)/python benchmarks/table_precision.py
 	$(BIN)/python benchmarks/digit_quality.py $(DEMO)
+	$(BIN)/python benchmarks/gpu.py --device cpu --networks small medium --compile --block 2 --minutes 20
+
+bench-gpu: $(VENV)/stamp
+	$(BIN)/python benchmarks/gpu.py --out gpu.json --table docs/performance.md
 
 clean:
 	rm -rf $(VENV) $(SPACE) $(DEMO)

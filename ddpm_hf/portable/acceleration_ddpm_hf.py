@@ -75,6 +75,8 @@ def signature(args: tuple, kwargs: dict[str, Any]) -> tuple | None:
             if not value.is_cuda:
                 return None
             parts.append((name, value.shape, value.dtype, value.stride(), value.requires_grad))
+        elif name == "return_dict" and not value:  # a tuple is returned as the network returns it
+            return None
         elif value is None or isinstance(value, (bool, int, float, str)):
             parts.append((name, value))
         else:

@@ -79,6 +79,7 @@ def test_a_signature_tells_calls_apart_that_a_graph_cannot_serve_alike():
     assert signature((1, None), {"flag": True}) == signature((1, None), {"flag": True})
     assert signature((1,), {}) != signature((2,), {})
     assert signature(({},), {}) is None
+    assert signature((), {"return_dict": False}) is None
 
 
 def test_acceleration_changes_neither_images_nor_files(tmp_path):

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import typer
@@ -207,6 +208,7 @@ ROWS = [
 APART = {
     ("sample", "out"): "test_results_go_where_out_says",
     ("sample", "device"): "test_a_device_is_checked_and_taken",
+    ("sample", "acceleration"): "test_sampling_is_accelerated_unless_it_is_turned_off",
     ("ddpm-hf", "version"): "test_the_version",
 }
 COMPLETION = {("ddpm-hf", "install_completion"), ("ddpm-hf", "show_completion")}  # typer's own
@@ -286,6 +288,15 @@ def test_a_device_is_checked_and_taken(observe):
     """Else --device is ignored where there is one device only."""
     assert observe("sample {shop}/plain --steps 2 --num-images 1 --out {out} --device cpu").code == 0
     assert_one_line(observe("sample {shop}/plain --device meta")[:3], "--device meta", "cpu")
+
+
+def test_sampling_is_accelerated_unless_it_is_turned_off(observe):
+    """Else --acceleration none is ignored, or nobody has what is the default."""
+    with mock.patch.object(DDPMPipeline, "enable_acceleration") as enabled:
+        assert observe("sample {shop}/plain --steps 2 --num-images 1 --out {out} --acceleration none").code == 0
+        assert not enabled.called
+        assert observe("sample {shop}/plain --steps 2 --num-images 1 --out {out}").code == 0
+        assert enabled.called
 
 
 def test_the_version(observe):

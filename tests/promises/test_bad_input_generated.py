@@ -5,7 +5,6 @@ written. Flags are enumerated from their declarations: a new one is tried by its
 """
 
 import dataclasses
-import functools
 import json
 import subprocess
 import sys
@@ -72,11 +71,18 @@ def tally(request):
     report(request, counted, "flags and files of flags")
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def parsers():
     """Each program's parser, made once: making one takes longer than any case."""
-    made = functools.lru_cache(parsing.OneLineParser)
-    with mock.patch.object(parsing, "OneLineParser", made):
+    make, made = parsing.OneLineParser, {}
+
+    def made_once(program: parsing.Program) -> parsing.OneLineParser:
+        key = program.name, program.flags
+        if key not in made:
+            made[key] = make(program)
+        return made[key]
+
+    with mock.patch.object(parsing, "OneLineParser", made_once):
         yield
 
 

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from ..common.errors import UsageError
+from ..common.errors import UsageError, one_line
 
 if TYPE_CHECKING:  # else imported where it is used, so that --help is quick
     import torch
@@ -77,7 +77,7 @@ def accelerate_for_training(
     """
     import torch
 
-    from ..portable.acceleration_ddpm_hf import GraphedTraining, compile_blocks
+    from ..portable.acceleration_ddpm_hf import compile_blocks
     from .gradient_gate import check_gradients, gradients
 
     device = next(unet.parameters()).device
@@ -92,8 +92,27 @@ def accelerate_for_training(
         chosen = "compiled blocks"
         compile_blocks(unet)
     else:
-        chosen = "CUDA graphs"
-        unet.forward = GraphedTraining(unet, call.args, call.kwargs, dtype)
+        chosen, reason = "CUDA graphs", capture(unet, call, dtype)
+        if reason is not None:
+            return f"none: a step cannot be captured in CUDA graphs ({reason})"
     reduced = dtype is not None or (device.type == "cuda" and torch.backends.cudnn.allow_tf32)
     error = check_gradients(gradients(unet, call), eager, reduced, chosen)
     return f"{chosen}, gradients equal to {error:.0e}"
+
+
+def capture(unet: "torch.nn.Module", call: "Call", dtype: "torch.dtype | None") -> str | None:
+    """Let CUDA graphs run a UNet's training steps; where they cannot, it stays as it is: the reason, in one line."""
+    import torch
+
+    from ..portable.acceleration_ddpm_hf import GraphedTraining
+
+    try:
+        unet.forward = GraphedTraining(unet, call.args, call.kwargs, dtype)
+    except (
+        RuntimeError
+    ) as error:  # an operation that cannot be captured, or no memory for a second copy of activations
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        return one_line(error, 120)
+    return None

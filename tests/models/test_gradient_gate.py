@@ -1,10 +1,12 @@
 """Nothing trains with gradients that are not the model's own."""
 
+from unittest import mock
+
 import pytest
 import torch
 
 from ddpm_hf.common.errors import UsageError
-from ddpm_hf.models.acceleration import accelerate_for_training
+from ddpm_hf.models.acceleration import accelerate_for_training, capture
 from ddpm_hf.models.gradient_gate import Call, check_gradients, gradient_error, gradients, recorded_call
 from tests.portable.test_acceleration import small_unet
 
@@ -86,3 +88,13 @@ def test_nothing_is_accelerated_where_it_is_not_wanted():
     assert accelerate_for_training(unet, first_call(unet), "none") == "none"
     assert accelerate_for_training(unet, first_call(unet), "auto") == "attention by size"
     assert unet.forward == own
+
+
+def test_a_step_that_cannot_be_captured_trains_as_it_is(monkeypatch):
+    """Else one operation that CUDA graphs lack ends a run that would train without them."""
+    unet = small_unet()
+    call, forward = first_call(unet), unet.forward
+    refused = RuntimeError("operation not permitted\nwhen stream is capturing")
+    monkeypatch.setattr("ddpm_hf.portable.acceleration_ddpm_hf.GraphedTraining", mock.Mock(side_effect=refused))
+    assert capture(unet, call, None) == "operation not permitted when stream is capturing"
+    assert unet.forward == forward

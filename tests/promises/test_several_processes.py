@@ -80,7 +80,7 @@ def test_a_rank_that_is_killed_ends_the_others(shop, clean, tmp_path):
     assert code != 0
     for line in errors(err):  # the launcher may be faster than the news
         assert "lost contact" in line
-    assert f'File "{ROOT}' not in err
+    assert f'File "{ROOT}/ddpm_hf' not in err  # torchrun itself, in .venv, shows a traceback
     assert steps(tmp_path) == [1, 2]
     check_goes_on(shop, tmp_path, clean)
 
@@ -91,7 +91,7 @@ def test_a_rank_that_alone_cannot_read_ends_all_and_saves(shop, clean, tmp_path)
     assert code != 0
     (line,) = errors(err)
     assert "cat.png" in line
-    assert f'File "{ROOT}' not in err
+    assert f'File "{ROOT}/ddpm_hf' not in err  # torchrun itself, in .venv, shows a traceback
     assert steps(tmp_path) == [1, 2, 3]
     check_goes_on(shop, tmp_path, clean)
 
@@ -116,7 +116,7 @@ def test_a_rank_whose_disk_is_full_leaves_that_checkpoint_out(shop, clean, tmp_p
 
 def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_by_all(shop, tmp_path):
     """Else the ranks' weights part, or the sample that did it cannot be named."""
-    code, err = train("nan", shop, tmp_path, validation_split=0.0)
+    code, err = train("nan", shop, tmp_path, validation_split=0.0, validation_steps=None)
     assert code == 0, err
     (row,) = (note["row"] for note in notes(tmp_path, "nan")[1])
     assert err.count("step skipped") == 1

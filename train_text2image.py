@@ -71,7 +71,7 @@ if __name__ == "__main__":  # before torch is imported, so that --help and an un
 import torch
 
 from ddpm_hf.common.errors import DataError
-from ddpm_hf.common.randomness import StepKeys, sent
+from ddpm_hf.common.randomness import StepKeys, to_device
 from ddpm_hf.data import ImageDataset
 from ddpm_hf.data.batches import held_out_means, make_batches, open_images, plan_steps
 from ddpm_hf.inference.components import Components, assemble, load_checkpoint_components, of_a_checkpoint
@@ -125,7 +125,7 @@ def compute_loss(
     """Draw t and noise, add it to the latents, predict from the caption, compare (Rombach et al. 2022, Eq. 3)."""
     scheduler = components.scheduler
     x_start = x_start_of(batch, keys, components.vae, run.device)  # [N, C, h, w]
-    timesteps = sent(UniformTimestepSampler(len(scheduler)).sample(keys.uniform("timestep"))[0], x_start.device)
+    timesteps = to_device(UniformTimestepSampler(len(scheduler)).sample(keys.uniform("timestep"))[0], x_start.device)
     noise = keys.normal_like(x_start)
     text = caption_input(batch, keys, components, null_embedding, run.device, caption_dropout, learns)
     if objective.noise_offset and not keys.validation:

@@ -93,7 +93,7 @@ from diffusers import AutoencoderKL, UNet2DModel
 
 from ddpm_hf.common.errors import DataError
 from ddpm_hf.common.layout import layout
-from ddpm_hf.common.randomness import StepKeys, sent
+from ddpm_hf.common.randomness import StepKeys, to_device
 from ddpm_hf.data import ImageDataset
 from ddpm_hf.data.batches import Images, held_out_means, make_batches, open_images, plan_steps
 from ddpm_hf.latents.cache import cached_latents, check_cacheable
@@ -139,14 +139,14 @@ def compute_loss(
 ) -> Losses:
     """Draw t and noise, add it, predict, compare (Ho et al. 2020, Algorithm 1)."""
     x_start = x_start_of(batch, keys, vae, run.device)  # [N, C, H, W]
-    timesteps, weights = (sent(one, x_start.device) for one in sampler.sample(keys.uniform("timestep")))
+    timesteps, weights = (to_device(one, x_start.device) for one in sampler.sample(keys.uniform("timestep")))
     noise = keys.normal_like(x_start)
     conditioning = {}
     if "labels" in batch:
         labels = batch["labels"]
         if not keys.validation:  # a share of them become the null class (Ho & Salimans 2022, Algorithm 1)
             labels = torch.where(keys.uniform("class_dropout") < class_dropout, null_class, labels)
-        conditioning["class_labels"] = sent(labels, x_start.device)
+        conditioning["class_labels"] = to_device(labels, x_start.device)
     output = model(scheduler.add_noise(x_start, noise, timesteps), timesteps, **conditioning).sample.float()
     losses = training_losses(scheduler, output, x_start, noise, timesteps, **loss_options)
     if model.training and not isinstance(sampler, UniformTimestepSampler):  # it learns from the losses of all ranks

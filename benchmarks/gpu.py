@@ -150,7 +150,7 @@ def main() -> None:
         print(json.dumps(row), flush=True)
 
     jobs = [(training, (one, half, tuple({half, "fp32"}))) for one in flags.networks]
-    jobs += [(training, (one, "fp32", ("fp32",))) for one in flags.networks[:2]]
+    jobs += [(training, (one, "fp32", ("fp32",))) for one in flags.networks[:2] if half != "fp32"]
     for one in [] if flags.training_only else flags.networks[:2]:
         for batch in (4,) if flags.quick else (16, 64):
             for dtype in {torch.float32, torch.bfloat16 if half == "bf16" else torch.float32}:

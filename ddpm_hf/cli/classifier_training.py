@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from ..common.errors import DataError, UsageError, one_line
 from ..common.layout import layout
-from ..common.randomness import StepKeys
+from ..common.randomness import StepKeys, to_device
 from ..data import ImageDataset, to_model_range
 from ..data.batches import held_out_means, make_batches, open_images, plan_steps
 from ..models.acceleration import accelerate_for_training, choose_execution
@@ -41,10 +41,10 @@ def compute_loss(
 ) -> Losses:
     """Cross-entropy (nats) of the class of a noised image, at uniform t."""
     x_start = to_model_range(batch["images"].to(device, non_blocking=True))  # [N, C, H, W]
-    timesteps = UniformTimestepSampler(len(scheduler)).sample(keys.uniform("timestep"))[0].to(x_start.device)
+    timesteps = to_device(UniformTimestepSampler(len(scheduler)).sample(keys.uniform("timestep"))[0], x_start.device)
     x_t = scheduler.add_noise(x_start, keys.normal_like(x_start), timesteps)
     logits = model(x_t, timesteps).float()
-    losses = F.cross_entropy(logits, batch["labels"].to(x_start.device), reduction="none")
+    losses = F.cross_entropy(logits, to_device(batch["labels"], x_start.device), reduction="none")
     return Losses(losses, groups=quartile_of(timesteps, len(scheduler)))
 
 

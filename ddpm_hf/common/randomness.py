@@ -70,7 +70,7 @@ def counted_normal(seeds: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     return normal[:, :count].reshape(len(seeds), *shape)
 
 
-def sent(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     """A tensor of the CPU on a device, without waiting for a GPU to have taken it."""
     if torch.device(device).type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
@@ -99,7 +99,7 @@ class StepKeys(NamedTuple):
         """Standard normal noise of the reference's shape [count, ...], dtype and device."""
         blocks = keyed_blocks(self.seed, self._stream(name), self.step, self.first, self.count)
         if reference.is_cuda:  # where a launch for each sample would take longer than the noise
-            seeds = sent(torch.from_numpy(blocks[:, 0].view(np.int64)), reference.device)
+            seeds = to_device(torch.from_numpy(blocks[:, 0].view(np.int64)), reference.device)
             return counted_normal(seeds, reference.shape[1:]).to(reference.dtype)
         generator = torch.Generator(reference.device)
         # contiguous, whatever the reference's memory layout, which would change the order of the numbers

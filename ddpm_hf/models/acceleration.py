@@ -64,7 +64,7 @@ def accelerate_for_training(
 ) -> str:
     """Let a UNet train faster with the same result, and check that its gradients are the same; says what was chosen.
 
-    Compiled blocks are not captured in CUDA graphs: on the GPU where both were tried together, gradients were wrong.
+    Compiled blocks are not captured in CUDA graphs: what both together compute has not been checked on a GPU.
 
     Args:
         call: of a training step, as `recorded_call` keeps it.
@@ -86,7 +86,7 @@ def accelerate_for_training(
     if acceleration == "auto" and device.type == "cpu":
         return "attention by size"
     if acceleration == "auto" and (device.type != "cuda" or not graphs):
-        return "none: CUDA graphs need a GPU, one process and one batch a step"
+        return "none: CUDA graphs hold a UNet's step on a GPU, with one process and one batch a step"
     eager = gradients(unet, call)
     if acceleration == "compile":
         chosen = "compiled blocks"
@@ -108,9 +108,7 @@ def capture(unet: "torch.nn.Module", call: "Call", dtype: "torch.dtype | None") 
 
     try:
         unet.forward = GraphedTraining(unet, call.args, call.kwargs, dtype)
-    except (
-        RuntimeError
-    ) as error:  # an operation that cannot be captured, or no memory for a second copy of activations
+    except RuntimeError as error:  # an operation that cannot be captured, or no memory for the activations
         if torch.cuda.is_available():
             torch.cuda.synchronize()
             torch.cuda.empty_cache()

@@ -59,12 +59,13 @@ def use_channels_last(model: torch.nn.Module) -> None:
 def compile_blocks(model: torch.nn.Module) -> None:
     """Compile each residual block and attention layer by itself: seconds a block, where a network takes minutes.
 
-    The layout optimisation is off: with it, gradients of this network were wrong on CPUs.
+    The layout optimisation is off: with it, gradients of this network were wrong on CPUs. Dropout's random numbers are
+    those of eager execution: the same training, and gradients that can be compared.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)  # one a shape of a block
     for module in model.modules():
         if type(module).__name__ in COMPILED_BLOCKS:
-            module.compile(options={"layout_optimization": False})
+            module.compile(options={"layout_optimization": False, "fallback_random": True})
 
 
 def signature(args: tuple, kwargs: dict[str, Any]) -> tuple | None:
@@ -106,7 +107,11 @@ class GraphedForward:
         if key is None or torch.is_grad_enabled() or torch.cuda.is_current_stream_capturing():
             return self.forward(*args, **kwargs)
         # a graph reads weights where they were: those that were moved or replaced since need another
-        key += (autocast_dtype(), *(parameter.data_ptr() for parameter in self.model.parameters()))
+        key += (
+            self.model.training,
+            autocast_dtype(),
+            *(parameter.data_ptr() for parameter in self.model.parameters()),
+        )
         if key not in self.captured:
             if len(self.captured) >= MOST_GRAPHS:
                 self.captured.pop(next(iter(self.captured)))
@@ -121,7 +126,7 @@ class GraphedForward:
         return UNet2DOutput(sample=output.clone())
 
     def _capture(self, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
-        args, kwargs = own_copy(args, kwargs)
+        args, kwargs = copied_call(args, kwargs)
         side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         side.wait_stream(torch.cuda.current_stream())
         try:
@@ -154,7 +159,7 @@ class GraphedTraining(GraphedForward):
     def __init__(self, model: torch.nn.Module, args: tuple, kwargs: dict[str, Any], dtype: torch.dtype | None):
         super().__init__(model)
         self.key, self.dtype = signature(args, kwargs), dtype
-        step = CapturedStep(model, *own_copy(args, kwargs), dtype)
+        step = CapturedStep(model, *copied_call(args, kwargs), dtype)
         with torch.random.fork_rng([next(model.parameters()).device]):
             self.step = torch.cuda.make_graphed_callables(
                 step, tuple(tensors_of(step.args, step.kwargs)), allow_unused_input=True
@@ -233,7 +238,7 @@ class CastTogether(torch.autograd.Function):
         return (None, *cast)
 
 
-def own_copy(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+def copied_call(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """The call with copies of its tensors."""
 
     def copied(value: Any) -> Any:

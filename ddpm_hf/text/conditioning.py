@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from diffusers import UNet2DConditionModel
 
-from ..common.randomness import StepKeys
+from ..common.randomness import StepKeys, to_device
 from ..inference.components import Components
 from ..models.acceleration import choose_execution
 from ..portable.pipeline_text2image_ddpm_hf import encode_texts, tokenize
@@ -60,7 +60,7 @@ def caption_input(
         return embedded.to(device, non_blocking=True)
     captions = ["" if drop else caption for drop, caption in zip(dropped.tolist(), batch["captions"])]
     if learns:
-        return tokenize(components.tokenizer, captions)[0].to(device)
+        return to_device(tokenize(components.tokenizer, captions)[0], device)
     with torch.no_grad():
         return encode_texts(components.text_encoder, components.tokenizer, captions, device)
 

@@ -37,16 +37,16 @@ def update_ema(ema: EMAModel, part: torch.nn.Module, taken: torch.Tensor | None 
     """Take in the part's weights after a step, wherever the average is kept.
 
     Args:
-        taken: a bool on the weights' device, for a step that the device may have skipped: the average then stays.
+        taken: a bool on the average's device, for a step that the device may have skipped: the average then stays.
     """
-    device = ema.shadow_params[0].device
-    if taken is not None and taken.device == device:
+    if taken is not None:
         ema.optimization_step += 1
         ema.cur_decay_value = ema.get_decay(ema.optimization_step)
         moved = torch._foreach_sub([one.detach() for one in part.parameters()], ema.shadow_params)
         torch._foreach_mul_(moved, (1 - ema.cur_decay_value) * taken)
         torch._foreach_add_(ema.shadow_params, moved)
         return
+    device = ema.shadow_params[0].device
     ema.step([own.detach().to(device).requires_grad_(own.requires_grad) for own in part.parameters()])
 
 

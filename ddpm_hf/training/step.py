@@ -86,13 +86,14 @@ def _update_weights(
 
 
 def device_decides(run: Run, state: TrainingState) -> bool:
-    """Whether a GPU skips a step by itself: with a fused optimizer, and no loss scaler or engine that does it."""
+    """Whether a GPU skips a step by itself: with a fused optimizer and its averages, without loss scaler or engine."""
     accelerator, optimizer = run.accelerator, getattr(state.optimizer, "optimizer", None)
     return (
         run.device.type == "cuda"
         and accelerator.scaler is None
         and accelerator.distributed_type in (DistributedType.NO, DistributedType.MULTI_GPU)
         and bool(getattr(optimizer, "defaults", {}).get("fused"))
+        and all(ema.shadow_params[0].device.type == "cuda" for ema in state.emas.values())
     )
 
 

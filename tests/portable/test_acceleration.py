@@ -132,7 +132,9 @@ def test_blocks_are_compiled_in_place(monkeypatch):
     names = [kind.__name__ for kind, _ in compiled]
     assert names.count("ResnetBlock2D") == 2 + 2 + 4  # down, middle, up
     assert names.count("Attention") == 1 + 1 + 2
-    assert all(options == {"options": {"layout_optimization": False}} for _, options in compiled)
+    assert all(
+        options == {"options": {"layout_optimization": False, "fallback_random": True}} for _, options in compiled
+    )
     assert list(unet.state_dict()) == keys
 
 

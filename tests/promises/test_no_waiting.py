@@ -1,18 +1,21 @@
 """Between two logged steps the host reads nothing from a GPU: what it would wait for is decided on the device.
 
-There is no GPU here that must be had: the same path runs on the CPU, where each read of a tensor's value is counted.
+Without a GPU, the same path runs on the CPU, where each read of a tensor's value is counted.
 """
 
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_hf.common.randomness import counted_normal
 from ddpm_hf.training import loop
 from ddpm_hf.training.loop import take_step
+from ddpm_hf.training.step import device_decides
 from tests.support.faults import poisoned
 from tests.support.runs import assert_same_tensors, attempt, records, train, weights
 
@@ -85,12 +88,30 @@ def test_the_device_skips_a_step_that_is_not_finite(shop, tmp_path):
 
 
 def test_steps_skipped_between_logged_steps_leave_no_trace(shop, tmp_path):
-    """The host hears of them later, and names each; figures stay finite."""
-    with on_the_device(), poisoned(lambda step, row: step in (2, 5) and row == 2):
-        run = train(shop, tmp_path / "run", **FLAGS, logging_steps=6)
-    assert run.err.count("step skipped") >= 1
-    assert [record["step"] for record in records(run.folder)] == [6, 12]
-    assert all(torch.tensor(list(record.values())).isfinite().all() for record in records(run.folder))
+    """The host hears of them later, names the same ones, and its figures are those of a host that skips at once."""
+    runs = []
+    for name, decides in (("host", False), ("device", True)):
+        with (
+            mock.patch("ddpm_hf.training.step.device_decides", return_value=decides),
+            poisoned(lambda step, row: step in (2, 3) or (step == 7 and row == 2)),
+        ):
+            runs.append(train(shop, tmp_path / name, **FLAGS, logging_steps=6))
+    skipped = [[line for line in run.err.splitlines() if "step skipped" in line] for run in runs]
+    assert skipped[0] == skipped[1]
+    assert len(skipped[0]) >= 2
+    for device, host in zip(records(runs[1].folder), records(runs[0].folder), strict=True):
+        assert device == pytest.approx(host, rel=1e-3)  # the average's decay counts the skipped steps for a while
+
+
+@pytest.mark.parametrize("place", ["cpu", "cuda"])
+def test_an_average_elsewhere_lets_the_host_decide(place):
+    """Else --offload_ema takes in the weights once more at a step that was skipped."""
+    ema = SimpleNamespace(shadow_params=[SimpleNamespace(device=torch.device(place))])
+    accelerator = SimpleNamespace(scaler=None, distributed_type=DistributedType.NO)
+    optimizer = SimpleNamespace(optimizer=SimpleNamespace(defaults={"fused": True}))
+    run = SimpleNamespace(device=torch.device("cuda"), accelerator=accelerator)
+    assert device_decides(run, SimpleNamespace(optimizer=optimizer, emas={"unet": ema})) == (place == "cuda")
+    assert device_decides(run, SimpleNamespace(optimizer=optimizer, emas={}))
 
 
 def test_a_run_that_diverges_on_the_device_ends_with_what_came_before(shop, tmp_path):

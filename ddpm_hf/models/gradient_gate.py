@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..common.errors import UsageError
+from ..portable.acceleration_ddpm_hf import copied_call
 
 # The greatest relative error of a gradient; reduced: products in bf16, fp16 or TF32, whose last digits differ anyway
 LIMITS = {"fp32": 1e-4, "reduced": 2e-2}
@@ -43,14 +44,19 @@ def recorded_call(model: torch.nn.Module) -> Iterator[Call]:
 def gradients(model: torch.nn.Module, call: Call) -> list[torch.Tensor]:
     """The parameters' gradients, float32, of one call's output times fixed random numbers."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    device = parameters[0].device
+    device, before = parameters[0].device, [parameter.grad for parameter in parameters]
+    args, kwargs = copied_call(call.args, call.kwargs)
+    model.zero_grad(set_to_none=True)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):  # dropout is the same each time
         torch.manual_seed(0)
-        output = model(*call.args, **call.kwargs)
+        output = model(*args, **kwargs)
         output = getattr(output, "sample", output).float()  # a classifier gives its logits alone
         weights = torch.randn(output.shape, generator=torch.Generator(device).manual_seed(0), device=device)
-        given = torch.autograd.grad((output * weights).mean(), parameters, allow_unused=True)
-    return [torch.zeros_like(one) if g is None else g.float().clone() for one, g in zip(parameters, given)]
+        (output * weights).mean().backward()
+    given = [torch.zeros_like(one) if one.grad is None else one.grad.float().clone() for one in parameters]
+    for parameter, gradient in zip(parameters, before):
+        parameter.grad = gradient
+    return given
 
 
 def gradient_error(accelerated: list[torch.Tensor], eager: list[torch.Tensor]) -> float:

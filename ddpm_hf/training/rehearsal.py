@@ -19,6 +19,7 @@ from .run import Run
 from .setup.claiming import describe_start
 from .state import TrainingState
 from .step import take_step
+from .update import Updater
 
 MOST_STEPS, MOST_SECONDS = 3, 20.0  # of what is measured
 
@@ -83,7 +84,7 @@ def measure_pace(
 
     Returns: lines by their names.
     """
-    left = plan.total - state.step
+    left, update = plan.total - state.step, Updater(run, state)
     seconds, spent = state.first_pass * len(plan.batches(state.step)), 0.0
     for taken in range(1, MOST_STEPS + 1):
         expected = [spent + seconds > MOST_SECONDS]
@@ -92,7 +93,7 @@ def measure_pace(
         begin = time.perf_counter()
         with agreed_failure(run):
             fetched = [next(batches) for _ in plan.batches(state.step)]
-        take_step(run, state, plan, fetched, compute_loss)
+        take_step(run, state, plan, fetched, compute_loss, update)
         state.step += 1
         spent += time.perf_counter() - begin
         seconds = spent / taken

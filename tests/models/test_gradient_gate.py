@@ -95,7 +95,7 @@ def test_a_step_that_cannot_be_captured_trains_as_it_is(monkeypatch):
     unet = small_unet()
     call, forward = first_call(unet), unet.forward
     refused = RuntimeError("operation not permitted\nwhen stream is capturing")
-    monkeypatch.setattr("ddpm_hf.portable.acceleration_ddpm_hf.GraphedTraining", mock.Mock(side_effect=refused))
+    monkeypatch.setattr("ddpm_hf.models.cuda_graphs.GraphedTraining", mock.Mock(side_effect=refused))
     assert capture(unet, call, None) == "operation not permitted when stream is capturing"
     assert unet.forward == forward
 

@@ -85,15 +85,16 @@ def accelerate_for_training(
         return "attention by size"
     if acceleration == "auto" and (device.type != "cuda" or not graphs):
         return "none: CUDA graphs hold a UNet's step on a GPU, with one process and one batch a step"
-    eager, chosen = gradients(unet, call), []
+    reduced = dtype is not None or (device.type == "cuda" and torch.backends.cudnn.allow_tf32)
+    eager, exact, chosen = gradients(unet, call), None, []
     if acceleration == "compile":
+        exact = gradients(unet, call, exact=True) if reduced else None
         compile_blocks(unet)
         chosen.append("compiled blocks")
     if device.type == "cuda" and graphs:
         reason = capture(unet, call, dtype)
         chosen.append("CUDA graphs" if reason is None else f"no CUDA graphs ({reason})")
-    reduced = dtype is not None or (device.type == "cuda" and torch.backends.cudnn.allow_tf32)
-    error = check_gradients(gradients(unet, call), eager, reduced, " and ".join(chosen))
+    error = check_gradients(gradients(unet, call), eager, reduced, " and ".join(chosen), exact)
     return f"{' and '.join(chosen)}, gradients equal to {error:.0e}"
 
 

@@ -11,7 +11,7 @@ from accelerate.utils import DistributedType, broadcast_object_list, gather_obje
 
 from ..common.arguments import SHORTER_TRAINING
 from ..common.errors import UsageError, one_line
-from ..common.randomness import StepKeys, keyed_seed
+from ..common.randomness import StepKeys, keyed_seed, seed_global
 from .ending import explained
 from .plan import StepPlan
 from .reporting import LONG_ON_A_CPU, pace, peak_memory, table
@@ -125,7 +125,7 @@ def _pass(run: Run, state: TrainingState, plan: StepPlan, batch: dict[str, Any],
     begin, end = plan.own_samples(number, accelerator.process_index)
     first = accelerator.process_index * plan.batch_size
     state.model.train()
-    torch.manual_seed(keyed_seed(run.seed, "dropout", plan.batches_before(state.step), first))
+    seed_global(keyed_seed(run.seed, "dropout", plan.batches_before(state.step), first), run.device)
     kind = accelerator.distributed_type
     alone = kind in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)  # the ranks need not exchange gradients
     with accelerator.no_sync(state.model) if alone else contextlib.nullcontext():

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..common.randomness import StepKeys, keyed_seed
+from ..common.randomness import StepKeys, keyed_seed, seed_global
 from .meter import Losses
 from .plan import StepPlan
 from .run import Run
@@ -41,7 +41,7 @@ def take_step(
         begin, end = plan.own_samples(number, accelerator.process_index)
         count = len(next(iter(batch.values())))
         first = micro * plan.global_batch + accelerator.process_index * plan.batch_size
-        torch.manual_seed(keyed_seed(seed, "dropout", plan.batches_before(step) + micro, first))
+        seed_global(keyed_seed(seed, "dropout", plan.batches_before(step) + micro, first), run.device)
         accelerator.sync_gradients = last = micro == len(window) - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(state.model):
             with accelerator.autocast():

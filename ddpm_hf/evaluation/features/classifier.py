@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from ...common.errors import DataError, UsageError, readable_load_errors
-from ...models.classifier import NoisyClassifier
+from ...portable.networks_ddpm_hf import NoisyClassifier
 from ..protocols import Protocol
 from . import Features
 from .network import NetworkExtractor

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ...common.files import PARTIAL_SUFFIX, flush
-from . import PARTS, Extractor, Features
+from . import PARTS, Extractor, Features, extract
 
 
 def cache_folder() -> Path:
@@ -37,31 +37,31 @@ def images_fingerprint(batches: Iterable[torch.Tensor]) -> str:
 
 def cached_features(
     extractor: Extractor,
-    images: str,
-    compute: Callable[[], Features],
+    batches: Callable[[], Iterable[torch.Tensor]],
+    key: str,
     *,
     keep: Iterable[str] = PARTS,
+    progress: str | None = None,
+    total: int | None = None,
     folder: Path | None = None,
 ) -> Features:
     """The features of a set of images, from the cache if they are there, else computed and kept.
 
     Args:
-        images: `images_fingerprint` of them, or anything else that identifies their pixels and order.
-        compute: `extract` of them, with the same `keep`.
-        keep: the parts that are needed, besides `pool`.
+        batches: the images, as `extract` takes them; called only if the features are not there.
+        key: what identifies their pixels and order, such as `images_fingerprint`.
+        keep, progress, total: as in `extract`.
         folder: of the cache; None is `cache_folder()`.
     """
-    folder = folder or cache_folder()
-    needed = {part for part in PARTS if part == "pool" or (part in keep and part in extractor.provides)}
-    name = hashlib.sha256(f"{extractor.fingerprint} {images}".encode()).hexdigest()[:32]
-    path = folder / f"{name}.safetensors"
-    known = _read(path)
-    if known is not None and needed <= set(known):
-        return Features(**{part: known[part] for part in needed})
-    features = compute()
-    computed = {part: value for part in PARTS if (value := getattr(features, part)) is not None}
-    _write(path, {**(known or {}), **computed})
-    return features
+    kept = {part for part in PARTS if part == "pool" or (part in keep and part in extractor.provides)}
+    name = hashlib.sha256(f"{extractor.fingerprint} {key}".encode()).hexdigest()[:32]
+    path = (folder or cache_folder()) / f"{name}.safetensors"
+    known = _read(path) or {}
+    if not kept <= set(known):
+        features = extract(extractor, batches(), keep=kept, progress=progress, total=total)
+        known |= {part: getattr(features, part) for part in kept}
+        _write(path, known)
+    return Features(**{part: known[part] for part in kept})
 
 
 def _read(path: Path) -> dict[str, np.ndarray] | None:

@@ -104,7 +104,7 @@ def fingerprint(name: str, state: Mapping[str, torch.Tensor], settings: Sequence
         if not key.endswith("num_batches_tracked"):
             digest.update(key.encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return f"{name}-{digest.hexdigest()[:16]}"
+    return digest.hexdigest()[:16]
 
 
 def read_state(path: str | Path) -> dict[str, torch.Tensor]:

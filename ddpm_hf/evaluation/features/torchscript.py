@@ -52,7 +52,7 @@ class ScriptExtractor:
         self.provides = frozenset(OUTPUTS[returned])
         flagged = any(argument.name == "return_features" for argument in schema.arguments)
         self.options = {"return_features": True} if flagged else {}
-        self.fingerprint = f"torchscript-{sha256_of(path)[:16]}"
+        self.fingerprint = sha256_of(path)[:16]
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> Features:

@@ -188,15 +188,15 @@ def restore(
         )
         for index, file in enumerate(files)
     ]  # fmt: skip
-    if sigma_y is None and not degrade:
-        shown = f"{min(one.sigma_y for one in pictures):.3g} to {max(one.sigma_y for one in pictures):.3g}"
-        typer.echo(f"--sigma-y is estimated: {shown if len(pictures) > 1 else f'{pictures[0].sigma_y:.3g}'}", err=True)
     describe = None if features is None else feature_function(features, device)
     with reports_stop(lambda: f"nothing was written to {out}"), autocast(device, precision):
         solutions = restore_pictures(pipeline, pictures, num_solutions, batch_size, seed, options)
     rows = [measure(picture, several, describe) for picture, several in zip(pictures, solutions)]
     record = {"task": task.value, **{key: value for key, value in options.items() if value is not None}, "seed": seed}
     write_restored(out, pictures, solutions, rows, record)
+    if sigma_y is None and not degrade:
+        estimates = sorted({f"{one.sigma_y:.3g}" for one in pictures}, key=float)
+        typer.echo(f"--sigma-y is estimated: {' to '.join(dict.fromkeys([estimates[0], estimates[-1]]))}", err=True)
     typer.echo(table(rows))
     typer.echo(
         f"{len(pictures):,} images with {num_solutions:,} solutions each in {out}: comparison.png, restored.json"
@@ -214,11 +214,17 @@ def read_settings(task: str, given: dict[str, Any], seed: int) -> Settings:
             uses = next(one for one, row in TASKS.items() if name in row.reads)
             flag = name.replace("_", "-")
             raise ValueError(f"--{flag} {value} is for --task {uses}; leave --{flag} out")
-    mask, hidden = given["mask"], given["hidden"]
+    mask, hidden, factor, size = (given[name] for name in ("mask", "hidden", "factor", "blur_size"))
     if task == "inpaint" and mask is None:
         raise ValueError(f"--task inpaint requires --mask: a picture, white where to paint, or {', '.join(MASKS)}")
     if hidden is not None and mask not in ("box", "random"):
         raise ValueError(f"--hidden {hidden} is for --mask box and --mask random; leave --hidden out")
+    if factor is not None and factor < 2:
+        raise ValueError(f"--factor {factor}: must be 2 or more")
+    if hidden is not None and not 0 < hidden < 1:
+        raise ValueError(f"--hidden {hidden}: must be above 0 and below 1")
+    if size is not None and not 0 < size < float("inf"):
+        raise ValueError(f"--blur-size {size}: must be above 0")
     chosen = {name: value for name, value in given.items() if value is not None and name != "mask"}
     return Settings(**chosen, seed=seed)
 
@@ -285,7 +291,8 @@ def restore_pictures(
                     output_type="latent",
                     **options,
                 )
-                parts.append((pipeline.pixels(output.images) / 2 + 0.5).float().cpu())
+                with torch.no_grad():
+                    parts.append((pipeline.pixels(output.images) / 2 + 0.5).float().cpu())
                 bar.update(count)
             solutions.append(torch.cat(parts))
     return solutions

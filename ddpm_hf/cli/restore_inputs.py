@@ -80,11 +80,12 @@ def read_pixels(path: Path, channels: int, flag: str) -> "np.ndarray":
                 image = image.convert("RGBA" if "transparency" in image.info or "A" in image.mode else "RGB")
             image = plain(image)
             bands = 1 if is_deep(image) else BANDS[image.mode]
-            if bands != channels:
-                raise ValueError(f"it has {bands} channels, and {channels} are required{way_out(bands, channels)}")
-            return np.atleast_3d(np.asarray(prepare_image(image, channels)))
+            pixels = None if bands != channels else np.atleast_3d(np.asarray(prepare_image(image, channels)))
     except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
-        raise ValueError(f"--{flag} {path}: not an image that can be used ({error})") from error
+        raise ValueError(f"--{flag} {path}: not an image that can be read ({error})") from error
+    if pixels is None:
+        raise ValueError(f"--{flag} {path} has {bands} channels, not {channels}{way_out(bands, channels)}")
+    return pixels
 
 
 def plain(image: "Image.Image") -> "Image.Image":
@@ -169,6 +170,8 @@ def read_picture(
     from ..restoration.pictures import to_tensor
 
     channels = pipeline.image_channels
+    if task == "colorize" and channels not in (3, 4):
+        raise ValueError(f"--task colorize requires a model of colour images, and this one has {channels} channels")
     observed_channels = channels if degrade or task != "colorize" else channels - 2
     pixels = read_pixels(path, observed_channels, "image")
     if fit:

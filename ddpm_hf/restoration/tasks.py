@@ -74,8 +74,6 @@ def _enlarge(shape: tuple[int, int, int], settings: Settings) -> "Operator":
 
 
 def _colorize(shape: tuple[int, int, int], settings: Settings) -> "Operator":
-    if shape[0] not in (3, 4):
-        raise ValueError(f"this model has {shape[0]} channels, and colorizing requires one of colour images")
     return _operators()["gray"](shape)
 
 

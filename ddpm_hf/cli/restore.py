@@ -90,7 +90,12 @@ def restore(
         Path | None, option(WHAT, "The true image to compare with, or a folder of images of the same names.")
     ] = None,
     fit: Annotated[
-        bool, option(WHAT, "Resize and crop images to the model's size. Larger ones are restored in tiles.", "--fit")
+        bool,
+        option(
+            WHAT,
+            "Resize and crop images so that restored ones have the model's size; else larger ones are restored in tiles.",
+            "--fit",
+        ),
     ] = False,
     class_: Annotated[
         str | None, option(WHAT, "For a model by class: what the images show. Default: no class.", "--class")

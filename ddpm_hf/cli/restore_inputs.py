@@ -159,7 +159,7 @@ def read_picture(
     Args:
         mask: a file, a folder of files of the pictures' names, or one of `MASKS`.
         degrade: whether the picture is a true image, from which y is made.
-        fit: whether to resize it to the model's size.
+        fit: whether to resize it so that the restored image has the model's size.
         sigma_y: None is estimated, or 0 where y is made.
         generator: of the noise of a y that is made.
 
@@ -174,13 +174,14 @@ def read_picture(
         raise ValueError(f"--task colorize requires a model of colour images, and this one has {channels} channels")
     observed_channels = channels if degrade or task != "colorize" else channels - 2
     pixels = read_pixels(path, observed_channels, "image")
+    enlarged = settings.factor if task == "super-resolution" and not degrade else 1
     if fit:
-        pixels = fitted(pixels, pipeline.image_size)
+        height, width = pipeline.image_size
+        pixels = fitted(pixels, (height // enlarged, width // enlarged))
     image = to_tensor(pixels)
     if task == "inpaint" and mask is not None:
         known = mask if mask in MASKS else read_mask(counterpart(path, Path(mask), "mask"))
         settings = settings._replace(mask=known)
-    enlarged = settings.factor if task == "super-resolution" and not degrade else 1
     height, width = (enlarged * side for side in image.shape[1:])
     try:
         operator = TASKS[task].operator((channels, height, width), settings)

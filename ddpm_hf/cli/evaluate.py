@@ -1,0 +1,223 @@
+"""`ddpm-hf evaluate`: how good a model is, in figures with intervals."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..common.errors import DataError, UsageError
+from .common import check_revision, clean_token, quiet
+from .evaluation_data import DataOptions, generated_images, read_data
+from .evaluation_samples import STORES, How, conditions_of, of_chain, read_chains, weights_digest
+from .exits import reports_stop
+from .sample import DEFAULT_BATCH, Acceleration, Precision, Sampler, checked_device, option, use_all_cores
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from ..evaluation.image_sets import ImageSet
+
+DEFAULT_SAMPLES = 10_000
+DEFAULT_METRICS = "fid,kid,precision,recall"
+
+# Panels of --help
+AGAINST, WHAT, HOW, WHERE = "Compare with", "What to measure", "How to sample", "Where from, where to"
+EPILOG = """Examples:
+
+ddpm-hf evaluate photos-ddpm --num-samples 50000 --protocol adm --metrics fid,sfid,is,precision,recall
+
+ddpm-hf evaluate google/ddpm-cifar10-32 --dataset cifar10 --sampler ddim --steps 100
+
+ddpm-hf evaluate photos-ddpm --sweep "ddpm:1000,250 ddim:50,25,10 dpm++:20,10" --num-samples 5000
+
+ddpm-hf evaluate samples --dataset photos --resolution 64
+
+accelerate launch --multi_gpu -m ddpm_hf evaluate photos-ddpm --num-samples 50000"""
+
+
+def evaluate(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A run's folder or checkpoint-N, a model on the Hub (user/name), or a folder of generated images."
+        ),
+    ],
+    dataset: Annotated[
+        str | None,
+        option(
+            AGAINST,
+            "A folder of images, a dataset on the Hub, or an npz file. Default: what the run was trained on.",
+            "--dataset",
+            "--dataset-name",
+            "--train-data-dir",
+        ),
+    ] = None,
+    dataset_config_name: Annotated[str | None, option(AGAINST, "The dataset's configuration.")] = None,
+    split: Annotated[str | None, option(AGAINST, "The split to compare with. Default: train.")] = None,
+    held_out_split: Annotated[
+        str | None,
+        option(AGAINST, "A split that the model was not trained on, for likelihood. Default: the run's held-out images."),
+    ] = None,
+    image_column: Annotated[str | None, option(AGAINST, "Default: the column that holds images.")] = None,
+    label_column: Annotated[
+        str | None, option(AGAINST, "The column of the classes, which are sampled as often as they occur.")
+    ] = None,
+    caption_column: Annotated[str | None, option(AGAINST, "The column of the captions, which are the prompts.")] = None,
+    resolution: Annotated[
+        int | None, option(AGAINST, "Of a folder of images: bring both sets to this size.", min=1, max=16384)
+    ] = None,
+    metrics: Annotated[str, option(WHAT, "Names with commas between them, or all.")] = DEFAULT_METRICS,
+    features: Annotated[
+        str, option(WHAT, "The network whose features are compared.", "--features", "--extractor")
+    ] = "inception",
+    features_weights: Annotated[Path | None, option(WHAT, "A file of the network's weights.")] = None,
+    trust_remote_code: Annotated[
+        bool, option(WHAT, "Load a network from a format that can execute code.", "--trust-remote-code")
+    ] = False,
+    protocol: Annotated[str, option(WHAT, "The tool whose resizing and conventions are followed.")] = "adm",
+    num_samples: Annotated[
+        int | None, option(WHAT, f"Default: {DEFAULT_SAMPLES:,}, or all images of a folder.", min=1, max=10_000_000)
+    ] = None,
+    sampler: Annotated[Sampler, option(HOW, "As in `ddpm-hf sample`.")] = "ddpm",
+    steps: Annotated[int | None, option(HOW, "Number of steps. Default: the sampler's usual one.", min=1)] = None,
+    sweep: Annotated[
+        str | None,
+        option(HOW, 'Several samplers and numbers of steps, such as "ddpm:1000,250 ddim:50,25,10".'),
+    ] = None,
+    eta: Annotated[float, option(HOW, "Noise of DDIM.", min=0.0, max=1.0)] = 0.0,
+    class_: Annotated[
+        list[str] | None, option(HOW, "Sample these classes in turn, instead of the dataset's.", "--class")
+    ] = None,
+    prompt: Annotated[list[str] | None, option(HOW, "Sample these prompts in turn, instead of the captions.")] = None,
+    guidance_scale: Annotated[float | None, option(HOW, "Classifier-free guidance: 1 disables it.")] = None,
+    guidance_rescale: Annotated[float, option(HOW, "Against over-exposure at high scales.", min=0, max=1)] = 0.0,
+    guidance_interval: Annotated[
+        tuple[int, int] | None, option(HOW, "Guide only between these timesteps.", metavar="LOW HIGH")
+    ] = None,
+    seed: Annotated[
+        int, option(HOW, "Image i depends on the seed and i alone, whatever the batch.", min=0, max=2**63 - 1)
+    ] = 0,
+    batch_size: Annotated[int, option(HOW, "Images at once.", min=1)] = DEFAULT_BATCH,
+    precision: Annotated[Precision, option(HOW, "What the model computes in.")] = "fp32",
+    acceleration: Annotated[Acceleration, option(HOW, "As in `ddpm-hf sample`.")] = "auto",
+    device: Annotated[str | None, option(HOW, "cuda, mps or cpu. Default: the best of this machine.")] = None,
+    out: Annotated[
+        Path, option(WHERE, "The folder for metrics.json, report.html and the sampled images.")
+    ] = Path("evaluation"),
+    ema: Annotated[
+        bool | None, option(WHERE, "For a checkpoint-N: use the EMA weights. Default: if it has them.", "--ema/--no-ema")
+    ] = None,
+    revision: Annotated[str | None, option(WHERE, "Branch, tag or commit on the Hub.")] = None,
+    token: Annotated[
+        str | None, option(WHERE, "For a private model or dataset. Default: your login.", envvar="HF_TOKEN")
+    ] = None,
+) -> None:
+    """Measure a model or a folder of images against a dataset: a table, metrics.json and report.html.
+
+    The sampled images stay in OUT/samples: the same command goes on after it was stopped, and other metrics of the same
+    images are computed without sampling again.
+    """
+    from ..common.arguments import check_word
+
+    for name, word in (("MODEL", model), ("dataset", dataset), ("out", out), ("features", features)):
+        if word is not None:
+            check_word(name, str(word))
+    check_revision(model, revision)
+    chains = read_chains(sweep, sampler.value, steps, eta)
+    quiet()
+    from ..evaluation.evaluate import Measure, Reference, Samples, check_counts, check_metrics, evaluate
+    from ..evaluation.features import load_extractor
+    from ..evaluation.protocols import PROTOCOLS
+    from ..evaluation.ranks import launched_ranks
+    from ..evaluation.report import check_out, write_report
+
+    if protocol not in PROTOCOLS:
+        raise UsageError(f"--protocol {protocol}: must be one of {', '.join(PROTOCOLS)}")
+    names = read_metrics(metrics)
+    ranks, device = launched_ranks(), checked_device(device)
+    if ranks.world == 1:
+        use_all_cores()
+    check_out(out)
+    pipeline, images = None, generated_images(model, resolution)
+    if images is None:
+        if resolution is not None:
+            raise UsageError(f"--resolution {resolution}: the dataset is brought to the model's size; leave it out")
+        pipeline = load_model(model, ema, revision, token)
+    else:
+        refuse_sampling(model, {"sweep": sweep, "steps": steps, "class": class_, "prompt": prompt, "ema": ema})
+    where = DataOptions(
+        dataset, dataset_config_name, split, held_out_split, image_column, label_column, caption_column, token
+    )
+    shape = images.shape if images is not None else (pipeline.image_channels, *pipeline.image_size)
+    data = read_data(where, model, shape, sized=pipeline is not None or resolution is not None)
+    extractor = load_extractor(
+        features,
+        protocol=PROTOCOLS[protocol],
+        device=device,
+        weights=None if features_weights is None else str(features_weights),
+        trust_remote_code=trust_remote_code,
+    )
+    measure = Measure(check_metrics(names, extractor), extractor, PROTOCOLS[protocol], seed)
+    count = num_samples or (images.count if images is not None else DEFAULT_SAMPLES)
+    if images is not None and count > images.count:
+        raise DataError(f"--num-samples {count:,}: {model} holds {images.count:,} images")
+    check_counts(measure, data.reference.count, data.held_out and data.held_out.count, count)
+    if images is not None:
+        everything = [Samples(count, {"seed": seed}, images=images.part(count), batch_size=batch_size)]
+    else:
+        guidance = (guidance_scale, guidance_rescale, guidance_interval)
+        conditions = conditions_of(pipeline, data.reference, class_, prompt, guidance, seed)
+        digest = weights_digest(pipeline)
+        pipeline = ready(pipeline, device, acceleration)
+        how = How(seed, eta, precision, device, batch_size)
+        everything = [of_chain(pipeline, digest, chain, conditions, count, how, out) for chain in chains]
+
+    def say(line: str) -> None:
+        typer.echo(line, err=True)
+
+    reference = Reference(measure, data.reference, data.held_out, batch_size)
+    with reports_stop(lambda: f"what was sampled is in {out / STORES}; the same command goes on from there"):
+        results = evaluate(reference, everything, ranks, say)
+        if ranks.is_main:
+            typer.echo(write_report(out, model, reference, everything, results))
+
+
+def read_metrics(text: str) -> list[str]:
+    """The names in --metrics.
+
+    Raises:
+        UsageError: one that is not a metric.
+    """
+    from ..evaluation.metrics import METRICS
+
+    names = list(METRICS) if text == "all" else [one.strip() for one in text.split(",") if one.strip()]
+    unknown = [one for one in names if one not in METRICS]
+    if unknown or not names:
+        raise UsageError(f"--metrics {text}: each must be one of {', '.join(METRICS)}")
+    return names
+
+
+def load_model(model: str, ema: bool | None, revision: str | None, token: str | None) -> "DiffusionPipeline":
+    """The pipeline of a run, a checkpoint or a model on the Hub."""
+    from ..inference.loading import load
+    from ..training.earlier_run import settle
+
+    settle(model)
+    pipeline = load(model, ema=ema, revision=revision, token=clean_token(token))
+    pipeline.set_progress_bar_config(desc="steps", leave=False, disable=True)
+    return pipeline
+
+
+def ready(pipeline: "DiffusionPipeline", device: str, acceleration: Acceleration) -> "DiffusionPipeline":
+    """The pipeline on its device."""
+    pipeline = pipeline.to(device)
+    if acceleration.value == "auto":
+        pipeline.enable_acceleration()
+    return pipeline
+
+
+def refuse_sampling(model: str, options: dict[str, Any]) -> None:
+    """Raise UsageError for options of sampling where a folder of images is measured."""
+    for name, value in options.items():
+        if value is not None:
+            raise UsageError(f"--{name}: {model} holds images, and nothing is sampled; leave it out")

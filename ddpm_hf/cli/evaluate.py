@@ -15,10 +15,8 @@ from .sample import DEFAULT_BATCH, Acceleration, Precision, Sampler, checked_dev
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from ..evaluation.image_sets import ImageSet
-
 DEFAULT_SAMPLES = 10_000
-DEFAULT_METRICS = "fid,kid,precision,recall"
+DEFAULT_METRICS = "fid"
 
 # Panels of --help
 AGAINST, WHAT, HOW, WHERE = "Compare with", "What to measure", "How to sample", "Where from, where to"
@@ -56,13 +54,13 @@ def evaluate(
     split: Annotated[str | None, option(AGAINST, "The split to compare with. Default: train.")] = None,
     held_out_split: Annotated[
         str | None,
-        option(AGAINST, "A split that the model was not trained on, for likelihood. Default: the run's held-out images."),
+        option(AGAINST, "A split that the model was not trained on. Default: the run's held-out images."),
     ] = None,
     image_column: Annotated[str | None, option(AGAINST, "Default: the column that holds images.")] = None,
     label_column: Annotated[
         str | None, option(AGAINST, "The column of the classes, which are sampled as often as they occur.")
     ] = None,
-    caption_column: Annotated[str | None, option(AGAINST, "The column of the captions, which are the prompts.")] = None,
+    caption_column: Annotated[str | None, option(AGAINST, "The column of the captions: the prompts.")] = None,
     resolution: Annotated[
         int | None, option(AGAINST, "Of a folder of images: bring both sets to this size.", min=1, max=16384)
     ] = None,
@@ -101,11 +99,12 @@ def evaluate(
     precision: Annotated[Precision, option(HOW, "What the model computes in.")] = "fp32",
     acceleration: Annotated[Acceleration, option(HOW, "As in `ddpm-hf sample`.")] = "auto",
     device: Annotated[str | None, option(HOW, "cuda, mps or cpu. Default: the best of this machine.")] = None,
-    out: Annotated[
-        Path, option(WHERE, "The folder for metrics.json, report.html and the sampled images.")
-    ] = Path("evaluation"),
+    out: Annotated[Path, option(WHERE, "The folder for metrics.json, report.html and the sampled images.")] = Path(
+        "evaluation"
+    ),
     ema: Annotated[
-        bool | None, option(WHERE, "For a checkpoint-N: use the EMA weights. Default: if it has them.", "--ema/--no-ema")
+        bool | None,
+        option(WHERE, "Of a checkpoint-N, use the EMA weights. Default: if it has them.", "--ema/--no-ema"),
     ] = None,
     revision: Annotated[str | None, option(WHERE, "Branch, tag or commit on the Hub.")] = None,
     token: Annotated[
@@ -114,8 +113,8 @@ def evaluate(
 ) -> None:
     """Measure a model or a folder of images against a dataset: a table, metrics.json and report.html.
 
-    The sampled images stay in OUT/samples: the same command goes on after it was stopped, and other metrics of the same
-    images are computed without sampling again.
+    The sampled images stay in OUT/samples: the same command goes on after it was stopped, and other metrics need no
+    new samples.
     """
     from ..common.arguments import check_word
 

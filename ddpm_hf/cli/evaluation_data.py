@@ -85,10 +85,10 @@ def read_data(options: DataOptions, model: str, shape: Shape, sized: bool = True
                 f"{rows.name} has images of {size[1]}x{size[2]} pixels, and {model} of {shape[1]}x{shape[2]}; bring"
                 " both to one size with --resolution"
             )
-    return Data(
-        _image_set(_rows(flags, options, options.split or "train", shape), flags, shape),
-        _image_set(_rows(flags, options, options.held_out_split, shape), flags, shape) if options.held_out_split else None,
-    )
+    reference = _image_set(_rows(flags, options, options.split or "train", shape), flags, shape)
+    if options.held_out_split is None:
+        return Data(reference)
+    return Data(reference, _image_set(_rows(flags, options, options.held_out_split, shape), flags, shape))
 
 
 def _npz(name: str) -> "ImageSet":

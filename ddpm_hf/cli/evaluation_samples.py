@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -85,7 +85,7 @@ def conditions_of(
     by_text = hasattr(pipeline, "tokenizer")
     if by_text and not prompts:
         if real.captions is None:
-            raise DataError(f"this model samples from texts, and {real.name} gives none: --caption-column, or --prompt")
+            raise DataError(f"this model requires texts, and {real.name} gives none: --caption-column, or --prompt")
         captions = [real.captions[index] for index in order]
         return dataclasses.replace(_read(pipeline, classes, captions[:1], guidance), given=captions, names=())
     conditions = _read(pipeline, classes, prompts, guidance)

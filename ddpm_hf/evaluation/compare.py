@@ -32,10 +32,12 @@ def check_alike(names: Sequence[str], records: Sequence[dict[str, Any]]) -> None
             if values[0] == values[1]:
                 continue
             if key == "dataset_fingerprint":
-                values = [f"{one['stamp'].get('dataset')} ({value})" for one, value in zip((records[0], record), values)]
+                values = [
+                    f"{one['stamp'].get('dataset')} ({value})" for one, value in zip((records[0], record), values)
+                ]
             raise UsageError(
-                f"{names[0]} and {name} do not compare: {said} {values[0]} and {values[1]}; evaluate one of them as the"
-                " other was"
+                f"{names[0]} and {name} do not compare: {said} {values[0]} and {values[1]}; evaluate one of them as"
+                " the other was"
             )
 
 

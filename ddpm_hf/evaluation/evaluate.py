@@ -158,7 +158,8 @@ class Samples:
         if self.images is not None:
             progress, total = f"features of {self.images.name}", self.count
             return extract(measure.extractor, self.batches(), keep=measure.keep, progress=progress, total=total)
-        assert self.store is not None and self.sample is not None
+        assert self.store is not None
+        assert self.sample is not None
         if ranks.is_main:
             self.store.open(self.settings)
         fill(self.store, self.count, self.batch_size, self.sample, ranks, f"sampling ({self.title})")
@@ -171,14 +172,16 @@ def check_counts(measure: Measure, real: int, held_out: int | None, samples: int
         counts = {"real images": real, "samples": samples}
         if "train" in parts_of(row):
             if held_out is None:
-                raise DataError(f"--metrics {name}: requires images that the model was not trained on: --held-out-split")
+                raise DataError(
+                    f"--metrics {name}: requires images that the model was not trained on: --held-out-split"
+                )
             counts["held-out images"] = held_out
         for which, count in counts.items():
-            least = row.least(measure.protocol) if callable(row.least) else row.least
+            least = row.least(measure.protocol)
             if count < least:
                 raise DataError(
-                    f"--metrics {name}: requires {least:,} {which} or more with --protocol {measure.protocol.name}, and"
-                    f" there are {count:,}"
+                    f"--metrics {name}: requires {least:,} {which} or more with --protocol {measure.protocol.name}"
+                    f" (got {count:,})"
                 )
 
 

@@ -88,7 +88,7 @@ FLOORS = {
     "inference": "common models portable",
     "training": "common",
     "data": "common training",
-    "evaluation": "common objectives portable",
+    "evaluation": "common inference objectives portable",
     "publishing": "common evaluation inference models portable training",
     "latents": "common data models objectives portable training",
     "text": "common data inference latents models objectives portable training",

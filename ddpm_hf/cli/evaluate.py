@@ -7,13 +7,16 @@ import typer
 
 from ..common.errors import DataError, UsageError
 from .common import check_revision, clean_token, quiet
+from .evaluation_bound import bound_of, bound_sections
 from .evaluation_data import DataOptions, generated_images, read_data
-from .evaluation_samples import STORES, How, conditions_of, of_chain, read_chains, weights_digest
+from .evaluation_samples import STORES, How, conditions_of, of_chain, of_folder, read_chains, weights_digest
 from .exits import reports_stop
 from .sample import DEFAULT_BATCH, Acceleration, Precision, Sampler, checked_device, option, use_all_cores
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+    from ..evaluation.evaluate import Measure, Reference
 
 DEFAULT_SAMPLES = 10_000
 DEFAULT_METRICS = "fid"
@@ -73,6 +76,18 @@ def evaluate(
         bool, option(WHAT, "Load a network from a format that can execute code.", "--trust-remote-code")
     ] = False,
     protocol: Annotated[str, option(WHAT, "The tool whose resizing and conventions are followed.")] = "adm",
+    likelihood_calls: Annotated[
+        int | None,
+        option(
+            WHAT,
+            "Also the likelihood of real images, from so many network calls for each; 0 calls the network at every"
+            " timestep.",
+            min=0,
+        ),
+    ] = None,
+    likelihood_images: Annotated[
+        int, option(WHAT, "Measure the likelihood of at most so many images, held out where there are any.", min=2)
+    ] = 1000,
     num_samples: Annotated[
         int | None, option(WHAT, f"Default: {DEFAULT_SAMPLES:,}, or all images of a folder.", min=1, max=10_000_000)
     ] = None,
@@ -124,52 +139,45 @@ def evaluate(
     check_revision(model, revision)
     chains = read_chains(sweep, sampler.value, steps, eta)
     quiet()
-    from ..evaluation.evaluate import Measure, Reference, Samples, check_counts, check_metrics, evaluate
-    from ..evaluation.features import load_extractor
-    from ..evaluation.protocols import PROTOCOLS
+    from ..evaluation.evaluate import Reference, check_counts, evaluate
     from ..evaluation.ranks import launched_ranks
-    from ..evaluation.report import check_out, write_report
+    from ..evaluation.report import NOTHING_MORE, check_out, write_report
 
-    if protocol not in PROTOCOLS:
-        raise UsageError(f"--protocol {protocol}: must be one of {', '.join(PROTOCOLS)}")
-    names = read_metrics(metrics)
     ranks, device = launched_ranks(), checked_device(device)
     if ranks.world == 1:
         use_all_cores()
     check_out(out)
+    names = read_metrics(metrics, likelihood_calls)
     pipeline, images = None, generated_images(model, resolution)
     if images is None:
-        if resolution is not None:
-            raise UsageError(f"--resolution {resolution}: the dataset is brought to the model's size; leave it out")
+        refuse(f"the dataset is brought to the size of {model}", resolution=resolution)
         pipeline = load_model(model, ema, revision, token)
     else:
-        refuse_sampling(model, {"sweep": sweep, "steps": steps, "class": class_, "prompt": prompt, "ema": ema})
+        why = f"{model} holds images, and nothing is sampled"
+        refuse(why, sweep=sweep, steps=steps, class_=class_, prompt=prompt, ema=ema, likelihood_calls=likelihood_calls)
     where = DataOptions(
         dataset, dataset_config_name, split, held_out_split, image_column, label_column, caption_column, token
     )
     shape = images.shape if images is not None else (pipeline.image_channels, *pipeline.image_size)
     data = read_data(where, model, shape, sized=pipeline is not None or resolution is not None)
-    extractor = load_extractor(
-        features,
-        protocol=PROTOCOLS[protocol],
-        device=device,
-        weights=None if features_weights is None else str(features_weights),
-        trust_remote_code=trust_remote_code,
-    )
-    measure = Measure(check_metrics(names, extractor), extractor, PROTOCOLS[protocol], seed)
+    weights = None if features_weights is None else str(features_weights)
+    measure = load_measure(names, features, protocol, device, weights, trust_remote_code, seed)
     count = num_samples or (images.count if images is not None else DEFAULT_SAMPLES)
     if images is not None and count > images.count:
         raise DataError(f"--num-samples {count:,}: {model} holds {images.count:,} images")
     check_counts(measure, data.reference.count, data.held_out and data.held_out.count, count)
+    bound, everything = None, []
     if images is not None:
-        everything = [Samples(count, {"seed": seed}, images=images.part(count), batch_size=batch_size)]
+        everything = [of_folder(images.part(count), seed, batch_size)]
     else:
+        pipeline = ready(pipeline, device, acceleration)
+    if pipeline is not None and names:
         guidance = (guidance_scale, guidance_rescale, guidance_interval)
         conditions = conditions_of(pipeline, data.reference, class_, prompt, guidance, seed)
-        digest = weights_digest(pipeline)
-        pipeline = ready(pipeline, device, acceleration)
-        how = How(seed, eta, precision, device, batch_size)
+        how, digest = How(seed, eta, precision, device, batch_size), weights_digest(pipeline)
         everything = [of_chain(pipeline, digest, chain, conditions, count, how, out) for chain in chains]
+    if likelihood_calls is not None:
+        bound = bound_of(pipeline, data, likelihood_calls, likelihood_images, seed, batch_size)
 
     def say(line: str) -> None:
         typer.echo(line, err=True)
@@ -177,18 +185,76 @@ def evaluate(
     reference = Reference(measure, data.reference, data.held_out, batch_size)
     with reports_stop(lambda: f"what was sampled is in {out / STORES}; the same command goes on from there"):
         results = evaluate(reference, everything, ranks, say)
+        measured = bound and bound.measure(ranks)
         if ranks.is_main:
-            typer.echo(write_report(out, model, reference, everything, results))
+            more = bound_sections(bound, measured) if bound and measured else NOTHING_MORE
+            typer.echo(write_report(out, model, reference, everything, results, more))
+            for line in record_results(model, reference, results, more.record, split or "train"):
+                typer.echo(line)
 
 
-def read_metrics(text: str) -> list[str]:
-    """The names in --metrics.
+def load_measure(
+    names: list[str],
+    features: str,
+    protocol: str,
+    device: str,
+    weights: str | None,
+    trust_remote_code: bool,
+    seed: int,
+) -> "Measure":
+    """The metrics, and the network whose features they compare.
+
+    Raises:
+        UsageError: an unknown protocol, metric or network, or a metric that the network's features do not serve.
+    """
+    from ..evaluation.evaluate import Measure, check_metrics
+    from ..evaluation.features import load_extractor
+    from ..evaluation.protocols import PROTOCOLS
+
+    if protocol not in PROTOCOLS:
+        raise UsageError(f"--protocol {protocol}: must be one of {', '.join(PROTOCOLS)}")
+    if not names:
+        return Measure((), None, PROTOCOLS[protocol], seed)
+    extractor = load_extractor(
+        features, protocol=PROTOCOLS[protocol], device=device, weights=weights, trust_remote_code=trust_remote_code
+    )
+    return Measure(check_metrics(names, extractor), extractor, PROTOCOLS[protocol], seed)
+
+
+def record_results(
+    model: str, reference: "Reference", results: list[dict[str, Any]], more: dict[str, Any], split: str
+) -> list[str]:
+    """Record the figures of a run's model in its folder, for its card; a line that says so."""
+    from ..common.layout import RUN_FILE
+    from ..evaluation.metrics import METRICS
+    from ..evaluation.results import record_result
+
+    folder, measure = Path(model), reference.measure
+    if not (folder / RUN_FILE).is_file() or not (results or more):
+        return []
+    for result in results:
+        how = f"{result['title']}; {measure.protocol.name} protocol, {measure.extractor.name} features"
+        for name, figure in result["figures"].items():
+            metric = METRICS[name]
+            called = f"{metric.label} ({metric.unit})" if metric.unit else metric.label
+            record_result(folder, called, figure["value"], result["samples"], reference.images.name, split, how)
+    bound = more.get("likelihood")
+    if bound:
+        part = "held out" if reference.held_out else split
+        record_result(folder, bound["unit"], bound["value"], bound["images"], bound["dataset"], part)
+    return [f"recorded in {folder / 'evaluation.json'}: the model's card shows them after `ddpm-hf push`"]
+
+
+def read_metrics(text: str, likelihood_calls: int | None) -> list[str]:
+    """The names in --metrics; `none` is for the likelihood alone.
 
     Raises:
         UsageError: one that is not a metric.
     """
     from ..evaluation.metrics import METRICS
 
+    if text == "none" and likelihood_calls is not None:
+        return []
     names = list(METRICS) if text == "all" else [one.strip() for one in text.split(",") if one.strip()]
     unknown = [one for one in names if one not in METRICS]
     if unknown or not names:
@@ -215,8 +281,9 @@ def ready(pipeline: "DiffusionPipeline", device: str, acceleration: Acceleration
     return pipeline
 
 
-def refuse_sampling(model: str, options: dict[str, Any]) -> None:
-    """Raise UsageError for options of sampling where a folder of images is measured."""
+def refuse(why: str, **options: Any) -> None:
+    """Raise UsageError for an option that would have no effect."""
     for name, value in options.items():
         if value is not None:
-            raise UsageError(f"--{name}: {model} holds images, and nothing is sampled; leave it out")
+            flag = name.strip("_").replace("_", "-")
+            raise UsageError(f"--{flag}: {why}; leave it out")

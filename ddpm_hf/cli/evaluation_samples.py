@@ -90,16 +90,26 @@ def conditions_of(
         return dataclasses.replace(_read(pipeline, classes, captions[:1], guidance), given=captions, names=())
     conditions = _read(pipeline, classes, prompts, guidance)
     if hasattr(pipeline, "class_ids") and not classes and real.labels is not None:
-        ids = {name: int(number) for number, name in class_names(pipeline).items()}
-        unknown = sorted({real.label_names[label] for label in np.unique(real.labels)} - ids.keys())
-        if unknown:
-            raise DataError(
-                f"{real.name} has the class {unknown[0]!r}, which the model does not know (it knows"
-                f" {', '.join(list(ids)[:8])}); give --class, or another --label-column"
-            )
-        of_label = [ids.get(name, -1) for name in real.label_names]
-        return dataclasses.replace(conditions, given=[of_label[label] for label in real.labels[order]], names=())
+        given = [int(one) for one in ids_of_labels(pipeline, real)[order]]
+        return dataclasses.replace(conditions, given=given, names=())
     return conditions
+
+
+def ids_of_labels(pipeline: "DiffusionPipeline", real: "ImageSet") -> np.ndarray:
+    """The model's class ids of real images, which are matched by the names of the classes, int64 [N].
+
+    Raises:
+        DataError: a class that the model does not know.
+    """
+    ids = {name: int(number) for number, name in class_names(pipeline).items()}
+    names = list(real.label_names) or [str(number) for number in range(int(real.labels.max()) + 1)]
+    unknown = sorted({names[label] for label in np.unique(real.labels)} - ids.keys())
+    if unknown:
+        raise DataError(
+            f"{real.name} has the class {unknown[0]!r}, which the model does not know (it knows"
+            f" {', '.join(list(ids)[:8])}); give --class, or another --label-column"
+        )
+    return np.array([ids.get(name, -1) for name in names], dtype=np.int64)[real.labels]
 
 
 def _order(seed: int, count: int) -> np.ndarray:
@@ -131,6 +141,13 @@ def weights_digest(pipeline: "DiffusionPipeline") -> str:
     settings = {key: value for key, value in pipeline.scheduler.config.items() if not key.startswith("_")}
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     return digest.hexdigest()
+
+
+def of_folder(images: "ImageSet", seed: int, batch_size: int) -> "Samples":
+    """The samples that a folder or an npz file holds."""
+    from ..evaluation.evaluate import Samples
+
+    return Samples(images.count, {"images": images.name}, images=images, batch_size=batch_size)
 
 
 def of_chain(

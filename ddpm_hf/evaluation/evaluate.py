@@ -21,13 +21,13 @@ class Measure:
 
     Args:
         metrics: names of `METRICS`.
-        extractor: the network whose features are compared.
+        extractor: the network whose features are compared; None without metrics.
         protocol: how it and the metrics compute.
         seed: of subsets and of the bootstrap.
     """
 
     metrics: tuple[str, ...]
-    extractor: Extractor
+    extractor: Extractor | None
     protocol: Protocol
     seed: int = 0
 
@@ -221,13 +221,13 @@ def evaluate(reference: Reference, everything: Sequence[Samples], ranks: Ranks, 
     return results
 
 
-def stamp(reference: Reference, samples: int) -> dict[str, Any]:
+def stamp(reference: Reference, samples: int | None) -> dict[str, Any]:
     """What figures must have in common to be compared."""
     measure, images, held_out = reference.measure, reference.images, reference.held_out
     return {
         "protocol": measure.protocol.name,
-        "features": measure.extractor.name,
-        "features_fingerprint": measure.extractor.fingerprint,
+        "features": measure.extractor and measure.extractor.name,
+        "features_fingerprint": measure.extractor and measure.extractor.fingerprint,
         "dataset": images.name,
         "dataset_fingerprint": images.fingerprint,
         "real_images": images.count,

@@ -7,7 +7,7 @@ import io
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -29,6 +29,23 @@ SHOWN = 64  # images in a grid
 PAIRS = 16  # of a sample and its nearest real image
 
 
+class Sections(NamedTuple):
+    """Results besides the metrics.
+
+    Args:
+        record: for `metrics.json`, by their names.
+        plots: for the report, by their titles.
+        text: for the terminal.
+    """
+
+    record: dict[str, Any] = {}
+    plots: "dict[str, Figure]" = {}
+    text: str = ""
+
+
+NOTHING_MORE = Sections()
+
+
 def check_out(out: Path) -> None:
     """Raise ValueError for a folder that cannot be written to, or that holds such files written by others."""
     import os
@@ -48,7 +65,7 @@ def as_record(
         "ddpm_hf": __version__,
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "model": model,
-        "stamp": stamp(reference, results[0]["samples"]) if results else {},
+        "stamp": stamp(reference, results[0]["samples"] if results else None),
         "seed": reference.measure.seed,
         "results": list(results),
         **(more or {}),
@@ -61,26 +78,25 @@ def write_report(
     reference: Reference,
     everything: Sequence[Samples],
     results: Sequence[dict[str, Any]],
-    more: dict[str, Any] | None = None,
-    pictures: dict[str, "Figure"] | None = None,
+    more: Sections = NOTHING_MORE,
 ) -> str:
     """Write `metrics.json` and `report.html`.
 
     Args:
         results: as `evaluate` returns them, one for each of `everything`.
-        more: other results for `metrics.json`, such as the likelihood.
-        pictures: other plots for the report, by their titles.
+        more: other results, such as the likelihood.
 
     Returns: the table for the terminal.
     """
-    record = as_record(model, reference, results, more)
-    page = make_page(record, reference, everything, pictures or {})
+    record = as_record(model, reference, results, more.record)
+    page = make_page(record, reference, everything, more)
     files: dict[str, Callable[[], bytes]] = {
         METRICS_JSON: lambda: (json.dumps(record, indent=1, default=_plain) + "\n").encode(),
         REPORT: page.encode,
     }
     replace_files(out, PART, files)
-    return f"{table(record)}\n\n{out / METRICS_JSON}, {out / REPORT}"
+    parts = [table(record) if results else "", more.text, f"{out / METRICS_JSON}, {out / REPORT}"]
+    return "\n\n".join(part for part in parts if part)
 
 
 def _plain(value: Any) -> Any:
@@ -126,9 +142,7 @@ def table(record: dict[str, Any]) -> str:
     rows = [("", "metric", "value", "95% interval", "by")]
     for result in record["results"]:
         for name, figure in result["figures"].items():
-            metric = METRICS[name]
             rows.append((result["title"], label(name), number(figure["value"]), interval(figure), figure["interval"]))
-            assert metric
     return in_columns(rows)
 
 
@@ -166,16 +180,15 @@ code{background:#f3f3f3;padding:0 .3em}
 """
 
 
-def make_page(
-    record: dict[str, Any], reference: Reference, everything: Sequence[Samples], pictures: dict[str, "Figure"]
-) -> str:
+def make_page(record: dict[str, Any], reference: Reference, everything: Sequence[Samples], more: Sections) -> str:
     """The report as one HTML page, with its pictures in it."""
     title = f"Evaluation of {record['model']}"
     parts = [
         f"<h1>{html.escape(title)}</h1>",
         f"<p><small>ddpm_hf {record['ddpm_hf']}, {record['date']}</small></p>",
         "<h2>Figures</h2>",
-        figure_table(record),
+        figure_table(record) if record["results"] else "",
+        f"<pre>{html.escape(more.text)}</pre>" if more.text else "",
         *sweep_section(record),
         "<h2>How it was measured</h2>",
         facts_table({**record["stamp"], "seed": record["seed"]}),
@@ -187,7 +200,7 @@ def make_page(
     ]
     for one, result in zip(everything, record["results"]):
         parts += nearest_section(reference, one, result)
-    for name, figure in pictures.items():
+    for name, figure in more.plots.items():
         parts += [f"<h2>{html.escape(name)}</h2>", svg(figure)]
     body = "\n".join(parts)
     return (

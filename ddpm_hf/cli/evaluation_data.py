@@ -220,27 +220,35 @@ def generated_images(path: str, resolution: int | None = None) -> "ImageSet | No
     if (folder / MODEL_INDEX).is_file() or (folder / SETTINGS).is_file():
         return None
     from ..data import DataFlags
-    from ..data.reading import Columns, open_dataset, read_rows
 
-    opened = open_dataset(None, path, None, None, None)
-    splits = opened.source.splits()
-    rows = read_rows(opened, "train" if "train" in splits else splits[0], Columns())
-    rows = _without_grids(rows, folder)
+    rows = _sampled_here(folder) or _rows_of(path)
     shape = _one_shape(rows, any_size=resolution is not None)
     return _image_set(rows, DataFlags(), shape if resolution is None else (shape[0], resolution, resolution))
 
 
-def _without_grids(rows: "Rows", folder: Path) -> "Rows":
-    """Without the pictures of several images that `ddpm-hf sample` wrote too."""
-    import numpy as np
+def _rows_of(path: str) -> "Rows":
+    """The images of a folder, or of its training split."""
+    from ..data.reading import Columns, open_dataset, read_rows
+
+    opened = open_dataset(None, path, None, None, None)
+    splits = opened.source.splits()
+    return read_rows(opened, "train" if "train" in splits else splits[0], Columns())
+
+
+def _sampled_here(folder: Path) -> "Rows | None":
+    """The single images that `ddpm-hf sample` wrote to a folder; None if it wrote none."""
+    import datasets
 
     from ..common.ownership import listed
+    from ..data import Rows
     from .pictures import PART
 
-    others = {name for name in listed(folder, PART) if not Path(name).stem.isdecimal()}
-    cells = rows.dataset[rows.image_column] if others else []
-    kept = [Path(cell.get("path") or "").name not in others for cell in cells]
-    return rows.part(np.flatnonzero(kept)) if not all(kept) else rows
+    names = sorted(name for name in listed(folder, PART) if Path(name).stem.isdecimal() and (folder / name).is_file())
+    if not names:
+        return None
+    cells = [{"bytes": None, "path": str(folder / name)} for name in names]
+    features = datasets.Features({"image": datasets.Image(decode=False)})
+    return Rows(datasets.Dataset.from_dict({"image": cells}, features=features), str(folder), "image")
 
 
 def _one_shape(rows: "Rows", any_size: bool = False) -> Shape:
@@ -255,10 +263,11 @@ def _one_shape(rows: "Rows", any_size: bool = False) -> Shape:
     for index, row in enumerate(rows.dataset):
         try:
             image = peek(row[rows.image_column], rows.array_type and rows.array_type[0])
+            height, width = image_size(image, 3)
         except Exception as error:  # whatever PIL's decoders raise
             raise DataError(f"image {rows.name_of(row, index)}: {why_unreadable(error)}") from error
         gray = getattr(image, "mode", "RGB") in ("1", "L", "LA") or getattr(image, "mode", "").startswith("I")
-        one = (1 if gray else 3, *image_size(image, 3))
+        one = (1 if gray else 3, height, width)
         if shape is not None and (one[:1] if any_size else one) != (shape[:1] if any_size else shape):
             raise DataError(
                 f"image {rows.name_of(row, index)} has {_size(one)}, and {name} {_size(shape)}; give images of one"

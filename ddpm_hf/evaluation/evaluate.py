@@ -91,7 +91,7 @@ class Reference:
 
     def summary(self, images: ImageSet, metric: Metric) -> np.ndarray:
         """What a metric on pixels keeps of each image, [N, ...]."""
-        key = (images.fingerprint, metric.name)
+        key = (images.fingerprint, str(metric.summary_home))
         if key not in self._summaries:
             self._summaries[key] = summarize(metric, images.batches(self.batch_size))
         return self._summaries[key]

@@ -76,6 +76,8 @@ EXCEPTIONS = {
     "has no EMA; resume without --use_ema": "of checkpoints without settings; the flag itself is refused before",
     "has an EMA, which would be lost": "of checkpoints without settings; the flag itself is refused before",
     "its text encoder {} trained": "of checkpoints without settings; the flag itself is refused before",
+    "give the file with --features_weights FILE": "part of a message that needs no network: test_inception.py",
+    "a TorchScript file is a program": "of the Python API: test_features.py, test_a_script_is_not_loaded_...",
 }
 
 
@@ -146,5 +148,6 @@ def test_every_flag_that_a_message_names_is_one():
         names = [name for each in one.params for name in [*each.opts, *each.secondary_opts]]
         known |= {name.strip("-").replace("-", "_") for name in names}
     known |= {"num_processes", "downcast_bf16"}  # of `accelerate launch`
+    known |= {"features_weights", "trust_remote_code"}  # of `ddpm-hf evaluate`
     for text, where in messages().items():
         assert set(flags_in(text)) <= known, f"{where}: {text}"

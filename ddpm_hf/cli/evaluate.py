@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..evaluation.evaluate import Measure, Reference
 
 DEFAULT_SAMPLES = 10_000
-DEFAULT_METRICS = "fid"
+DEFAULT_METRICS = "fid,kid,precision,recall"
 
 # Panels of --help
 AGAINST, WHAT, HOW, WHERE = "Compare with", "What to measure", "How to sample", "Where from, where to"
@@ -168,7 +168,7 @@ def evaluate(
     check_counts(measure, data.reference.count, data.held_out and data.held_out.count, count)
     bound, everything = None, []
     if images is not None:
-        everything = [of_folder(images.part(count), seed, batch_size)]
+        everything = [of_folder(images.part(count))]
     else:
         pipeline = ready(pipeline, device, acceleration)
     if pipeline is not None and names:
@@ -182,7 +182,7 @@ def evaluate(
     def say(line: str) -> None:
         typer.echo(line, err=True)
 
-    reference = Reference(measure, data.reference, data.held_out, batch_size)
+    reference = Reference(measure, data.reference, data.held_out)
     with reports_stop(lambda: f"what was sampled is in {out / STORES}; the same command goes on from there"):
         results = evaluate(reference, everything, ranks, say)
         measured = bound and bound.measure(ranks)

@@ -143,11 +143,11 @@ def weights_digest(pipeline: "DiffusionPipeline") -> str:
     return digest.hexdigest()
 
 
-def of_folder(images: "ImageSet", seed: int, batch_size: int) -> "Samples":
+def of_folder(images: "ImageSet") -> "Samples":
     """The samples that a folder or an npz file holds."""
     from ..evaluation.evaluate import Samples
 
-    return Samples(images.count, {"images": images.name}, images=images, batch_size=batch_size)
+    return Samples(images.count, {"images": images.name}, images=images)
 
 
 def of_chain(

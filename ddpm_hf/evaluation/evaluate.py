@@ -8,11 +8,12 @@ import numpy as np
 
 from ..common.errors import DataError, UsageError
 from .features import PARTS, Extractor, Features, extract
+from .features.cache import cached_features
 from .image_sets import ImageSet
 from .metrics import METRICS, Figure, Metric
 from .protocols import Protocol
 from .ranks import Ranks
-from .sampling import SampleStore, fill, stored_features
+from .sampling import AT_ONCE, SampleStore, fill, stored_features
 
 
 @dataclass(frozen=True)
@@ -72,17 +73,18 @@ class Reference:
         held_out: images that it was not trained on.
     """
 
-    def __init__(self, measure: Measure, images: ImageSet, held_out: ImageSet | None = None, batch_size: int = 64):
-        self.measure, self.images, self.held_out, self.batch_size = measure, images, held_out, batch_size
+    def __init__(self, measure: Measure, images: ImageSet, held_out: ImageSet | None = None):
+        self.measure, self.images, self.held_out = measure, images, held_out
         self._features: dict[str, Features] = {}
         self._summaries: dict[tuple[str, str], np.ndarray] = {}
 
     def features(self, images: ImageSet) -> Features:
         """Those of a set of real images."""
         if images.fingerprint not in self._features:
-            self._features[images.fingerprint] = extract(
+            self._features[images.fingerprint] = cached_features(
                 self.measure.extractor,
-                images.batches(self.batch_size),
+                lambda: images.batches(AT_ONCE),
+                images.fingerprint,
                 keep=self.measure.keep,
                 progress=f"features of {images.name}",
                 total=images.count,
@@ -93,7 +95,7 @@ class Reference:
         """What a metric on pixels keeps of each image, [N, ...]."""
         key = (images.fingerprint, str(metric.summary_home))
         if key not in self._summaries:
-            self._summaries[key] = summarize(metric, images.batches(self.batch_size))
+            self._summaries[key] = summarize(metric, images.batches(AT_ONCE))
         return self._summaries[key]
 
     def side(self, images: ImageSet, metric: Metric) -> Any:
@@ -142,7 +144,7 @@ class Samples:
     def batches(self) -> Iterable:
         """The images in order, uint8 [n, C, H, W]."""
         if self.images is not None:
-            return self.images.batches(self.batch_size)
+            return self.images.batches(AT_ONCE)
         assert self.store is not None
         return self.store.batches(self.count)
 

@@ -26,6 +26,7 @@ from .ranks import Ranks
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+AT_ONCE = 32  # images that a network of features reads at once
 SETTINGS = "settings.json"  # what determines the images of a store
 _NAME = re.compile(r"(\d{8})-(\d{8})\.npy")
 
@@ -188,13 +189,13 @@ def stored_features(
         keep: parts of `Features`.
     """
     spans = [span for span in store.spans() if span.start < count]
-    folder = f"features-{extractor.fingerprint[:16]}"
+    folder = f"features-{extractor.fingerprint}"
     local = ranks.share(spans)
     (store.folder / folder).mkdir(exist_ok=True)
     for span in tqdm(local, desc="features of the samples", unit="file", disable=not ranks.is_main):
         path = store.path(span, folder, ".npz")
         if _read_features(path, len(span), keep) is None:
-            features = extract(extractor, [torch.from_numpy(np.array(store.read(span)))], keep=keep)
+            features = extract(extractor, torch.from_numpy(np.array(store.read(span))).split(AT_ONCE), keep=keep)
             write_atomically(path, _features_bytes(features))
     ranks.wait()
     parts = [_read_features(store.path(span, folder, ".npz"), len(span), keep) for span in spans]

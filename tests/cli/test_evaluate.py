@@ -92,6 +92,7 @@ def observe(shop, tmp_path, run, monkeypatch):
 
     monkeypatch.delenv("HF_TOKEN", raising=False)
     calls, options = {}, register(monkeypatch)
+    monkeypatch.setattr("ddpm_hf.evaluation.features.cache.cache_folder", lambda: tmp_path / "cache")
 
     def noted(name, function):
         def call(*args, **kwargs):
@@ -115,7 +116,8 @@ def observe(shop, tmp_path, run, monkeypatch):
         calls.clear()
         options.clear()
         monkeypatch.chdir(tmp_path)
-        code, out, err = run(*(word.replace("~", " ").format(shop=shop, out=folder) for word in words.split()))
+        filled = words.replace("{pixels}", PIXELS).format(shop=shop, out=folder)
+        code, out, err = run(*(word.replace("~", " ") for word in filled.split()))
         return Seen(code, out, err, folder, {**calls, "features": options[-1] if options else {}})
 
     return call
@@ -151,7 +153,8 @@ def loaded(name):
 
 
 CLASSES, TEXT, HUB = "{shop}/classes", "{shop}/text", "user/it"
-QUICK = "--dataset {shop}/images --features quarters --num-samples 4 --steps 2 --out {out}"
+PIXELS = "--features quarters --metrics fid --out {out}"
+QUICK = "--dataset {shop}/images {pixels} --num-samples 4 --steps 2"
 ROWS = [
     Row("dataset", "--dataset {shop}/others", stamped("real_images"), before=6, after=7),
     Row("dataset_config_name", "--dataset-config-name small", handed("data", 2), before=None, after="small"),
@@ -262,7 +265,7 @@ def test_samples_are_those_of_the_sample_command(observe, shop, tmp_path):
 
 def test_a_second_call_samples_nothing_again(observe, tmp_path):
     """Else other metrics of the same samples, or a killed evaluation, cost all of the sampling again."""
-    words = f"evaluate {{shop}}/plain {QUICK.replace('{out}', str(tmp_path / 'kept'))} --batch-size 2"
+    words = f"evaluate {{shop}}/plain {QUICK} --batch-size 2 --out {tmp_path}/kept"
     assert observe(words).code == 0
     first = json.loads((tmp_path / "kept/metrics.json").read_text())
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "kept/samples").rglob("*.np?")}
@@ -277,7 +280,7 @@ def test_a_second_call_samples_nothing_again(observe, tmp_path):
 
 def test_a_folder_of_images_is_measured_and_one_equal_to_the_real_has_no_distance(observe):
     """Else images of other programs cannot be measured; or a distance is not one."""
-    seen = observe("evaluate {shop}/images --dataset {shop}/images --features quarters --out {out}")
+    seen = observe("evaluate {shop}/images --dataset {shop}/images {pixels}")
     assert seen.code == 0, seen.err
     assert abs(seen.record["results"][0]["figures"]["fid"]["value"]) < 1e-6
     assert seen.record["stamp"]["samples"] == 6
@@ -289,7 +292,7 @@ def test_a_folder_of_images_is_measured_and_one_equal_to_the_real_has_no_distanc
 def test_the_grid_of_the_sample_command_is_not_a_sample(observe):
     """Else its folder cannot be measured, or the grid is measured as an image."""
     assert observe("sample {shop}/plain --steps 2 --num-images 3 --out {out}").code == 0
-    seen = observe("evaluate 0 --dataset {shop}/images --features quarters --out {out}")
+    seen = observe("evaluate 0 --dataset {shop}/images {pixels}")
     assert seen.code == 0, seen.err
     assert seen.record["stamp"]["samples"] == 3
 
@@ -297,7 +300,7 @@ def test_the_grid_of_the_sample_command_is_not_a_sample(observe):
 def test_adms_npz_files_are_read(observe, tmp_path):
     """Else the field's reference sets and the samples of `--format npz` cannot be measured."""
     np.savez(tmp_path / "real.npz", arr_0=random_pixels(6, 8, 8))
-    seen = observe(f"evaluate {{shop}}/images --dataset {tmp_path}/real.npz --features quarters --out {{out}}")
+    seen = observe(f"evaluate {{shop}}/images --dataset {tmp_path}/real.npz {{pixels}}")
     assert abs(seen.record["results"][0]["figures"]["fid"]["value"]) < 1e-6
 
 
@@ -314,8 +317,8 @@ def test_the_likelihood_alone_needs_no_samples(observe):
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        ("evaluate {shop}/plain --features quarters --out {out}", ("no dataset", "--dataset")),
-        ("evaluate {shop}/plain --dataset {shop}/nothing --features quarters --out {out}", ("nothing",)),
+        ("evaluate {shop}/plain {pixels}", ("no dataset", "--dataset")),
+        ("evaluate {shop}/plain --dataset {shop}/nothing {pixels}", ("nothing",)),
         (f"evaluate {{shop}}/plain {QUICK} --num-samples 1", ("--metrics fid", "2 samples", "got 1")),
         (f"evaluate {{shop}}/plain {QUICK} --dataset {{shop}}/broken", ("9.png",)),
         (f"evaluate {{shop}}/plain {QUICK} --metrics fidd", ("--metrics fidd", "fid")),
@@ -331,10 +334,10 @@ def test_the_likelihood_alone_needs_no_samples(observe):
         (f"evaluate {{shop}}/plain {QUICK} --held-out-split validation", ("validation",)),
         (f"evaluate {TEXT} {QUICK}", ("--caption-column", "--prompt")),
         (f"evaluate {CLASSES} {QUICK} --likelihood-calls 4", ("--label-column",)),
-        ("evaluate {shop}/mixed --dataset {shop}/images --features quarters --out {out}", ("wide-0.png", "8x9")),
-        ("evaluate {shop}/wide --dataset {shop}/images --features quarters --out {out}", ("8x12", "--resolution")),
-        ("evaluate {shop}/broken --dataset {shop}/images --features quarters --out {out}", ("9.png",)),
-        ("evaluate {shop}/images --dataset {shop}/images --steps 5 --features quarters --out {out}", ("--steps",)),
+        ("evaluate {shop}/mixed --dataset {shop}/images {pixels}", ("wide-0.png", "8x9")),
+        ("evaluate {shop}/wide --dataset {shop}/images {pixels}", ("8x12", "--resolution")),
+        ("evaluate {shop}/broken --dataset {shop}/images {pixels}", ("9.png",)),
+        ("evaluate {shop}/images --dataset {shop}/images --steps 5 {pixels}", ("--steps",)),
         ("evaluate {shop}/images --dataset {shop}/others --num-samples 9 --features quarters", ("--num-samples 9",)),
         ("compare {shop}/images {shop}/others", ("metrics.json",)),
     ],

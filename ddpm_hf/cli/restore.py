@@ -93,7 +93,7 @@ def restore(
         bool,
         option(
             WHAT,
-            "Resize and crop images so that restored ones have the model's size; else larger ones are restored in tiles.",
+            "Resize and crop images so that restored ones have the model's size; else larger ones are done in tiles.",
             "--fit",
         ),
     ] = False,

@@ -19,6 +19,7 @@ from ddpm_hf import (
     TextToImageDDPMPipeline,
     cli,
 )
+from tests.cli import test_evaluate
 from tests.support.classifier import tiny_classifier
 from tests.support.fixtures_cli import assert_one_line
 from tests.support.fixtures_pipeline import tiny_unet
@@ -276,13 +277,14 @@ def options() -> set[tuple[str, str]]:
 
 def test_every_option_has_a_row():
     """Else an option is added that nobody shows to do something; the trainings' flags have tests of their own."""
-    assert options() == {(row.command, row.option) for row in ROWS} | APART.keys()
+    evaluated = {("evaluate", name) for name in [*test_evaluate.APART, *(row.option for row in test_evaluate.ROWS)]}
+    assert options() == {(row.command, row.option) for row in ROWS} | APART.keys() | evaluated
     commands = typer.main.get_command(cli.app).commands
     assert {name for name in commands if not commands[name].params} == {
         "presets", "train", "train-text2image", "train-classifier"
     }  # fmt: skip
-    for name in APART.values():
-        assert name in globals()
+    for names, tests in ((APART, globals()), (test_evaluate.APART, vars(test_evaluate))):
+        assert set(names.values()) <= set(tests)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.command} {row.given.replace('{shop}/', '')}")

@@ -1,8 +1,25 @@
-"""Packages that export names of their modules, which are imported on first use."""
+"""Imports that cost no more than what is used: a package's names on first use, a module without its package."""
 
-import importlib
+import importlib.util
 from collections.abc import Callable, Mapping
+from importlib.machinery import PathFinder
+from types import ModuleType
 from typing import Any
+
+
+def load_alone(package: str, name: str) -> ModuleType:
+    """A module of another package, without the package's `__init__`; the package where it has no such module.
+
+    Args:
+        name: of a module that imports nothing of its package.
+    """
+    found = importlib.util.find_spec(package)
+    spec = PathFinder.find_spec(f"{package}.{name}", found and found.submodule_search_locations)
+    if spec is None or spec.loader is None:
+        return importlib.import_module(package)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def lazy_exports(

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import os
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ class Rows:
         """A row's number in the dataset."""
         return index if self.numbers is None else int(self.numbers[index])
 
-    @property
+    @cached_property  # `features` is copied each time, which takes as long as decoding a small image
     def array_type(self) -> tuple[str, tuple[int | None, ...] | None] | None:
         """(NumPy type, shape or None) of a column of arrays; None for images, and where none is declared."""
         features = getattr(self.dataset, "features", None) or {}

@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 from ..objectives.bound import prior_bpd, vb_terms_bpd
 from ..objectives.gaussians import mean_flat
 from ..portable.scheduling_ddpm_hf import DDPMScheduler
+from .strata import checked_chain
 
 
 class BitsPerDim(NamedTuple):
@@ -51,10 +52,7 @@ def bits_per_dim(
     Raises:
         ValueError: timesteps that repeat or leave 0..T-1, or an ᾱ of 0 under epsilon prediction.
     """
-    chain = sorted(range(len(scheduler)) if timesteps is None else [int(t) for t in timesteps])
-    if not chain or len(set(chain)) != len(chain) or chain[0] < 0 or chain[-1] >= len(scheduler):
-        raise ValueError(f"timesteps must be different and within 0..{len(scheduler) - 1}; got {timesteps}")
-    scheduler.check_invertible(chain)
+    chain = checked_chain(scheduler, timesteps)
     conditioning = {} if class_labels is None else {"class_labels": class_labels}
     vb, x_start_mse, epsilon_mse = [], [], []
     previous = [-1, *chain[:-1]]

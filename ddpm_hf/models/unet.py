@@ -37,36 +37,33 @@ def make_unet(
         raise UsageError(one_line(error)) from error
 
 
-def stock_unet_defaults() -> dict[str, Any]:
-    """The arguments of a `UNet2DModel` whose config does not name them."""
-    from diffusers import UNet2DModel
+UNETS = ("UNet2DModel", "OpenAIUNet2DModel")  # the classes of UNets without text, by name
 
-    parameters = inspect.signature(UNet2DModel.__init__).parameters.values()
+
+def stock_unet_defaults(kind: str = "UNet2DModel") -> dict[str, Any]:
+    """The arguments of a `UNet2DModel`, or of another of `UNETS`, whose config does not name them."""
+    parameters = inspect.signature(unet_type(kind).__init__).parameters.values()
     return {one.name: one.default for one in parameters if one.default is not inspect.Parameter.empty}
 
 
+def unet_type(kind: str) -> "type[UNet2DModel]":
+    """The class of a UNet by its name in a config, one of `UNETS`."""
+    from diffusers import UNet2DModel
+
+    from ..portable.networks_ddpm_hf import OpenAIUNet2DModel
+
+    return OpenAIUNet2DModel if kind == OpenAIUNet2DModel.__name__ else UNet2DModel
+
+
 def build_unet(config: dict[str, Any]) -> "UNet2DModel":
-    """A `UNet2DModel` from its arguments; those left out are Diffusers' defaults.
-
-    It maps x_t [N, in_channels, H, W] and t to [N, out_channels, H, W].
-
-    Args:
-        config: such as `MODEL_PRESETS["small-32"].unet`; the resolution is its `sample_size`.
+    """A UNet from its arguments: `portable.networks_ddpm_hf.build_unet`, imported when it is used.
 
     Raises:
         ValueError: norm groups that do not divide the channels at some width.
     """
-    from diffusers import UNet2DModel
+    from ..portable import networks_ddpm_hf
 
-    config = {**stock_unet_defaults(), **config}
-    groups = config["norm_num_groups"]
-    for width in config["block_out_channels"]:
-        if not isinstance(groups, int) or groups < 1 or width % groups:
-            raise ValueError(
-                f"norm_num_groups={groups} with {width} channels: the groups must divide the channels of each level;"
-                f" for {width} channels, {max(1, width // 4)} is usual"
-            )
-    return UNet2DModel(**config)
+    return networks_ddpm_hf.build_unet(config)
 
 
 def time_blindness(config: Mapping[str, Any]) -> str | None:

@@ -34,6 +34,16 @@ def approx_standard_normal_cdf(x: torch.Tensor) -> torch.Tensor:
     return 0.5 * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
 
 
+def gaussian_log_likelihood(x: torch.Tensor, mean: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
+    """The log-density of x under N(mean, e^log_variance) elementwise, in nats; the shapes broadcast.
+
+    >>> zero = torch.zeros(1)
+    >>> gaussian_log_likelihood(zero + 1, zero, zero)
+    tensor([-1.4189])
+    """
+    return -0.5 * (math.log(2 * math.pi) + log_variance + (x - mean) ** 2 * torch.exp(-log_variance))
+
+
 def discretized_gaussian_log_likelihood(x: torch.Tensor, mean: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:
     """Log-probability, in nats, of x's bin of width 2/255 under N(mean, e^(2·log_scale)) (Ho et al. 2020, Eq. 13).
 

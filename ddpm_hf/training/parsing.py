@@ -12,17 +12,22 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import yaml
-from transformers import HfArgumentParser
 
 from ..common.arguments import APPLIED, FIXED, FREE, SECRET_FLAGS, flags_by_resume
 from ..common.errors import UsageError, one_line
 from ..common.files import expand_home
+from ..common.lazy import load_alone
 from ..common.machine import accept_any_text
 from .flags import Flags
 from .help import EPILOG, FlagFormatter, bare_name, grouped, meanings_of, meant
+
+if TYPE_CHECKING:
+    from transformers import HfArgumentParser
+else:  # `--help` need not wait a second for all of transformers
+    HfArgumentParser = load_alone("transformers", "hf_argparser").HfArgumentParser
 
 
 def _is_like_a_flag(word: str) -> bool:

@@ -17,49 +17,9 @@ import torch
 
 from ddpm_hf import DDPMScheduler, bits_per_dim
 from ddpm_hf.objectives.bound import prior_bpd, vb_terms_bpd
+from tests.support.gaussian_data import LOG2, GaussianData, within
 
-LOG2 = math.log(2)
 N = 30_000  # images of 4 dimensions: this leaves standard errors of 0.005 bits/dim
-
-
-class GaussianData:
-    """x_0 ~ N(0, v), in closed form, under a scheduler's chain."""
-
-    def __init__(self, scheduler, v):
-        self.alphas_cumprod, self.v = scheduler.exact_tables.alphas_cumprod.tolist(), v
-
-    def alpha_bar(self, t):
-        return 1.0 if t < 0 else self.alphas_cumprod[t]
-
-    def marginal(self, t):
-        return self.alpha_bar(t) * self.v + 1 - self.alpha_bar(t)
-
-    def beta(self, t, s):
-        return 1 - self.alpha_bar(t) / self.alpha_bar(s)
-
-    def reverse_variance(self, t, s):
-        return self.marginal(s) * self.beta(t, s) / self.marginal(t)
-
-    def reverse_mean(self, x_t, t, s):
-        return math.sqrt(self.alpha_bar(t) / self.alpha_bar(s)) * self.marginal(s) / self.marginal(t) * x_t
-
-    def posterior_variance(self, t, s):
-        return (1 - self.alpha_bar(s)) / (1 - self.alpha_bar(t)) * self.beta(t, s)
-
-    def epsilon(self, x_t, t):
-        return math.sqrt(1 - self.alpha_bar(t)) / self.marginal(t) * x_t
-
-    def draw(self, n, *shape, seed=0):
-        """The distribution's quantiles in a random order: an even sample has less error than a random one."""
-        count = n * math.prod(shape)
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-        quantiles = torch.special.ndtri((torch.arange(count, dtype=torch.float64) + 0.5) / count)
-        return math.sqrt(self.v) * quantiles[order].reshape(n, *shape)
-
-    def expected_bpd(self):
-        """Entropy of x_0 plus KL(q(x_T) ‖ N(0, 1)), in bits per dimension."""
-        M = self.marginal(len(self.alphas_cumprod) - 1)
-        return (0.5 * math.log(2 * math.pi * math.e * self.v) + 0.5 * (M - 1 - math.log(M))) / LOG2
 
 
 class PerfectUNet(torch.nn.Module):
@@ -85,12 +45,6 @@ def continuous_decoder_bpd(scheduler, unet, x_0, t):
     p = scheduler.p_mean_variance(unet(x_t, t).sample, t, x_t, -1, clip_sample=False)
     log_likelihood = torch.distributions.Normal(p.mean, (0.5 * p.log_variance).exp()).log_prob(x_0)
     return -log_likelihood.flatten(1).mean(dim=1) / LOG2
-
-
-def within(samples, expected, standard_errors=4.0):
-    """Whether the mean of independent samples agrees with an expectation."""
-    error = samples.std() / math.sqrt(len(samples))
-    return abs(samples.mean().item() - expected) <= standard_errors * error.item() + 1e-12
 
 
 CHAINS = {

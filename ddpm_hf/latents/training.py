@@ -16,7 +16,7 @@ from ..common.pictures import save_image
 from ..common.randomness import StepKeys
 from ..data import to_model_range
 from ..data.batches import Images, make_batches, plan_steps
-from ..models.autoencoder import load_autoencoder
+from ..models.autoencoder import frozen, load_autoencoder
 from ..models.saving import save_model
 from ..objectives.gaussians import mean_flat
 from ..portable.sampling_ddpm_hf import downscaling
@@ -131,7 +131,7 @@ def take_over_autoencoder(run: Run) -> None:
 def train_autoencoder(
     run: Run, flags: AutoencoderFlags, images: Images, size: tuple[int, int], rehearse_only: bool = False
 ) -> AutoencoderKL | None:
-    """Train an autoencoder in a folder within the run's, or take the one that was finished there; None if stopped.
+    """Train an autoencoder in a folder within the run's, or take the one that was finished; frozen. None if stopped.
 
     With `rehearse_only` it is not trained: only its first batch is computed.
 
@@ -143,12 +143,14 @@ def train_autoencoder(
         UsageError: a stream, whose steps cannot be counted, or a size that the autoencoder cannot halve.
     """
     folder, resumes = run.folder / AUTOENCODER, run.flags.resume_from_checkpoint
+    if run.resumed is not None:
+        take_over_autoencoder(run)
     if (folder / "config.json").is_file() and resumes:
         before = find_checkpoint(folder, "latest", lambda line: None)
         check_unchanged(run.settings, before and before.manifest)
         if run.accelerator.is_main_process and not rehearse_only:
             remove_unfinished(folder)
-        return load_autoencoder(str(folder)).to(run.device)
+        return frozen(load_autoencoder(str(folder)), run.device)
     factor = downscaling(flags.widths())
     if size[0] % factor or size[1] % factor:
         raise UsageError(f"--resolution {size[0]}x{size[1]}: the autoencoder requires multiples of {factor}")
@@ -175,9 +177,8 @@ def train_autoencoder(
     if not training_loop(run, state, plan, batches, compute_loss=loss_of, draw=draw, name_of=images.name_of):
         return None
     with averaged_weights(state, unwrap(run.accelerator, state.model)) as averaged:
-        trained = AutoencoderKL.from_config(vae.config).to(run.device)
+        trained = frozen(AutoencoderKL.from_config(vae.config), run.device)
         trained.load_state_dict(averaged.vae.state_dict())
-    trained.eval().requires_grad_(False)
     scale = measure_scaling_factor(trained, images, run.flags.eval_batch_size, run.seed)
     trained.register_to_config(scaling_factor=scale)
     run.must_write(lambda: save_model(trained, folder, within=folder), "the autoencoder")

@@ -61,15 +61,15 @@ class Run:
         """This rank's device."""
         return self.accelerator.device
 
-    @property
-    def autocast_dtype(self) -> torch.dtype | None:
-        """What the model is autocast to; None without mixed precision."""
-        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
+    def execution(self, plan: StepPlan) -> tuple[str, torch.dtype | None, bool]:
+        """How the model is to be executed: --acceleration, what it is autocast to, whether CUDA graphs can hold it.
 
-    def captures_steps(self, plan: StepPlan) -> bool:
-        """Whether a CUDA graph can hold the model's part of a step: one process, one batch, nothing recomputed."""
+        They hold the model's part of a step of one process and one batch, with nothing recomputed.
+        """
         alone = self.accelerator.distributed_type == DistributedType.NO and plan.accumulation == 1
-        return alone and not (self.flags.compile or self.flags.gradient_checkpointing)
+        graphs = alone and not (self.flags.compile or self.flags.gradient_checkpointing)
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
+        return self.flags.acceleration, dtype, graphs
 
     @property
     def class_names(self) -> list[str] | None:

@@ -301,7 +301,7 @@ def check_resumable(run: Run, model: "torch.nn.Module", facts: dict[str, Any], n
                 f"{checkpoint} is of another model: its {key} is {saved.get(key)}, this run's {ours[key]}; resume with"
                 " the flags that it was trained with"
             )
-    counts = {*facts, *flags_by_resume(run.settings.fields(), APPLIED)} - {"settings"}
+    counts = {*facts, *flags_by_resume(run.settings.fields(), APPLIED)} - {"settings", "scheduler"}
     flat, before = ({**each, **each.get("settings", {})} for each in (facts, manifest))
     for name in (name for name in flat if name in counts and name in before and before[name] != flat[name]):
         run.log(f"warning: {name} was {before[name]} and is {flat[name]}: not an exact continuation")

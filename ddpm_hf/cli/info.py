@@ -20,6 +20,7 @@ MODELS = {
     "NoisyClassifier": "a classifier of noised images, for `ddpm-hf sample --classifier`",
     "AutoencoderKL": "an autoencoder, for --vae_name_or_path",
     "UNet2DModel": "a UNet, without its scheduler",
+    "OpenAIUNet2DModel": "a UNet, without its scheduler",
     "UNet2DConditionModel": "a UNet for text, without the rest of its pipeline",
 }
 MAX_CLASSES_SHOWN = 20

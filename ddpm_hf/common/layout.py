@@ -125,11 +125,12 @@ WEIGHTS = ("diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model*.ind
 MODEL = (Entry("config.json", recognised=is_model_config), *map(Entry, WEIGHTS))
 COMPONENTS = (
     "unet", "vae", "scheduler", "text_encoder", "tokenizer", "safety_checker", "feature_extractor", "image_encoder",
+    "classifier",
 )  # fmt: skip
 COMPONENT_FILES = (
     "config.json", *WEIGHTS, "model*.safetensors", "model*.index*.json", "scheduler_config.json",
     "preprocessor_config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json",
-    "merges.txt", "special_tokens_map.json", "added_tokens.json",
+    "merges.txt", "special_tokens_map.json", "added_tokens.json", "networks_ddpm_hf.py",
 )  # fmt: skip
 KEPT_IN_PLACE = ("README.md",)  # users write into it: only its marked block is renewed
 

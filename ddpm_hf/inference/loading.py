@@ -53,9 +53,8 @@ def is_checkpoint(folder: Path) -> bool:
 
 def _load_checkpoint(checkpoint: Path, ema: bool | None, token: str | None) -> Any:
     """The pipeline of a run's checkpoint."""
-    from diffusers import UNet2DModel
-
     from ..models.autoencoder import load_autoencoder
+    from ..portable.networks_ddpm_hf import unet_class
     from ..portable.pipeline_class_conditional_ddpm_hf import ClassConditionalDDPMPipeline
     from ..portable.pipeline_ddpm_hf import DDPMPipeline
     from ..portable.scheduling_ddpm_hf import DDPMScheduler
@@ -77,7 +76,7 @@ def _load_checkpoint(checkpoint: Path, ema: bool | None, token: str | None) -> A
         raise ValueError(f"{checkpoint} cannot be loaded: nothing says which diffusion it was trained with")
     folder = checkpoint / ("unet" if ema is False else source.place.name)
     try:
-        unet = UNet2DModel.from_pretrained(folder, use_safetensors=True)
+        unet = unet_class(source.unet).from_pretrained(folder, use_safetensors=True)
         scheduler = DDPMScheduler.from_config(source.scheduler)
         vae = load_autoencoder(source.vae, token=token) if source.vae else None
         if source.classes:

@@ -47,6 +47,9 @@ _HO = {
 # OpenAI's code: the time embedding scales and shifts, the second half of the output is a variance
 _OPENAI = {"resnet_time_scale_shift": "scale_shift", "attn_norm_num_groups": 32, "out_channels": 6}
 
+# the same number of heads at every width: of an `OpenAIUNet2DModel`
+_FOUR_HEADS = {"attention_head_dim": None, "num_attention_heads": 4}
+
 
 def _adm(sample_size: int, widths: tuple[int, ...], layers: int, **more: Any) -> dict:
     """ADM attends at 32, 16 and 8 and resamples within residual blocks."""
@@ -132,7 +135,7 @@ MODEL_PRESETS: dict[str, Preset] = {
     ),
     "iddpm-imagenet64": Preset(
         "Nichol & Dhariwal 2021, ImageNet 64×64",
-        _unet(64, (128, 256, 384, 512), 3, (16, 8), attention_head_dim=64, **_OPENAI),
+        _unet(64, (128, 256, 384, 512), 3, (16, 8), **_FOUR_HEADS, timestep_scale=0.25, **_OPENAI),
         {
             **_OPENAI_RECIPE,
             "learning_rate": 1e-4,
@@ -157,7 +160,7 @@ MODEL_PRESETS: dict[str, Preset] = {
     ),
     "adm-128": Preset(
         "Dhariwal & Nichol 2021, ImageNet 128×128",
-        _adm(128, (256, 256, 512, 768, 1024), 2, attention_head_dim=64),
+        _adm(128, (256, 256, 512, 768, 1024), 2, **_FOUR_HEADS),
         {
             **_OPENAI_RECIPE,
             "learning_rate": 1e-4,

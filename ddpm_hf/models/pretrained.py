@@ -199,14 +199,14 @@ def load_weights(source: Source, variant: str | None = None) -> dict[str, "torch
     Raises:
         UsageError: no safetensors there, or not all of the weights.
     """
-    from diffusers import UNet2DModel
+    from ..portable.networks_ddpm_hf import unet_class
 
     place = source.place
     options = {"variant": variant, "use_safetensors": True, "output_loading_info": True}
     if not place.local:
         options |= {"subfolder": place.subfolder or None, "revision": place.revision, "token": place.token}
     try:
-        model, info = UNet2DModel.from_pretrained(place.root, **options)
+        model, info = unet_class(source.unet).from_pretrained(place.root, **options)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
         raise UsageError(f"{FLAG} {place}: cannot be loaded ({why_not_loaded(error)})") from error
     absent = [*info["missing_keys"], *(str(one) for one in info["mismatched_keys"])]

@@ -9,7 +9,7 @@ from .flags import UNetFlags
 from .presets import MODEL_PRESETS, preset_unet_config
 from .pretrained import check_channels
 from .sources import Source
-from .unet import stock_unet_defaults
+from .unet import UNETS, stock_unet_defaults
 
 if TYPE_CHECKING:  # else imported where it is used, so that --help is quick
     from diffusers import AutoencoderKL
@@ -158,7 +158,8 @@ def read_unet_config(name_or_path: str, token: str | None = None, kind: str = "U
     except (OSError, ValueError) as error:
         reason = one_line(error, 200)
         raise UsageError(f"--model_config_name_or_path {name_or_path}: no {kind} config there ({reason})") from error
-    if loaded.get("_class_name", kind) != kind:
-        raise UsageError(f"--model_config_name_or_path {name_or_path}: a {loaded['_class_name']}, not a {kind}")
-    defaults = stock_unet_defaults() if kind == "UNet2DModel" else {}
+    named = loaded.get("_class_name", kind)
+    if named != kind and not (kind in UNETS and named in UNETS):
+        raise UsageError(f"--model_config_name_or_path {name_or_path}: a {named}, not a {kind}")
+    defaults = stock_unet_defaults(named) if kind in UNETS else {}
     return {**defaults, **{name: value for name, value in loaded.items() if not name.startswith("_")}}

@@ -18,7 +18,7 @@ from ..common.locations import (
     find_location,
     way_out,
 )
-from .unet import stock_unet_defaults
+from .unet import UNETS, stock_unet_defaults
 
 
 class Source(NamedTuple):
@@ -97,9 +97,9 @@ def unet_config(config: Mapping[str, Any]) -> dict[str, Any]:
     kind = config.get("_class_name", "UNet2DModel")
     if kind == "UNet2DConditionModel":
         raise ValueError("a text-to-image model (UNet2DConditionModel); train_text2image.py trains those")
-    if kind != "UNet2DModel":
+    if kind not in UNETS:
         raise ValueError(f"a {kind}, not a UNet2DModel")
-    defaults = stock_unet_defaults()
+    defaults = stock_unet_defaults(kind)
     return {**defaults, **{name: value for name, value in config.items() if name in defaults}}
 
 

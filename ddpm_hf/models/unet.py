@@ -37,12 +37,22 @@ def make_unet(
         raise UsageError(one_line(error)) from error
 
 
-def stock_unet_defaults() -> dict[str, Any]:
-    """The arguments of a `UNet2DModel` whose config does not name them."""
+UNETS = ("UNet2DModel", "OpenAIUNet2DModel")  # the classes of UNets without text, by name
+
+
+def stock_unet_defaults(kind: str = "UNet2DModel") -> dict[str, Any]:
+    """The arguments of a `UNet2DModel`, or of another of `UNETS`, whose config does not name them."""
+    parameters = inspect.signature(unet_type(kind).__init__).parameters.values()
+    return {one.name: one.default for one in parameters if one.default is not inspect.Parameter.empty}
+
+
+def unet_type(kind: str) -> "type[UNet2DModel]":
+    """The class of a UNet by its name in a config, one of `UNETS`."""
     from diffusers import UNet2DModel
 
-    parameters = inspect.signature(UNet2DModel.__init__).parameters.values()
-    return {one.name: one.default for one in parameters if one.default is not inspect.Parameter.empty}
+    from ..portable.networks_ddpm_hf import OpenAIUNet2DModel
+
+    return OpenAIUNet2DModel if kind == OpenAIUNet2DModel.__name__ else UNet2DModel
 
 
 def build_unet(config: dict[str, Any]) -> "UNet2DModel":

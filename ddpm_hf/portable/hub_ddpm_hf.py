@@ -98,6 +98,7 @@ def model_name(index_file: Path) -> str:
     return str(folder)
 
 
+NETWORKS = "networks_ddpm_hf"  # the module of networks that Diffusers does not have; a copy lies with each of them
 # Of a pipeline's config: what Diffusers' own classes would warn of in a `model_index.json`, but for the underscore
 PRIVATE_SETTINGS = ("guidance_scale",)
 _LOADED: dict[str, str] = {}  # digests of the files that this process runs, where Diffusers loaded them
@@ -128,6 +129,18 @@ class PortablePipelineMixin(MixinBase):
     def stock_class_name(self) -> str | None:
         """The pipeline class of Diffusers that samples the same images from this folder, or None."""
         return None
+
+    def own_networks(self) -> dict[str, Path]:
+        """The components that are networks of this code, with its file: who loads the folder without it must trust it.
+
+        Diffusers looks for that file in the component's folder.
+        """
+        types = {name: type(component) for name, component in self.components.items()}
+        return {name: module_file(cls) for name, cls in types.items() if cls.__module__.rpartition(".")[2] == NETWORKS}
+
+    def needs_trust(self) -> bool:
+        """Whether Diffusers alone loads the folder with `trust_remote_code=True` only."""
+        return self.stock_class_name() is None or bool(self.own_networks())
 
     @classmethod
     def portable_class(cls) -> type:
@@ -193,6 +206,9 @@ class PortablePipelineMixin(MixinBase):
         directory.mkdir(parents=True, exist_ok=True)
         for name, text in portable_sources(module_file(self.portable_class())).items():
             write_atomically(directory / name, text)
+        for component, file in self.own_networks().items():
+            (directory / component).mkdir(exist_ok=True)
+            write_atomically(directory / component / f"{NETWORKS}.py", file.read_text(encoding="utf-8"))
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def to_json_file(self, json_file_path: str | os.PathLike) -> None:
@@ -206,6 +222,8 @@ class PortablePipelineMixin(MixinBase):
                 del index[name]  # stock warns of components it does not know, also of absent ones
             elif str(entry[0]).endswith("scheduling_ddpm_hf"):
                 index[name] = ["diffusers", entry[1]]
+            elif str(entry[0]).endswith(NETWORKS):
+                index[name] = [NETWORKS, entry[1]]
         for name in PRIVATE_SETTINGS:
             if name in index:
                 index[f"_{name}"] = index.pop(name)
@@ -215,9 +233,19 @@ class PortablePipelineMixin(MixinBase):
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict, **kwargs: Any) -> tuple[dict, dict, dict]:
-        """As Diffusers', with the settings that are saved with an underscore (`from_pipe` saves some so too)."""
+        """As Diffusers', with the settings that are saved with an underscore (`from_pipe` saves some so too).
+
+        Networks of this code are this package's own, and nothing of the folder is executed; without the package, that
+        is where this code itself lies in Diffusers' cache, they come from the folder and need its reader's trust.
+        """
         private = {f"_{name}": name for name in PRIVATE_SETTINGS if name in cls._get_init_keys(cls)}
-        return super().extract_init_dict({private.get(name, name): v for name, v in config_dict.items()}, **kwargs)
+        config = {private.get(name, name): value for name, value in config_dict.items()}
+        package = cls.portable_class().__module__.rpartition(".")[0]
+        if not package.startswith("diffusers_modules"):
+            for name, entry in config.items():
+                if isinstance(entry, (list, tuple)) and len(entry) == 2 and entry[0] == NETWORKS:
+                    config[name] = [f"{package}.{NETWORKS}", entry[1]]
+        return super().extract_init_dict(config, **kwargs)
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DModel
+from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, SchedulerMixin, UNet2DModel
 from diffusers.utils import logging
 
 from .acceleration_ddpm_hf import AccelerationMixin
@@ -36,6 +36,7 @@ class ClassConditionalDDPMPipeline(SamplingMixin, AccelerationMixin, PortablePip
         vae: decodes x_0 into images, for a model of latents.
         trained_classes: the ids of the classes that training images had, where not all K had some. These are sampled
             by default; the embeddings of the others are untrained.
+        classifier: of noised images, kept with the model; it guides in calls with `classifier=pipe.classifier`.
 
     Raises:
         ValueError: a UNet without class embeddings, or names and ids that do not fit them.
@@ -43,8 +44,10 @@ class ClassConditionalDDPMPipeline(SamplingMixin, AccelerationMixin, PortablePip
 
     unet: UNet2DModel
     vae: AutoencoderKL | None
+    classifier: ModelMixin | None
     model_cpu_offload_seq = "unet->vae"
-    _optional_components = ["vae"]
+    _exclude_from_cpu_offload = ["classifier"]  # it acts within the chain, on gradients
+    _optional_components = ["vae", "classifier"]
 
     def __init__(
         self,
@@ -53,9 +56,10 @@ class ClassConditionalDDPMPipeline(SamplingMixin, AccelerationMixin, PortablePip
         id2label: dict[int, str] | dict[str, str] | None = None,
         vae: AutoencoderKL | None = None,
         trained_classes: list[int] | None = None,
+        classifier: ModelMixin | None = None,
     ):
         super().__init__()
-        self.register_modules(unet=unet, scheduler=adopt_scheduler(scheduler), vae=vae)
+        self.register_modules(unet=unet, scheduler=adopt_scheduler(scheduler), vae=vae, classifier=classifier)
         embeddings = unet.config.num_class_embeds or 0
         if not embeddings:
             raise ValueError(

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..inference.studio import Step, Studio
 
 PUBLISHED = (*(entry.pattern for entry in LAYOUT if entry.published and entry.pattern != "README.md"), "LICENSE*")
-COMPONENT_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
+COMPONENT_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "networks_ddpm_hf.py")
 CHAIN_ROWS = 8  # of the card's strip of predictions, if the run has none
 
 

@@ -173,7 +173,7 @@ class Publisher:
             write_atomically(self.folder / "README.md", make_card(facts, read_card(self.folder), to_hub=False))
         except ValueError as error:
             raise UsageError(f"the model is saved to {self.folder}, but not its card: {error}") from error
-        how = "" if pipeline.stock_class_name() else ", trust_remote_code=True"
+        how = ", trust_remote_code=True" if pipeline.needs_trust() else ""
         self.run.log(f"saved to {self.folder}: DiffusionPipeline.from_pretrained('{self.folder}'{how}) loads it")
         if not flags.push_to_hub:
             return

@@ -272,7 +272,7 @@ def test_the_default_unet_is_the_peers():
 def test_a_preset_states_its_parameters(name):
     """Else `ddpm-hf presets` and docs/presets.md advise a model by a size that it does not have."""
     with torch.device("meta"):
-        model = UNet2DModel(**MODEL_PRESETS[name].unet)
+        model = build_unet(MODEL_PRESETS[name].unet)
     assert sum(each.numel() for each in model.parameters()) == MODEL_PRESETS[name].parameters
     table = (ROOT / "docs" / "presets.md").read_text(encoding="utf-8")
     assert re.search(rf"^\| `{name}` .*\| {MODEL_PRESETS[name].parameters:,} \|", table, re.M)

@@ -14,7 +14,16 @@ if TYPE_CHECKING:
 ROWS = (
     Metric("fid", "FID", "", True, "pool", "frechet:fid"),
     Metric("sfid", "sFID", "", True, "spatial", "frechet:sfid"),
-)
+    Metric("memorization", "copied samples", "%", True, "images+train", "memorization:memorization",
+           summary_home="memorization:thumbnails"),
+    Metric("nearest", "distance to training images", "of held-out", None, "pool+train", "nearest:nearest_training"),
+    Metric("authpct", "AuthPct", "%", False, "pool+train", "authenticity:authpct"),
+    Metric("ct", "C_T", "", None, "pool+train", "data_copying:data_copying"),
+    Metric("colour", "colour shift", "levels", True, "images", "colour:colour_shift",
+           summary_home="colour:colour_summary"),
+    Metric("contrast", "contrast shift", "levels", True, "images", "colour:contrast_shift",
+           summary_home="colour:colour_summary"),
+)  # fmt: skip
 METRICS: dict[str, Metric] = {row.name: row for row in ROWS}
 
 _HOMES = {".frechet": ("frechet_distance",)}

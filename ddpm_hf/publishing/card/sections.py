@@ -68,7 +68,9 @@ def use(facts: Facts) -> str:
     call = f"pipeline({call_arguments(facts)}).images[0]"
     lines = ["## Use", ""]
     if facts.pipeline.stock_class_name():
-        lines += ["With Diffusers alone:", "", *_python(facts, "", call), ""]
+        trusting = ", trust_remote_code=True" if facts.pipeline.own_networks() else ""
+        title = "With Diffusers, and the network's code from this repository:" if trusting else "With Diffusers alone:"
+        lines += [title, "", *_python(facts, trusting, call), ""]
     lines += [
         f"With the package `ddpm_hf`{_where_to_get_it()}, which adds previews along the chain and more:",
         "",

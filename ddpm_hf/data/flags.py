@@ -180,10 +180,8 @@ class DataFlags:
             raise DataError(f"--dataset_name {self.dataset_name} requires --train_data_dir, the folder of its files")
         if self.streaming and self.embedded:
             raise DataError("--streaming needs --dataset_name or --train_data_dir; the embedded digits are in memory")
-        if self.max_train_samples is not None and self.streaming:
-            raise DataError("--streaming does not support --max_train_samples; --max_train_steps ends it")
-        if self.streaming and (self.validation_split or self.cache_dataset == "always"):
-            raise DataError("--streaming supports neither --validation_split nor --cache_dataset always")
+        if self.streaming and (self.validation_split or self.max_train_samples or self.cache_dataset == "always"):
+            raise DataError("--streaming allows no --validation_split, --max_train_samples or --cache_dataset always")
         if self.streaming and flags.max_train_steps is None:
             raise DataError("--streaming has no epochs to count: give --max_train_steps")
 

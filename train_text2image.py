@@ -69,7 +69,8 @@ from ddpm_hf.models.acceleration import accelerate_for_training
 from ddpm_hf.models.gradient_gate import recorded_call
 from ddpm_hf.objectives.losses import QUARTILES, quartile_of, training_losses
 from ddpm_hf.objectives.timestep_samplers import UniformTimestepSampler
-from ddpm_hf.portable.pipeline_text2image_ddpm_hf import TextToImageDDPMPipeline, tokenize
+from ddpm_hf.portable.pipeline_text2image_ddpm_hf import TextToImageDDPMPipeline
+from ddpm_hf.portable.text_encoding_ddpm_hf import tokenize
 from ddpm_hf.publishing.publisher import Publisher, reserve_repository
 from ddpm_hf.text.components import build, design_parts, load_parts, save_tokenizer
 from ddpm_hf.text.conditioning import TextConditioned, caption_input, dream_noise, trained_model

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 
-from ..common.checkpoints import part_of_run
 from ..common.errors import UsageError
 from ..common.layout import AUTOENCODER, layout
 from ..common.ownership import claim_files
@@ -21,6 +20,7 @@ from ..models.saving import save_model
 from ..objectives.gaussians import mean_flat
 from ..portable.sampling_ddpm_hf import downscaling
 from ..training.checkpointing import find_checkpoint
+from ..training.complete_checkpoints import part_of_run
 from ..training.earlier_run import remove_unfinished
 from ..training.flags import GridFlags, TrainingFlags
 from ..training.logs import track_image

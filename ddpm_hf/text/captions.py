@@ -10,7 +10,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ..common.errors import UsageError
 from ..data import choose_caption
-from ..portable.pipeline_text2image_ddpm_hf import cut_off
+from ..portable.text_encoding_ddpm_hf import cut_off
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")

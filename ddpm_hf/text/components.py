@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
-from ..common.checkpoints import part_of_run
 from ..common.errors import UsageError, one_line
 from ..data import DataFlags
 from ..data.batches import Images
@@ -23,6 +22,7 @@ from ..objectives.losses import check_objective
 from ..portable.pipeline_text2image_ddpm_hf import STABLE_DIFFUSION_SETTINGS
 from ..portable.sampling_ddpm_hf import downscaling
 from ..portable.scheduling_ddpm_hf import DDPMScheduler
+from ..training.complete_checkpoints import part_of_run
 from ..training.run import Run
 from .captions import TOKENIZER_FILES, all_captions, fit_tokenizer, make_text_encoder, read_tokenizer
 from .flags import TextModelFlags

@@ -8,7 +8,7 @@ from diffusers import UNet2DConditionModel
 from ..common.randomness import StepKeys, to_device
 from ..inference.components import Components
 from ..models.acceleration import choose_execution
-from ..portable.pipeline_text2image_ddpm_hf import encode_texts, tokenize
+from ..portable.text_encoding_ddpm_hf import encode_texts, tokenize
 from ..training.flags import TrainingFlags
 
 if TYPE_CHECKING:

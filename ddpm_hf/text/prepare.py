@@ -14,8 +14,8 @@ from ..data.batches import Images, open_images
 from ..data.buckets import BucketedDataset, bucket_sizes, bucketed
 from ..inference.components import Components
 from ..latents.cache import cache_embeddings, cached_latents, prepare_caching
-from ..portable.pipeline_text2image_ddpm_hf import cut_off, encode_texts
 from ..portable.sampling_ddpm_hf import downscaling
+from ..portable.text_encoding_ddpm_hf import cut_off, encode_texts
 from ..training.plan import StepPlan
 from ..training.reporting import run_lines
 from ..training.run import Run

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from ..common.checkpoints import list_checkpoints
 from ..common.errors import RunError, UsageError, one_line
 from ..common.layout import EARLIER
+from .complete_checkpoints import complete_checkpoints
 from .earlier_run import end_replacing, replaces
 from .faults import DEAD_WORKER, LOST_CONTACT, OUT_OF_MEMORY, EndedTogetherError, out_of_memory, storage_fault
 from .process import process_kept
@@ -35,7 +35,7 @@ def where_it_goes_on(output_dir: str) -> str:
     """How to go on from a run's last checkpoint, as the end of a sentence; nothing where there is none."""
     if replaces(output_dir):
         return f"; the run that was in {output_dir} is there again"
-    checkpoints = list_checkpoints(Path(output_dir), complete=True)
+    checkpoints = complete_checkpoints(Path(output_dir))
     return f"; {checkpoints[-1]} is complete, go on with --resume_from_checkpoint latest" if checkpoints else ""
 
 

@@ -31,7 +31,7 @@ from ddpm_hf.data import (
     read_dataset,
 )
 from ddpm_hf.data.orders import keyed_permutation
-from ddpm_hf.portable.pipeline_text2image_ddpm_hf import encode_texts
+from ddpm_hf.portable.text_encoding_ddpm_hf import encode_texts
 from ddpm_hf.text.captions import END, START, all_captions, fit_tokenizer, make_text_encoder
 from ddpm_hf.training.flags import Flags
 from ddpm_hf.training.plan import KeyedBatchSampler, StepPlan

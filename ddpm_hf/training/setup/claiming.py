@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 from accelerate.utils import gather_object
 
 from ...common.arguments import APPLIED, FIXED, flags_by_resume
-from ...common.checkpoints import SETTINGS, checkpoint_step, list_checkpoints, made_by_diffusers
+from ...common.checkpoints import SETTINGS, checkpoint_step, list_checkpoints
 from ...common.errors import UsageError
 from ...common.files import truncate_jsonl
 from ...common.layout import AUTOENCODER, KEPT_IN_PLACE, STEPS, TIMINGS, TRAINING_CONFIG, Entry
 from ...common.ownership import claim_files, has_manifest, listed, run_files, some
 from ..checkpointing import LOGS, find_checkpoint, rotate_checkpoints, set_aside_later
+from ..complete_checkpoints import complete_checkpoints, made_by_diffusers
 from ..earlier_run import (
     cannot_be_moved,
     forget_removed_checkpoints,
@@ -103,7 +104,7 @@ def refuse_checkpoint_of_another_run(folder: Path, checkpoint: Path) -> None:
     """
     if checkpoint.resolve().parent == folder.resolve():
         return
-    there = list_checkpoints(folder, complete=True)
+    there = complete_checkpoints(folder)
     if there or listed_checkpoints(folder):
         go_on = f", or go on from {there[-1].name} with --resume_from_checkpoint latest" if there else ""
         raise UsageError(

@@ -85,3 +85,24 @@ def recorded_settings(output_dir: Path, requested: str) -> dict[str, Any]:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 return read(json.loads(file.read_text(encoding="utf-8")))
     return {}
+
+
+def made_by_diffusers(checkpoint: Path) -> str | None:
+    """What to do with a checkpoint of Diffusers' training scripts, whose optimizer is not ours; None for others."""
+    ours = (checkpoint / MANIFEST).exists() or (checkpoint.parent / SETTINGS).exists()
+    if ours or not (checkpoint / "unet" / "config.json").is_file():
+        return None
+    line = (
+        f"{checkpoint} is a checkpoint of Diffusers' script, which cannot be resumed here; start from its weights with"
+    )
+    try:
+        config = json.loads((checkpoint / "unet" / "config.json").read_text(encoding="utf-8"))
+        by_text = config.get("_class_name") == "UNet2DConditionModel"
+    except (ValueError, AttributeError, RecursionError):
+        return None
+    if by_text:
+        return (
+            f"{line} StableDiffusionPipeline.from_pretrained(BASE, unet=UNet2DConditionModel.from_pretrained("
+            f"{str(checkpoint / 'unet')!r})).save_pretrained(START) and --pretrained_model_name_or_path START"
+        )
+    return f"{line} --pretrained_model_name_or_path {checkpoint} and another --output_dir"

@@ -12,12 +12,12 @@ from accelerate import Accelerator
 from accelerate.utils.other import load
 from safetensors.torch import load_file, save_file
 
-from ..common.checkpoints import MANIFEST, checkpoint_step, discard, is_complete, list_checkpoints
+from ..common.checkpoints import MANIFEST, checkpoint_step, discard, is_complete, list_checkpoints, made_by_diffusers
 from ..common.errors import UsageError, one_line
 from ..common.files import flush
 from ..common.layout import METRICS_FILE, TIMINGS_FILE
 from ..common.ownership import claim_files, release_files
-from .complete_checkpoints import complete_checkpoints, file_digest, made_by_diffusers, seal
+from .complete_checkpoints import complete_checkpoints, file_digest, seal
 from .earlier_run import let_go, replaces
 from .run import Resumed, Run
 from .state import TrainingState, set_rates

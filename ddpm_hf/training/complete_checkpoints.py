@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..common.checkpoints import MANIFEST, SETTINGS, discard, is_complete, list_checkpoints
+from ..common.checkpoints import MANIFEST, discard, is_complete, list_checkpoints
 from ..common.errors import UsageError
 from ..common.files import flush, flush_tree, write_atomically
 
@@ -60,24 +60,3 @@ def part_of_run(checkpoint: Path, what: str, *files: str) -> Path:
         f"{checkpoint}: it was trained with the {what} of its run, which is not in {run}; resume in the complete"
         " folder of the run"
     )
-
-
-def made_by_diffusers(checkpoint: Path) -> str | None:
-    """What to do with a checkpoint of Diffusers' training scripts, whose optimizer is not ours; None for others."""
-    ours = (checkpoint / MANIFEST).exists() or (checkpoint.parent / SETTINGS).exists()
-    if ours or not (checkpoint / "unet" / "config.json").is_file():
-        return None
-    line = (
-        f"{checkpoint} is a checkpoint of Diffusers' script, which cannot be resumed here; start from its weights with"
-    )
-    try:
-        config = json.loads((checkpoint / "unet" / "config.json").read_text(encoding="utf-8"))
-        by_text = config.get("_class_name") == "UNet2DConditionModel"
-    except (ValueError, AttributeError, RecursionError):
-        return None
-    if by_text:
-        return (
-            f"{line} StableDiffusionPipeline.from_pretrained(BASE, unet=UNet2DConditionModel.from_pretrained("
-            f"{str(checkpoint / 'unet')!r})).save_pretrained(START) and --pretrained_model_name_or_path START"
-        )
-    return f"{line} --pretrained_model_name_or_path {checkpoint} and another --output_dir"

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 from accelerate.utils import gather_object
 
 from ...common.arguments import APPLIED, FIXED, flags_by_resume
-from ...common.checkpoints import SETTINGS, checkpoint_step, list_checkpoints
+from ...common.checkpoints import SETTINGS, checkpoint_step, list_checkpoints, made_by_diffusers
 from ...common.errors import UsageError
 from ...common.files import truncate_jsonl
 from ...common.layout import AUTOENCODER, KEPT_IN_PLACE, STEPS, TIMINGS, TRAINING_CONFIG, Entry
 from ...common.ownership import claim_files, has_manifest, listed, run_files, some
 from ..checkpointing import LOGS, find_checkpoint, rotate_checkpoints, set_aside_later
-from ..complete_checkpoints import complete_checkpoints, made_by_diffusers
+from ..complete_checkpoints import complete_checkpoints
 from ..earlier_run import (
     cannot_be_moved,
     forget_removed_checkpoints,

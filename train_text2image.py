@@ -23,6 +23,7 @@ import functools
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from ddpm_hf.common.layout import AUTOENCODER, COMPONENTS, layout
 from ddpm_hf.data.flags import DataFlags
@@ -87,7 +88,7 @@ from ddpm_hf.training.setup.claiming import check_resumable, start_writing
 
 
 def compute_loss(
-    model,
+    model: torch.nn.Module,
     batch: dict,
     keys: StepKeys,
     *,
@@ -139,7 +140,7 @@ def train(flags: Flags) -> None:
     start = design_parts(run) if from_scratch else load_parts(run)
     images = open_captioned(run, data, captions, start, latents.cache_latents, token)
     plan = plan_steps(run, images)
-    components = build(run, start, images) if from_scratch else start
+    components = start if isinstance(start, Components) else build(run, start, images)
     log_cut_texts(run, prompt_flags.validation_prompts, images, components.tokenizer)
     xformers = attention.enable_xformers_memory_efficient_attention
     model = trained_model(components, learns, run.device, training, xformers)
@@ -149,7 +150,8 @@ def train(flags: Flags) -> None:
     repository = reserve_repository(run, publishing, token, bool(images.held_out))
 
     state = begin_training(run, model, plan, facts, model.parts(), QUARTILES)
-    shared = {"run": run, "caption_dropout": captions.caption_dropout, "learns": learns, "objective": objective}
+    shared: dict[str, Any] = {"run": run, "learns": learns, "objective": objective}
+    shared["caption_dropout"] = captions.caption_dropout
     loss_of = functools.partial(compute_loss, components=components, null_embedding=None, **shared)
     with recorded_call(model.unet) as call:
         batches = rehearse(run, state, plan, make_batches(run, images, plan, state.step), loss_of)

@@ -81,7 +81,7 @@ from ddpm_hf.training.setup.claiming import check_resumable, start_writing
 
 
 def compute_loss(
-    model,
+    model: torch.nn.Module,
     batch: dict,
     keys: StepKeys,
     *,
@@ -138,7 +138,7 @@ def train(flags: Flags) -> None:
     xformers = attention.enable_xformers_memory_efficient_attention
     choose_execution(model, run.device, training.gradient_checkpointing, xformers, training.acceleration)
     if latents.cache_latents:
-        prepare_caching(images.dataset)
+        prepare_caching(images.indexed)
     plan = plan_steps(run, images)
     facts = run_facts(run, images.count, plan, classes=class_names, scheduler=json.loads(scheduler.to_json_string()))
     check_resumable(run, model, facts, "unet")
@@ -147,8 +147,8 @@ def train(flags: Flags) -> None:
     sampler = TIMESTEP_SAMPLERS[objective.timestep_sampler](len(scheduler))
     extra = {} if isinstance(sampler, UniformTimestepSampler) else {"timestep_sampler": sampler}
     state = begin_training(run, model, plan, facts, {"unet": model}, QUARTILES, extra)
-    shared = {"run": run, "scheduler": scheduler, "vae": vae, "null_class": len(class_names)}
-    shared["class_dropout"] = classes.class_dropout
+    of_classes = {"null_class": len(class_names), "class_dropout": classes.class_dropout}
+    shared: dict[str, Any] = {"run": run, "scheduler": scheduler, "vae": vae, **of_classes}
     loss_of = functools.partial(compute_loss, sampler=sampler, loss_options=objective.loss_options(), **shared)
     batches = make_batches(run, images, plan, state.step, classes.class_balanced)
     with recorded_call(model) as call:
@@ -163,15 +163,16 @@ def train(flags: Flags) -> None:
     start_writing(run, state.step, lines, Path(__file__).stem)
     if latents.cache_latents:
         folder = cache_folder(data.cache_dir, training.output_dir)
-        images = images._replace(dataset=cached_latents(images.dataset, vae, folder, run.accelerator))
+        images = images._replace(dataset=cached_latents(images.indexed, vae, folder, run.accelerator))
         batches = make_batches(run, images, plan, state.step, classes.class_balanced)
 
-    made_of = {"design": design, "class_names": class_names, "trained_classes": images.trained_classes}
-    pipeline_of = functools.partial(make_pipeline, **made_of)
-    shown = images.trained_classes or range(len(class_names))
+    trained = images.trained_classes
+    pipeline_of = functools.partial(make_pipeline, design=design, class_names=class_names, trained_classes=trained)
+    shown = trained or range(len(class_names))
     names = [class_names[label] for label in shown]
     publisher = Publisher(run, publishing, hub.hub_token, repository, state, plan, images, pipeline_of, SHOWN, names)
-    simple = {"sampler": UniformTimestepSampler(len(scheduler)), "loss_options": {"loss_type": objective.loss_type}}
+    uniform, simple = UniformTimestepSampler(len(scheduler)), {"loss_type": objective.loss_type}
+    simple_loss_of = functools.partial(compute_loss, sampler=uniform, loss_options=simple, **shared)
     steps = min(objective.ddpm_num_inference_steps, len(scheduler))
     finished = training_loop(
         run,
@@ -179,7 +180,7 @@ def train(flags: Flags) -> None:
         plan,
         batches,
         compute_loss=loss_of,
-        validate=held_out_loss(run, images, functools.partial(compute_loss, **shared, **simple)),
+        validate=held_out_loss(run, images, simple_loss_of),
         draw=lambda model, step: draw_grid(run, pipeline_of(model), step, shown, names, num_inference_steps=steps),
         save=publisher.save,
         saves_checkpoints=publishing.hub_strategy != "end",

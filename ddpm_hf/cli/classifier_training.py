@@ -128,6 +128,10 @@ def train(flags: Flags) -> None:
         show_dry_run(run, lines, state, plan, batches, loss_of, advice)
         return
     start_writing(run, state.step, lines, "train_classifier")
+
+    def save(trained: torch.nn.Module, step: int) -> None:
+        save_model(trained, run.folder, within=run.folder)
+
     finished = training_loop(
         run,
         state,
@@ -136,13 +140,13 @@ def train(flags: Flags) -> None:
         compute_loss=loss_of,
         validate=images.held_out
         and functools.partial(validation_accuracy, run=run, held_out=images.held_out, scheduler=scheduler),
-        save=lambda trained, step: save_model(trained, run.folder, within=run.folder),
+        save=save,
         name_of=images.name_of,
         advice=advice,
     )
     if finished:
         with averaged_weights(state, unwrap(run.accelerator, state.model)) as trained:
-            run.must_write(lambda: save_model(trained, run.folder, within=run.folder), "the classifier")
+            run.must_write(lambda: save(trained, state.step), "the classifier")
         run.log(f"saved to {training.output_dir}: NoisyClassifier.from_pretrained({training.output_dir!r})")
     guide = shlex.join(["ddpm-hf", "sample", "MODEL", "--class", names[0], "--classifier", training.output_dir])
     end_training(run, state, CLASSIFIER_PROGRAM, finished, looks=guide)

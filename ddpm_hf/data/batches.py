@@ -38,9 +38,16 @@ class Images(NamedTuple):
     skip_broken: bool = False  # of a stream
 
     @property
-    def count(self) -> int | None:
+    def count(self) -> int | None:  # type: ignore[override]  # tuple.count is not needed here
         """How many images there are to train on; None for a stream."""
         return None if self.dataset is None else len(self.dataset)
+
+    @property
+    def indexed(self) -> ImageDataset:
+        """The images of a dataset that is no stream, which flags refuse where this is needed."""
+        if self.dataset is None:
+            raise TypeError(f"{self.rows.name} is a stream")
+        return self.dataset
 
     @property
     def trained_classes(self) -> list[int] | None:
@@ -126,9 +133,10 @@ def epoch_order(images: Images, seed: int, balanced: bool, global_batch: int) ->
     groups = getattr(images.dataset, "group_sizes", None)
     if groups is not None:
         return lambda epoch: keyed_bucketed_order(seed, epoch, groups, global_batch)
-    if balanced:
-        return lambda epoch: keyed_balanced_order(seed, epoch, images.dataset.labels)
-    return lambda epoch: keyed_permutation(seed, epoch, images.count)
+    labels = images.indexed.labels
+    if balanced and labels is not None:
+        return lambda epoch: keyed_balanced_order(seed, epoch, labels)
+    return lambda epoch: keyed_permutation(seed, epoch, len(images.indexed))
 
 
 def make_batches(

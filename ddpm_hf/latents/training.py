@@ -72,7 +72,7 @@ def draw_reconstructions(model: torch.nn.Module, step: int, *, run: Run, images:
 
     if not run.accelerator.is_main_process:
         return None
-    shown = images.held_out or images.dataset
+    shown = images.held_out or images.indexed
     batch = shown.__getitems__([(0, index) for index in range(min(8, len(shown)))])
     originals = to_model_range(batch["images"].to(run.device))
     with run.accelerator.autocast():
@@ -92,11 +92,11 @@ def draw_reconstructions(model: torch.nn.Module, step: int, *, run: Run, images:
 @torch.no_grad()
 def measure_scaling_factor(vae: AutoencoderKL, images: Images, batch_size: int, seed: int) -> float:
     """1 / the standard deviation of the latents, so that the diffusion's data has unit variance (Rombach, app. G)."""
-    count = min(len(images.dataset), 2048)
+    count = min(len(images.indexed), 2048)
     total = torch.zeros(3, dtype=torch.float64)
     for first in range(0, count, batch_size):
         indices = range(first, min(first + batch_size, count))
-        batch = images.dataset.__getitems__([(0, index) for index in indices])
+        batch = images.indexed.__getitems__([(0, index) for index in indices])
         posterior = vae.encode(to_model_range(batch["images"].to(vae.device))).latent_dist
         noise = StepKeys(seed, 0, first, len(indices), validation=True).normal_like(posterior.mean)
         latents = (posterior.mean + posterior.std * noise).cpu().double()
@@ -120,11 +120,11 @@ def autoencoder_of(checkpoint: Path, output_dir: str | Path) -> Path:
     return there
 
 
-def take_over_autoencoder(run: Run) -> None:
-    """Copy the autoencoder of the run that is resumed into the output folder, if it has none. All ranks take part."""
+def take_over_autoencoder(run: Run, checkpoint: Path) -> None:
+    """Copy the autoencoder of a checkpoint's run into the output folder, if it has none. All ranks take part."""
     folder = run.folder / AUTOENCODER
     if not (folder / "config.json").is_file():
-        vae = load_autoencoder(str(autoencoder_of(run.resumed.checkpoint, run.folder)))
+        vae = load_autoencoder(str(autoencoder_of(checkpoint, run.folder)))
         run.must_write(lambda: save_model(vae, folder, within=folder), "the autoencoder")
 
 
@@ -144,7 +144,7 @@ def train_autoencoder(
     """
     folder, resumes = run.folder / AUTOENCODER, run.flags.resume_from_checkpoint
     if run.resumed is not None:
-        take_over_autoencoder(run)
+        take_over_autoencoder(run, run.resumed.checkpoint)
     if (folder / "config.json").is_file() and resumes:
         before = find_checkpoint(folder, "latest", lambda line: None)
         check_unchanged(run.settings, before and before.manifest)

@@ -31,7 +31,7 @@ from .text_encoding_ddpm_hf import cut_off, encode_texts
 logger = logging.get_logger(__name__)
 
 # What Stable Diffusion's pipeline would set in place, with a warning, if a scheduler said anything else
-STABLE_DIFFUSION_SETTINGS = {"steps_offset": 1, "clip_sample": False}
+STABLE_DIFFUSION_SETTINGS: dict[str, Any] = {"steps_offset": 1, "clip_sample": False}
 
 
 class TextToImageDDPMPipeline(SamplingMixin, AccelerationMixin, PortablePipelineMixin, DiffusionPipeline):

@@ -24,7 +24,7 @@ from ..portable.sampling_ddpm_hf import downscaling
 from ..portable.scheduling_ddpm_hf import DDPMScheduler
 from ..training.complete_checkpoints import part_of_run
 from ..training.run import Run
-from .captions import TOKENIZER_FILES, all_captions, fit_tokenizer, make_text_encoder, read_tokenizer
+from .captions import TOKENIZER_FILES, captions_of, fit_tokenizer, make_text_encoder, read_tokenizer
 from .flags import TextModelFlags
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def build(run: Run, blueprint: Blueprint, images: Images) -> Components:
     vae = blueprint.vae or make_autoencoder(flags[AutoencoderFlags], channels, size, run.seed)
     if text_encoder is None:
         if run.resumed is None:
-            tokenizer = fit_tokenizer(all_captions(images.dataset.captions, images.rows.name))
+            tokenizer = fit_tokenizer(captions_of(images))
         else:
             there = part_of_run(run.resumed.checkpoint, "tokenizer", f"tokenizer/{TOKENIZER_FILES[0]}")
             tokenizer = read_tokenizer(there)

@@ -30,7 +30,7 @@ class TextConditioned(torch.nn.Module):
         self, x_t: torch.Tensor, timesteps: torch.Tensor, text: torch.Tensor, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         """x_t [N, C, h, w], t [N], and ids [N, L] or embeddings [N, L, D] -> the prediction [N, C, h, w]."""
-        if not text.is_floating_point():
+        if self.text_encoder is not None and not text.is_floating_point():
             text = self.text_encoder(text, attention_mask=mask)[0]
         return self.unet(x_t, timesteps, encoder_hidden_states=text).sample
 

@@ -19,7 +19,7 @@ from ..portable.text_encoding_ddpm_hf import cut_off, encode_texts
 from ..training.plan import StepPlan
 from ..training.reporting import run_lines
 from ..training.run import Run
-from .captions import all_captions, warn_of_cut_captions
+from .captions import captions_of, warn_of_cut_captions
 from .components import Blueprint
 from .flags import CaptionFlags
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 def log_cut_texts(run: Run, prompts: list[str], images: Images, tokenizer: "CLIPTokenizer") -> None:
     """Say once which captions and prompts the text encoder does not read to their ends."""
-    captions = [] if images.dataset is None else all_captions(images.dataset.captions, images.rows.name)
+    captions = [] if images.dataset is None else captions_of(images)
     lines = warn_of_cut_captions(tokenizer, captions)
     for rest in filter(None, cut_off(tokenizer, prompts)):
         lines.append(f"a prompt of --validation_prompts is too long; this is not read: {rest!r}")
@@ -45,7 +45,7 @@ def default_prompts(given: list[str], embedded: bool, images: Images) -> list[st
         return [f"a handwritten {name}" for name in DIGIT_NAMES]
     if images.dataset is None:
         return [""]
-    captions = all_captions(images.dataset.captions[:2000], images.rows.name)
+    captions = captions_of(images, 2000)
     return captions[:: max(1, len(captions) // 8)][:8]
 
 
@@ -71,7 +71,7 @@ def open_captioned(
         images = in_buckets(run, images, data, start.vae, start.unet)
     if images.dataset is None:
         return images
-    all_captions(images.dataset.captions, images.rows.name)  # raises DataError
+    captions_of(images)  # raises DataError
     if cached and not isinstance(images.dataset, BucketedDataset):
         prepare_caching(images.dataset, every=start.vae is None)
     return images
@@ -81,7 +81,7 @@ def in_buckets(run: Run, images: Images, data: DataFlags, vae: AutoencoderKL, un
     """The images by aspect ratio, in sizes that autoencoder and UNet can halve."""
     widths = unet["block_out_channels"] if isinstance(unet, dict) else unet.config.block_out_channels
     sizes = bucket_sizes(*data.size(), downscaling(vae.config.block_out_channels) * downscaling(widths))
-    dataset = bucketed(images.dataset, sizes, cached=should_cache(images.rows, images.transform, data.cache_dataset))
+    dataset = bucketed(images.indexed, sizes, cached=should_cache(images.rows, images.transform, data.cache_dataset))
     counts = (f"{p.transform.height}x{p.transform.width}: {len(p)}" for p in dataset.parts)
     run.log(f"images by size: {', '.join(counts)}")
     return images._replace(dataset=dataset)
@@ -102,15 +102,15 @@ def cached(
         encode = functools.partial(
             encode_texts, components.text_encoder, components.tokenizer, device=accelerator.device
         )
-        captions = all_captions([*images.dataset.captions, ""], images.rows.name)
+        captions = sorted({*captions_of(images), ""})
         embeddings = cache_embeddings(
             captions, components.text_encoder, components.tokenizer, encode, folder, accelerator
         )
         null = encode([""]).detach().cpu().float()
-    buckets = isinstance(images.dataset, BucketedDataset)
-    parts = images.dataset.parts if buckets else [images.dataset]
+    parts = images.dataset.parts if isinstance(images.dataset, BucketedDataset) else [images.indexed]
     parts = [cached_latents(part, components.vae, folder, accelerator, embeddings) for part in parts]
-    return images._replace(dataset=BucketedDataset(parts) if buckets else parts[0]), null
+    dataset = BucketedDataset(parts) if isinstance(images.dataset, BucketedDataset) else parts[0]
+    return images._replace(dataset=dataset), null
 
 
 def check_parts(run: Run, parts: dict) -> None:

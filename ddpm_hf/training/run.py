@@ -89,7 +89,9 @@ class Run:
 
     def end(self, error: BaseException | None) -> None:
         """Raise what all ranks agreed to end for; `error` is None but on the rank that tells it."""
-        raise error if self.accelerator.num_processes == 1 else EndedTogetherError(error) from error
+        if error is not None and self.accelerator.num_processes == 1:
+            raise error
+        raise EndedTogetherError(error) from error
 
     def end_by_main(self, error: BaseException) -> None:
         """End all ranks with an error that the main process tells."""
@@ -135,7 +137,7 @@ class Run:
         """Raise RunError on all ranks: something that the run depends on could not be written."""
         self.end_by_main(RunError(f"{what} cannot be written ({fault}); make room"))
 
-    def track(self, action: Callable[[object], object]) -> None:
+    def track(self, action: Callable[[Any], object]) -> None:
         """Do something with each tracker, from the main process; one that fails is left out from then on."""
         for tracker in list(self.accelerator.trackers) if self.accelerator.is_main_process else []:
             try:

@@ -48,6 +48,11 @@ def parts_of(metric: Metric) -> list[str]:
     return metric.needs.split("+")
 
 
+def serves(extractor: Extractor, metric: Metric) -> bool:
+    """Whether a network provides the features that a metric reads."""
+    return set(parts_of(metric)) & set(PARTS) <= extractor.provides
+
+
 def check_metrics(metrics: Sequence[str], extractor: Extractor) -> tuple[str, ...]:
     """The metrics, without repetitions.
 
@@ -57,10 +62,9 @@ def check_metrics(metrics: Sequence[str], extractor: Extractor) -> tuple[str, ..
     for name in metrics:
         if name not in METRICS:
             raise UsageError(f"--metrics {name}: must be one of {', '.join(METRICS)}")
-        lacking = set(parts_of(METRICS[name])) & set(PARTS) - extractor.provides
-        if lacking:
+        if not serves(extractor, METRICS[name]):
             raise UsageError(
-                f"--metrics {name}: requires {lacking.pop()} features, which --features {extractor.name} lack"
+                f"--metrics {name}: requires {METRICS[name].needs} features, which --features {extractor.name} lack"
             )
     return tuple(dict.fromkeys(metrics))
 

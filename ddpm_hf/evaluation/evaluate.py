@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from ..common.errors import DataError, UsageError
+from ..common.image_sets import ImageSet
 from .features import PARTS, Extractor, Features, extract
 from .features.cache import cached_features
-from .image_sets import ImageSet
 from .metrics import METRICS, Figure, Metric
 from .protocols import Protocol
 from .ranks import Ranks

@@ -1,12 +1,13 @@
 """A dataset's images as an evaluation reads them: of one size, cropped in the centre, not flipped."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from ..common.errors import DataError
 from ..common.image_sets import ImageSet
+from .batches import Images
 from .dataset import ImageDataset, should_cache
 from .flags import DataFlags
 from .images import ImageTransform, augmentation_uniforms
@@ -53,3 +54,12 @@ def upright_images(rows: Rows, flags: DataFlags, shape: tuple[int, int, int]) ->
     fingerprint = hashlib.sha256(known.encode()).hexdigest()[:16]
     names = list(rows.label_names)
     return ImageSet(rows.name, fingerprint, shape, len(dataset), read, dataset.labels, names, captions)
+
+
+def real_images(images: Images, flags: DataFlags) -> tuple[Callable[[], ImageSet], Callable[[], ImageSet] | None]:
+    """Functions that read a run's training images and its held-out images, if there are any, as `upright_images`."""
+    transform = images.transform
+    shape = transform.channels, transform.height, transform.width
+    rows = images.held_out.rows if images.held_out is not None else None
+    held_out = None if rows is None else lambda: upright_images(rows, flags, shape)
+    return lambda: upright_images(images.rows, flags, shape), held_out

@@ -106,6 +106,15 @@ class Reference:
         """What a metric reads of a set of real images."""
         return self.summary(images, metric) if "images" in parts_of(metric) else self.features(images)
 
+    def figure(self, metric: Metric, generated: Any) -> Figure:
+        """A metric of generated images, given their features, or what `summary` keeps of each."""
+        measure, options, real = self.measure, {}, self.images
+        if "train" in parts_of(metric):
+            assert self.held_out is not None  # `check_counts`
+            options = {"train": self.side(self.images, metric), "train_labels": self.images.labels}
+            real = self.held_out
+        return metric.function(self.side(real, metric), generated, measure.protocol, measure.seed, **options)
+
     def prepare(self) -> None:
         """Read all real images, so that one that cannot be read ends the evaluation before anything is sampled."""
         for metric in self.measure.rows.values():
@@ -193,14 +202,10 @@ def check_counts(measure: Measure, real: int, held_out: int | None, samples: int
 
 def figures(reference: Reference, samples: Samples, generated: Features) -> dict[str, Figure]:
     """All figures of one set of samples."""
-    measure, found = reference.measure, {}
-    for name, row in measure.rows.items():
-        parts, options, real = parts_of(row), {}, reference.images
-        if "train" in parts:
-            options = {"train": reference.side(reference.images, row), "train_labels": reference.images.labels}
-            real = reference.held_out
-        ours = summarize(row, samples.batches()) if "images" in parts else generated
-        found[name] = row.function(reference.side(real, row), ours, measure.protocol, measure.seed, **options)
+    found = {}
+    for name, row in reference.measure.rows.items():
+        ours = summarize(row, samples.batches()) if "images" in parts_of(row) else generated
+        found[name] = reference.figure(row, ours)
     return found
 
 

@@ -86,8 +86,8 @@ class PublishingFlags:
         evaluated = flags.evaluation_metrics if flags.evaluation_epochs else []
         if self.hub_strategy == "best" and not by_loss and self.hub_best_metric not in evaluated:
             raise UsageError(
-                f"--hub_best_metric {self.hub_best_metric}: must be {HELD_OUT_LOSS}, or with --evaluation_epochs one of"
-                " --evaluation_metrics"
+                f"--hub_best_metric {self.hub_best_metric}: must be {HELD_OUT_LOSS}, or one of"
+                " --evaluation_metrics with --evaluation_epochs"
             )
         if self.hub_strategy == "best" and not by_loss and METRICS[self.hub_best_metric].lower_is_better is None:
             raise UsageError(f"--hub_best_metric {self.hub_best_metric}: neither more nor less of it is better")

@@ -31,7 +31,7 @@ class Due(NamedTuple):
         return cls(
             end=end,
             log=end or step % flags.logging_steps == 0,
-            validate=bool(flags.validation_steps) and (end or step % flags.validation_steps == 0),
+            validate=flags.validation_steps is not None and (end or step % flags.validation_steps == 0),
             evaluate=bool(evaluation_epochs) and epoch_ends and (end or epoch % evaluation_epochs == 0),
             samples=samples_due(run.grids, step, epoch, epoch_ends, end),
             model=epoch_ends and (end or epoch % flags.save_model_epochs == 0),

@@ -10,8 +10,10 @@ import copy
 import dataclasses
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import yaml
@@ -94,10 +96,8 @@ class OneLineParser(HfArgumentParser):
     def _parse_dataclass_field(parser: "OneLineParser", field: dataclasses.Field) -> None:
         """Declare a field's flag; argparse takes what it knows of the metadata alone."""
         plain, program, aliases = copy.copy(field), parser.program, field.metadata.get("aliases", [])
-        plain.metadata = {
-            "help": program.helps.get(field.name, field.metadata["help"]),
-            "aliases": [*aliases, *program.spellings.get(field.name, [])],
-        }
+        help, spellings = program.helps.get(field.name, field.metadata["help"]), program.spellings.get(field.name, [])
+        plain.metadata = MappingProxyType({"help": help, "aliases": [*aliases, *spellings]})
         HfArgumentParser._parse_dataclass_field(parser, plain)
 
     def error(self, message: str) -> NoReturn:
@@ -107,7 +107,8 @@ class OneLineParser(HfArgumentParser):
         instead = self.meant(unknown) if unknown and not reason else None
         hint = f"{reason}; " if reason else f"did you mean {instead}? " if instead else ""
         source = f"{self.source}: " if self.source else ""
-        self.exit(2, f"{self.prog}: error: {one_line(f'{source}{message} ({hint}see --help)')}\n")
+        print(f"{self.prog}: error: {one_line(f'{source}{message} ({hint}see --help)')}", file=sys.stderr)
+        raise SystemExit(2)
 
     def meant(self, word: str) -> str | None:
         """What to write instead of a word that is no flag; None if nothing comes near."""

@@ -103,16 +103,20 @@ def test_a_model_by_class_is_asked_for_the_classes_as_often_as_they_occur(shop, 
     assert sorted(seen[0]) == [0] * 4 + [1] * 8
 
 
+def sampled(run):
+    """How a run's card says that it was evaluated."""
+    return run.json("run.json")["evaluation"]["settings"]
+
+
 FLAGS = {
-    "evaluation_epochs": (2, lambda run, seen: list(figures(run.folder)), [3, 6], [6]),
+    "evaluation_epochs": (2, lambda run, seen: list(figures(run.folder)), [3, 6, 9], [3, 9]),
     "evaluation_samples": (4, lambda run, seen: run.json("run.json")["evaluation"]["samples"], 6, 4),
-    "evaluation_metrics": (["kid"], lambda run, seen: "evaluation_kid" in figures(run.folder)[6], False, True),
+    "evaluation_metrics": (["kid"], lambda run, seen: "evaluation_kid" in figures(run.folder)[9], False, True),
     "evaluation_features": ("fourths", lambda run, seen: "fourths" in json.dumps(run.json("run.json")), False, True),
     "evaluation_features_weights": ("w.pt", lambda run, seen: seen[-1]["weights"], None, "w.pt"),
     "evaluation_protocol": ("edm2", lambda run, seen: seen[-1]["protocol"].name, "adm", "edm2"),
-    "evaluation_sampler": ("heun", lambda run, seen: "heun" in run.json("run.json")["evaluation"]["settings"], False,
-                           True),
-    "evaluation_steps": (4, lambda run, seen: "4 steps" in run.json("run.json")["evaluation"]["settings"], False, True),
+    "evaluation_sampler": ("heun", lambda run, seen: sampled(run).split(",")[0], "ddim", "heun"),
+    "evaluation_steps": (4, lambda run, seen: "4 steps" in sampled(run), False, True),
 }  # fmt: skip
 
 
@@ -121,7 +125,7 @@ def test_a_flag_changes_what_is_seen(flag, shop, tmp_path, features):
     """Else a flag is accepted and ignored."""
     value, see, before, after = FLAGS[flag]
     for folder, expected, more in (("without", before, {}), ("given", after, {flag: value})):
-        run = train(shop, tmp_path / folder, GRAY, **{**EVALUATED, **more})
+        run = train(shop, tmp_path / folder, GRAY, **{**EVALUATED, "max_train_steps": 9, **more})
         assert see(run, features) == expected
 
 

@@ -181,7 +181,7 @@ class DataFlags:
         if self.streaming and self.embedded:
             raise DataError("--streaming needs --dataset_name or --train_data_dir; the embedded digits are in memory")
         if self.streaming and (self.validation_split or self.max_train_samples or self.cache_dataset == "always"):
-            raise DataError("--streaming allows no --validation_split, --max_train_samples or --cache_dataset always")
+            raise DataError("--streaming allows no --validation_split, --max_train_samples, --cache_dataset always")
         if self.streaming and flags.max_train_steps is None:
             raise DataError("--streaming has no epochs to count: give --max_train_steps")
 

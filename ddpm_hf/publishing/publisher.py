@@ -102,6 +102,7 @@ class Publisher:
         parameters = parameter_count(unwrap(run.accelerator, state.model))
         self.record = describe_run(run, images, plan, parameters, shown, rows[: run.flags.eval_batch_size])
         self.folder = run.folder
+        run.must_write(self.begin_record, RUN_FILE)
         self.saved_at: int | None = None
         self.uploading: threading.Thread | None = None
 
@@ -109,6 +110,16 @@ class Publisher:
         """Note what the figures of `--evaluation_epochs` are computed from, for the card."""
         if evaluation is not None:
             self.record["evaluation"] = evaluation
+
+    def begin_record(self) -> None:
+        """Record the run before its pipeline is saved, so that a checkpoint of a stopped run has a complete card."""
+        if not (self.folder / RUN_FILE).is_file():
+            self.write_record({"sessions": []})
+
+    def write_record(self, more: dict[str, Any]) -> None:
+        """Write what is known of the run, and more."""
+        claim_files(self.folder, [RUN_FILE])
+        write_atomically(self.folder / RUN_FILE, json.dumps(self.record | more, indent=1) + "\n")
 
     def save(self, model: "torch.nn.Module", step: int) -> None:
         """Save the pipeline if `--hub_strategy` selects this step, and upload it if it says so."""
@@ -125,9 +136,7 @@ class Publisher:
             for name, part in self.state.parts.items():
                 with raw_weights(self.state.emas[name], part):
                     save_model(part, self.folder / name, "*.non_ema[.-]*", within=self.folder, variant="non_ema")
-        run = {**self.record, "step": step, "sessions": self.state.sessions.until(step)}
-        claim_files(self.folder, [RUN_FILE])
-        write_atomically(self.folder / RUN_FILE, json.dumps(run, indent=1) + "\n")
+        self.write_record({"step": step, "sessions": self.state.sessions.until(step)})
         self.saved_at = step
         if flags.push_to_hub and flags.hub_strategy != "end" and at_checkpoint and step < self.total_steps:
             self.upload_in_background(pipeline, step)

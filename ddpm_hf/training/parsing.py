@@ -22,7 +22,7 @@ from ..common.arguments import APPLIED, FIXED, FREE, SECRET_FLAGS, flags_by_resu
 from ..common.errors import UsageError, one_line
 from ..common.files import expand_home
 from ..common.lazy import load_alone
-from ..common.machine import accept_any_text
+from ..common.machine import accept_any_text, write_out
 from .flags import Flags
 from .help import EPILOG, FlagFormatter, bare_name, grouped, meanings_of, meant
 
@@ -79,6 +79,10 @@ class OneLineParser(HfArgumentParser):
         )
         self.set_defaults(**program.defaults)
         self.source = ""  # of the words that are parsed, where that is not the command line
+
+    def print_help(self, file: Any = None) -> None:
+        """The flags in groups, on stdout."""
+        write_out(self.format_help().rstrip())
 
     def format_help(self) -> str:
         """The flags in groups."""

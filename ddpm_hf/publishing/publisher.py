@@ -6,7 +6,7 @@ import math
 import os
 import shlex
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,9 +76,11 @@ class Publisher:
     """Saves the pipeline of a run, during training and at its end, and uploads it according to the flags.
 
     Args:
+        repository: the result of `reserve_repository`.
+        images: the result of `open_images`.
         pipeline_of: trained model -> pipeline.
-        record: the result of `describe_run`.
-        total_steps: of the training.
+        shown: the settings that the card lists.
+        rows: the classes or prompts of its grids; those that have room count.
     """
 
     def __init__(
@@ -86,17 +88,32 @@ class Publisher:
         run: Run,
         flags: PublishingFlags,
         token: str | None,
-        state: TrainingState,
-        pipeline_of: Callable,
-        record: dict[str, Any],
-        total_steps: int,
         repository: str,
+        state: TrainingState,
+        plan: StepPlan,
+        images: Any,
+        pipeline_of: Callable,
+        shown: Sequence[str],
+        rows: Sequence[str],
     ):
-        self.run, self.flags, self.token, self.state = run, flags, token, state
-        self.pipeline_of, self.record, self.total_steps = pipeline_of, record, total_steps
-        self.folder, self.repository = run.folder, repository
+        self.run, self.flags, self.token, self.repository = run, flags, token, repository
+        self.state, self.total_steps, self.pipeline_of = state, plan.total, pipeline_of
+        parameters = parameter_count(unwrap(run.accelerator, state.model))
+        self.record = describe_run(run, images, plan, parameters, shown, rows[: run.flags.eval_batch_size])
+        self.folder = run.folder
+        run.must_write(self.begin_record, RUN_FILE)
         self.saved_at: int | None = None
         self.uploading: threading.Thread | None = None
+
+    def begin_record(self) -> None:
+        """Record the run before its pipeline is saved, so that a checkpoint of a stopped run has a complete card."""
+        if not (self.folder / RUN_FILE).is_file():
+            self.write_record({"sessions": []})
+
+    def write_record(self, more: dict[str, Any]) -> None:
+        """Write what is known of the run, and more."""
+        claim_files(self.folder, [RUN_FILE])
+        write_atomically(self.folder / RUN_FILE, json.dumps(self.record | more, indent=1) + "\n")
 
     def save(self, model: "torch.nn.Module", step: int) -> None:
         """Save the pipeline if `--hub_strategy` selects this step, and upload it if it says so."""
@@ -112,9 +129,7 @@ class Publisher:
             for name, part in self.state.parts.items():
                 with raw_weights(self.state.emas[name], part):
                     save_model(part, self.folder / name, "*.non_ema[.-]*", within=self.folder, variant="non_ema")
-        run = {**self.record, "step": step, "sessions": self.state.sessions.until(step)}
-        claim_files(self.folder, [RUN_FILE])
-        write_atomically(self.folder / RUN_FILE, json.dumps(run, indent=1) + "\n")
+        self.write_record({"step": step, "sessions": self.state.sessions.until(step)})
         self.saved_at = step
         if flags.push_to_hub and flags.hub_strategy != "end" and at_checkpoint and step < self.total_steps:
             self.upload_in_background(pipeline, step)
@@ -214,15 +229,9 @@ class Publisher:
 
 
 def describe_run(
-    run: Run, images: Any, plan: StepPlan, model: "torch.nn.Module", shown: tuple[str, ...], rows: list[str]
+    run: Run, images: Any, plan: StepPlan, parameters: int, shown: Sequence[str], rows: Sequence[str]
 ) -> dict[str, Any]:
-    """The data of a run that is known before it starts, for its card.
-
-    Args:
-        images: the result of `open_images`.
-        shown: the settings that the card lists.
-        rows: the classes or prompts of the rows of its grids.
-    """
+    """The data of a run that is known before it starts, for its card."""
     settings = public_settings(run.settings)
     dataset, base_model = settings["dataset_name"], settings["pretrained_model_name_or_path"]
     local = settings["train_data_dir"] or (dataset if os.path.exists(dataset or "") else None)
@@ -239,8 +248,8 @@ def describe_run(
         "held_out": len(images.held_out) if images.held_out else 0,
         "seed": run.seed,
         "batch": plan.global_batch * plan.accumulation,
-        "parameters": parameter_count(model),
-        "rows": rows,
+        "parameters": parameters,
+        "rows": list(rows),
         "base_model": None if os.path.exists(base_model or "") else base_model,
         "settings": {name: value for name, value in settings.items() if value is not None},
     }

@@ -29,7 +29,7 @@ class Due(NamedTuple):
         return cls(
             end=end,
             log=end or step % flags.logging_steps == 0,
-            validate=bool(flags.validation_steps) and (end or step % flags.validation_steps == 0),
+            validate=flags.validation_steps is not None and (end or step % flags.validation_steps == 0),
             samples=samples_due(run.grids, step, epoch, epoch_ends, end),
             model=epoch_ends and (end or epoch % flags.save_model_epochs == 0),
             checkpoint=end or step % flags.checkpointing_steps == 0,

@@ -27,6 +27,7 @@ from typing import Any
 
 from ddpm_hf.common.layout import AUTOENCODER, COMPONENTS, layout
 from ddpm_hf.data.flags import DataFlags
+from ddpm_hf.evaluation.flags import EvaluationFlags
 from ddpm_hf.latents.flags import AutoencoderFlags, LatentFlags, cache_folder
 from ddpm_hf.models.flags import AttentionFlags
 from ddpm_hf.objectives.flags import ScheduleFlags
@@ -44,7 +45,7 @@ SHOWN = (
 PROGRAM = Program(
     (
         DataFlags, TextModelFlags, CaptionFlags, AutoencoderFlags, LatentFlags, ScheduleFlags, TextObjectiveFlags,
-        PromptFlags, TrainingFlags, GridFlags, AttentionFlags, PublishingFlags, HubFlags,
+        PromptFlags, TrainingFlags, GridFlags, EvaluationFlags, AttentionFlags, PublishingFlags, HubFlags,
     ),
     weaker_layers,
     __doc__,
@@ -63,6 +64,8 @@ import torch
 from ddpm_hf.common.errors import DataError
 from ddpm_hf.common.randomness import StepKeys, to_device
 from ddpm_hf.data.batches import held_out_loss, make_batches, plan_steps
+from ddpm_hf.data.upright import real_images
+from ddpm_hf.evaluation.in_training import evaluation_of
 from ddpm_hf.inference.components import Components, assemble
 from ddpm_hf.latents.encoding import x_start_of
 from ddpm_hf.latents.training import train_autoencoder
@@ -129,8 +132,8 @@ def train(flags: Flags) -> None:
     """From flags to a trained, saved and, if asked, published pipeline."""
     flags.check()
     (
-        data, model_flags, captions, autoencoder, latents, _, objective, prompt_flags, training, _, attention,
-        publishing, hub,
+        data, model_flags, captions, autoencoder, latents, _, objective, prompt_flags, training, _, evaluated,
+        attention, publishing, hub,
     ) = flags  # fmt: skip
     token, learns = hub.hub_token, model_flags.trains_text_encoder
     from_scratch = model_flags.pretrained_model_name_or_path is None
@@ -148,6 +151,7 @@ def train(flags: Flags) -> None:
     check_resumable(run, model.unet, facts, "unet")
     check_parts(run, model.parts())
     repository = reserve_repository(run, publishing, token, bool(images.held_out))
+    evaluation = evaluation_of(evaluated, run, *real_images(images, data))
 
     state = begin_training(run, model, plan, facts, model.parts(), QUARTILES)
     shared: dict[str, Any] = {"run": run, "learns": learns, "objective": objective}
@@ -181,6 +185,7 @@ def train(flags: Flags) -> None:
     pipeline_of = functools.partial(make_pipeline, components=components)
     prompts = default_prompts(prompt_flags.validation_prompts, data.embedded, images)
     publisher = Publisher(run, publishing, token, repository, state, plan, images, pipeline_of, SHOWN, prompts)
+    publisher.record_evaluation(evaluation and evaluation.record())
     steps = min(prompt_flags.num_inference_steps, len(components.scheduler))
     finished = training_loop(
         run,
@@ -192,6 +197,7 @@ def train(flags: Flags) -> None:
         draw=lambda model, step: draw_grid(run, pipeline_of(model), step, prompts, prompts, num_inference_steps=steps),
         save=publisher.save,
         saves_checkpoints=publishing.hub_strategy != "end",
+        evaluation=evaluation and evaluation.during(run, pipeline_of),
         name_of=images.name_of,
     )
     publisher.close(finished)

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpm_hf.data.flags import ClassFlags, DataFlags
+from ddpm_hf.evaluation.flags import EvaluationFlags
 from ddpm_hf.latents.flags import LatentFlags, cache_folder
 from ddpm_hf.models.flags import AttentionFlags, StartFlags, UNetFlags
 from ddpm_hf.models.recipes import advice_on_a_cpu, weaker_layers
@@ -41,7 +42,7 @@ SHOWN = (
 PROGRAM = Program(
     (
         DataFlags, UNetFlags, StartFlags, ScheduleFlags, ObjectiveFlags, ClassFlags, LatentFlags, TrainingFlags,
-        GridFlags, AttentionFlags, PublishingFlags, HubFlags,
+        GridFlags, EvaluationFlags, AttentionFlags, PublishingFlags, HubFlags,
     ),
     weaker_layers,
     __doc__,
@@ -58,6 +59,8 @@ from ddpm_hf.common.errors import DataError
 from ddpm_hf.common.layout import layout
 from ddpm_hf.common.randomness import StepKeys, to_device
 from ddpm_hf.data.batches import held_out_loss, make_batches, open_images, plan_steps
+from ddpm_hf.data.upright import real_images
+from ddpm_hf.evaluation.in_training import evaluation_of
 from ddpm_hf.latents.cache import cached_latents, prepare_caching
 from ddpm_hf.latents.encoding import x_start_of
 from ddpm_hf.models.acceleration import accelerate_for_training, choose_execution
@@ -125,7 +128,7 @@ def make_pipeline(
 def train(flags: Flags) -> None:
     """From flags to a trained, saved and, if asked, published pipeline."""
     flags.check()
-    data, unet, _, _, objective, classes, latents, training, _, attention, publishing, hub = flags
+    data, unet, _, _, objective, classes, latents, training, _, evaluated, attention, publishing, hub = flags
     written = layout("unet", "scheduler", *(["vae"] if latents.vae_name_or_path else []))
     run = start_run(flags, written, (data.train_data_dir, data.dataset_name))
     design, line = design_model(flags, data, run.resumed and run.resumed.checkpoint, run.device, hub.hub_token)
@@ -143,6 +146,7 @@ def train(flags: Flags) -> None:
     facts = run_facts(run, images.count, plan, classes=class_names, scheduler=json.loads(scheduler.to_json_string()))
     check_resumable(run, model, facts, "unet")
     repository = reserve_repository(run, publishing, hub.hub_token, bool(images.held_out))
+    evaluation = evaluation_of(evaluated, run, *real_images(images, data))
 
     sampler = TIMESTEP_SAMPLERS[objective.timestep_sampler](len(scheduler))
     extra = {} if isinstance(sampler, UniformTimestepSampler) else {"timestep_sampler": sampler}
@@ -171,6 +175,7 @@ def train(flags: Flags) -> None:
     shown = trained or range(len(class_names))
     names = [class_names[label] for label in shown]
     publisher = Publisher(run, publishing, hub.hub_token, repository, state, plan, images, pipeline_of, SHOWN, names)
+    publisher.record_evaluation(evaluation and evaluation.record())
     uniform, simple = UniformTimestepSampler(len(scheduler)), {"loss_type": objective.loss_type}
     simple_loss_of = functools.partial(compute_loss, sampler=uniform, loss_options=simple, **shared)
     steps = min(objective.ddpm_num_inference_steps, len(scheduler))
@@ -184,6 +189,7 @@ def train(flags: Flags) -> None:
         draw=lambda model, step: draw_grid(run, pipeline_of(model), step, shown, names, num_inference_steps=steps),
         save=publisher.save,
         saves_checkpoints=publishing.hub_strategy != "end",
+        evaluation=evaluation and evaluation.during(run, pipeline_of),
         name_of=images.name_of,
         advice=advice,
     )

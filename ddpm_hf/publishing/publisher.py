@@ -14,6 +14,7 @@ from ..common.errors import UsageError
 from ..common.files import write_atomically
 from ..common.layout import METRICS_FILE, RUN_FILE
 from ..common.ownership import claim_files
+from ..evaluation.metrics import METRICS
 from ..models.saving import save_half_precision, save_model, save_pipeline
 from ..training.averaging import raw_weights
 from ..training.plan import StepPlan
@@ -27,7 +28,7 @@ from .card.facts import read_facts
 from .card.illustrations import write_pictures
 from .card.merging import make_card
 from .files import publishable
-from .flags import PublishingFlags
+from .flags import HELD_OUT_LOSS, PublishingFlags
 from .hub import Upload, read_card, reason_of, refuses
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def reserve_repository(run: Run, flags: PublishingFlags, token: str | None, held
     """
     if run.accelerator.is_fsdp2 and "non_ema" in flags.save_variants:
         raise UsageError("--save_variants non_ema: not with FSDP; the checkpoints' unet/ holds these weights")
-    if flags.hub_strategy == "best" and not held_out:
+    if flags.hub_strategy == "best" and flags.hub_best_metric == HELD_OUT_LOSS and not held_out:
         raise UsageError("--hub_strategy best requires held-out images: give --validation_split 0.1, for example")
     repository = flags.hub_model_id or run.folder.resolve().name
     if not flags.push_to_hub or not run.accelerator.is_main_process:
@@ -105,6 +106,11 @@ class Publisher:
         self.saved_at: int | None = None
         self.uploading: threading.Thread | None = None
 
+    def record_evaluation(self, evaluation: dict[str, Any] | None) -> None:
+        """Note what the figures of `--evaluation_epochs` are computed from, for the card."""
+        if evaluation is not None:
+            self.record["evaluation"] = evaluation
+
     def begin_record(self) -> None:
         """Record the run before its pipeline is saved, so that a checkpoint of a stopped run has a complete card."""
         if not (self.folder / RUN_FILE).is_file():
@@ -117,7 +123,8 @@ class Publisher:
 
     def save(self, model: "torch.nn.Module", step: int) -> None:
         """Save the pipeline if `--hub_strategy` selects this step, and upload it if it says so."""
-        flags, at_checkpoint = self.flags, step % self.run.flags.checkpointing_steps == 0
+        flags = self.flags
+        at_checkpoint = flags.hub_strategy == "best" or step % self.run.flags.checkpointing_steps == 0
         none_yet = not (self.folder / "model_index.json").is_file()
         if flags.hub_strategy == "best" and not self.is_best(step) and not (none_yet and step == self.total_steps):
             return
@@ -135,16 +142,17 @@ class Publisher:
             self.upload_in_background(pipeline, step)
 
     def is_best(self, step: int) -> bool:
-        """Whether the held-out loss at a checkpoint is the lowest of those at checkpoints so far."""
+        """Whether this step has the best figure of `--hub_best_metric` so far, of a held-out loss at checkpoints."""
         lines = [json.loads(line) for line in (self.folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
-        every = self.run.flags.checkpointing_steps
-        losses = {
-            line["step"]: line["validation_loss"]
+        name, every, sign = self.flags.hub_best_metric, self.run.flags.checkpointing_steps, 1
+        if name != HELD_OUT_LOSS:
+            name, every, sign = f"evaluation_{name}", 1, 1 if METRICS[name].lower_is_better else -1
+        figures = {
+            line["step"]: sign * line[name]
             for line in lines
-            if math.isfinite(line.get("validation_loss", math.nan))
-            and (line["step"] % every == 0 or line["step"] == step)
+            if math.isfinite(line.get(name, math.nan)) and (line["step"] % every == 0 or line["step"] == step)
         }
-        return step in losses and losses[step] <= min(losses.values())
+        return step in figures and figures[step] <= min(figures.values())
 
     def upload_in_background(self, pipeline: "DiffusionPipeline", step: int) -> None:
         """Upload while training continues; skip it if the last upload is not finished."""

@@ -163,6 +163,7 @@ def save_checkpoint(run: Run, state: TrainingState, limit: int | None) -> str | 
                 "step": state.step,
                 "nonfinite_steps": state.nonfinite_steps,
                 "grid_due": state.grid_due,
+                "evaluation_due": state.evaluation_due,
                 "meter": meter,
                 "sessions": state.sessions.until(state.step),
                 "lr_scheduler": json.loads(json.dumps(state.lr_scheduler.state_dict(), default=lambda _: None)),
@@ -229,6 +230,7 @@ def load_checkpoint(accelerator: Accelerator, state: TrainingState, checkpoint: 
         state.step, state.nonfinite_steps = manifest["step"], int(manifest["nonfinite_steps"])
         state.sessions.resume(manifest.get("sessions", []), state.step)
         state.grid_due = bool(manifest.get("grid_due", False))
+        state.evaluation_due = bool(manifest.get("evaluation_due", False))
     except UsageError:
         raise
     except Exception as error:  # whatever a stranger's file makes the libraries raise

@@ -243,7 +243,7 @@ class DDPMRestorationPipeline(SamplingMixin, AccelerationMixin, PortablePipeline
         """
         self.check_output_type(output_type)
         operator = as_operator(operator, getattr(operator, "shape", None) or (self.image_channels, *self.image_size))
-        self._check_size(operator)
+        self.check_size(operator)
         y = self.read_observation(observation, operator)
         if sigma_y is None:
             sigma_y = estimate_sigma(y, getattr(operator, "mask", None))
@@ -265,7 +265,7 @@ class DDPMRestorationPipeline(SamplingMixin, AccelerationMixin, PortablePipeline
         if start < 1:
             x_start = self._encoded(operator.pseudo_inverse(y))
             x = self.scheduler.add_noise(x_start, x, plan[0][0])  # type: ignore[arg-type]
-        problem = Problem(operator, y, float(sigma_y), self.scheduler, options, self._pixels)
+        problem = Problem(operator, y, float(sigma_y), self.scheduler, options, self.pixels)
         chain = _Chain(self, problem, row, plan, conditioning, generator)
         output = self.denoise(
             x, [t for t, _, _ in plan], chain.predict, chain.take_step, output_type, True,  # type: ignore[arg-type]
@@ -273,11 +273,11 @@ class DDPMRestorationPipeline(SamplingMixin, AccelerationMixin, PortablePipeline
         )  # fmt: skip
         if not return_dict:
             return (output.images,)  # type: ignore[return-value]
-        error = operator.observed(y - operator.forward(self._pixels(chain.x))).flatten(1)
+        error = operator.observed(y - operator.forward(self.pixels(chain.x))).flatten(1)
         residuals = error.square().mean(1).sqrt()
         return RestorationOutput(output.images, output.frames, residuals, float(sigma_y))
 
-    def _check_size(self, operator: Operator) -> None:
+    def check_size(self, operator: Operator) -> None:
         """Raise ValueError for an operator whose images the model cannot make."""
         channels, height, width = operator.shape
         (h, w), tiles = self.image_size, self.vae is None
@@ -305,7 +305,7 @@ class DDPMRestorationPipeline(SamplingMixin, AccelerationMixin, PortablePipeline
             options = options._replace(iterations=int(iterations))
         return options
 
-    def _pixels(self, x_start: torch.Tensor) -> torch.Tensor:
+    def pixels(self, x_start: torch.Tensor) -> torch.Tensor:
         """x_0 as images in [-1, 1]: itself, or what the `vae` decodes it to."""
         if self.vae is None:
             return x_start

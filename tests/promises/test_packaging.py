@@ -86,6 +86,7 @@ FLOORS = {
     "objectives": "common portable",
     "models": "common objectives portable",
     "inference": "common models portable",
+    "restoration": "common portable",
     "training": "common",
     "data": "common training",
     "evaluation": "common inference objectives portable",

@@ -13,6 +13,7 @@ from PIL import Image
 from ddpm_hf.common.errors import DataError, UsageError
 from ddpm_hf.evaluation.features import EXTRACTORS, Features, extract, load_extractor
 from ddpm_hf.evaluation.features.cache import cache_folder, cached_features
+from ddpm_hf.evaluation.features.network import full_precision
 from ddpm_hf.evaluation.features.resizing import RESIZES, as_rgb
 from ddpm_hf.evaluation.protocols import PROTOCOLS
 from tests.support.classifier import tiny_classifier
@@ -286,6 +287,21 @@ def test_no_images_and_features_that_are_not_finite_are_refused():
     images[4, 0, 0, 0] = 13
     with pytest.raises(DataError, match="image 4 are not finite"):
         extract(Broken(), images.split(3))
+
+
+def test_a_gpu_computes_in_float32(monkeypatch):
+    """Else the third digit of FID depends on flags of the training around it, or these are changed for good."""
+    backends = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    for backend in backends:
+        monkeypatch.setattr(backend, "allow_tf32", True)
+    with full_precision(torch.device("cuda")):
+        assert not any(backend.allow_tf32 for backend in backends)
+    assert all(backend.allow_tf32 for backend in backends)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        matrix = torch.full((2, 2), 1 / 3)
+        with full_precision(torch.device("cpu")):
+            assert (matrix @ matrix).dtype == torch.float32
+        assert (matrix @ matrix).dtype == torch.bfloat16
 
 
 # The cache

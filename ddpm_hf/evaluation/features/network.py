@@ -94,10 +94,9 @@ def full_precision(device: torch.device) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.autocast(device.type, enabled=False))
         if device.type == "cuda":
-            stack.enter_context(torch.backends.cudnn.flags(enabled=True, allow_tf32=False))
-            before = torch.backends.cuda.matmul.allow_tf32
-            stack.callback(setattr, torch.backends.cuda.matmul, "allow_tf32", before)
-            torch.backends.cuda.matmul.allow_tf32 = False
+            for backend in (torch.backends.cudnn, torch.backends.cuda.matmul):
+                stack.callback(setattr, backend, "allow_tf32", backend.allow_tf32)
+                backend.allow_tf32 = False
         yield
 
 

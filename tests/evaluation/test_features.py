@@ -289,16 +289,25 @@ def test_no_images_and_features_that_are_not_finite_are_refused():
         extract(Broken(), images.split(3))
 
 
-def test_a_gpu_computes_in_float32(monkeypatch):
+def test_a_gpu_computes_in_float32():
     """Else the third digit of FID depends on flags of the training around it, or these are changed for good."""
     backends = (torch.backends.cudnn, torch.backends.cuda.matmul)
-    for backend in backends:
-        monkeypatch.setattr(backend, "allow_tf32", True)
-    with full_precision(torch.device("cuda")):
-        assert not any(backend.allow_tf32 for backend in backends)
-    assert all(backend.allow_tf32 for backend in backends)
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = True
+        with full_precision(torch.device("cuda")):
+            assert not any(backend.allow_tf32 for backend in backends)
+        assert all(backend.allow_tf32 for backend in backends)
+    finally:
+        for backend, value in zip(backends, before):
+            backend.allow_tf32 = value
+
+
+def test_autocast_around_features_has_no_effect():
+    """Else features during a training in bf16 differ from those of the evaluation after it."""
+    matrix = torch.full((2, 2), 1 / 3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        matrix = torch.full((2, 2), 1 / 3)
         with full_precision(torch.device("cpu")):
             assert (matrix @ matrix).dtype == torch.float32
         assert (matrix @ matrix).dtype == torch.bfloat16

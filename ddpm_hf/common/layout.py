@@ -112,6 +112,7 @@ PIPELINE = (
             "coefficients",
             "scheduling",
             "schedules",
+            "networks",
             "operators",
         )
     ),

@@ -3,6 +3,7 @@
 All three have one set of layers. TensorFlow's names and layouts become the port's, and those Diffusers'.
 """
 
+import importlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,10 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...portable.networks_ddpm_hf import build_unet
+from ...portable.scheduling_ddpm_hf import DDPMScheduler
+from .conversion import Conversion, Options, State, make_pipeline
 from .flags import number, parse_words
 from .tensor_bundle import read_bundle
 
-State = Mapping[str, torch.Tensor]
 EMA = "/ExponentialMovingAverage"
 LEAVES = {"W": "weight", "b": "bias", "gamma": "weight", "beta": "bias"}
 FIXED = {"temb.dense.0": "time_embedding.linear_1", "temb.dense.1": "time_embedding.linear_2",
@@ -184,3 +187,34 @@ def load_ho(model: torch.nn.Module, state: State) -> None:
 def parse_flags(text: str) -> dict[str, str]:
     """The flags of Ho et al.'s scripts."""
     return parse_words(text, FLAGS, "Ho et al.'s scripts")
+
+
+def convert_ho(state: State, options: Options) -> Conversion:
+    """The pipeline of the port's state dict.
+
+    Raises:
+        ValueError: what `read_config` and `load_ho` raise.
+    """
+    arguments, diffusion, said = read_config(state, parse_flags(options.flags or ""))
+    unet = build_unet(arguments).eval()
+    load_ho(unet, state)
+    widths, size = arguments["block_out_channels"], arguments["sample_size"]
+
+    def original() -> object:
+        module = importlib.import_module("pytorch_diffusion.model")
+        attending = [size // 2**level for level, kind in enumerate(arguments["down_block_types"]) if "Attn" in kind]
+        network = module.Model(
+            ch=widths[0], out_ch=arguments["out_channels"], ch_mult=tuple(width // widths[0] for width in widths),
+            num_res_blocks=arguments["layers_per_block"], attn_resolutions=attending,
+            in_channels=arguments["in_channels"], resolution=2 ** max(3, len(widths)),
+        )  # fmt: skip
+        network.load_state_dict(dict(state))
+        return network
+
+    count = sum(each.numel() for each in unet.parameters())
+    facts = [
+        f"Ho et al.'s network: {count:,} parameters, {size}×{size}, levels of {', '.join(map(str, widths))}",
+        *said,
+    ]
+    facts.append(f"diffusion: {diffusion['beta_schedule']}, {diffusion['num_train_timesteps']} steps")
+    return Conversion(make_pipeline(unet, DDPMScheduler(**diffusion), options.labels), facts, original, unet)

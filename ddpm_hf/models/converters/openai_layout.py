@@ -1,12 +1,11 @@
 """The layout of OpenAI's networks, improved- and guided-diffusion's, by the shapes of a checkpoint."""
 
 import re
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 
-State = Mapping[str, torch.Tensor]
+from .conversion import State
 
 
 class Layout(NamedTuple):

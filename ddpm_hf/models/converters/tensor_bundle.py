@@ -6,6 +6,7 @@ where in which data file the bytes are. Both formats are public (tensorflow/core
 tensorflow/core/protobuf/tensor_bundle.proto).
 """
 
+import math
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -194,7 +195,7 @@ def crc32c(data: np.ndarray) -> int:
     >>> hex(crc32c(np.frombuffer(b"123456789", np.uint8)))
     '0xe3069283'
     """
-    lanes = min(1024, len(data) // 64) or 1
+    lanes = min(len(data), 2 * math.isqrt(len(data))) or 1
     length = len(data) // lanes
     body, rest = data[: lanes * length].reshape(lanes, length), data[lanes * length :]
     states = np.zeros(lanes + 32, np.uint32)

@@ -129,9 +129,7 @@ def sample(
     ] = None,
     classifier_scale: Annotated[
         float | None,
-        option(
-            HOW, "How strongly it guides, or the classifier that the model has. Default: 1 with --classifier."
-        ),
+        option(HOW, "How strongly it guides, or the classifier that the model has. Default: 1 with --classifier."),
     ] = None,
     seed: Annotated[
         int, option(HOW, "Image i depends on the seed and i alone, whatever the batch.", min=0, max=2**63 - 1)

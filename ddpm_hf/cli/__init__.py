@@ -9,7 +9,7 @@ import typer
 
 from .._version import __version__
 from ..common.machine import accept_any_text
-from . import convert, info, presets, push, push_space, sample, train, train_classifier
+from . import compare, convert, evaluate, info, presets, push, push_space, restore, sample, train, train_classifier
 from .exits import PassThrough, run
 
 app = typer.Typer(
@@ -47,6 +47,9 @@ app.command("train-classifier", cls=PassThrough, context_settings=PASS_ALL_ARGUM
 )
 app.command(context_settings=UNDERSCORES_TOO, epilog=sample.EPILOG)(sample.sample)
 app.command(context_settings=UNDERSCORES_TOO, epilog=convert.EPILOG)(convert.convert)
+app.command(context_settings=UNDERSCORES_TOO, epilog=evaluate.EPILOG)(evaluate.evaluate)
+app.command(context_settings=UNDERSCORES_TOO, epilog=compare.EPILOG)(compare.compare)
+app.command(context_settings=UNDERSCORES_TOO, epilog=restore.EPILOG)(restore.restore)
 app.command(context_settings=UNDERSCORES_TOO, epilog=push.EPILOG)(push.push)
 app.command("push-space", context_settings=UNDERSCORES_TOO, epilog=push_space.EPILOG)(push_space.push_space)
 app.command(context_settings=UNDERSCORES_TOO, epilog=info.EPILOG)(info.info)

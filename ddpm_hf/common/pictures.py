@@ -21,11 +21,13 @@ def image_grid(
     scale: int = 1,
     gap: int = 2,
     legend: Sequence[str] | None = None,
+    titles: Sequence[str] | None = None,
 ) -> Image.Image:
     """PIL images of one size as one picture, row by row, enlarged `scale` times without smoothing.
 
     Args:
         legend: one label for each row, written at its left; long ones are wrapped, and cut off where the row ends.
+        titles: one label for each column, written above it and cut off at its width.
 
     >>> image_grid([Image.new("L", (8, 8))] * 6, columns=3, gap=1).size
     (28, 19)
@@ -35,15 +37,20 @@ def image_grid(
     width, height = images[0].width * scale, images[0].height * scale
     labels = [_label(text, height) for text in legend or []]
     left = max((label.width + 2 * gap for label in labels), default=0)
-    size = (left + gap + columns * (width + gap), gap + rows * (height + gap))
+    heads = [_label(text, 0) for text in titles or []]
+    heads = [head.crop((0, 0, min(width, head.width), head.height)) for head in heads]
+    above = LEGEND_FONT + 4 if heads else 0
+    size = (left + gap + columns * (width + gap), above + gap + rows * (height + gap))
     canvas = Image.new(images[0].mode, size, "white")
     for index, image in enumerate(images):
         row, column = divmod(index, columns)
         enlarged = image.resize((width, height), Image.Resampling.NEAREST)
-        canvas.paste(enlarged, (left + gap + column * (width + gap), gap + row * (height + gap)))
+        canvas.paste(enlarged, (left + gap + column * (width + gap), above + gap + row * (height + gap)))
     for row, label in enumerate(labels[:rows]):
-        top = gap + row * (height + gap) + max(0, height - label.height) // 2
+        top = above + gap + row * (height + gap) + max(0, height - label.height) // 2
         canvas.paste(label.convert(canvas.mode), (left - gap - label.width, top))
+    for column, head in enumerate(heads):
+        canvas.paste(head.convert(canvas.mode), (left + gap + column * (width + gap), gap))
     return canvas
 
 

@@ -64,11 +64,9 @@ def accelerate_for_training(
 ) -> str:
     """Let a UNet train faster with the same result, and check that its gradients are the same; says what was chosen.
 
-    Compiled blocks are not captured in CUDA graphs: what both together compute has not been checked on a GPU.
-
     Args:
         call: of a training step, as `recorded_call` keeps it.
-        acceleration: `auto`: CUDA graphs on a GPU; `compile`: compiled blocks; `none`.
+        acceleration: `auto`: CUDA graphs on a GPU; `compile`: compiled blocks too; `none`.
         dtype: of autocast; None without.
         graphs: whether a CUDA graph can hold a step: one process, one batch a step, no gradient checkpointing.
 
@@ -87,24 +85,24 @@ def accelerate_for_training(
         return "attention by size"
     if acceleration == "auto" and (device.type != "cuda" or not graphs):
         return "none: CUDA graphs hold a UNet's step on a GPU, with one process and one batch a step"
-    eager = gradients(unet, call)
-    if acceleration == "compile":
-        chosen = "compiled blocks"
-        compile_blocks(unet)
-    else:
-        chosen, reason = "CUDA graphs", capture(unet, call, dtype)
-        if reason is not None:
-            return f"none: a step cannot be captured in CUDA graphs ({reason})"
     reduced = dtype is not None or (device.type == "cuda" and torch.backends.cudnn.allow_tf32)
-    error = check_gradients(gradients(unet, call), eager, reduced, chosen)
-    return f"{chosen}, gradients equal to {error:.0e}"
+    eager, exact, chosen = gradients(unet, call), None, []
+    if acceleration == "compile":
+        exact = gradients(unet, call, exact=True) if reduced else None
+        compile_blocks(unet)
+        chosen.append("compiled blocks")
+    if device.type == "cuda" and graphs:
+        reason = capture(unet, call, dtype)
+        chosen.append("CUDA graphs" if reason is None else f"no CUDA graphs ({reason})")
+    error = check_gradients(gradients(unet, call), eager, reduced, " and ".join(chosen), exact)
+    return f"{' and '.join(chosen)}, gradients equal to {error:.0e}"
 
 
 def capture(unet: "torch.nn.Module", call: "Call", dtype: "torch.dtype | None") -> str | None:
     """Let CUDA graphs run a UNet's training steps; where they cannot, it stays as it is: the reason, in one line."""
     import torch
 
-    from ..portable.acceleration_ddpm_hf import GraphedTraining
+    from .cuda_graphs import GraphedTraining
 
     try:
         unet.forward = GraphedTraining(unet, call.args, call.kwargs, dtype)

@@ -5,9 +5,8 @@ None of it changes what a model is: weights, config and saved files stay those o
 This file is copied into published repositories: it imports torch and diffusers alone.
 """
 
-import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -146,96 +145,6 @@ class GraphedForward:
         dtype = autocast_dtype()
         with torch.autocast("cuda", dtype, enabled=dtype is not None, cache_enabled=False):
             return self.forward(*args, **kwargs).sample
-
-
-class GraphedTraining(GraphedForward):
-    """A network's forward and backward pass as CUDA graphs, for calls like a given one; else as `GraphedForward`.
-
-    Args:
-        args, kwargs: of a call in a training step.
-        dtype: of Accelerate's autocast, which is part of the model's `forward`; None without.
-    """
-
-    def __init__(self, model: torch.nn.Module, args: tuple, kwargs: dict[str, Any], dtype: torch.dtype | None):
-        super().__init__(model)
-        self.key, self.dtype = signature(args, kwargs), dtype
-        step = CapturedStep(model, *copied_call(args, kwargs), dtype)
-        with torch.random.fork_rng([next(model.parameters()).device]):
-            self.step = torch.cuda.make_graphed_callables(
-                step, tuple(tensors_of(step.args, step.kwargs)), allow_unused_input=True
-            )
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled() and self.model.training and signature(args, kwargs) == self.key:
-            return UNet2DOutput(sample=self.step(*tensors_of(args, kwargs)))
-        return super().__call__(*args, **kwargs)
-
-    def plain(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As of `GraphedForward`, with the autocast that Accelerate would enter."""
-        with torch.autocast("cuda", self.dtype, enabled=self.dtype is not None, cache_enabled=False):
-            return getattr(self.model, "_original_forward", self.forward)(*args, **kwargs).sample.float()
-
-
-class CapturedStep(torch.nn.Module):
-    """A network as a function of its call's tensors alone, which is what a CUDA graph of a training step captures."""
-
-    def __init__(self, model: torch.nn.Module, args: tuple, kwargs: dict[str, Any], dtype: torch.dtype | None):
-        super().__init__()
-        self.model, self.args, self.kwargs, self.dtype = model, args, kwargs, dtype
-        layers = (torch.nn.Conv2d, torch.nn.Linear)  # whose weights autocast casts
-        first = next((name for name, _ in model.named_parameters()), None)  # what Diffusers calls the model's dtype
-        self.cast = [
-            f"{name}.{key}"
-            for name, module in model.named_modules()
-            if dtype is not None and isinstance(module, layers)
-            for key, _ in module.named_parameters(recurse=False)
-            if f"{name}.{key}" != first
-        ]
-        self.train(model.training)
-
-    def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
-        """The output's `sample`, float32, for tensors in the order of `tensors_of`."""
-        given = iter(tensors)
-        args = [next(given) if isinstance(value, torch.Tensor) else value for value in self.args]
-        kwargs = {
-            name: next(given) if isinstance(value, torch.Tensor) else value
-            for name, value in sorted(self.kwargs.items())
-        }
-        weights = [self.model.get_parameter(name) for name in self.cast]
-        with torch.autocast(tensors[0].device.type, self.dtype, enabled=self.dtype is not None, cache_enabled=False):
-            cast = dict(zip(self.cast, CastTogether.apply(self.dtype, *weights))) if weights else {}
-            with without_accelerate(self.model):
-                return torch.func.functional_call(self.model, cast, tuple(args), kwargs).sample.float()
-
-
-@contextlib.contextmanager
-def without_accelerate(model: torch.nn.Module) -> Iterator[None]:
-    """Within, the model's `forward` is its own, without the autocast that Accelerate put around it."""
-    patched = vars(model).pop("forward", None)
-    try:
-        yield
-    finally:
-        if patched is not None:
-            model.forward = patched
-
-
-class CastTogether(torch.autograd.Function):
-    """Many tensors to another type, and their gradients back, in a few launches."""
-
-    @staticmethod
-    def forward(ctx: Any, dtype: torch.dtype, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The tensors as `dtype`."""
-        ctx.dtypes = [tensor.dtype for tensor in tensors]
-        cast = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
-        torch._foreach_copy_(cast, list(tensors))
-        return tuple(cast)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """The gradients as what the tensors were."""
-        cast = [torch.empty_like(gradient, dtype=dtype) for gradient, dtype in zip(gradients, ctx.dtypes)]
-        torch._foreach_copy_(cast, list(gradients))
-        return (None, *cast)
 
 
 def copied_call(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

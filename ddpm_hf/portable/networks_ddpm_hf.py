@@ -167,6 +167,10 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
 
     def forward(self, x_t: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """x_t [N, C, H, W] in [-1, 1] and noised, timesteps [N] or a number -> logits [N, K]."""
+        return self.head(self.features(x_t, timesteps))
+
+    def features(self, x_t: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """What the last layer reads: x_t and timesteps as in `forward` -> [N, D]."""
         timesteps = torch.as_tensor(timesteps, device=x_t.device).reshape(-1).expand(len(x_t))
         if self.timestep_scale != 1.0:
             timesteps = timesteps.float() * self.timestep_scale
@@ -176,4 +180,4 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
             features, _ = block(hidden_states=features, temb=embedding)
         if self.mid_block is not None:
             features = self.mid_block(features, embedding)
-        return self.head(self.pool(F.silu(self.norm(features))))
+        return self.pool(F.silu(self.norm(features)))

@@ -33,21 +33,27 @@ def make_ema(flags: TrainingFlags, part: torch.nn.Module, device: torch.device) 
     return ema
 
 
-def update_ema(ema: EMAModel, part: torch.nn.Module, taken: torch.Tensor | None = None) -> None:
-    """Take in the part's weights after a step, wherever the average is kept.
-
-    Args:
-        taken: a bool on the average's device, for a step that the device may have skipped: the average then stays.
-    """
-    if taken is not None:
-        ema.optimization_step += 1
-        ema.cur_decay_value = ema.get_decay(ema.optimization_step)
-        moved = torch._foreach_sub([one.detach() for one in part.parameters()], ema.shadow_params)
-        torch._foreach_mul_(moved, (1 - ema.cur_decay_value) * taken)
-        torch._foreach_add_(ema.shadow_params, moved)
-        return
+def update_ema(ema: EMAModel, part: torch.nn.Module) -> None:
+    """Take in the part's weights after a step, wherever the average is kept."""
     device = ema.shadow_params[0].device
     ema.step([own.detach().to(device).requires_grad_(own.requires_grad) for own in part.parameters()])
+
+
+def count_step(ema: EMAModel) -> None:
+    """Count a step, which sets the average's decay; `move_average` then takes in the weights."""
+    ema.optimization_step += 1
+    ema.cur_decay_value = ema.get_decay(ema.optimization_step)
+
+
+def move_average(ema: EMAModel, part: torch.nn.Module, share: torch.Tensor) -> None:
+    """Move an average by a share of its way to the part's weights.
+
+    Args:
+        share: a number on the average's device: 1 - decay, or 0 for a step that was skipped.
+    """
+    moved = torch._foreach_sub([one.detach() for one in part.parameters()], ema.shadow_params)
+    torch._foreach_mul_(moved, share)
+    torch._foreach_add_(ema.shadow_params, moved)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from .run import Run
 from .state import TrainingState, unwrap
 from .step import take_step
 from .stopping import Stop
+from .update import Updater
 
 
 def training_loop(
@@ -53,6 +54,7 @@ def training_loop(
     progress = Progress(run.accelerator, plan.total, state.step, advice)
     guard = NonfiniteGuard(run, state, name_of)
     output = TrainingOutput(run, state, unwrap(run.accelerator, state.model), progress, saved=state.step)
+    update = Updater(run, state)
     state.model.train()
     with Stop(run.deadline) as stop, progress:  # a bar is closed before an error speaks
         if draw is not None and state.grid_due:
@@ -65,7 +67,7 @@ def training_loop(
                 return False
 
             epoch, output.samples = plan.epoch_of(state.step) + 1, output.samples + plan.samples_in(state.step)
-            result = take_step(run, state, plan, fetched, compute_loss)
+            result = take_step(run, state, plan, fetched, compute_loss, update)
             state.step += 1
             guard.judge(result, output)
             progress.done(state.step)

@@ -11,7 +11,7 @@ from accelerate.utils import DistributedType, broadcast_object_list, gather_obje
 
 from ..common.arguments import SHORTER_TRAINING
 from ..common.errors import UsageError, one_line
-from ..common.randomness import StepKeys, keyed_seed
+from ..common.randomness import StepKeys, keyed_seed, seed_global
 from .ending import explained
 from .plan import StepPlan
 from .reporting import LONG_ON_A_CPU, pace, peak_memory, table
@@ -19,6 +19,7 @@ from .run import Run
 from .setup.claiming import describe_start
 from .state import TrainingState
 from .step import take_step
+from .update import Updater
 
 MOST_STEPS, MOST_SECONDS = 3, 20.0  # of what is measured
 
@@ -83,7 +84,7 @@ def measure_pace(
 
     Returns: lines by their names.
     """
-    left = plan.total - state.step
+    left, update = plan.total - state.step, Updater(run, state)
     seconds, spent = state.first_pass * len(plan.batches(state.step)), 0.0
     for taken in range(1, MOST_STEPS + 1):
         expected = [spent + seconds > MOST_SECONDS]
@@ -92,7 +93,7 @@ def measure_pace(
         begin = time.perf_counter()
         with agreed_failure(run):
             fetched = [next(batches) for _ in plan.batches(state.step)]
-        take_step(run, state, plan, fetched, compute_loss)
+        take_step(run, state, plan, fetched, compute_loss, update)
         state.step += 1
         spent += time.perf_counter() - begin
         seconds = spent / taken
@@ -124,7 +125,7 @@ def _pass(run: Run, state: TrainingState, plan: StepPlan, batch: dict[str, Any],
     begin, end = plan.own_samples(number, accelerator.process_index)
     first = accelerator.process_index * plan.batch_size
     state.model.train()
-    torch.manual_seed(keyed_seed(run.seed, "dropout", plan.batches_before(state.step), first))
+    seed_global(keyed_seed(run.seed, "dropout", plan.batches_before(state.step), first), run.device)
     kind = accelerator.distributed_type
     alone = kind in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)  # the ranks need not exchange gradients
     with accelerator.no_sync(state.model) if alone else contextlib.nullcontext():

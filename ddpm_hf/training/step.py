@@ -1,20 +1,17 @@
 """One optimizer step."""
 
 import contextlib
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
 
-from ..common.randomness import StepKeys, keyed_seed
-from .averaging import update_ema
+from ..common.randomness import StepKeys, keyed_seed, seed_global
 from .meter import Losses
 from .plan import StepPlan
 from .run import Run
 from .state import TrainingState
+from .update import Updater
 
 
 class StepResult(NamedTuple):
@@ -31,6 +28,7 @@ def take_step(
     plan: StepPlan,
     fetched: list[dict[str, torch.Tensor]],
     compute_loss: Callable[[torch.nn.Module, dict, StepKeys], Losses],
+    update: Updater,
 ) -> StepResult:
     """The optimizer step after `state.step`: losses and gradients of its batches, clipping, update, EMA.
 
@@ -43,7 +41,7 @@ def take_step(
         begin, end = plan.own_samples(number, accelerator.process_index)
         count = len(next(iter(batch.values())))
         first = micro * plan.global_batch + accelerator.process_index * plan.batch_size
-        torch.manual_seed(keyed_seed(seed, "dropout", plan.batches_before(step) + micro, first))
+        seed_global(keyed_seed(seed, "dropout", plan.batches_before(step) + micro, first), run.device)
         accelerator.sync_gradients = last = micro == len(window) - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(state.model):
             with accelerator.autocast():
@@ -56,47 +54,9 @@ def take_step(
         results.append((result, end - begin))
         taken.append((batch.get("index"), result.losses.detach()[: end - begin or None]))
 
-    norm = accelerator.clip_grad_norm_(state.model.parameters(), run.flags.max_grad_norm or math.inf)
-    norm, finite = _update_weights(run, state, norm)
-    state.optimizer.zero_grad(set_to_none=True)
+    norm, finite = update()
     state.lr_scheduler.step()
     if finite is not False:
-        for name, ema in state.emas.items():
-            update_ema(ema, state.parts[name], None if finite is True else finite)
         for result, count in results:
             state.meter.add(result, count, None if finite is True else finite)
     return StepResult(norm, finite, taken)
-
-
-def _update_weights(
-    run: Run, state: TrainingState, norm: torch.Tensor | float | None
-) -> tuple[float | torch.Tensor, bool | torch.Tensor]:
-    """The optimizer's update, unless the gradient is not finite: the norm, and whether it was taken."""
-    if device_decides(run, state):
-        finite = torch.isfinite(torch.as_tensor(norm))
-        # a fused optimizer reads it on the device, and skips the step
-        state.optimizer.optimizer.found_inf = 1 - finite.float()  # type: ignore[attr-defined]
-        state.optimizer.step()
-        return torch.as_tensor(norm), finite
-    norm = float("nan") if norm is None else float(norm)
-    known = _known_norm(run.accelerator)
-    if math.isfinite(norm) or run.accelerator.scaler is not None or not known:
-        state.optimizer.step()  # a loss scaler skips what overflowed by itself
-    return norm, math.isfinite(norm) or not known
-
-
-def device_decides(run: Run, state: TrainingState) -> bool:
-    """Whether a GPU skips a step by itself: with a fused optimizer and its averages, without loss scaler or engine."""
-    accelerator, optimizer = run.accelerator, getattr(state.optimizer, "optimizer", None)
-    return (
-        run.device.type == "cuda"
-        and accelerator.scaler is None
-        and accelerator.distributed_type in (DistributedType.NO, DistributedType.MULTI_GPU)
-        and bool(getattr(optimizer, "defaults", {}).get("fused"))
-        and all(ema.shadow_params[0].device.type == "cuda" for ema in state.emas.values())
-    )
-
-
-def _known_norm(accelerator: Accelerator) -> bool:
-    """Whether the gradient's norm is known here: DeepSpeed clips and skips by itself."""
-    return accelerator.distributed_type != DistributedType.DEEPSPEED

@@ -11,7 +11,15 @@ from unittest import mock
 import pytest
 import typer
 
-from ddpm_hf import ClassConditionalDDPMPipeline, DDPMPipeline, DDPMScheduler, TextToImageDDPMPipeline, cli
+from ddpm_hf import (
+    ClassConditionalDDPMPipeline,
+    DDPMPipeline,
+    DDPMRestorationPipeline,
+    DDPMScheduler,
+    TextToImageDDPMPipeline,
+    cli,
+)
+from tests.cli import test_evaluate
 from tests.support.classifier import tiny_classifier
 from tests.support.fixtures_cli import assert_one_line
 from tests.support.fixtures_pipeline import tiny_unet
@@ -42,6 +50,8 @@ def shop(tmp_path_factory):
     }
     (root / "checkpoint-2/manifest.json").write_text(json.dumps(facts))
     write_images(root / "images", random_pixels(2, 8, 8))
+    write_images(root / "gray", random_pixels(2, 8, 8)[..., 0])
+    write_images(root / "masks", random_pixels(1, 8, 8)[..., 0])
     (root / "plain/notes.txt").write_text("mine")
     return root
 
@@ -67,7 +77,7 @@ class Seen(NamedTuple):
 @pytest.fixture
 def observe(shop, tmp_path, run, monkeypatch):
     """Runs a command in a new folder; what would reach the Hub goes nowhere, and is noted."""
-    from ddpm_hf.cli import info, sample
+    from ddpm_hf.cli import info, restore, sample
     from ddpm_hf.inference import loading as inference
     from ddpm_hf.models import saving
     from ddpm_hf.publishing import files as published_folder
@@ -99,6 +109,7 @@ def observe(shop, tmp_path, run, monkeypatch):
     monkeypatch.setattr(spaces, "push_space", noted("space", "https://hub/space"))
     monkeypatch.setattr(info, "hub_source", noted("info", info.local_source(shop / "plain")))
     monkeypatch.setattr(sample, "autocast", noted("autocast", sample.autocast))
+    monkeypatch.setattr(restore, "autocast", noted("autocast_restore", restore.autocast))
     look_up = spaces.look_up
     monkeypatch.setattr(spaces, "look_up", noted("look_up", lambda name, *more: (
         there if name.startswith("user/") else look_up(name, *more)
@@ -146,6 +157,10 @@ def handed(call, *path):
     return read
 
 
+def observed(seen):
+    return (seen.folder / "observed.png").read_bytes()
+
+
 def wrote(name):
     return lambda seen: name in seen.files()
 
@@ -186,6 +201,34 @@ ROWS = [
     Row("sample", "ema", "--no-ema", images, "", "{shop}/checkpoint-2"),
     Row("sample", "revision", "--revision v1", handed("load", "revision"), after="v1", **HUB),
     Row("sample", "token", "--token hf_mine", handed("load", "token"), after="hf_mine", **HUB),
+    Row("restore", "task", "--task super-resolution", observed),
+    Row("restore", "image", "--image {shop}/gray/1.png", images),
+    Row("restore", "mask", "--mask {shop}/masks/0.png", images, "--task inpaint --mask left"),
+    Row("restore", "hidden", "--hidden 0.8", images, "--task inpaint --mask box"),
+    Row("restore", "factor", "--factor 4", images, "--task super-resolution"),
+    Row("restore", "filter", "--filter average", images, "--task super-resolution"),
+    Row("restore", "blur", "--blur motion", images, "--task deblur --blur-size 3"),
+    Row("restore", "blur_size", "--blur-size 2", images, "--task deblur"),
+    Row("restore", "blur_angle", "--blur-angle 90", images, "--task deblur --blur motion --blur-size 3"),
+    Row("restore", "sigma_y", "--sigma-y 0.6", images),
+    Row("restore", "degrade", "--degrade", lambda seen: "psnr" in seen.out, before=False, after=True),
+    Row("restore", "truth", "--truth {shop}/gray", lambda seen: "psnr" in seen.out, before=False, after=True),
+    Row("restore", "fit", "--fit", observed, "--task super-resolution"),
+    Row("restore", "class_", "--class dog", images, **CLASSES),
+    Row("restore", "num_solutions", "--num-solutions 3", count, before=2, after=3),
+    Row("restore", "method", "--method pigdm", images),
+    Row("restore", "steps", "--steps 3", images),
+    Row("restore", "eta", "--eta 0.2", images),
+    Row("restore", "weight", "--weight 50", images, "--method diffpir"),
+    Row("restore", "iterations", "--iterations 1", images, "--method mmps --task deblur"),
+    Row("restore", "start", "--start 0.5", images),
+    Row("restore", "time_travel", "--time-travel 1 2", images),
+    Row("restore", "seed", "--seed 1", images),
+    Row("restore", "batch_size", "--batch-size 1", lambda seen: "solutions:" in seen.err, before=False, after=True),
+    Row("restore", "precision", "--precision bf16", handed("autocast_restore", 1), before="fp32", after="bf16"),
+    Row("restore", "ema", "--no-ema", images, "", "{shop}/checkpoint-2"),
+    Row("restore", "revision", "--revision v1", handed("load", "revision"), after="v1", **HUB),
+    Row("restore", "token", "--token hf_mine", handed("load", "token"), after="hf_mine", **HUB),
     Row("push", "private", "--private", handed("open", 2), before=False, after=True),
     Row("push", "license_", "--license mit", handed("push", "license"), after="mit"),
     Row("push", "revision", "--revision v1", handed("push", "tag"), after="v1"),
@@ -209,10 +252,15 @@ APART = {
     ("sample", "out"): "test_results_go_where_out_says",
     ("sample", "device"): "test_a_device_is_checked_and_taken",
     ("sample", "acceleration"): "test_sampling_is_accelerated_unless_it_is_turned_off",
+    ("restore", "out"): "test_results_go_where_out_says",
+    ("restore", "device"): "test_a_device_is_checked_and_taken",
+    ("restore", "acceleration"): "test_sampling_is_accelerated_unless_it_is_turned_off",
+    ("restore", "features"): "test_features_measure_restored_images",
     ("ddpm-hf", "version"): "test_the_version",
 }
 COMPLETION = {("ddpm-hf", "install_completion"), ("ddpm-hf", "show_completion")}  # typer's own
-QUICK = {"sample": "--steps 2 --num-images 2 --out {out}"}
+RESTORE = "--steps 2 --num-solutions 2 --image {shop}/gray/0.png --sigma-y 0.2 --out {out}"
+QUICK = {"sample": "--steps 2 --num-images 2 --out {out}", "restore": f"{RESTORE} --task denoise"}
 
 
 def options() -> set[tuple[str, str]]:
@@ -229,13 +277,14 @@ def options() -> set[tuple[str, str]]:
 
 def test_every_option_has_a_row():
     """Else an option is added that nobody shows to do something; the trainings' flags have tests of their own."""
-    assert options() == {(row.command, row.option) for row in ROWS} | APART.keys()
+    evaluated = {("evaluate", name) for name in [*test_evaluate.APART, *(row.option for row in test_evaluate.ROWS)]}
+    assert options() == {(row.command, row.option) for row in ROWS} | APART.keys() | evaluated
     commands = typer.main.get_command(cli.app).commands
     assert {name for name in commands if not commands[name].params} == {
         "presets", "train", "train-text2image", "train-classifier"
     }  # fmt: skip
-    for name in APART.values():
-        assert name in globals()
+    for names, tests in ((APART, globals()), (test_evaluate.APART, vars(test_evaluate))):
+        assert set(names.values()) <= set(tests)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.command} {row.given.replace('{shop}/', '')}")
@@ -282,12 +331,17 @@ def test_results_go_where_out_says(observe):
     """Else images land in another folder."""
     seen = observe("sample {shop}/plain --steps 2 --num-images 2 --out {out}")
     assert (seen.code, count(seen)) == (0, 2)
+    seen = observe(f"restore {{shop}}/plain {RESTORE} --task denoise")
+    assert (seen.code, count(seen)) == (0, 2)
 
 
 def test_a_device_is_checked_and_taken(observe):
     """Else --device is ignored where there is one device only."""
     assert observe("sample {shop}/plain --steps 2 --num-images 1 --out {out} --device cpu").code == 0
     assert_one_line(observe("sample {shop}/plain --device meta")[:3], "--device meta", "cpu")
+    assert observe(f"restore {{shop}}/plain {RESTORE} --task denoise --device cpu").code == 0
+    refused = observe(f"restore {{shop}}/plain {RESTORE} --task denoise --device meta")
+    assert_one_line(refused[:3], "--device meta", "cpu")
 
 
 def test_sampling_is_accelerated_unless_it_is_turned_off(observe):
@@ -297,6 +351,28 @@ def test_sampling_is_accelerated_unless_it_is_turned_off(observe):
         assert not enabled.called
         assert observe("sample {shop}/plain --steps 2 --num-images 1 --out {out}").code == 0
         assert enabled.called
+    with mock.patch.object(DDPMRestorationPipeline, "enable_acceleration") as enabled:
+        command = f"restore {{shop}}/plain {RESTORE} --task denoise"
+        assert observe(f"{command} --acceleration none").code == 0
+        assert not enabled.called
+        assert observe(command).code == 0
+        assert enabled.called
+
+
+def test_features_measure_restored_images(observe, monkeypatch):
+    """Else --features is accepted and no distance appears."""
+    from ddpm_hf.evaluation import features
+
+    loaded = []
+
+    def load(spec, **options):
+        loaded.append(spec)
+        return lambda images: features.Features(images.flatten(1).float().numpy())
+
+    monkeypatch.setattr(features, "load_extractor", load)
+    seen = observe(f"restore {{shop}}/plain {RESTORE} --task denoise --degrade --features pixels")
+    assert (seen.code, loaded) == (0, ["pixels"])
+    assert "feature_distance" in seen.out
 
 
 def test_the_version(observe):

@@ -95,7 +95,7 @@ def test_a_step_that_cannot_be_captured_trains_as_it_is(monkeypatch):
     unet = small_unet()
     call, forward = first_call(unet), unet.forward
     refused = RuntimeError("operation not permitted\nwhen stream is capturing")
-    monkeypatch.setattr("ddpm_hf.portable.acceleration_ddpm_hf.GraphedTraining", mock.Mock(side_effect=refused))
+    monkeypatch.setattr("ddpm_hf.models.cuda_graphs.GraphedTraining", mock.Mock(side_effect=refused))
     assert capture(unet, call, None) == "operation not permitted when stream is capturing"
     assert unet.forward == forward
 
@@ -105,3 +105,31 @@ def test_compiled_blocks_pass_the_gate_with_dropout():
     """Their random numbers are those of eager code: else each model with dropout is refused, for no fault."""
     unet = small_unet(dropout=0.1).train()
     assert accelerate_for_training(unet, first_call(unet), "compile").startswith("compiled blocks, gradients equal to")
+
+
+def test_an_accelerated_model_may_be_nearer_to_the_exact_gradients_than_eager_bf16():
+    """Fused operations round less often; one that is further off than eager, and than the limit, is refused."""
+    exact = [torch.ones(4)]
+    eager = [exact[0] * 1.03]
+    assert check_gradients([exact[0] * 0.98], eager, True, "x", exact) == pytest.approx(0.05 / 1.03, rel=1e-5)
+    with pytest.raises(UsageError, match="with x, gradients differ"):
+        check_gradients([exact[0] * 0.96], eager, True, "x", exact)
+    with pytest.raises(UsageError, match="with x, gradients differ"):
+        check_gradients([exact[0] * float("nan")], eager, True, "x", exact)
+
+
+def test_exact_gradients_are_those_without_autocast():
+    """Though Accelerate put autocast around the model's `forward`; then it is back."""
+    unet = small_unet().train()
+    call = first_call(unet)
+    expected = gradients(unet, call)
+    own = unet.forward
+
+    def autocast(*args, **kwargs):
+        with torch.autocast("cpu", torch.bfloat16):
+            return own(*args, **kwargs)
+
+    unet.forward = autocast
+    assert gradient_error(gradients(unet, call, exact=True), expected) == 0
+    assert gradient_error(gradients(unet, call), expected) > 1e-4
+    assert unet.forward is autocast

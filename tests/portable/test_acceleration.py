@@ -8,9 +8,9 @@ from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention
 
 from ddpm_hf import DDPMPipeline, DDPMScheduler
+from ddpm_hf.models.cuda_graphs import GraphedStep, NetworkCall, Replay
 from ddpm_hf.portable.acceleration_ddpm_hf import (
     AttentionBySize,
-    CapturedStep,
     GraphedForward,
     compile_blocks,
     signature,
@@ -47,7 +47,7 @@ def test_weights_cast_together_are_those_that_autocast_casts(dtype):
     """To the bit, outputs and gradients: else a captured step would be another training."""
     unet = small_unet(num_class_embeds=3, dropout=0.1).train()
     args, kwargs = a_call()
-    step, results = CapturedStep(unet, args, kwargs, dtype), []
+    step, results = NetworkCall(unet, args, kwargs, dtype), []
     assert bool(step.cast) == (dtype is not None)
 
     def stock(*tensors):
@@ -68,8 +68,42 @@ def test_a_captured_step_leaves_accelerates_forward_as_it_was():
     args, kwargs = a_call()
     unet.forward = lambda *_, **__: pytest.fail("the capture ran Accelerate's autocast")
     patched = unet.forward
-    CapturedStep(unet, args, kwargs, None)(*tensors_of(args, kwargs))
+    NetworkCall(unet, args, kwargs, None)(*tensors_of(args, kwargs))
     assert unet.forward is patched
+
+
+class Recomputed(GraphedStep):
+    """What a GPU does by graphs, by calls: the same tensors are read and written, in the same order."""
+
+    def __init__(self, call: NetworkCall):
+        self.call, self.inputs = call, tensors_of(call.args, call.kwargs)
+        self.parameters = list(call.parameters())
+        self.wanted = [one for one in self.inputs if one.requires_grad]
+        self.anchor, self.given = torch.zeros((), requires_grad=True), torch.empty(4, 1, 8, 8)
+        self.forward_graph = self.backward_graph = self
+
+    def replay(self) -> None:
+        with torch.enable_grad():
+            output = self.call(*self.inputs)
+            self.gradients = torch.autograd.grad(output, [*self.parameters, *self.wanted], self.given)
+        self.output = output.detach()
+
+
+def test_a_replayed_step_sets_the_gradients_of_parameters_and_inputs():
+    """As autograd would, through what comes before and after the network; they cannot be added up unseen."""
+    unet = small_unet(num_class_embeds=3)
+    args, kwargs = a_call()
+    scale = torch.tensor(0.7, requires_grad=True)
+    (unet((args[0] * scale), *args[1:], **kwargs).sample.square().mean()).backward()
+    expected = [scale.grad, *(parameter.grad for parameter in unet.parameters())]
+    unet.zero_grad()
+    scale.grad = None
+    step = Recomputed(NetworkCall(unet, (args[0].clone().requires_grad_(), *args[1:]), kwargs, None))
+    tensors = (args[0] * scale, *tensors_of(args[1:], kwargs))
+    Replay.apply(step, step.anchor, *tensors).square().mean().backward()
+    torch.testing.assert_close([scale.grad, *(parameter.grad for parameter in unet.parameters())], expected)
+    with pytest.raises(RuntimeError, match="cannot be added up"):
+        Replay.apply(step, step.anchor, *(one.detach() for one in tensors)).mean().backward()
 
 
 def test_a_signature_tells_calls_apart_that_a_graph_cannot_serve_alike():

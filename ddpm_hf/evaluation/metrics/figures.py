@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..protocols import Protocol
+from .least import two
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,6 @@ class Figure:
     high: float
     interval: str
     details: dict[str, Any] = field(default_factory=dict)
-
-
-def two_samples(protocol: Protocol) -> int:
-    """The least number of samples that have a covariance."""
-    return 2
 
 
 @dataclass(frozen=True)
@@ -55,7 +51,7 @@ class Metric:
     lower_is_better: bool | None
     needs: str
     home: str
-    least: Callable[[Protocol], int] = two_samples
+    least: Callable[[Protocol], int] = two
     summary_home: str | None = None
 
     @property

@@ -1,0 +1,279 @@
+"""The images that `ddpm-hf evaluate` reads: a dataset, a run's own data, or a folder of generated images."""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..common.errors import DataError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ..data import DataFlags, Rows
+    from ..evaluation.image_sets import ImageSet
+
+Shape = tuple[int, int, int]  # (C, H, W)
+CHANNELS = (1, 3)  # that extractors read
+EMBEDDED = "digits"  # the name here of the embedded digits
+
+
+class Data(NamedTuple):
+    """The images to compare with.
+
+    Args:
+        reference: those that samples are compared with.
+        held_out: images that the model was not trained on, where there are some.
+    """
+
+    reference: "ImageSet"
+    held_out: "ImageSet | None" = None
+
+
+class DataOptions(NamedTuple):
+    """The options of `ddpm-hf evaluate` that say which images are real."""
+
+    dataset: str | None = None
+    config_name: str | None = None
+    split: str | None = None
+    held_out_split: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    caption_column: str | None = None
+    token: str | None = None
+
+
+def recorded_settings(model: str) -> dict[str, Any]:
+    """The settings of the run that wrote a folder or its checkpoint; empty if there are none."""
+    from ..common.checkpoints import SETTINGS
+    from ..common.files import read_json
+
+    for folder in (Path(model), Path(model).absolute().parent):
+        settings = read_json(folder / SETTINGS)
+        if isinstance(settings, dict):
+            return settings
+    return {}
+
+
+def read_data(options: DataOptions, model: str, shape: Shape, sized: bool = True) -> Data:
+    """The real images at a size, by the options or as the run recorded them.
+
+    Args:
+        model: of which a run may have recorded its data.
+        shape: (C, H, W) to bring the images to, as in training, without augmentation.
+        sized: whether that size is a model's or requested; else the images must have it.
+
+    Raises:
+        DataError: no dataset is named and none recorded, or it cannot be read, or its images have another size.
+    """
+    settings = {} if options.dataset else recorded_settings(model)
+    if options.dataset is None and "train_data_dir" not in settings:
+        raise DataError(
+            f"no dataset: {model} does not say what it was trained on; give --dataset, a folder or a name on the Hub"
+        )
+    if options.dataset and options.dataset.endswith(".npz"):
+        return Data(_checked(_npz(options.dataset), shape))
+    if options.dataset is None and options.split is None:
+        return _of_the_run(settings, shape, options)
+    flags = _flags(options, settings)
+    if not sized:
+        rows = _rows(flags, options, options.split or "train", shape)
+        size = _one_shape(rows)
+        if size[1:] != shape[1:]:
+            raise DataError(
+                f"{rows.name} has images of {size[1]}x{size[2]} pixels, and {model} of {shape[1]}x{shape[2]}; bring"
+                " both to one size with --resolution"
+            )
+    reference = _image_set(_rows(flags, options, options.split or "train", shape), flags, shape)
+    if options.held_out_split is None:
+        return Data(reference)
+    return Data(reference, _image_set(_rows(flags, options, options.held_out_split, shape), flags, shape))
+
+
+def _npz(name: str) -> "ImageSet":
+    from ..evaluation.image_sets import from_npz
+
+    return from_npz(Path(name))
+
+
+def _checked(images: "ImageSet", shape: Shape) -> "ImageSet":
+    """Images of a fixed size.
+
+    Raises:
+        DataError: they have another.
+    """
+    if images.shape != shape:
+        raise DataError(f"{images.name} holds images of {_size(images.shape)}, and these are of {_size(shape)}")
+    return images
+
+
+def _size(shape: Shape) -> str:
+    return f"{shape[0]} channel{'s' * (shape[0] > 1)} and {shape[1]}x{shape[2]} pixels"
+
+
+def _flags(options: DataOptions, settings: dict[str, Any]) -> "DataFlags":
+    """The flags of the data: a run's, or of what the options name."""
+    from ..data import DataFlags
+
+    known = {field.name for field in dataclasses.fields(DataFlags)}
+    flags = DataFlags(**{name: value for name, value in settings.items() if name in known})
+    if options.dataset:
+        local = Path(options.dataset).exists()
+        named = None if options.dataset == EMBEDDED and not local else options.dataset
+        flags.train_data_dir, flags.dataset_name = (named, None) if local else (None, named)
+    flags.dataset_config_name = options.config_name or flags.dataset_config_name
+    flags.image_column = options.image_column or flags.image_column
+    flags.label_column = options.label_column or flags.label_column
+    flags.streaming = False
+    return flags
+
+
+def _rows(flags: "DataFlags", options: DataOptions, split: str | None, shape: Shape) -> "Rows":
+    from ..data.reading import Columns, open_dataset, read_rows
+
+    if flags.embedded:
+        from ..data import embedded_digits
+
+        if split not in ("train", "test"):
+            raise DataError(f"--split {split}: the embedded digits have train and test")
+        rows = embedded_digits(split, (shape[1], shape[2]))
+        rows.label_column, rows.caption_column = flags.label_column, options.caption_column
+        return rows
+    opened = open_dataset(
+        flags.dataset_name, flags.train_data_dir, flags.dataset_config_name, flags.cache_dir, options.token
+    )
+    columns = Columns(flags.image_column, flags.label_column, options.caption_column)
+    return read_rows(opened, split or "train", columns)
+
+
+def _of_the_run(settings: dict[str, Any], shape: Shape, options: DataOptions) -> Data:
+    """The images that a run was trained on, and those that it held out."""
+    from ..data import load_rows
+
+    flags = _flags(options, settings)
+    holds_out = bool(settings.get("validation_steps") or flags.validation_split or flags.embedded)
+    caption = options.caption_column or settings.get("caption_column")
+    if flags.embedded and caption is None and "caption_column" in settings:  # a run by text on the embedded digits
+        from ..data import CAPTION_COLUMN
+
+        caption = CAPTION_COLUMN
+    seed = settings.get("seed") or 0
+    try:
+        rows, held_out = load_rows(flags, seed, options.token, caption, holds_out)
+    except DataError as error:
+        raise DataError(f"the data that the run recorded: {error}; name it with --dataset") from error
+    return Data(_image_set(rows, flags, shape), held_out and _image_set(held_out, flags, shape))
+
+
+def _image_set(rows: "Rows", flags: "DataFlags", shape: Shape) -> "ImageSet":
+    """Rows as images of a shape: resized and cropped as in training, in the centre, not flipped."""
+    from ..data import ImageDataset, ImageTransform, augmentation_uniforms, should_cache
+    from ..evaluation.image_sets import ImageSet
+
+    if shape[0] not in CHANNELS:
+        raise DataError(f"the model's images have {shape[0]} channels; features are computed of 1 or 3")
+    limits = (float(flags.pixel_range[0]), float(flags.pixel_range[1])) if flags.pixel_range else None
+    transform = ImageTransform(
+        shape[1],
+        shape[2],
+        shape[0],
+        center_crop=True,
+        interpolation=flags.image_interpolation_mode,
+        pixel_range=limits,
+    )
+    cached = should_cache(rows, transform, "auto")
+    dataset = ImageDataset(rows, transform, 0, cached, flags.skip_broken_images)
+    dataset.leave_out_broken()
+
+    def read(indices: Sequence[int]) -> "np.ndarray":
+        return dataset.__getitems__([(0, index) for index in indices])["images"].numpy()
+
+    captions = None
+    if rows.caption_column is not None:
+        everyone = list(range(len(dataset)))
+        captions = dataset.described(everyone, [augmentation_uniforms(0, 0, index) for index in everyone])["captions"]
+    known = f"{rows.fingerprint(sampled=len(rows.dataset))}{tuple(transform)}{len(dataset)}"
+    fingerprint = hashlib.sha256(known.encode()).hexdigest()[:16]
+    return ImageSet(
+        rows.name, fingerprint, shape, len(dataset), read, dataset.labels, list(rows.label_names), captions
+    )
+
+
+def generated_images(path: str, resolution: int | None = None) -> "ImageSet | None":
+    """The images of a folder or an npz file that is named instead of a model; None if it is a model.
+
+    Args:
+        resolution: to crop and resize them to.
+
+    Raises:
+        DataError: they have several sizes, or channels that extractors do not read.
+    """
+    from ..common.checkpoints import SETTINGS
+    from ..inference.loading import MODEL_INDEX, is_checkpoint
+
+    folder = Path(path)
+    if folder.suffix == ".npz" and folder.is_file():
+        return _npz(path)
+    if not folder.is_dir() or is_checkpoint(folder):
+        return None
+    if (folder / MODEL_INDEX).is_file() or (folder / SETTINGS).is_file():
+        return None
+    from ..data import DataFlags
+
+    rows = _sampled_here(folder) or _rows_of(path)
+    shape = _one_shape(rows, any_size=resolution is not None)
+    return _image_set(rows, DataFlags(), shape if resolution is None else (shape[0], resolution, resolution))
+
+
+def _rows_of(path: str) -> "Rows":
+    """The images of a folder, or of its training split."""
+    from ..data.reading import Columns, open_dataset, read_rows
+
+    opened = open_dataset(None, path, None, None, None)
+    splits = opened.source.splits()
+    return read_rows(opened, "train" if "train" in splits else splits[0], Columns())
+
+
+def _sampled_here(folder: Path) -> "Rows | None":
+    """The single images that `ddpm-hf sample` wrote to a folder; None if it wrote none."""
+    import datasets
+
+    from ..common.ownership import listed
+    from ..data import Rows
+    from .pictures import PART
+
+    names = sorted(name for name in listed(folder, PART) if Path(name).stem.isdecimal() and (folder / name).is_file())
+    if not names:
+        return None
+    cells = [{"bytes": None, "path": str(folder / name)} for name in names]
+    features = datasets.Features({"image": datasets.Image(decode=False)})
+    return Rows(datasets.Dataset.from_dict({"image": cells}, features=features), str(folder), "image")
+
+
+def _one_shape(rows: "Rows", any_size: bool = False) -> Shape:
+    """The shape that all images of a folder have; with `any_size` the first's, and all have as many channels.
+
+    Raises:
+        DataError: there are several.
+    """
+    from ..data.images import image_size, peek, why_unreadable
+
+    shape = name = None
+    for index, row in enumerate(rows.dataset):
+        try:
+            image = peek(row[rows.image_column], rows.array_type and rows.array_type[0])
+            height, width = image_size(image, 3)
+        except Exception as error:  # whatever PIL's decoders raise
+            raise DataError(f"image {rows.name_of(row, index)}: {why_unreadable(error)}") from error
+        gray = getattr(image, "mode", "RGB") in ("1", "L", "LA") or getattr(image, "mode", "").startswith("I")
+        one = (1 if gray else 3, height, width)
+        if shape is not None and (one[:1] if any_size else one) != (shape[:1] if any_size else shape):
+            raise DataError(
+                f"image {rows.name_of(row, index)} has {_size(one)}, and {name} {_size(shape)}; give images of one"
+                " size and mode, or --resolution for one size"
+            )
+        shape, name = one, name or rows.name_of(row, index)
+    if shape is None:
+        raise DataError(f"{rows.name} has no images")
+    return shape

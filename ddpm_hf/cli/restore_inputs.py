@@ -1,0 +1,203 @@
+"""What `ddpm-hf restore` reads: pictures, masks and true images, and the problem that each picture is."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..restoration.tasks import MASKS, TASKS, Settings
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    from ..portable.linear_ddpm_hf import Operator
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+BANDS = {"1": 1, "L": 1, "I": 1, "F": 1, "LA": 2, "RGB": 3, "RGBA": 4}  # by PIL's mode; others are converted to RGB(A)
+QUANTIZATION = 2 / 255 / 12**0.5  # deviation of the rounding to 8 bits, in [-1, 1]
+
+
+@dataclass
+class Picture:
+    """An image to restore.
+
+    Args:
+        name: of its outputs.
+        y: [1, ...], the observation.
+        truth: [C, H, W] in [-1, 1], where it is known.
+        sigma_y: deviation of y's noise.
+    """
+
+    name: str
+    operator: "Operator"
+    y: "torch.Tensor"
+    truth: "torch.Tensor | None"
+    sigma_y: float
+
+
+def list_images(path: Path, flag: str) -> list[Path]:
+    """An image file, or the images in a folder, by name.
+
+    Raises:
+        ValueError: neither, or a folder without images.
+    """
+    if path.is_dir():
+        files = sorted(one for one in path.iterdir() if one.suffix.lower() in SUFFIXES)
+        if not files:
+            raise ValueError(f"--{flag} {path}: the folder holds no file that ends with {', '.join(SUFFIXES)}")
+        return files
+    if not path.is_file():
+        raise ValueError(f"--{flag} {path}: there is no such file or folder")
+    return [path]
+
+
+def counterpart(image: Path, given: Path, flag: str) -> Path:
+    """The file of a folder that has an image's name (whatever its suffix), or the one file that is given for all."""
+    if not given.is_dir():
+        return list_images(given, flag)[0]
+    for one in list_images(given, flag):
+        if one.stem == image.stem:
+            return one
+    raise ValueError(f"--{flag} {given}: holds no {image.stem}.png for {image}")
+
+
+def read_pixels(path: Path, channels: int, flag: str) -> "np.ndarray":
+    """uint8 [H, W, channels] of an image file.
+
+    Raises:
+        ValueError: not an image, or one of other channels.
+    """
+    import numpy as np
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    from ..data.pixels import is_deep, prepare_image
+
+    try:
+        with Image.open(path) as opened:
+            image = ImageOps.exif_transpose(opened)
+            if not is_deep(image) and image.mode not in BANDS:
+                image = image.convert("RGBA" if "transparency" in image.info or "A" in image.mode else "RGB")
+            image = plain(image)
+            bands = 1 if is_deep(image) else BANDS[image.mode]
+            pixels = None if bands != channels else np.atleast_3d(np.asarray(prepare_image(image, channels)))
+    except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
+        raise ValueError(f"--{flag} {path}: not an image that can be read ({error})") from error
+    if pixels is None:
+        raise ValueError(f"--{flag} {path} has {bands} channels, not {channels}{way_out(bands, channels)}")
+    return pixels
+
+
+def plain(image: "Image.Image") -> "Image.Image":
+    """The image without an opaque alpha, and in gray where its three channels are equal."""
+    import numpy as np
+
+    if image.mode in ("LA", "RGBA") and image.getextrema()[-1] == (255, 255):
+        image = image.convert(image.mode[:-1])
+    if image.mode == "RGB":
+        pixels = np.asarray(image)
+        if (pixels[..., :1] == pixels).all():
+            return image.convert("L")
+    return image
+
+
+def way_out(bands: int, channels: int) -> str:
+    """What to do about an image of other channels."""
+    if bands == 1 and channels == 3:
+        return "; for a gray image, --task colorize"
+    if bands == 3 and channels == 1:
+        return "; convert the image to gray, or use a model of colour images"
+    return ""
+
+
+def read_mask(path: Path) -> "torch.Tensor":
+    """bool [H, W], True where a pixel is known: where the picture is black.
+
+    Raises:
+        ValueError: not an image.
+    """
+    import numpy as np
+    import torch
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            if image.mode in ("LA", "RGBA") and image.getextrema()[-1][0] < 128:
+                white = image.getchannel("A")  # transparent where it is painted out
+                return torch.from_numpy(np.asarray(white) >= 128)
+            return torch.from_numpy(np.asarray(image.convert("L")) < 128)
+    except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
+        raise ValueError(f"--mask {path}: not an image that can be read ({error})") from error
+
+
+def fitted(pixels: "np.ndarray", size: tuple[int, int]) -> "np.ndarray":
+    """uint8 [H, W, C] resized and cropped in the middle to (height, width)."""
+    import numpy as np
+
+    from ..data import ImageTransform
+
+    bands = pixels.shape[2]
+    resized = ImageTransform(*size, bands, center_crop=True).resize(pixels if bands > 1 else pixels[:, :, 0])
+    return np.asarray(resized)
+
+
+def read_picture(
+    path: Path,
+    task: str,
+    settings: Settings,
+    pipeline: Any,
+    *,
+    mask: str | None = None,
+    truth: Path | None = None,
+    degrade: bool = False,
+    fit: bool = False,
+    sigma_y: float | None = None,
+    generator: "torch.Generator | None" = None,
+) -> Picture:
+    """The problem that a picture is.
+
+    Args:
+        mask: a file, a folder of files of the pictures' names, or one of `MASKS`.
+        degrade: whether the picture is a true image, from which y is made.
+        fit: whether to resize it so that the restored image has the model's size.
+        sigma_y: None is estimated, or 0 where y is made.
+        generator: of the noise of a y that is made.
+
+    Raises:
+        ValueError: a picture, mask or truth that does not fit.
+    """
+    from ..portable.restoration_ddpm_hf import estimate_sigma
+    from ..restoration.pictures import to_tensor
+
+    channels = pipeline.image_channels
+    if task == "colorize" and channels not in (3, 4):
+        raise ValueError(f"--task colorize requires a model of colour images, and this one has {channels} channels")
+    observed_channels = channels if degrade or task != "colorize" else channels - 2
+    pixels = read_pixels(path, observed_channels, "image")
+    enlarged = settings.factor if task == "super-resolution" and not degrade else 1
+    if fit:
+        height, width = pipeline.image_size
+        pixels = fitted(pixels, (height // enlarged, width // enlarged))
+    image = to_tensor(pixels)
+    if task == "inpaint" and mask is not None:
+        known = mask if mask in MASKS else read_mask(counterpart(path, Path(mask), "mask"))
+        settings = settings._replace(mask=known)
+    height, width = (enlarged * side for side in image.shape[1:])
+    try:
+        operator = TASKS[task].operator((channels, height, width), settings)
+        pipeline.check_size(operator)
+        if degrade:
+            y = operator.observe(image[None], sigma_y or 0.0, generator)
+            return Picture(path.stem, operator, y, image, sigma_y or 0.0)
+        y, true = image[None], None
+        if truth is not None:
+            true = to_tensor(read_pixels(counterpart(path, truth, "truth"), channels, "truth"))
+            if tuple(true.shape) != tuple(operator.shape):
+                raise ValueError(
+                    f"the truth has {true.shape[1]}x{true.shape[2]} pixels, the solution {height}x{width}"
+                )
+        if sigma_y is None:
+            sigma_y = max(estimate_sigma(y, getattr(operator, "mask", None)), QUANTIZATION)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return Picture(path.stem, operator, y, true, sigma_y)

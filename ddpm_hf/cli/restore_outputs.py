@@ -1,0 +1,107 @@
+"""What `ddpm-hf restore` writes: pictures, and a table of figures."""
+
+import functools
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .pictures import encoded
+
+if TYPE_CHECKING:
+    import torch
+
+    from .restore_inputs import Picture
+
+PART = "restored"  # of the folder's manifest
+PATTERNS = ("comparison.png", "restored.json")
+SHOWN_ROWS = 32  # images in a comparison
+
+
+def measure(
+    picture: "Picture", solutions: "torch.Tensor", features: Callable[["torch.Tensor"], "torch.Tensor"] | None
+) -> dict[str, Any]:
+    """The figures of a picture's solutions [S, C, H, W] in [0, 1].
+
+    Args:
+        features: uint8 images -> features, for a perceptual distance.
+    """
+    from ..restoration import figures
+
+    x = solutions * 2 - 1
+    error = picture.operator.observed(picture.y - picture.operator.forward(x)).flatten(1)
+    row: dict[str, Any] = {
+        "image": picture.name,
+        "solutions": len(solutions),
+        "sigma_y": picture.sigma_y,
+        "residual": float(error.square().mean(1).sqrt().mean()),
+    }
+    if picture.truth is None:
+        return row
+    truth, summary = picture.truth / 2 + 0.5, figures.summarize(solutions)
+    row["psnr"] = float(figures.psnr(solutions, truth[None]).mean())
+    row["ssim"] = float(figures.ssim(solutions, truth[None]).mean())
+    if len(solutions) > 1:
+        row["psnr_of_mean"] = float(figures.psnr(summary.mean[None], truth[None]))
+        row["ssim_of_mean"] = float(figures.ssim(summary.mean[None], truth[None]))
+        row["coverage"] = figures.coverage(summary, truth)
+    if features is not None:
+        both = ((_stacked(solutions, truth)).clamp(0, 1) * 255).round().byte()
+        described = features(both)
+        row["feature_distance"] = float(figures.feature_distance(described[:-1], described[-1:]).mean())
+    return row
+
+
+def _stacked(solutions: "torch.Tensor", truth: "torch.Tensor") -> "torch.Tensor":
+    import torch
+
+    return torch.cat([solutions, truth[None]])
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The figures as text: a line for each image, and their mean where there are several."""
+    names = [name for name in rows[0] if name not in ("image", "solutions")]
+    lines = [[row["image"], *(f"{row[name]:.4g}" for name in names)] for row in rows]
+    if len(rows) > 1:
+        lines.append(["mean", *(f"{sum(row[name] for row in rows) / len(rows):.4g}" for name in names)])
+    lines.insert(0, ["image", *names])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join("  ".join(word.ljust(width) for word, width in zip(line, widths)).rstrip() for line in lines)
+
+
+def write_restored(
+    out: Path,
+    pictures: Sequence["Picture"],
+    solutions: Sequence["torch.Tensor"],
+    rows: Sequence[dict[str, Any]],
+    settings: dict[str, Any],
+) -> None:
+    """Write the solutions, their summaries, a comparison and the figures, replacing the files of an earlier call.
+
+    Args:
+        solutions: of each picture, [S, C, H, W] in [0, 1].
+        settings: of the call, for restored.json.
+    """
+    from ..common.ownership import replace_files
+    from ..restoration import pictures as made
+    from ..restoration.figures import summarize
+
+    files: dict[str, Callable[[], bytes]] = {}
+    cells = []
+    for picture, several in zip(pictures, solutions):
+        folder = f"{picture.name}/" if len(pictures) > 1 else ""
+        summary = summarize(several)
+        views = {f"{index:04d}": made.picture(one) for index, one in enumerate(several)}
+        views["observed"] = made.observed_picture(picture.y[0], picture.operator)
+        if len(several) > 1:
+            views["mean"], views["deviation"] = made.picture(summary.mean), made.deviation_picture(summary.deviation)
+            views["low"], views["high"] = made.picture(summary.low), made.picture(summary.high)
+        files |= {f"{folder}{name}.png": functools.partial(encoded, view) for name, view in views.items()}
+        truth = None if picture.truth is None else picture.truth / 2 + 0.5
+        cells.append(made.Cells(views["observed"], several, summary, truth))
+    same = [one for one in cells[:SHOWN_ROWS] if one.pictures[0][1].size == cells[0].pictures[0][1].size]
+    names = [picture.name for picture, one in zip(pictures, cells) if one in same]
+    files["comparison.png"] = lambda: encoded(made.comparison(same, names))
+    report = {"settings": settings, "images": list(rows)}
+    files["restored.json"] = lambda: (json.dumps(report, indent=1) + "\n").encode()
+    replace_files(out, PART, files)

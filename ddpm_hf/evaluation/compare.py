@@ -1,0 +1,86 @@
+"""Several evaluations side by side, where they measured alike."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from ..common.errors import UsageError
+from .metrics import METRICS
+from .report import in_columns, label, number
+
+# What must be equal in two evaluations, and its name for people; numbers of samples bias FID and its like
+ALIKE = {
+    "protocol": "protocol",
+    "features": "features",
+    "features_fingerprint": "weights of the features",
+    "dataset_fingerprint": "real images",
+    "samples": "number of samples",
+}
+
+
+class Column(NamedTuple):
+    """One set of samples of one evaluation."""
+
+    name: str
+    figures: dict[str, dict[str, Any]]
+
+
+def check_alike(names: Sequence[str], records: Sequence[dict[str, Any]]) -> None:
+    """Raise UsageError for evaluations whose figures do not compare: the message says what differs."""
+    for name, record in zip(names[1:], records[1:]):
+        for key, said in ALIKE.items():
+            values = [one["stamp"].get(key) for one in (records[0], record)]
+            if values[0] == values[1]:
+                continue
+            if key == "dataset_fingerprint":
+                values = [
+                    f"{one['stamp'].get('dataset')} ({value})" for one, value in zip((records[0], record), values)
+                ]
+            raise UsageError(
+                f"{names[0]} and {name} do not compare: {said} {values[0]} and {values[1]}; evaluate one of them as"
+                " the other was"
+            )
+
+
+def columns_of(names: Sequence[str], records: Sequence[dict[str, Any]]) -> list[Column]:
+    """A column for each set of samples; its name says the sampler where an evaluation has several."""
+    columns = []
+    for name, record in zip(names, records):
+        for result in record["results"]:
+            shown = f"{name} ({result['title']})" if len(record["results"]) > 1 else name
+            columns.append(Column(shown, result["figures"]))
+    return columns
+
+
+def best(name: str, columns: Sequence[Column]) -> int | None:
+    """The column whose figure is better than all others, its interval apart from theirs; None if there is none."""
+    metric = METRICS.get(name)
+    if metric is None or metric.lower_is_better is None or len(columns) < 2:
+        return None
+    sign = 1 if metric.lower_is_better else -1
+    bounds = []
+    for index, column in enumerate(columns):
+        figure = column.figures.get(name)
+        if figure is not None and figure["low"] is not None:
+            ends = sorted((sign * figure["low"], sign * figure["high"]))
+            bounds.append((*ends, index))
+    bounds.sort()
+    return bounds[0][2] if len(bounds) > 1 and bounds[0][1] < bounds[1][0] else None
+
+
+def compare_table(columns: Sequence[Column]) -> str:
+    """Figures with their intervals, a metric a line; a star marks one whose interval is better than all others'."""
+    metrics = list(dict.fromkeys(name for column in columns for name in column.figures))
+    rows: list[Sequence[str]] = [("", *(column.name for column in columns))]
+    for name in metrics:
+        winner, cells = best(name, columns), []
+        for index, column in enumerate(columns):
+            figure = column.figures.get(name)
+            cells.append(_cell(figure) + " *" * (index == winner) if figure else "")
+        rows.append((label(name), *cells))
+    return in_columns(rows)
+
+
+def _cell(figure: dict[str, Any]) -> str:
+    if figure["low"] is None:
+        return number(figure["value"])
+    return f"{number(figure['value'])} [{number(figure['low'])}, {number(figure['high'])}]"

@@ -1,0 +1,239 @@
+"""From real and generated images to figures, each with its interval and with what it was computed from."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..common.errors import DataError, UsageError
+from .features import PARTS, Extractor, Features, extract
+from .features.cache import cached_features
+from .image_sets import ImageSet
+from .metrics import METRICS, Figure, Metric
+from .protocols import Protocol
+from .ranks import Ranks
+from .sampling import AT_ONCE, SampleStore, fill, stored_features
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How images are measured.
+
+    Args:
+        metrics: names of `METRICS`.
+        extractor: the network whose features are compared; None without metrics.
+        protocol: how it and the metrics compute.
+        seed: of subsets and of the bootstrap.
+    """
+
+    metrics: tuple[str, ...]
+    extractor: Extractor | None
+    protocol: Protocol
+    seed: int = 0
+
+    @property
+    def rows(self) -> dict[str, Metric]:
+        """The metrics by their names."""
+        return {name: METRICS[name] for name in self.metrics}
+
+    @property
+    def keep(self) -> frozenset[str]:
+        """The parts of the features that the metrics read, always with `pool`."""
+        return frozenset(part for row in self.rows.values() for part in parts_of(row)) & frozenset(PARTS) | {"pool"}
+
+
+def parts_of(metric: Metric) -> list[str]:
+    """What a metric reads: parts of `Features`, `images`, and `train` if it also reads the training images."""
+    return metric.needs.split("+")
+
+
+def check_metrics(metrics: Sequence[str], extractor: Extractor) -> tuple[str, ...]:
+    """The metrics, without repetitions.
+
+    Raises:
+        UsageError: an unknown one, or one that reads features which the extractor lacks.
+    """
+    for name in metrics:
+        if name not in METRICS:
+            raise UsageError(f"--metrics {name}: must be one of {', '.join(METRICS)}")
+        lacking = set(parts_of(METRICS[name])) & set(PARTS) - extractor.provides
+        if lacking:
+            raise UsageError(
+                f"--metrics {name}: requires {lacking.pop()} features, which --features {extractor.name} lack"
+            )
+    return tuple(dict.fromkeys(metrics))
+
+
+class Reference:
+    """The real images: features and summaries of them are computed once, when they are first needed.
+
+    Args:
+        images: those that samples are compared with; for memorization, those that the model was trained on.
+        held_out: images that it was not trained on.
+    """
+
+    def __init__(self, measure: Measure, images: ImageSet, held_out: ImageSet | None = None):
+        self.measure, self.images, self.held_out = measure, images, held_out
+        self._features: dict[str, Features] = {}
+        self._summaries: dict[tuple[str, str], np.ndarray] = {}
+
+    def features(self, images: ImageSet) -> Features:
+        """Those of a set of real images."""
+        if images.fingerprint not in self._features:
+            self._features[images.fingerprint] = cached_features(
+                self.measure.extractor,
+                lambda: images.batches(AT_ONCE),
+                images.fingerprint,
+                keep=self.measure.keep,
+                progress=f"features of {images.name}",
+                total=images.count,
+            )
+        return self._features[images.fingerprint]
+
+    def summary(self, images: ImageSet, metric: Metric) -> np.ndarray:
+        """What a metric on pixels keeps of each image, [N, ...]."""
+        key = (images.fingerprint, str(metric.summary_home))
+        if key not in self._summaries:
+            self._summaries[key] = summarize(metric, images.batches(AT_ONCE))
+        return self._summaries[key]
+
+    def side(self, images: ImageSet, metric: Metric) -> Any:
+        """What a metric reads of a set of real images."""
+        return self.summary(images, metric) if "images" in parts_of(metric) else self.features(images)
+
+    def prepare(self) -> None:
+        """Read all real images, so that one that cannot be read ends the evaluation before anything is sampled."""
+        for metric in self.measure.rows.values():
+            for images in filter(None, (self.images, self.held_out if "train" in parts_of(metric) else None)):
+                self.side(images, metric)
+
+
+def summarize(metric: Metric, batches: Iterable) -> np.ndarray:
+    """What a metric on pixels keeps of each image, [N, ...], batch by batch."""
+    return np.concatenate([metric.summary(batch) for batch in batches])
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Images of a model under one sampler, or from elsewhere.
+
+    Args:
+        count: how many to evaluate.
+        labels: how they were sampled, for the report and the record: sampler, steps, network calls, seed.
+        store: where they are kept; None for `images`.
+        settings: what determines the images of the store.
+        sample: indices -> uint8 [n, C, H, W].
+        images: those from elsewhere.
+        batch_size: sampled at once.
+    """
+
+    count: int
+    labels: dict[str, Any] = field(default_factory=dict)
+    store: SampleStore | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    sample: Callable[[range], np.ndarray] | None = None
+    images: ImageSet | None = None
+    batch_size: int = 64
+
+    @property
+    def title(self) -> str:
+        """A short name."""
+        return f"{self.labels['sampler']}, {self.labels['steps']} steps" if "sampler" in self.labels else "images"
+
+    def batches(self) -> Iterable:
+        """The images in order, uint8 [n, C, H, W]."""
+        if self.images is not None:
+            return self.images.batches(AT_ONCE)
+        assert self.store is not None
+        return self.store.batches(self.count)
+
+    def take(self, indices: Sequence[int]) -> np.ndarray:
+        """Some of the images, uint8 [n, C, H, W]."""
+        if self.images is not None:
+            return self.images.read(indices)
+        assert self.store is not None
+        return self.store.take(indices)
+
+    def features(self, measure: Measure, ranks: Ranks) -> Features:
+        """Their features; what is missing is sampled first. All ranks call it, and all get them."""
+        if self.images is not None:
+            progress, total = f"features of {self.images.name}", self.count
+            return extract(measure.extractor, self.batches(), keep=measure.keep, progress=progress, total=total)
+        assert self.store is not None
+        assert self.sample is not None
+        if ranks.is_main:
+            self.store.open(self.settings)
+        fill(self.store, self.count, self.batch_size, self.sample, ranks, f"sampling ({self.title})")
+        return stored_features(self.store, self.count, measure.extractor, measure.keep, ranks)
+
+
+def check_counts(measure: Measure, real: int, held_out: int | None, samples: int) -> None:
+    """Raise DataError for fewer images than a metric requires."""
+    for name, row in measure.rows.items():
+        counts = {"real images": real, "samples": samples}
+        if "train" in parts_of(row):
+            if held_out is None:
+                raise DataError(
+                    f"--metrics {name}: requires images that the model was not trained on: --held-out-split"
+                )
+            counts["held-out images"] = held_out
+        for which, count in counts.items():
+            least = row.least(measure.protocol)
+            if count < least:
+                raise DataError(
+                    f"--metrics {name}: requires {least:,} {which} or more with --protocol {measure.protocol.name}"
+                    f" (got {count:,})"
+                )
+
+
+def figures(reference: Reference, samples: Samples, generated: Features) -> dict[str, Figure]:
+    """All figures of one set of samples."""
+    measure, found = reference.measure, {}
+    for name, row in measure.rows.items():
+        parts, options, real = parts_of(row), {}, reference.images
+        if "train" in parts:
+            options = {"train": reference.side(reference.images, row), "train_labels": reference.images.labels}
+            real = reference.held_out
+        ours = summarize(row, samples.batches()) if "images" in parts else generated
+        found[name] = row.function(reference.side(real, row), ours, measure.protocol, measure.seed, **options)
+    return found
+
+
+def evaluate(reference: Reference, everything: Sequence[Samples], ranks: Ranks, say: Callable) -> list[dict[str, Any]]:
+    """Sample, extract and measure; all ranks call it, and the main one gets the results, one for each of `everything`.
+
+    Args:
+        say: a function that shows a line on the main process.
+
+    Returns: for each, how it was sampled, its `samples` and its `figures`, ready for JSON.
+    """
+    if ranks.is_main:
+        reference.prepare()
+    ranks.wait()
+    results = []
+    for samples in everything:
+        generated = samples.features(reference.measure, ranks)
+        if ranks.is_main:
+            say(f"measuring {len(reference.measure.rows)} metrics of {samples.title}")
+            found = figures(reference, samples, generated)
+            shown = {name: asdict(figure) for name, figure in found.items()}
+            results.append({"title": samples.title, **samples.labels, "samples": samples.count, "figures": shown})
+    ranks.wait()
+    return results
+
+
+def stamp(reference: Reference, samples: int | None) -> dict[str, Any]:
+    """What figures must have in common to be compared."""
+    measure, images, held_out = reference.measure, reference.images, reference.held_out
+    return {
+        "protocol": measure.protocol.name,
+        "features": measure.extractor and measure.extractor.name,
+        "features_fingerprint": measure.extractor and measure.extractor.fingerprint,
+        "dataset": images.name,
+        "dataset_fingerprint": images.fingerprint,
+        "real_images": images.count,
+        "held_out_images": held_out.count if held_out else None,
+        "samples": samples,
+        "image": list(images.shape),
+    }

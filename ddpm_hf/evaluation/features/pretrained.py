@@ -1,0 +1,43 @@
+"""Networks that transformers loads, from a local folder or the Hub; from safetensors only."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from ...common.errors import UsageError, readable_load_errors
+
+
+def load_pretrained(kind: str, name: str, features: str) -> Any:
+    """A model of transformers.
+
+    Args:
+        kind: its class in transformers.
+        name: a local folder, or a name on the Hub.
+        features: as in `--features`, for the message.
+
+    Raises:
+        UsageError: it cannot be loaded; the message says which ways are left.
+    """
+    import transformers
+
+    try:
+        with readable_load_errors(name), _quiet():
+            return getattr(transformers, kind).from_pretrained(name, use_safetensors=True)
+    except ValueError as error:
+        raise UsageError(
+            f"features {features!r}: {error}; or name a local folder after a colon, or features that need no download:"
+            " efficientnet-lite0 or classifier:FOLDER"
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without warnings of weights that are not needed: a CLIP model also holds a text encoder."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

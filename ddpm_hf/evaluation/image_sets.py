@@ -1,0 +1,77 @@
+"""A set of images of one size, as an evaluation reads it."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..common.errors import DataError
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images that are read in batches.
+
+    Args:
+        name: for people.
+        fingerprint: of the images and of how they are resized: equal sets have equal ones.
+        shape: (C, H, W).
+        count: how many there are.
+        read: indices -> uint8 [n, C, H, W].
+        labels: class ids [N], or None.
+        label_names: of the classes.
+        captions: a text for each image, or None.
+    """
+
+    name: str
+    fingerprint: str
+    shape: tuple[int, int, int]
+    count: int
+    read: Callable[[Sequence[int]], np.ndarray]
+    labels: np.ndarray | None = None
+    label_names: Sequence[str] = ()
+    captions: Sequence[str] | None = None
+
+    def part(self, count: int) -> "ImageSet":
+        """The first images; they keep the fingerprint of all where they are all."""
+        if count == self.count:
+            return self
+        fingerprint = f"{self.fingerprint}-{count}"
+        labels = None if self.labels is None else self.labels[:count]
+        return replace(self, count=count, fingerprint=fingerprint, labels=labels)
+
+    def batches(self, size: int = 64) -> Iterator[torch.Tensor]:
+        """All images in order, uint8 [n, C, H, W]."""
+        for first in range(0, self.count, size):
+            yield torch.from_numpy(self.read(range(first, min(first + size, self.count))))
+
+
+def from_npz(path: Path) -> ImageSet:
+    """The images of an npz file as ADM's evaluation suite writes it: arr_0, uint8 [N, H, W, C]; arr_1, the labels.
+
+    Raises:
+        DataError: it holds something else.
+    """
+    import hashlib
+
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files if name in ("arr_0", "arr_1")}
+    except (OSError, ValueError, EOFError, KeyError) as error:
+        raise DataError(f"{path}: not an npz file that can be read ({error})") from error
+    images = arrays.get("arr_0")
+    if images is None or images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
+        raise DataError(f"{path} has no array arr_0 of uint8 images [N, H, W, C], C being 1 or 3")
+    images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))  # [N, C, H, W]
+    fingerprint = hashlib.sha256(images.tobytes()).hexdigest()[:16]
+    labels = arrays.get("arr_1")
+    return ImageSet(
+        path.name,
+        fingerprint,
+        (images.shape[1], images.shape[2], images.shape[3]),
+        len(images),
+        lambda indices: images[list(indices)],
+        labels if labels is not None and labels.ndim == 1 and len(labels) == len(images) else None,
+    )

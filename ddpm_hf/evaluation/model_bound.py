@@ -1,0 +1,111 @@
+"""The likelihood of real images under a pipeline: of any kind, in pixels or in latents."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ..common.errors import UsageError
+from ..portable.scheduling_ddpm_hf import DDPMScheduler
+from .bound import Bound, BoundBatch, measure_bound
+from .image_sets import ImageSet
+from .ranks import Ranks
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class ModelBound:
+    """How the bound of a pipeline is measured.
+
+    Args:
+        pipeline: on its device.
+        images: real ones, best not trained on.
+        count: how many of them.
+        conditions_of: indices -> what the network takes besides x_t and t, for these images.
+        calls: of the network for each image; None is one for each timestep.
+        seed: of the noise and, with fewer calls than timesteps, of the timesteps.
+        batch_size: images at once.
+    """
+
+    pipeline: Any
+    images: ImageSet
+    count: int
+    conditions_of: Callable[[Sequence[int]], dict[str, torch.Tensor]]
+    calls: int | None = None
+    seed: int = 0
+    batch_size: int = 64
+
+    def check(self) -> None:
+        """Raise UsageError for fewer calls than the estimate requires."""
+        steps = self.pipeline.scheduler.config.num_train_timesteps
+        if self.calls is not None and not 4 <= self.calls <= steps:
+            raise UsageError(f"--likelihood-calls {self.calls}: must be from 4 to {steps}, the model's timesteps")
+
+    def batches(self, ranks: Ranks) -> list["LazyBatch"]:
+        """This rank's batches, of the same images whatever the number of ranks."""
+        starts = range(0, self.count, self.batch_size)
+        return [LazyBatch(self, range(at, min(at + self.batch_size, self.count))) for at in ranks.share(starts)]
+
+    def measure(self, ranks: Ranks) -> Bound:
+        """The bound of all images; all ranks call it, and all get it."""
+        batches = Loaded(self.batches(ranks))
+        scheduler = DDPMScheduler.from_config(self.pipeline.scheduler.config)
+        latent = getattr(self.pipeline, "vae", None) is not None
+        unet = self.pipeline.unet
+        return measure_bound(
+            unet, scheduler, batches, calls=self.calls, seed=self.seed, latent=latent, gather=ranks.gather,
+            progress=ranks.is_main,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LazyBatch:
+    """A batch that is read when it is needed."""
+
+    of: ModelBound
+    indices: range
+
+    def load(self) -> BoundBatch:
+        """Its images in [-1, 1] on the pipeline's device, or their latents; an image's latent depends on it alone."""
+        from ..inference.studio import keyed_generators
+
+        pipeline, images = self.of.pipeline, torch.from_numpy(np.array(self.of.images.read(self.indices)))
+        x_start = images.to(pipeline.device).float() / 127.5 - 1  # [n, C, H, W]
+        if getattr(pipeline, "vae", None) is not None:
+            generators = keyed_generators(pipeline.device, self.of.seed, self.indices)
+            with torch.no_grad():
+                units = (x_start[:, None] + 1) / 2  # [n, 1, C, H, W]
+                x_start = torch.cat([pipeline.encode(one, key) for one, key in zip(units, generators)])
+        return BoundBatch(self.indices.start, x_start, self.of.conditions_of(self.indices))
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Batches that are read one at a time."""
+
+    lazy: list[LazyBatch]
+
+    def __len__(self) -> int:
+        return len(self.lazy)
+
+    def __iter__(self) -> Any:
+        return (one.load() for one in self.lazy)
+
+
+def bound_plot(bound: Bound) -> "Figure":
+    """The term of each timestep, and the errors of x̂_0 and ε."""
+    from .report import new_figure
+
+    figure, axes = new_figure()
+    rows = bound.curve()
+    t = [row["t"] + 1 for row in rows]
+    axes.plot(t, [max(row["term"], 1e-12) for row in rows], label=f"term of the bound ({bound.unit})")
+    axes.plot(t, [row["x_start_mse"] for row in rows], label="mean squared error of x̂₀")
+    axes.plot(t, [row["epsilon_mse"] for row in rows], label="mean squared error of ε")
+    axes.set(xscale="log", yscale="log", xlabel="t + 1")
+    axes.legend(frameon=False, fontsize="small")
+    return figure

@@ -1,0 +1,274 @@
+"""Restoration: exact observations are met, posteriors of a Gaussian are right, and what does not fit is refused."""
+
+import itertools
+import math
+import re
+
+import diffusers
+import pytest
+import torch
+from PIL import Image
+
+from ddpm_hf import ClassConditionalDDPMPipeline, DDPMPipeline, DDPMRestorationPipeline, DDPMScheduler
+from ddpm_hf.portable.operators_ddpm_hf import OPERATORS
+from ddpm_hf.portable.restoration_ddpm_hf import METHODS, estimate_sigma, plan_chain, tiled
+from tests.support.fixtures_pipeline import (
+    GaussianNetwork,
+    calls_of,
+    finished,
+    randn,
+    tiny_pipeline,
+    tiny_unet,
+    tiny_vae,
+)
+
+T = 50
+
+
+def restorer(channels=1, **config):
+    """A restoration pipeline of an untrained network."""
+    pipeline = tiny_pipeline(channels, num_train_timesteps=T, beta_schedule="cosine", **config)
+    return finished(DDPMRestorationPipeline.from_pipe(pipeline))
+
+
+def make(name, shape):
+    options = {"mask": randn(*shape[1:]) > 0} if name == "mask" else {}
+    return OPERATORS[name](shape, **options)
+
+
+def restore(pipeline, operator, y, sigma_y=0.0, method="ddnm", steps=4, solutions=1, **more):
+    options = {"generator": torch.Generator().manual_seed(0), "output_type": "latent", **more}
+    return pipeline(y, operator, sigma_y, method, steps, solutions, **options)
+
+
+# Exact observations
+
+KINDS = [
+    {"prediction_type": kind, "variance_type": variance}
+    for kind in ("epsilon", "sample", "v_prediction", "posterior_mean")
+    for variance in ("fixed_small", "learned_range")
+] + [{"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}, {"variance_type": "learned"}]
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.85, 1.0])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_ddnm_meets_an_exact_observation(name, eta):
+    """Else the known pixels of a restored image are not those that were given."""
+    pipeline = restorer(3)
+    operator = make(name, (3, 8, 8))
+    y = operator.forward(randn(2, 3, 8, 8).clamp(-1, 1))
+    output = restore(pipeline, operator, y, solutions=2, eta=eta)
+    assert output.images.shape == (4, 3, 8, 8)
+    assert float(output.residuals.max()) < 1e-5
+    error = (operator.forward(output.images) - y.repeat_interleave(2, 0)).square().flatten(1).mean(1).sqrt()
+    assert float(error.max()) < 1e-5
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("config", KINDS, ids=lambda one: "-".join(map(str, one.values())))
+def test_every_method_meets_an_exact_observation_with_every_kind_of_model(method, config):
+    """Else a kind of model, or a method, ends elsewhere than where y says."""
+    pipeline, operator = restorer(1, **config), OPERATORS["average-pooling"]((1, 8, 8))
+    y = operator.forward(randn(1, 1, 8, 8).clamp(-1, 1))
+    assert float(restore(pipeline, operator, y, method=method, steps=3).residuals.max()) < 1e-5
+    noisy = restore(pipeline, operator, y, 0.2, method, steps=3)
+    assert bool(torch.isfinite(noisy.images).all())
+
+
+# Posteriors of a Gaussian, whose pixels are independent
+
+
+def gaussian(mean, variance, steps=200):
+    scheduler = DDPMScheduler(steps, beta_schedule="cosine", clip_sample=False)
+    network = GaussianNetwork(dict(scheduler.config), mean, variance)
+    return finished(DDPMRestorationPipeline.from_pipe(finished(DDPMPipeline(network, scheduler))))
+
+
+@pytest.mark.parametrize("method", ["pigdm", "mmps"])
+@pytest.mark.parametrize("name", ["identity", "average-pooling", "gaussian-blur", "half"])
+def test_the_posterior_of_a_gaussian_is_exact(method, name):
+    """Else solutions are too sure or too unsure of themselves; x ~ N(m, v I) and y = A x + n has a closed form."""
+    mean, variance, sigma = 0.2, 0.25, 0.3
+    operator = OPERATORS[name]((1, 8, 8))
+    y = operator.observe(mean + math.sqrt(variance) * randn(1, 1, 8, 8), sigma, torch.Generator().manual_seed(1))
+    solutions = restore(gaussian(mean, variance), operator, y, sigma, method, steps=100, solutions=512).images
+    prior = torch.full((1, 1, 8, 8), mean)
+    exact = prior + operator.regularized_inverse(operator.observed(y - operator.forward(prior)), sigma**2 / variance)
+    probes = torch.eye(64).reshape(64, 1, 8, 8)
+    covariance = operator.reweight(probes, lambda s: variance * sigma**2 / (variance * s * s + sigma**2))
+    expected = covariance.reshape(64, 64).diag().reshape(8, 8)
+    error = (solutions.mean(0) - exact[0]).square().mean().sqrt() / math.sqrt(variance)
+    assert float(error) < 0.06  # 512 solutions alone leave 0.04
+    assert abs(float(solutions.var(0).mean() / expected.mean()) - 1) < 0.05
+
+
+def test_noisy_ddnm_takes_no_more_noise_than_y_has():
+    """Else the noise of y is in the image, or y is ignored."""
+    sigma = 0.3
+    operator = OPERATORS["identity"]((1, 8, 8))
+    x = 0.5 * randn(1, 1, 8, 8)
+    y = operator.observe(x, sigma, torch.Generator().manual_seed(1))
+    solutions = restore(gaussian(0.0, 0.25), operator, y, sigma, steps=100, solutions=256).images
+    shrunk = y * 0.25 / (0.25 + sigma**2)
+    assert float((solutions.mean(0) - shrunk).square().mean().sqrt()) < 0.1
+
+
+# The chain
+
+
+def test_time_travel_and_start_take_the_steps_that_they_say():
+    """Else the cost is another one than documented, or the chain skips a step."""
+    pipeline, operator = restorer(), OPERATORS["half"]((1, 8, 8))
+    y = operator.forward(randn(1, 1, 8, 8))
+    with calls_of(pipeline.unet, lambda inputs, more: int(inputs[1])) as seen:
+        restore(pipeline, operator, y, steps=5)
+        restore(pipeline, operator, y, steps=5, start=0.5)
+        restore(pipeline, operator, y, steps=4, time_travel=(2, 3))
+    assert seen[:5] == [49, 37, 24, 12, 0]
+    assert seen[5:10] == [24, 18, 12, 6, 0]
+    assert seen[10:] == [49, 33] * 3 + [16, 0]
+    plan = plan_chain(list(range(9, -1, -1)), 3, 2)
+    assert all(up == following[0] for (_, _, up), following in itertools.pairwise(plan))
+
+
+def test_a_start_is_the_noised_pseudo_inverse():
+    """Else starting within the chain forgets y, and needs all steps again."""
+    pipeline, operator = restorer(), OPERATORS["average-pooling"]((1, 8, 8))
+    y = operator.forward(randn(1, 1, 8, 8))
+    with calls_of(pipeline.unet, lambda inputs, more: inputs[0].clone()) as seen:
+        restore(pipeline, operator, y, steps=2, start=0.5)
+    noise = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(seen[0], pipeline.scheduler.add_noise(operator.pseudo_inverse(y), noise, 24))
+
+
+def test_solutions_depend_on_their_generator_alone():
+    """Else a batch size changes the pictures."""
+    pipeline, operator = restorer(), OPERATORS["half"]((1, 8, 8))
+    y = operator.forward(randn(2, 1, 8, 8))
+    seeds = [torch.Generator().manual_seed(i) for i in range(4)]
+    together = restore(pipeline, operator, y, solutions=2, generator=seeds).images
+    alone = restore(pipeline, operator, y[1:], generator=[torch.Generator().manual_seed(3)]).images
+    torch.testing.assert_close(together[3:], alone, atol=1e-5, rtol=0)
+
+
+def test_tiles_of_a_pixelwise_model_are_the_model_itself():
+    """Else seams show, or a pixel of a larger image is denoised at another place."""
+    x = randn(2, 3, 20, 13)
+    tiles = tiled(lambda x, t: x * x + t, (8, 8))
+    torch.testing.assert_close(tiles(x, 3.0), x * x + 3.0)
+
+
+def test_larger_images_are_restored_in_tiles():
+    """Else only images of the model's size can be restored."""
+    pipeline = restorer(3)
+    operator = OPERATORS["bicubic"]((3, 20, 12), factor=2)
+    y = operator.forward(randn(1, 3, 20, 12).clamp(-1, 1))
+    output = restore(pipeline, operator, y, method="pigdm")
+    assert output.images.shape == (1, 3, 20, 12)
+    assert float(output.residuals.max()) < 1e-5
+
+
+def test_the_noise_of_an_observation_is_estimated():
+    """Else a user who does not know sigma_y has to guess, or gets a silent zero."""
+    flat = torch.linspace(-1, 1, 64).expand(1, 1, 64, 64)
+    assert abs(estimate_sigma(flat + 0.1 * randn(1, 1, 64, 64)) / 0.1 - 1) < 0.1
+    shown = (torch.arange(64) < 32).expand(1, 1, 64, 64)
+    hidden = torch.where(shown, flat + 0.1 * randn(1, 1, 64, 64), 0.0)
+    assert abs(estimate_sigma(hidden, shown) / 0.1 - 1) < 0.1
+    pipeline, operator = restorer(), OPERATORS["identity"]((1, 8, 8))
+    assert restore(pipeline, operator, 0.1 * randn(1, 1, 8, 8), None).sigma_y == pytest.approx(0.1, rel=0.5)
+
+
+# Models
+
+
+def test_a_model_of_stock_restores(tmp_path):
+    """Else only our own folders can be used."""
+    stock = finished(diffusers.DDPMPipeline(tiny_unet(), diffusers.DDPMScheduler(num_train_timesteps=T)))
+    stock.save_pretrained(tmp_path)
+    operator = OPERATORS["half"]((1, 8, 8))
+    y = operator.forward(randn(1, 1, 8, 8))
+    first = restore(finished(DDPMRestorationPipeline.from_pipe(stock)), operator, y).images
+    loaded = finished(DDPMRestorationPipeline.from_pretrained(tmp_path))
+    torch.testing.assert_close(restore(loaded, operator, y).images, first)
+    with pytest.raises(ValueError, match="save the pipeline that it was made from"):
+        loaded.save_pretrained(tmp_path / "again")
+
+
+def test_another_sampler_in_the_pipeline_changes_nothing():
+    """Else a pipeline that was used with DDIM restores by another diffusion, or has lost its learned variance."""
+    pipeline = tiny_pipeline(1, num_train_timesteps=T, variance_type="learned_range")
+    operator = OPERATORS["half"]((1, 8, 8))
+    y = operator.forward(randn(1, 1, 8, 8))
+    first = restore(finished(DDPMRestorationPipeline.from_pipe(pipeline)), operator, y).images
+    finished(pipeline, "DDIMScheduler")
+    torch.testing.assert_close(
+        restore(finished(DDPMRestorationPipeline.from_pipe(pipeline)), operator, y).images, first
+    )
+    assert type(pipeline.scheduler) is diffusers.DDIMScheduler
+
+
+def test_classes_are_those_of_the_model():
+    """Else a model by class restores every image as one class."""
+    names = {0: "cat", 1: "dog"}
+    by_class = ClassConditionalDDPMPipeline(tiny_unet(num_class_embeds=3), DDPMScheduler(T), names)
+    pipeline, operator = finished(DDPMRestorationPipeline.from_pipe(by_class)), OPERATORS["half"]((1, 8, 8))
+    y = operator.forward(randn(2, 1, 8, 8))
+    with calls_of(pipeline.unet, lambda inputs, more: more["class_labels"].tolist()) as seen:
+        for labels in (None, "dog", [1, 0]):
+            restore(pipeline, operator, y, steps=1, solutions=2, class_labels=labels)
+    assert seen == [[2] * 4, [1] * 4, [1, 1, 0, 0]]
+
+
+def test_a_model_of_latents_restores_by_dps_alone():
+    """Else a method that requires a linear observation runs on latents and means nothing."""
+    pipeline = tiny_pipeline(4, tiny_vae(), num_train_timesteps=T)
+    pipeline, operator = finished(DDPMRestorationPipeline.from_pipe(pipeline)), OPERATORS["box"]((3, 16, 16))
+    y = operator.forward(randn(1, 3, 16, 16).clamp(-1, 1))
+    output = restore(pipeline, operator, y, 0.1, "dps", steps=2, output_type="pt")
+    assert output.images.shape == (1, 3, 16, 16)
+    with pytest.raises(ValueError, match="latents, use dps"):
+        restore(pipeline, operator, y)
+
+
+def test_pil_images_are_observations():
+    """Else a picture has to be turned into a tensor by hand."""
+    pipeline, operator = restorer(3), OPERATORS["gray"]((3, 8, 8))
+    picture = Image.linear_gradient("L").resize((8, 8))
+    output = restore(pipeline, operator, picture, output_type="pil")
+    assert output.images[0].mode == "RGB"
+    difference = torch.tensor(list(output.images[0].convert("L").getdata())) - torch.tensor(list(picture.getdata()))
+    assert int(difference.abs().max()) <= 2 or float(output.residuals.max()) < 1e-5
+
+
+HALF = OPERATORS["half"]((1, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"sigma_y": -0.1}, "sigma_y=-0.1"),
+        ({"sigma_y": math.nan}, "sigma_y=nan"),
+        ({"method": "ddrm"}, "'ddrm'"),
+        ({"observation": torch.zeros(1, 1, 8, 9)}, "(1, 1, 8, 9)"),
+        ({"observation": torch.full((1, 1, 8, 8), math.nan)}, "NaN"),
+        ({"observation": "photo.png"}, "PIL images"),
+        ({"operator": OPERATORS["half"]((3, 8, 8))}, "3 channels"),
+        ({"operator": OPERATORS["half"]((1, 4, 8))}, "4x8"),
+        ({"operator": (lambda x: x[..., 1:], lambda y: torch.nn.functional.pad(y, (1, 0))),
+          "observation": torch.zeros(1, 1, 8, 7), "sigma_y": 0.1}, "pigdm"),
+        ({"num_inference_steps": 0}, "num_inference_steps=0"),
+        ({"num_inference_steps": T, "start": 0.5}, "num_inference_steps=50"),
+        ({"num_solutions": 0}, "num_solutions=0"),
+        ({"eta": 2.0}, "eta=2.0"),
+        ({"weight": 0.0}, "weight=0.0"),
+        ({"iterations": 0}, "iterations=0"),
+        ({"start": 0.0}, "start=0.0"),
+        ({"time_travel": (0, 2)}, "time_travel=0"),
+        ({"class_labels": [1]}, "no classes"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused(options, named):
+    """Else a call fails within the chain, or restores something else."""
+    with pytest.raises(ValueError, match=re.escape(named)):
+        restorer()(**{"observation": torch.zeros(1, 1, 8, 8), "operator": HALF, "num_inference_steps": 2, **options})

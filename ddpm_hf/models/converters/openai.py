@@ -8,6 +8,7 @@ import torch
 
 from ...portable.networks_ddpm_hf import NoisyClassifier, build_unet
 from ...portable.scheduling_ddpm_hf import DDPMScheduler
+from .attention_check import check_attention
 from .conversion import Conversion, Options, State, make_pipeline, names_of_classes
 from .openai_flags import GUIDED, IMPROVED, PUBLISHED, Flags, choose_flags, parse_flags
 from .openai_layout import Layout, read_layout, unet_config
@@ -47,9 +48,10 @@ def convert_openai(state: State, options: Options, repository: str | None = None
         whole = network.config
         model = make_pipeline(network, scheduler, options.labels)
     load_openai(network, whole, state, flags.legacy_order, encoder=bool(layout.positions))
-    return Conversion(
-        model, [*facts, *describe(of, layout, flags, network)], original_of(of, layout, flags, state), network
-    )
+    facts += describe(of, layout, flags, network)
+    if not layout.positions and not layout.upsampler:
+        facts.append(check_attention(network, whole, state, flags, scheduler))
+    return Conversion(model, facts, original_of(of, layout, flags, state), network)
 
 
 def build_unet_on_meta(config: dict[str, Any]) -> torch.nn.Module:

@@ -92,8 +92,8 @@ def check_attention(
     best = min(others, key=lambda text: others[text], default=None)
     if best is not None and others[best] < min(BETTER * error, TRAINED):
         raise ValueError(
-            f"with {best} it predicts noise better (error {others[best]:.3f}) than with the given flags ({error:.3f}): they"
-            " are of another network"
+            f"with {best} it predicts noise better (error {others[best]:.3f}) than with the given flags ({error:.3f}):"
+            " they are of another network"
         )
     if error >= TRAINED:
         return f"attention: not checked, since the network does not denoise (error {error:.2f})"

@@ -64,7 +64,10 @@ def make_pipeline(unet: torch.nn.Module, scheduler: Any, labels: Sequence[str] |
     """
     from ...portable.pipeline_class_conditional_ddpm_hf import ClassConditionalDDPMPipeline
     from ...portable.pipeline_ddpm_hf import DDPMPipeline
+    from ...portable.pipeline_upsampling_ddpm_hf import UpsamplingDDPMPipeline
 
+    if unet.config.get("condition_channels"):
+        return UpsamplingDDPMPipeline(unet, scheduler)
     embeddings = unet.config.num_class_embeds or 0
     if embeddings:
         return ClassConditionalDDPMPipeline(unet, scheduler, names_of_classes(labels, embeddings))
@@ -88,7 +91,8 @@ def parity(conversion: Conversion) -> float | None:
     config = ours.config.get("unet", ours.config)  # a classifier's encoder
     side = config["sample_size"] if "unet" in ours.config else 2 ** max(3, len(config["block_out_channels"]))
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, config["in_channels"], side, side, generator=generator)
+    conditioned = config.get("condition_channels", 0)
+    x = torch.randn(1, config["in_channels"] + conditioned, side, side, generator=generator)
     t, classes = torch.tensor([321]), config.get("num_class_embeds")
     labels = [torch.tensor([classes - 1])] if classes and "unet" not in ours.config else []
     with torch.no_grad():

@@ -173,11 +173,14 @@ def unet_config(
         way: ["Attn" + f"{way}Block2D" if attends else plain.format(way) for attends in layout.attention]
         for way in ("Down", "Up")
     }
+    in_channels = layout.in_channels
+    if layout.upsampler:
+        own["condition_channels"] = in_channels = in_channels // 2
     resample = "resnet" if layout.resblock_updown else "conv"
     return {
         "sample_size": image_size,
-        "in_channels": layout.in_channels,
-        "out_channels": layout.out_channels if not layout.positions else layout.in_channels,
+        "in_channels": in_channels,
+        "out_channels": layout.out_channels if not layout.positions else in_channels,
         "layers_per_block": layout.layers,
         "block_out_channels": widths,
         "down_block_types": tuple(kinds["Down"]),

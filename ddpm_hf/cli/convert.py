@@ -2,6 +2,7 @@
 
 import enum
 import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
@@ -85,14 +86,14 @@ def convert(
     from ..models.converters.conversion import parity
     from ..models.saving import save_model, save_pipeline
 
-    typer.echo(f"reading {source} ...", err=True)
+    show_progress(f"reading {source} ...")
     conversion = convert(source, Options(flags, names, ema), from_.value if from_ else None, token)
     typer.echo("\n".join(conversion.facts))
     if classifier is not None:
         conversion.model.register_modules(classifier=fitting_classifier(classifier, conversion.model))
     if conversion.original is not None:
         report_parity(parity(conversion))
-    typer.echo(f"writing {to} ...", err=True)
+    show_progress(f"writing {to} ...")
     if isinstance(conversion.model, DiffusionPipeline):
         save_pipeline(conversion.model, to)
         typer.echo(f"saved to {to}: `ddpm-hf sample {to}` samples from it")
@@ -101,12 +102,22 @@ def convert(
         typer.echo(f"saved to {to}: `ddpm-hf sample MODEL --classifier {to}` guides by it")
 
 
+def show_progress(text: str) -> None:
+    """Print what takes a while, for someone who watches."""
+    if sys.stderr.isatty():
+        typer.echo(text, err=True)
+
+
 def check_target(folder: Path) -> None:
     """Raise ValueError for a folder that cannot be written, before any work."""
+    from ..common.checkpoints import SETTINGS, list_checkpoints
+    from ..common.layout import METRICS_FILE, RUN_FILE
     from ..common.ownership import may_write
 
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--to {folder}: a file; name a folder, or a .pt file for the way back")
+    if list_checkpoints(folder) or any((folder / name).exists() for name in (SETTINGS, RUN_FILE, METRICS_FILE)):
+        raise ValueError(f"--to {folder}: holds a training run, which stays; name another folder")
     for name in ("model_index.json", "config.json"):
         if not may_write(folder, name):
             raise ValueError(f"--to {folder}: holds a {name} that this command did not write; name another folder")

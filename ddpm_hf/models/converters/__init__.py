@@ -1,6 +1,6 @@
 """Checkpoints of other programs as pipelines of ours, and back: one file and one row a source."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,11 +71,13 @@ def read_state(path: Path, options: Options) -> State:
             " a TensorFlow checkpoint"
         )
     content = read_torch(path)
-    for inner in ("ema", "ema_state_dict", "state_dict", "model"):  # of files that hold a whole training
-        if isinstance(content.get(inner), dict) and not tensors_of(content):
-            content = content[inner]
-            break
-    return tensors_of(content)
+    if tensors_of(content):
+        if not options.ema:
+            raise ValueError(f"{path}: --no-ema is for files that hold averaged weights besides others")
+        return tensors_of(content)
+    inner = ("ema", "ema_state_dict", "state_dict", "model")  # of files that hold a whole training
+    found = [name for name in (inner if options.ema else inner[::-1]) if isinstance(content.get(name), Mapping)]
+    return tensors_of(content[found[0]]) if found else {}
 
 
 def convert(path: str, options: Options, source: str | None = None, token: str | None = None) -> Conversion:
@@ -92,7 +94,12 @@ def convert(path: str, options: Options, source: str | None = None, token: str |
     """
     local = Path(path)
     is_model = (local / "model_index.json").is_file() or (local / "config.json").is_file()
-    if is_model or (not local.exists() and not is_bundle(local) and path.count("/") == 1 and not local.suffix):
+    a_file = local.suffix in (*TORCH_SUFFIXES, ".safetensors", ".npz", ".index")
+    if is_model or (not local.exists() and not is_bundle(local) and path.count("/") == 1 and not a_file):
+        if options.flags is not None or source is not None or not options.ema:
+            raise ValueError(
+                f"{path}: --flags, --from and --no-ema are not for a model of Diffusers, which says it all"
+            )
         return convert_pickled(find_location(path, token=token), options)
     options = options._replace(name=local.name)
     state = read_state(local, options)

@@ -1,5 +1,6 @@
 """Reading other programs' checkpoints without executing anything in them."""
 
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,7 +30,7 @@ def read_torch(path: Path) -> Mapping[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=modern or None)
     except pickle.UnpicklingError as error:
-        refused = "weights_only" in str(error).lower() or "unsupported" in str(error).lower()
+        refused = re.search("unsupported (global|class|operand)|not an allowed global", str(error), re.IGNORECASE)
         raise ValueError(f"{path}: {REFUSED if refused else _damaged(error)}") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
         raise ValueError(f"{path}: {_damaged(error)}") from error

@@ -15,8 +15,7 @@ EPILOG = """Examples:
 
 ddpm-hf convert 64x64_diffusion.pt --to adm-64
 
-ddpm-hf convert ema_0.9999_500000.pt --to mine --flags "--image_size 64 --num_channels 128 --num_res_blocks 3
---num_heads 4 --learn_sigma True --diffusion_steps 4000 --noise_schedule cosine" --from improved-diffusion
+ddpm-hf convert ema_0.9999_500000.pt --to mine --from improved-diffusion --flags "$MODEL_FLAGS $DIFFUSION_FLAGS"
 
 ddpm-hf convert 64x64_classifier.pt --to adm-64-classifier
 

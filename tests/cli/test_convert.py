@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ddpm_hf import ClassConditionalDDPMPipeline, DDPMPipeline, load
-from ddpm_hf.models.converters import openai, openai_flags
+from ddpm_hf.models.converters import attention_check, openai, openai_flags
 from tests.support.fixtures_cli import assert_one_line
 from tests.support.fixtures_hub import DRAWING, TOKEN, WITHOUT
 from tests.support.fixtures_hub import run as in_a_process
@@ -137,7 +137,8 @@ def test_parity_is_printed_where_the_original_can_be_built(files, run, tmp_path,
     assert code == 0
     figure = float(out.partition("parity: ")[2].partition(",")[0])
     assert figure < 1e-5
-    monkeypatch.setattr(openai, "load_openai", mistaken(openai.load_openai))
+    for each in (openai, attention_check):
+        monkeypatch.setattr(each, "load_openai", mistaken(each.load_openai))
     result = run(*[tmp_path / "b" if word == tmp_path / "a" else word for word in words])
     assert result[0] == 2
     assert "is not the original" in result[2]
@@ -295,41 +296,51 @@ print(json.dumps(True))
 """
 
 
-def test_a_converted_model_with_its_classifier_is_guided_published_and_loaded_by_strangers(
-    files, converted, run, tmp_path
-):
-    """Else a conversion works on the machine that made it alone, or without the guidance it was published for."""
+@pytest.fixture
+def with_classifier(files, converted):
+    """The folder of a model by class with its classifier."""
     classifier, _ = converted("classifier", "--labels", files / "labels.txt")
     folder, _ = converted("adm", "--labels", files / "labels.txt", "--classifier", classifier)
-    pipeline = load(folder)
+    return folder
+
+
+def images(pipeline, **options):
+    generator = torch.Generator().manual_seed(0)
+    return pipeline([0, 1], generator=generator, num_inference_steps=5, output_type="np", **options).images
+
+
+def test_a_converted_model_is_guided_both_ways(with_classifier, run, tmp_path):
+    """Else a converted classifier, or an embedding of no class, is kept and does nothing."""
+    pipeline = load(with_classifier)
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline.null_class == 2  # three embeddings and two names
-
-    def draw(**options):
-        generator = torch.Generator().manual_seed(0)
-        return pipeline([0, 1], generator=generator, num_inference_steps=5, output_type="np", **options).images
-
     by_classifier = {"classifier": pipeline.classifier, "classifier_scale": 3.0}
-    plain, guided, free = draw(), draw(**by_classifier), draw(guidance_scale=2.0)
-    both = draw(**by_classifier, guidance_scale=2.0)
+    plain, guided, free = images(pipeline), images(pipeline, **by_classifier), images(pipeline, guidance_scale=2.0)
+    both = images(pipeline, **by_classifier, guidance_scale=2.0)
     for one, other in ((plain, guided), (plain, free), (guided, both), (free, both)):
         assert np.abs(one - other).max() > 0.01
-    words = ["sample", folder, "--class", "dog", "--steps", 3, "--num-images", 2, "--out"]
+    words = ["sample", with_classifier, "--class", "dog", "--steps", 3, "--num-images", 2, "--out"]
     for name, more in (("a", []), ("b", ["--classifier-scale", 3]), ("c", ["--guidance-scale", 2])):
         code, _, err = run(*words, tmp_path / name, *more)
         assert code == 0, err
-    grids = {(tmp_path / name / "0001.png").read_bytes() for name in "abc"}
-    assert len(grids) == 3
+    assert len({(tmp_path / name / "0001.png").read_bytes() for name in "abc"}) == 3
 
+
+@pytest.mark.slow
+def test_it_is_published_and_strangers_sample_the_same(with_classifier, tmp_path):
+    """Else a conversion works on the machine that made it alone."""
+    pipeline = load(with_classifier)
+    pipeline.set_progress_bar_config(disable=True)
     with Hub({TOKEN: "user"}) as hub:
-        assert in_a_process(hub, tmp_path / "home", PUSH, folder, "user/adm", "--token", TOKEN)
+        assert in_a_process(hub, tmp_path / "home", PUSH, with_classifier, "user/adm", "--token", TOKEN)
         published = set(hub.files("user/adm"))
         assert {"unet/config.json", "classifier/networks_ddpm_hf.py", "model_index.json", "README.md"} <= published
         arguments = (tmp_path / "plain.npy", tmp_path / "both.npy")
         record = in_a_process(hub, tmp_path / "stranger", STRANGER, *arguments, isolated=True)
     assert record["classifier"].startswith("diffusers_modules")
     assert "error" not in record
-    np.testing.assert_allclose(np.load(tmp_path / "plain.npy"), plain, atol=1e-4)
+    both = images(pipeline, classifier=pipeline.classifier, classifier_scale=3.0, guidance_scale=2.0)
+    np.testing.assert_allclose(np.load(tmp_path / "plain.npy"), images(pipeline), atol=1e-4)
     np.testing.assert_allclose(np.load(tmp_path / "both.npy"), both, atol=1e-3)
     assert "trained with ddpm_hf" not in hub.files("user/adm")["README.md"].decode()
 

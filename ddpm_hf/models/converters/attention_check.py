@@ -26,7 +26,7 @@ def smooth_images(count: int, channels: int, size: int, generator: torch.Generat
     frequency = torch.fft.fftfreq(size)
     radius = (frequency[:, None] ** 2 + frequency[None] ** 2).sqrt().clamp(min=1 / size)
     noise = torch.randn(count, channels + 1, size, size, generator=generator)
-    fields = torch.fft.ifft2(torch.fft.fft2(noise) / radius**1.3).real
+    fields = torch.fft.ifft2(torch.fft.fft2(noise) / radius**1.6).real
     fields = fields / fields.std(dim=(2, 3), keepdim=True)
     return ((fields[:, :1] + 0.3 * fields[:, 1:]) * 0.4).clamp(-1, 1)  # [N, C, H, W]
 
@@ -45,7 +45,7 @@ def noise_error(unet: torch.nn.Module, scheduler: DDPMScheduler) -> float:
     for level in LEVELS_OF_NOISE:
         t = torch.full((IMAGES,), int(level * len(scheduler)))
         x_t = scheduler.add_noise(x_start, noise, t)
-        output = unet(x_t, t, **labels).sample[:, : x_t.shape[1]]  # without a learned variance
+        output = unet(x_t, t, **labels).sample  # [N, C or 2C, H, W]
         predicted = scheduler.predict_epsilon(scheduler.predict_original_sample(output, t, x_t), t, x_t)
         errors.append(float((predicted - noise).square().mean()))
     return sum(errors) / len(errors)

@@ -1,6 +1,7 @@
 """Reading other programs' checkpoints without executing anything in them."""
 
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,7 +29,9 @@ def read_torch(path: Path) -> Mapping[str, Any]:
 
     modern = zipfile.is_zipfile(path)  # its tensors can stay on disk until they are used
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=modern or None)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of old protocols
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=modern or None)
     except pickle.UnpicklingError as error:
         refused = re.search("unsupported (global|class|operand)|not an allowed global", str(error), re.IGNORECASE)
         raise ValueError(f"{path}: {REFUSED if refused else _damaged(error)}") from error

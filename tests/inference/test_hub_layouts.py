@@ -124,6 +124,7 @@ print(json.dumps(True))
 """
 
 
+@pytest.mark.slow
 def test_it_is_published_in_the_layout_of_today(old, tmp_path):
     """Else the repository has an index and no weights."""
     assert "config.json" not in files_to_publish(old / "safe")

@@ -123,7 +123,7 @@ def _by_prompt(
 
 def warn_of_cut_prompts(tokenizer: Any, prompts: Sequence[str]) -> None:
     """Print to stderr the part of each prompt that exceeds the text encoder's length."""
-    from ..portable.pipeline_text2image_ddpm_hf import cut_off
+    from ..portable.text_encoding_ddpm_hf import cut_off
 
     length = tokenizer.model_max_length
     for rest in filter(None, cut_off(tokenizer, list(prompts))):

@@ -43,6 +43,19 @@ def accept_any_text() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def drop_output() -> None:
+    """Let what is written to stdout go nowhere from now on: its reader has ended, as `head` does after some lines."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def write_out(text: str) -> None:
+    """Write to stdout, as far as somebody reads it."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        drop_output()
+
+
 def cpu_has_bf16() -> bool:
     """Whether bf16 is fast here: on the GPU if there is one, else on the CPU."""
     import torch

@@ -117,8 +117,16 @@ RANDOM_CROPS = (
 )
 
 
-def check_cacheable(images: ImageDataset, every: bool = False) -> None:
-    """Raise UsageError if images are cropped at random; those that are not kept decoded are looked at if `every`."""
+def prepare_caching(images: ImageDataset, every: bool = False) -> None:
+    """Leave out images that cannot be read, if they may be, before the batches are planned.
+
+    Args:
+        every: whether to look at images that are not kept decoded, too.
+
+    Raises:
+        UsageError: images that are cropped at random, each time elsewhere.
+    """
+    images.leave_out_broken()
     size = (images.transform.height, images.transform.width)
     if images.transform.center_crop:
         return

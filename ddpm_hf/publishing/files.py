@@ -94,7 +94,8 @@ def checkpoint_as_folder(checkpoint: Path, ema: bool | None) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="ddpm_hf-") as temporary:
         folder = Path(temporary) / run.name
         load(checkpoint, ema=ema).save_pretrained(folder)
-        for name in ("README.md", METRICS_FILE, RESULTS_FILE):
+        licenses = [path.name for path in run.glob("LICENSE*")]
+        for name in ("README.md", METRICS_FILE, RESULTS_FILE, *licenses):
             if (run / name).is_file():
                 shutil.copyfile(run / name, folder / name)
         truncate_jsonl(folder / METRICS_FILE, step)

@@ -364,6 +364,16 @@ def test_metadata_that_cannot_be_used_is_named(name, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("metadata", ["train/metadata.csv", "metadata.jsonl"])
+def test_a_metadata_row_without_a_file_name_is_said(metadata, tmp_path):
+    """Else such a row, which no split's folder holds, disappears without a word."""
+    rows = {"csv": "file_name,text\n1.png,a\n,b\n", "jsonl": '{"file_name": "train/1.png"}\n{"file_name": ""}\n'}
+    folder = write(tmp_path, "train/1.png", "val/2.png", **{metadata: rows[metadata.split(".")[1]]})
+    read = read_dataset(directory=str(folder))
+    assert len(read.dataset) == 1
+    assert "metadata row without a file name" in read.left_out
+
+
 def test_metadata_above_the_split_folders_counts(tmp_path):
     """Else captions in one file for all splits are lost, as `imagefolder` loses them."""
     lines = "file_name,text\ntrain/1.png,a\nval/2.png,b\n"

@@ -29,7 +29,7 @@ from ddpm_hf.data.labels import classes_of_resumed, name_classes
 from ddpm_hf.data.reading import _as_named
 from ddpm_hf.inference.studio import Studio
 from ddpm_hf.latents.cache import SMALL_FILE, file_key
-from ddpm_hf.portable.pipeline_text2image_ddpm_hf import cut_off, tokenize
+from ddpm_hf.portable.text_encoding_ddpm_hf import cut_off, tokenize
 from ddpm_hf.publishing.card.facts import read_facts
 from ddpm_hf.publishing.card.sections import first_class, limits, use
 from ddpm_hf.text.captions import fit_tokenizer, warn_of_cut_captions

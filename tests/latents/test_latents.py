@@ -24,7 +24,7 @@ from ddpm_hf.latents.cache import (
 )
 from ddpm_hf.latents.encoding import draw_latents, x_start_of
 from ddpm_hf.latents.table import TensorTable
-from ddpm_hf.portable.pipeline_text2image_ddpm_hf import encode_texts
+from ddpm_hf.portable.text_encoding_ddpm_hf import encode_texts
 from ddpm_hf.text.captions import all_captions, fit_tokenizer, make_text_encoder
 from ddpm_hf.training.plan import StepPlan
 from tests.support.fixtures_pipeline import tiny_vae

@@ -10,7 +10,7 @@ from diffusers.training_utils import compute_dream_and_update_latents
 
 import train_text2image
 from ddpm_hf.common.randomness import StepKeys
-from ddpm_hf.portable.pipeline_text2image_ddpm_hf import encode_texts, tokenize
+from ddpm_hf.portable.text_encoding_ddpm_hf import encode_texts, tokenize
 from ddpm_hf.text.flags import TextObjectiveFlags
 from ddpm_hf.training.flags import Flags
 from tests.support.fixtures_pipeline import tiny_vae

@@ -37,7 +37,7 @@ ROWS = (
     Metric("authpct", "AuthPct", "%", False, "pool+train", "authenticity:authpct"),
     Metric("ct", "C_T", "", None, "pool+train", "data_copying:data_copying"),
     Metric("colour", "colour shift", "levels", True, "images", "colour:colour_shift",
-           summary_home="colour:colour_summary"),
+           summary_home="colour:colour_summary", picture_home="colour:colour_picture"),
     Metric("contrast", "contrast shift", "levels", True, "images", "colour:contrast_shift",
            summary_home="colour:colour_summary"),
 )  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from ...common.errors import DataError
 from ..features import Features
 from ..protocols import Protocol
 from .figures import Figure
@@ -21,7 +22,7 @@ INFLUENCE_ROWS = 10_000  # whose spread of influence is precise to 1%
 class Moments(NamedTuple):
     """Mean [D] and covariance [D, D] (divided by N - 1) of N samples, float64."""
 
-    count: int
+    count: int  # type: ignore[assignment]  # tuple.count is not needed here
     mean: torch.Tensor
     covariance: torch.Tensor
 
@@ -125,7 +126,8 @@ def influence_variance(
     influence = []
     for block in blocks(chosen_rows(features, INFLUENCE_ROWS, seed)):
         block -= mean
-        influence.append(2 * block @ (mean - other) + block.square().sum(dim=1) - (block @ root).square().sum(dim=1))
+        of_covariance = block.square().sum(dim=1) - (block @ root).square().sum(dim=1)
+        influence.append(2 * block @ (mean - other) + of_covariance * len(features) / (len(features) - 1))
     return float(torch.cat(influence).var()) / len(features)
 
 
@@ -136,6 +138,9 @@ def fid(real: Features, generated: Features, protocol: Protocol, seed: int) -> F
 
 def sfid(real: Features, generated: Features, protocol: Protocol, seed: int) -> Figure:
     """sFID: the same distance of the spatial features, as guided-diffusion's evaluator computes it."""
+    for one, what in ((real, "real"), (generated, "generated")):
+        if one.spatial is None:
+            raise DataError(f"sFID requires the network of FID, and the {what} images have no spatial features")
     return figure_of(real.spatial, generated.spatial, seed)
 
 

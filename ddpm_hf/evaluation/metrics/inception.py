@@ -34,7 +34,7 @@ def divergences(logits: np.ndarray) -> np.ndarray:
 
 def part_divergences(logits: Any, splits: int, split_size: int | None, shuffle_seed: int | None) -> list[np.ndarray]:
     """The divergences of each part's samples."""
-    matrix = as_matrix(logits, "logits")
+    matrix = as_matrix(logits, "logits", least=2)
     if split_size is None and len(matrix) < splits:
         raise DataError(f"{len(matrix)} samples cannot be divided into {splits} parts; use more samples")
     if shuffle_seed is not None:

@@ -20,7 +20,7 @@ VARIANCE_ROWS = 2000  # of each set, from whose pairs the variance is estimated
 
 def kernel(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """[N, D], [M, D] -> [N, M]."""
-    return (first @ second.T / first.shape[1] + 1) ** 3
+    return (first @ second.T).div_(first.shape[1]).add_(1).pow_(3)
 
 
 def discrepancy(real: torch.Tensor, generated: torch.Tensor, unbiased: bool = True) -> float:

@@ -113,6 +113,9 @@ PIPELINE = (
             "scheduling",
             "schedules",
             "networks",
+            "text_encoding",
+            "restoration",
+            "linear",
             "operators",
         )
     ),

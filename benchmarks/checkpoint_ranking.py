@@ -2,9 +2,9 @@
 
     python benchmarks/checkpoint_ranking.py FEATURES SAMPLES
 
-FEATURES is as in `ddpm-hf evaluate --features`, such as classifier:FOLDER, or "pixels"; SAMPLES holds
-`checkpoint-STEP.npz`, each with the sampled digits of a checkpoint as `images`, uint8 [N, H, W, C]. The real images are
-the 4,000 training digits; the 1,000 held-out ones are evaluated as if they were samples, to compare with the first 1,000
+FEATURES is as in `ddpm-hf evaluate --features`, such as classifier:FOLDER, or "pixels". SAMPLES holds
+`checkpoint-STEP.npz`, each with a checkpoint's sampled digits as `images`, uint8 [N, H, W, C]. The real images are the
+4,000 training digits; the 1,000 held-out ones are evaluated as if they were samples, to compare with the first 1,000
 of each checkpoint.
 """
 

@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from scipy.stats import kendalltau
 
-from ddpm_hf.data import ImageTransform, decode_row, embedded_digits
+from ddpm_hf.common.machine import keep_freed_memory
+from ddpm_hf.data import ImageTransform, embedded_digits
+from ddpm_hf.data.images import decode_row
 from ddpm_hf.evaluation.features import Features, extract, load_extractor
 from ddpm_hf.evaluation.metrics import METRICS
 from ddpm_hf.evaluation.protocols import PROTOCOLS
@@ -45,6 +47,7 @@ def main() -> None:
     parser.add_argument("classifier")
     parser.add_argument("samples", type=Path)
     arguments = parser.parse_args()
+    keep_freed_memory()
     extractor = load_extractor(f"classifier:{arguments.classifier}", protocol=PROTOCOL)
 
     def features_of(images: np.ndarray) -> Features:

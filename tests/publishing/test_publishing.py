@@ -18,7 +18,9 @@ from PIL import Image
 
 from ddpm_hf import DDPMPipeline, DDPMScheduler
 from ddpm_hf.common.pictures import save_image
-from ddpm_hf.data import DataFlags, Rows, read_dataset
+from ddpm_hf.data.flags import DataFlags
+from ddpm_hf.data.reading import read_dataset
+from ddpm_hf.data.rows import Rows
 from ddpm_hf.models.flags import StartFlags
 from ddpm_hf.models.saving import save_half_precision, save_model, save_pipeline
 from ddpm_hf.publishing.card.illustrations import write_pictures
@@ -40,9 +42,11 @@ from pathlib import Path
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.utils import _http
 from ddpm_hf import cli
+from tests.support import cheap
 from tests.support.pictures import random_pixels, write_images
 from tests.support.runs import run_script
 
+cheap.install()
 _http.time.sleep = lambda seconds: None
 write_images(Path(sys.argv[2]) / "images", random_pixels(40, 8, 8, 0))
 results = {}

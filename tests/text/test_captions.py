@@ -16,21 +16,14 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ddpm_hf.common.errors import DataError, UsageError
-from ddpm_hf.data import (
-    DIGIT_CAPTIONS,
-    DIGIT_NAMES,
-    DataFlags,
-    ImageDataset,
-    ImageTransform,
-    Rows,
-    StreamingBatches,
-    augmentation_uniforms,
-    choose_caption,
-    identity,
-    load_rows,
-    read_dataset,
-)
+from ddpm_hf.data import ImageTransform
+from ddpm_hf.data.dataset import ImageDataset, StreamingBatches, identity
+from ddpm_hf.data.digits import DIGIT_CAPTIONS, DIGIT_NAMES
+from ddpm_hf.data.flags import DataFlags
+from ddpm_hf.data.images import augmentation_uniforms, choose_caption
 from ddpm_hf.data.orders import keyed_permutation
+from ddpm_hf.data.reading import load_rows, read_dataset
+from ddpm_hf.data.rows import Rows
 from ddpm_hf.portable.text_encoding_ddpm_hf import encode_texts
 from ddpm_hf.text.captions import END, START, all_captions, fit_tokenizer, make_text_encoder
 from ddpm_hf.training.flags import Flags
@@ -86,7 +79,7 @@ def read_back(tokenizer, ids: list[int]) -> str:
     return ByteLevelDecoder().decode(tokens)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=st.text(max_size=40).filter(lambda text: "<|" not in text))  # which is how tokens are written
 def test_any_text_has_tokens_and_comes_back(tokenizer, text):
     """Else a prompt with letters that no caption had becomes ends of text."""
@@ -204,7 +197,7 @@ def test_captions_are_encoded_as_stock_encodes_prompts(tokenizer, text_encoder, 
 # One of several captions
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.text(max_size=5), min_size=1, max_size=9, unique=True), st.integers(1, 5))
 def test_captions_are_drawn_uniformly(captions, repeats):
     """Else some of an image's captions are hardly learnt, or the last one never."""

@@ -26,6 +26,7 @@ from ddpm_hf.data.batches import make_batches, open_images
 from ddpm_hf.data.flags import DataFlags
 from ddpm_hf.data.images import to_model_range
 from ddpm_hf.data.orders import keyed_balanced_order
+from ddpm_hf.models.diffusion import make_scheduler
 from ddpm_hf.objectives.flags import ObjectiveFlags, ScheduleFlags
 from ddpm_hf.training.plan import StepPlan
 from tests.support.fixtures_pipeline import tiny_unet
@@ -246,7 +247,7 @@ def loss_of(model, labels, keys, images=None, **flags):
         run=training_run(SimpleNamespace(device=torch.device("cpu"))),
         class_dropout=config.class_dropout,
         loss_options=config[ObjectiveFlags].loss_options(),
-        scheduler=train_unconditional.make_scheduler(config[ScheduleFlags], config[ObjectiveFlags]),
+        scheduler=make_scheduler(config[ScheduleFlags], config[ObjectiveFlags]),
         sampler=train_unconditional.UniformTimestepSampler(config.ddpm_num_steps),
         null_class=3,
     )
@@ -338,7 +339,7 @@ def test_the_loss_of_one_class_is_that_of_the_network_told_so():
 
     # by hand
     config = parse(words({"ddpm_num_steps": 1000}))
-    scheduler = train_unconditional.make_scheduler(config[ScheduleFlags], config[ObjectiveFlags])
+    scheduler = make_scheduler(config[ScheduleFlags], config[ObjectiveFlags])
     x_start = to_model_range(images)
     timesteps, noise = (keys.uniform("timestep") * 1000).long(), keys.normal_like(x_start)
     x_t = scheduler.add_noise(x_start, noise, timesteps)

@@ -9,7 +9,19 @@ import typer
 
 from .._version import __version__
 from ..common.machine import accept_any_text
-from . import compare, evaluate, info, presets, push, push_space, restore, sample, train, train_classifier
+from . import (
+    compare,
+    evaluate,
+    fit_variance,
+    info,
+    presets,
+    push,
+    push_space,
+    restore,
+    sample,
+    train,
+    train_classifier,
+)
 from .exits import PassThrough, run
 
 app = typer.Typer(
@@ -48,6 +60,7 @@ app.command("train-classifier", cls=PassThrough, context_settings=PASS_ALL_ARGUM
 app.command(context_settings=UNDERSCORES_TOO, epilog=sample.EPILOG)(sample.sample)
 app.command(context_settings=UNDERSCORES_TOO, epilog=evaluate.EPILOG)(evaluate.evaluate)
 app.command(context_settings=UNDERSCORES_TOO, epilog=compare.EPILOG)(compare.compare)
+app.command("fit-variance", context_settings=UNDERSCORES_TOO, epilog=fit_variance.EPILOG)(fit_variance.fit_variance)
 app.command(context_settings=UNDERSCORES_TOO, epilog=restore.EPILOG)(restore.restore)
 app.command(context_settings=UNDERSCORES_TOO, epilog=push.EPILOG)(push.push)
 app.command("push-space", context_settings=UNDERSCORES_TOO, epilog=push_space.EPILOG)(push_space.push_space)

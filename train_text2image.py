@@ -19,7 +19,6 @@ networks are trained from scratch: first an autoencoder, then a text encoder and
 one that `DiffusionPipeline.from_pretrained` loads anywhere, as Stable Diffusion's; `ddpm-hf sample` samples from it.
 """
 
-import dataclasses
 import functools
 import json
 import sys
@@ -28,17 +27,12 @@ from typing import Any
 
 from ddpm_hf.common.layout import AUTOENCODER, COMPONENTS, layout
 from ddpm_hf.data.flags import DataFlags
+from ddpm_hf.evaluation.flags import EvaluationFlags
 from ddpm_hf.latents.flags import AutoencoderFlags, LatentFlags, cache_folder
 from ddpm_hf.models.flags import AttentionFlags
 from ddpm_hf.objectives.flags import ScheduleFlags
 from ddpm_hf.publishing.flags import HubFlags, PublishingFlags
-from ddpm_hf.text.flags import (
-    OTHERWISE,
-    CaptionFlags,
-    PromptFlags,
-    TextModelFlags,
-    TextObjectiveFlags,
-)
+from ddpm_hf.text.flags import OTHERWISE, CaptionFlags, PromptFlags, TextModelFlags, TextObjectiveFlags
 from ddpm_hf.text.recipes import weaker_layers
 from ddpm_hf.training.flags import Flags, GridFlags, TrainingFlags
 from ddpm_hf.training.parsing import Program, parse_flags
@@ -51,7 +45,7 @@ SHOWN = (
 PROGRAM = Program(
     (
         DataFlags, TextModelFlags, CaptionFlags, AutoencoderFlags, LatentFlags, ScheduleFlags, TextObjectiveFlags,
-        PromptFlags, TrainingFlags, GridFlags, AttentionFlags, PublishingFlags, HubFlags,
+        PromptFlags, TrainingFlags, GridFlags, EvaluationFlags, AttentionFlags, PublishingFlags, HubFlags,
     ),
     weaker_layers,
     __doc__,
@@ -60,10 +54,7 @@ PROGRAM = Program(
 )  # fmt: skip
 
 
-def parse(argv: list[str]) -> Flags:
-    """The settings for a command line; a mistake is one line and exit code 2."""
-    return parse_flags(PROGRAM, argv)
-
+parse = functools.partial(parse_flags, PROGRAM)  # the words of a command line -> the flags
 
 if __name__ == "__main__":  # before torch is imported, so that --help and an unknown flag are answered at once
     FLAGS = parse(sys.argv[1:])
@@ -72,46 +63,35 @@ import torch
 
 from ddpm_hf.common.errors import DataError
 from ddpm_hf.common.randomness import StepKeys, to_device
-from ddpm_hf.data import ImageDataset
-from ddpm_hf.data.batches import held_out_means, make_batches, open_images, plan_steps
-from ddpm_hf.inference.components import Components, assemble, load_checkpoint_components, of_a_checkpoint
-from ddpm_hf.latents.autoencoder import make_autoencoder
+from ddpm_hf.data.batches import held_out_loss, make_batches, plan_steps
+from ddpm_hf.data.upright import real_images
+from ddpm_hf.evaluation.in_training import evaluation_of
+from ddpm_hf.inference.components import Components, assemble
 from ddpm_hf.latents.encoding import x_start_of
-from ddpm_hf.latents.training import autoencoder_of, take_over_autoencoder, train_autoencoder
+from ddpm_hf.latents.training import train_autoencoder
 from ddpm_hf.models.acceleration import accelerate_for_training
 from ddpm_hf.models.gradient_gate import recorded_call
-from ddpm_hf.models.unet import time_blindness
 from ddpm_hf.objectives.losses import QUARTILES, quartile_of, training_losses
 from ddpm_hf.objectives.timestep_samplers import UniformTimestepSampler
-from ddpm_hf.portable.pipeline_text2image_ddpm_hf import TextToImageDDPMPipeline, tokenize
-from ddpm_hf.publishing.publisher import Publisher, describe_run, reserve_repository
-from ddpm_hf.text.components import build, draw_blueprint, fit_to_checkpoint, save_tokenizer
+from ddpm_hf.portable.pipeline_text2image_ddpm_hf import TextToImageDDPMPipeline
+from ddpm_hf.portable.text_encoding_ddpm_hf import tokenize
+from ddpm_hf.publishing.publisher import Publisher, reserve_repository
+from ddpm_hf.text.components import build, design_parts, load_parts, save_tokenizer
 from ddpm_hf.text.conditioning import TextConditioned, caption_input, dream_noise, trained_model
-from ddpm_hf.text.prepare import (
-    cached,
-    check_images,
-    check_parts,
-    check_schedule,
-    default_prompts,
-    describe,
-    draw_prompts,
-    image_channels,
-    in_buckets,
-    log_cut_texts,
-)
-from ddpm_hf.training.ending import ends_in_one_line
-from ddpm_hf.training.logs import end_training
+from ddpm_hf.text.prepare import cached, check_parts, default_prompts, describe, log_cut_texts, open_captioned
+from ddpm_hf.training.ending import end_training, ends_in_one_line
 from ddpm_hf.training.loop import training_loop
 from ddpm_hf.training.meter import Losses
+from ddpm_hf.training.previews import draw_grid
 from ddpm_hf.training.rehearsal import rehearse, show_dry_run
-from ddpm_hf.training.reporting import ending, parameter_count
+from ddpm_hf.training.reporting import parameter_count
 from ddpm_hf.training.run import Run
 from ddpm_hf.training.setup.begin import begin_training, run_facts, start_run
 from ddpm_hf.training.setup.claiming import check_resumable, start_writing
 
 
 def compute_loss(
-    model,
+    model: torch.nn.Module,
     batch: dict,
     keys: StepKeys,
     *,
@@ -142,12 +122,6 @@ def compute_loss(
     return Losses(losses, groups=quartile_of(timesteps, len(scheduler)))
 
 
-def validation_loss(model, *, run: Run, held_out: ImageDataset, **options: Any) -> dict[str, float]:
-    """The mean loss over the held-out images, at the same timesteps and noise each time, no caption left out."""
-    loss_of = functools.partial(compute_loss, model, run=run, **options)
-    return held_out_means(run, held_out, ["validation_loss"], lambda batch, keys: [loss_of(batch, keys).losses])
-
-
 def make_pipeline(model: TextConditioned, components: Components) -> TextToImageDDPMPipeline:
     """The pipeline that samples from the model."""
     text_encoder = model.text_encoder or components.text_encoder
@@ -158,98 +132,77 @@ def train(flags: Flags) -> None:
     """From flags to a trained, saved and, if asked, published pipeline."""
     flags.check()
     (
-        data, model_flags, captions, autoencoder, latents, schedule, objective, prompt_flags, training, _, attention,
-        publishing, hub,
+        data, model_flags, captions, autoencoder, latents, _, objective, prompt_flags, training, _, evaluated,
+        attention, publishing, hub,
     ) = flags  # fmt: skip
-    base, token, learns = model_flags.pretrained_model_name_or_path, hub.hub_token, model_flags.trains_text_encoder
-    new_autoencoder = not base and not latents.vae_name_or_path
+    token, learns = hub.hub_token, model_flags.trains_text_encoder
+    from_scratch = model_flags.pretrained_model_name_or_path is None
+    new_autoencoder = from_scratch and not latents.vae_name_or_path
     written = layout(*COMPONENTS, autoencoder=new_autoencoder)
     run = start_run(flags, written, (data.train_data_dir, data.dataset_name), stages=[AUTOENCODER])
-    if new_autoencoder and run.resumed is not None:
-        autoencoder_of(run.resumed.checkpoint, run.folder)
-    checkpoint = load_checkpoint_components(base, **of_a_checkpoint(flags.values()), token=token) if base else None
-    if checkpoint is not None:
-        fit_to_checkpoint(run, data, checkpoint)
-    names = model_flags, latents.vae_name_or_path, autoencoder
-    start = checkpoint or draw_blueprint(run, data, *names, schedule, objective.prediction_type, token)
-    check_schedule(start.scheduler, objective.loss_type, objective.snr_gamma)
-    channels = image_channels(data, start.vae)
-    read = dataclasses.replace(data, cache_dataset="never") if captions.aspect_ratio_buckets else data
-    images = open_images(run, read, channels, token, captions.caption_column)
-    if captions.aspect_ratio_buckets:
-        images = in_buckets(run, images, data, start.vae, start.unet)
-    check_images(images, latents.cache_latents, new_autoencoder)
+    start = design_parts(run) if from_scratch else load_parts(run)
+    images = open_captioned(run, data, captions, start, latents.cache_latents, token)
     plan = plan_steps(run, images)
-
-    # all of the model, so that its first batch is computed before an autoencoder is trained: with a stand-in for that
-    vae = start.vae or make_autoencoder(autoencoder, channels, data.size(), run.seed)
-    components = checkpoint or build(start, vae, images, run.seed, run.resumed and run.resumed.checkpoint)
-    if prompt_flags.guidance_scale is not None:
-        components.others["guidance_scale"] = prompt_flags.guidance_scale
-    for frozen in (components.vae, components.text_encoder):
-        frozen.eval().requires_grad_(False).to(run.device)
+    components = start if isinstance(start, Components) else build(run, start, images)
     log_cut_texts(run, prompt_flags.validation_prompts, images, components.tokenizer)
-    if checkpoint is None:
-        run.log(time_blindness(components.unet.config))
     xformers = attention.enable_xformers_memory_efficient_attention
     model = trained_model(components, learns, run.device, training, xformers)
-    facts = run_facts(run, images.count, plan)
+    facts = run_facts(run, images.count, plan, scheduler=json.loads(components.scheduler.to_json_string()))
     check_resumable(run, model.unet, facts, "unet")
     check_parts(run, model.parts())
-    facts["scheduler"] = json.loads(components.scheduler.to_json_string())  # so that a checkpoint can be sampled
     repository = reserve_repository(run, publishing, token, bool(images.held_out))
+    evaluation = evaluation_of(evaluated, run, *real_images(images, data))
 
     state = begin_training(run, model, plan, facts, model.parts(), QUARTILES)
-    shared = {"run": run, "caption_dropout": captions.caption_dropout, "learns": learns, "objective": objective}
+    shared: dict[str, Any] = {"run": run, "learns": learns, "objective": objective}
+    shared["caption_dropout"] = captions.caption_dropout
     loss_of = functools.partial(compute_loss, components=components, null_embedding=None, **shared)
     with recorded_call(model.unet) as call:
         batches = rehearse(run, state, plan, make_batches(run, images, plan, state.step), loss_of)
     lines = describe(run, images, plan, parameter_count(model), learns)
-    kind, dtype, graphs = training.acceleration, run.autocast_dtype, run.captures_steps(plan)
-    lines["acceleration"] = accelerate_for_training(model.unet, call, kind, dtype, graphs)
+    lines["acceleration"] = accelerate_for_training(model.unet, call, *run.execution(plan))
     if training.dry_run:
         if new_autoencoder and run.resumed is None:
             train_autoencoder(run, autoencoder, images, data.size(), rehearse_only=True)
         show_dry_run(run, lines, state, plan, batches, loss_of)
         return
     start_writing(run, state.step, lines, Path(__file__).stem)
-    if new_autoencoder and run.resumed is not None:
-        take_over_autoencoder(run)
     if new_autoencoder:
         vae = train_autoencoder(run, autoencoder, images, data.size())
         if vae is None:  # stopped, and said so
             return
-        components = components._replace(vae=vae.eval().requires_grad_(False).to(run.device))
+        components = components._replace(vae=vae)
     null_embedding = None
     if latents.cache_latents:
         folder = cache_folder(data.cache_dir, training.output_dir)
         images, null_embedding = cached(run, images, folder, components, with_captions=not learns)
         batches = make_batches(run, images, plan, state.step)
     tokenize(components.tokenizer, [""])  # it is saved as it was last used, which a run that only saves it did not
-    if checkpoint is None:
+    if from_scratch:
         run.must_write(lambda: save_tokenizer(components.tokenizer, run.folder), "the tokenizer")
 
-    shared |= {"components": components, "null_embedding": null_embedding}
+    loss_of = functools.partial(compute_loss, components=components, null_embedding=null_embedding, **shared)
     pipeline_of = functools.partial(make_pipeline, components=components)
     prompts = default_prompts(prompt_flags.validation_prompts, data.embedded, images)
-    about = describe_run(run, images, plan, model, SHOWN, prompts[: training.eval_batch_size])
-    publisher = Publisher(run, publishing, token, state, pipeline_of, about, plan.total, repository)
-    drawn = {"pipeline_of": pipeline_of, "prompts": prompts, "num_inference_steps": prompt_flags.num_inference_steps}
+    publisher = Publisher(run, publishing, token, repository, state, plan, images, pipeline_of, SHOWN, prompts)
+    publisher.record_evaluation(evaluation and evaluation.record())
+    steps = min(prompt_flags.num_inference_steps, len(components.scheduler))
     finished = training_loop(
         run,
         state,
         plan,
         batches,
-        compute_loss=functools.partial(compute_loss, **shared),
-        validate=images.held_out and functools.partial(validation_loss, held_out=images.held_out, **shared),
-        draw=functools.partial(draw_prompts, run=run, **drawn),
+        compute_loss=loss_of,
+        validate=held_out_loss(run, images, loss_of),
+        draw=lambda model, step: draw_grid(run, pipeline_of(model), step, prompts, prompts, num_inference_steps=steps),
         save=publisher.save,
         saves_checkpoints=publishing.hub_strategy != "end",
+        evaluation=evaluation and evaluation.during(run, pipeline_of),
         name_of=images.name_of,
     )
     publisher.close(finished)
     sample = ["ddpm-hf", "sample", "--prompt", prompts[0]]
-    end_training(run, ending(run, state, f"accelerate launch {Path(__file__).name}", finished, sample))
+    end_training(run, state, f"accelerate launch {Path(__file__).name}", finished, sample)
 
 
 def main(argv: list[str] | None = None, flags: Flags | None = None) -> None:

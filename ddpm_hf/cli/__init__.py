@@ -8,9 +8,10 @@ import sys
 import typer
 
 from .._version import __version__
-from ..common.machine import accept_any_text
+from ..common.machine import accept_any_text, keep_freed_memory
 from . import (
     compare,
+    convert,
     evaluate,
     fit_variance,
     info,
@@ -58,6 +59,7 @@ app.command("train-classifier", cls=PassThrough, context_settings=PASS_ALL_ARGUM
     train_classifier.train_classifier
 )
 app.command(context_settings=UNDERSCORES_TOO, epilog=sample.EPILOG)(sample.sample)
+app.command(context_settings=UNDERSCORES_TOO, epilog=convert.EPILOG)(convert.convert)
 app.command(context_settings=UNDERSCORES_TOO, epilog=evaluate.EPILOG)(evaluate.evaluate)
 app.command(context_settings=UNDERSCORES_TOO, epilog=compare.EPILOG)(compare.compare)
 app.command("fit-variance", context_settings=UNDERSCORES_TOO, epilog=fit_variance.EPILOG)(fit_variance.fit_variance)
@@ -71,6 +73,7 @@ app.command(epilog=presets.EPILOG)(presets.presets)
 def main() -> None:
     """The entry point."""
     accept_any_text()
+    keep_freed_memory()  # a network allocates the same tensors at each call
     code = run(app, sys.argv[1:])
     if code:
         raise SystemExit(code)

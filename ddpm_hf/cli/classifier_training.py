@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from ..common.errors import DataError, UsageError, one_line
 from ..common.layout import layout
 from ..common.randomness import StepKeys, to_device
-from ..data import ImageDataset, to_model_range
 from ..data.batches import held_out_means, make_batches, open_images, plan_steps
+from ..data.dataset import ImageDataset
+from ..data.images import to_model_range
 from ..models.acceleration import accelerate_for_training, choose_execution
 from ..models.classifier import NoisyClassifier
 from ..models.gradient_gate import recorded_call
@@ -22,13 +23,12 @@ from ..models.unet import time_blindness
 from ..objectives.losses import QUARTILES, quartile_of
 from ..objectives.timestep_samplers import UniformTimestepSampler
 from ..portable.scheduling_ddpm_hf import DDPMScheduler
-from ..training.ending import ends_in_one_line
+from ..training.ending import end_training, ends_in_one_line
 from ..training.flags import Flags
-from ..training.logs import end_training
 from ..training.loop import training_loop
 from ..training.meter import Losses
 from ..training.rehearsal import rehearse, show_dry_run
-from ..training.reporting import ending, parameter_count, run_lines, weights_memory
+from ..training.reporting import parameter_count, run_lines
 from ..training.run import Run
 from ..training.setup.begin import begin_training, run_facts, start_run
 from ..training.setup.claiming import check_resumable, start_writing
@@ -119,17 +119,20 @@ def train(flags: Flags) -> None:
     parameters = parameter_count(model)
     name = unet.model_preset or unet.model_config_name_or_path or "the default UNet"
     lines = {
-        **images.lines(f"{len(names)} classes in {data.label_column!r}"),
+        **images.lines(),
         "model": f"the encoder of {name}, {parameters:,} parameters",
-        **run_lines(run, plan),
-        "memory": f"{weights_memory(parameters, training.use_ema)}; activations on top",
-        "acceleration": accelerate_for_training(model, call, training.acceleration, run.autocast_dtype, graphs=False),
+        **run_lines(run, plan, parameters, images.cached_bytes),
+        "acceleration": accelerate_for_training(model, call, *run.execution(plan)[:2], graphs=False),
     }
     advice = advice_on_a_cpu(unet.model_preset, arguments["sample_size"])
     if training.dry_run:
         show_dry_run(run, lines, state, plan, batches, loss_of, advice)
         return
     start_writing(run, state.step, lines, "train_classifier")
+
+    def save(trained: torch.nn.Module, step: int) -> None:
+        save_model(trained, run.folder, within=run.folder)
+
     finished = training_loop(
         run,
         state,
@@ -138,16 +141,16 @@ def train(flags: Flags) -> None:
         compute_loss=loss_of,
         validate=images.held_out
         and functools.partial(validation_accuracy, run=run, held_out=images.held_out, scheduler=scheduler),
-        save=lambda trained, step: save_model(trained, run.folder, within=run.folder),
+        save=save,
         name_of=images.name_of,
         advice=advice,
     )
     if finished:
         with averaged_weights(state, unwrap(run.accelerator, state.model)) as trained:
-            run.must_write(lambda: save_model(trained, run.folder, within=run.folder), "the classifier")
+            run.must_write(lambda: save(trained, state.step), "the classifier")
         run.log(f"saved to {training.output_dir}: NoisyClassifier.from_pretrained({training.output_dir!r})")
     guide = shlex.join(["ddpm-hf", "sample", "MODEL", "--class", names[0], "--classifier", training.output_dir])
-    end_training(run, ending(run, state, CLASSIFIER_PROGRAM, finished, looks=guide))
+    end_training(run, state, CLASSIFIER_PROGRAM, finished, looks=guide)
 
 
 def run(flags: Flags) -> None:

@@ -1,5 +1,6 @@
 """`ddpm-hf evaluate`: how good a model is, in figures with intervals."""
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -67,7 +68,9 @@ def evaluate(
     resolution: Annotated[
         int | None, option(AGAINST, "Of a folder of images: bring both sets to this size.", min=1, max=16384)
     ] = None,
-    metrics: Annotated[str, option(WHAT, "Names with commas between them, or all.")] = DEFAULT_METRICS,
+    metrics: Annotated[
+        str, option(WHAT, "Names with commas; all; or none, for the likelihood alone.")
+    ] = DEFAULT_METRICS,
     features: Annotated[
         str, option(WHAT, "The network whose features are compared.", "--features", "--extractor")
     ] = "inception",
@@ -165,7 +168,10 @@ def evaluate(
     count = num_samples or (images.count if images is not None else DEFAULT_SAMPLES)
     if images is not None and count > images.count:
         raise DataError(f"--num-samples {count:,}: {model} holds {images.count:,} images")
-    check_counts(measure, data.reference.count, data.held_out and data.held_out.count, count)
+    counts = data.reference.count, data.held_out and data.held_out.count, count
+    if metrics == "all":
+        measure = without_impossible(measure, *counts)
+    check_counts(measure, *counts)
     bound, everything = None, []
     if images is not None:
         everything = [of_folder(images.part(count))]
@@ -207,8 +213,9 @@ def load_measure(
     Raises:
         UsageError: an unknown protocol, metric or network, or a metric that the network's features do not serve.
     """
-    from ..evaluation.evaluate import Measure, check_metrics
+    from ..evaluation.evaluate import Measure, check_metrics, serves
     from ..evaluation.features import load_extractor
+    from ..evaluation.metrics import METRICS
     from ..evaluation.protocols import PROTOCOLS
 
     if protocol not in PROTOCOLS:
@@ -218,7 +225,23 @@ def load_measure(
     extractor = load_extractor(
         features, protocol=PROTOCOLS[protocol], device=device, weights=weights, trust_remote_code=trust_remote_code
     )
+    if names == list(METRICS):
+        names = [name for name in names if serves(extractor, METRICS[name])]
     return Measure(check_metrics(names, extractor), extractor, PROTOCOLS[protocol], seed)
+
+
+def without_impossible(measure: "Measure", real: int, held_out: int | None, samples: int) -> "Measure":
+    """The metrics of `all` for which there are images enough; the others are named."""
+    from ..evaluation.evaluate import check_counts
+
+    possible = []
+    for name in measure.metrics:
+        try:
+            check_counts(dataclasses.replace(measure, metrics=(name,)), real, held_out, samples)
+            possible.append(name)
+        except DataError as error:
+            typer.echo(f"left out: {error}", err=True)
+    return dataclasses.replace(measure, metrics=tuple(possible))
 
 
 def record_results(

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
 
+    from ..common.image_sets import ImageSet
     from ..evaluation.bound import Bound
-    from ..evaluation.image_sets import ImageSet
     from ..evaluation.model_bound import ModelBound
     from ..evaluation.report import Sections
 

@@ -1,21 +1,17 @@
 """The images that `ddpm-hf evaluate` reads: a dataset, a run's own data, or a folder of generated images."""
 
 import dataclasses
-import hashlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..common.errors import DataError
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from ..data import DataFlags, Rows
-    from ..evaluation.image_sets import ImageSet
+    from ..common.image_sets import ImageSet
+    from ..data.flags import DataFlags
+    from ..data.rows import Rows
 
 Shape = tuple[int, int, int]  # (C, H, W)
-CHANNELS = (1, 3)  # that extractors read
 EMBEDDED = "digits"  # the name here of the embedded digits
 
 
@@ -67,6 +63,8 @@ def read_data(options: DataOptions, model: str, shape: Shape, sized: bool = True
     Raises:
         DataError: no dataset is named and none recorded, or it cannot be read, or its images have another size.
     """
+    from ..data.upright import upright_images
+
     settings = {} if options.dataset else recorded_settings(model)
     if options.dataset is None and "train_data_dir" not in settings:
         raise DataError(
@@ -85,14 +83,14 @@ def read_data(options: DataOptions, model: str, shape: Shape, sized: bool = True
                 f"{rows.name} has images of {size[1]}x{size[2]} pixels, and {model} of {shape[1]}x{shape[2]}; bring"
                 " both to one size with --resolution"
             )
-    reference = _image_set(_rows(flags, options, options.split or "train", shape), flags, shape)
+    reference = upright_images(_rows(flags, options, options.split or "train", shape), flags, shape)
     if options.held_out_split is None:
         return Data(reference)
-    return Data(reference, _image_set(_rows(flags, options, options.held_out_split, shape), flags, shape))
+    return Data(reference, upright_images(_rows(flags, options, options.held_out_split, shape), flags, shape))
 
 
 def _npz(name: str) -> "ImageSet":
-    from ..evaluation.image_sets import from_npz
+    from ..common.image_sets import from_npz
 
     return from_npz(Path(name))
 
@@ -114,7 +112,7 @@ def _size(shape: Shape) -> str:
 
 def _flags(options: DataOptions, settings: dict[str, Any]) -> "DataFlags":
     """The flags of the data: a run's, or of what the options name."""
-    from ..data import DataFlags
+    from ..data.flags import DataFlags
 
     known = {field.name for field in dataclasses.fields(DataFlags)}
     flags = DataFlags(**{name: value for name, value in settings.items() if name in known})
@@ -133,7 +131,7 @@ def _rows(flags: "DataFlags", options: DataOptions, split: str | None, shape: Sh
     from ..data.reading import Columns, open_dataset, read_rows
 
     if flags.embedded:
-        from ..data import embedded_digits
+        from ..data.digits import embedded_digits
 
         if split not in ("train", "test"):
             raise DataError(f"--split {split}: the embedded digits have train and test")
@@ -149,13 +147,14 @@ def _rows(flags: "DataFlags", options: DataOptions, split: str | None, shape: Sh
 
 def _of_the_run(settings: dict[str, Any], shape: Shape, options: DataOptions) -> Data:
     """The images that a run was trained on, and those that it held out."""
-    from ..data import load_rows
+    from ..data.reading import load_rows
+    from ..data.upright import upright_images
 
     flags = _flags(options, settings)
     holds_out = bool(settings.get("validation_steps") or flags.validation_split or flags.embedded)
     caption = options.caption_column or settings.get("caption_column")
     if flags.embedded and caption is None and "caption_column" in settings:  # a run by text on the embedded digits
-        from ..data import CAPTION_COLUMN
+        from ..data.digits import CAPTION_COLUMN
 
         caption = CAPTION_COLUMN
     seed = settings.get("seed") or 0
@@ -163,41 +162,7 @@ def _of_the_run(settings: dict[str, Any], shape: Shape, options: DataOptions) ->
         rows, held_out = load_rows(flags, seed, options.token, caption, holds_out)
     except DataError as error:
         raise DataError(f"the data that the run recorded: {error}; name it with --dataset") from error
-    return Data(_image_set(rows, flags, shape), held_out and _image_set(held_out, flags, shape))
-
-
-def _image_set(rows: "Rows", flags: "DataFlags", shape: Shape) -> "ImageSet":
-    """Rows as images of a shape: resized and cropped as in training, in the centre, not flipped."""
-    from ..data import ImageDataset, ImageTransform, augmentation_uniforms, should_cache
-    from ..evaluation.image_sets import ImageSet
-
-    if shape[0] not in CHANNELS:
-        raise DataError(f"the model's images have {shape[0]} channels; features are computed of 1 or 3")
-    limits = (float(flags.pixel_range[0]), float(flags.pixel_range[1])) if flags.pixel_range else None
-    transform = ImageTransform(
-        shape[1],
-        shape[2],
-        shape[0],
-        center_crop=True,
-        interpolation=flags.image_interpolation_mode,
-        pixel_range=limits,
-    )
-    cached = should_cache(rows, transform, "auto")
-    dataset = ImageDataset(rows, transform, 0, cached, flags.skip_broken_images)
-    dataset.leave_out_broken()
-
-    def read(indices: Sequence[int]) -> "np.ndarray":
-        return dataset.__getitems__([(0, index) for index in indices])["images"].numpy()
-
-    captions = None
-    if rows.caption_column is not None:
-        everyone = list(range(len(dataset)))
-        captions = dataset.described(everyone, [augmentation_uniforms(0, 0, index) for index in everyone])["captions"]
-    known = f"{rows.fingerprint(sampled=len(rows.dataset))}{tuple(transform)}{len(dataset)}"
-    fingerprint = hashlib.sha256(known.encode()).hexdigest()[:16]
-    return ImageSet(
-        rows.name, fingerprint, shape, len(dataset), read, dataset.labels, list(rows.label_names), captions
-    )
+    return Data(upright_images(rows, flags, shape), held_out and upright_images(held_out, flags, shape))
 
 
 def generated_images(path: str, resolution: int | None = None) -> "ImageSet | None":
@@ -210,6 +175,7 @@ def generated_images(path: str, resolution: int | None = None) -> "ImageSet | No
         DataError: they have several sizes, or channels that extractors do not read.
     """
     from ..common.checkpoints import SETTINGS
+    from ..data.upright import upright_images
     from ..inference.loading import MODEL_INDEX, is_checkpoint
 
     folder = Path(path)
@@ -219,11 +185,11 @@ def generated_images(path: str, resolution: int | None = None) -> "ImageSet | No
         return None
     if (folder / MODEL_INDEX).is_file() or (folder / SETTINGS).is_file():
         return None
-    from ..data import DataFlags
+    from ..data.flags import DataFlags
 
     rows = _sampled_here(folder) or _rows_of(path)
     shape = _one_shape(rows, any_size=resolution is not None)
-    return _image_set(rows, DataFlags(), shape if resolution is None else (shape[0], resolution, resolution))
+    return upright_images(rows, DataFlags(), shape if resolution is None else (shape[0], resolution, resolution))
 
 
 def _rows_of(path: str) -> "Rows":
@@ -240,7 +206,7 @@ def _sampled_here(folder: Path) -> "Rows | None":
     import datasets
 
     from ..common.ownership import listed
-    from ..data import Rows
+    from ..data.rows import Rows
     from .pictures import PART
 
     names = sorted(name for name in listed(folder, PART) if Path(name).stem.isdecimal() and (folder / name).is_file())

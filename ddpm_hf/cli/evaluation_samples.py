@@ -18,8 +18,8 @@ from .sample import Precision, autocast, set_sampler
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+    from ..common.image_sets import ImageSet
     from ..evaluation.evaluate import Samples
-    from ..evaluation.image_sets import ImageSet
 
 STORES = "samples"  # of the output folder
 

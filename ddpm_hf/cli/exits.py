@@ -2,7 +2,6 @@
 
 import contextlib
 import difflib
-import os
 import re
 import signal
 import sys
@@ -15,8 +14,7 @@ from typer.core import TyperCommand
 from ..common.arguments import synonyms
 from ..common.errors import one_line
 from ..common.files import expand_home
-
-ClickException = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
+from ..common.machine import drop_output
 
 # The names of our options and commands in other tools
 OPTIONS = synonyms("""
@@ -44,6 +42,10 @@ OPTIONS = synonyms("""
 --dry-run: preview check no-upload
 --space: name space-id repo repo-id hub-model-id
 --example: examples
+--to: dst destination target dump-path
+--from: source format original type
+--flags: model-flags arguments model-args
+--labels: class-names names
 """)
 COMMANDS = synonyms("""
 sample: generate draw infer inference predict image images samples
@@ -51,6 +53,7 @@ train: fit train-unconditional finetune fine-tune launch run train-ddpm
 train-text2image: train-text-to-image text2image train-text
 push: upload publish push-to-hub share
 push-space: space app demo gradio deploy
+convert: import export migrate transplant
 info: show describe inspect print summary status
 presets: models list list-presets model-presets
 --version: version
@@ -106,16 +109,18 @@ def run(app: typer.Typer, words: list[str]) -> int:
     except StoppedError as stopped:
         return _stopped(stopped)
     except BrokenPipeError:  # such as `ddpm-hf info FOLDER | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else closing it fails again
+        drop_output()
         return 1
-    except (ClickException, ValueError, OSError) as error:
-        return _failed(error)
+    except (ValueError, OSError) as error:
+        return _failed(str(error))
     except Exception as error:
+        if hasattr(error, "format_message"):  # what typer raises for words that it cannot parse
+            return _failed(unknown_name(error) or error.format_message())
         from ..training.faults import out_of_memory
 
         if not out_of_memory(error):
             raise
-        return _failed(ValueError("out of memory; give a smaller --batch-size, or --precision bf16"))
+        return _failed("out of memory; give a smaller --batch-size, or --precision bf16")
     if code == 128 + signal.SIGINT:  # typer's own answer to KeyboardInterrupt
         return _stopped(StoppedError(code))
     return code if isinstance(code, int) else 0
@@ -145,11 +150,10 @@ def _stopped(stopped: StoppedError) -> int:
     return stopped.code
 
 
-def _failed(error: Exception) -> int:
-    message = error.format_message() if isinstance(error, ClickException) else str(error)
+def _failed(message: str) -> int:
     if not message.strip():  # without a command, the help is the message
         return 2
-    print(f"ddpm-hf: error: {one_line(unknown_name(error) or message)} (see --help)", file=sys.stderr)
+    print(f"ddpm-hf: error: {one_line(message)} (see --help)", file=sys.stderr)
     return 2
 
 

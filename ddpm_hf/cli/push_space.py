@@ -36,8 +36,14 @@ def push_space(
     """Publish an app that samples from a model, as a Space: classes or a prompt, samplers, the chain as it runs."""
     from huggingface_hub.utils import disable_progress_bars
 
+    from ..inference.loading import is_checkpoint
     from ..publishing import spaces
 
+    if is_checkpoint(Path(model)):
+        raise ValueError(
+            f"{model} is a checkpoint, and an app shows a published pipeline: `ddpm-hf push {model} user/name`, then"
+            " `ddpm-hf push-space user/name`"
+        )
     if out and (space or private):
         raise ValueError("--out uploads nothing; leave out --space and --private")
     token = clean_token(token)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 DEFAULT_IMAGES, DEFAULT_BETWEEN, DEFAULT_BATCH = 16, 11, 64
 
-Sampler = enum.Enum("Sampler", {name: name for name in SAMPLERS}, type=str)
+Sampler = enum.Enum("Sampler", {name: name for name in SAMPLERS}, type=str)  # type: ignore[misc]  # a table's names
 
 
 class Precision(str, enum.Enum):
@@ -96,7 +96,7 @@ def sample(
     sampler: Annotated[
         Sampler,
         option(HOW, "; ".join(f"{name}: {row.title}, {row.note}" for name, row in SAMPLERS.items()) + "."),
-    ] = "ddpm",
+    ] = "ddpm",  # type: ignore[assignment]  # typer makes it a Sampler
     steps: Annotated[
         int | None,
         option(
@@ -127,18 +127,21 @@ def sample(
     classifier: Annotated[
         Path | None, option(HOW, "A folder of train-classifier, to guide towards --class by its gradient.")
     ] = None,
-    classifier_scale: Annotated[float, option(HOW, "How strongly the classifier guides.")] = 1.0,
+    classifier_scale: Annotated[
+        float | None,
+        option(HOW, "How strongly it guides, or the classifier that the model has. Default: 1 with --classifier."),
+    ] = None,
     seed: Annotated[
         int, option(HOW, "Image i depends on the seed and i alone, whatever the batch.", min=0, max=2**63 - 1)
     ] = 0,
     batch_size: Annotated[int, option(HOW, "Images sampled at once.", min=1)] = DEFAULT_BATCH,
     precision: Annotated[
         Precision, option(HOW, "bf16 and fp16 are faster where the hardware supports them.")
-    ] = "fp32",
+    ] = Precision.fp32,
     acceleration: Annotated[
         Acceleration,
         option(HOW, "auto: CUDA graphs on a GPU, attention by size on a CPU; images are equal but for rounding."),
-    ] = "auto",
+    ] = Acceleration.auto,
     device: Annotated[str | None, option(HOW, "cuda, mps or cpu. Default: the best of this machine.")] = None,
     out: Annotated[Path, option(WHERE, "The folder to write to.")] = Path("samples"),
     format: Annotated[
@@ -148,7 +151,7 @@ def sample(
             "png: single images; npz: one file samples.npz as ADM's evaluation suite reads it (arr_0, uint8"
             " [N, H, W, C]; arr_1, the labels of a model by class).",
         ),
-    ] = "png",
+    ] = Format.png,
     progressive: Annotated[
         bool, option(WHERE, "Also a strip of x̂_0 along the chain and an animated GIF of x_t.", "--progressive")
     ] = False,
@@ -189,13 +192,15 @@ def sample(
     conditions = read_conditions(pipeline, classifier, class_, prompt, negative_prompt, guidance, classifier_scale)
     check_out(out)
     steps = set_sampler(pipeline, sampler.value, steps)
-    columns, labels, frames = None, [], []
+    columns: int | None = None
+    labels: list[int] = []
+    frames: list[Any] = []
     with reports_stop(lambda: f"nothing was written to {out}"), autocast(device, precision):
         if special:
             check_unconditional(pipeline, conditions, special)
-        if interpolate:
-            columns = DEFAULT_BETWEEN if num_images is None else num_images
-            images = images_between(pipeline, interpolate, timestep, columns, seed, steps)
+        if interpolate and timestep is not None:
+            count = DEFAULT_BETWEEN if num_images is None else num_images
+            images, columns = images_between(pipeline, interpolate, timestep, count, seed, steps), count
         elif shared_timestep is not None:
             images = images_from_shared(pipeline, num_images or DEFAULT_IMAGES, shared_timestep, seed, steps)
         else:
@@ -319,7 +324,8 @@ def sample_images(
     from ..inference.studio import keyed_generators
 
     pipeline.set_progress_bar_config(desc="steps", leave=False, disable=num_images > batch_size)
-    images, frames = [], []
+    images: list[Any] = []
+    frames: list[Any] = []
     starts = range(0, num_images, batch_size)
     for first in tqdm(starts, desc="batches", disable=len(starts) == 1):
         indices = range(first, min(first + batch_size, num_images))
@@ -344,7 +350,7 @@ def images_between(
     import torch
     from PIL import Image, UnidentifiedImageError
 
-    from ..data import prepare_image
+    from ..data.pixels import prepare_image
     from ..inference.studio import keyed_generators
 
     ends = []

@@ -1,16 +1,12 @@
-"""Complete checkpoints: folders whose manifest lists their files and checksums."""
+"""The checkpoints in a run's folder: their names, whether they are complete, their removal, what they record."""
 
 import contextlib
-import hashlib
 import json
 import os
 import re
 import shutil
 from pathlib import Path
 from typing import Any
-
-from .errors import UsageError
-from .files import flush, flush_tree, write_atomically
 
 MANIFEST = "manifest.json"
 SETTINGS = "training_config.json"  # in the folder of the checkpoints
@@ -26,20 +22,10 @@ def checkpoint_step(path: Path) -> int:
     return int(match[1]) if match else -1
 
 
-def list_checkpoints(output_dir: Path, complete: bool = False) -> list[Path]:
-    """The checkpoints in a folder, oldest first: all by name, or only complete ones."""
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """The checkpoints in a folder by their names, oldest first, complete or not."""
     paths = [path for path in output_dir.glob("checkpoint-*") if path.is_dir() and checkpoint_step(path) >= 0]
-    return sorted((path for path in paths if not complete or is_complete(path)), key=checkpoint_step)
-
-
-def file_digest(path: Path) -> str:
-    """The SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else hashlib.sha256(file.read()).hexdigest()
-        )
+    return sorted(paths, key=checkpoint_step)
 
 
 def is_complete(folder: Path) -> bool:
@@ -82,42 +68,6 @@ def discard(folder: Path) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
         os.replace(folder, doomed)
     shutil.rmtree(doomed)
-
-
-def part_of_run(checkpoint: Path, what: str, *files: str) -> Path:
-    """The folder of a component that a checkpoint was trained with, in the folder of its run.
-
-    Args:
-        what: the component, for the message.
-        files: of the component, as paths in the folder of the run; the first that exists counts.
-
-    Raises:
-        UsageError: none of them exists.
-    """
-    run = checkpoint.resolve().parent
-    for name in files:
-        if (run / name).is_file():
-            return (run / name).parent
-    raise UsageError(
-        f"{checkpoint}: it was trained with the {what} of its run, which is not in {run}; resume in the complete"
-        " folder of the run"
-    )
-
-
-def seal(partial: Path, final: Path, state: dict[str, Any]) -> None:
-    """Complete a checkpoint in a scratch folder: write the manifest with checksums and the run's state, flush, rename.
-
-    An existing checkpoint of the same step stays: replacing it would leave a moment with neither.
-    """
-    if final.exists():
-        discard(partial)
-        return
-    files = sorted(path for path in partial.rglob("*") if path.is_file())
-    manifest = {**state, "files": {path.relative_to(partial).as_posix(): file_digest(path) for path in files}}
-    write_atomically(partial / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-    flush_tree(partial)
-    os.replace(partial, final)
-    flush(final.parent)
 
 
 def recorded_settings(output_dir: Path, requested: str) -> dict[str, Any]:

@@ -113,6 +113,10 @@ PIPELINE = (
             "coefficients",
             "scheduling",
             "schedules",
+            "networks",
+            "text_encoding",
+            "restoration",
+            "linear",
             "operators",
         )
     ),

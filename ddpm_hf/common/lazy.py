@@ -14,7 +14,7 @@ def load_alone(package: str, name: str) -> ModuleType:
         name: of a module that imports nothing of its package.
     """
     found = importlib.util.find_spec(package)
-    spec = PathFinder.find_spec(f"{package}.{name}", found and found.submodule_search_locations)
+    spec = PathFinder.find_spec(f"{package}.{name}", found.submodule_search_locations if found else None)
     if spec is None or spec.loader is None:
         return importlib.import_module(package)
     module = importlib.util.module_from_spec(spec)

@@ -125,6 +125,20 @@ def find_location(
     return location
 
 
+def name_from_run(name: str, run: Path) -> str:
+    """A model's name in the settings of a run, for any working directory.
+
+    A relative path is relative to where the run was started, which is mostly a folder above its output.
+
+    Args:
+        run: the output folder.
+    """
+    if os.path.isabs(name) or os.path.exists(name):
+        return name
+    above = (parent / name for parent in run.resolve().parents)
+    return next((str(path) for path in above if path.is_dir()), name)
+
+
 def way_out(name: str) -> str:
     """Advice for a path that is not a model."""
     return (

@@ -7,25 +7,17 @@ import numpy as np
 import torch
 
 from ..common.randomness import StepKeys
-from ..training.meter import sum_over_ranks
+from ..training.meter import Losses, sum_over_ranks
 from ..training.plan import KeyedBatchSampler, StepPlan
 from ..training.run import Run
-from . import (
-    DataFlags,
-    ImageDataset,
-    ImageTransform,
-    Rows,
-    StreamingBatches,
-    check_captions,
-    classes_of_resumed,
-    describe_pixels,
-    identity,
-    label_warnings,
-    load_rows,
-    should_cache,
-    trained_classes,
-)
+from .dataset import ImageDataset, StreamingBatches, describe_pixels, identity, should_cache
+from .flags import DataFlags
+from .images import ImageTransform
+from .labels import classes_of_resumed, label_warnings, trained_classes
 from .orders import bucketed_length, keyed_balanced_order, keyed_bucketed_order, keyed_permutation
+from .reading import load_rows
+from .rows import Rows
+from .texts import check_captions
 
 
 class Images(NamedTuple):
@@ -38,9 +30,16 @@ class Images(NamedTuple):
     skip_broken: bool = False  # of a stream
 
     @property
-    def count(self) -> int | None:
+    def count(self) -> int | None:  # type: ignore[override]  # tuple.count is not needed here
         """How many images there are to train on; None for a stream."""
         return None if self.dataset is None else len(self.dataset)
+
+    @property
+    def indexed(self) -> ImageDataset:
+        """The images of a dataset that is no stream, which flags refuse where this is needed."""
+        if self.dataset is None:
+            raise TypeError(f"{self.rows.name} is a stream")
+        return self.dataset
 
     @property
     def trained_classes(self) -> list[int] | None:
@@ -48,16 +47,21 @@ class Images(NamedTuple):
         labels = None if self.dataset is None else self.dataset.labels
         return trained_classes(labels, len(self.rows.label_names))
 
-    def lines(self, of_rows: str, more: str = "") -> dict[str, str]:
-        """What a run says of its data at its start.
+    @property
+    def cached_bytes(self) -> int:
+        """What the images take that are kept decoded."""
+        return 0 if self.dataset is None else self.dataset.cached_bytes
 
-        Args:
-            of_rows: what else its rows have.
-            more: on its images.
-        """
+    def lines(self) -> dict[str, str]:
+        """What a run says of its data at its start."""
+        rows, transform = self.rows, self.transform
+        columns = [f"column {rows.image_column!r}"]
+        columns += [f"{len(rows.label_names)} classes in {rows.label_column!r}"] if rows.label_column else []
+        columns += [f"captions in {rows.caption_column!r}"] if rows.caption_column else []
         count = "a stream" if self.count is None else f"{self.count:,} images"
-        shape = self.transform.channels, self.transform.height, self.transform.width
-        return {"data": f"{self.rows.name}: {count}, {of_rows}", "images": f"{' × '.join(map(str, shape))}{more}"}
+        shape = f"{transform.channels} × {transform.height} × {transform.width}"
+        kept = f"{'' if self.cached_bytes else 'not '}kept decoded"
+        return {"data": f"{rows.name}: {count}, {', '.join(columns)}", "images": f"{shape}, {kept}"}
 
     def name_of(self, row: int) -> str:
         """What to call one of a batch's `index`: the image's file, or its number."""
@@ -120,9 +124,10 @@ def epoch_order(images: Images, seed: int, balanced: bool, global_batch: int) ->
     groups = getattr(images.dataset, "group_sizes", None)
     if groups is not None:
         return lambda epoch: keyed_bucketed_order(seed, epoch, groups, global_batch)
-    if balanced:
-        return lambda epoch: keyed_balanced_order(seed, epoch, images.dataset.labels)
-    return lambda epoch: keyed_permutation(seed, epoch, images.count)
+    labels = images.indexed.labels
+    if balanced and labels is not None:
+        return lambda epoch: keyed_balanced_order(seed, epoch, labels)
+    return lambda epoch: keyed_permutation(seed, epoch, len(images.indexed))
 
 
 def make_batches(
@@ -148,6 +153,23 @@ def make_batches(
     )
     # a stream has a single reader
     return iter(torch.utils.data.DataLoader(stream, batch_size=None, num_workers=min(1, workers), **options))
+
+
+def held_out_loss(
+    run: Run, images: Images, compute_loss: Callable[..., Losses]
+) -> Callable[[torch.nn.Module], dict[str, float]] | None:
+    """What gives a model's mean loss over the held-out images, by the same random numbers each time; None without."""
+    held_out = images.held_out
+    if not held_out:
+        return None
+
+    def validate(model: torch.nn.Module) -> dict[str, float]:
+        def losses(batch: dict, keys: StepKeys) -> list[torch.Tensor]:
+            return [compute_loss(model, batch, keys).losses]
+
+        return held_out_means(run, held_out, ["validation_loss"], losses)
+
+    return validate
 
 
 @torch.no_grad()

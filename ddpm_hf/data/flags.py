@@ -5,15 +5,15 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ..common.arguments import FREE, HfArg, Need, synonyms
-from ..common.errors import DataError
+from ..common.arguments import FREE, ONE_OR_MORE, SHARE, HfArg, Need, Range, synonyms
+from ..common.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from .images import ImageTransform
 
 CAPTION_COLUMN = "text"  # of the embedded digits, and where none is named
 
-MOST_CHANNELS = 1024
+CHANNELS = Range(lambda value: 1 <= value <= 1024, "from 1 to 1024")
 
 # What other programs call these flags
 DATA = synonyms("""
@@ -94,8 +94,11 @@ class DataFlags:
         help="Keep all images decoded in memory; auto: if they take at most a quarter of the free memory.",
     )
     skip_broken_images: bool = HfArg(default=False, help="Leave out images that cannot be read, instead of stopping.")
-    max_train_samples: int | None = HfArg(default=None, help="Train on a random subset of this many images.")
+    max_train_samples: int | None = HfArg(
+        range=ONE_OR_MORE, default=None, help="Train on a random subset of this many images."
+    )
     validation_split: float = HfArg(
+        range=SHARE,
         default=0.0,
         help="Share of the images to hold out for --validation_steps, such as 0.05; by default the dataset's"
         " validation split is used.",
@@ -106,6 +109,7 @@ class DataFlags:
         help="64, or HEIGHTxWIDTH such as 64x96; by default the size of the model, else 64.",
     )
     channels: int | None = HfArg(
+        range=CHANNELS,
         default=None,
         help="1 for grayscale, 3 for colour, 2 and 4 for these with alpha, n for arrays of n channels; by default what"
         " the model has, else 3.",
@@ -156,8 +160,6 @@ class DataFlags:
         """Raise DataError for a value out of range or a combination that cannot work."""
         if self.resolution is not None:
             self.size()
-        if self.channels is not None and not 1 <= self.channels <= MOST_CHANNELS:
-            raise DataError(f"--channels {self.channels}: must be from 1 to {MOST_CHANNELS}")
         given = self.pixel_range
         if given is not None and not (len(given) == 2 and all(map(math.isfinite, given)) and given[0] < given[1]):
             said = " ".join(f"{value:g}" for value in given)
@@ -169,8 +171,6 @@ class DataFlags:
         if self.embedded and (self.dataset_config_name or self.dataset_split != "train"):
             flag = "--dataset_config_name" if self.dataset_config_name else f"--dataset_split {self.dataset_split}"
             raise DataError(f"{flag}: the embedded digits have none to choose from; leave it out, or name a dataset")
-        if not 0 <= self.validation_split < 1:
-            raise DataError(f"--validation_split {self.validation_split}: must be at least 0 and less than 1")
         if self.dataset_name and self.train_data_dir and self.dataset_name not in KINDS:
             raise DataError(
                 "--dataset_name and --train_data_dir name two datasets; give one of them, or with --train_data_dir the"
@@ -180,9 +180,33 @@ class DataFlags:
             raise DataError(f"--dataset_name {self.dataset_name} requires --train_data_dir, the folder of its files")
         if self.streaming and self.embedded:
             raise DataError("--streaming needs --dataset_name or --train_data_dir; the embedded digits are in memory")
-        if self.max_train_samples is not None and (self.max_train_samples < 1 or self.streaming):
-            raise DataError(f"--max_train_samples {self.max_train_samples}: 1 or more, and not of a stream")
-        if self.streaming and (self.validation_split or self.cache_dataset == "always"):
-            raise DataError("--streaming supports neither --validation_split nor --cache_dataset always")
+        if self.streaming and (self.validation_split or self.max_train_samples or self.cache_dataset == "always"):
+            raise DataError("--streaming allows no --validation_split, --max_train_samples, --cache_dataset always")
         if self.streaming and flags.max_train_steps is None:
             raise DataError("--streaming has no epochs to count: give --max_train_steps")
+
+
+@dataclass
+class ClassFlags:
+    """Flags of training by class, for scripts whose model knows classes."""
+
+    title: ClassVar[str] = "Classes"
+    meanings: ClassVar[dict[str, str]] = synonyms("""
+--class_dropout: p_uncond uncond_prob cond_drop_prob class_drop_prob label_dropout cfg_dropout unconditional_prob
+--class_balanced: balanced class_balance balance_classes
+""")
+    needs: ClassVar[dict[str, Need]] = {
+        "class_dropout": Need(lambda run: run.label_column, "has no effect without --label_column")
+    }
+
+    class_dropout: float = HfArg(
+        range=SHARE,
+        default=0.1,
+        help="Share of the images to train without their label, for classifier-free guidance; 0 to disable.",
+    )
+    class_balanced: bool = HfArg(default=False, help="Sample every class equally often, however many images it has.")
+
+    def check(self, flags: Any) -> None:
+        """Raise UsageError for classes that cannot be balanced."""
+        if self.class_balanced and (flags.label_column is None or flags.streaming):
+            raise UsageError("--class_balanced needs --label_column, and a dataset that is not a stream")

@@ -19,8 +19,8 @@ import pyarrow as pa
 from ..common.errors import DataError
 from ..common.ownership import MANIFEST, RUN, load_manifest
 from .formats import PLUGINS, begins_like_an_image, image_suffixes, suffix_of
+from .metadata_tables import METADATA, image_column_of, read_metadata
 
-METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 TABLES = (".parquet", ".arrow", ".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".tar")
 # The names of a split's folder, as `datasets` knows them, maybe with a number, as in val2017
 SPLIT_NAMES = {
@@ -301,12 +301,12 @@ def _described(listing: Listing, division: Division) -> tuple[dict[str, pa.Table
     """The rows of all metadata files, each in the split of the folders in which the first image that it names lies."""
     if len({suffix_of(name) for name in listing.metadata}) > 1:
         raise DataError(f"{listing.root} has metadata of several kinds: {', '.join(listing.metadata)}; keep one kind")
-    tables = [_read_metadata(listing, name) for name in listing.metadata]
+    tables = [read_metadata(listing.path(name), posixpath.dirname(name)) for name in listing.metadata]
     try:
         table = pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowException as error:
         raise DataError(f"the columns of {', '.join(listing.metadata)} differ in type: {error}") from error
-    naming = {name: column for name in table.column_names if (column := _image_column_of(name))}
+    naming = {name: column for name in table.column_names if (column := image_column_of(name))}
     files = {name: table[name].to_pylist() for name in naming}  # a column -> paths relative to the root
     unlisted = set(listing.images).difference(*files.values())
     if unlisted:
@@ -323,70 +323,6 @@ def _described(listing: Listing, division: Division) -> tuple[dict[str, pa.Table
     rows = collections.defaultdict(list)
     for row, first in enumerate(firsts):
         rows[division.locate(first)[0]].append(row)
+    if nameless := sum(not firsts[row] for row in rows[None]):  # in no folder, thus in no split's
+        listing.left_out["metadata row without a file name"] += nameless
     return {split: pa.table(columns).take(indices) for split, indices in rows.items() if split is not None}, kinds
-
-
-def _image_column_of(name: str) -> str | None:
-    """The image column that a metadata file's column of file names becomes: `file_name` image, `x_file_name` x."""
-    if name != "file_name" and not name.endswith("_file_name"):
-        return None
-    return name[: -len("_file_name")] or "image"
-
-
-def _read_metadata(listing: Listing, name: str) -> pa.Table:
-    """A metadata file, its file names relative to the listing's root.
-
-    Raises:
-        DataError: it cannot be read, names no files, or names files outside of its folder.
-    """
-    path = listing.path(name)
-    try:
-        table = _READERS[suffix_of(name)](path)
-    except (ValueError, OSError, pa.ArrowException) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-    naming = [column for column in table.column_names if _image_column_of(column)]
-    if not naming:
-        raise DataError(f"{path} has no column file_name or *_file_name that names the images; add one, or rename it")
-    folder = posixpath.dirname(name)
-    for column in naming:
-        files = [_inside(path, folder, file) for file in table[column].to_pylist()]
-        table = table.set_column(table.column_names.index(column), column, pa.array(files, pa.string()))
-    return table
-
-
-def _inside(path: str, folder: str, file: Any) -> str | None:
-    """A file that metadata names, relative to the root; untrusted metadata must not reach outside of its folder."""
-    if file is None:
-        return None
-    if not isinstance(file, str):
-        raise DataError(f"{path} names the file {file!r}; file names are strings")
-    normal = os.path.normpath(file).replace("\\", "/")
-    if "://" in file or os.path.isabs(file) or normal.startswith("/") or normal.split("/")[0] == "..":
-        raise DataError(f"{path} names the file {file!r}, which is not a relative path pointing inside its folder")
-    return posixpath.join(folder, normal)
-
-
-def _read_csv(path: str) -> pa.Table:
-    import pandas
-
-    columns = pandas.read_csv(path, nrows=0).columns
-    texts = {name: str for name in columns if _image_column_of(name)}  # "001" stays a string
-    return pa.Table.from_pandas(pandas.read_csv(path, dtype=texts), preserve_index=False)
-
-
-def _read_jsonl(path: str) -> pa.Table:
-    import pyarrow.json
-
-    data = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
-    options = pyarrow.json.ReadOptions(block_size=min(len(data) + 1, 2**31 - 1))  # lines may be of any length
-    return pyarrow.json.read_json(pa.BufferReader(data), options)
-
-
-def _read_parquet(path: str) -> pa.Table:
-    import pyarrow.parquet
-
-    with pyarrow.parquet.ParquetFile(path) as file:
-        return file.read()
-
-
-_READERS = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}

@@ -1,7 +1,7 @@
 """The variational bound of a set of images: from all network calls or from a few, on one process or on several."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -157,7 +157,7 @@ def measure_bound(
     """
     chain = checked_chain(scheduler, timesteps)
     plan = plan_calls(scheduler, chain, calls)
-    total = len(batches) * plan.calls if hasattr(batches, "__len__") else None
+    total = len(batches) * plan.calls if isinstance(batches, Sized) else None
     with tqdm(total=total, desc="likelihood", unit="call", disable=not progress) as bar:
         parts = [_measure(network, scheduler, batch, chain, plan, seed, latent, bar) for batch in batches]
     parts = sorted((part for rank in (gather(parts) if gather else [parts]) for part in rank), key=lambda p: p.first)

@@ -10,8 +10,7 @@ from .report import in_columns, label, number
 # What must be equal in two evaluations, and its name for people; numbers of samples bias FID and its like
 ALIKE = {
     "protocol": "protocol",
-    "features": "features",
-    "features_fingerprint": "weights of the features",
+    "features_fingerprint": "features",
     "dataset_fingerprint": "real images",
     "samples": "number of samples",
 }
@@ -31,10 +30,9 @@ def check_alike(names: Sequence[str], records: Sequence[dict[str, Any]]) -> None
             values = [one["stamp"].get(key) for one in (records[0], record)]
             if values[0] == values[1]:
                 continue
-            if key == "dataset_fingerprint":
-                values = [
-                    f"{one['stamp'].get('dataset')} ({value})" for one, value in zip((records[0], record), values)
-                ]
+            if key.endswith("_fingerprint"):
+                shown = [one["stamp"].get(key.removesuffix("_fingerprint")) for one in (records[0], record)]
+                values = [f"{title} ({value})" for title, value in zip(shown, values)]
             raise UsageError(
                 f"{names[0]} and {name} do not compare: {said} {values[0]} and {values[1]}; evaluate one of them as"
                 " the other was"

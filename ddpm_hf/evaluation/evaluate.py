@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from ..common.errors import DataError, UsageError
+from ..common.image_sets import ImageSet
 from .features import PARTS, Extractor, Features, extract
 from .features.cache import cached_features
-from .image_sets import ImageSet
 from .metrics import METRICS, Figure, Metric
 from .protocols import Protocol
 from .ranks import Ranks
@@ -48,6 +48,11 @@ def parts_of(metric: Metric) -> list[str]:
     return metric.needs.split("+")
 
 
+def serves(extractor: Extractor, metric: Metric) -> bool:
+    """Whether a network provides the features that a metric reads."""
+    return set(parts_of(metric)) & set(PARTS) <= extractor.provides
+
+
 def check_metrics(metrics: Sequence[str], extractor: Extractor) -> tuple[str, ...]:
     """The metrics, without repetitions.
 
@@ -57,10 +62,9 @@ def check_metrics(metrics: Sequence[str], extractor: Extractor) -> tuple[str, ..
     for name in metrics:
         if name not in METRICS:
             raise UsageError(f"--metrics {name}: must be one of {', '.join(METRICS)}")
-        lacking = set(parts_of(METRICS[name])) & set(PARTS) - extractor.provides
-        if lacking:
+        if not serves(extractor, METRICS[name]):
             raise UsageError(
-                f"--metrics {name}: requires {lacking.pop()} features, which --features {extractor.name} lack"
+                f"--metrics {name}: requires {METRICS[name].needs} features, which --features {extractor.name} lack"
             )
     return tuple(dict.fromkeys(metrics))
 
@@ -101,6 +105,15 @@ class Reference:
     def side(self, images: ImageSet, metric: Metric) -> Any:
         """What a metric reads of a set of real images."""
         return self.summary(images, metric) if "images" in parts_of(metric) else self.features(images)
+
+    def figure(self, metric: Metric, generated: Any) -> Figure:
+        """A metric of generated images, given their features, or what `summary` keeps of each."""
+        measure, options, real = self.measure, {}, self.images
+        if "train" in parts_of(metric):
+            assert self.held_out is not None  # `check_counts`
+            options = {"train": self.side(self.images, metric), "train_labels": self.images.labels}
+            real = self.held_out
+        return metric.function(self.side(real, metric), generated, measure.protocol, measure.seed, **options)
 
     def prepare(self) -> None:
         """Read all real images, so that one that cannot be read ends the evaluation before anything is sampled."""
@@ -189,14 +202,10 @@ def check_counts(measure: Measure, real: int, held_out: int | None, samples: int
 
 def figures(reference: Reference, samples: Samples, generated: Features) -> dict[str, Figure]:
     """All figures of one set of samples."""
-    measure, found = reference.measure, {}
-    for name, row in measure.rows.items():
-        parts, options, real = parts_of(row), {}, reference.images
-        if "train" in parts:
-            options = {"train": reference.side(reference.images, row), "train_labels": reference.images.labels}
-            real = reference.held_out
-        ours = summarize(row, samples.batches()) if "images" in parts else generated
-        found[name] = row.function(reference.side(real, row), ours, measure.protocol, measure.seed, **options)
+    found = {}
+    for name, row in reference.measure.rows.items():
+        ours = summarize(row, samples.batches()) if "images" in parts_of(row) else generated
+        found[name] = reference.figure(row, ours)
     return found
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from ..common.errors import UsageError
+from ..common.image_sets import ImageSet
 from ..portable.scheduling_ddpm_hf import DDPMScheduler
 from .bound import Bound, BoundBatch, measure_bound
-from .image_sets import ImageSet
 from .ranks import Ranks
 
 if TYPE_CHECKING:

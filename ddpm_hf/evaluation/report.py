@@ -15,7 +15,7 @@ from .._version import __version__
 from ..common.layout import json_or_none
 from ..common.ownership import check_replaceable, replace_files
 from ..common.pictures import image_grid
-from .evaluate import Reference, Samples, stamp
+from .evaluate import Reference, Samples, stamp, summarize
 from .metrics import METRICS
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ table{border-collapse:collapse;margin:1em 0}td,th{padding:.25em .8em .25em 0;tex
 th{border-bottom:1px solid #999}td.n{text-align:right;font-variant-numeric:tabular-nums}
 .plots{display:flex;flex-wrap:wrap;gap:1em}.plots>*{max-width:100%}figure{margin:0}
 figcaption,small{color:#555}img{image-rendering:pixelated;max-width:100%}svg{max-width:100%;height:auto}
-code{background:#f3f3f3;padding:0 .3em}
+pre{white-space:pre-wrap}
 """
 
 
@@ -192,6 +192,7 @@ def make_page(record: dict[str, Any], reference: Reference, everything: Sequence
         *sweep_section(record),
         "<h2>How it was measured</h2>",
         facts_table({**record["stamp"], "seed": record["seed"]}),
+        chain_table(record["results"]),
         "<h2>Images</h2>",
         '<div class="plots">',
         picture(grid_of(reference.images.read(spread(reference.images.count))), f"Real: {reference.images.name}"),
@@ -199,7 +200,7 @@ def make_page(record: dict[str, Any], reference: Reference, everything: Sequence
         "</div>",
     ]
     for one, result in zip(everything, record["results"]):
-        parts += nearest_section(reference, one, result)
+        parts += nearest_section(reference, one, result) + picture_section(reference, one)
     for name, figure in more.plots.items():
         parts += [f"<h2>{html.escape(name)}</h2>", svg(figure)]
     body = "\n".join(parts)
@@ -232,6 +233,15 @@ def facts_table(facts: dict[str, Any]) -> str:
     return f"<table>{''.join(rows)}</table>"
 
 
+def chain_table(results: Sequence[dict[str, Any]]) -> str:
+    """How each set of samples was made."""
+    known = [{name: value for name, value in one.items() if name not in ("title", "figures")} for one in results]
+    names = list(dict.fromkeys(name for one in known for name in one))
+    head = "".join(f"<th>{html.escape(name.replace('_', ' '))}</th>" for name in names)
+    rows = ["".join(f"<td>{html.escape(str(one.get(name, '')))}</td>" for name in names) for one in known]
+    return f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>" if known else ""
+
+
 def sweep_section(record: dict[str, Any]) -> list[str]:
     """Quality against network calls, where several chains were sampled."""
     results = [one for one in record["results"] if "network_calls" in one]
@@ -251,6 +261,9 @@ def sweep_plot(results: Sequence[dict[str, Any]], name: str) -> "Figure":
         y, low, high = ([one["figures"][name][key] for one in line] for key in ("value", "low", "high"))
         axes.errorbar(x, y, yerr=errors(y, low, high), marker="o", capsize=3, label=sampler)
     axes.set(xscale="log", xlabel="network calls for an image", ylabel=label(name))
+    calls = sorted({one["network_calls"] for one in results})
+    axes.set_xticks(calls, map(str, calls))
+    axes.minorticks_off()
     axes.legend(frameon=False)
     return figure
 
@@ -277,6 +290,16 @@ def nearest_section(reference: Reference, samples: Samples, result: dict[str, An
             f"<h2>Nearest training images ({html.escape(label(name))}, {html.escape(result['title'])})</h2>",
             picture(grid_of(both, columns=len(pairs)), "Above samples, below the training image nearest to each"),
         ]
+    return parts
+
+
+def picture_section(reference: Reference, samples: Samples) -> list[str]:
+    """The plots that metrics on pixels have."""
+    parts = []
+    for row in reference.measure.rows.values():
+        if row.picture is not None:
+            drawn = row.picture(reference.summary(reference.images, row), summarize(row, samples.batches()))
+            parts += [f"<h2>{html.escape(row.label.capitalize())} ({html.escape(samples.title)})</h2>", svg(drawn)]
     return parts
 
 

@@ -10,6 +10,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..common.errors import UsageError, why_not_loaded
 from ..common.layout import AUTOENCODER
+from ..common.locations import name_from_run
 from ..models.autoencoder import load_autoencoder
 from ..portable.pipeline_text2image_ddpm_hf import TextToImageDDPMPipeline
 from ..portable.scheduling_ddpm_hf import DDPMScheduler
@@ -129,11 +130,12 @@ def components_of_run(
         UsageError: a component that cannot be loaded, or that is not there.
     """
     if settings["pretrained_model_name_or_path"]:
-        name, changes = settings["pretrained_model_name_or_path"], of_a_checkpoint(settings)
+        name, changes = name_from_run(settings["pretrained_model_name_or_path"], run), of_a_checkpoint(settings)
         return load_checkpoint_components(name, **changes, token=token, **given)
     tokenizer = text_encoder = None
     if settings["text_encoder_name_or_path"]:
-        tokenizer, text_encoder = load_text_encoder(settings["text_encoder_name_or_path"], token)
+        name = name_from_run(settings["text_encoder_name_or_path"], run)
+        tokenizer, text_encoder = load_text_encoder(name, token)
     elif (run / "tokenizer").is_dir():
         tokenizer = CLIPTokenizer.from_pretrained(run / "tokenizer")
     text_encoder = given.get("text_encoder", text_encoder)
@@ -145,6 +147,6 @@ def components_of_run(
     }
     if missing := [name for name, value in there.items() if not value]:
         raise UsageError(f"there is no {' and no '.join(missing)} of it in {run}")
-    vae = load_autoencoder(settings["vae_name_or_path"] or str(run / AUTOENCODER), token=token)
+    vae = load_autoencoder(name_from_run(settings["vae_name_or_path"] or AUTOENCODER, run / AUTOENCODER), token=token)
     others = {"sampler": DDPMScheduler, "guidance_scale": settings.get("guidance_scale")}
     return Components(vae, text_encoder, tokenizer, given["unet"], DDPMScheduler.from_config(scheduler), others)

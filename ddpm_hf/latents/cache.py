@@ -15,7 +15,8 @@ import torch
 from diffusers import AutoencoderKL
 
 from ..common.errors import UsageError
-from ..data import ImageDataset, augmentation_uniforms, to_model_range
+from ..data.dataset import ImageDataset
+from ..data.images import augmentation_uniforms, to_model_range
 from .table import TensorTable, digest
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class LatentDataset(torch.utils.data.Dataset):
     def __init__(self, images: ImageDataset, table: TensorTable, keys: list[bytes], embeddings: TensorTable | None):
         self.images, self.table, self.keys, self.embeddings = images, table, keys, embeddings
         self.labels, self.captions = images.labels, images.captions
-        self.cache = True  # nothing is left to decode
+        self.cache, self.cached_bytes = True, 0  # nothing is left to decode
 
     def __len__(self) -> int:
         return len(self.images)
@@ -117,8 +118,16 @@ RANDOM_CROPS = (
 )
 
 
-def check_cacheable(images: ImageDataset, every: bool = False) -> None:
-    """Raise UsageError if images are cropped at random; those that are not kept decoded are looked at if `every`."""
+def prepare_caching(images: ImageDataset, every: bool = False) -> None:
+    """Leave out images that cannot be read, if they may be, before the batches are planned.
+
+    Args:
+        every: whether to look at images that are not kept decoded, too.
+
+    Raises:
+        UsageError: images that are cropped at random, each time elsewhere.
+    """
+    images.leave_out_broken()
     size = (images.transform.height, images.transform.width)
     if images.transform.center_crop:
         return

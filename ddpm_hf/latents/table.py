@@ -32,7 +32,9 @@ class TensorTable:
     """float32 tensors of one shape by their keys, in a folder of arrow datasets, each written whole or not at all."""
 
     def __init__(self, folder: Path):
-        self.folder, self.row_of, self.shape = folder, {}, None
+        self.folder = folder
+        self.row_of: dict[bytes, int] = {}
+        self.shape: tuple[int, ...] = ()  # of each tensor, once there is one
         self.values: Any = None
         self.read()
 

@@ -8,19 +8,19 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 
-from ..common.checkpoints import part_of_run
 from ..common.errors import UsageError
 from ..common.layout import AUTOENCODER, layout
 from ..common.ownership import claim_files
 from ..common.pictures import save_image
 from ..common.randomness import StepKeys
-from ..data import to_model_range
 from ..data.batches import Images, make_batches, plan_steps
-from ..models.autoencoder import load_autoencoder
+from ..data.images import to_model_range
+from ..models.autoencoder import frozen, load_autoencoder
 from ..models.saving import save_model
 from ..objectives.gaussians import mean_flat
 from ..portable.sampling_ddpm_hf import downscaling
 from ..training.checkpointing import find_checkpoint
+from ..training.complete_checkpoints import part_of_run
 from ..training.earlier_run import remove_unfinished
 from ..training.flags import GridFlags, TrainingFlags
 from ..training.logs import track_image
@@ -72,7 +72,7 @@ def draw_reconstructions(model: torch.nn.Module, step: int, *, run: Run, images:
 
     if not run.accelerator.is_main_process:
         return None
-    shown = images.held_out or images.dataset
+    shown = images.held_out or images.indexed
     batch = shown.__getitems__([(0, index) for index in range(min(8, len(shown)))])
     originals = to_model_range(batch["images"].to(run.device))
     with run.accelerator.autocast():
@@ -92,11 +92,11 @@ def draw_reconstructions(model: torch.nn.Module, step: int, *, run: Run, images:
 @torch.no_grad()
 def measure_scaling_factor(vae: AutoencoderKL, images: Images, batch_size: int, seed: int) -> float:
     """1 / the standard deviation of the latents, so that the diffusion's data has unit variance (Rombach, app. G)."""
-    count = min(len(images.dataset), 2048)
+    count = min(len(images.indexed), 2048)
     total = torch.zeros(3, dtype=torch.float64)
     for first in range(0, count, batch_size):
         indices = range(first, min(first + batch_size, count))
-        batch = images.dataset.__getitems__([(0, index) for index in indices])
+        batch = images.indexed.__getitems__([(0, index) for index in indices])
         posterior = vae.encode(to_model_range(batch["images"].to(vae.device))).latent_dist
         noise = StepKeys(seed, 0, first, len(indices), validation=True).normal_like(posterior.mean)
         latents = (posterior.mean + posterior.std * noise).cpu().double()
@@ -120,18 +120,18 @@ def autoencoder_of(checkpoint: Path, output_dir: str | Path) -> Path:
     return there
 
 
-def take_over_autoencoder(run: Run) -> None:
-    """Copy the autoencoder of the run that is resumed into the output folder, if it has none. All ranks take part."""
+def take_over_autoencoder(run: Run, checkpoint: Path) -> None:
+    """Copy the autoencoder of a checkpoint's run into the output folder, if it has none. All ranks take part."""
     folder = run.folder / AUTOENCODER
     if not (folder / "config.json").is_file():
-        vae = load_autoencoder(str(autoencoder_of(run.resumed.checkpoint, run.folder)))
+        vae = load_autoencoder(str(autoencoder_of(checkpoint, run.folder)))
         run.must_write(lambda: save_model(vae, folder, within=folder), "the autoencoder")
 
 
 def train_autoencoder(
     run: Run, flags: AutoencoderFlags, images: Images, size: tuple[int, int], rehearse_only: bool = False
 ) -> AutoencoderKL | None:
-    """Train an autoencoder in a folder within the run's, or take the one that was finished there; None if stopped.
+    """Train an autoencoder in a folder within the run's, or take the one that was finished; frozen. None if stopped.
 
     With `rehearse_only` it is not trained: only its first batch is computed.
 
@@ -143,12 +143,14 @@ def train_autoencoder(
         UsageError: a stream, whose steps cannot be counted, or a size that the autoencoder cannot halve.
     """
     folder, resumes = run.folder / AUTOENCODER, run.flags.resume_from_checkpoint
+    if run.resumed is not None:
+        take_over_autoencoder(run, run.resumed.checkpoint)
     if (folder / "config.json").is_file() and resumes:
         before = find_checkpoint(folder, "latest", lambda line: None)
         check_unchanged(run.settings, before and before.manifest)
         if run.accelerator.is_main_process and not rehearse_only:
             remove_unfinished(folder)
-        return load_autoencoder(str(folder)).to(run.device)
+        return frozen(load_autoencoder(str(folder)), run.device)
     factor = downscaling(flags.widths())
     if size[0] % factor or size[1] % factor:
         raise UsageError(f"--resolution {size[0]}x{size[1]}: the autoencoder requires multiples of {factor}")
@@ -175,9 +177,8 @@ def train_autoencoder(
     if not training_loop(run, state, plan, batches, compute_loss=loss_of, draw=draw, name_of=images.name_of):
         return None
     with averaged_weights(state, unwrap(run.accelerator, state.model)) as averaged:
-        trained = AutoencoderKL.from_config(vae.config).to(run.device)
+        trained = frozen(AutoencoderKL.from_config(vae.config), run.device)
         trained.load_state_dict(averaged.vae.state_dict())
-    trained.eval().requires_grad_(False)
     scale = measure_scaling_factor(trained, images, run.flags.eval_batch_size, run.seed)
     trained.register_to_config(scaling_factor=scale)
     run.must_write(lambda: save_model(trained, folder, within=folder), "the autoencoder")

@@ -1,8 +1,13 @@
 """Trained autoencoders."""
 
+from typing import TypeVar
+
+import torch
 from diffusers import AutoencoderKL
 
 from ..common.errors import UsageError, why_not_loaded
+
+Module = TypeVar("Module", bound=torch.nn.Module)
 
 
 def load_autoencoder(
@@ -27,6 +32,11 @@ def load_autoencoder(
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         reason = why_not_loaded(error)
         raise UsageError(f"--vae_name_or_path {name_or_path}: no AutoencoderKL there ({reason})") from error
+
+
+def frozen(model: Module, device: torch.device) -> Module:
+    """The network on a device, in eval mode, and not to be trained."""
+    return model.eval().requires_grad_(False).to(device)
 
 
 def in_own_memory(model: AutoencoderKL) -> AutoencoderKL:

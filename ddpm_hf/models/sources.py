@@ -6,6 +6,7 @@ Only JSON files are read here. Other programs' layouts are understood too: Diffu
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..common.checkpoints import MANIFEST
@@ -16,6 +17,7 @@ from ..common.locations import (
     UNET_FOLDERS,
     Location,
     find_location,
+    name_from_run,
     way_out,
 )
 from .unet import UNETS, stock_unet_defaults
@@ -153,9 +155,11 @@ def _training_of(place: Location) -> dict[str, Any]:
             "classes": manifest.get("classes") or None,
         }
         if settings.get("vae_name_or_path"):
-            vae = find_location(settings["vae_name_or_path"], token=place.token)
+            name = settings["vae_name_or_path"]
+            name = name_from_run(name, Path(place.root).parent) if place.local else name
+            vae = find_location(name, token=place.token)
             config = (vae / "vae").json(MODEL_CONFIG) or vae.json(MODEL_CONFIG)
-            facts |= {"vae": settings["vae_name_or_path"], "factor": _factor(config)}
+            facts |= {"vae": name, "factor": _factor(config)}
         return facts
     for around in (place, place.parent):
         index = around and around.json(MODEL_INDEX)

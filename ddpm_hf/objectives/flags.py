@@ -10,6 +10,7 @@ from ..common.arguments import (
     ONE_OR_MORE,
     HfArg,
     Need,
+    Range,
     has_grids,
     synonyms,
 )
@@ -54,7 +55,12 @@ class ScheduleFlags:
     title: ClassVar[str] = "Diffusion"
     meanings: ClassVar[dict[str, str]] = SCHEDULE
 
-    ddpm_num_steps: int = HfArg(resume=FIXED, default=1000, help="T, the diffusion's timesteps.")
+    ddpm_num_steps: int = HfArg(
+        range=Range(lambda value: 1 <= value <= 1_000_000, "from 1 to 1,000,000"),
+        resume=FIXED,
+        default=1000,
+        help="T, the diffusion's timesteps.",
+    )
     ddpm_beta_schedule: str = HfArg(resume=FIXED, default="linear", help=f"{', '.join(BETA_SCHEDULES)}.")
     rescale_betas_zero_snr: bool = HfArg(
         resume=FIXED,
@@ -63,14 +69,12 @@ class ScheduleFlags:
     )
 
     def check(self, flags: Any) -> None:
-        """Raise UsageError for an unknown schedule or a number out of range."""
+        """Raise UsageError for an unknown schedule."""
         # a trained model may have a schedule of its own
         trained = self.ddpm_beta_schedule == TRAINED_BETAS and getattr(flags, "pretrained_model_name_or_path", None)
         if self.ddpm_beta_schedule not in BETA_SCHEDULES and not trained:
             known = ", ".join(BETA_SCHEDULES)
             raise UsageError(f"--ddpm_beta_schedule {self.ddpm_beta_schedule!r}: must be one of {known}")
-        if not 1 <= self.ddpm_num_steps <= 1_000_000:
-            raise UsageError(f"--ddpm_num_steps {self.ddpm_num_steps}: must be from 1 to 1,000,000")
 
 
 @dataclass

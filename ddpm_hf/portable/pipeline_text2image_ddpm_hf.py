@@ -27,11 +27,12 @@ from .sampling_ddpm_hf import (
 )
 from .schedules_ddpm_hf import BETA_SCHEDULES  # noqa: F401  Diffusers fetches what a pipeline imports itself
 from .scheduling_ddpm_hf import DDPMScheduler  # noqa: F401  (only direct imports are copied with this file)
+from .text_encoding_ddpm_hf import cut_off, encode_texts
 
 logger = logging.get_logger(__name__)
 
 # What Stable Diffusion's pipeline would set in place, with a warning, if a scheduler said anything else
-STABLE_DIFFUSION_SETTINGS = {"steps_offset": 1, "clip_sample": False}
+STABLE_DIFFUSION_SETTINGS: dict[str, Any] = {"steps_offset": 1, "clip_sample": False}
 
 
 class TextToImageDDPMPipeline(SamplingMixin, AccelerationMixin, PortablePipelineMixin, DiffusionPipeline):
@@ -239,27 +240,3 @@ class TextToImageDDPMPipeline(SamplingMixin, AccelerationMixin, PortablePipeline
             callback_on_step_end_tensor_inputs,
             num_frames,
         )
-
-
-def cut_off(tokenizer: CLIPTokenizer, texts: list[str]) -> list[str]:
-    """What of each text is beyond the tokenizer's L tokens, and not read; empty where nothing is."""
-    length = tokenizer.model_max_length
-    ids = tokenizer(list(texts), verbose=False).input_ids if len(texts) else []
-    tokenize(tokenizer, [""])  # it is saved as it was last used: as for the UNet
-    return [tokenizer.decode(one[length - 1 : -1]) if len(one) > length else "" for one in ids]
-
-
-def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Texts as ids [N, L], padded and cut off to the tokenizer's L, and 1 where they are no padding [N, L]."""
-    length = tokenizer.model_max_length
-    tokens = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-    return tokens.input_ids, tokens.attention_mask
-
-
-def encode_texts(
-    text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, texts: list[str], device: torch.device
-) -> torch.Tensor:
-    """Texts as what a UNet attends to, [N, L, D]; the padding is masked where the text encoder learned so."""
-    ids, mask = (each.to(device) for each in tokenize(tokenizer, texts))
-    masked = getattr(text_encoder.config, "use_attention_mask", None)
-    return text_encoder(ids, attention_mask=mask if masked else None)[0]

@@ -94,7 +94,8 @@ def checkpoint_as_folder(checkpoint: Path, ema: bool | None) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="ddpm_hf-") as temporary:
         folder = Path(temporary) / run.name
         load(checkpoint, ema=ema).save_pretrained(folder)
-        for name in ("README.md", METRICS_FILE, RESULTS_FILE):
+        licenses = [path.name for path in run.glob("LICENSE*")]
+        for name in ("README.md", METRICS_FILE, RESULTS_FILE, *licenses):
             if (run / name).is_file():
                 shutil.copyfile(run / name, folder / name)
         truncate_jsonl(folder / METRICS_FILE, step)
@@ -106,6 +107,25 @@ def checkpoint_as_folder(checkpoint: Path, ema: bool | None) -> Iterator[Path]:
             record |= {"step": step, "sessions": manifest.get("sessions", [])}
             write_atomically(folder / RUN_FILE, json.dumps(record, indent=1) + "\n")
         yield folder
+
+
+def has_root_layout(folder: Path) -> bool:
+    """Whether a pipeline's components lie at the root of its folder, as in the Hub's first models."""
+    config, index = folder / "config.json", folder / "model_index.json"
+    return config.is_file() and index.is_file() and not (folder / "unet").is_dir()
+
+
+@contextlib.contextmanager
+def resaved(folder: Path) -> Iterator[Path]:
+    """A temporary folder with the pipeline of a folder of another layout, as it is saved today, and its card."""
+    from ..inference.loading import load
+
+    with tempfile.TemporaryDirectory(prefix="ddpm_hf-") as temporary:
+        target = Path(temporary) / folder.resolve().name
+        load(folder).save_pretrained(target)
+        for path in (*folder.glob("README.md"), *folder.glob("LICENSE*")):
+            shutil.copyfile(path, target / path.name)
+        yield target
 
 
 def sample_missing_pictures(studio: "Studio", folder: Path) -> None:

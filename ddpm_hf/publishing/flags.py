@@ -5,7 +5,9 @@ from typing import Any, ClassVar, Literal
 
 from ..common.arguments import FREE, HfArg, Need, check_license, synonyms
 from ..common.errors import UsageError
+from ..evaluation.metrics import METRICS
 
+HELD_OUT_LOSS = "validation_loss"
 VARIANTS = ("fp16", "non_ema")  # of the weights, in addition to the pipeline's
 USES_OF_THE_TOKEN = (
     "push_to_hub", "dataset_name", "pretrained_model_name_or_path", "model_config_name_or_path", "vae_name_or_path",
@@ -32,7 +34,11 @@ class PublishingFlags:
     needs: ClassVar[dict[str, Need]] = dict.fromkeys(
         ("hub_model_id", "hub_private_repo", "hub_revision"),
         Need(lambda run: run.push_to_hub, "uploads nothing without --push_to_hub"),
-    )
+    ) | {
+        "hub_best_metric": Need(
+            lambda run: run.hub_strategy == "best", "has no effect with --hub_strategy {hub_strategy}"
+        )
+    }
 
     push_to_hub: bool = HfArg(resume=FREE, default=False, help="Upload the pipeline and its card when training ends.")
     hub_model_id: str | None = HfArg(
@@ -45,7 +51,13 @@ class PublishingFlags:
         resume=FREE,
         default="end",
         help="What is saved and uploaded: the model at the end; also at each checkpoint, in the background; or the"
-        " checkpoint with the lowest held-out loss (requires --validation_steps).",
+        " best one by --hub_best_metric.",
+    )
+    hub_best_metric: str = HfArg(
+        resume=FREE,
+        default=HELD_OUT_LOSS,
+        help="What --hub_strategy best compares: validation_loss, at checkpoints (requires --validation_steps), or one"
+        " of --evaluation_metrics, at evaluations.",
     )
     hub_revision: str | None = HfArg(
         resume=FREE,
@@ -70,8 +82,19 @@ class PublishingFlags:
             raise UsageError(f"--save_variants: each must be one of {', '.join(VARIANTS)} (got {unknown[0]!r})")
         if "non_ema" in self.save_variants and not flags.use_ema:
             raise UsageError("--save_variants non_ema requires --use_ema; without it there is only one set of weights")
-        if self.hub_strategy == "best" and (
-            not flags.validation_steps or flags.checkpointing_steps % flags.validation_steps
+        by_loss = self.hub_best_metric == HELD_OUT_LOSS
+        evaluated = flags.evaluation_metrics if flags.evaluation_epochs else []
+        if self.hub_strategy == "best" and not by_loss and self.hub_best_metric not in evaluated:
+            raise UsageError(
+                f"--hub_best_metric {self.hub_best_metric}: must be {HELD_OUT_LOSS}, or one of"
+                " --evaluation_metrics with --evaluation_epochs"
+            )
+        if self.hub_strategy == "best" and not by_loss and METRICS[self.hub_best_metric].lower_is_better is None:
+            raise UsageError(f"--hub_best_metric {self.hub_best_metric}: neither more nor less of it is better")
+        if (
+            self.hub_strategy == "best"
+            and by_loss
+            and (not flags.validation_steps or flags.checkpointing_steps % flags.validation_steps)
         ):
             raise UsageError(
                 "--hub_strategy best requires the held-out loss of each checkpoint: give --validation_steps, of which"

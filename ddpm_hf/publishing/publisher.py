@@ -6,7 +6,7 @@ import math
 import os
 import shlex
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from ..common.errors import UsageError
 from ..common.files import write_atomically
 from ..common.layout import METRICS_FILE, RUN_FILE
 from ..common.ownership import claim_files
+from ..evaluation.metrics import METRICS
 from ..models.saving import save_half_precision, save_model, save_pipeline
 from ..training.averaging import raw_weights
 from ..training.plan import StepPlan
@@ -27,7 +28,7 @@ from .card.facts import read_facts
 from .card.illustrations import write_pictures
 from .card.merging import make_card
 from .files import publishable
-from .flags import PublishingFlags
+from .flags import HELD_OUT_LOSS, PublishingFlags
 from .hub import Upload, read_card, reason_of, refuses
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def reserve_repository(run: Run, flags: PublishingFlags, token: str | None, held
     """
     if run.accelerator.is_fsdp2 and "non_ema" in flags.save_variants:
         raise UsageError("--save_variants non_ema: not with FSDP; the checkpoints' unet/ holds these weights")
-    if flags.hub_strategy == "best" and not held_out:
+    if flags.hub_strategy == "best" and flags.hub_best_metric == HELD_OUT_LOSS and not held_out:
         raise UsageError("--hub_strategy best requires held-out images: give --validation_split 0.1, for example")
     repository = flags.hub_model_id or run.folder.resolve().name
     if not flags.push_to_hub or not run.accelerator.is_main_process:
@@ -76,9 +77,11 @@ class Publisher:
     """Saves the pipeline of a run, during training and at its end, and uploads it according to the flags.
 
     Args:
+        repository: the result of `reserve_repository`.
+        images: the result of `open_images`.
         pipeline_of: trained model -> pipeline.
-        record: the result of `describe_run`.
-        total_steps: of the training.
+        shown: the settings that the card lists.
+        rows: the classes or prompts of its grids; those that have room count.
     """
 
     def __init__(
@@ -86,21 +89,42 @@ class Publisher:
         run: Run,
         flags: PublishingFlags,
         token: str | None,
-        state: TrainingState,
-        pipeline_of: Callable,
-        record: dict[str, Any],
-        total_steps: int,
         repository: str,
+        state: TrainingState,
+        plan: StepPlan,
+        images: Any,
+        pipeline_of: Callable,
+        shown: Sequence[str],
+        rows: Sequence[str],
     ):
-        self.run, self.flags, self.token, self.state = run, flags, token, state
-        self.pipeline_of, self.record, self.total_steps = pipeline_of, record, total_steps
-        self.folder, self.repository = run.folder, repository
+        self.run, self.flags, self.token, self.repository = run, flags, token, repository
+        self.state, self.total_steps, self.pipeline_of = state, plan.total, pipeline_of
+        parameters = parameter_count(unwrap(run.accelerator, state.model))
+        self.record = describe_run(run, images, plan, parameters, shown, rows[: run.flags.eval_batch_size])
+        self.folder = run.folder
+        run.must_write(self.begin_record, RUN_FILE)
         self.saved_at: int | None = None
         self.uploading: threading.Thread | None = None
 
+    def record_evaluation(self, evaluation: dict[str, Any] | None) -> None:
+        """Note what the figures of `--evaluation_epochs` are computed from, for the card."""
+        if evaluation is not None:
+            self.record["evaluation"] = evaluation
+
+    def begin_record(self) -> None:
+        """Record the run before its pipeline is saved, so that a checkpoint of a stopped run has a complete card."""
+        if not (self.folder / RUN_FILE).is_file():
+            self.write_record({"sessions": []})
+
+    def write_record(self, more: dict[str, Any]) -> None:
+        """Write what is known of the run, and more."""
+        claim_files(self.folder, [RUN_FILE])
+        write_atomically(self.folder / RUN_FILE, json.dumps(self.record | more, indent=1) + "\n")
+
     def save(self, model: "torch.nn.Module", step: int) -> None:
         """Save the pipeline if `--hub_strategy` selects this step, and upload it if it says so."""
-        flags, at_checkpoint = self.flags, step % self.run.flags.checkpointing_steps == 0
+        flags = self.flags
+        at_checkpoint = flags.hub_strategy == "best" or step % self.run.flags.checkpointing_steps == 0
         none_yet = not (self.folder / "model_index.json").is_file()
         if flags.hub_strategy == "best" and not self.is_best(step) and not (none_yet and step == self.total_steps):
             return
@@ -112,24 +136,23 @@ class Publisher:
             for name, part in self.state.parts.items():
                 with raw_weights(self.state.emas[name], part):
                     save_model(part, self.folder / name, "*.non_ema[.-]*", within=self.folder, variant="non_ema")
-        run = {**self.record, "step": step, "sessions": self.state.sessions.until(step)}
-        claim_files(self.folder, [RUN_FILE])
-        write_atomically(self.folder / RUN_FILE, json.dumps(run, indent=1) + "\n")
+        self.write_record({"step": step, "sessions": self.state.sessions.until(step)})
         self.saved_at = step
         if flags.push_to_hub and flags.hub_strategy != "end" and at_checkpoint and step < self.total_steps:
             self.upload_in_background(pipeline, step)
 
     def is_best(self, step: int) -> bool:
-        """Whether the held-out loss at a checkpoint is the lowest of those at checkpoints so far."""
+        """Whether this step has the best figure of `--hub_best_metric` so far, of a held-out loss at checkpoints."""
         lines = [json.loads(line) for line in (self.folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
-        every = self.run.flags.checkpointing_steps
-        losses = {
-            line["step"]: line["validation_loss"]
+        name, every, sign = self.flags.hub_best_metric, self.run.flags.checkpointing_steps, 1
+        if name != HELD_OUT_LOSS:
+            name, every, sign = f"evaluation_{name}", 1, 1 if METRICS[name].lower_is_better else -1
+        figures = {
+            line["step"]: sign * line[name]
             for line in lines
-            if math.isfinite(line.get("validation_loss", math.nan))
-            and (line["step"] % every == 0 or line["step"] == step)
+            if math.isfinite(line.get(name, math.nan)) and (line["step"] % every == 0 or line["step"] == step)
         }
-        return step in losses and losses[step] <= min(losses.values())
+        return step in figures and figures[step] <= min(figures.values())
 
     def upload_in_background(self, pipeline: "DiffusionPipeline", step: int) -> None:
         """Upload while training continues; skip it if the last upload is not finished."""
@@ -214,15 +237,9 @@ class Publisher:
 
 
 def describe_run(
-    run: Run, images: Any, plan: StepPlan, model: "torch.nn.Module", shown: tuple[str, ...], rows: list[str]
+    run: Run, images: Any, plan: StepPlan, parameters: int, shown: Sequence[str], rows: Sequence[str]
 ) -> dict[str, Any]:
-    """The data of a run that is known before it starts, for its card.
-
-    Args:
-        images: the result of `open_images`.
-        shown: the settings that the card lists.
-        rows: the classes or prompts of the rows of its grids.
-    """
+    """The data of a run that is known before it starts, for its card."""
     settings = public_settings(run.settings)
     dataset, base_model = settings["dataset_name"], settings["pretrained_model_name_or_path"]
     local = settings["train_data_dir"] or (dataset if os.path.exists(dataset or "") else None)
@@ -239,8 +256,8 @@ def describe_run(
         "held_out": len(images.held_out) if images.held_out else 0,
         "seed": run.seed,
         "batch": plan.global_batch * plan.accumulation,
-        "parameters": parameter_count(model),
-        "rows": rows,
+        "parameters": parameters,
+        "rows": list(rows),
         "base_model": None if os.path.exists(base_model or "") else base_model,
         "settings": {name: value for name, value in settings.items() if value is not None},
     }

@@ -9,8 +9,9 @@ from typing import Any
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ..common.errors import UsageError
-from ..data import choose_caption
-from ..portable.pipeline_text2image_ddpm_hf import cut_off
+from ..data.batches import Images
+from ..data.images import choose_caption
+from ..portable.text_encoding_ddpm_hf import cut_off
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -19,11 +20,20 @@ LONGEST = 77  # tokens that CLIP reads, start and end included
 
 def all_captions(column: Iterable[Any], name: str) -> list[str]:
     """The different captions of a column, sorted."""
-    texts = set()
+    texts: set[str] = set()
     for value in column:
         several = (value or [None]) if isinstance(value, (list, tuple)) else [value]
         texts.update(choose_caption(one, 0, name) for one in several)
     return sorted(texts)
+
+
+def captions_of(images: Images, first: int | None = None) -> list[str]:
+    """The different captions of the images, or of the first, sorted.
+
+    Raises:
+        DataError: captions that are not strings.
+    """
+    return all_captions((images.indexed.captions or [])[:first], images.rows.name)
 
 
 def warn_of_cut_captions(tokenizer: CLIPTokenizer, captions: Iterable[str], most: int = 100_000) -> list[str]:

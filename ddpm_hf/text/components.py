@@ -6,22 +6,25 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
-from ..common.checkpoints import part_of_run
 from ..common.errors import UsageError, one_line
-from ..data import DataFlags
 from ..data.batches import Images
-from ..inference.components import Components, load_text_encoder
+from ..data.flags import DataFlags
+from ..inference.components import Components, load_checkpoint_components, load_text_encoder, of_a_checkpoint
+from ..latents.autoencoder import make_autoencoder
 from ..latents.flags import AutoencoderFlags
-from ..models.autoencoder import load_autoencoder
+from ..latents.training import autoencoder_of
+from ..models.autoencoder import frozen, load_autoencoder
 from ..models.saving import save_model
 from ..models.sizes import read_unet_config, settle_resolution
-from ..models.unet import text_unet_config
+from ..models.unet import text_unet_config, time_blindness
 from ..objectives.flags import ScheduleFlags
+from ..objectives.losses import check_objective
 from ..portable.pipeline_text2image_ddpm_hf import STABLE_DIFFUSION_SETTINGS
 from ..portable.sampling_ddpm_hf import downscaling
 from ..portable.scheduling_ddpm_hf import DDPMScheduler
+from ..training.complete_checkpoints import part_of_run
 from ..training.run import Run
-from .captions import TOKENIZER_FILES, all_captions, fit_tokenizer, make_text_encoder, read_tokenizer
+from .captions import TOKENIZER_FILES, captions_of, fit_tokenizer, make_text_encoder, read_tokenizer
 from .flags import TextModelFlags
 
 if TYPE_CHECKING:
@@ -30,17 +33,33 @@ if TYPE_CHECKING:
 TEXT_WIDTH = 128  # of a new text encoder
 
 
-def fit_to_checkpoint(run: Run, data: DataFlags, components: Components) -> None:
-    """Settle a --resolution that was not given; the UNet's config says what it is trained at, and then sampled at.
+def load_parts(run: Run) -> Components:
+    """All of the checkpoint to train further.
+
+    Settles a --resolution that was not given; the UNet's config says what it is trained at, and then sampled at.
 
     Raises:
-        UsageError: a size that the autoencoder cannot halve.
+        UsageError: no checkpoint there, or a size that its autoencoder cannot halve.
     """
+    flags, data = run.settings, run.settings[DataFlags]
+    name, changes = flags.pretrained_model_name_or_path, of_a_checkpoint(flags.values())
+    components = load_checkpoint_components(name, **changes, token=flags.hub_token)
     factor = downscaling(components.vae.config.block_out_channels)
     run.log(settle_resolution(data, components.unet.config.sample_size, factor, usual="512", trained=True))
     check_multiples(data, factor)
     height, width = (side // factor for side in data.size())
     components.unet.register_to_config(sample_size=height if height == width else (height, width))
+    check_schedule(components.scheduler, flags.loss_type, flags.snr_gamma)
+    return frozen_but_unet(components, run.device)
+
+
+def check_schedule(scheduler: DDPMScheduler, loss_type: str, snr_gamma: float | None) -> None:
+    """Raise UsageError for a diffusion and a loss that cannot go together."""
+    try:
+        check_objective(scheduler, "simple", loss_type, snr_gamma)
+        scheduler.check_invertible(range(len(scheduler)))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def check_multiples(data: DataFlags, factor: int) -> None:
@@ -59,25 +78,17 @@ class Blueprint(NamedTuple):
     scheduler: DDPMScheduler
 
 
-def draw_blueprint(
-    run: Run,
-    data: DataFlags,
-    model: TextModelFlags,
-    vae_name: str | None,
-    autoencoder: AutoencoderFlags,
-    schedule: ScheduleFlags,
-    prediction_type: str | None,
-    token: str | None,
-) -> Blueprint:
-    """The parts of a new model that are given, and the plan of the others.
-
-    Args:
-        vae_name: that of an autoencoder to use; without, a new one is trained.
-        token: for parts on the Hub.
+def design_parts(run: Run) -> Blueprint:
+    """The parts of a new model that are given, and the plan of the others; settles a --resolution that was not given.
 
     Raises:
         UsageError: parts that are not there or do not fit together, or a size that cannot be halved.
     """
+    flags = run.settings
+    data, model, autoencoder = flags[DataFlags], flags[TextModelFlags], flags[AutoencoderFlags]
+    vae_name, token, schedule = flags.vae_name_or_path, flags.hub_token, flags[ScheduleFlags]
+    if not vae_name and run.resumed is not None:
+        autoencoder_of(run.resumed.checkpoint, run.folder)  # raises UsageError where it is not there
     vae = load_autoencoder(vae_name, token=token) if vae_name else None
     tokenizer = text_encoder = None
     if model.text_encoder_name_or_path:
@@ -115,36 +126,47 @@ def draw_blueprint(
     scheduler = DDPMScheduler(
         num_train_timesteps=schedule.ddpm_num_steps,
         beta_schedule=schedule.ddpm_beta_schedule,
-        prediction_type=prediction_type or "epsilon",
+        prediction_type=flags.prediction_type or "epsilon",
         rescale_betas_zero_snr=schedule.rescale_betas_zero_snr,
         timestep_spacing="trailing" if schedule.rescale_betas_zero_snr else "leading",
         **STABLE_DIFFUSION_SETTINGS,
     )
+    check_schedule(scheduler, flags.loss_type, flags.snr_gamma)
     return Blueprint(vae, text_encoder, tokenizer, unet, scheduler)
 
 
-def build(
-    blueprint: Blueprint, vae: AutoencoderKL, images: Images, seed: int, checkpoint: Path | None = None
-) -> Components:
+def build(run: Run, blueprint: Blueprint, images: Images) -> Components:
     """A new UNet in the latents of the autoencoder, with a new text encoder where none was given.
 
-    Args:
-        checkpoint: of the run that goes on: its text encoder was trained with the tokenizer in the run's folder.
+    An autoencoder that is to be trained is untrained here, so that the model's first batch can be computed before.
 
     Raises:
-        UsageError: there is no tokenizer there.
+        UsageError: the run that goes on has no tokenizer, with which its text encoder was trained.
     """
-    tokenizer, text_encoder = blueprint.tokenizer, blueprint.text_encoder
+    flags, tokenizer, text_encoder = run.settings, blueprint.tokenizer, blueprint.text_encoder
+    size, channels = flags[DataFlags].size(), images.transform.channels
+    vae = blueprint.vae or make_autoencoder(flags[AutoencoderFlags], channels, size, run.seed)
     if text_encoder is None:
-        if checkpoint is None:
-            tokenizer = fit_tokenizer(all_captions(images.dataset.captions, images.rows.name))
+        if run.resumed is None:
+            tokenizer = fit_tokenizer(captions_of(images))
         else:
-            tokenizer = read_tokenizer(part_of_run(checkpoint, "tokenizer", f"tokenizer/{TOKENIZER_FILES[0]}"))
-        torch.manual_seed(seed)
+            there = part_of_run(run.resumed.checkpoint, "tokenizer", f"tokenizer/{TOKENIZER_FILES[0]}")
+            tokenizer = read_tokenizer(there)
+        torch.manual_seed(run.seed)
         text_encoder = make_text_encoder(tokenizer, TEXT_WIDTH)
-    torch.manual_seed(seed)
+    torch.manual_seed(run.seed)
     unet = UNet2DConditionModel(**blueprint.unet)
-    return Components(vae, text_encoder, tokenizer, unet, blueprint.scheduler, {"sampler": DDPMScheduler})
+    run.log(time_blindness(unet.config))
+    others = {"sampler": DDPMScheduler}
+    if flags.guidance_scale is not None:
+        others["guidance_scale"] = flags.guidance_scale
+    return frozen_but_unet(Components(vae, text_encoder, tokenizer, unet, blueprint.scheduler, others), run.device)
+
+
+def frozen_but_unet(components: Components, device: torch.device) -> Components:
+    """The components, with autoencoder and text encoder on the device and frozen."""
+    vae, text_encoder = frozen(components.vae, device), frozen(components.text_encoder, device)
+    return components._replace(vae=vae, text_encoder=text_encoder)
 
 
 def save_tokenizer(tokenizer: "CLIPTokenizer", output_dir: str | Path) -> None:

@@ -8,7 +8,7 @@ from diffusers import UNet2DConditionModel
 from ..common.randomness import StepKeys, to_device
 from ..inference.components import Components
 from ..models.acceleration import choose_execution
-from ..portable.pipeline_text2image_ddpm_hf import encode_texts, tokenize
+from ..portable.text_encoding_ddpm_hf import encode_texts, tokenize
 from ..training.flags import TrainingFlags
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class TextConditioned(torch.nn.Module):
         self, x_t: torch.Tensor, timesteps: torch.Tensor, text: torch.Tensor, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         """x_t [N, C, h, w], t [N], and ids [N, L] or embeddings [N, L, D] -> the prediction [N, C, h, w]."""
-        if not text.is_floating_point():
+        if self.text_encoder is not None and not text.is_floating_point():
             text = self.text_encoder(text, attention_mask=mask)[0]
         return self.unet(x_t, timesteps, encoder_hidden_states=text).sample
 

@@ -1,7 +1,7 @@
-"""Checks of the parts of text to image; images and captions made ready for training; what is said and drawn of it."""
+"""Checks of the parts of text to image; images and captions made ready for training; what is said of it."""
 
+import dataclasses
 import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,20 +9,21 @@ import torch
 from diffusers import AutoencoderKL
 
 from ..common.errors import UsageError
-from ..data import DIGIT_NAMES, DataFlags, should_cache
-from ..data.batches import Images
+from ..data.batches import Images, open_images
 from ..data.buckets import BucketedDataset, bucket_sizes, bucketed
+from ..data.dataset import should_cache
+from ..data.digits import DIGIT_NAMES
+from ..data.flags import DataFlags
 from ..inference.components import Components
-from ..latents.cache import cache_embeddings, cached_latents, check_cacheable
-from ..objectives.losses import check_objective
-from ..portable.pipeline_text2image_ddpm_hf import cut_off, encode_texts
+from ..latents.cache import cache_embeddings, cached_latents, prepare_caching
 from ..portable.sampling_ddpm_hf import downscaling
-from ..portable.scheduling_ddpm_hf import DDPMScheduler
+from ..portable.text_encoding_ddpm_hf import cut_off, encode_texts
 from ..training.plan import StepPlan
-from ..training.previews import draw_grid
 from ..training.reporting import run_lines
 from ..training.run import Run
-from .captions import all_captions, warn_of_cut_captions
+from .captions import captions_of, warn_of_cut_captions
+from .components import Blueprint
+from .flags import CaptionFlags
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 def log_cut_texts(run: Run, prompts: list[str], images: Images, tokenizer: "CLIPTokenizer") -> None:
     """Say once which captions and prompts the text encoder does not read to their ends."""
-    captions = [] if images.dataset is None else all_captions(images.dataset.captions, images.rows.name)
+    captions = [] if images.dataset is None else captions_of(images)
     lines = warn_of_cut_captions(tokenizer, captions)
     for rest in filter(None, cut_off(tokenizer, prompts)):
         lines.append(f"a prompt of --validation_prompts is too long; this is not read: {rest!r}")
@@ -46,15 +47,43 @@ def default_prompts(given: list[str], embedded: bool, images: Images) -> list[st
         return [f"a handwritten {name}" for name in DIGIT_NAMES]
     if images.dataset is None:
         return [""]
-    captions = all_captions(images.dataset.captions[:2000], images.rows.name)
+    captions = captions_of(images, 2000)
     return captions[:: max(1, len(captions) // 8)][:8]
+
+
+def open_captioned(
+    run: Run, data: DataFlags, captions: CaptionFlags, start: Components | Blueprint, cached: bool, token: str | None
+) -> Images:
+    """The images with their captions, by aspect ratio where that is asked for.
+
+    Where latents are cached, images that cannot be read are left out, if they may be, before batches are planned.
+
+    Args:
+        start: whose autoencoder they are for.
+        cached: whether their latents are.
+        token: for a private dataset on the Hub.
+
+    Raises:
+        DataError: images or captions that cannot be read.
+        UsageError: channels that the autoencoder does not read, or latents that cannot be cached.
+    """
+    read = dataclasses.replace(data, cache_dataset="never") if captions.aspect_ratio_buckets else data
+    images = open_images(run, read, image_channels(data, start.vae), token, captions.caption_column)
+    if captions.aspect_ratio_buckets:
+        images = in_buckets(run, images, data, start.vae, start.unet)
+    if images.dataset is None:
+        return images
+    captions_of(images)  # raises DataError
+    if cached and not isinstance(images.dataset, BucketedDataset):
+        prepare_caching(images.dataset, every=start.vae is None)
+    return images
 
 
 def in_buckets(run: Run, images: Images, data: DataFlags, vae: AutoencoderKL, unet: "UNet2DConditionModel") -> Images:
     """The images by aspect ratio, in sizes that autoencoder and UNet can halve."""
     widths = unet["block_out_channels"] if isinstance(unet, dict) else unet.config.block_out_channels
     sizes = bucket_sizes(*data.size(), downscaling(vae.config.block_out_channels) * downscaling(widths))
-    dataset = bucketed(images.dataset, sizes, cached=should_cache(images.rows, images.transform, data.cache_dataset))
+    dataset = bucketed(images.indexed, sizes, cached=should_cache(images.rows, images.transform, data.cache_dataset))
     counts = (f"{p.transform.height}x{p.transform.width}: {len(p)}" for p in dataset.parts)
     run.log(f"images by size: {', '.join(counts)}")
     return images._replace(dataset=dataset)
@@ -75,28 +104,15 @@ def cached(
         encode = functools.partial(
             encode_texts, components.text_encoder, components.tokenizer, device=accelerator.device
         )
-        captions = all_captions([*images.dataset.captions, ""], images.rows.name)
+        captions = sorted({*captions_of(images), ""})
         embeddings = cache_embeddings(
             captions, components.text_encoder, components.tokenizer, encode, folder, accelerator
         )
         null = encode([""]).detach().cpu().float()
-    buckets = isinstance(images.dataset, BucketedDataset)
-    parts = images.dataset.parts if buckets else [images.dataset]
+    parts = images.dataset.parts if isinstance(images.dataset, BucketedDataset) else [images.indexed]
     parts = [cached_latents(part, components.vae, folder, accelerator, embeddings) for part in parts]
-    return images._replace(dataset=BucketedDataset(parts) if buckets else parts[0]), null
-
-
-def check_images(images: Images, cached: bool, new_autoencoder: bool) -> None:
-    """Raise DataError or UsageError for captions that are not strings, and latents that cannot be cached.
-
-    Where they are cached, images that cannot be read are left out, if they may be, before the batches are planned.
-    """
-    if images.dataset is None:
-        return
-    all_captions(images.dataset.captions, images.rows.name)
-    if cached and not isinstance(images.dataset, BucketedDataset):
-        images.dataset.leave_out_broken()
-        check_cacheable(images.dataset, every=new_autoencoder)
+    dataset = BucketedDataset(parts) if isinstance(images.dataset, BucketedDataset) else parts[0]
+    return images._replace(dataset=dataset), null
 
 
 def check_parts(run: Run, parts: dict) -> None:
@@ -125,35 +141,15 @@ def image_channels(data: DataFlags, vae: AutoencoderKL | None) -> int:
     return vae.config.in_channels
 
 
-def check_schedule(scheduler: DDPMScheduler, loss_type: str, snr_gamma: float | None) -> None:
-    """Raise UsageError for a diffusion and a loss that cannot go together."""
-    try:
-        check_objective(scheduler, "simple", loss_type, snr_gamma)
-        scheduler.check_invertible(range(len(scheduler)))
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-
-
-def draw_prompts(
-    model: torch.nn.Module, step: int, *, run: Run, pipeline_of: Callable, prompts: list[str], num_inference_steps: int
-) -> Path | None:
-    """A grid with a row for each prompt."""
-    pipeline, prompts = pipeline_of(model), prompts[: run.flags.eval_batch_size]
-    columns = run.flags.eval_batch_size // len(prompts)
-    requests = [prompt for prompt in prompts for _ in range(columns)]
-    steps = min(num_inference_steps, len(pipeline.scheduler))
-    return draw_grid(run, pipeline, requests, columns, step, prompts, num_inference_steps=steps)
-
-
 def describe(run: Run, images: Images, plan: StepPlan, parameters: int, learns: bool) -> dict[str, str]:
     """What runs: said at the start, and by --dry_run."""
     flags = run.settings
     base = flags.pretrained_model_name_or_path
     new = f"a new one, {flags.vae_widths}, {flags.vae_train_steps} steps"
     return {
-        **images.lines(f"captions in {flags.caption_column!r}"),
+        **images.lines(),
         "model": f"{base or 'from scratch'}, {parameters:,} parameters to train",
         "latents": "of the checkpoint" if base else flags.vae_name_or_path or new,
         "text": "trained along" if learns else "frozen",
-        **run_lines(run, plan),
+        **run_lines(run, plan, parameters, images.cached_bytes),
     }

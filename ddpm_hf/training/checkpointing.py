@@ -12,20 +12,12 @@ from accelerate import Accelerator
 from accelerate.utils.other import load
 from safetensors.torch import load_file, save_file
 
-from ..common.checkpoints import (
-    MANIFEST,
-    checkpoint_step,
-    discard,
-    file_digest,
-    is_complete,
-    list_checkpoints,
-    made_by_diffusers,
-    seal,
-)
+from ..common.checkpoints import MANIFEST, checkpoint_step, discard, is_complete, list_checkpoints, made_by_diffusers
 from ..common.errors import UsageError, one_line
 from ..common.files import flush
 from ..common.layout import METRICS_FILE, TIMINGS_FILE
 from ..common.ownership import claim_files, release_files
+from .complete_checkpoints import complete_checkpoints, file_digest, seal
 from .earlier_run import let_go, replaces
 from .run import Resumed, Run
 from .state import TrainingState, set_rates
@@ -36,7 +28,7 @@ def set_aside_later(output_dir: Path, step: int) -> list[Path]:
 
     Else `latest` would return to them, with metrics that were meanwhile cut off at the step.
     """
-    later = [path for path in reversed(list_checkpoints(output_dir, complete=True)) if checkpoint_step(path) > step]
+    later = [path for path in reversed(complete_checkpoints(output_dir)) if checkpoint_step(path) > step]
     for path in later:
         aside = path.with_name(f"{path.name}.superseded")
         if aside.exists():
@@ -113,7 +105,7 @@ def rotate(output_dir: Path, limit: int | None) -> list[Path]:
 
     Only complete checkpoints of this package are counted and removed.
     """
-    kept = list_checkpoints(output_dir, complete=True)
+    kept = complete_checkpoints(output_dir)
     for path in output_dir.glob("checkpoint-*.superseded"):
         step = checkpoint_step(path.with_suffix(""))
         if kept and 0 <= step <= checkpoint_step(kept[-1]) and is_complete(path):
@@ -171,6 +163,7 @@ def save_checkpoint(run: Run, state: TrainingState, limit: int | None) -> str | 
                 "step": state.step,
                 "nonfinite_steps": state.nonfinite_steps,
                 "grid_due": state.grid_due,
+                "evaluation_due": state.evaluation_due,
                 "meter": meter,
                 "sessions": state.sessions.until(state.step),
                 "lr_scheduler": json.loads(json.dumps(state.lr_scheduler.state_dict(), default=lambda _: None)),
@@ -237,6 +230,7 @@ def load_checkpoint(accelerator: Accelerator, state: TrainingState, checkpoint: 
         state.step, state.nonfinite_steps = manifest["step"], int(manifest["nonfinite_steps"])
         state.sessions.resume(manifest.get("sessions", []), state.step)
         state.grid_due = bool(manifest.get("grid_due", False))
+        state.evaluation_due = bool(manifest.get("evaluation_due", False))
     except UsageError:
         raise
     except Exception as error:  # whatever a stranger's file makes the libraries raise

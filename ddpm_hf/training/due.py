@@ -13,23 +13,26 @@ class Due(NamedTuple):
     end: bool  # the training's last step
     log: bool
     validate: bool
+    evaluate: bool
     samples: bool
     model: bool
     checkpoint: bool
 
     @classmethod
-    def after(cls, step: int, run: Run, plan: StepPlan) -> "Due":
+    def after(cls, step: int, run: Run, plan: StepPlan, evaluation_epochs: int = 0) -> "Due":
         """What follows a step of a training that can do all of it.
 
         Args:
             step: counted from 1.
+            evaluation_epochs: between evaluations; 0 for none.
         """
         flags, end = run.flags, step == plan.total
         epoch, epoch_ends = plan.epoch_of(step - 1), end or step % plan.steps_per_epoch == 0
         return cls(
             end=end,
             log=end or step % flags.logging_steps == 0,
-            validate=bool(flags.validation_steps) and (end or step % flags.validation_steps == 0),
+            validate=flags.validation_steps is not None and (end or step % flags.validation_steps == 0),
+            evaluate=bool(evaluation_epochs) and epoch_ends and (end or epoch % evaluation_epochs == 0),
             samples=samples_due(run.grids, step, epoch, epoch_ends, end),
             model=epoch_ends and (end or epoch % flags.save_model_epochs == 0),
             checkpoint=end or step % flags.checkpointing_steps == 0,

@@ -134,6 +134,8 @@ def bring_back(folder: str | Path) -> None:
     """Put the run that was set aside back; the files of the run that was to replace it go."""
     folder = Path(folder)
     aside, record = folder / EARLIER, _record(folder)
+    if record is None:
+        return
     for name in run_files(folder) if load_manifest(folder).get("replaces") else ():
         if name not in record["names"]:
             remove(folder, name)

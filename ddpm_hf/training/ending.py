@@ -1,22 +1,25 @@
-"""How a program ends: one line for what a user can mend, and an exit code."""
+"""How a program ends: with what came of it, or with one line for what a user can mend, and an exit code."""
 
 import contextlib
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..common.checkpoints import list_checkpoints
 from ..common.errors import RunError, UsageError, one_line
 from ..common.layout import EARLIER
+from .complete_checkpoints import complete_checkpoints
 from .earlier_run import end_replacing, replaces
 from .faults import DEAD_WORKER, LOST_CONTACT, OUT_OF_MEMORY, EndedTogetherError, out_of_memory, storage_fault
 from .process import process_kept
+from .reporting import ending
+from .run import Run
+from .state import TrainingState
 
 
 class Terminated(BaseException):
@@ -32,7 +35,7 @@ def where_it_goes_on(output_dir: str) -> str:
     """How to go on from a run's last checkpoint, as the end of a sentence; nothing where there is none."""
     if replaces(output_dir):
         return f"; the run that was in {output_dir} is there again"
-    checkpoints = list_checkpoints(Path(output_dir), complete=True)
+    checkpoints = complete_checkpoints(Path(output_dir))
     return f"; {checkpoints[-1]} is complete, go on with --resume_from_checkpoint latest" if checkpoints else ""
 
 
@@ -111,3 +114,18 @@ def give_back_earlier_run(output_dir: str) -> None:
     except OSError as error:
         reason = storage_fault(error)
         print(f"warning: the earlier run waits in {output_dir}/{EARLIER} ({reason})", file=sys.stderr)
+
+
+def end_training(
+    run: Run,
+    state: TrainingState,
+    program: str,
+    finished: bool,
+    sample: Sequence[str] | None = None,
+    looks: str | None = None,
+) -> None:
+    """Say what came of it, as `ending` does; close the trackers, and the connection of the processes."""
+    run.log(ending(run, state, program, finished, sample, looks))
+    run.track(lambda tracker: tracker.finish())
+    run.accelerator.trackers.clear()
+    run.accelerator.end_training()

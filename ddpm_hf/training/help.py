@@ -48,11 +48,11 @@ def value_of(action: argparse.Action) -> str:
         return ""
     if action.choices:
         return "{" + ",".join(map(str, action.choices)) + "}"
-    value = {int: "N", float: "X"}.get(action.type, "VALUE")
+    value = "N" if action.type is int else "X" if action.type is float else "VALUE"
     return f"{value} ..." if action.nargs in ("+", "*") else value
 
 
-def grouped(actions: Iterable[argparse.Action], flags: Iterable[type]) -> dict[str, list[argparse.Action]]:
+def grouped(actions: Iterable[Any], flags: Iterable[Any]) -> dict[str, list[argparse.Action]]:
     """The actions of dataclasses' fields by their groups, in the order of the dataclasses.
 
     A switch that only turns another one off shares its line.
@@ -63,7 +63,7 @@ def grouped(actions: Iterable[argparse.Action], flags: Iterable[type]) -> dict[s
         for field in dataclasses.fields(one):
             title = titles[field.name] = field.metadata.get("group", title)
     groups: dict[str, list[argparse.Action]] = {title: [] for title in ("General", *titles.values())}
-    shown: dict[str, argparse.Action] = {}
+    shown: dict[str, Any] = {}
     for action in actions:
         if action.dest in shown:
             shown[action.dest].spellings += spellings_of(action)

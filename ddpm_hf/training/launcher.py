@@ -41,7 +41,7 @@ def _of_the_environment() -> Precision | None:
 def _of_the_notebook() -> Precision | None:
     launchers = sys.modules.get("accelerate.launchers")  # which imports torch
     frame = sys._getframe() if launchers else None
-    while frame is not None and frame.f_code is not launchers.notebook_launcher.__code__:
+    while launchers and frame and frame.f_code is not launchers.notebook_launcher.__code__:
         frame = frame.f_back
     name = str(frame.f_locals["mixed_precision"]).lower() if frame else "no"
     return Precision(name, f"notebook_launcher(mixed_precision={name!r})") if name != "no" else None

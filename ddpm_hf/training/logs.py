@@ -69,11 +69,3 @@ def track_image(run: Run, name: str, image: "Image.Image", step: int) -> None:
             tracker.log({name: module.Image(image)}, step=step)
 
     run.track(show)
-
-
-def end_training(run: Run, last_lines: str) -> None:
-    """Say the last lines; close the trackers, and the connection of the processes."""
-    run.log(last_lines)
-    run.track(lambda tracker: tracker.finish())
-    run.accelerator.trackers.clear()
-    run.accelerator.end_training()

@@ -9,6 +9,7 @@ import torch
 from ..common.arguments import SHORTER_TRAINING
 from ..common.randomness import StepKeys
 from .due import Due
+from .evaluations import Evaluation
 from .meter import Losses
 from .nonfinite import NonfiniteGuard
 from .output import TrainingOutput
@@ -32,6 +33,7 @@ def training_loop(
     draw: Callable[[torch.nn.Module, int], Path | None] | None = None,
     save: Callable[[torch.nn.Module, int], None] | None = None,
     saves_checkpoints: bool = False,
+    evaluation: Evaluation | None = None,
     name_of: Callable[[int], str] = "sample {}".format,
     advice: str = SHORTER_TRAINING,
 ) -> bool:
@@ -42,7 +44,8 @@ def training_loop(
         compute_loss: (model, batch, keys) -> `Losses`; all its random numbers come from `keys`.
         validate, draw, save: given the model, in eval mode and with the EMA weights, the last two also the step.
             `validate` and `draw` run on all ranks, `save` on the main one. `draw` returns what it has written.
-        saves_checkpoints: whether `save` is called at each checkpoint too, before it is written.
+        saves_checkpoints: whether `save` is called at each checkpoint and evaluation too, before it is written.
+        evaluation: figures of the model, every few epochs.
         name_of: a row's name, for messages.
         advice: what to do where training takes long on a CPU.
 
@@ -59,6 +62,8 @@ def training_loop(
     with Stop(run.deadline) as stop, progress:  # a bar is closed before an error speaks
         if draw is not None and state.grid_due:
             output.save_samples(draw, stop)
+        if evaluation is not None and state.evaluation_due and (figures := output.evaluated(evaluation, stop)):
+            output.log(figures, plan.epoch_of(state.step - 1) + 1, time.perf_counter() - output.since)
         while state.step < plan.total:
             guard.before_step()
             fetched = stop.fetch(batches, len(plan.batches(state.step)))
@@ -72,7 +77,7 @@ def training_loop(
             guard.judge(result, output)
             progress.done(state.step)
 
-            due, record = Due.after(state.step, run, plan), {}
+            due, record = Due.after(state.step, run, plan, evaluation.epochs if evaluation else 0), {}
             if any(due) and not guard.settle(output):
                 due = due.if_skipped()
             seconds = time.perf_counter() - output.since
@@ -81,12 +86,14 @@ def training_loop(
                 record = {**state.meter.means(run.accelerator), "lr": lr, "grad_norm": float(result.norm)}
             if due.validate and validate is not None:
                 record |= output.validated(validate)
+            if due.evaluate and evaluation is not None:
+                record |= output.evaluated(evaluation, stop)
             if record:
                 output.log(record, epoch, seconds)
             with output.untimed():
                 if due.samples and draw is not None:
                     output.save_samples(draw, stop)
-                if save is not None and (due.model or (due.checkpoint and saves_checkpoints)):
+                if save is not None and (due.model or (saves_checkpoints and (due.checkpoint or due.evaluate))):
                     output.save_model(save, last=due.end)
                 if due.checkpoint:
                     output.save_checkpoint(last=due.end)

@@ -16,10 +16,14 @@ from tqdm.auto import tqdm
 from ..common.layout import METRICS_FILE, TIMINGS_FILE
 from .checkpointing import save_checkpoint
 from .earlier_run import replaces
-from .reporting import Progress
+from .evaluations import Evaluation
+from .faults import out_of_memory
+from .reporting import Progress, duration
 from .run import Run
 from .state import TrainingState, averaged_weights
 from .stopping import InterruptedSamplingError, Stop
+
+ENDS = ("_low", "_high")  # of intervals, which are logged and not shown
 
 
 def append_jsonl(path: Path, record: dict[str, Any]) -> None:
@@ -60,6 +64,27 @@ class TrainingOutput:
         with self.progress.pause(), averaged_weights(self.state, self.model) as averaged:
             return validate(averaged)
 
+    def evaluated(self, evaluation: Evaluation, stop: Stop) -> dict[str, float]:
+        """The figures of this step; none if memory runs out, or if the run is to stop: a resumed run has them."""
+        self.state.evaluation_due, begin = True, time.perf_counter()
+        self.progress.note(evaluation.title)
+        figures: dict[str, float] = {}
+        with (
+            contextlib.suppress(InterruptedSamplingError),
+            self.progress.pause(),
+            averaged_weights(self.state, self.model) as averaged,
+            stop.interrupting(self.state.full_parts.values()),
+        ):
+            try:
+                figures = evaluation.measure(averaged)
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                self.run.warn(f"no evaluation of step {self.state.step} (out of memory); training goes on")
+            self.state.evaluation_due = False
+            self.progress.note(f"evaluated in {duration(time.perf_counter() - begin)}")
+        return figures
+
     def log(self, record: dict[str, float], epoch: int, seconds: float) -> None:
         """Log a step's figures: `metrics.jsonl` must work, `timings.jsonl` and the tracker may fail.
 
@@ -69,7 +94,8 @@ class TrainingOutput:
         """
         state, rate = self.state, self.samples / seconds
         timing = {"seconds": round(seconds, 3), "images_per_second": round(rate, 1)}
-        shown = {name: one for name, one in record.items() if name not in (*state.meter.groups, "lr", "grad_norm")}
+        unshown = (*state.meter.groups, "lr", "grad_norm")
+        shown = {name: one for name, one in record.items() if name not in unshown and not name.endswith(ENDS)}
         self.progress.figures(epoch, shown, state.lr_scheduler.get_last_lr()[0], rate)
         state.figures |= shown
         record = {"step": state.step, "epoch": epoch, **record}

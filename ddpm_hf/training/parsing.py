@@ -10,8 +10,10 @@ import copy
 import dataclasses
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import yaml
@@ -20,7 +22,7 @@ from ..common.arguments import APPLIED, FIXED, FREE, SECRET_FLAGS, flags_by_resu
 from ..common.errors import UsageError, one_line
 from ..common.files import expand_home
 from ..common.lazy import load_alone
-from ..common.machine import accept_any_text
+from ..common.machine import accept_any_text, write_out
 from .flags import Flags
 from .help import EPILOG, FlagFormatter, bare_name, grouped, meanings_of, meant
 
@@ -78,6 +80,10 @@ class OneLineParser(HfArgumentParser):
         self.set_defaults(**program.defaults)
         self.source = ""  # of the words that are parsed, where that is not the command line
 
+    def print_help(self, file: Any = None) -> None:
+        """The flags in groups, on stdout."""
+        write_out(self.format_help().rstrip())
+
     def format_help(self) -> str:
         """The flags in groups."""
         formatter = self.formatter_class(prog=self.prog)
@@ -94,10 +100,8 @@ class OneLineParser(HfArgumentParser):
     def _parse_dataclass_field(parser: "OneLineParser", field: dataclasses.Field) -> None:
         """Declare a field's flag; argparse takes what it knows of the metadata alone."""
         plain, program, aliases = copy.copy(field), parser.program, field.metadata.get("aliases", [])
-        plain.metadata = {
-            "help": program.helps.get(field.name, field.metadata["help"]),
-            "aliases": [*aliases, *program.spellings.get(field.name, [])],
-        }
+        help, spellings = program.helps.get(field.name, field.metadata["help"]), program.spellings.get(field.name, [])
+        plain.metadata = MappingProxyType({"help": help, "aliases": [*aliases, *spellings]})
         HfArgumentParser._parse_dataclass_field(parser, plain)
 
     def error(self, message: str) -> NoReturn:
@@ -107,7 +111,8 @@ class OneLineParser(HfArgumentParser):
         instead = self.meant(unknown) if unknown and not reason else None
         hint = f"{reason}; " if reason else f"did you mean {instead}? " if instead else ""
         source = f"{self.source}: " if self.source else ""
-        self.exit(2, f"{self.prog}: error: {one_line(f'{source}{message} ({hint}see --help)')}\n")
+        print(f"{self.prog}: error: {one_line(f'{source}{message} ({hint}see --help)')}", file=sys.stderr)
+        raise SystemExit(2)
 
     def meant(self, word: str) -> str | None:
         """What to write instead of a word that is no flag; None if nothing comes near."""

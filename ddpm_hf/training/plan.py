@@ -1,9 +1,10 @@
 """Which samples an optimizer step sees."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 
@@ -64,9 +65,9 @@ class StepPlan(NamedTuple):
 
 
 class KeyedBatchSampler(torch.utils.data.Sampler):
-    """A rank's batches of keys (epoch, index), from a step on and without end; `order(epoch)` gives the indices."""
+    """A rank's batches of keys (epoch, index), from a step on and without end; `order(epoch)`: indices [n]."""
 
-    def __init__(self, plan: StepPlan, order: Callable[[int], Sequence[int]], rank: int, first_step: int):
+    def __init__(self, plan: StepPlan, order: Callable[[int], np.ndarray], rank: int, first_step: int):
         self.plan, self.order, self.rank, self.first_step = plan, order, rank, first_step
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:

@@ -27,28 +27,31 @@ CHAIN_ROWS, CHAIN_MOMENTS = 8, 10  # of the strip of predictions: images, and mo
 def draw_grid(
     run: Run,
     pipeline: "DiffusionPipeline",
-    requests: int | Sequence[Any],
-    columns: int | None,
     step: int,
-    legend: Sequence[str] | None = None,
+    rows: Sequence[Any] = (),
+    legend: Sequence[str] = (),
     **options: Any,
 ) -> Path | None:
-    """Sample images, shared out over the ranks, into one PNG and the tracker; and x̂_0 along some chains.
+    """Sample `--eval_batch_size` images on all ranks together, into one PNG and the tracker; x̂_0 along some chains.
 
     An image depends on the seed and its index in the grid alone, so that grids show one model's progress. A grid that
     memory or disk have no room for is left out with a warning. Returns the picture's path, on the main process.
 
     Args:
         pipeline: called with this rank's requests, a generator for each, and how many frames to keep.
-        requests: what each image is to show, or how many there are.
-        columns: of the grid; its chains are those of the rows' first images.
-        legend: a label for each row, such as its class or prompt.
+        rows: what each row of the grid shows, as far as there is room, such as a class or a prompt; without, the
+            images are the pipeline's own. The chains are those of the rows' first images.
+        legend: a label for each row.
         options: for the pipeline.
 
     Raises:
         InterruptedSamplingError: on all ranks, if one was asked to stop meanwhile.
     """
-    accelerator, count = run.accelerator, requests if isinstance(requests, int) else len(requests)
+    accelerator, count = run.accelerator, run.flags.eval_batch_size
+    columns = count // len(rows[:count]) if rows else None
+    requests = [row for row in rows[:count] for _ in range(columns or 0)]
+    labels = legend[:count] or None
+    count = len(requests) or count
     pipeline.set_progress_bar_config(
         desc="sampling", leave=False, disable=not (accelerator.is_main_process and shows_bars())
     )
@@ -59,7 +62,7 @@ def draw_grid(
         if local:
             seeds = [keyed_seed(run.seed, "sample", 0, index) for index in local]
             generators = [torch.Generator(accelerator.device).manual_seed(seed) for seed in seeds]
-            asked = len(local) if isinstance(requests, int) else [requests[index] for index in local]
+            asked = [requests[index] for index in local] if requests else len(local)
             frames = CHAIN_MOMENTS if shown & set(local) else 0
             with accelerator.autocast():
                 output = pipeline(asked, generator=generators, num_frames=frames, output_type="preview", **options)
@@ -81,9 +84,9 @@ def draw_grid(
     if not faults and accelerator.is_main_process:
         samples = sorted((one for _, part in parts for one in part), key=lambda one: one[0])
         scale, folder = max(1, 64 // samples[0][1].width), run.folder / "samples"
-        grid = image_grid([image for _, image, _ in samples], columns, scale=scale, legend=legend)
+        grid = image_grid([image for _, image, _ in samples], columns, scale=scale, legend=labels)
         chains = [chain for index, _, chain in samples if index in shown]
-        strip = image_grid([image for chain in chains for image in chain], len(chains[0]), scale=scale, legend=legend)
+        strip = image_grid([image for chain in chains for image in chain], len(chains[0]), scale=scale, legend=labels)
         try:
             claim_files(run.folder, [f"samples/{kind}-{step:06d}.png" for kind in ("step", "chain")])
             save_image(grid, folder / f"step-{step:06d}.png")

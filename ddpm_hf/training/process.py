@@ -1,6 +1,7 @@
 """What a run changes of its process, put back when it ends: a notebook trains more than once, among other things."""
 
 import contextlib
+import functools
 import logging
 import os
 import random
@@ -66,10 +67,10 @@ def _of_libraries() -> Iterator[Callable[[], object]]:
 
     for library in (diffusers_logging, transformers_logging):
         level, shown = library.get_verbosity(), library.is_progress_bar_enabled()
-        yield lambda library=library, level=level: library.set_verbosity(level)
+        yield functools.partial(library.set_verbosity, level)
         yield library.enable_progress_bar if shown else library.disable_progress_bar
     tensorboard = logging.getLogger("torch.utils.tensorboard")
-    yield lambda level=tensorboard.level: tensorboard.setLevel(level)
+    yield functools.partial(tensorboard.setLevel, tensorboard.level)
 
 
 def _of_the_process() -> Iterator[Callable[[], object]]:

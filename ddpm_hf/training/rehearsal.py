@@ -11,6 +11,7 @@ from accelerate.utils import DistributedType, broadcast_object_list, gather_obje
 
 from ..common.arguments import SHORTER_TRAINING
 from ..common.errors import UsageError, one_line
+from ..common.machine import write_out
 from ..common.randomness import StepKeys, keyed_seed, seed_global
 from .ending import explained
 from .plan import StepPlan
@@ -116,7 +117,7 @@ def show_dry_run(
     """What --dry_run prints: the lines of the run, its time and memory, and what becomes of the output folder."""
     lines = {**lines, **measure_pace(run, state, plan, batches, compute_loss, advice)}
     if run.accelerator.is_main_process:
-        print(table(lines), describe_start(run), sep="\n")
+        write_out(f"{table(lines)}\n{describe_start(run)}")
 
 
 def _pass(run: Run, state: TrainingState, plan: StepPlan, batch: dict[str, Any], compute_loss: Callable) -> None:

@@ -67,9 +67,15 @@ def precision(accelerator: "Accelerator") -> str:
     return f"float32, autocast to {half}" if half != "no" else "tf32" if tf32 else "float32"
 
 
-def run_lines(run: Run, plan: StepPlan) -> dict[str, str]:
-    """What every training says at its start: steps, batch, device, output."""
+def run_lines(run: Run, plan: StepPlan, parameters: int, image_bytes: int = 0) -> dict[str, str]:
+    """What every training says at its start: steps, batch, device, output, and memory before its activations.
+
+    Args:
+        parameters: how many are trained.
+        image_bytes: of those that are kept decoded.
+    """
     flags = run.flags
+    kept = 4 + flags.use_ema  # weights, gradients, Adam's two moments, and the EMA
     epochs = "" if plan.samples is None else f" ({plan.steps_per_epoch:,} an epoch)"
     return {
         "batch": f"{plan.batch_size} × {plan.world} process{'es' if plan.world > 1 else ''} × {plan.accumulation}"
@@ -77,18 +83,14 @@ def run_lines(run: Run, plan: StepPlan) -> dict[str, str]:
         "steps": f"{plan.total:,}{epochs}",
         "device": f"{hardware(run.accelerator)}, {precision(run.accelerator)}",
         "output": f"{run.folder.resolve()}, tracker {flags.logger}, seed {run.seed}",
+        "memory": f"{kept * parameters * 4 / 2**20:,.0f} MiB for weights, gradients, Adam"
+        f"{' and EMA' if flags.use_ema else ''}, {image_bytes / 2**20:,.0f} MiB for images; activations on top",
     }
 
 
 def parameter_count(model: torch.nn.Module) -> int:
     """How many parameters a model has."""
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def weights_memory(parameters: int, use_ema: bool) -> str:
-    """What the weights and all that is kept for each of them take."""
-    kept = 4 + use_ema  # weights, gradients, Adam's two moments, and the EMA
-    return f"{kept * parameters * 4 / 2**20:,.0f} MiB for weights, gradients, Adam{' and EMA' if use_ema else ''}"
 
 
 def ending(

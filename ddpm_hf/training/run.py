@@ -61,15 +61,15 @@ class Run:
         """This rank's device."""
         return self.accelerator.device
 
-    @property
-    def autocast_dtype(self) -> torch.dtype | None:
-        """What the model is autocast to; None without mixed precision."""
-        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
+    def execution(self, plan: StepPlan) -> tuple[str, torch.dtype | None, bool]:
+        """How the model is to be executed: --acceleration, what it is autocast to, whether CUDA graphs can hold it.
 
-    def captures_steps(self, plan: StepPlan) -> bool:
-        """Whether a CUDA graph can hold the model's part of a step: one process, one batch, nothing recomputed."""
+        They hold the model's part of a step of one process and one batch, with nothing recomputed.
+        """
         alone = self.accelerator.distributed_type == DistributedType.NO and plan.accumulation == 1
-        return alone and not (self.flags.compile or self.flags.gradient_checkpointing)
+        graphs = alone and not (self.flags.compile or self.flags.gradient_checkpointing)
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
+        return self.flags.acceleration, dtype, graphs
 
     @property
     def class_names(self) -> list[str] | None:
@@ -89,7 +89,9 @@ class Run:
 
     def end(self, error: BaseException | None) -> None:
         """Raise what all ranks agreed to end for; `error` is None but on the rank that tells it."""
-        raise error if self.accelerator.num_processes == 1 else EndedTogetherError(error) from error
+        if error is not None and self.accelerator.num_processes == 1:
+            raise error
+        raise EndedTogetherError(error) from error
 
     def end_by_main(self, error: BaseException) -> None:
         """End all ranks with an error that the main process tells."""
@@ -135,7 +137,7 @@ class Run:
         """Raise RunError on all ranks: something that the run depends on could not be written."""
         self.end_by_main(RunError(f"{what} cannot be written ({fault}); make room"))
 
-    def track(self, action: Callable[[object], object]) -> None:
+    def track(self, action: Callable[[Any], object]) -> None:
         """Do something with each tracker, from the main process; one that fails is left out from then on."""
         for tracker in list(self.accelerator.trackers) if self.accelerator.is_main_process else []:
             try:

@@ -33,6 +33,7 @@ class TrainingState:
     step: int = 0  # optimizer steps taken
     nonfinite_steps: int = 0  # skipped, in a row
     grid_due: bool = False  # pictures of this step that a stop prevented
+    evaluation_due: bool = False  # figures of this step that a stop prevented
     full: FullModel | None = None  # where the model is sharded
     figures: dict[str, float] = field(default_factory=dict)  # those logged last, without the learning rate
     first_pass: float = 0.0  # seconds of the first batch, forward and backward, before training
@@ -128,7 +129,7 @@ class Snapshot:
 
     def put_back(self, state: TrainingState) -> None:
         """Make the state that of before the steps that were skipped."""
-        state.step, state.nonfinite_steps, state.grid_due = self.step, 0, False
+        state.step, state.nonfinite_steps, state.grid_due, state.evaluation_due = self.step, 0, False, False
         state.lr_scheduler.load_state_dict(self.schedule)
         for group, rate in zip(state.optimizer.param_groups, self.rates):
             group["lr"] = rate

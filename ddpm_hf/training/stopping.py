@@ -24,10 +24,11 @@ class Stop:
 
     def __init__(self, deadline: float | None):
         self.deadline, self.armed = deadline, False
-        self.signal, self.asked_at = None, 0.0
+        self.signal: int | None = None
+        self.asked_at = 0.0
         self.failure: Exception | None = None
         self.codes = [0]  # of all ranks
-        self.previous = {}
+        self.previous: dict[int, Any] = {}  # the handlers of signals
 
     def __enter__(self) -> "Stop":
         for number in (signal.SIGTERM, signal.SIGINT):

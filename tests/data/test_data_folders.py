@@ -17,8 +17,12 @@ import pytest
 from PIL import Image
 
 from ddpm_hf.common.errors import DataError
-from ddpm_hf.data import DataFlags, ImageDataset, ImageTransform, decode_row, load_rows, read_dataset
+from ddpm_hf.data import ImageTransform
+from ddpm_hf.data.dataset import ImageDataset
+from ddpm_hf.data.flags import DataFlags
 from ddpm_hf.data.formats import register_plugins
+from ddpm_hf.data.images import decode_row
+from ddpm_hf.data.reading import load_rows, read_dataset
 from ddpm_hf.training.flags import Flags
 from tests.support.pictures import encoded, image_rows, quiet
 
@@ -362,6 +366,16 @@ def test_metadata_that_cannot_be_used_is_named(name, tmp_path):
     with pytest.raises(DataError, match=said) as caught:
         read_dataset(directory=str(write(tmp_path, "1.png", **files)), caption_column="text")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("metadata", ["train/metadata.csv", "metadata.jsonl"])
+def test_a_metadata_row_without_a_file_name_is_said(metadata, tmp_path):
+    """Else such a row, which no split's folder holds, disappears without a word."""
+    rows = {"csv": "file_name,text\n1.png,a\n,b\n", "jsonl": '{"file_name": "train/1.png"}\n{"file_name": ""}\n'}
+    folder = write(tmp_path, "train/1.png", "val/2.png", **{metadata: rows[metadata.split(".")[1]]})
+    read = read_dataset(directory=str(folder))
+    assert len(read.dataset) == 1
+    assert "metadata row without a file name" in read.left_out
 
 
 def test_metadata_above_the_split_folders_counts(tmp_path):

@@ -12,8 +12,11 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from ddpm_hf.common.errors import UsageError
 from ddpm_hf.common.randomness import StepKeys
-from ddpm_hf.data import ImageDataset, ImageTransform, Rows, augmentation_uniforms, to_model_range
+from ddpm_hf.data import ImageTransform
 from ddpm_hf.data.batches import Images, make_batches
+from ddpm_hf.data.dataset import ImageDataset
+from ddpm_hf.data.images import augmentation_uniforms, to_model_range
+from ddpm_hf.data.rows import Rows
 from ddpm_hf.latents.cache import (
     LatentDataset,
     cache_embeddings,
@@ -24,7 +27,7 @@ from ddpm_hf.latents.cache import (
 )
 from ddpm_hf.latents.encoding import draw_latents, x_start_of
 from ddpm_hf.latents.table import TensorTable
-from ddpm_hf.portable.pipeline_text2image_ddpm_hf import encode_texts
+from ddpm_hf.portable.text_encoding_ddpm_hf import encode_texts
 from ddpm_hf.text.captions import all_captions, fit_tokenizer, make_text_encoder
 from ddpm_hf.training.plan import StepPlan
 from tests.support.fixtures_pipeline import tiny_vae

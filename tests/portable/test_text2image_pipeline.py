@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 
-from ddpm_hf.portable.pipeline_text2image_ddpm_hf import tokenize
+from ddpm_hf.portable.text_encoding_ddpm_hf import tokenize
 from tests.support.fixtures_pipeline import calls_of, generators, randn
 from tests.support.fixtures_text import CAPTIONS, WIDTH, stable_diffusion_scheduler, stock_pipeline, tiny_text_pipeline
 from tests.support.text_pipelines import BLUE, RED, draw, latents, make_pipeline

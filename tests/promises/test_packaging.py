@@ -89,7 +89,7 @@ FLOORS = {
     "restoration": "common portable",
     "training": "common",
     "data": "common training",
-    "evaluation": "common inference objectives portable",
+    "evaluation": "common inference objectives portable training",
     "publishing": "common evaluation inference models portable training",
     "latents": "common data models objectives portable training",
     "few_steps": "common evaluation models objectives portable",

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from ddpm_hf.common import machine
 from ddpm_hf.training import checkpointing
 from ddpm_hf.training.meter import Losses, Meter
+from tests.support import ROOT
 from tests.support.pictures import write_images, write_unet
 from tests.support.runs import BASE, fill, run_script, words
 
@@ -26,6 +27,18 @@ def test_cores_are_counted_where_the_system_tells_no_affinity(monkeypatch):
     assert machine.usable_cores() == len(os.sched_getaffinity(0))
     monkeypatch.delattr(os, "sched_getaffinity")
     assert machine.usable_cores() == os.cpu_count()
+
+
+@pytest.mark.parametrize("words", [["train_unconditional.py"], ["-m", "ddpm_hf", "train-text2image"]])
+def test_output_that_nobody_reads_to_its_end_is_no_error(words):
+    """Else `--help | head` ends with a traceback and an exit code that says nothing."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe:
+        command = [sys.executable, *words, "--help"]
+        done = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert done.stderr == ""
+    assert done.returncode in (0, 1)
 
 
 PAGE_FAULTS = """

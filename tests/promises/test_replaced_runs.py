@@ -126,7 +126,7 @@ EARLY = {
     "a broken first batch": ({}, (train_unconditional, "rehearse", UsageError("broken")), 2),
     "Ctrl-C before the first step": ({}, (train_unconditional, "training_loop", KeyboardInterrupt()), 130),
     "a full disk": ({}, (claiming, "save_settings", OSError(28, "No space left on device")), 1),
-    "an error of ours": ({}, (train_unconditional, "describe_run", AssertionError("a bug")), None),
+    "an error of ours": ({}, (train_unconditional, "Publisher", AssertionError("a bug")), None),
 }
 
 

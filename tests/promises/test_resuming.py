@@ -14,11 +14,13 @@ import torch
 from diffusers import UNet2DModel
 from safetensors.torch import load_file
 
-from ddpm_hf.common.checkpoints import list_checkpoints, seal
+from ddpm_hf.common.checkpoints import list_checkpoints
 from ddpm_hf.common.layout import AUTOENCODER
 from ddpm_hf.common.ownership import claim_files
-from ddpm_hf.data import ImageTransform, StreamingBatches, read_dataset
+from ddpm_hf.data import ImageTransform
+from ddpm_hf.data.dataset import StreamingBatches
 from ddpm_hf.data.orders import keyed_permutation
+from ddpm_hf.data.reading import read_dataset
 from ddpm_hf.latents.autoencoder import make_autoencoder
 from ddpm_hf.latents.flags import AutoencoderFlags
 from ddpm_hf.latents.table import TensorTable
@@ -26,6 +28,7 @@ from ddpm_hf.latents.training import train_autoencoder
 from ddpm_hf.models.saving import save_model
 from ddpm_hf.training import checkpointing
 from ddpm_hf.training.checkpointing import find_checkpoint, read_manifest, rotate
+from ddpm_hf.training.complete_checkpoints import seal
 from ddpm_hf.training.plan import KeyedBatchSampler, StepPlan
 from tests.support.fixtures_pipeline import tiny_unet
 from tests.support.fixtures_ranks import torchrun

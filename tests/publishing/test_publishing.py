@@ -11,19 +11,24 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import DiffusionPipeline, UNet2DModel
 from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 
 from ddpm_hf import DDPMPipeline, DDPMScheduler
 from ddpm_hf.common.pictures import save_image
-from ddpm_hf.data import Rows, read_dataset
+from ddpm_hf.data.flags import DataFlags
+from ddpm_hf.data.reading import read_dataset
+from ddpm_hf.data.rows import Rows
+from ddpm_hf.models.flags import StartFlags
 from ddpm_hf.models.saving import save_half_precision, save_model, save_pipeline
 from ddpm_hf.publishing.card.illustrations import write_pictures
 from ddpm_hf.publishing.files import files_to_publish, frozen_copy
 from ddpm_hf.publishing.flags import PublishingFlags
 from ddpm_hf.publishing.hub import attributes, outdated, read_remote
 from ddpm_hf.publishing.publisher import Publisher
+from ddpm_hf.training.plan import StepPlan
 from tests.support.fixtures_hub import STRANGERS, TOKEN, WRONG, run
 from tests.support.fixtures_pipeline import tiny_unet
 from tests.support.hub_server import Hub
@@ -464,8 +469,13 @@ def publisher(folder, losses, total_steps=6):
     lines = [json.dumps({"step": step, "validation_loss": loss}) + "\n" for step, loss in losses.items()]
     (folder / "metrics.jsonl").write_text("".join(lines))
     flags = PublishingFlags(hub_strategy="best", hub_private_repo=True, hub_license="mit", hub_revision="v1")
-    run = training_run(output_dir=str(folder), checkpointing_steps=2)
-    return Publisher(run, flags, TOKEN, None, None, {}, total_steps, "user/my model")
+    run = training_run(Accelerator(cpu=True), output_dir=str(folder), checkpointing_steps=2)
+    run.settings.parts += (DataFlags(train_data_dir="photos"), StartFlags())
+    rows = SimpleNamespace(name="photos", fingerprint=lambda: None)
+    images = SimpleNamespace(rows=rows, count=8, held_out=None)
+    state = SimpleNamespace(model=torch.nn.Linear(1, 1))
+    plan = StepPlan(8, 4, 1, 1, total_steps)
+    return Publisher(run, flags, TOKEN, "user/my model", state, plan, images, None, (), ())
 
 
 @pytest.mark.parametrize(

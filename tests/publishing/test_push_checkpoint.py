@@ -58,6 +58,7 @@ def checkpoint(tmp_path):
         "".join(json.dumps({"step": n, "loss": 1.0 / n}) + "\n" for n in range(1, 7))
     )
     (folder / "README.md").write_text("---\nlicense: mit\n---\n\nHer words.\n")
+    (folder / "LICENSE.txt").write_text("MIT")
     for step, shade in ((2, 20), (6, 60)):
         (folder / "samples").mkdir(exist_ok=True)
         Image.new("L", (8, 8), shade).save(folder / f"samples/step-{step:06d}.png")
@@ -104,8 +105,15 @@ def test_a_checkpoint_is_published_as_it_was(option, seed, checkpoint, pushed, r
     assert [json.loads(line)["step"] for line in pushed["metrics.jsonl"].splitlines()] == [1, 2, 3, 4]
     assert pushed["assets/samples.png"] == before[checkpoint.parent / "samples/step-000002.png"]
     assert "Her words." in pushed["card"]
+    assert pushed["LICENSE.txt"] == b"MIT"
     assert "| steps | 4 |" in pushed["card"]
     assert files_of(checkpoint.parent) == before
+
+
+def test_an_app_of_a_checkpoint_is_refused_with_what_to_do(checkpoint, run):
+    # Breaks if the user is told to give the folder of the run, whose weights are others.
+    result = run("push-space", checkpoint, "--out", checkpoint.parent / "app")
+    assert_one_line(result, f"`ddpm-hf push {checkpoint} user/name`")
 
 
 def test_a_checkpoint_of_a_run_without_a_pipeline_is_published(checkpoint, pushed, run):

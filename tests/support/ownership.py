@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from unittest import mock
 
-from ddpm_hf.common.checkpoints import seal
+from ddpm_hf.training.complete_checkpoints import seal
 from tests.support.runs import BASE
 
 QUICK = {**BASE, "max_train_steps": 2, "eval_batch_size": 2, "save_images_epochs": 100}

@@ -15,23 +15,16 @@ from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from ddpm_hf.common.errors import DataError
-from ddpm_hf.data import (
-    DIGIT_CAPTIONS,
-    DIGIT_NAMES,
-    DataFlags,
-    ImageDataset,
-    ImageTransform,
-    Rows,
-    StreamingBatches,
-    augmentation_uniforms,
-    choose_caption,
-    identity,
-    load_rows,
-    read_dataset,
-)
+from ddpm_hf.common.errors import DataError, UsageError
+from ddpm_hf.data import ImageTransform
+from ddpm_hf.data.dataset import ImageDataset, StreamingBatches, identity
+from ddpm_hf.data.digits import DIGIT_CAPTIONS, DIGIT_NAMES
+from ddpm_hf.data.flags import DataFlags
+from ddpm_hf.data.images import augmentation_uniforms, choose_caption
 from ddpm_hf.data.orders import keyed_permutation
-from ddpm_hf.portable.pipeline_text2image_ddpm_hf import encode_texts
+from ddpm_hf.data.reading import load_rows, read_dataset
+from ddpm_hf.data.rows import Rows
+from ddpm_hf.portable.text_encoding_ddpm_hf import encode_texts
 from ddpm_hf.text.captions import END, START, all_captions, fit_tokenizer, make_text_encoder
 from ddpm_hf.training.flags import Flags
 from ddpm_hf.training.plan import KeyedBatchSampler, StepPlan
@@ -422,7 +415,7 @@ def test_more_samples_than_there_are_is_all_of_them(tmp_path):
 @pytest.mark.parametrize("most", [0, -3])
 def test_no_samples_is_refused(most):
     """Else a run starts that has nothing to train on."""
-    with pytest.raises(DataError, match=f"--max_train_samples {most}"):
+    with pytest.raises(UsageError, match=f"--max_train_samples {most}: must be 1 or more"):
         Flags([DataFlags(max_train_samples=most)]).check()
     with pytest.raises(DataError, match="stream"):
         Flags([DataFlags(dataset_name="photos", streaming=True, max_train_samples=4)]).check()

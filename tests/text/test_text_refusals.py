@@ -8,6 +8,7 @@ from diffusers import UNet2DConditionModel
 
 import train_text2image
 from ddpm_hf.common.errors import UsageError
+from ddpm_hf.inference.components import load_checkpoint_components
 from ddpm_hf.latents import training as autoencoder
 from tests.support.fixtures_text import (
     parse_text,
@@ -115,9 +116,7 @@ def test_a_missing_revision_of_the_raw_weights_is_named(shop, tmp_path):
             ),
             pytest.raises(UsageError, match="raw"),
         ):
-            train_text2image.load_checkpoint_components(
-                config.pretrained_model_name_or_path, non_ema_revision=config.non_ema_revision
-            )
+            load_checkpoint_components(config.pretrained_model_name_or_path, non_ema_revision=config.non_ema_revision)
 
 
 def test_latents_of_random_crops_are_not_cached(shop, tmp_path):

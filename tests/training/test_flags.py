@@ -1,9 +1,12 @@
 """Every flag is accepted, is read, and alone changes something that can be seen."""
 
+import dataclasses
+
 import pytest
 import torch
 
 import train_unconditional
+from ddpm_hf.evaluation.flags import EvaluationFlags
 from tests.support.flag_rows import (
     Row,
     Seen,
@@ -215,12 +218,13 @@ ROWS = [
 ]  # fmt: skip
 
 # Flags whose effect takes more than a run with and without, each with a test of its own below, or in test_averaging,
-# test_latent_training, test_pretrained and test_publishing
+# test_latent_training, test_pretrained, test_publishing and test_in_training
 APART = {
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "local_rank", "cache_dir", "dataset_config_name",
     "dry_run", "config", "foreach_ema", "offload_ema", "use_8bit_adam",
     "vae_name_or_path", "cache_latents", "hub_strategy", "save_variants",
-    "pretrained_model_name_or_path", "revision", "variant", "subfolder",
+    "pretrained_model_name_or_path", "revision", "variant", "subfolder", "hub_best_metric",
+    *(field.name for field in dataclasses.fields(EvaluationFlags)),
 }  # fmt: skip
 
 

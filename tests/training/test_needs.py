@@ -57,6 +57,11 @@ ROWS = [
     Row("--logging_dir curves", "--logger wandb", "--logger wandb", "--logger tensorboard"),
     Row("--tracker_project_name mine", "--logger none", "--logger none", "--logger wandb"),
     Row("--hub_token hf_secret", "", "--dataset_name", "--dataset_name imagefolder"),
+    *[Row(f"--evaluation_{given}", "", "--evaluation_epochs", "--evaluation_epochs 1", PIPELINES) for given in (
+        "samples 5", "metrics kid", "features clip", "features_weights w.pt", "protocol edm2", "sampler ddpm",
+        "steps 7",
+    )],
+    Row("--hub_best_metric fid", "", "--hub_strategy end", "--hub_strategy best", PIPELINES),
     Row("--save_images_epochs 3", "--save_images_steps 5", "--save_images_steps 5", "", PIPELINES),
     *[Row(f"--{name}", "", "uploads nothing without --push_to_hub", "--push_to_hub", PIPELINES) for name in (
         "hub_model_id me/it", "hub_private_repo", "hub_revision v1",

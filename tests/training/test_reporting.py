@@ -202,6 +202,7 @@ def test_a_stopped_run_says_how_to_go_on_and_how_to_sample_what_there_is(shop, t
     assert said["checkpoint"] == str(run.folder / "checkpoint-1")
     assert (run.folder / "checkpoint-1").is_dir()
     assert shlex.split(said["sample"]) == ["ddpm-hf", "sample", str(run.folder / "checkpoint-1")]
+    assert run.json("run.json")["dataset"]["images"] == 8  # for the card of the checkpoint
     again = run_script([*command_flags(said["go on"], SCRIPT), "--max_train_hours", "1"], run.folder)
     assert again.code == 0, again.err
     assert again.records()[-1]["step"] == 4

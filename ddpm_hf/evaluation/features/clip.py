@@ -3,7 +3,7 @@
 import torch
 
 from ..protocols import Protocol
-from .network import NetworkExtractor
+from .network import NetworkExtractor, display_name
 from .pretrained import load_pretrained
 
 MEAN = (122.7709383, 116.7460125, 104.09373615)  # of CLIP's training images, in 0..255
@@ -27,15 +27,15 @@ def load(
         output = network(x)
         return {"pool": output.image_embeds if protocol.clip_projection else output.pooler_output}  # [N, D]
 
-    side = network.config.image_size
+    config = network.config
     return NetworkExtractor(
-        f"clip:{name}" if argument else "clip",
+        display_name("clip", argument),
         forward,
         network,
-        size=(side, side),
+        size=(config.image_size, config.image_size),
         resize=protocol.resize,
         mean=MEAN,
         deviation=DEVIATION,
         device=device,
-        settings=[protocol.clip_projection],
+        settings=[protocol.clip_projection, config.num_attention_heads, config.hidden_act],
     )

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from ..protocols import Protocol
-from .network import NetworkExtractor
+from .network import NetworkExtractor, display_name
 from .pretrained import load_pretrained
 
 MODEL = "facebook/dinov2-large"  # ViT-L/14, 1,024 features
@@ -30,7 +30,7 @@ def load(
         return {"pool": network(x).pooler_output}  # the normalized class token, [N, D]
 
     return NetworkExtractor(
-        f"dinov2:{name}" if argument else "dinov2",
+        display_name("dinov2", argument),
         forward,
         network,
         size=(SIDE, SIDE),
@@ -38,6 +38,7 @@ def load(
         mean=MEAN,
         deviation=DEVIATION,
         device=device,
+        settings=[network.config.num_attention_heads, network.config.hidden_act],
     )
 
 

@@ -50,7 +50,7 @@ def wasserstein(ordered: np.ndarray, is_real: np.ndarray) -> tuple[float, np.nda
     """
     gaps = np.diff(ordered)
     above = np.cumsum(is_real / is_real.sum() - ~is_real / (~is_real).sum())[:-1]  # F - G between the values
-    potential = np.append(np.cumsum((gaps * np.sign(above))[::-1])[::-1], 0.0)
+    potential: np.ndarray = np.append(np.cumsum((gaps * np.sign(above))[::-1])[::-1], 0.0)
     return float((gaps * np.abs(above)).sum()), potential
 
 
@@ -83,7 +83,7 @@ def shift(real: Any, generated: Any, columns: slice, seed: int) -> Figure:
         of_one_set.append(np.mean([wasserstein(ordered[:, i], mixed[order])[0] for i, order in enumerate(orders.T)]))
     value = float(np.mean(distances))
     variance = sum(potentials[part].var(ddof=1) / part.sum() for part in (is_real, ~is_real))
-    details = {
+    details: dict[str, Any] = {
         "expected_of_one_set": float(np.mean(of_one_set)),
         "p_value": float((1 + np.sum(np.array(of_one_set) >= value)) / (1 + PERMUTATIONS)),
     }

@@ -43,6 +43,7 @@ class Metric:
         least: how many samples each set must have, by protocol.
         summary_home: likewise, of the function that makes a row [n, ...] of each of a batch of images, uint8
             [n, C, H, W].
+        picture_home: likewise, of the function that plots the rows of `summary` of real and of generated images.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Metric:
     home: str
     least: Callable[[Protocol], int] = two
     summary_home: str | None = None
+    picture_home: str | None = None
 
     @property
     def function(self) -> Callable[..., Figure]:
@@ -67,6 +69,11 @@ class Metric:
     def summary(self) -> Callable[..., Any] | None:
         """`summary(images) -> rows`, of a batch of images; None for a metric of features."""
         return imported(self.summary_home) if self.summary_home else None
+
+    @property
+    def picture(self) -> Callable[..., Any] | None:
+        """`picture(real, generated) -> matplotlib's Figure`, of rows of `summary`; None if there is none."""
+        return imported(self.picture_home) if self.picture_home else None
 
 
 def imported(home: str) -> Callable[..., Any]:

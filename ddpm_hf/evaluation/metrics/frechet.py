@@ -22,7 +22,7 @@ INFLUENCE_ROWS = 10_000  # whose spread of influence is precise to 1%
 class Moments(NamedTuple):
     """Mean [D] and covariance [D, D] (divided by N - 1) of N samples, float64."""
 
-    count: int
+    count: int  # type: ignore[assignment]  # tuple.count is not needed here
     mean: torch.Tensor
     covariance: torch.Tensor
 

@@ -241,8 +241,8 @@ def memorization(
 
         rows = coarsened(torch.from_numpy(train).float()).numpy()
         train_labels = cells_of(rows, REGIONS, seed)(rows)
-    regions = [np.asarray(train_labels)[each.nearest] for each in (of_samples, of_real)]
-    tests = copy_test(of_samples.score, of_real.score, *regions, seed=seed)
+    labels = np.asarray(train_labels)
+    tests = copy_test(of_samples.score, of_real.score, labels[of_samples.nearest], labels[of_real.nearest], seed)
     threshold = np.quantile(of_real.score, QUANTILE)
     shares = [float(np.mean(each.score < threshold)) for each in (of_samples, of_real)]
     low, high = difference_interval(shares[0], len(generated), shares[1], len(real))

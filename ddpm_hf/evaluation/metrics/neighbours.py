@@ -23,7 +23,7 @@ class Estimate(NamedTuple):
 
     value: float
     variance: float
-    count: int
+    count: int  # type: ignore[assignment]  # tuple.count is not needed here
 
 
 class Neighbourhoods(NamedTuple):

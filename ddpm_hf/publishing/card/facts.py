@@ -7,6 +7,7 @@ from typing import Any
 
 from ...common.files import read_json
 from ...common.layout import RESULTS_FILE, RUN_FILE
+from ...evaluation.metrics import METRICS
 from ...evaluation.results import read_metrics
 from ...inference.kinds import KINDS
 
@@ -75,4 +76,25 @@ def all_results(facts: Facts) -> list[dict[str, Any]]:
         for line in held_out
         if line["step"] == step and images and math.isfinite(line["validation_loss"])
     ]
-    return of_training + [one for one in facts.results if one.get("step") == step]
+    return of_training + evaluated(facts) + [one for one in facts.results if one.get("step") == step]
+
+
+def evaluated(facts: Facts) -> list[dict[str, Any]]:
+    """The figures of `--evaluation_epochs` at the step of these weights."""
+    about, step = facts.run.get("evaluation"), facts.run.get("step")
+    if not about:
+        return []
+    lines = [line for line in facts.metrics if line["step"] == step]
+    values = {name: line[f"evaluation_{name}"] for line in lines for name in METRICS if f"evaluation_{name}" in line}
+    return [
+        {
+            "metric": METRICS[name].label,
+            "value": value,
+            "samples": about["samples"],
+            "dataset": facts.dataset.get("name", about["dataset"]),
+            "split": "train",
+            "settings": about["settings"],
+        }
+        for name, value in values.items()
+        if math.isfinite(value)
+    ]

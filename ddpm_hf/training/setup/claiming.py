@@ -16,6 +16,7 @@ from ...common.files import truncate_jsonl
 from ...common.layout import AUTOENCODER, KEPT_IN_PLACE, STEPS, TIMINGS, TRAINING_CONFIG, Entry
 from ...common.ownership import claim_files, has_manifest, listed, run_files, some
 from ..checkpointing import LOGS, find_checkpoint, rotate_checkpoints, set_aside_later
+from ..complete_checkpoints import complete_checkpoints
 from ..earlier_run import (
     cannot_be_moved,
     forget_removed_checkpoints,
@@ -103,7 +104,7 @@ def refuse_checkpoint_of_another_run(folder: Path, checkpoint: Path) -> None:
     """
     if checkpoint.resolve().parent == folder.resolve():
         return
-    there = list_checkpoints(folder, complete=True)
+    there = complete_checkpoints(folder)
     if there or listed_checkpoints(folder):
         go_on = f", or go on from {there[-1].name} with --resume_from_checkpoint latest" if there else ""
         raise UsageError(
@@ -301,7 +302,7 @@ def check_resumable(run: Run, model: "torch.nn.Module", facts: dict[str, Any], n
                 f"{checkpoint} is of another model: its {key} is {saved.get(key)}, this run's {ours[key]}; resume with"
                 " the flags that it was trained with"
             )
-    counts = {*facts, *flags_by_resume(run.settings.fields(), APPLIED)} - {"settings"}
+    counts = {*facts, *flags_by_resume(run.settings.fields(), APPLIED)} - {"settings", "scheduler"}
     flat, before = ({**each, **each.get("settings", {})} for each in (facts, manifest))
     for name in (name for name in flat if name in counts and name in before and before[name] != flat[name]):
         run.log(f"warning: {name} was {before[name]} and is {flat[name]}: not an exact continuation")

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..common.errors import DataError
+from .errors import DataError
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ def fit_variance(
     image_column: Annotated[str | None, option(DATA, "Default: the column that holds images.")] = None,
     label_column: Annotated[str | None, option(DATA, "The column of the classes, for a model by class.")] = None,
     caption_column: Annotated[str | None, option(DATA, "The column of the captions, for a model by text.")] = None,
-    images: Annotated[int, option(HOW, "Images that are noised to each timestep.", min=2)] = 128,
+    images: Annotated[int, option(HOW, "Images that are noised to each timestep.", min=2)] = 64,
     estimate: Annotated[
         str,
         option(

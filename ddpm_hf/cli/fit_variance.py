@@ -1,8 +1,7 @@
 """`ddpm-hf fit-variance`: the optimal reverse variance of a trained model, for chains of any length."""
 
-import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -12,9 +11,6 @@ from .evaluation_bound import bound_of
 from .evaluation_data import Data, DataOptions, read_data
 from .exits import reports_stop
 from .sample import option, ready_device
-
-if TYPE_CHECKING:
-    from ..evaluation.image_sets import ImageSet
 
 DATA, HOW, WHERE = "The images", "How to fit", "Where from, where to"
 EPILOG = """Examples:
@@ -36,7 +32,9 @@ def fit_variance(
     image_column: Annotated[str | None, option(DATA, "Default: the column that holds images.")] = None,
     label_column: Annotated[str | None, option(DATA, "The column of the classes, for a model by class.")] = None,
     caption_column: Annotated[str | None, option(DATA, "The column of the captions, for a model by text.")] = None,
-    images: Annotated[int, option(HOW, "Images that are noised to each timestep.", min=2)] = 64,
+    images: Annotated[
+        int, option(HOW, "How many of them, evenly spaced over the dataset; all are noised to each timestep.", min=2)
+    ] = 64,
     estimate: Annotated[
         str,
         option(
@@ -45,7 +43,7 @@ def fit_variance(
             " formula of Analytic-DPM, from the norm of the predicted noise.",
         ),
     ] = "error",
-    seed: Annotated[int, option(HOW, "Of the noise and of the choice of images.", min=0, max=2**63 - 1)] = 0,
+    seed: Annotated[int, option(HOW, "Of the noise.", min=0, max=2**63 - 1)] = 0,
     batch_size: Annotated[int, option(HOW, "Images at once.", min=1)] = 64,
     device: Annotated[str | None, option(HOW, "cuda, mps or cpu. Default: the best of this machine.")] = None,
     out: Annotated[Path | None, option(WHERE, "Write a fitted copy here. Default: the model's folder.")] = None,
@@ -79,7 +77,7 @@ def fit_variance(
     check_fittable(scheduler)
     shape = (pipeline.image_channels, *pipeline.image_size)
     where = DataOptions(dataset, None, split, None, image_column, label_column, caption_column, token)
-    chosen = in_random_order(read_data(where, model, shape).reference, seed)
+    chosen = read_data(where, model, shape).reference
     pipeline = pipeline.to(device)
     pipeline.enable_acceleration()
     how = bound_of(pipeline, Data(chosen), 0, images, seed, batch_size)
@@ -93,16 +91,3 @@ def fit_variance(
         + ", ".join(f"{variances[t]:.3g} (t={t})" for t in sorted({0, T // 10, T // 2, T - 1}))
     )
     typer.echo(f"written to {path}; `ddpm-hf sample {out or model} --steps 50` samples with it")
-
-
-def in_random_order(images: "ImageSet", seed: int) -> "ImageSet":
-    """The same images in a random order, so that the first of them represent a dataset that is sorted by class."""
-    from ..common.randomness import keyed_generator
-
-    order = keyed_generator(seed, "fit_images").permutation(images.count)
-    return dataclasses.replace(
-        images,
-        read=lambda indices: images.read([int(order[index]) for index in indices]),
-        labels=None if images.labels is None else images.labels[order],
-        captions=None if images.captions is None else [images.captions[index] for index in order],
-    )

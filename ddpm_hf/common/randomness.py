@@ -22,7 +22,7 @@ STREAMS = {name: number for number, name in enumerate(PURPOSES)}
 BLOCKS = 0
 GENERATORS = {
     "epoch_order": 1, "augmentation": 2, "split": 3, "balanced_order": 4, "subset": 5, "bucketed_order": 6,
-    "conditions": 7, "fit_images": 8,
+    "conditions": 7,
 }  # fmt: skip
 
 

@@ -33,7 +33,7 @@ def fit_variance(
     label_column: Annotated[str | None, option(DATA, "The column of the classes, for a model by class.")] = None,
     caption_column: Annotated[str | None, option(DATA, "The column of the captions, for a model by text.")] = None,
     images: Annotated[
-        int, option(HOW, "How many of them, evenly spaced over the dataset; all are noised to each timestep.", min=2)
+        int, option(HOW, "Images, evenly spaced over the dataset, each noised to each timestep.", min=2)
     ] = 64,
     estimate: Annotated[
         str,

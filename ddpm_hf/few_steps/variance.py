@@ -1,6 +1,6 @@
 """Var[x_0 | x_t] of a trained model, from which the optimal reverse variance of every step follows (Analytic-DPM)."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -57,7 +57,7 @@ def measure_moments(
     """
     T, images, norm = len(scheduler), 0, 0.0
     errors, norms = np.zeros(T), np.zeros(T)
-    total = len(batches) * T if hasattr(batches, "__len__") else None
+    total = len(batches) * T if isinstance(batches, Sized) else None
     with tqdm(total=total, desc="moments", unit="call", disable=not progress) as bar:
         for batch in batches:
             count, dtype = len(batch.images), getattr(network, "dtype", batch.images.dtype)

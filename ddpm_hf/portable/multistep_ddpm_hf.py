@@ -128,7 +128,8 @@ class EpsilonMultistepScheduler(SchedulerMixin, ConfigMixin):
             number = num_inference_steps
         else:
             number = None
-        self.diffusion.set_timesteps(number if timesteps is None else None, timesteps=timesteps)  # checks them
+        given = None if timesteps is None else [int(t) for t in timesteps]
+        self.diffusion.set_timesteps(number if given is None else None, timesteps=given)  # checks them
         chain = self.diffusion.timesteps.tolist()
         if weights is not None:
             allowed = [min(index, len(ADAMS_BASHFORTH) - 1) + 1 for index in range(len(chain))]
@@ -157,8 +158,9 @@ class EpsilonMultistepScheduler(SchedulerMixin, ConfigMixin):
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Save the diffusion and the fits, as a DDPMScheduler: Diffusers knows it, and any sampler is made of it."""
-        spacing = {"timestep_spacing": "leading"} if self.config.timestep_spacing == "karras" else {}
-        DDPMScheduler.from_config(self.config, **spacing).save_pretrained(save_directory, push_to_hub, **kwargs)
+        spacing = self.config.timestep_spacing
+        ddpm = DDPMScheduler.from_config(self.config, timestep_spacing="leading" if spacing == "karras" else spacing)
+        ddpm.save_pretrained(save_directory, push_to_hub, **kwargs)
 
     def scale_model_input(self, sample: torch.Tensor, timestep: int | torch.Tensor | None = None) -> torch.Tensor:
         """The sample unchanged."""

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 import ddpm_hf
-from ddpm_hf import ClassConditionalDDPMPipeline, DDPMPipeline, DDPMScheduler, TextToImageDDPMPipeline
+from ddpm_hf import ClassConditionalDDPMPipeline, DDPMPipeline, DDPMScheduler
 from ddpm_hf.portable.scheduling_ddpm_hf import X_START_VARIANCES
 from tests.support.fixtures_cli import assert_one_line
 from tests.support.fixtures_hub import WITHOUT, bare_environment
 from tests.support.fixtures_pipeline import tiny_unet
-from tests.support.fixtures_text import tiny_text_pipeline
+from tests.support.fixtures_text import stable_diffusion_scheduler, tiny_text_pipeline
 from tests.support.pictures import encoded, quiet, random_pixels, write_images
 
 T = 20
@@ -32,11 +32,11 @@ def shop(tmp_path_factory):
     learned = DDPMScheduler(T, variance_type="learned_range")
     DDPMPipeline(tiny_unet(out_channels=2), learned).save_pretrained(root / "learned")
     ClassConditionalDDPMPipeline(tiny_unet(num_class_embeds=3), scheduler, names).save_pretrained(root / "classes")
-    TextToImageDDPMPipeline(**tiny_text_pipeline().components).save_pretrained(root / "text")
+    tiny_text_pipeline(stable_diffusion_scheduler(num_train_timesteps=T)).save_pretrained(root / "text")
     tiny_unet().save_pretrained(root / "checkpoint-2/unet")
     write_images(root / "images/train", random_pixels(4, 8, 8))
     write_images(root / "images/test", random_pixels(4, 8, 8, seed=3) // 2)
-    columns, types = {"text": ["red", "a blue one"] * 2, "other": ["red"] * 4}, {}
+    columns, types = {"text": ["a blue one", "red"] * 2, "other": ["red"] * 4}, {}
     for name in columns:
         types[name] = datasets.Value("string")
     for name, labels in (("label", [0, 0, 1, 1]), ("second_label", [1, 1, 0, 0])):

@@ -41,7 +41,7 @@ SAMPLERS = {
         "linear multistep (PLMS), for epsilon or v_prediction",
     ),
     "ipndm": Sampler(
-        "iPNDM", "EpsilonMultistepScheduler", 10, _LINSPACE,
+        "iPNDM", "EpsilonMultistepScheduler", 10, {},
         "fourth order, one evaluation a step; for as many steps as fit-timesteps was run for, on the fitted timesteps",
     ),
 }  # fmt: skip

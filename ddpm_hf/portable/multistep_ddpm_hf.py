@@ -45,8 +45,8 @@ class EpsilonMultistepScheduler(SchedulerMixin, ConfigMixin):
     have written the timesteps to visit and the weights of the last ε; otherwise they are evenly spaced from T-1, and
     Adams and Bashforth's.
 
-    Args: as those of `DDPMScheduler`; `timestep_spacing` may also be `karras`, even in ρ^(1/7) (Karras et al. 2022,
-        Eq. 5).
+    Args: as those of `DDPMScheduler`; with `timestep_spacing="karras"` the timesteps are even in ρ^(1/7) (Karras et
+        al. 2022, Eq. 5), with any other name of Diffusers even in t.
     """
 
     _compatibles = [e.name for e in KarrasDiffusionSchedulers]
@@ -68,9 +68,10 @@ class EpsilonMultistepScheduler(SchedulerMixin, ConfigMixin):
         thresholding: bool = False,
         dynamic_thresholding_ratio: float = 0.995,
         sample_max_value: float = 1.0,
-        timestep_spacing: str = "linspace",
+        timestep_spacing: str = "leading",
         rescale_betas_zero_snr: bool = False,
     ) -> None:
+        self.register_to_config(_use_default_values=[])  # `from_config` forgets what was given by position
         self.diffusion = DDPMScheduler(
             num_train_timesteps,
             beta_start,

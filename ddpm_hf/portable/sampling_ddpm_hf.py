@@ -363,7 +363,7 @@ class SamplingMixin(MixinBase):
 
         `pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)` is the way back.
         """
-        self.scheduler = EpsilonMultistepScheduler.from_config(self.scheduler.config, timestep_spacing="linspace")
+        self.scheduler = EpsilonMultistepScheduler.from_config(self.scheduler.config)
 
     def ddpm_scheduler(self) -> DDPMScheduler:
         """Our scheduler over the sampler's diffusion, for its formulas: the sampler itself where it is ours."""

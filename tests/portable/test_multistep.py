@@ -188,7 +188,12 @@ def test_pipelines_sample_with_it_and_are_saved_for_all(tmp_path):
     pipeline = DDPMPipeline(tiny_unet(), DDPMScheduler(50))
     pipeline.set_progress_bar_config(disable=True)
     ancestral = pipeline(1, torch.Generator().manual_seed(0), 8, "np").images
+    config = dict(pipeline.scheduler.config)
     pipeline.use_multistep()
+    assert {**DDPMScheduler.from_config(pipeline.scheduler.config).config, "_use_default_values": 0} == {
+        **config,
+        "_use_default_values": 0,
+    }
     images = pipeline(1, torch.Generator().manual_seed(0), 8, "np").images
     assert np.abs(images - ancestral).max() > 1e-3
     assert swap_sampler(pipeline, "ipndm") == 10

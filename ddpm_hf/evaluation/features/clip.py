@@ -19,9 +19,11 @@ def load(
     trust_remote_code: bool,
 ) -> NetworkExtractor:
     """The network, of a local folder or of the Hub; the protocol chooses the default and the layer."""
+    from transformers import CLIPVisionModel, CLIPVisionModelWithProjection
+
     name = argument or protocol.clip_model
-    kind = "CLIPVisionModelWithProjection" if protocol.clip_projection else "CLIPVisionModel"
-    network = load_pretrained(kind, name, "clip" if argument is None else f"clip:{name}")
+    model_class = CLIPVisionModelWithProjection if protocol.clip_projection else CLIPVisionModel
+    network = load_pretrained(model_class, name, "clip" if argument is None else f"clip:{name}")
 
     def forward(x: torch.Tensor) -> dict[str, torch.Tensor]:
         output = network(x)

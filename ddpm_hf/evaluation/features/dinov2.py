@@ -22,8 +22,10 @@ def load(
     trust_remote_code: bool,
 ) -> NetworkExtractor:
     """The network, of a local folder or of the Hub."""
+    from transformers import Dinov2Model
+
     name = argument or MODEL
-    network = load_pretrained("Dinov2Model", name, "dinov2" if argument is None else f"dinov2:{name}")
+    network = load_pretrained(Dinov2Model, name, "dinov2" if argument is None else f"dinov2:{name}")
     resample_positions(network, SIDE // network.config.patch_size)
 
     def forward(x: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -47,7 +47,7 @@ def fit_timesteps(
             "pictures: for --sampler ipndm, near to the model's own trajectories in many steps; likelihood: the chain"
             " of the lowest bound, of a model with a fitted variance.",
         ),
-    ] = "pictures",
+    ] = Objective.pictures,
     trajectories: Annotated[
         int | None, option(HOW, f"For pictures: how many, half of them to judge by. Default: {DEFAULT_TRAJECTORIES}.")
     ] = None,
@@ -143,7 +143,8 @@ def picture_fits(
     fitted = fit_pictures(
         predict, scheduler, noise, calls, teacher_steps=teacher_steps, batch_size=batch_size, progress=True
     )
-    lines, fits = [], {FITTED_TIMESTEPS: {}, FITTED_WEIGHTS: {}}
+    lines: list[str] = []
+    fits: dict[str, dict[str, Any]] = {FITTED_TIMESTEPS: {}, FITTED_WEIGHTS: {}}
     for number, candidates in fitted.items():
         best = candidates[0]
         lines.append(f"{number} calls, distance to the images of {teacher_steps}:")

@@ -48,7 +48,7 @@ def follow(
             for t, scale in zip(chain, scales[1:]):
                 output = predict(x, torch.full((len(x),), t, device=x.device))
                 epsilons.append(epsilon_of(scheduler, output, t, x))
-                x = scheduler.step(output, t, x).prev_sample
+                x, _ = scheduler.step(output, t, x, return_dict=False)
                 states.append(x / scale)
                 bar.update()
             parts.append((torch.stack(states), torch.stack(epsilons)))
@@ -82,7 +82,8 @@ def fit_weights(
     """
     rhos = [scheduler.signal_and_rho(t)[1] for t in (*chain, -1)]
     signals = [scheduler.signal_and_rho(t)[0] for t in (*chain, -1)]
-    state, history, rows = noise / signals[0], [], []
+    state, history = noise / signals[0], list[torch.Tensor]()
+    rows: list[list[float]] = []
     for index, t in enumerate(chain):
         at, parts = torch.full((batch_size,), t, device=noise.device), []
         for x_t in (state * signals[index]).split(batch_size):

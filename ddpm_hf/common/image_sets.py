@@ -65,7 +65,7 @@ def from_npz(path: Path) -> ImageSet:
     if images is None or images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
         raise DataError(f"{path} has no array arr_0 of uint8 images [N, H, W, C], C being 1 or 3")
     images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))  # [N, C, H, W]
-    fingerprint = hashlib.sha256(images.tobytes()).hexdigest()[:16]
+    fingerprint = hashlib.sha256(repr(images.shape).encode() + images.tobytes()).hexdigest()[:16]
     labels = arrays.get("arr_1")
     return ImageSet(
         path.name,

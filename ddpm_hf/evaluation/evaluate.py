@@ -16,19 +16,32 @@ from .ranks import Ranks
 from .sampling import AT_ONCE, SampleStore, fill, stored_features
 
 
+@dataclass
+class NoFeatures:
+    """Stands for the network where nothing is compared."""
+
+    name: str = ""
+    fingerprint: str = ""
+    provides: frozenset[str] = frozenset()
+
+    def __call__(self, images: Any) -> Features:
+        """There are none."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
 class Measure:
     """How images are measured.
 
     Args:
         metrics: names of `METRICS`.
-        extractor: the network whose features are compared; None without metrics.
+        extractor: the network whose features are compared; `NoFeatures` without metrics.
         protocol: how it and the metrics compute.
         seed: of subsets and of the bootstrap.
     """
 
     metrics: tuple[str, ...]
-    extractor: Extractor | None
+    extractor: Extractor
     protocol: Protocol
     seed: int = 0
 
@@ -124,7 +137,9 @@ class Reference:
 
 def summarize(metric: Metric, batches: Iterable) -> np.ndarray:
     """What a metric on pixels keeps of each image, [N, ...], batch by batch."""
-    return np.concatenate([metric.summary(batch) for batch in batches])
+    summary = metric.summary
+    assert summary is not None  # a metric that reads images has one
+    return np.concatenate([summary(batch) for batch in batches])
 
 
 @dataclass(frozen=True)
@@ -237,8 +252,8 @@ def stamp(reference: Reference, samples: int | None) -> dict[str, Any]:
     measure, images, held_out = reference.measure, reference.images, reference.held_out
     return {
         "protocol": measure.protocol.name,
-        "features": measure.extractor and measure.extractor.name,
-        "features_fingerprint": measure.extractor and measure.extractor.fingerprint,
+        "features": measure.extractor.name or None,
+        "features_fingerprint": measure.extractor.fingerprint or None,
         "dataset": images.name,
         "dataset_fingerprint": images.fingerprint,
         "real_images": images.count,

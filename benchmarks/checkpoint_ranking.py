@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from scipy.stats import kendalltau
 
-from ddpm_hf.data import ImageTransform, decode_row, embedded_digits
+from ddpm_hf.data import ImageTransform, embedded_digits
+from ddpm_hf.data.images import decode_row
 from ddpm_hf.evaluation.features import Features, extract, load_extractor
 from ddpm_hf.evaluation.metrics import METRICS
 from ddpm_hf.evaluation.protocols import PROTOCOLS

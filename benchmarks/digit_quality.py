@@ -21,7 +21,8 @@ from sklearn.calibration import CalibratedClassifierCV
 from sklearn.svm import SVC
 
 from ddpm_hf import DDPMPipeline
-from ddpm_hf.data import ImageTransform, decode_row, embedded_digits
+from ddpm_hf.data import ImageTransform, embedded_digits
+from ddpm_hf.data.images import decode_row
 
 
 def real_digits(part: str, resolution: int) -> tuple[np.ndarray, np.ndarray]:

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from ddpm_hf import TextToImageDDPMPipeline
 from ddpm_hf.common.machine import usable_cores
 from ddpm_hf.common.pictures import image_grid
-from ddpm_hf.data import DIGIT_CAPTIONS, DIGIT_NAMES
+from ddpm_hf.data.digits import DIGIT_CAPTIONS, DIGIT_NAMES
 
 PARAPHRASES = ("a picture of a handwritten {}", "the handwritten number {}")
 

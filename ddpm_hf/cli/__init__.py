@@ -8,7 +8,7 @@ import sys
 import typer
 
 from .._version import __version__
-from ..common.machine import accept_any_text
+from ..common.machine import accept_any_text, keep_freed_memory
 from . import compare, evaluate, info, presets, push, push_space, restore, sample, train, train_classifier
 from .exits import PassThrough, run
 
@@ -58,6 +58,7 @@ app.command(epilog=presets.EPILOG)(presets.presets)
 def main() -> None:
     """The entry point."""
     accept_any_text()
+    keep_freed_memory()  # a network allocates the same tensors at each call
     code = run(app, sys.argv[1:])
     if code:
         raise SystemExit(code)

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from ..common.errors import DataError, UsageError, one_line
 from ..common.layout import layout
 from ..common.randomness import StepKeys, to_device
-from ..data import ImageDataset, to_model_range
 from ..data.batches import held_out_means, make_batches, open_images, plan_steps
+from ..data.dataset import ImageDataset
+from ..data.images import to_model_range
 from ..models.acceleration import accelerate_for_training, choose_execution
 from ..models.classifier import NoisyClassifier
 from ..models.gradient_gate import recorded_call

@@ -8,7 +8,8 @@ from ..common.errors import DataError
 
 if TYPE_CHECKING:
     from ..common.image_sets import ImageSet
-    from ..data import DataFlags, Rows
+    from ..data.flags import DataFlags
+    from ..data.rows import Rows
 
 Shape = tuple[int, int, int]  # (C, H, W)
 EMBEDDED = "digits"  # the name here of the embedded digits
@@ -111,7 +112,7 @@ def _size(shape: Shape) -> str:
 
 def _flags(options: DataOptions, settings: dict[str, Any]) -> "DataFlags":
     """The flags of the data: a run's, or of what the options name."""
-    from ..data import DataFlags
+    from ..data.flags import DataFlags
 
     known = {field.name for field in dataclasses.fields(DataFlags)}
     flags = DataFlags(**{name: value for name, value in settings.items() if name in known})
@@ -130,7 +131,7 @@ def _rows(flags: "DataFlags", options: DataOptions, split: str | None, shape: Sh
     from ..data.reading import Columns, open_dataset, read_rows
 
     if flags.embedded:
-        from ..data import embedded_digits
+        from ..data.digits import embedded_digits
 
         if split not in ("train", "test"):
             raise DataError(f"--split {split}: the embedded digits have train and test")
@@ -146,14 +147,14 @@ def _rows(flags: "DataFlags", options: DataOptions, split: str | None, shape: Sh
 
 def _of_the_run(settings: dict[str, Any], shape: Shape, options: DataOptions) -> Data:
     """The images that a run was trained on, and those that it held out."""
-    from ..data import load_rows
+    from ..data.reading import load_rows
     from ..data.upright import upright_images
 
     flags = _flags(options, settings)
     holds_out = bool(settings.get("validation_steps") or flags.validation_split or flags.embedded)
     caption = options.caption_column or settings.get("caption_column")
     if flags.embedded and caption is None and "caption_column" in settings:  # a run by text on the embedded digits
-        from ..data import CAPTION_COLUMN
+        from ..data.digits import CAPTION_COLUMN
 
         caption = CAPTION_COLUMN
     seed = settings.get("seed") or 0
@@ -186,7 +187,7 @@ def generated_images(path: str, resolution: int | None = None) -> "ImageSet | No
         return None
     if (folder / MODEL_INDEX).is_file() or (folder / SETTINGS).is_file():
         return None
-    from ..data import DataFlags
+    from ..data.flags import DataFlags
 
     rows = _sampled_here(folder) or _rows_of(path)
     shape = _one_shape(rows, any_size=resolution is not None)
@@ -207,7 +208,7 @@ def _sampled_here(folder: Path) -> "Rows | None":
     import datasets
 
     from ..common.ownership import listed
-    from ..data import Rows
+    from ..data.rows import Rows
     from .pictures import PART
 
     names = sorted(name for name in listed(folder, PART) if Path(name).stem.isdecimal() and (folder / name).is_file())

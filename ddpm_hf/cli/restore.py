@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from .restore_inputs import Picture
 
 METHODS = ("ddnm", "pigdm", "mmps", "diffpir", "dps", "repaint")
-TaskName = enum.Enum("TaskName", {name: name for name in TASKS}, type=str)
-MethodName = enum.Enum("MethodName", {name: name for name in METHODS}, type=str)
+TaskName = enum.Enum("TaskName", {name: name for name in TASKS}, type=str)  # type: ignore[misc]  # of a table
+MethodName = enum.Enum("MethodName", {name: name for name in METHODS}, type=str)  # type: ignore[misc]
 
 
 class Filter(str, enum.Enum):
@@ -101,7 +101,7 @@ def restore(
         str | None, option(WHAT, "For a model by class: what the images show. Default: no class.", "--class")
     ] = None,
     num_solutions: Annotated[int, option(HOW, "Solutions for each image.", min=1)] = 4,
-    method: Annotated[MethodName, option(HOW, "How y guides the chain; see docs/restoration.md.")] = "ddnm",
+    method: Annotated[MethodName, option(HOW, "How y guides the chain; see docs/restoration.md.")] = "ddnm",  # type: ignore[assignment]  # typer makes it a MethodName
     steps: Annotated[int, option(HOW, "Number of steps.", min=1)] = 100,
     eta: Annotated[
         float | None, option(HOW, "Share of new noise in each step. Default: by method.", min=0.0, max=1.0)
@@ -126,10 +126,10 @@ def restore(
     batch_size: Annotated[int, option(HOW, "Solutions sampled at once.", min=1)] = 64,
     precision: Annotated[
         Precision, option(HOW, "bf16 and fp16 are faster where the hardware supports them.")
-    ] = "fp32",
+    ] = Precision.fp32,
     acceleration: Annotated[
         Acceleration, option(HOW, "auto: CUDA graphs on a GPU, attention by size on a CPU.")
-    ] = "auto",
+    ] = Acceleration.auto,
     device: Annotated[str | None, option(HOW, "cuda, mps or cpu. Default: the best of this machine.")] = None,
     out: Annotated[Path, option(WHERE, "The folder to write to.")] = Path("restored"),
     ema: Annotated[

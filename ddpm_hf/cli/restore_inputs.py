@@ -134,7 +134,7 @@ def fitted(pixels: "np.ndarray", size: tuple[int, int]) -> "np.ndarray":
     """uint8 [H, W, C] resized and cropped in the middle to (height, width)."""
     import numpy as np
 
-    from ..data import ImageTransform
+    from ..data.images import ImageTransform
 
     bands = pixels.shape[2]
     resized = ImageTransform(*size, bands, center_crop=True).resize(pixels if bands > 1 else pixels[:, :, 0])

@@ -342,7 +342,7 @@ def images_between(
     import torch
     from PIL import Image, UnidentifiedImageError
 
-    from ..data import prepare_image
+    from ..data.pixels import prepare_image
     from ..inference.studio import keyed_generators
 
     ends = []

@@ -10,22 +10,14 @@ from ..common.randomness import StepKeys
 from ..training.meter import Losses, sum_over_ranks
 from ..training.plan import KeyedBatchSampler, StepPlan
 from ..training.run import Run
-from . import (
-    DataFlags,
-    ImageDataset,
-    ImageTransform,
-    Rows,
-    StreamingBatches,
-    check_captions,
-    classes_of_resumed,
-    describe_pixels,
-    identity,
-    label_warnings,
-    load_rows,
-    should_cache,
-    trained_classes,
-)
+from .dataset import ImageDataset, StreamingBatches, describe_pixels, identity, should_cache
+from .flags import DataFlags
+from .images import ImageTransform
+from .labels import classes_of_resumed, label_warnings, trained_classes
 from .orders import bucketed_length, keyed_balanced_order, keyed_bucketed_order, keyed_permutation
+from .reading import load_rows
+from .rows import Rows
+from .texts import check_captions
 
 
 class Images(NamedTuple):
@@ -58,8 +50,7 @@ class Images(NamedTuple):
     @property
     def cached_bytes(self) -> int:
         """What the images take that are kept decoded."""
-        cache = None if self.dataset is None else self.dataset.cache
-        return sum(pixels.nbytes for pixels in ([] if cache is None else cache))
+        return 0 if self.dataset is None else self.dataset.cached_bytes
 
     def lines(self) -> dict[str, str]:
         """What a run says of its data at its start."""

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from ..training.reporting import task
-from . import ImageDataset, ImageTransform, Rows, decode_row
-from .images import image_size
+from .dataset import ImageDataset
+from .images import ImageTransform, decode_row, image_size
+from .rows import Rows
 
 MAX_ASPECT_RATIO = 2.0  # the longer side over the shorter
 PART_STRIDE = 2**40  # a row's index in a batch is its row plus this times the number of its part
@@ -60,6 +61,7 @@ class BucketedDataset(torch.utils.data.Dataset):
         captions = [part.captions for part in parts]
         self.captions = None if captions[0] is None else [caption for some in captions for caption in some]
         self.cache = True if all(part.cache is not None for part in parts) else None
+        self.cached_bytes = sum(part.cached_bytes for part in parts)
 
     def __len__(self) -> int:
         return int(self.starts[-1])

@@ -148,6 +148,11 @@ class ImageDataset(torch.utils.data.Dataset):
         pixels = [one for one in pixels if one is not None]
         self.cache = np.stack(pixels) if len({one.shape for one in pixels}) == 1 else pixels
 
+    @property
+    def cached_bytes(self) -> int:
+        """What the images take that are kept decoded."""
+        return 0 if self.cache is None else sum(pixels.nbytes for pixels in self.cache)
+
     def leave_out_broken(self) -> None:
         """Decode everything once, to know what can be read, where broken images are skipped."""
         if self.decode.skip_broken and self.cache is None and not self.broken_left_out:

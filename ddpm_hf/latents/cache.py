@@ -15,7 +15,8 @@ import torch
 from diffusers import AutoencoderKL
 
 from ..common.errors import UsageError
-from ..data import ImageDataset, augmentation_uniforms, to_model_range
+from ..data.dataset import ImageDataset
+from ..data.images import augmentation_uniforms, to_model_range
 from .table import TensorTable, digest
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class LatentDataset(torch.utils.data.Dataset):
     def __init__(self, images: ImageDataset, table: TensorTable, keys: list[bytes], embeddings: TensorTable | None):
         self.images, self.table, self.keys, self.embeddings = images, table, keys, embeddings
         self.labels, self.captions = images.labels, images.captions
-        self.cache = True  # nothing is left to decode
+        self.cache, self.cached_bytes = True, 0  # nothing is left to decode
 
     def __len__(self) -> int:
         return len(self.images)

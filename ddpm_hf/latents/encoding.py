@@ -5,7 +5,7 @@ from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from ..common.randomness import StepKeys
-from ..data import to_model_range
+from ..data.images import to_model_range
 from ..portable.sampling_ddpm_hf import scale_latents
 
 

@@ -13,8 +13,8 @@ from ..common.layout import AUTOENCODER, layout
 from ..common.ownership import claim_files
 from ..common.pictures import save_image
 from ..common.randomness import StepKeys
-from ..data import to_model_range
 from ..data.batches import Images, make_batches, plan_steps
+from ..data.images import to_model_range
 from ..models.autoencoder import frozen, load_autoencoder
 from ..models.saving import save_model
 from ..objectives.gaussians import mean_flat

@@ -77,7 +77,7 @@ class SeparableOperator(SpectralOperator):
         for matrix, size in zip(matrices, shape):
             if matrix is not None and (matrix.ndim != 2 or matrix.shape[1] != size):
                 raise ValueError(f"a matrix of shape {tuple(matrix.shape)} for an axis of {size}")
-        super().__init__(shape, [size if one is None else len(one) for one, size in zip(matrices, shape)])
+        super().__init__(shape, tuple(size if one is None else len(one) for one, size in zip(matrices, shape)))
         self.matrices = matrices
         self._left: list[torch.Tensor | None] = []
         self._right: list[torch.Tensor | None] = []
@@ -100,7 +100,8 @@ class SeparableOperator(SpectralOperator):
                 f"the operators do not fit: one gives {self.observation_shape}, the next reads {other.shape}"
             )
         pairs = zip(self.matrices, other.matrices)
-        return SeparableOperator(self.shape, *(a if b is None else b if a is None else b @ a for a, b in pairs))
+        channels, rows, columns = (a if b is None else b if a is None else b @ a for a, b in pairs)
+        return SeparableOperator(self.shape, channels, rows, columns)
 
     def _apply(self, name: str, factors: list[torch.Tensor | None], x: torch.Tensor, transposed: bool) -> torch.Tensor:
         """Multiply each axis of x [N, C, H, W] by its matrix."""
@@ -327,13 +328,15 @@ def half(shape: Shape, shown: str = "left") -> Operator:
 def average_pooling(shape: Shape, factor: int = 2) -> Operator:
     """Each pixel is the mean of `factor` × `factor`."""
     check_factor(shape, factor)
-    return SeparableOperator(shape, None, *(pooling_matrix(size, factor) for size in shape[1:]))
+    rows, columns = (pooling_matrix(size, factor) for size in shape[1:])
+    return SeparableOperator(shape, None, rows, columns)
 
 
 def bicubic(shape: Shape, factor: int = 2) -> Operator:
     """Reduced `factor` times by PIL's bicubic filter."""
     check_factor(shape, factor)
-    return SeparableOperator(shape, None, *(cubic_matrix(size, factor) for size in shape[1:]))
+    rows, columns = (cubic_matrix(size, factor) for size in shape[1:])
+    return SeparableOperator(shape, None, rows, columns)
 
 
 def gray(shape: Shape) -> Operator:
@@ -350,7 +353,8 @@ def gray(shape: Shape) -> Operator:
 def gaussian_blur(shape: Shape, sigma: float = 1.0) -> Operator:
     """A Gaussian blur of `sigma` pixels, reflected at the border."""
     check_positive(sigma=sigma)
-    return SeparableOperator(shape, None, *(gaussian_matrix(size, sigma) for size in shape[1:]))
+    rows, columns = (gaussian_matrix(size, sigma) for size in shape[1:])
+    return SeparableOperator(shape, None, rows, columns)
 
 
 def anisotropic_blur(shape: Shape, along: float = 2.0, across: float = 0.5, angle: float = 45.0) -> Operator:

@@ -72,7 +72,7 @@ class DDPMRestorationPipeline(SamplingMixin, AccelerationMixin, PortablePipeline
         trained_classes: list[int] | None = None,
     ):
         super().__init__()
-        changes = {}
+        changes: dict[str, Any] = {}
         doubled = output_channels(unet) == 2 * unet.config.in_channels
         if doubled and scheduler.config.get("variance_type") not in LEARNED_VARIANCE_TYPES:
             changes["variance_type"] = "learned_range"  # a sampler before it dropped it
@@ -185,15 +185,26 @@ class DDPMRestorationPipeline(SamplingMixin, AccelerationMixin, PortablePipeline
         return row
 
     def restoration_timesteps(self, num_inference_steps: int, start: float) -> list[int]:
-        """The chain's timesteps, evenly from `start` of T down to 0; the scheduler's chain is set to them."""
+        """The chain's timesteps, from `start` of T down to 0; the scheduler's chain is set to them."""
         T = len(self.scheduler)
         if not 0 < start <= 1:
             raise ValueError(f"start={start!r}: must be above 0, and at most 1 (from noise)")
         first = max(1, round(start * T)) - 1
         if not (isinstance(num_inference_steps, numbers.Integral) and 1 <= num_inference_steps <= first + 1):
             raise ValueError(f"num_inference_steps={num_inference_steps!r}: must be from 1 to {first + 1}")
-        spaced = np.linspace(first, 0, int(num_inference_steps)) if num_inference_steps > 1 else np.array([first])
-        return self.prepare_timesteps(None, spaced.round().astype(int).tolist())
+        return self.prepare_timesteps(None, self._spaced(first, int(num_inference_steps)))
+
+    def _spaced(self, first: int, count: int) -> list[int]:
+        """`count` different timesteps from `first` down to 0, even in the angle arccos √ᾱ between image and noise.
+
+        A cosine schedule's timesteps are even in it; a linear one's then have more steps where the image is decided.
+        """
+        angles = torch.arccos(self.scheduler.exact_tables.alphas_cumprod.sqrt()).numpy()[: first + 1]
+        ascending = np.interp(np.linspace(angles[0], angles[-1], count), angles, np.arange(first + 1))
+        ascending = ascending.round().astype(int) if count > 1 else np.array([first])
+        for i in range(1, count):
+            ascending[i] = max(ascending[i], ascending[i - 1] + 1)
+        return np.minimum(ascending, first - np.arange(count - 1, -1, -1))[::-1].tolist()
 
     @torch.no_grad()
     def __call__(

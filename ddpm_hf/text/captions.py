@@ -9,8 +9,8 @@ from typing import Any
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ..common.errors import UsageError
-from ..data import choose_caption
 from ..data.batches import Images
+from ..data.images import choose_caption
 from ..portable.text_encoding_ddpm_hf import cut_off
 
 START, END = "<|startoftext|>", "<|endoftext|>"

@@ -7,8 +7,8 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from ..common.errors import UsageError, one_line
-from ..data import DataFlags
 from ..data.batches import Images
+from ..data.flags import DataFlags
 from ..inference.components import Components, load_checkpoint_components, load_text_encoder, of_a_checkpoint
 from ..latents.autoencoder import make_autoencoder
 from ..latents.flags import AutoencoderFlags

@@ -9,9 +9,11 @@ import torch
 from diffusers import AutoencoderKL
 
 from ..common.errors import UsageError
-from ..data import DIGIT_NAMES, DataFlags, should_cache
 from ..data.batches import Images, open_images
 from ..data.buckets import BucketedDataset, bucket_sizes, bucketed
+from ..data.dataset import should_cache
+from ..data.digits import DIGIT_NAMES
+from ..data.flags import DataFlags
 from ..inference.components import Components
 from ..latents.cache import cache_embeddings, cached_latents, prepare_caching
 from ..portable.sampling_ddpm_hf import downscaling

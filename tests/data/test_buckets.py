@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 import train_text2image
-from ddpm_hf.data import ImageDataset, ImageTransform, Rows
+from ddpm_hf.data import ImageTransform
 from ddpm_hf.data.buckets import bucket_sizes, bucketed, nearest_bucket
+from ddpm_hf.data.dataset import ImageDataset
 from ddpm_hf.data.orders import bucketed_length, keyed_bucketed_order
+from ddpm_hf.data.rows import Rows
 from ddpm_hf.training.plan import KeyedBatchSampler, StepPlan
 from tests.support.fixtures_text import tiny_text_pipeline
 from tests.support.pictures import encoded, image_rows, quiet

@@ -17,8 +17,12 @@ import pytest
 from PIL import Image
 
 from ddpm_hf.common.errors import DataError
-from ddpm_hf.data import DataFlags, ImageDataset, ImageTransform, decode_row, load_rows, read_dataset
+from ddpm_hf.data import ImageTransform
+from ddpm_hf.data.dataset import ImageDataset
+from ddpm_hf.data.flags import DataFlags
 from ddpm_hf.data.formats import register_plugins
+from ddpm_hf.data.images import decode_row
+from ddpm_hf.data.reading import load_rows, read_dataset
 from ddpm_hf.training.flags import Flags
 from tests.support.pictures import encoded, image_rows, quiet
 

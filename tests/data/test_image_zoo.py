@@ -24,8 +24,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ddpm_hf.common.errors import DataError
-from ddpm_hf.data import ImageDataset, ImageTransform, Rows, label_ids, read_dataset, to_model_range
+from ddpm_hf.data import ImageTransform
 from ddpm_hf.data.buckets import aspect_ratios
+from ddpm_hf.data.dataset import ImageDataset
+from ddpm_hf.data.images import to_model_range
+from ddpm_hf.data.labels import label_ids
+from ddpm_hf.data.reading import read_dataset
+from ddpm_hf.data.rows import Rows
 from tests.support.fixtures_generated import Tally, generated, report
 from tests.support.pictures import encoded, quiet, random_pixels, write_images
 

@@ -7,8 +7,9 @@ import pytest
 import train_unconditional
 from ddpm_hf.common.errors import DataError
 from ddpm_hf.common.ownership import claim_files
-from ddpm_hf.data import DataFlags, load_rows
+from ddpm_hf.data.flags import DataFlags
 from ddpm_hf.data.image_folders import list_folder
+from ddpm_hf.data.reading import load_rows
 from tests.support.pictures import encoded, image_rows, quiet
 
 

@@ -11,7 +11,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ddpm_hf.common.errors import DataError
-from ddpm_hf.data import ImageDataset, ImageTransform, augmentation_uniforms, decode_row, prepare_image, to_model_range
+from ddpm_hf.data import ImageTransform
+from ddpm_hf.data.dataset import ImageDataset
+from ddpm_hf.data.images import augmentation_uniforms, decode_row, to_model_range
+from ddpm_hf.data.pixels import prepare_image
 from tests.support.pictures import encoded, plain_rows, random_pixels
 
 # Modes

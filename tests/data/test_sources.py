@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from ddpm_hf.common.errors import DataError
-from ddpm_hf.data import decode_row, read_dataset
+from ddpm_hf.data.images import decode_row
+from ddpm_hf.data.reading import read_dataset
 from tests.support.pictures import encoded, image_rows, quiet, random_pixels, write_images, write_rows
 
 PIXELS = random_pixels(6, 9, 7, seed=2)

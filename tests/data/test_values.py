@@ -14,19 +14,13 @@ from ddpm_hf import ClassConditionalDDPMPipeline, DDPMPipeline
 from ddpm_hf.cli import app
 from ddpm_hf.cli.conditions import read_conditions
 from ddpm_hf.common.errors import DataError, ImageMismatchError
-from ddpm_hf.data import (
-    ImageDataset,
-    ImageTransform,
-    Rows,
-    check_captions,
-    count_empty,
-    decode_row,
-    describe_pixels,
-    label_ids,
-    label_warnings,
-)
-from ddpm_hf.data.labels import classes_of_resumed, name_classes
+from ddpm_hf.data import ImageTransform
+from ddpm_hf.data.dataset import ImageDataset, describe_pixels
+from ddpm_hf.data.images import decode_row
+from ddpm_hf.data.labels import classes_of_resumed, label_ids, label_warnings, name_classes
 from ddpm_hf.data.reading import _as_named
+from ddpm_hf.data.rows import Rows
+from ddpm_hf.data.texts import check_captions, count_empty
 from ddpm_hf.inference.studio import Studio
 from ddpm_hf.latents.cache import SMALL_FILE, file_key
 from ddpm_hf.portable.text_encoding_ddpm_hf import cut_off, tokenize

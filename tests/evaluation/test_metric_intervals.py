@@ -64,7 +64,7 @@ def test_variance_of_the_vendi_score_is_a_derivative():
         values = np.linalg.eigvalsh((unit * weights[:, None]).T @ unit)
         return np.exp(-(values * np.log(values)).sum())
 
-    found = half_width("vendi", None, Features(rows)) ** 2
+    found = half_width("vendi", Features(rows), Features(rows)) ** 2
     assert found == pytest.approx(infinitesimal_jackknife(score, 30), rel=1e-4)
 
 

@@ -20,8 +20,12 @@ from safetensors.torch import load_file
 import train_text2image
 from ddpm_hf.common.errors import UsageError
 from ddpm_hf.common.randomness import StepKeys
-from ddpm_hf.data import DataFlags, ImageDataset, ImageTransform, Rows, to_model_range
+from ddpm_hf.data import ImageTransform
 from ddpm_hf.data.batches import Images, open_images
+from ddpm_hf.data.dataset import ImageDataset
+from ddpm_hf.data.flags import DataFlags
+from ddpm_hf.data.images import to_model_range
+from ddpm_hf.data.rows import Rows
 from ddpm_hf.latents import training as autoencoder
 from ddpm_hf.latents.autoencoder import AutoencoderFlags, make_autoencoder
 from ddpm_hf.latents.training import Reconstruction, compute_loss, measure_scaling_factor, train_autoencoder

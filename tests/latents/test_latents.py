@@ -12,8 +12,11 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from ddpm_hf.common.errors import UsageError
 from ddpm_hf.common.randomness import StepKeys
-from ddpm_hf.data import ImageDataset, ImageTransform, Rows, augmentation_uniforms, to_model_range
+from ddpm_hf.data import ImageTransform
 from ddpm_hf.data.batches import Images, make_batches
+from ddpm_hf.data.dataset import ImageDataset
+from ddpm_hf.data.images import augmentation_uniforms, to_model_range
+from ddpm_hf.data.rows import Rows
 from ddpm_hf.latents.cache import (
     LatentDataset,
     cache_embeddings,

@@ -8,7 +8,7 @@ import torch
 from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention
 
-from ddpm_hf.data import DataFlags
+from ddpm_hf.data.flags import DataFlags
 from ddpm_hf.models.flags import UNetFlags
 from ddpm_hf.models.presets import MODEL_PRESETS, preset_unet_config
 from ddpm_hf.models.sizes import DEFAULT_UNET, model_size, settle_resolution

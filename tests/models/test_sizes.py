@@ -9,7 +9,7 @@ from diffusers.configuration_utils import FrozenDict
 from PIL import Image
 
 from ddpm_hf.common.errors import UsageError
-from ddpm_hf.data import DataFlags
+from ddpm_hf.data.flags import DataFlags
 from ddpm_hf.models.flags import UNetFlags
 from ddpm_hf.models.sizes import model_size, settle_resolution
 from tests.support.fixtures_pipeline import tiny_vae

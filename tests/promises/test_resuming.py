@@ -17,8 +17,10 @@ from safetensors.torch import load_file
 from ddpm_hf.common.checkpoints import list_checkpoints
 from ddpm_hf.common.layout import AUTOENCODER
 from ddpm_hf.common.ownership import claim_files
-from ddpm_hf.data import ImageTransform, StreamingBatches, read_dataset
+from ddpm_hf.data import ImageTransform
+from ddpm_hf.data.dataset import StreamingBatches
 from ddpm_hf.data.orders import keyed_permutation
+from ddpm_hf.data.reading import read_dataset
 from ddpm_hf.latents.autoencoder import make_autoencoder
 from ddpm_hf.latents.flags import AutoencoderFlags
 from ddpm_hf.latents.table import TensorTable

@@ -18,7 +18,9 @@ from PIL import Image
 
 from ddpm_hf import DDPMPipeline, DDPMScheduler
 from ddpm_hf.common.pictures import save_image
-from ddpm_hf.data import DataFlags, Rows, read_dataset
+from ddpm_hf.data.flags import DataFlags
+from ddpm_hf.data.reading import read_dataset
+from ddpm_hf.data.rows import Rows
 from ddpm_hf.models.flags import StartFlags
 from ddpm_hf.models.saving import save_half_precision, save_model, save_pipeline
 from ddpm_hf.publishing.card.illustrations import write_pictures

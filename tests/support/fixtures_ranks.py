@@ -59,7 +59,8 @@ def on_rank(rank: int) -> bool:
 
 def break_data(module):
     """Rank 1 can read no image any more."""
-    from ddpm_hf.data import ImageTransform, broken_image
+    from ddpm_hf.data import ImageTransform
+    from ddpm_hf.data.errors import broken_image
 
     ImageTransform.resize = mock.Mock(side_effect=broken_image("cat.png", "it is gone"))
 

@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 from PIL import Image
 
-from ddpm_hf.data import Rows
+from ddpm_hf.data.rows import Rows
 
 
 def encoded(image, form: str = "PNG", **options) -> bytes:

@@ -16,21 +16,14 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ddpm_hf.common.errors import DataError, UsageError
-from ddpm_hf.data import (
-    DIGIT_CAPTIONS,
-    DIGIT_NAMES,
-    DataFlags,
-    ImageDataset,
-    ImageTransform,
-    Rows,
-    StreamingBatches,
-    augmentation_uniforms,
-    choose_caption,
-    identity,
-    load_rows,
-    read_dataset,
-)
+from ddpm_hf.data import ImageTransform
+from ddpm_hf.data.dataset import ImageDataset, StreamingBatches, identity
+from ddpm_hf.data.digits import DIGIT_CAPTIONS, DIGIT_NAMES
+from ddpm_hf.data.flags import DataFlags
+from ddpm_hf.data.images import augmentation_uniforms, choose_caption
 from ddpm_hf.data.orders import keyed_permutation
+from ddpm_hf.data.reading import load_rows, read_dataset
+from ddpm_hf.data.rows import Rows
 from ddpm_hf.portable.text_encoding_ddpm_hf import encode_texts
 from ddpm_hf.text.captions import END, START, all_captions, fit_tokenizer, make_text_encoder
 from ddpm_hf.training.flags import Flags

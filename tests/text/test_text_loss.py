@@ -213,7 +213,7 @@ def test_captions_are_left_out_as_often_as_asked(how):
 
 def test_one_of_several_captions_is_drawn_each_epoch():
     """Else all but one of an image's captions are never read."""
-    from ddpm_hf.data import augmentation_uniforms, choose_caption
+    from ddpm_hf.data.images import augmentation_uniforms, choose_caption
 
     several = ["one", "two", "three"]
     drawn = [choose_caption(several, augmentation_uniforms(3, epoch, 5)[3], "it") for epoch in range(60)]

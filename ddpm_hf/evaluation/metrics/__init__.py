@@ -30,7 +30,7 @@ ROWS = (
     Metric("coverage", "Coverage", "", False, "pool", "neighbours:coverage", least.neighbours),
     Metric("fd-infinity", "FD∞", "", True, "pool", "fd_infinity:fd_infinity", least.ten_subsets),
     Metric("mind", "MIND", "", True, "pool", "mind:mind"),
-    Metric("vendi", "Vendi score", "", False, "pool", "vendi:vendi"),
+    Metric("vendi", "Vendi score", "", None, "pool", "vendi:vendi"),
     Metric("memorization", "copied samples", "%", True, "images+train", "memorization:memorization",
            summary_home="memorization:thumbnails"),
     Metric("nearest", "distance to training images", "of held-out", None, "pool+train", "nearest:nearest_training"),

@@ -10,7 +10,7 @@ from ..features import Features
 from ..protocols import Protocol
 from .figures import Figure
 from .frechet import kept
-from .inputs import as_matrix, blocks
+from .inputs import as_matrix, blocks, chosen_rows
 from .intervals import INFINITESIMAL, symmetric
 
 
@@ -58,7 +58,9 @@ def vendi_score(features: Any) -> float:
 
 
 def vendi(real: Features, generated: Features, protocol: Protocol, seed: int) -> Figure:
-    """The Vendi score of the generated images; the real ones do not count.
+    """The Vendi score of the generated images, and in `details` that of as many real ones, to compare it with.
+
+    Noise scores higher than any images: the nearer to the real ones the better.
 
     The influence of a sample x of length 1 on the entropy is -xᵀ log(C) x less its mean, with C = (1/N) XᵀX.
     """
@@ -67,4 +69,5 @@ def vendi(real: Features, generated: Features, protocol: Protocol, seed: int) ->
     score = float(torch.exp(-(values * values.log()).sum()))
     influence = torch.cat([-(normalized(block) @ directions).square() @ values.log() for block in blocks(matrix)])
     variance = score**2 * float(influence.var()) / len(matrix)
-    return symmetric(score, variance, INFINITESIMAL, floor=1.0)
+    details = {"of_real_images": vendi_score(chosen_rows(as_matrix(real.pool, "real features"), len(matrix), seed))}
+    return symmetric(score, variance, INFINITESIMAL, floor=1.0, details=details)

@@ -190,7 +190,7 @@ def evaluate(
         typer.echo(line, err=True)
 
     reference = Reference(measure, data.reference, data.held_out)
-    with reports_stop(lambda: f"what was sampled is in {out / STORES}; the same command goes on from there"):
+    with reports_stop(lambda: remaining(out)):
         results = evaluate(reference, everything, ranks, say)
         measured = bound and bound.measure(ranks)
         if ranks.is_main:
@@ -198,6 +198,13 @@ def evaluate(
             typer.echo(write_report(out, model, reference, everything, results, more))
             for line in record_results(model, reference, results, more.record, split or "train"):
                 typer.echo(line)
+
+
+def remaining(out: Path) -> str:
+    """What a stopped evaluation leaves."""
+    if not (out / STORES).is_dir():
+        return "nothing was sampled yet; features of real images that were computed are kept"
+    return f"what was sampled is in {out / STORES}; the same command goes on from there"
 
 
 def load_measure(

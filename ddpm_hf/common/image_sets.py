@@ -42,10 +42,11 @@ class ImageSet:
         labels = None if self.labels is None else self.labels[:count]
         return replace(self, count=count, fingerprint=fingerprint, labels=labels)
 
-    def batches(self, size: int = 64) -> Iterator[torch.Tensor]:
-        """All images in order, uint8 [n, C, H, W]."""
-        for first in range(0, self.count, size):
-            yield torch.from_numpy(self.read(range(first, min(first + size, self.count))))
+    def batches(self, size: int = 64, indices: range | None = None) -> Iterator[torch.Tensor]:
+        """All images in order, or those of consecutive indices, uint8 [n, C, H, W]."""
+        chosen = range(self.count) if indices is None else indices
+        for first in range(chosen.start, chosen.stop, size):
+            yield torch.from_numpy(self.read(range(first, min(first + size, chosen.stop))))
 
 
 def from_npz(path: Path) -> ImageSet:

@@ -42,12 +42,8 @@ def test_the_table_the_record_and_the_page_say_the_same(report):
             assert f"{figure['value']:.5g}" in table
             assert f"{figure['value']:.5g}" in page
     stamp = record["stamp"]
-    assert (stamp["protocol"], stamp["features"], stamp["real_images"], stamp["samples"]) == (
-        "adm",
-        "quarters",
-        60,
-        60,
-    )
+    said = [stamp[name] for name in ("protocol", "features", "real_images", "samples")]
+    assert said == ["adm", "quarters", 60, 60]
     for word in ("adm", "quarters-of-an-image", "print-0", "set 0 &lt;&amp;&gt;", "a model &lt;&amp;&gt;"):
         assert word in page
     assert "<&>" not in page

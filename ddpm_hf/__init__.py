@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time `__getattr_
     from .portable.pipeline_ddpm_hf import DDPMPipeline as DDPMPipeline
     from .portable.pipeline_restoration_ddpm_hf import DDPMRestorationPipeline as DDPMRestorationPipeline
     from .portable.pipeline_text2image_ddpm_hf import TextToImageDDPMPipeline as TextToImageDDPMPipeline
+    from .portable.pipeline_upsampling_ddpm_hf import UpsamplingDDPMPipeline as UpsamplingDDPMPipeline
     from .portable.schedules_ddpm_hf import BETA_SCHEDULES as BETA_SCHEDULES
     from .portable.scheduling_ddpm_hf import DDPMScheduler as DDPMScheduler
 
@@ -38,6 +39,7 @@ _HOMES = {
     "DDPMRestorationPipeline": ".portable.pipeline_restoration_ddpm_hf",
     "OPERATORS": ".portable.operators_ddpm_hf",
     "TextToImageDDPMPipeline": ".portable.pipeline_text2image_ddpm_hf",
+    "UpsamplingDDPMPipeline": ".portable.pipeline_upsampling_ddpm_hf",
     "bits_per_dim": ".evaluation.likelihood",
     "load": ".inference.loading",
     "record_result": ".evaluation.results",

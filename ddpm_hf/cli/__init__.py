@@ -9,7 +9,7 @@ import typer
 
 from .._version import __version__
 from ..common.machine import accept_any_text, keep_freed_memory
-from . import compare, evaluate, info, presets, push, push_space, restore, sample, train, train_classifier
+from . import compare, convert, evaluate, info, presets, push, push_space, restore, sample, train, train_classifier
 from .exits import PassThrough, run
 
 app = typer.Typer(
@@ -46,6 +46,7 @@ app.command("train-classifier", cls=PassThrough, context_settings=PASS_ALL_ARGUM
     train_classifier.train_classifier
 )
 app.command(context_settings=UNDERSCORES_TOO, epilog=sample.EPILOG)(sample.sample)
+app.command(context_settings=UNDERSCORES_TOO, epilog=convert.EPILOG)(convert.convert)
 app.command(context_settings=UNDERSCORES_TOO, epilog=evaluate.EPILOG)(evaluate.evaluate)
 app.command(context_settings=UNDERSCORES_TOO, epilog=compare.EPILOG)(compare.compare)
 app.command(context_settings=UNDERSCORES_TOO, epilog=restore.EPILOG)(restore.restore)

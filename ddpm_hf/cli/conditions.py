@@ -50,12 +50,13 @@ def read_conditions(
     prompts: Sequence[str] | None,
     negative_prompt: str | None,
     guidance: Guidance,
-    classifier_scale: float,
+    classifier_scale: float | None,
 ) -> Conditions:
     """The conditions that the options give, checked against the pipeline.
 
     Args:
         classifier: the folder of a classifier that guides the pipeline.
+        classifier_scale: how strongly; without a folder, the pipeline's own classifier guides, if it has one.
 
     Raises:
         ValueError: options that the model does not support.
@@ -66,9 +67,12 @@ def read_conditions(
     if prompts or negative_prompt:
         raise ValueError("this model has no text encoder; leave out --prompt and --negative-prompt")
     guide = None if classifier is None else load_classifier(Path(classifier), pipeline).to(pipeline.device)
+    if guide is None and classifier_scale is not None:
+        guide = getattr(pipeline, "classifier", None)
     if guide is None:
         _check_no_classifier_scale(classifier_scale)
-    options = {} if guide is None else {"classifier": guide, "classifier_scale": classifier_scale}
+    scale_of_classifier = 1.0 if classifier_scale is None else classifier_scale
+    options = {} if guide is None else {"classifier": guide, "classifier_scale": scale_of_classifier}
     scale, rescale, interval = guidance
     scale = 1.0 if scale is None else scale
     if hasattr(pipeline, "class_ids"):
@@ -102,7 +106,7 @@ def _by_prompt(
     classes: Sequence[str] | None,
     classifier: str | Path | None,
     guidance: Guidance,
-    classifier_scale: float,
+    classifier_scale: float | None,
 ) -> Conditions:
     if not prompts:
         raise ValueError("this model requires a text; give one with --prompt")
@@ -139,10 +143,10 @@ def _free_guidance(scale: float, rescale: float, interval: tuple[int, int] | Non
     return {"guidance_scale": scale, "guidance_rescale": rescale, "guidance_interval": interval}
 
 
-def _check_no_classifier_scale(classifier_scale: float) -> None:
-    if classifier_scale != 1.0:
+def _check_no_classifier_scale(classifier_scale: float | None) -> None:
+    if classifier_scale is not None:
         raise ValueError(
-            f"--classifier-scale {classifier_scale} requires --classifier; give one, or leave --classifier-scale out"
+            f"--classifier-scale {classifier_scale:g} requires --classifier; give one, or leave --classifier-scale out"
         )
 
 

@@ -42,6 +42,10 @@ OPTIONS = synonyms("""
 --dry-run: preview check no-upload
 --space: name space-id repo repo-id hub-model-id
 --example: examples
+--to: dst destination target dump-path
+--from: source format original type
+--flags: model-flags arguments model-args
+--labels: class-names names
 """)
 COMMANDS = synonyms("""
 sample: generate draw infer inference predict image images samples
@@ -49,6 +53,7 @@ train: fit train-unconditional finetune fine-tune launch run train-ddpm
 train-text2image: train-text-to-image text2image train-text
 push: upload publish push-to-hub share
 push-space: space app demo gradio deploy
+convert: import export migrate transplant
 info: show describe inspect print summary status
 presets: models list list-presets model-presets
 --version: version

@@ -85,7 +85,7 @@ def local_source(folder: Path) -> Source:
 
 SMALL_FILES = (
     "model_index.json", "config.json", "scheduler/scheduler_config.json", "run.json", "training_config.json",
-    "metrics.jsonl",
+    "metrics.jsonl", "scheduler_config.json",
 )  # fmt: skip
 
 
@@ -151,11 +151,13 @@ def class_name(index: dict[str, Any]) -> str:
 def pipeline_rows(source: Source, index: dict[str, Any]) -> Rows:
     """A pipeline's kind, networks, diffusion and classes."""
     name = class_name(index)
-    unet, scheduler = source.json("unet/config.json"), source.json("scheduler/scheduler_config.json")
+    at_root = "unet/config.json" not in source.paths and "config.json" in source.paths  # the Hub's first models
+    unet = source.json("config.json" if at_root else "unet/config.json")
+    scheduler = source.json("scheduler/scheduler_config.json") or source.json("scheduler_config.json")
     latents = "vae/config.json" in source.paths
     title = KINDS[SAMPLED_BY[name]].title if name in SAMPLED_BY else "a pipeline of another library"
     kind = f"{title} ({name}){', in latents' if latents else ''}"
-    rows = [("kind", kind), *model_rows(source, "unet", unet, source.json("vae/config.json"))]
+    rows = [("kind", kind), *model_rows(source, "" if at_root else "unet", unet, source.json("vae/config.json"))]
     rows += diffusion_rows(scheduler)
     classes = list((index.get("id2label") or {}).values())
     if classes:

@@ -67,7 +67,7 @@ def push(
     """
     from ..common.arguments import check_license
     from ..inference.loading import is_checkpoint
-    from ..publishing.files import checkpoint_as_folder
+    from ..publishing.files import checkpoint_as_folder, has_root_layout, resaved
     from ..training.earlier_run import settle
 
     check_license("license", license_)
@@ -82,13 +82,18 @@ def push(
         raise ValueError(f"--{'' if ema else 'no-'}ema: {folder} is not a checkpoint-N of a run; leave it out")
     if include and of_run:
         raise ValueError("--include is for a run's output folder, and this is a checkpoint; leave it out")
+    if include and has_root_layout(folder):
+        raise ValueError(f"--include: {folder} has the layout of the Hub's first models; leave it out")
     run = folder.resolve().parent if of_run else folder.resolve()
     settle(run)
+    opened = contextlib.nullcontext(folder)
+    if of_run or has_root_layout(folder):
+        opened = checkpoint_as_folder(folder, ema) if of_run else resaved(folder)
     name = repository or run.name
     state = [f"nothing was uploaded, and {folder} is complete"]
     with (
         reports_stop(lambda: state[-1]),
-        checkpoint_as_folder(folder, ema) if of_run else contextlib.nullcontext(folder) as source,
+        opened as source,
     ):
         if dry_run:
             show_upload(source, name, token, license_, include, variant is not None)

@@ -127,7 +127,10 @@ def sample(
     classifier: Annotated[
         Path | None, option(HOW, "A folder of train-classifier, to guide towards --class by its gradient.")
     ] = None,
-    classifier_scale: Annotated[float, option(HOW, "How strongly the classifier guides.")] = 1.0,
+    classifier_scale: Annotated[
+        float | None,
+        option(HOW, "How strongly it guides, or the classifier that the model has. Default: 1 with --classifier."),
+    ] = None,
     seed: Annotated[
         int, option(HOW, "Image i depends on the seed and i alone, whatever the batch.", min=0, max=2**63 - 1)
     ] = 0,

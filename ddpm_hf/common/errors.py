@@ -37,8 +37,9 @@ def why_not_loaded(error: Exception) -> str:
     reason = one_line(error, 250)
     if ".safetensors" in reason and "no file" in reason.lower():
         reason += (
-            "; weights are read only from safetensors: load pickled ones with the library that wrote them, if you"
-            " trust them, and save_pretrained(folder, safe_serialization=True)"
+            "; weights are read only from safetensors: `ddpm-hf convert MODEL --to FOLDER` makes them of an"
+            " unconditional model's or one by class, without executing anything; load others with the library that"
+            " wrote them, if you trust them, and save_pretrained(folder, safe_serialization=True)"
         )
     return reason
 

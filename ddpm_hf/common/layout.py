@@ -112,6 +112,10 @@ PIPELINE = (
             "coefficients",
             "scheduling",
             "schedules",
+            "networks",
+            "text_encoding",
+            "restoration",
+            "linear",
             "operators",
         )
     ),

@@ -153,8 +153,12 @@ def read_unet_config(name_or_path: str, token: str | None = None, kind: str = "U
     """
     import diffusers
 
+    cls = getattr(diffusers, kind)
     try:
-        loaded = getattr(diffusers, kind).load_config(name_or_path, token=token)
+        try:
+            loaded = cls.load_config(name_or_path, token=token)
+        except OSError:  # not a UNet by itself: a pipeline
+            loaded = cls.load_config(name_or_path, subfolder="unet", token=token)
     except (OSError, ValueError) as error:
         reason = one_line(error, 200)
         raise UsageError(f"--model_config_name_or_path {name_or_path}: no {kind} config there ({reason})") from error

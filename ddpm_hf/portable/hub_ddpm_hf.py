@@ -9,6 +9,7 @@ This file is copied into published repositories: it imports diffusers alone.
 
 import contextlib
 import hashlib
+import importlib
 import json
 import os
 import re
@@ -244,7 +245,7 @@ class PortablePipelineMixin(MixinBase):
         if not package.startswith("diffusers_modules"):
             for name, entry in config.items():
                 if isinstance(entry, (list, tuple)) and len(entry) == 2 and entry[0] == NETWORKS:
-                    config[name] = [f"{package}.{NETWORKS}", entry[1]]
+                    config[name] = [importlib.import_module(f"{package}.{NETWORKS}").__name__, entry[1]]
         return super().extract_init_dict(config, **kwargs)
 
     @classmethod

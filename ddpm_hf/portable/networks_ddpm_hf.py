@@ -31,6 +31,7 @@ class OpenAIUNet2DModel(UNet2DModel):
         num_attention_heads: of every attention layer, whatever its width; None leaves it to `attention_head_dim`.
         timestep_scale: factor of t before its embedding: 1000/T, where a model was trained with rescaled timesteps.
         timestep_channels: width of the sinusoidal embedding, where it is not that of the first level.
+        condition_channels: of an image that the network reads besides x_t, concatenated to it; 0 for none.
         stock: the arguments of `UNet2DModel`.
 
     Raises:
@@ -45,6 +46,7 @@ class OpenAIUNet2DModel(UNet2DModel):
         num_attention_heads: int | None = None,
         timestep_scale: float = 1.0,
         timestep_channels: int | None = None,
+        condition_channels: int = 0,
         **stock: Any,
     ):
         super().__init__(**stock)
@@ -56,6 +58,10 @@ class OpenAIUNet2DModel(UNet2DModel):
             embedding = self.time_embedding
             self.time_proj = Timesteps(timestep_channels, self.config.flip_sin_to_cos, self.config.freq_shift)
             self.time_embedding = TimestepEmbedding(timestep_channels, embedding.linear_1.out_features)
+        if condition_channels:
+            first = self.conv_in
+            channels = first.in_channels + condition_channels
+            self.conv_in = torch.nn.Conv2d(channels, first.out_channels, first.kernel_size, padding=first.padding)
 
     def forward(
         self,
@@ -63,8 +69,15 @@ class OpenAIUNet2DModel(UNet2DModel):
         timestep: torch.Tensor | float | int,
         class_labels: torch.Tensor | None = None,
         return_dict: bool = True,
+        condition: torch.Tensor | None = None,
     ) -> Any:
-        """As `UNet2DModel`'s: sample [N, C, H, W], timestep a number or [N] -> `sample` [N, out_channels, H, W]."""
+        """As `UNet2DModel`'s: sample [N, C, H, W], timestep a number or [N] -> `sample` [N, out_channels, H, W].
+
+        Args:
+            condition: [N, condition_channels, H, W].
+        """
+        if condition is not None:
+            sample = torch.cat([sample, condition], dim=1)  # [N, C + condition_channels, H, W]
         if self.config.timestep_scale != 1.0:
             timestep = torch.as_tensor(timestep, device=sample.device).float() * self.config.timestep_scale
         return super().forward(sample, timestep, class_labels, return_dict)
@@ -79,13 +92,18 @@ def set_heads(attention: Attention, heads: int) -> None:
     attention.scale = (width // heads) ** -0.5
 
 
-OWN_ARGUMENTS = ("num_attention_heads", "timestep_scale", "timestep_channels")
+OWN_ARGUMENTS = {
+    "num_attention_heads": None,
+    "timestep_scale": 1.0,
+    "timestep_channels": None,
+    "condition_channels": 0,
+}
 
 
 def unet_class(config: dict[str, Any]) -> type[UNet2DModel]:
     """The class of a UNet by its arguments: stock's, where that can express them."""
-    plain = (None, None, None), (None, 1.0, None)
-    return UNet2DModel if tuple(map(config.get, OWN_ARGUMENTS)) in plain else OpenAIUNet2DModel
+    plain = all(config.get(name, default) in (None, default) for name, default in OWN_ARGUMENTS.items())
+    return UNet2DModel if plain else OpenAIUNet2DModel
 
 
 def build_unet(config: dict[str, Any]) -> UNet2DModel:

@@ -109,6 +109,25 @@ def checkpoint_as_folder(checkpoint: Path, ema: bool | None) -> Iterator[Path]:
         yield folder
 
 
+def has_root_layout(folder: Path) -> bool:
+    """Whether a pipeline's components lie at the root of its folder, as in the Hub's first models."""
+    config, index = folder / "config.json", folder / "model_index.json"
+    return config.is_file() and index.is_file() and not (folder / "unet").is_dir()
+
+
+@contextlib.contextmanager
+def resaved(folder: Path) -> Iterator[Path]:
+    """A temporary folder with the pipeline of a folder of another layout, as it is saved today, and its card."""
+    from ..inference.loading import load
+
+    with tempfile.TemporaryDirectory(prefix="ddpm_hf-") as temporary:
+        target = Path(temporary) / folder.resolve().name
+        load(folder).save_pretrained(target)
+        for path in (*folder.glob("README.md"), *folder.glob("LICENSE*")):
+            shutil.copyfile(path, target / path.name)
+        yield target
+
+
 def sample_missing_pictures(studio: "Studio", folder: Path) -> None:
     """Sample a grid and its chains for the card of a model that has none; not for text to image, which needs prompts.
 

@@ -3,12 +3,14 @@
 import functools
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
+import torch
 import typer
 
 from ddpm_hf import (
@@ -18,13 +20,17 @@ from ddpm_hf import (
     DDPMScheduler,
     TextToImageDDPMPipeline,
     cli,
+    load,
 )
+from ddpm_hf.models import converters
 from tests.cli import test_evaluate
 from tests.support.classifier import tiny_classifier
 from tests.support.fixtures_cli import assert_one_line
 from tests.support.fixtures_pipeline import tiny_unet
 from tests.support.fixtures_text import tiny_text_pipeline
 from tests.support.flag_rows import fits
+from tests.support.ho_network import variables, write_bundle
+from tests.support.openai_networks import Classifier, UNet, randomized
 from tests.support.pictures import random_pixels, write_images
 
 STEPS = 20  # T
@@ -256,6 +262,10 @@ APART = {
     ("restore", "device"): "test_a_device_is_checked_and_taken",
     ("restore", "acceleration"): "test_sampling_is_accelerated_unless_it_is_turned_off",
     ("restore", "features"): "test_features_measure_restored_images",
+    **{
+        ("convert", option): "test_each_option_of_convert_changes_what_is_written"
+        for option in ("to", "from_", "flags", "labels", "classifier", "ema", "token")
+    },
     ("ddpm-hf", "version"): "test_the_version",
 }
 COMPLETION = {("ddpm-hf", "install_completion"), ("ddpm-hf", "show_completion")}  # typer's own
@@ -373,6 +383,51 @@ def test_features_measure_restored_images(observe, monkeypatch):
     seen = observe(f"restore {{shop}}/plain {RESTORE} --task denoise --degrade --features pixels")
     assert (seen.code, loaded) == (0, ["pixels"])
     assert "feature_distance" in seen.out
+
+
+def test_each_option_of_convert_changes_what_is_written(run, tmp_path, monkeypatch):
+    """Else an option of a conversion is accepted and ignored."""
+    network = randomized(UNet(width=32, levels=(1,), layers=1, attention=set(), heads=1, classes=2))
+    classifier = randomized(Classifier(width=64, levels=(1,), layers=1, attention=set(), image_size=8, classes=2))
+    for name, one in (("a", network), ("b", classifier)):
+        torch.save(one.state_dict(), tmp_path / f"{name}.pt")
+    (tmp_path / "labels.txt").write_text("cat\ndog\n")
+    flags = "--num_heads 1 --image_size 8 --diffusion_steps 20 --noise_schedule cosine"
+    assert run("convert", tmp_path / "b.pt", "--to", tmp_path / "b", "--flags", flags)[0] == 0
+
+    def written(*more, flags=flags, source="a.pt"):
+        shutil.rmtree(tmp_path / "x", ignore_errors=True)
+        code, out, err = run("convert", tmp_path / source, "--to", tmp_path / "x", "--flags", flags, *more)
+        assert code == 0, err
+        return load(tmp_path / "x"), out
+
+    plain, _ = written("--from", "guided-diffusion")
+    assert plain.classifier is None
+    assert list(plain.labels) == ["0", "1"]
+    assert plain.unet.config.get("timestep_scale") is None
+    improved, _ = written("--from", "improved-diffusion")
+    assert improved.unet.config.timestep_scale == 50
+    longer, _ = written("--from", "guided-diffusion", flags=flags.replace("20", "30"))
+    assert (len(plain.scheduler), len(longer.scheduler)) == (20, 30)
+    labels = ["--from", "guided-diffusion", "--labels", tmp_path / "labels.txt"]
+    assert list(written(*labels)[0].labels) == ["cat", "dog"]
+    kept, _ = written("--from", "guided-diffusion", "--classifier", tmp_path / "b")
+    assert kept.classifier is not None
+
+    weights = variables(factors=(1,), attends=(True,))
+    averaged = {f"{name}/ExponentialMovingAverage": 2 * value for name, value in weights.items()}
+    write_bundle(tmp_path / "model", weights | averaged)
+    both = [
+        written(*more, source="model", flags="--model_var_type fixedlarge")[0].unet.conv_in.weight
+        for more in ([], ["--no-ema"])
+    ]
+    assert torch.equal(both[0], 2 * both[1])
+
+    asked = {}
+    monkeypatch.setattr(converters, "find_location", lambda name, token: asked.update({name: token}) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run("convert", "user/old", "--to", tmp_path / "y", "--token", "hf_mine")
+    assert asked == {"user/old": "hf_mine"}
 
 
 def test_the_version(observe):

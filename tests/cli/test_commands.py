@@ -413,7 +413,20 @@ def test_the_package_runs_as_the_command(module, monkeypatch, capfd):
     [
         (
             "ddpm-hf ",
-            {"train", "train-text2image", "train-classifier", "sample", "push", "push-space", "info", "presets"},
+            {
+                "train",
+                "train-text2image",
+                "train-classifier",
+                "sample",
+                "push",
+                "push-space",
+                "info",
+                "presets",
+                "convert",
+                "evaluate",
+                "compare",
+                "restore",
+            },
         ),
         ("ddpm-hf pu", {"push", "push-space"}),
         ("ddpm-hf sample --num", {"--num-images"}),

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from ddpm_hf.models.converters.openai import load_openai, read_layout, to_openai, unet_config
 from ddpm_hf.models.converters.openai_flags import PUBLISHED, choose_flags, parse_flags
+from ddpm_hf.models.converters.openai_layout import read_layout, unet_config
+from ddpm_hf.models.converters.openai_names import load_openai, to_openai
 from ddpm_hf.portable.networks_ddpm_hf import NoisyClassifier, build_unet
 from tests.support.openai_networks import Classifier, UNet, randomized
 

@@ -376,8 +376,6 @@ OTHER_KINDS = {
     "sample data": lambda shop, run, out: sampled(shop / "photos", "--out", out),
     "an autoencoder for a UNet": lambda shop, run, out: trained(
         train_unconditional, shop, out, model_config_name_or_path=shop / "vae"),
-    "a pipeline for a UNet": lambda shop, run, out: trained(
-        train_unconditional, shop, out, model_config_name_or_path=shop / "plain"),
     "a classifier for a UNet": lambda shop, run, out: trained(
         train_unconditional, shop, out, model_config_name_or_path=shop / "classifier"),
     "a UNet for an autoencoder": lambda shop, run, out: trained(
@@ -445,7 +443,7 @@ def test_nothing_that_is_read_can_execute(path):
 
 
 LOADERS = ("AutoencoderKL", "UNet2DConditionModel", "UNet2DModel", "CLIPTextModel", "NoisyClassifier",
-           "TextToImageDDPMPipeline", "cls", "type(part)")  # fmt: skip
+           "TextToImageDDPMPipeline", "cls", "type(part)", "unet_class(source.unet)")  # fmt: skip
 
 
 def test_every_model_is_loaded_from_safetensors():

@@ -1,374 +1,235 @@
-"""Networks of OpenAI's improved-diffusion and guided-diffusion: their layout by the shapes, and both ways of naming.
+"""Checkpoints of improved- and guided-diffusion: to a pipeline or a classifier, and back."""
 
-Both repositories name their layers alike. One table, made from a UNet's config, names every tensor here and there;
-conversion reads it in one direction or the other, so that the way back is exact to the bit.
-"""
-
-import re
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+import importlib
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
-State = Mapping[str, torch.Tensor]
-RESIDUAL = {
-    "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
-    "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
-}  # fmt: skip
-ATTENTION = {"group_norm": "norm", "to_out.0": "proj_out"}
-BOTH = ("weight", "bias")
-ATTENTION_LAYERS = r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)\.attentions\.\d+"
+from ...portable.networks_ddpm_hf import NoisyClassifier, build_unet
+from ...portable.scheduling_ddpm_hf import DDPMScheduler
+from .attention_check import check_attention
+from .conversion import Conversion, Options, State, make_pipeline, names_of_classes
+from .openai_flags import GUIDED, IMPROVED, PUBLISHED, Flags, choose_flags, parse_flags
+from .openai_layout import Layout, read_layout, unet_config
+from .openai_names import load_openai, to_openai
+
+MODULES = {IMPROVED: "improved_diffusion.unet", GUIDED: "guided_diffusion.unet"}
 
 
-class Layout(NamedTuple):
-    """What the shapes of a checkpoint tell of its network.
+def convert_openai(state: State, options: Options, repository: str | None = None) -> Conversion:
+    """The pipeline, or the classifier, of a state dict.
 
     Args:
-        channels: the width of the sinusoidal embedding, `num_channels` of the flags.
-        widths: of the levels, from the full resolution down.
-        layers: residual blocks a level.
-        attention: for each level, whether it attends.
-        resblock_updown: whether residual blocks resample.
-        scale_shift: whether the time embedding scales and shifts.
-        positions: of a classifier, those that its pooling attends to; 0 for a UNet.
-    """
-
-    channels: int
-    in_channels: int
-    out_channels: int
-    widths: tuple[int, ...]
-    layers: int
-    attention: tuple[bool, ...]
-    resblock_updown: bool
-    scale_shift: bool
-    classes: int | None
-    positions: int = 0
-
-    @property
-    def upsampler(self) -> bool:
-        """Whether it also reads an image of lower resolution, enlarged."""
-        return self.in_channels == 6 and self.out_channels in (3, 6)
-
-    @property
-    def learned_variance(self) -> bool:
-        """Whether half of its output is a variance."""
-        return self.out_channels == 2 * (self.in_channels // 2 if self.upsampler else self.in_channels)
-
-
-def is_openai(state: State) -> bool:
-    """Whether a state dict's names are those of these repositories."""
-    return {"time_embed.0.weight", "input_blocks.0.0.weight", "middle_block.0.in_layers.0.weight"} <= set(state)
-
-
-def read_layout(state: State) -> Layout:
-    """What the shapes tell.
+        repository: `IMPROVED` or `GUIDED`; None to see it from name, shapes and flags.
 
     Raises:
-        ValueError: another network.
+        ValueError: another network, or flags that are missing or contradict it.
     """
-    inputs, outputs = (_children(state, name) for name in ("input_blocks", "output_blocks"))
-    if not inputs:
-        raise ValueError("it has no input_blocks: not a network of improved- or guided-diffusion")
-    if outputs:
-        resampling = [number for number, kinds in enumerate(outputs) if "up" in kinds or kinds.count("residual") == 2]
-        levels = len(resampling) + 1
-        layers, updown = len(outputs) // levels - 1, any(kinds.count("residual") == 2 for kinds in outputs)
-        out_channels, positions = len(_get(state, "out.2.weight")), 0
+    layout = read_layout(state)
+    facts, known = [], PUBLISHED.get(options.name)
+    if options.flags is None and known is not None:
+        repository, text = repository or known[0], known[1]
+        facts.append(f"flags of the published {options.name}: {text}")
     else:
-        levels, layers = _levels_of_encoder(state, inputs)
-        updown = levels > 1 and not any("down" in kinds for kinds in inputs)
-        if "out.2.positional_embedding" not in state:
-            raise ValueError("a classifier whose --classifier_pool is not attention, which is not supported")
-        out_channels = len(_get(state, "out.2.c_proj.weight"))
-        positions = state["out.2.positional_embedding"].shape[1] - 1
-    if layers < 1 or len(inputs) != levels * (layers + 1):
-        raise ValueError(
-            f"{len(inputs)} input_blocks and {len(outputs)} output_blocks: not a UNet of improved- or guided-diffusion"
-            " with learned resampling"
-        )
-    firsts = [1 + level * (layers + 1) for level in range(levels)]
-    residual = _get(state, "middle_block.0.emb_layers.1.weight")
-    return Layout(
-        channels=_get(state, "time_embed.0.weight").shape[1],
-        in_channels=_get(state, "input_blocks.0.0.weight").shape[1],
-        out_channels=out_channels,
-        widths=tuple(len(_get(state, f"input_blocks.{first}.0.in_layers.2.weight")) for first in firsts),
-        layers=layers,
-        attention=tuple("attention" in inputs[first] for first in firsts),
-        resblock_updown=updown,
-        scale_shift=len(residual) == 2 * len(_get(state, "middle_block.0.in_layers.2.weight")),
-        classes=len(state["label_emb.weight"]) if "label_emb.weight" in state else None,
-        positions=positions,
+        text = options.flags or ""
+    flags, of = choose_flags(parse_flags(text), layout, repository)
+    if known is not None:
+        check_published(options.name, layout, flags, known)
+    config = unet_config(
+        layout, flags.image_size, flags.num_heads, flags.num_head_channels, flags.timestep_scale, flags.dropout
+    )
+    scheduler = make_scheduler(layout, flags)
+    if layout.positions:
+        model = network = make_classifier(config, layout, scheduler, options)
+        whole = dict(build_unet_on_meta(config).config)
+    else:
+        network = build_unet(config).eval()
+        whole = network.config
+        model = make_pipeline(network, scheduler, options.labels)
+    load_openai(network, whole, state, flags.legacy_order, encoder=bool(layout.positions))
+    facts += describe(of, layout, flags, network)
+    if not layout.positions and not layout.upsampler:
+        facts.append(check_attention(network, whole, state, flags, scheduler))
+    return Conversion(model, facts, original_of(of, layout, flags, state), network)
+
+
+def build_unet_on_meta(config: dict[str, Any]) -> torch.nn.Module:
+    """A UNet without memory for its weights, for its config."""
+    with torch.device("meta"):
+        return build_unet(config)
+
+
+def make_scheduler(layout: Layout, flags: Flags) -> DDPMScheduler:
+    """The diffusion. The linear schedule is scaled to T, as theirs."""
+    scale = 1000 / flags.diffusion_steps
+    fixed = "fixed_small" if flags.sigma_small else "fixed_large"
+    betas = {"beta_start": 1e-4 * scale, "beta_end": 0.02 * scale} if flags.noise_schedule == "linear" else {}
+    return DDPMScheduler(
+        num_train_timesteps=flags.diffusion_steps,
+        beta_schedule={"cosine": "squaredcos_cap_v2"}.get(flags.noise_schedule, flags.noise_schedule),
+        prediction_type="sample" if flags.predict_xstart else "epsilon",
+        variance_type="learned_range" if layout.learned_variance and not layout.positions else fixed,
+        **betas,
     )
 
 
-KINDS = {"in_layers.0": "residual", "qkv": "attention", "op": "down", "conv": "up"}
+def make_classifier(config: dict[str, Any], layout: Layout, scheduler: DDPMScheduler, options: Options) -> Any:
+    """A classifier without weights."""
+    names = names_of_classes(options.labels, layout.out_channels)
+    classifier = NoisyClassifier(
+        unet=config,
+        num_classes=layout.out_channels,
+        num_train_timesteps=len(scheduler),
+        trained_betas=scheduler.exact_tables.betas.tolist(),
+        id2label=None if names is None else {str(number): name for number, name in names.items()},
+    )
+    return classifier.eval()
 
 
-def _children(state: State, name: str) -> list[list[str]]:
-    """The kinds of the layers in each of `input_blocks` or `output_blocks`."""
-    found: dict[int, list[str]] = {}
-    for key in state:
-        match = re.fullmatch(rf"{name}\.(\d+)\.\d+\.(?:(in_layers\.0|qkv|op|conv)\.)?weight", key)
-        if match:
-            found.setdefault(int(match[1]), []).append(KINDS.get(match[2], "convolution"))
-    return [found[number] for number in sorted(found)]
+def check_published(name: str, layout: Layout, flags: Flags, known: tuple[str, str]) -> None:
+    """Raise ValueError for flags under which a published file would be another network."""
+    right, _ = choose_flags(parse_flags(known[1]), layout, known[0])
+    for field in ("image_size", "num_heads", "num_head_channels", "legacy_order", "diffusion_steps", "noise_schedule",
+                  "rescale_timesteps"):  # fmt: skip
+        if field == "num_heads" and right.num_head_channels != -1 and flags.num_head_channels != -1:
+            continue  # not read then
+        if getattr(flags, field) != getattr(right, field):
+            raise ValueError(
+                f"--flags: {name} has {field} {getattr(right, field)}, and these flags say {getattr(flags, field)};"
+                " leave --flags out, or rename the file if it is another"
+            )
 
 
-def _levels_of_encoder(state: State, inputs: list[list[str]]) -> tuple[int, int]:
-    """(levels, residual blocks a level) of a network without output blocks.
-
-    Downsampling residual blocks look like others, but do not attend, and a level has one width.
-    """
-    downs = sum("down" in kinds for kinds in inputs)
-    if downs:
-        return downs + 1, len(inputs) // (downs + 1) - 1
-    widths = [len(state[f"input_blocks.{i}.0.in_layers.2.weight"]) for i in range(1, len(inputs))] + [0]
-    attends = ["attention" in kinds for kinds in inputs[1:]]
-    possible = []
-    for levels in range(1, len(inputs) // 2 + 1):
-        size = len(inputs) // levels
-        if len(inputs) % levels:
-            continue
-        groups = [slice(level * size, (level + 1) * size) for level in range(levels)]
-        uniform = all(len(set(widths[group]) - {0}) == 1 for group in groups)
-        if (
-            uniform
-            and all(len(set(attends[group][: size - 1])) == 1 for group in groups)
-            and not any(attends[group.stop - 1] for group in groups[:-1])
-        ):
-            possible.append((levels, size - 1))
-    if not possible:
-        raise ValueError("its input_blocks are not those of a classifier of guided-diffusion")
-    return possible[-1]  # the most levels: fewer would be the same blocks without resampling
+def describe(of: str, layout: Layout, flags: Flags, network: torch.nn.Module) -> list[str]:
+    """What was read, in lines."""
+    kind = "classifier" if layout.positions else "upsampler" if layout.upsampler else "UNet"
+    classes = layout.out_channels if layout.positions else layout.classes
+    kind += f" of {classes} classes" if classes else ", unconditional"
+    heads = (
+        f"{flags.num_heads} heads" if flags.num_head_channels == -1 else f"heads of {flags.num_head_channels} channels"
+    )
+    order = "the legacy" if flags.legacy_order else "the new"
+    scaled = ", timesteps rescaled" if flags.timestep_scale != 1 else ""
+    return [
+        f"{of}: {kind}, {sum(each.numel() for each in network.parameters()):,} parameters,"
+        f" {flags.image_size}×{flags.image_size}",
+        f"levels of {', '.join(map(str, layout.widths))} channels, {layout.layers} blocks each",
+        f"attention: {heads}, in {order} order",
+        f"diffusion: {flags.noise_schedule}, {flags.diffusion_steps} steps{scaled}",
+    ]
 
 
-def _get(state: State, name: str) -> torch.Tensor:
-    if name not in state:
-        raise ValueError(f"it has no {name}: not a network of improved- or guided-diffusion")
-    return state[name]
+def original_of(of: str, layout: Layout, flags: Flags, state: State) -> Any:
+    """A function that builds the original network, from the repository's package."""
 
-
-def unet_config(
-    layout: Layout, image_size: int, num_heads: int, num_head_channels: int, timestep_scale: float, dropout: float
-) -> dict[str, Any]:
-    """The arguments of a UNet of that layout, for `portable.networks_ddpm_hf.build_unet`.
-
-    Args:
-        image_size: height and width in pixels.
-        num_heads: of each attention layer, where `num_head_channels` is -1.
-        num_head_channels: the width of a head, or -1.
-        timestep_scale: factor of t, for models of rescaled timesteps.
-
-    Raises:
-        ValueError: heads that do not fit.
-    """
-    widths = layout.widths
-    attending = {width for width, attends in zip(widths, layout.attention) if attends} | {widths[-1]}  # and the middle
-    if num_head_channels != -1 and any(width % num_head_channels for width in attending):
-        raise ValueError(f"--num_head_channels {num_head_channels} does not divide {sorted(attending)}, its widths")
-    if num_head_channels == -1 and any(num_heads < 1 or width % num_heads for width in attending):
-        raise ValueError(f"--num_heads {num_heads} does not divide {sorted(attending)}, the widths that attend")
-    own: dict[str, Any] = {"timestep_scale": timestep_scale} if timestep_scale != 1.0 else {}
-    if layout.channels != widths[0]:  # guided-diffusion's 512×512, whose first level has half the width
-        own["timestep_channels"] = layout.channels
-    if num_head_channels != -1:
-        head_dim: int | None = num_head_channels
-    elif num_heads == 1:
-        head_dim = None
-    elif len(attending) == 1:
-        head_dim = widths[-1] // num_heads
-    else:
-        head_dim, own["num_attention_heads"] = None, num_heads
-    plain = "Resnet{}sampleBlock2D" if layout.resblock_updown else "{}Block2D"
-    kinds = {
-        way: ["Attn" + f"{way}Block2D" if attends else plain.format(way) for attends in layout.attention]
-        for way in ("Down", "Up")
-    }
-    resample = "resnet" if layout.resblock_updown else "conv"
-    return {
-        "sample_size": image_size,
-        "in_channels": layout.in_channels,
-        "out_channels": layout.out_channels if not layout.positions else layout.in_channels,
-        "layers_per_block": layout.layers,
-        "block_out_channels": widths,
-        "down_block_types": tuple(kinds["Down"]),
-        "up_block_types": tuple(kinds["Up"][::-1]),
-        "downsample_type": resample,
-        "upsample_type": resample,
-        "dropout": dropout,
-        "attention_head_dim": head_dim,
-        "attn_norm_num_groups": 32,
-        "resnet_time_scale_shift": "scale_shift" if layout.scale_shift else "default",
-        "num_class_embeds": layout.classes,
-        "time_embedding_dim": 4 * layout.channels if layout.channels != widths[0] else None,
-        **own,
-    }
-
-
-def tensor_names(config: Mapping[str, Any], encoder: bool = False) -> Iterator[tuple[str, str]]:
-    """(our name, OpenAI's) of each layer of a UNet; of an attention layer, the prefixes.
-
-    Args:
-        config: of the UNet, all of it.
-        encoder: of the encoder half alone, as a classifier has it.
-    """
-    layers, levels = config["layers_per_block"], len(config["block_out_channels"])
-    attends = ["Attn" in kind for kind in config["down_block_types"]]
-    resnet = config["downsample_type"] == "resnet"
-    yield "time_embedding.linear_1", "time_embed.0"
-    yield "time_embedding.linear_2", "time_embed.2"
-    if config["num_class_embeds"] and not encoder:
-        yield "class_embedding", "label_emb"
-    yield "conv_in", "input_blocks.0.0"
-    number = 1
-    for level in range(levels):
-        ours = f"down_blocks.{level}"
-        for layer in range(layers):
-            yield from _residual(f"{ours}.resnets.{layer}", f"input_blocks.{number}.0")
-            if attends[level]:
-                yield f"{ours}.attentions.{layer}", f"input_blocks.{number}.1"
-            number += 1
-        if level < levels - 1:
-            if resnet:
-                yield from _residual(f"{ours}.downsamplers.0", f"input_blocks.{number}.0")
-            else:
-                yield f"{ours}.downsamplers.0.conv", f"input_blocks.{number}.0.op"
-            number += 1
-    yield from _residual("mid_block.resnets.0", "middle_block.0")
-    yield "mid_block.attentions.0", "middle_block.1"
-    yield from _residual("mid_block.resnets.1", "middle_block.2")
-    if encoder:
-        return
-    for number in range(levels * (layers + 1)):
-        up, layer = divmod(number, layers + 1)
-        ours, attending = f"up_blocks.{up}", attends[levels - 1 - up]
-        yield from _residual(f"{ours}.resnets.{layer}", f"output_blocks.{number}.0")
-        if attending:
-            yield f"{ours}.attentions.{layer}", f"output_blocks.{number}.1"
-        if layer == layers and up < levels - 1:
-            theirs = f"output_blocks.{number}.{2 if attending else 1}"
-            if resnet:
-                yield from _residual(f"{ours}.upsamplers.0", theirs)
-            else:
-                yield f"{ours}.upsamplers.0.conv", f"{theirs}.conv"
-    yield "conv_norm_out", "out.0"
-    yield "conv_out", "out.2"
-
-
-def _residual(ours: str, theirs: str) -> Iterator[tuple[str, str]]:
-    for mine, other in RESIDUAL.items():
-        yield f"{ours}.{mine}", f"{theirs}.{other}"
-
-
-def _pairs(model: torch.nn.Module, config: Mapping[str, Any], encoder: bool) -> Iterator[tuple[str, str, int]]:
-    """(our tensor, OpenAI's, heads); heads is above 0 for queries, keys and values, which are one tensor there."""
-    mine = model.state_dict()
-    for ours, theirs in tensor_names(config, encoder):
-        if re.fullmatch(ATTENTION_LAYERS, ours):
-            heads = model.get_submodule(ours).heads
-            for kind in BOTH:
-                yield f"{ours}.to_{{}}.{kind}", f"{theirs}.qkv.{kind}", heads  # type: ignore[misc]
-                for inner, other in ATTENTION.items():
-                    yield f"{ours}.{inner}.{kind}", f"{theirs}.{other}.{kind}", 0
+    def build() -> torch.nn.Module:
+        repository = of if of in MODULES else IMPROVED
+        module = importlib.import_module(MODULES[repository])
+        arguments: dict[str, Any] = {
+            "in_channels": layout.in_channels,
+            "model_channels": layout.channels,
+            "out_channels": layout.out_channels,
+            "num_res_blocks": layout.layers,
+            "attention_resolutions": tuple(2**level for level, attends in enumerate(layout.attention) if attends),
+            "channel_mult": tuple(width / layout.channels for width in layout.widths),
+            "num_heads": flags.num_heads,
+            "use_scale_shift_norm": layout.scale_shift,
+        }
+        if repository == GUIDED:
+            arguments |= {
+                "image_size": flags.image_size,
+                "num_head_channels": flags.num_head_channels,
+                "resblock_updown": layout.resblock_updown,
+                "use_new_attention_order": not flags.legacy_order,
+            }
         else:
-            yield from ((f"{ours}.{kind}", f"{theirs}.{kind}", 0) for kind in BOTH if f"{ours}.{kind}" in mine)
+            arguments["channel_mult"] = tuple(map(int, arguments["channel_mult"]))
+        if layout.positions:
+            network = module.EncoderUNetModel(pool="attention", **arguments)
+        else:
+            network = module.UNetModel(num_classes=layout.classes, **arguments)
+        network.load_state_dict(dict(state))
+        return network
+
+    return build
 
 
-def split_heads(joined: torch.Tensor, heads: int, legacy: bool) -> list[torch.Tensor]:
-    """Queries, keys and values [C, ...] of OpenAI's joined tensor [3C, ...].
+def export_openai(model: torch.nn.Module, text: str) -> dict[str, torch.Tensor]:
+    """OpenAI's state dict of a UNet or a `NoisyClassifier` of ours.
 
     Args:
-        legacy: whether each head has its queries, keys and values together, as in improved-diffusion, and in
-            guided-diffusion without `use_new_attention_order`.
-    """
-    if not legacy:
-        return list(joined.chunk(3))
-    apart = joined.unflatten(0, (heads, 3, -1))  # [heads, 3, C/heads, ...]
-    return [apart[:, part].flatten(0, 1) for part in range(3)]
-
-
-def join_heads(parts: list[torch.Tensor], heads: int, legacy: bool) -> torch.Tensor:
-    """The inverse of `split_heads`."""
-    if not legacy:
-        return torch.cat(parts)
-    return torch.stack([part.unflatten(0, (heads, -1)) for part in parts], dim=1).flatten(0, 2)
-
-
-def load_openai(
-    model: torch.nn.Module, config: Mapping[str, Any], state: State, legacy: bool, encoder: bool = False
-) -> None:
-    """Give our UNet, or classifier, the weights of OpenAI's; both have the same tensors or it is refused.
+        text: flags; `--use_new_attention_order True` writes that order.
 
     Raises:
-        ValueError: tensors that are missing, left over, or of another shape.
+        ValueError: a network that OpenAI's code does not have.
     """
-    mine, given, used = model.state_dict(), {}, set()
-    for ours, theirs, heads in _pairs(model, config, encoder):
-        value = _get(state, theirs)
-        used.add(theirs)
-        named = zip(("q", "k", "v"), split_heads(value, heads, legacy)) if heads else [("", value)]
-        for letter, part in named:
-            name = ours.format(letter)
-            if part.numel() != mine[name].numel() or len(part) != len(mine[name]):
-                raise ValueError(f"{theirs} has the shape {list(value.shape)}, and {name} {list(mine[name].shape)}")
-            given[name] = part.reshape(mine[name].shape)
-    if encoder:
-        given |= _pool_to_ours(state)
-        used |= {name for name in state if name.startswith("out.")}
-    left = sorted(set(state) - used)
-    missing = sorted(set(mine) - set(given))
-    if left or missing:
-        raise ValueError(
-            f"not the network that its shapes describe: {', '.join((left or missing)[:3])}"
-            f"{' ...' if len(left or missing) > 3 else ''} {'left over' if left else 'missing'}"
-        )
-    model.load_state_dict(given)
+    flags = parse_flags(text)
+    if unused := sorted(set(flags) - {"use_new_attention_order"}):
+        raise ValueError(f"--flags: only --use_new_attention_order counts on the way back (got --{unused[0]})")
+    legacy = flags.get("use_new_attention_order", "False").lower() not in ("true", "1", "yes", "t", "y")
+    encoder = isinstance(model, NoisyClassifier)
+    config = build_unet_on_meta(dict(model.config.unet)).config if encoder else model.config
+    check_expressible(config)
+    return to_openai(model, config, legacy, encoder)
 
 
-def to_openai(
-    model: torch.nn.Module, config: Mapping[str, Any], legacy: bool, encoder: bool = False
-) -> dict[str, torch.Tensor]:
-    """OpenAI's state dict of our UNet, or of a classifier: the way back, to the bit."""
-    mine, state = model.state_dict(), {}
-    one_dimensional = re.compile(r"\.(qkv|proj_out)\.weight$")  # their attention convolves over positions
-    for ours, theirs, heads in _pairs(model, config, encoder):
-        parts = [mine[ours.format(letter)] for letter in "qkv"] if heads else [mine[ours]]
-        value = join_heads(parts, heads, legacy) if heads else parts[0]
-        state[theirs] = (value[..., None] if one_dimensional.search(theirs) else value).clone()
-    return {**state, **(_pool_to_openai(mine) if encoder else {})}
+def check_expressible(config: Mapping[str, Any]) -> None:
+    """Raise ValueError for a UNet's config that OpenAI's code cannot build."""
+    kinds = [kind.replace("Resnet", "").replace("sample", "") for kind in config["down_block_types"]]
+    up_kinds = [
+        kind.replace("Resnet", "").replace("sample", "").replace("Up", "Down") for kind in config["up_block_types"]
+    ]
+    required = {
+        "norm_num_groups": 32, "norm_eps": 1e-5, "flip_sin_to_cos": True, "freq_shift": 0, "downsample_padding": 1,
+        "time_embedding_type": "positional", "center_input_sample": False, "act_fn": "silu", "add_attention": True,
+        "mid_block_type": "UNetMidBlock2D", "mid_block_scale_factor": 1, "class_embed_type": None,
+    }  # fmt: skip
+    for key, value in required.items():
+        if config[key] != value:
+            raise ValueError(
+                f"the network has {key} {config[key]!r}, and OpenAI's always {value!r}: it has no such network"
+            )
+    resamples = {config["downsample_type"], config["upsample_type"]}
+    mirrored = kinds == up_kinds[::-1] and set(kinds) <= {"DownBlock2D", "AttnDownBlock2D"} and len(resamples) == 1
+    types = [*config["down_block_types"], *config["up_block_types"]]
+    wrong = [kind for kind in types if ("resnet" in resamples) != kind.startswith("Resnet") and "Attn" not in kind]
+    if not mirrored or wrong:
+        raise ValueError("the network's blocks are not those that OpenAI's code builds")
+    channels = config.get("timestep_channels") or config["block_out_channels"][0]
+    if (config["time_embedding_dim"] or 4 * config["block_out_channels"][0]) != 4 * channels:
+        raise ValueError("the network's time embedding is not 4 times its channels wide, as OpenAI's")
 
 
-def _pool_to_ours(state: State) -> dict[str, torch.Tensor]:
-    """The end of a classifier. OpenAI's pooling goes from attention to logits in one layer, ours in two."""
-    joined = _get(state, "out.2.qkv_proj.weight")[..., 0]
-    width = joined.shape[1]
-    return {
-        "norm.weight": _get(state, "out.0.weight"),
-        "norm.bias": _get(state, "out.0.bias"),
-        "pool.position": _get(state, "out.2.positional_embedding").T.contiguous(),
-        "pool.attention.in_proj_weight": joined,
-        "pool.attention.in_proj_bias": _get(state, "out.2.qkv_proj.bias"),
-        "pool.attention.out_proj.weight": torch.eye(width, dtype=joined.dtype),
-        "pool.attention.out_proj.bias": torch.zeros(width, dtype=joined.dtype),
-        "head.weight": _get(state, "out.2.c_proj.weight")[..., 0],
-        "head.bias": _get(state, "out.2.c_proj.bias"),
+def flags_of(model: torch.nn.Module, scheduler: DDPMScheduler | None) -> str:
+    """The flags with which OpenAI's scripts build the network of `export_openai`, as far as they are known here."""
+    encoder = isinstance(model, NoisyClassifier)
+    config = build_unet_on_meta(dict(model.config.unet)).config if encoder else model.config
+    size, widths = config["sample_size"], config["block_out_channels"]
+    channels = config.get("timestep_channels") or widths[0]
+    sides = [size // 2**level for level, kind in enumerate(config["down_block_types"]) if "Attn" in kind]
+    prefix = "classifier_" if encoder else ""
+    flags = {
+        "image_size": size,
+        "classifier_width" if encoder else "num_channels": channels,
+        "classifier_depth" if encoder else "num_res_blocks": config["layers_per_block"],
+        f"{prefix}attention_resolutions": ",".join(map(str, sides)),
+        f"{prefix}use_scale_shift_norm": config["resnet_time_scale_shift"] == "scale_shift",
+        f"{prefix}resblock_updown": config["downsample_type"] == "resnet",
     }
-
-
-def _pool_to_openai(mine: State) -> dict[str, torch.Tensor]:
-    """The inverse of `_pool_to_ours`: the last two layers become one, exactly where the first is the identity."""
-    inner, head = mine["pool.attention.out_proj.weight"], mine["head.weight"]
-    weight, bias = head, mine["head.bias"]
-    if not torch.equal(inner, torch.eye(len(inner), dtype=inner.dtype)) or mine["pool.attention.out_proj.bias"].any():
-        bias = (head.double() @ mine["pool.attention.out_proj.bias"].double() + bias.double()).to(bias.dtype)
-        weight = (head.double() @ inner.double()).to(head.dtype)
-    return {
-        "out.0.weight": mine["norm.weight"].clone(),
-        "out.0.bias": mine["norm.bias"].clone(),
-        "out.2.positional_embedding": mine["pool.position"].T.contiguous(),
-        "out.2.qkv_proj.weight": mine["pool.attention.in_proj_weight"][..., None].clone(),
-        "out.2.qkv_proj.bias": mine["pool.attention.in_proj_bias"].clone(),
-        "out.2.c_proj.weight": weight[..., None].clone(),
-        "out.2.c_proj.bias": bias.clone(),
-    }
+    if not encoder:
+        flags |= {
+            "channel_mult": ",".join(f"{width / channels:g}" for width in widths),
+            "learn_sigma": config["out_channels"] == 2 * config["in_channels"],
+            "class_cond": bool(config["num_class_embeds"]),
+            "dropout": config["dropout"],
+        }
+        if config["attention_head_dim"] is not None:
+            flags["num_head_channels"] = config["attention_head_dim"]
+        else:
+            flags["num_heads"] = config.get("num_attention_heads") or 1
+    if scheduler is not None:
+        schedule = {"squaredcos_cap_v2": "cosine"}.get(scheduler.config.beta_schedule, scheduler.config.beta_schedule)
+        flags |= {"diffusion_steps": len(scheduler), "noise_schedule": schedule}
+        flags |= {"rescale_timesteps": config.get("timestep_scale", 1.0) != 1.0}
+    return " ".join(f"--{name} {value}" for name, value in flags.items())

@@ -1,9 +1,9 @@
 """The flags of improved-diffusion and guided-diffusion: what a checkpoint's shapes do not tell of it."""
 
-import shlex
 from typing import Any, NamedTuple
 
-from .openai import Layout
+from .flags import number, parse_words
+from .openai_layout import Layout
 
 IMPROVED, GUIDED = "improved-diffusion", "guided-diffusion"
 
@@ -128,24 +128,10 @@ class Flags(NamedTuple):
 def parse_flags(text: str) -> dict[str, str]:
     """A command line of the repositories' scripts as a mapping.
 
-    >>> parse_flags("--image_size 64 --learn_sigma=True")
-    {'image_size': '64', 'learn_sigma': 'True'}
-
     Raises:
         ValueError: a flag that the scripts do not have, or one without a value.
     """
-    try:
-        words = [part for word in shlex.split(text) for part in (word.split("=", 1) if word[:2] == "--" else [word])]
-    except ValueError as error:
-        raise ValueError(f"--flags {text!r}: {error}") from error
-    flags = {}
-    for name, value in zip(words[::2], [*words[1::2], "--"]):
-        if not name.startswith("--") or name[2:] not in KNOWN:
-            raise ValueError(f"--flags: {name} is not a flag of improved- or guided-diffusion")
-        if value.startswith("--"):
-            raise ValueError(f"--flags: {name} has no value")
-        flags[name[2:]] = value
-    return flags
+    return parse_words(text, KNOWN, "improved- or guided-diffusion")
 
 
 def choose_flags(given: dict[str, str], layout: Layout, repository: str | None) -> tuple[Flags, str]:
@@ -159,7 +145,7 @@ def choose_flags(given: dict[str, str], layout: Layout, repository: str | None) 
         ValueError: a flag that is missing, malformed, or contradicts the shapes.
     """
     repository = repository or _repository_of(given, layout)
-    sizes = [int(_number(given, name)) for name in ("large_size", "image_size") if name in given]
+    sizes = [int(number(given, name)) for name in ("large_size", "image_size") if name in given]
     if not sizes and layout.positions:
         sizes = [round(layout.positions**0.5) * 2 ** (len(layout.widths) - 1)]
     if not sizes and repository == IMPROVED and layout.upsampler:
@@ -169,7 +155,7 @@ def choose_flags(given: dict[str, str], layout: Layout, repository: str | None) 
     if not heads_told and not {"num_heads", "num_head_channels"} & set(given):
         missing.append("--num_heads or --num_head_channels")
     missing += [f"--{name}" for name in ("diffusion_steps", "noise_schedule") if name not in given]
-    steps = int(_number(given, "diffusion_steps")) if "diffusion_steps" in given else 1000
+    steps = int(number(given, "diffusion_steps")) if "diffusion_steps" in given else 1000
     if steps != 1000 and repository is None and "rescale_timesteps" not in given:
         missing.append("--rescale_timesteps")
     if missing:
@@ -178,10 +164,10 @@ def choose_flags(given: dict[str, str], layout: Layout, repository: str | None) 
         )
     flags = Flags(
         image_size=sizes[0],
-        num_heads=int(_number(given, "num_heads", 4)),
-        num_head_channels=int(_number(given, "num_head_channels", 64 if layout.positions else -1)),
+        num_heads=int(number(given, "num_heads", 4)),
+        num_head_channels=int(number(given, "num_head_channels", 64 if layout.positions else -1)),
         legacy_order=not _truth(given, "use_new_attention_order"),
-        dropout=_number(given, "dropout", DEFAULTS["dropout"]),
+        dropout=number(given, "dropout", DEFAULTS["dropout"]),
         diffusion_steps=steps,
         noise_schedule=given["noise_schedule"],
         rescale_timesteps=_truth(given, "rescale_timesteps", repository == IMPROVED),
@@ -192,7 +178,7 @@ def choose_flags(given: dict[str, str], layout: Layout, repository: str | None) 
         raise ValueError(f"--noise_schedule {flags.noise_schedule}: must be linear or cosine")
     if flags.image_size < 1 or steps < 1 or not 0 <= flags.dropout < 1:
         raise ValueError("--image_size and --diffusion_steps must be 1 or more, --dropout from 0 to 1")
-    if _number(given, "num_heads_upsample", -1) not in (-1, flags.num_heads):
+    if number(given, "num_heads_upsample", -1) not in (-1, flags.num_heads):
         raise ValueError("--num_heads_upsample: another number of heads in the decoder is not supported")
     _compare(given, layout, flags.image_size)
     return flags, repository or f"{IMPROVED} or {GUIDED}"
@@ -227,26 +213,19 @@ def _compare(given: dict[str, str], layout: Layout, image_size: int) -> None:
             raise ValueError(f"--{name} {given[name]}: the file has {value}")
     name = f"{classifier}attention_resolutions"
     if name in given:
-        sides = [int(_number({name: one}, name)) for one in given[name].split(",")]
+        sides = [int(number({name: one}, name)) for one in given[name].split(",")]
         levels = len(layout.widths)
         said_rates = sorted({image_size // side for side in sides if side > 0} & {2**level for level in range(levels)})
         if said_rates != rates:
             of_file = ",".join(str(image_size // rate) for rate in rates) or "none"
             raise ValueError(f"--{name} {given[name]}: the file attends at {of_file} of --image_size {image_size}")
     if given.get("channel_mult"):
-        widths = [round(_number({"channel_mult": one}, "channel_mult") * layout.channels) for one in
+        widths = [round(number({"channel_mult": one}, "channel_mult") * layout.channels) for one in
                   given["channel_mult"].split(",")]  # fmt: skip
         if tuple(widths) != layout.widths:
             raise ValueError(
                 f"--channel_mult {given['channel_mult']}: the file's levels are {list(layout.widths)} wide"
             )
-
-
-def _number(given: dict[str, str], name: str, default: float = 0) -> float:
-    try:
-        return float(given.get(name, default))
-    except ValueError as error:
-        raise ValueError(f"--{name} {given[name]}: must be a number") from error
 
 
 def _truth(given: dict[str, str], name: str, default: bool | None = None) -> bool:

@@ -22,10 +22,11 @@ def about(facts: Facts) -> str:
     space = " in the latents of an autoencoder" if getattr(facts.pipeline, "vae", None) is not None else ""
     base = facts.run.get("base_model")
     start = f", fine-tuned from [{base}](https://huggingface.co/{base})" if base else ""
+    trained = f", trained with ddpm_hf{start}" if facts.run else ""  # else it may be another program's, converted
     title = facts.repository.split("/")[-1]
     return (
         f"# {title}\n\nThis diffusion model {does}{like}, at {height}×{width} pixels. It is a DDPM"
-        f" ([Ho et al. 2020](https://arxiv.org/abs/2006.11239)){space}, trained with ddpm_hf{start}."
+        f" ([Ho et al. 2020](https://arxiv.org/abs/2006.11239)){space}{trained}."
     )
 
 

@@ -126,7 +126,7 @@ def _read(
     prompts: Sequence[str] | None,
     guidance: tuple[float | None, float, tuple[int, int] | None],
 ) -> Conditions:
-    return read_conditions(pipeline, None, classes, prompts, None, guidance, 1.0)
+    return read_conditions(pipeline, None, classes, prompts, None, guidance, None)
 
 
 def weights_digest(pipeline: "DiffusionPipeline") -> str:

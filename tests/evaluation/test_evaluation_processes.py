@@ -1,4 +1,4 @@
-"""Evaluations in processes of their own: two ranks, and one that is killed, give the figures of one that is left alone."""
+"""Evaluations in processes of their own: two ranks, and one that is killed, give the figures of one alone."""
 
 import json
 import os

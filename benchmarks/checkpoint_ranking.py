@@ -1,10 +1,11 @@
 """Do few samples rank the checkpoints of a run as many do? MIND at 1,000 and FD∞ at 2,000 against FID at 10,000.
 
-    python benchmarks/checkpoint_ranking.py CLASSIFIER SAMPLES
+    python benchmarks/checkpoint_ranking.py FEATURES SAMPLES
 
-CLASSIFIER is a folder of `ddpm-hf train-classifier` on the embedded digits; SAMPLES holds `checkpoint-STEP.npz`, each
-with the sampled digits of a checkpoint as `images`, uint8 [N, H, W, C]. The real images are the 4,000 training digits;
-the 1,000 held-out ones are evaluated as if they were samples, to compare with the first 1,000 of each checkpoint.
+FEATURES is as in `ddpm-hf evaluate --features`, such as classifier:FOLDER, or "pixels". SAMPLES holds
+`checkpoint-STEP.npz`, each with a checkpoint's sampled digits as `images`, uint8 [N, H, W, C]. The real images are the
+4,000 training digits; the 1,000 held-out ones are evaluated as if they were samples, to compare with the first 1,000
+of each checkpoint.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from scipy.stats import kendalltau
 
+from ddpm_hf.common.machine import keep_freed_memory
 from ddpm_hf.data import ImageTransform, embedded_digits
 from ddpm_hf.data.images import decode_row
 from ddpm_hf.evaluation.features import Features, extract, load_extractor
@@ -43,12 +45,15 @@ def real_digits(part: str, side: int) -> np.ndarray:
 def main() -> None:
     """Print the table and the rank correlations."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("classifier")
+    parser.add_argument("features")
     parser.add_argument("samples", type=Path)
     arguments = parser.parse_args()
-    extractor = load_extractor(f"classifier:{arguments.classifier}", protocol=PROTOCOL)
+    keep_freed_memory()
+    extractor = None if arguments.features == "pixels" else load_extractor(arguments.features, protocol=PROTOCOL)
 
     def features_of(images: np.ndarray) -> Features:
+        if extractor is None:
+            return Features(images.reshape(len(images), -1) / np.float32(255))
         batches = torch.from_numpy(images).permute(0, 3, 1, 2).split(250)
         return Features(extract(extractor, batches, keep=()).pool)
 

@@ -12,6 +12,7 @@ import dataclasses
 import numpy as np
 from tqdm.auto import tqdm
 
+from ddpm_hf.common.machine import keep_freed_memory
 from ddpm_hf.evaluation.features import Features
 from ddpm_hf.evaluation.metrics import METRICS
 from ddpm_hf.evaluation.protocols import PROTOCOLS, Protocol
@@ -93,6 +94,7 @@ def main() -> None:
     parser.add_argument("--metrics", nargs="+", default=["fd-infinity", "kid"])
     parser.add_argument("--subset_size", type=int, default=500, help="of KID's 100 subsets")
     arguments = parser.parse_args()
+    keep_freed_memory()
     protocol = dataclasses.replace(
         PROTOCOLS["torch-fidelity"], kernel_subset_size=arguments.subset_size, shuffle_seed=None
     )

@@ -1,10 +1,11 @@
-"""Bits/dim of held-out digits: by model and variance type, from all network calls, and from a few of them.
+"""Bits/dim of held-out digits: by model and variance type, and whether estimates from few network calls are right.
 
-    python benchmarks/likelihood.py MODEL [MODEL ...] [--images 256] [--calls 50] [--repeats 100] [--output FILE]
+    python benchmarks/likelihood.py MODEL [MODEL ...] [--images 128] [--calls 50] [--repeats 100] [--output FILE]
 
-Each MODEL is a saved pipeline of the embedded digits. The first table has the bound of the same x_t with each variance
-of the reverse step that the network has: its own, and the fixed ones. The second is for the first model: `--repeats`
-estimates from `--calls` network calls for an image, each with other timesteps and noise, against the full sum.
+Each MODEL is a saved pipeline of the embedded digits. The first table has the bound with each variance of the reverse
+step that the network has, its own and the fixed ones. Then, for the first model: `--repeats` estimates
+from `--calls` network calls for an image, each with other timesteps and noise, against the sum over all timesteps; and
+that sum as progressive coding.
 """
 
 import argparse
@@ -15,7 +16,6 @@ import numpy as np
 import torch
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from digit_quality import real_digits
-from tqdm.auto import tqdm
 
 import ddpm_hf
 from ddpm_hf import DDPMScheduler
@@ -24,30 +24,33 @@ from ddpm_hf.evaluation.bound import Bound, BoundBatch, measure_bound
 from ddpm_hf.evaluation.coding import progressive_coding
 from ddpm_hf.inference.studio import best_device
 
+AT_ONCE = 128  # images in a network call
 
-class Remembered(torch.nn.Module):
-    """A network, and its outputs in the order of the calls, to use again with a fixed variance."""
+
+class Mean(torch.nn.Module):
+    """A network without the half of its output that is a variance."""
 
     def __init__(self, unet: torch.nn.Module):
         super().__init__()
-        self.unet, self.dtype, self.outputs, self.replayed = unet, unet.dtype, [], None
+        self.unet, self.dtype = unet, unet.dtype
 
     def forward(self, x_t, t):
-        """[N, C, H, W] -> [N, C or 2C, H, W]; without the variance where it replays."""
-        if self.replayed is None:
-            self.outputs.append(self.unet(x_t, t).sample)
-            return UNet2DOutput(self.outputs[-1])
-        return UNet2DOutput(next(self.replayed)[:, : x_t.shape[1]])
+        """[N, C, H, W] -> [N, C, H, W]."""
+        return UNet2DOutput(self.unet(x_t, t).sample[:, : x_t.shape[1]])
 
 
-def bounds_of(pipeline, batches: list[BoundBatch]) -> dict[str, Bound]:
-    """The full bound with each variance type, at the same x_t."""
-    network, scheduler = Remembered(pipeline.unet.eval()), pipeline.scheduler
-    found = {scheduler.variance_type: measure_bound(network, scheduler, batches, progress=True)}
-    for name in sorted({"fixed_small", "fixed_large"} - set(found)):
-        network.replayed = iter(network.outputs)
-        other = DDPMScheduler.from_config(scheduler.config, variance_type=name)
-        found[name] = measure_bound(network, other, batches)
+def split(images: torch.Tensor) -> list[BoundBatch]:
+    """Images in batches."""
+    return [BoundBatch(first, images[first : first + AT_ONCE]) for first in range(0, len(images), AT_ONCE)]
+
+
+def bounds_of(pipeline, images: torch.Tensor, calls: int) -> dict[str, Bound]:
+    """The bound with each variance type."""
+    own, found = pipeline.scheduler.variance_type, {}
+    for name in (own, *sorted({"fixed_small", "fixed_large"} - {own})):
+        network = Mean(pipeline.unet) if own.startswith("learned") and name != own else pipeline.unet
+        scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, variance_type=name)
+        found[name] = measure_bound(network, scheduler, split(images), calls=calls, progress=True)
     return found
 
 
@@ -55,53 +58,58 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("models", nargs="+")
-    parser.add_argument("--images", type=int, default=256)
-    parser.add_argument("--calls", type=int, default=50)
+    parser.add_argument("--images", type=int, default=128, help="of the first table")
+    parser.add_argument("--calls", type=int, default=50, help="for an image, in both tables")
     parser.add_argument("--repeats", type=int, default=100)
-    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--repeated-images", type=int, default=10, help="that the repeats estimate the bound of")
     parser.add_argument("--output", type=Path, help="a JSON file for all figures")
     arguments = parser.parse_args()
     torch.set_num_threads(usable_cores())
     device, record = best_device(), {}
 
-    print("| model | variance | bits/dim ± s.e. | prior | steps | decoder |\n|---|---|---|---|---|---|")
+    columns = ("model", "variance", "bits/dim ± s.e.", "s.e. of these calls", "prior", "steps", "decoder")
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for model in arguments.models:
         pipeline = ddpm_hf.load(model).to(device)
+        pipeline.unet.eval()
         side = pipeline.unet.config.sample_size
         pixels, _ = real_digits("test", side)
-        chosen = np.random.default_rng(0).permutation(len(pixels))[: arguments.images]
+        chosen = np.random.default_rng(0).permutation(len(pixels))
         images = torch.from_numpy(pixels[chosen]).reshape(-1, 1, side, side).to(device) * 2 - 1
-        starts = range(0, len(images), arguments.batch_size)
-        batches = [BoundBatch(start, images[start : start + arguments.batch_size]) for start in starts]
-        bounds = bounds_of(pipeline, batches)
-        for name, bound in bounds.items():
+        for name, bound in bounds_of(pipeline, images[: arguments.images], arguments.calls).items():
             figures = bound.summary()
-            record[f"{model} {name}"] = figures
-            parts = " | ".join(f"{figures[part]:.4f}" for part in ("prior", "steps", "decoder"))
-            value = f"{figures['value']:.4f} ± {figures['standard_error']:.4f}"
+            record[f"{Path(model).name} {name}"] = figures
+            parts = " | ".join(f"{figures[part]:.4f}" for part in ("estimation_error", "prior", "steps", "decoder"))
+            value = f"{figures['value']:.3f} ± {figures['standard_error']:.3f}"
             print(f"| {Path(model).name} | {name} | {value} | {parts} |", flush=True)
         if model == arguments.models[0]:
-            first = pipeline, batches, bounds[pipeline.scheduler.variance_type]
+            first = pipeline, images[: arguments.repeated_images]
 
-    pipeline, batches, full = first
-    coding = progressive_coding(full)
-    record["coding"] = coding.as_dict()
-    print(f"\n{coding.table()}\n")
-    errors, stated = [], []
-    for seed in tqdm(range(1, arguments.repeats + 1), desc=f"{arguments.calls} calls"):
-        bound = measure_bound(pipeline.unet, pipeline.scheduler, batches, calls=arguments.calls, seed=seed)
-        errors.append(bound.bits_per_dim - full.bits_per_dim)
-        stated.append(bound.estimation_error)
-    if errors:
-        covered = int(np.sum(np.abs(errors) <= 2 * np.array(stated)))
-        record["estimates"] = {"calls": arguments.calls, "errors": errors, "standard_errors": stated}
-        print(
-            f"{arguments.calls} calls for an image: {covered} of {len(errors)} estimates are within two of their"
-            f" standard errors of the full sum; error {np.std(errors):.4f} (RMS about its mean"
-            f" {np.mean(errors):+.4f}), stated {np.mean(stated):.4f} bits/dim"
-        )
+    if arguments.repeats:
+        record |= repeated(*first, arguments.calls, arguments.repeats)
     if arguments.output:
         arguments.output.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def repeated(pipeline, images: torch.Tensor, calls: int, repeats: int) -> dict:
+    """Print the full sum, and how far estimates are from it."""
+    network, scheduler, count = pipeline.unet, pipeline.scheduler, len(images)
+    full = measure_bound(network, scheduler, split(images), progress=True)
+    coding = progressive_coding(full)
+    print(f"\n{full.table()}\n\n{coding.table()}\n", flush=True)
+    # copies of the images at other indices: each index has timesteps and noise of its own
+    copies = measure_bound(
+        network, scheduler, split(images.repeat(repeats, 1, 1, 1)), calls=calls, seed=1, progress=True
+    )
+    errors = copies.total.reshape(repeats, count).mean(axis=1) - full.bits_per_dim
+    stated = np.sqrt(copies.variance.reshape(repeats, count).sum(axis=1)) / count
+    covered = int((np.abs(errors) <= 2 * stated).sum())
+    print(
+        f"{count} images, {calls} calls each: {covered} of {repeats} estimates are within two of their standard errors"
+        f" of the full sum; error {errors.std():.4f} about its mean of {errors.mean():+.4f}, stated"
+        f" {np.sqrt((stated**2).mean()):.4f} bits/dim"
+    )
+    return {"coding": coding.as_dict(), "full": full.summary(), "errors": errors.tolist(), "stated": stated.tolist()}
 
 
 if __name__ == "__main__":

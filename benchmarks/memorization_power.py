@@ -2,19 +2,18 @@
 
     python benchmarks/memorization_power.py [--seeds 100] [--workers 2] [--output power.json]
 
-For each seed the embedded digits (5,000 of MNIST, 28×28) are divided anew: 1,500 training images, 1,500 held-out
-ones, and 2,000 "samples", which are other digits. A share of the samples is replaced by training images: exact,
+The embedded digits (5,000 of MNIST, 28×28) are divided: 1,500 training images (others after every 25 seeds), and by
+the seed 1,500 held-out images and 2,000 "samples". A share of the samples is replaced by training images: exact,
 shifted by a pixel, mirrored, with noise (σ = 0.02 of the range), or exact ones of a single digit. Where nothing is
 replaced, an alarm is false; blurred digits (as by a model whose samples are too smooth) are not copies either.
 
-Reported for `memorization`: the share of seeds with p ≤ 0.05 and p ≤ 0.01, and the estimated share of copies. For
-C_T: its mean, and the share of seeds below -3. For AuthPct: its mean, and in the first row that of held-out images.
-The features of the latter two are the pixels' first 64 principal components.
+Reported for `memorization`: the share of seeds with p ≤ 0.05 and p ≤ 0.01, and the estimated share of copies. For C_T:
+its mean, and the share of seeds below -3. For AuthPct: its mean, and in the first row that of held-out images. The
+features of the latter two are the pixels' first 64 principal components, and their seeds every fifth.
 """
 
 import argparse
 import json
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -26,12 +25,14 @@ from ddpm_hf.data.digits import read_digits
 from ddpm_hf.evaluation.features import Features
 from ddpm_hf.evaluation.metrics.authenticity import authpct
 from ddpm_hf.evaluation.metrics.data_copying import COMPONENTS, data_copying
-from ddpm_hf.evaluation.metrics.memorization import QUANTILE, Scores, copy_scores, copy_test
+from ddpm_hf.evaluation.metrics.memorization import QUANTILE, copy_scores, copy_test
 from ddpm_hf.evaluation.protocols import PROTOCOLS
 
 TRAINING, HELD_OUT, SAMPLES = 1500, 1500, 2000
 SHARES = (0.01, 0.05, 0.1)
 PROTOCOL = PROTOCOLS["dgm-eval"]
+SEEDS_A_DIVISION, BASELINES = 25, 5  # and C_T and AuthPct for every fifth seed: their figures are means
+PERMUTATIONS = 399
 
 
 def digits() -> tuple[np.ndarray, np.ndarray]:
@@ -69,57 +70,59 @@ KINDS = {
 }
 
 
-def conditions(
-    train: np.ndarray, labels: np.ndarray, samples: np.ndarray, sample_labels: np.ndarray, seed: int
-) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """(name, indices of the samples that are replaced, by which images)."""
-    rng = np.random.default_rng(seed)
-    yield "no copies", np.arange(0), train[:0]
-    yield "blurred digits", np.arange(SAMPLES), blurred(samples)
-    for share in SHARES:
-        count = round(share * SAMPLES)
-        for name, altered in KINDS.items():
-            chosen = rng.choice(TRAINING, count, replace=False)
-            yield f"{name}, {share:.0%}", rng.choice(SAMPLES, count, replace=False), altered(train[chosen], rng)
-        members, places = np.flatnonzero(labels == seed % 10), np.flatnonzero(sample_labels == seed % 10)
-        count = min(count, len(places))
-        yield f"exact, one digit, {share:.0%}", places[:count], train[rng.choice(members, count)]
-
-
-def figures_of_seed(seed: int) -> dict[str, dict[str, float]]:
-    """All figures of one division of the digits, by condition."""
+def figures_of_division(division: int, seeds: list[int]) -> list[dict[str, dict[str, float]]]:
+    """For one training set, the figures of each seed, by condition."""
     torch.set_num_threads(1)
     pixels, labels = digits()
-    order = np.random.default_rng(seed).permutation(len(pixels))
-    rows = np.split(order, [TRAINING, TRAINING + HELD_OUT])
-    train, held_out, samples = (pixels[part] for part in rows)
-    train_labels = labels[rows[0]]
-    of_held_out, of_samples = copy_scores(held_out, train), copy_scores(samples, train)
-    threshold = np.quantile(of_held_out.score, QUANTILE)
+    rng = np.random.default_rng(division)
+    order = rng.permutation(len(pixels))
+    train, others = pixels[order[:TRAINING]], pixels[order[TRAINING:]]
+    train_labels, other_labels = labels[order[:TRAINING]], labels[order[TRAINING:]]
+    sources = {"real": others, "blurred": blurred(others)}
+    sources |= {name: altered(train, rng) for name, altered in KINDS.items()}
+    scores = {name: copy_scores(images, train) for name, images in sources.items()}
+    flat = {name: images.reshape(len(images), -1) for name, images in {**sources, "train": train}.items()}
+    centre = flat["train"].mean(axis=0)
+    axes = np.linalg.svd(flat["train"] - centre, full_matrices=False)[2][:COMPONENTS].T
+    features = {name: (images - centre) @ axes for name, images in flat.items()}
 
-    centre = train.reshape(TRAINING, -1).mean(axis=0)
-    axes = np.linalg.svd(train.reshape(TRAINING, -1) - centre, full_matrices=False)[2][:COMPONENTS].T
-    features = [Features((part.reshape(len(part), -1) - centre) @ axes) for part in (train, held_out, samples)]
-
-    found = {}
-    for name, places, images in conditions(train, train_labels, samples, labels[rows[2]], seed):
-        replaced = copy_scores(images, train) if len(places) else Scores(*(column[:0] for column in of_samples))
-        scores, nearest, pool = of_samples.score.copy(), of_samples.nearest.copy(), features[2].pool.copy()
-        scores[places], nearest[places] = replaced.score, replaced.nearest
-        pool[places] = (images.reshape(len(places), 784) - centre) @ axes
-        tests = copy_test(
-            scores, of_held_out.score, train_labels[nearest], train_labels[of_held_out.nearest], seed=seed
+    def figures(kind: str, replaced: np.ndarray, by: np.ndarray) -> dict[str, float]:
+        """Of the seed's samples, some of which (their places) are replaced by images of a kind (their indices)."""
+        score, nearest, pool = (
+            each[samples] for each in (scores["real"].score, scores["real"].nearest, features["real"])
         )
-        options = {"train": features[0]}
-        authentic = authpct(features[1], Features(pool), PROTOCOL, seed, **options)
-        found[name] = {
-            "p_value": tests[0].p_value,
-            "copies": max(float(np.mean(scores < threshold)) - QUANTILE, 0.0),
-            "ct": data_copying(features[1], Features(pool), PROTOCOL, seed, **options).value,
-            "authpct": authentic.value,
-            "authpct_held_out": authentic.details["held_out"],
-        }
-    return found
+        score[replaced], nearest[replaced] = scores[kind].score[by], scores[kind].nearest[by]
+        pool[replaced] = features[kind][by]
+        of_real = scores["real"].score[held_out]
+        regions = train_labels[nearest], train_labels[scores["real"].nearest[held_out]]
+        threshold = np.quantile(of_real, QUANTILE)
+        p_value = copy_test(score, of_real, *regions, seed=seed, permutations=PERMUTATIONS)[0].p_value
+        found = {"p_value": p_value, "copies": max(float(np.mean(score < threshold)) - QUANTILE, 0.0)}
+        if seed % BASELINES == 0:
+            sets = Features(features["real"][held_out]), Features(pool), PROTOCOL, seed
+            authentic = authpct(*sets, train=Features(features["train"]))
+            found["ct"] = data_copying(*sets, train=Features(features["train"])).value
+            found |= {"authpct": authentic.value, "authpct_held_out": authentic.details["held_out"]}
+        return found
+
+    results = []
+    for seed in seeds:
+        rng = np.random.default_rng(1000 + seed)
+        held_out, samples = np.split(rng.permutation(len(others)), [HELD_OUT])
+        nothing, all_places = np.arange(0), np.arange(SAMPLES)
+        found = {"no copies": figures("exact", nothing, nothing)}
+        found["blurred digits"] = figures("blurred", all_places, samples)
+        members = np.flatnonzero(train_labels == seed % 10)
+        of_class = np.flatnonzero(other_labels[samples] == seed % 10)
+        for share in SHARES:
+            count = round(share * SAMPLES)
+            for kind in KINDS:
+                places, by = (rng.choice(size, count, replace=False) for size in (SAMPLES, TRAINING))
+                found[f"{kind}, {share:.0%}"] = figures(kind, places, by)
+            places = of_class[:count]
+            found[f"exact, one digit, {share:.0%}"] = figures("exact", places, rng.choice(members, len(places)))
+        results.append(found)
+    return results
 
 
 def main() -> None:
@@ -129,14 +132,17 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--output", type=Path, help="a JSON file for the figures of each seed")
     arguments = parser.parse_args()
+    starts = range(0, arguments.seeds, SEEDS_A_DIVISION)
     with ProcessPoolExecutor(arguments.workers) as pool:
-        found = list(tqdm(pool.map(figures_of_seed, range(arguments.seeds)), total=arguments.seeds, unit="seed"))
+        seeds = [list(range(at, min(at + SEEDS_A_DIVISION, arguments.seeds))) for at in starts]
+        parts = list(tqdm(pool.map(figures_of_division, range(len(seeds)), seeds), total=len(seeds)))
+    found = [seed for part in parts for seed in part]
     if arguments.output:
         arguments.output.write_text(json.dumps(found) + "\n")
     print("| samples | p ≤ 0.05 | p ≤ 0.01 | copies | C_T | C_T < -3 | AuthPct |\n|---|---|---|---|---|---|---|")
     for name in found[0]:
         p, copies, ct, auth, auth_real = (
-            np.array([seed[name][key] for seed in found])
+            np.array([seed[name][key] for seed in found if key in seed.get(name, {})])
             for key in ("p_value", "copies", "ct", "authpct", "authpct_held_out")
         )
         reference = f" ({auth_real.mean():.1f} held-out)" if name == "no copies" else ""

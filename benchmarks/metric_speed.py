@@ -12,6 +12,7 @@ import time
 import numpy as np
 import torch
 
+from ddpm_hf.common.machine import keep_freed_memory
 from ddpm_hf.evaluation.features import Features
 from ddpm_hf.evaluation.metrics import METRICS
 from ddpm_hf.evaluation.protocols import PROTOCOLS
@@ -32,6 +33,7 @@ def main() -> None:
     parser.add_argument("--generated", type=int, default=50_000)
     parser.add_argument("--dimensions", type=int, default=2048)
     arguments = parser.parse_args()
+    keep_freed_memory()
     counts = (arguments.real, arguments.generated)
     features = [random_features(count, arguments.dimensions, seed) for seed, count in enumerate(counts)]
     logits = random_features(arguments.generated, 1008, 2)

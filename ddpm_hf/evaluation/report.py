@@ -139,10 +139,11 @@ def interval(figure: dict[str, Any]) -> str:
 
 def table(record: dict[str, Any]) -> str:
     """All figures, one a line, in columns."""
-    rows = [("", "metric", "value", "95% interval", "by")]
+    rows = [("", "metric", "value", "95% interval", "by", "note")]
     for result in record["results"]:
         for name, figure in result["figures"].items():
-            rows.append((result["title"], label(name), number(figure["value"]), interval(figure), figure["interval"]))
+            value, note = number(figure["value"]), figure.get("note", "")
+            rows.append((result["title"], label(name), value, interval(figure), figure["interval"], note))
     return in_columns(rows)
 
 
@@ -212,13 +213,14 @@ def make_page(record: dict[str, Any], reference: Reference, everything: Sequence
 
 def figure_table(record: dict[str, Any]) -> str:
     """All figures with their intervals."""
-    rows = ["<tr><th></th><th>metric</th><th>value</th><th>95% interval</th><th>interval by</th></tr>"]
+    rows = ["<tr><th></th><th>metric</th><th>value</th><th>95% interval</th><th>interval by</th><th></th></tr>"]
     for result in record["results"]:
         for index, (name, figure) in enumerate(result["figures"].items()):
             first = html.escape(result["title"]) if index == 0 else ""
             rows.append(
                 f'<tr><td>{first}</td><td>{html.escape(label(name))}</td><td class="n">{number(figure["value"])}</td>'
-                f"<td>{interval(figure)}</td><td><small>{html.escape(figure['interval'])}</small></td></tr>"
+                f"<td>{interval(figure)}</td><td><small>{html.escape(figure['interval'])}</small></td>"
+                f"<td><small>{html.escape(figure.get('note', ''))}</small></td></tr>"
             )
     return f"<table>{''.join(rows)}</table>"
 

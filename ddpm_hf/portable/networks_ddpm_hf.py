@@ -38,6 +38,9 @@ class OpenAIUNet2DModel(UNet2DModel):
         ValueError: heads that do not divide the width of an attention layer.
     """
 
+    time_embedding: torch.nn.Module
+    conv_in: torch.nn.Conv2d
+
     @register_to_config
     @takes_stock_arguments
     def __init__(

@@ -276,7 +276,7 @@ class Method(NamedTuple):
 METHODS: dict[str, Method] = {
     "ddnm": Method(ddnm, "range and null space (Wang et al. 2023)", Options(0.85), noise_needs_svd=True),
     "pigdm": Method(pigdm, "pseudo-inverse guidance (Song et al. 2023)", Options(1.0), gradients=True),
-    "mmps": Method(mmps, "moment matching (Rozet et al. 2024)", Options(1.0, iterations=3), gradients=True),
+    "mmps": Method(mmps, "moment matching (Rozet et al. 2024)", Options(1.0, iterations=5), gradients=True),
     "diffpir": Method(diffpir, "proximal steps (Zhu et al. 2023)", Options(1.0)),
     "dps": Method(dps, "posterior sampling (Chung et al. 2023)", Options(1.0), gradients=True, latents=True),
     "repaint": Method(repaint, "resampling (Lugmayr et al. 2022)", Options(1.0), time_travel=(10, 10)),

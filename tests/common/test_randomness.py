@@ -13,7 +13,7 @@ from ddpm_hf.data.orders import keyed_permutation
 # Keys: the randomness of a step
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 2**63 - 1), st.integers(0, 10**6), st.integers(2, 12), st.data())
 def test_noise_is_a_samples_own_however_the_batch_is_split(seed, step, count, data):
     # Breaks if the noise of a sample depends on the rank, the batch or the accumulation that it falls into.

@@ -126,7 +126,7 @@ def test_classes_are_counted_and_checked(tmp_path):
             read_dataset(directory=str(folder), label_column="label")
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=40), st.integers(0, 2**32), st.integers(0, 5))
 def test_balanced_epochs_show_every_class_alike(labels, seed, epoch):
     # Breaks if --class_balanced favours a class, or leaves samples of a small one out while others repeat.
@@ -183,7 +183,7 @@ def test_nothing_readable_is_an_error():
 # Splits
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(2, 60), st.floats(0.01, 0.99), st.integers(0, 2**63 - 1))
 def test_a_split_is_disjoint_and_complete(count, share, seed):
     # Breaks if a held-out image is trained on, or one is lost.

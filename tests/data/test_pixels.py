@@ -267,7 +267,7 @@ def test_scaling_keeps_the_picture():
         assert np.array_equal(pixels[0], pixels[-1])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.tuples(st.integers(1, 30), st.integers(1, 30)),
     st.tuples(st.integers(1, 20), st.integers(1, 20)),

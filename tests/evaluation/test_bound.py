@@ -8,8 +8,11 @@ import torch
 
 from ddpm_hf import DDPMScheduler
 from ddpm_hf.common.errors import DataError
+from ddpm_hf.common.image_sets import ImageSet
 from ddpm_hf.common.randomness import StepKeys
 from ddpm_hf.evaluation.bound import BoundBatch, measure_bound
+from ddpm_hf.evaluation.model_bound import ModelBound
+from ddpm_hf.evaluation.ranks import Ranks
 from ddpm_hf.evaluation.strata import expected_terms, plan_calls
 from ddpm_hf.objectives.bound import prior_bpd, vb_terms_bpd
 from ddpm_hf.portable.scheduling_ddpm_hf import PREDICTION_TYPES, VARIANCE_TYPES
@@ -180,3 +183,21 @@ def test_what_cannot_be_measured_is_refused():
     x_0[3, 0, 1, 1] = torch.nan
     with pytest.raises(DataError, match=r"image 13 is not finite at t=0"):
         measure_bound(network, scheduler, [BoundBatch(10, x_0)])
+
+
+def test_some_images_of_a_sorted_dataset_are_of_all_classes():
+    """Else the likelihood of 500 images is that of one class, and its interval says otherwise."""
+    pixels = np.repeat(np.arange(0, 250, 10, dtype=np.uint8), 4 * 16).reshape(100, 1, 4, 4)  # 25 classes of 4
+    labels, seen = np.repeat(np.arange(25), 4), []
+    images = ImageSet("sorted", "", (1, 4, 4), 100, lambda indices: pixels[list(indices)], labels)
+
+    def conditions_of(indices):
+        seen.extend(indices)
+        return {"class_labels": torch.from_numpy(labels[list(indices)])}
+
+    pipeline = SimpleNamespace(
+        unet=random_network(1), scheduler=DDPMScheduler(num_train_timesteps=10), device=torch.device("cpu")
+    )
+    bound = ModelBound(pipeline, images, 50, conditions_of, batch_size=8).measure(Ranks())
+    assert len(bound.total) == 50
+    assert sorted(set(labels[seen])) == list(range(25))

@@ -55,6 +55,7 @@ def test_a_shift_is_as_large_as_it_is():
     assert colour.low < 4 < colour.high
     assert [colour.details[name]["mean_change"] for name in ("red", "green", "blue")] == pytest.approx([8, 0, -4])
     assert colour.details["p_value"] == 1 / (1 + PERMUTATIONS)
+    assert colour.note.startswith("red +8.0, green +0.0, blue -4.0; two samples of one set: ")
     contrast = measure("contrast", real, generated)
     assert [contrast.value, contrast.details["contrast"]["mean_change"]] == pytest.approx([6, 6])
     assert contrast.details["contrast"]["spread_ratio"] == pytest.approx(1)

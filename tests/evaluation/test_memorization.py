@@ -97,6 +97,7 @@ def test_planted_copies_are_found():
     figure = p_value(samples)
     assert figure.details["p_value"] <= 0.002
     assert figure.details["copies"]
+    assert figure.note.startswith(f"p = {figure.details['p_value']:.3f}: copies")
     assert figure.low > 0
     assert 8 < figure.value < 12
     pairs = figure.details["nearest"]
@@ -116,6 +117,7 @@ def test_copies_of_one_class_are_found_there(labels):
     if labels is not None:
         worst = min(figure.details["regions"], key=lambda row: row["p_value"])
         assert worst["region"] == 2
+        assert figure.note.endswith("copies, in regions 2")
         assert all(row["p_value"] > 0.05 for row in figure.details["regions"] if row["region"] != 2)
 
 
@@ -124,6 +126,7 @@ def test_without_copies_nothing_is_found():
     figure = p_value(SAMPLES)
     assert figure.details["p_value"] > 0.05
     assert not figure.details["copies"]
+    assert figure.note == f"p = {figure.details['p_value']:.3f}: no copies found"
     assert figure.low == 0
 
 

@@ -1,5 +1,7 @@
 """The metrics' intervals: variances are derivatives, or what a computation without a group gives; and they cover."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -122,15 +124,14 @@ def test_intervals_cover_the_mean_over_other_samples(shift):
 @pytest.mark.slow
 @pytest.mark.parametrize(("shift", "scale"), [(0.5, 1.2), (0.0, 1.0)])
 def test_intervals_of_fd_infinity_and_kid_cover_closed_forms(shift, scale):
-    # The claim of docs/evaluation.md: at least 90% of 200 intervals contain the true value.
+    # docs/evaluation.md has 200 repeats; of 100, at least 95 - 3 √(100 × 95% × 5%) = 88 contain the true value.
     from benchmarks import interval_coverage
 
     real = interval_coverage.Gaussian(16, 0.0, 1.0, seed=1)
     generated = interval_coverage.Gaussian(16, shift, scale, seed=2 if shift else 1)
-    found = interval_coverage.coverage(
-        real, generated, (10_000, 2000), 200, ["fd-infinity", "kid", "fid", "mind"], PROTOCOL
-    )
-    assert min(found.values()) >= 0.9
+    protocol = dataclasses.replace(PROTOCOL, kernel_subset_size=500, shuffle_seed=None)
+    found = interval_coverage.coverage(real, generated, (10_000, 2000), 100, ["fd-infinity", "kid"], protocol)
+    assert min(found.values()) >= 0.88
 
 
 # Input that no figure can be computed of

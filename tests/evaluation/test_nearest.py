@@ -63,6 +63,7 @@ def test_authpct_is_its_definition():
     assert figure.value == pytest.approx(100 * authentic.mean(), rel=1e-12)
     assert (figure.low, figure.high) == pytest.approx([100 * end for end in wilson(authentic.mean(), 350)])
     assert figure.value < figure.details["held_out"] == measure("authpct", HELD_OUT).value
+    assert figure.note == f"held-out images: {figure.details['held_out']:.1f}"
     assert measure("authpct", TRAIN[:50]).value == 0
 
 
@@ -98,9 +99,11 @@ def test_ct_is_the_weighted_mean_of_its_cells():
 
 def test_ct_tells_copies_from_honest_samples():
     """Else its sign is wrong: about 0 for real images, below -3 for copies, above 3 for samples far away."""
-    assert abs(measure("ct").value) < 3
-    assert measure("ct", TRAIN[:350] + 0.01 * SAMPLES).value < -3
-    assert measure("ct", SAMPLES * 3).value > 3
+    figures = [measure("ct", samples) for samples in (SAMPLES, TRAIN[:350] + 0.01 * SAMPLES, SAMPLES * 3)]
+    assert abs(figures[0].value) < 3
+    assert figures[1].value < -3
+    assert figures[2].value > 3
+    assert [figure.note for figure in figures] == ["", "below -3: copies", "above 3: far from the training images"]
 
 
 def test_ct_has_components_of_many_dimensions():

@@ -18,7 +18,7 @@ from tests.support.latents import TENSORS, keys_of, rank
 # Digests
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.binary(max_size=4), max_size=4), st.lists(st.binary(max_size=4), max_size=4))
 def test_contents_share_a_digest_only_if_they_are_equal(ours, theirs):
     """Else what is cached of one image or network is taken for another's."""

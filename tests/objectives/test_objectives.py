@@ -363,7 +363,7 @@ def test_uniform_sampler_is_uniform():
     assert torch.equal(sampler.sample(evenly(10))[0], torch.arange(50, 1000, 100))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(T=st.integers(1, 30), history=st.integers(1, 5), share=st.floats(0.0, 1.0), seed=st.integers(0, 99))
 def test_probabilities_are_the_formula(T, history, share, seed):
     """p ∝ √E[L²] with a uniform share (Nichol & Dhariwal, Eq. 18): else the sampling follows something else."""

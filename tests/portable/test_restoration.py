@@ -44,10 +44,12 @@ def restore(pipeline, operator, y, sigma_y=0.0, method="ddnm", steps=4, solution
 # Exact observations
 
 KINDS = [
-    {"prediction_type": kind, "variance_type": variance}
-    for kind in ("epsilon", "sample", "v_prediction", "posterior_mean")
-    for variance in ("fixed_small", "learned_range")
-] + [{"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}, {"variance_type": "learned"}]
+    {"prediction_type": "epsilon", "variance_type": "fixed_small"},
+    {"prediction_type": "sample", "variance_type": "learned_range"},
+    {"prediction_type": "v_prediction", "variance_type": "fixed_large"},
+    {"prediction_type": "posterior_mean", "variance_type": "learned"},
+    {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
+]
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.85, 1.0])
@@ -85,21 +87,21 @@ def gaussian(mean, variance, steps=200):
 
 
 @pytest.mark.parametrize("method", ["pigdm", "mmps"])
-@pytest.mark.parametrize("name", ["identity", "average-pooling", "gaussian-blur", "half"])
+@pytest.mark.parametrize("name", ["half", "gaussian-blur"])
 def test_the_posterior_of_a_gaussian_is_exact(method, name):
     """Else solutions are too sure or too unsure of themselves; x ~ N(m, v I) and y = A x + n has a closed form."""
     mean, variance, sigma = 0.2, 0.25, 0.3
     operator = OPERATORS[name]((1, 8, 8))
     y = operator.observe(mean + math.sqrt(variance) * randn(1, 1, 8, 8), sigma, torch.Generator().manual_seed(1))
-    solutions = restore(gaussian(mean, variance), operator, y, sigma, method, steps=100, solutions=512).images
+    solutions = restore(gaussian(mean, variance), operator, y, sigma, method, steps=60, solutions=256).images
     prior = torch.full((1, 1, 8, 8), mean)
     exact = prior + operator.regularized_inverse(operator.observed(y - operator.forward(prior)), sigma**2 / variance)
     probes = torch.eye(64).reshape(64, 1, 8, 8)
     covariance = operator.reweight(probes, lambda s: variance * sigma**2 / (variance * s * s + sigma**2))
     expected = covariance.reshape(64, 64).diag().reshape(8, 8)
     error = (solutions.mean(0) - exact[0]).square().mean().sqrt() / math.sqrt(variance)
-    assert float(error) < 0.06  # 512 solutions alone leave 0.04
-    assert abs(float(solutions.var(0).mean() / expected.mean()) - 1) < 0.05
+    assert float(error) < 0.09  # 256 solutions alone leave 0.06
+    assert abs(float(solutions.var(0).mean() / expected.mean()) - 1) < 0.1
 
 
 def test_noisy_ddnm_takes_no_more_noise_than_y_has():
@@ -108,7 +110,7 @@ def test_noisy_ddnm_takes_no_more_noise_than_y_has():
     operator = OPERATORS["identity"]((1, 8, 8))
     x = 0.5 * randn(1, 1, 8, 8)
     y = operator.observe(x, sigma, torch.Generator().manual_seed(1))
-    solutions = restore(gaussian(0.0, 0.25), operator, y, sigma, steps=100, solutions=256).images
+    solutions = restore(gaussian(0.0, 0.25), operator, y, sigma, steps=50, solutions=128).images
     shrunk = y * 0.25 / (0.25 + sigma**2)
     assert float((solutions.mean(0) - shrunk).square().mean().sqrt()) < 0.1
 

@@ -118,7 +118,7 @@ def posterior_coefficients(scheduler, t, s):
     return from_x0.mean.item(), from_sample.mean.item(), from_x0.variance.item()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.data())
 def test_marginalising_the_posterior_gives_q_again(data):
     """∫ q(x_s|x_t,x_0) q(x_t|x_0) dx_t = q(x_s|x_0), for any betas and s < t: else a strided chain drifts off q."""
@@ -129,7 +129,7 @@ def test_marginalising_the_posterior_gives_q_again(data):
     assert variance + from_sample**2 * (1 - a_t) == pytest.approx(1 - a_s, rel=1e-9)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.data())
 def test_two_posterior_steps_are_one_strided_step(data):
     """q(x_r|x_t,x_0) = ∫ q(x_r|x_s,x_0) q(x_s|x_t,x_0) dx_s: else chains of different strides disagree."""
@@ -143,7 +143,7 @@ def test_two_posterior_steps_are_one_strided_step(data):
     assert variance_tr == pytest.approx(variance_sr + xs_sr**2 * variance_ts, rel=1e-9)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.data())
 def test_forward_steps_compose_for_any_betas(data):
     """Else ᾱ is not the product of 1-β for some betas."""

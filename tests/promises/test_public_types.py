@@ -6,13 +6,13 @@ import pytest
 
 import ddpm_hf
 from ddpm_hf import data, models, objectives
-from ddpm_hf.evaluation import likelihood
+from ddpm_hf.evaluation import bound, coding, likelihood
 
 
 def public_names():
     """What users import: name -> object."""
     found = {f"ddpm_hf.{name}": getattr(ddpm_hf, name) for name in ddpm_hf.__all__}
-    for module in (objectives, likelihood):
+    for module in (objectives, likelihood, bound, coding):
         for name in getattr(module, "__all__", vars(module)):
             value = getattr(module, name)
             if not name.startswith("_") and getattr(value, "__module__", "").startswith(module.__name__):

@@ -30,7 +30,10 @@ TRAINER = """
 import json, sys
 from pathlib import Path
 from tests.support.pictures import random_pixels, write_images
+from tests.support import cheap
 from tests.support.runs import run_script
+
+cheap.install()
 
 jobs = json.loads(sys.argv[1])
 for seed, name in enumerate(("three", "seven")):

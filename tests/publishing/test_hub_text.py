@@ -21,7 +21,10 @@ import json, sys
 from pathlib import Path
 from tests.support.fixtures_text import run_text_script, write_captioned, write_text_unet
 from tests.support.pictures import write_unet
+from tests.support import cheap
 from tests.support.runs import run_script
+
+cheap.install()
 
 root, jobs = Path(sys.argv[1]), json.loads(sys.argv[2])
 write_captioned(root / "pictures")

@@ -42,9 +42,11 @@ from pathlib import Path
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.utils import _http
 from ddpm_hf import cli
+from tests.support import cheap
 from tests.support.pictures import random_pixels, write_images
 from tests.support.runs import run_script
 
+cheap.install()
 _http.time.sleep = lambda seconds: None
 write_images(Path(sys.argv[2]) / "images", random_pixels(40, 8, 8, 0))
 results = {}

@@ -79,7 +79,7 @@ def read_back(tokenizer, ids: list[int]) -> str:
     return ByteLevelDecoder().decode(tokens)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=st.text(max_size=40).filter(lambda text: "<|" not in text))  # which is how tokens are written
 def test_any_text_has_tokens_and_comes_back(tokenizer, text):
     """Else a prompt with letters that no caption had becomes ends of text."""
@@ -197,7 +197,7 @@ def test_captions_are_encoded_as_stock_encodes_prompts(tokenizer, text_encoder, 
 # One of several captions
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.text(max_size=5), min_size=1, max_size=9, unique=True), st.integers(1, 5))
 def test_captions_are_drawn_uniformly(captions, repeats):
     """Else some of an image's captions are hardly learnt, or the last one never."""

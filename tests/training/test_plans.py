@@ -33,7 +33,7 @@ def step_samples(plan: StepPlan, seed: int, steps: int, first: int = 0) -> list[
     return seen
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(PLANS, st.integers(0, 2**32))
 def test_an_epoch_is_a_permutation(plan, seed):
     # Breaks if an image is seen twice or not at all within an epoch, also with partial batches and idle ranks.
@@ -44,7 +44,7 @@ def test_an_epoch_is_a_permutation(plan, seed):
         assert all(own)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(PLANS, st.integers(0, 2**32), st.data())
 def test_a_resumed_plan_is_the_tail(plan, seed, data):
     # Breaks if resuming within an epoch replays it, skips some of it, or shuffles anew.
@@ -53,7 +53,7 @@ def test_a_resumed_plan_is_the_tail(plan, seed, data):
     assert step_samples(plan, seed, total - first, first) == step_samples(plan, seed, total)[first:]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.integers(1, 50), st.integers(1, 6), st.integers(0, 2**32))
 def test_ranks_and_accumulation_see_what_one_big_batch_sees(samples, batch, seed):
     # Breaks if two ranks of B, or B accumulated twice, are another training than one batch of 2B.
@@ -65,7 +65,7 @@ def test_ranks_and_accumulation_see_what_one_big_batch_sees(samples, batch, seed
         assert step_samples(plan, seed, steps) == want
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(PLANS)
 def test_a_plan_adds_up(plan):
     # Breaks if a gradient is the mean over another number of samples than were seen, or a stream is mis-skipped.
@@ -80,7 +80,7 @@ def test_a_plan_adds_up(plan):
         assert plan.epoch_of(step) == step // plan.steps_per_epoch
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(1, 7), st.integers(1, 3), st.integers(1, 4), st.integers(1, 9))
 def test_a_streams_batches_are_full(batch, world, accumulation, steps):
     # Breaks if a streaming run ends early or weighs a batch as partial.

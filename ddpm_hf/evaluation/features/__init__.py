@@ -134,7 +134,8 @@ def load_extractor(
     if (row.argument is None and colon) or (row.required and not argument):
         raise UsageError(f"features {spec!r}: requires the form {usage(name)}")
     if weights is not None and not row.takes_weights:
-        raise UsageError(f"features {spec!r} take no file of weights; leave {weights!r} out")
+        other = "" if row.argument is None else f" name {row.argument} after a colon, or"
+        raise UsageError(f"features {spec!r} take no file of weights;{other} leave {weights!r} out")
     argument = argument or None
     return row(argument, protocol=protocol, device=device, weights=weights, trust_remote_code=trust_remote_code)
 

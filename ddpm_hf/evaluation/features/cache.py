@@ -20,21 +20,6 @@ def cache_folder() -> Path:
     return Path(constants.HF_HOME) / "ddpm_hf" / "features"
 
 
-def images_fingerprint(batches: Iterable[torch.Tensor]) -> str:
-    """What tells two sets of images apart: their pixels, in their order; independent of the batches.
-
-    Args:
-        batches: uint8 images, each [N, C, H, W].
-    """
-    digest = hashlib.sha256()
-    for images in batches:
-        shape = repr(tuple(images.shape[1:])).encode()
-        for image in images.contiguous().cpu().numpy():
-            digest.update(shape)
-            digest.update(image.tobytes())
-    return digest.hexdigest()
-
-
 def cached_features(
     extractor: Extractor,
     batches: Callable[[], Iterable[torch.Tensor]],
@@ -49,7 +34,7 @@ def cached_features(
 
     Args:
         batches: the images, as `extract` takes them; called only if the features are not there.
-        key: what identifies their pixels and order, such as `images_fingerprint`.
+        key: what identifies their pixels and their order.
         keep, progress, total: as in `extract`.
         folder: of the cache; None is `cache_folder()`.
     """

@@ -8,7 +8,7 @@ from ...common.errors import DataError, UsageError, readable_load_errors
 from ...portable.networks_ddpm_hf import NoisyClassifier
 from ..protocols import Protocol
 from . import Features
-from .network import NetworkExtractor
+from .network import NetworkExtractor, display_name
 
 CENTRE = 127.5  # 0..255 becomes [-1, 1]
 
@@ -28,7 +28,7 @@ def load(
             network = NoisyClassifier.from_pretrained(argument, use_safetensors=True)
     except ValueError as error:
         raise UsageError(f"features 'classifier:{argument}': {error}") from error
-    return ClassifierExtractor(f"classifier:{argument}", network, protocol, device)
+    return ClassifierExtractor(display_name("classifier", argument), network, protocol, device)
 
 
 class ClassifierExtractor(NetworkExtractor):
@@ -52,6 +52,7 @@ class ClassifierExtractor(NetworkExtractor):
             mean=CENTRE,
             deviation=CENTRE,
             device=device,
+            settings=[sorted(network.config.unet.items(), key=str)],
         )
 
     def __call__(self, images: torch.Tensor) -> Features:

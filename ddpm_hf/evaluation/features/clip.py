@@ -3,7 +3,7 @@
 import torch
 
 from ..protocols import Protocol
-from .network import NetworkExtractor
+from .network import NetworkExtractor, display_name
 from .pretrained import load_pretrained
 
 MEAN = (122.7709383, 116.7460125, 104.09373615)  # of CLIP's training images, in 0..255
@@ -19,23 +19,25 @@ def load(
     trust_remote_code: bool,
 ) -> NetworkExtractor:
     """The network, of a local folder or of the Hub; the protocol chooses the default and the layer."""
+    from transformers import CLIPVisionModel, CLIPVisionModelWithProjection
+
     name = argument or protocol.clip_model
-    kind = "CLIPVisionModelWithProjection" if protocol.clip_projection else "CLIPVisionModel"
-    network = load_pretrained(kind, name, "clip" if argument is None else f"clip:{name}")
+    model_class = CLIPVisionModelWithProjection if protocol.clip_projection else CLIPVisionModel
+    network = load_pretrained(model_class, name, "clip" if argument is None else f"clip:{name}")
 
     def forward(x: torch.Tensor) -> dict[str, torch.Tensor]:
         output = network(x)
         return {"pool": output.image_embeds if protocol.clip_projection else output.pooler_output}  # [N, D]
 
-    side = network.config.image_size
+    config = network.config
     return NetworkExtractor(
-        f"clip:{name}" if argument else "clip",
+        display_name("clip", argument),
         forward,
         network,
-        size=(side, side),
+        size=(config.image_size, config.image_size),
         resize=protocol.resize,
         mean=MEAN,
         deviation=DEVIATION,
         device=device,
-        settings=[protocol.clip_projection],
+        settings=[protocol.clip_projection, config.num_attention_heads, config.hidden_act],
     )

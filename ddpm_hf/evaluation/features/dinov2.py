@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from ..protocols import Protocol
-from .network import NetworkExtractor
+from .network import NetworkExtractor, display_name
 from .pretrained import load_pretrained
 
 MODEL = "facebook/dinov2-large"  # ViT-L/14, 1,024 features
@@ -22,15 +22,17 @@ def load(
     trust_remote_code: bool,
 ) -> NetworkExtractor:
     """The network, of a local folder or of the Hub."""
+    from transformers import Dinov2Model
+
     name = argument or MODEL
-    network = load_pretrained("Dinov2Model", name, "dinov2" if argument is None else f"dinov2:{name}")
+    network = load_pretrained(Dinov2Model, name, "dinov2" if argument is None else f"dinov2:{name}")
     resample_positions(network, SIDE // network.config.patch_size)
 
     def forward(x: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"pool": network(x).pooler_output}  # the normalized class token, [N, D]
 
     return NetworkExtractor(
-        f"dinov2:{name}" if argument else "dinov2",
+        display_name("dinov2", argument),
         forward,
         network,
         size=(SIDE, SIDE),
@@ -38,6 +40,7 @@ def load(
         mean=MEAN,
         deviation=DEVIATION,
         device=device,
+        settings=[network.config.num_attention_heads, network.config.hidden_act],
     )
 
 

@@ -19,6 +19,7 @@ WAYS = (
     " classifier:FOLDER or torchscript:FILE"
 )
 TIMEOUT = 30  # seconds without an answer
+CPU_BATCH = 8  # images at once: activations of more leave a processor's cache, and take up to twice as long
 
 
 class NetworkExtractor:
@@ -60,12 +61,18 @@ class NetworkExtractor:
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> Features:
         """Images uint8 [N, C, H, W], C of 1 or 3."""
-        pixels = self.resize(as_rgb(images).to(self.device), self.size)  # [N, 3, height, width] in 0..255
+        at_once = CPU_BATCH if self.device.type == "cpu" else len(images)
+        outputs = [self.outputs(some) for some in as_rgb(images).split(at_once)]
+        return on_cpu({part: torch.cat([output[part] for output in outputs]) for part in outputs[0]})
+
+    def outputs(self, images: torch.Tensor) -> Mapping[str, torch.Tensor]:
+        """The network's outputs for RGB images, uint8 [N, 3, H, W], that it can take at once."""
+        pixels = self.resize(images.to(self.device), self.size)  # [N, 3, height, width] in 0..255
         prepared = (pixels - self.mean) / self.deviation
         if self.device.type == "cpu":  # a third faster there
             prepared = prepared.contiguous(memory_format=torch.channels_last)
         with full_precision(self.device):
-            return on_cpu(self.forward(prepared))
+            return self.forward(prepared)
 
 
 def _per_channel(value: float | Sequence[float], device: torch.device) -> torch.Tensor:
@@ -87,11 +94,17 @@ def full_precision(device: torch.device) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.autocast(device.type, enabled=False))
         if device.type == "cuda":
-            stack.enter_context(torch.backends.cudnn.flags(enabled=True, allow_tf32=False))
-            before = torch.backends.cuda.matmul.allow_tf32
-            stack.callback(setattr, torch.backends.cuda.matmul, "allow_tf32", before)
-            torch.backends.cuda.matmul.allow_tf32 = False
+            for backend in (torch.backends.cudnn, torch.backends.cuda.matmul):
+                stack.callback(setattr, backend, "allow_tf32", backend.allow_tf32)
+                backend.allow_tf32 = False
         yield
+
+
+def display_name(kind: str, argument: str | None) -> str:
+    """An extractor's name with its argument, of a local path only the last part: results are published."""
+    if argument is None:
+        return kind
+    return f"{kind}:{Path(argument).resolve().name if Path(argument).exists() else argument}"
 
 
 # Weights

@@ -7,22 +7,20 @@ from typing import Any
 from ...common.errors import UsageError, readable_load_errors
 
 
-def load_pretrained(kind: str, name: str, features: str) -> Any:
+def load_pretrained(model_class: Any, name: str, features: str) -> Any:
     """A model of transformers.
 
     Args:
-        kind: its class in transformers.
+        model_class: its class.
         name: a local folder, or a name on the Hub.
         features: as in `--features`, for the message.
 
     Raises:
         UsageError: it cannot be loaded; the message says which ways are left.
     """
-    import transformers
-
     try:
         with readable_load_errors(name), _quiet():
-            return getattr(transformers, kind).from_pretrained(name, use_safetensors=True)
+            return model_class.from_pretrained(name, use_safetensors=True)
     except ValueError as error:
         raise UsageError(
             f"features {features!r}: {error}; or name a local folder after a colon, or features that need no download:"

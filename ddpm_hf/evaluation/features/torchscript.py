@@ -7,7 +7,7 @@ import torch
 from ...common.errors import UsageError, one_line
 from ..protocols import Protocol
 from . import Features
-from .network import full_precision, on_cpu, sha256_of
+from .network import display_name, full_precision, on_cpu, sha256_of
 from .resizing import as_rgb
 
 OUTPUTS = {"Tensor": ("pool",), "Tuple[Tensor, Tensor]": ("pool", "logits")}
@@ -43,7 +43,7 @@ class ScriptExtractor:
     """
 
     def __init__(self, path: Path, script: torch.jit.ScriptModule, device: torch.device | str = "cpu"):
-        self.name = f"torchscript:{path}"
+        self.name = display_name("torchscript", str(path))
         self.script, self.device = script.eval(), torch.device(device)
         schema = script.forward.schema
         returned = str(schema.returns[0].type)

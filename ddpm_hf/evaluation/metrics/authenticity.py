@@ -1,5 +1,6 @@
 """AuthPct: the percentage of samples that are no closer to a training image than real images are to each other."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -43,5 +44,8 @@ def authpct(
 
     value = authentic(samples)
     low, high = wilson(value, len(samples))
-    details = {} if real is None else {"held_out": 100 * authentic(as_matrix(real.pool, "held-out features", 2))}
-    return Figure(100 * value, 100 * low, 100 * high, "binomial, over samples (Wilson)", details)
+    figure = Figure(100 * value, 100 * low, 100 * high, "binomial, over samples (Wilson)")
+    if real is None:
+        return figure
+    reference = 100 * authentic(as_matrix(real.pool, "held-out features", 2))
+    return replace(figure, details={"held_out": reference}, note=f"held-out images: {reference:.1f}")

@@ -4,6 +4,7 @@ For each image the mean of each channel, and its contrast (the standard deviatio
 the distributions of real and of sampled images the Wasserstein distance W1 = ∫|F - G|, in levels.
 """
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -95,7 +96,11 @@ def shift(real: Any, generated: Any, columns: slice, seed: int) -> Figure:
             "mean_change": float(parts[1].mean() - parts[0].mean()),
             "spread_ratio": float(spreads[1] / spreads[0]) if spreads[0] else None,
         }
-    return symmetric(value, float(variance), INFINITESIMAL, floor=0.0, details=details)
+    changes = ", ".join(f"{name} {details[name]['mean_change']:+.1f}" for name in names)
+    chance = f"two samples of one set: {details['expected_of_one_set']:.2f}, p = {details['p_value']:.3f}"
+    return replace(
+        symmetric(value, float(variance), INFINITESIMAL, floor=0.0, details=details), note=f"{changes}; {chance}"
+    )
 
 
 def colour_shift(real: np.ndarray, generated: np.ndarray, protocol: Protocol, seed: int) -> Figure:

@@ -1,6 +1,7 @@
 """C_T, the test of data copying of Meehan et al. 2020, and the cells of a training set that it looks at."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,9 @@ def data_copying(
         raise DataError(f"{len(samples)} samples: C_T requires more than {LEAST_IN_CELL} in a cell; use more samples")
     weights = np.array([row["held_out"] for row in rows]) / sum(row["held_out"] for row in rows)
     value = float(weights @ [row["z"] for row in rows])
-    return symmetric(value, float((weights**2).sum()), "normal scores of the cells", details={"cells": rows})
+    figure = symmetric(value, float((weights**2).sum()), "normal scores of the cells", details={"cells": rows})
+    note = "below -3: copies" if value < -3 else "above 3: far from the training images" if value > 3 else ""
+    return replace(figure, note=note)
 
 
 def reduced(sets: list[np.ndarray], seed: int) -> list[np.ndarray]:

@@ -19,6 +19,7 @@ class Figure:
         high: upper end of the interval.
         interval: how the interval was computed.
         details: further numbers of the computation, such as the spread over subsets; JSON takes them.
+        note: what a reader should know beside the value, in a few words.
     """
 
     value: float
@@ -26,6 +27,7 @@ class Figure:
     high: float
     interval: str
     details: dict[str, Any] = field(default_factory=dict)
+    note: str = ""
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,16 @@ def parts(protocol: Protocol) -> int:
     return 2 if protocol.split_size is not None else max(protocol.splits, 2)
 
 
+def fifty(protocol: Protocol) -> int:
+    """Whose nearest training images can be compared."""
+    return 50
+
+
+def cells(protocol: Protocol) -> int:
+    """Enough for more than 20 in one of the three cells of C_T, however they are divided."""
+    return 64
+
+
 def neighbours(protocol: Protocol) -> int:
     """More than neighbours."""
     return max(protocol.neighbours, protocol.density_neighbours) + 1

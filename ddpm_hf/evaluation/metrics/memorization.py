@@ -32,6 +32,7 @@ REGIONS = 10  # cells of the training set where there are no labels
 PERMUTATIONS = 999
 CELLS_AT_ONCE = 2**22  # of the table of permuted labels
 LEAST_TRAINING = 50
+ALARM = 0.01  # the p-value below which copies are reported
 QUANTILE = 0.01  # of held-out scores, below which a sample counts as a copy in the estimated share
 
 
@@ -249,13 +250,23 @@ def memorization(
     order = np.argsort(of_samples.score, kind="stable")[:PAIRS]
     details = {
         "p_value": tests[0].p_value,
-        "copies": bool(tests[0].p_value < 0.01),
+        "copies": tests[0].p_value < ALARM,
         "regions": [row._asdict() for row in tests[1:]],
         "nearest": [[int(i), int(of_samples.nearest[i]), float(of_samples.distance[i])] for i in order],
         "scores": [float(of_samples.score[i]) for i in order],
     }
     value = max(shares[0] - shares[1], 0.0)
-    return Figure(100 * value, 100 * max(low, 0.0), 100 * max(high, 0.0), "difference of shares (Newcombe)", details)
+    interval = "difference of shares (Newcombe)"
+    return Figure(100 * value, 100 * max(low, 0.0), 100 * max(high, 0.0), interval, details, verdict(tests))
+
+
+def verdict(tests: list[Region]) -> str:
+    """What the test says, in a few words."""
+    p_value, found = tests[0].p_value, [row.region for row in tests[1:] if row.p_value < ALARM]
+    if p_value >= ALARM:
+        return f"p = {p_value:.3f}: no copies found"
+    where = f", in regions {', '.join(map(str, found))}" if found else ""
+    return f"p = {p_value:.3f}: copies{where}"
 
 
 def difference_interval(p1: float, n1: int, p2: float, n2: int) -> tuple[float, float]:

@@ -16,7 +16,8 @@ from .conversion import State
 from .openai_flags import Flags
 from .openai_names import load_openai
 
-BETTER, TRAINED = 0.8, 0.5  # an error below 0.8 times the given one's refuses; above 0.5 the network is untrained
+REFUSED, WARNED = 0.8, 0.97  # another layout's error, over that of the given one, below which it is one or the other
+TRAINED = 0.5  # above this error the network has not learned to denoise
 LEVELS_OF_NOISE = (0.1, 0.3)  # t/T
 SIZE, IMAGES = 64, 2  # of the test images; the networks are convolutional
 
@@ -90,7 +91,7 @@ def check_attention(
             set_heads(layer, before[id(layer)])
         load_openai(unet, config, state, flags.legacy_order)
     best = min(others, key=lambda text: others[text], default=None)
-    if best is not None and others[best] < min(BETTER * error, TRAINED):
+    if best is not None and others[best] < min(REFUSED * error, TRAINED):
         raise ValueError(
             f"with {best} it predicts noise better (error {others[best]:.3f}) than with the given flags ({error:.3f}):"
             " they are of another network"
@@ -98,4 +99,9 @@ def check_attention(
     if error >= TRAINED:
         return f"attention: not checked, since the network does not denoise (error {error:.2f})"
     shown = ", ".join(f"{value:.3f} with {text}" for text, value in others.items())
+    if best is not None and others[best] < WARNED * error:
+        return (
+            f"warning: with {best} it predicts noise a little better (error {others[best]:.3f}) than with the given"
+            f" flags ({error:.3f}): compare samples of both"
+        )
     return f"attention checked: noise is predicted with error {error:.3f}" + (f"; {shown}" if shown else "")

@@ -64,7 +64,9 @@ def make_scheduler(layout: Layout, flags: Flags) -> DDPMScheduler:
     """The diffusion. The linear schedule is scaled to T, as theirs."""
     scale = 1000 / flags.diffusion_steps
     fixed = "fixed_small" if flags.sigma_small else "fixed_large"
-    betas = {"beta_start": 1e-4 * scale, "beta_end": 0.02 * scale} if flags.noise_schedule == "linear" else {}
+    betas: dict[str, Any] = (
+        {"beta_start": 1e-4 * scale, "beta_end": 0.02 * scale} if flags.noise_schedule == "linear" else {}
+    )
     return DDPMScheduler(
         num_train_timesteps=flags.diffusion_steps,
         beta_schedule={"cosine": "squaredcos_cap_v2"}.get(flags.noise_schedule, flags.noise_schedule),

@@ -83,7 +83,7 @@ def _pairs(model: torch.nn.Module, config: Mapping[str, Any], encoder: bool) -> 
         if re.fullmatch(ATTENTION_LAYERS, ours):
             heads = model.get_submodule(ours).heads
             for kind in BOTH:
-                yield f"{ours}.to_{{}}.{kind}", f"{theirs}.qkv.{kind}", heads  # type: ignore[misc]
+                yield f"{ours}.to_{{}}.{kind}", f"{theirs}.qkv.{kind}", heads
                 for inner, other in ATTENTION.items():
                     yield f"{ours}.{inner}.{kind}", f"{theirs}.{other}.{kind}", 0
         else:

@@ -10,7 +10,7 @@ import math
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -143,8 +143,8 @@ def parse_entry(message: bytes) -> Entry:
     )  # fmt: skip
 
 
-def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """(number, value) of each field of a protocol buffer."""
+def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
+    """(number, value) of each field of a protocol buffer: an int, or bytes."""
     at = 0
     while at < len(message):
         tag, at = read_varint(message, at)
@@ -158,7 +158,7 @@ def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
             length, at = read_varint(message, at)
             if at + length > len(message):
                 raise ValueError("a truncated entry of the index")
-            value, at = message[at : at + length], at + length  # type: ignore[assignment]
+            value, at = message[at : at + length], at + length
         else:
             raise ValueError("a malformed entry of the index")
         yield tag >> 3, value
@@ -178,7 +178,7 @@ def read_varint(content: bytes, at: int) -> tuple[int, int]:
 
 
 def _table() -> np.ndarray:
-    table = np.arange(256, dtype=np.uint32)
+    table: np.ndarray = np.arange(256, dtype=np.uint32)
     for _ in range(8):
         table = np.where(table & 1, (table >> 1) ^ np.uint32(0x82F63B78), table >> 1)
     return table
@@ -198,10 +198,10 @@ def crc32c(data: np.ndarray) -> int:
     lanes = min(len(data), 2 * math.isqrt(len(data))) or 1
     length = len(data) // lanes
     body, rest = data[: lanes * length].reshape(lanes, length), data[lanes * length :]
-    states = np.zeros(lanes + 32, np.uint32)
+    states: np.ndarray = np.zeros(lanes + 32, np.uint32)
     states[0] = 0xFFFFFFFF
     states[lanes:] = np.uint32(1) << np.arange(32, dtype=np.uint32)  # what becomes of each bit over a stretch
-    stretches = np.zeros((length, lanes + 32), np.uint8)
+    stretches: np.ndarray = np.zeros((length, lanes + 32), np.uint8)
     stretches[:, :lanes] = body.T
     for column in stretches:
         states = CRC_TABLE[(states ^ column) & 0xFF] ^ (states >> np.uint32(8))

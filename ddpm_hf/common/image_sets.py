@@ -35,12 +35,18 @@ class ImageSet:
     captions: Sequence[str] | None = None
 
     def part(self, count: int) -> "ImageSet":
-        """The first images; they keep the fingerprint of all where they are all."""
+        """So many of the images, evenly spread: of a set sorted by class, some of each."""
         if count == self.count:
             return self
-        fingerprint = f"{self.fingerprint}-{count}"
-        labels = None if self.labels is None else self.labels[:count]
-        return replace(self, count=count, fingerprint=fingerprint, labels=labels)
+        chosen = [index * self.count // count for index in range(count)]
+        return replace(
+            self,
+            count=count,
+            fingerprint=f"{self.fingerprint}-{count}",
+            read=lambda indices: self.read([chosen[index] for index in indices]),
+            labels=None if self.labels is None else self.labels[chosen],
+            captions=None if self.captions is None else [self.captions[index] for index in chosen],
+        )
 
     def batches(self, size: int = 64, indices: range | None = None) -> Iterator[torch.Tensor]:
         """All images in order, or those of consecutive indices, uint8 [n, C, H, W]."""

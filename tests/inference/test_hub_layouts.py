@@ -83,6 +83,18 @@ def test_it_loads_and_samples_as_today(old, run, tmp_path):
     assert "T = 1,000, linear" in out
 
 
+def test_it_is_evaluated_and_restores(old, run, tmp_path):
+    """Else the Hub's first models can be sampled and nothing more."""
+    pictures = write_images(tmp_path / "images", random_pixels(2, 8, 8))
+    words = ["--dataset", pictures, "--metrics", "none", "--likelihood-calls", 4, "--out", tmp_path / "evaluation"]
+    code, out, err = run("evaluate", old / "safe", *words)
+    assert code == 0, err
+    assert "bits/dim" in out
+    words = ["--task", "denoise", "--sigma-y", 0.2, "--steps", 2, "--num-solutions", 2, "--out", tmp_path / "restored"]
+    code, _, err = run("restore", old / "safe", "--image", pictures / "0.png", *words)
+    assert code == 0, err
+
+
 def test_pickled_weights_are_refused_with_the_way_that_works(old, run, tmp_path):
     """Else a stranger's pickle is read, or the way out of the message leads nowhere."""
     result = run("sample", old / "pickled", "--steps", 2, "--out", tmp_path / "out")

@@ -1,5 +1,6 @@
 """The Vendi score (Friedman & Dieng 2023): the effective number of different samples."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -69,5 +70,6 @@ def vendi(real: Features, generated: Features, protocol: Protocol, seed: int) ->
     score = float(torch.exp(-(values * values.log()).sum()))
     influence = torch.cat([-(normalized(block) @ directions).square() @ values.log() for block in blocks(matrix)])
     variance = score**2 * float(influence.var()) / len(matrix)
-    details = {"of_real_images": vendi_score(chosen_rows(as_matrix(real.pool, "real features"), len(matrix), seed))}
-    return symmetric(score, variance, INFINITESIMAL, floor=1.0, details=details)
+    of_real = vendi_score(chosen_rows(as_matrix(real.pool, "real features"), len(matrix), seed))
+    figure = symmetric(score, variance, INFINITESIMAL, floor=1.0, details={"of_real_images": of_real})
+    return dataclasses.replace(figure, note=f"{of_real:.4g} of as many real images")

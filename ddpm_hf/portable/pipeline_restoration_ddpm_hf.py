@@ -21,6 +21,7 @@ from .coefficients_ddpm_hf import Coefficients, posterior_mean_coefficients, pos
 from .guidance_ddpm_hf import find_class
 from .hub_ddpm_hf import PortablePipelineMixin
 from .linear_ddpm_hf import Operator, as_operator
+from .multistep_ddpm_hf import EpsilonMultistepScheduler  # noqa: F401  Diffusers fetches what a pipeline imports itself
 from .operators_ddpm_hf import OPERATORS  # noqa: F401  so that it lies beside, and for `from ... import OPERATORS`
 from .restoration_ddpm_hf import METHODS, Method, Moment, Options, Problem, estimate_sigma, plan_chain, tiled
 from .sampling_ddpm_hf import (

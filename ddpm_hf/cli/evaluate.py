@@ -94,7 +94,7 @@ def evaluate(
     num_samples: Annotated[
         int | None, option(WHAT, f"Default: {DEFAULT_SAMPLES:,}, or all images of a folder.", min=1, max=10_000_000)
     ] = None,
-    sampler: Annotated[Sampler, option(HOW, "As in `ddpm-hf sample`.")] = "ddpm",
+    sampler: Annotated[Sampler, option(HOW, "As in `ddpm-hf sample`.")] = "ddpm",  # type: ignore[assignment]
     steps: Annotated[int | None, option(HOW, "Number of steps. Default: the sampler's usual one.", min=1)] = None,
     sweep: Annotated[
         str | None,
@@ -114,8 +114,8 @@ def evaluate(
         int, option(HOW, "Image i depends on the seed and i alone, whatever the batch.", min=0, max=2**63 - 1)
     ] = 0,
     batch_size: Annotated[int, option(HOW, "Images at once.", min=1)] = DEFAULT_BATCH,
-    precision: Annotated[Precision, option(HOW, "What the model computes in.")] = "fp32",
-    acceleration: Annotated[Acceleration, option(HOW, "As in `ddpm-hf sample`.")] = "auto",
+    precision: Annotated[Precision, option(HOW, "What the model computes in.")] = Precision.fp32,
+    acceleration: Annotated[Acceleration, option(HOW, "As in `ddpm-hf sample`.")] = Acceleration.auto,
     device: Annotated[str | None, option(HOW, "cuda, mps or cpu. Default: the best of this machine.")] = None,
     out: Annotated[Path, option(WHERE, "The folder for metrics.json, report.html and the sampled images.")] = Path(
         "evaluation"
@@ -151,7 +151,8 @@ def evaluate(
         use_all_cores()
     check_out(out)
     names = read_metrics(metrics, likelihood_calls)
-    pipeline, images = None, generated_images(model, resolution)
+    pipeline: Any = None
+    images = generated_images(model, resolution)
     if images is None:
         refuse(f"the dataset is brought to the size of {model}", resolution=resolution)
         pipeline = load_model(model, ema, revision, token)
@@ -168,7 +169,7 @@ def evaluate(
     count = num_samples or (images.count if images is not None else DEFAULT_SAMPLES)
     if images is not None and count > images.count:
         raise DataError(f"--num-samples {count:,}: {model} holds {images.count:,} images")
-    counts = data.reference.count, data.held_out and data.held_out.count, count
+    counts = data.reference.count, None if data.held_out is None else data.held_out.count, count
     if metrics == "all":
         measure = without_impossible(measure, *counts)
     check_counts(measure, *counts)

@@ -162,7 +162,9 @@ def _of_the_run(settings: dict[str, Any], shape: Shape, options: DataOptions) ->
         rows, held_out = load_rows(flags, seed, options.token, caption, holds_out)
     except DataError as error:
         raise DataError(f"the data that the run recorded: {error}; name it with --dataset") from error
-    return Data(upright_images(rows, flags, shape), held_out and upright_images(held_out, flags, shape))
+    return Data(
+        upright_images(rows, flags, shape), None if held_out is None else upright_images(held_out, flags, shape)
+    )
 
 
 def generated_images(path: str, resolution: int | None = None) -> "ImageSet | None":

@@ -102,6 +102,7 @@ def ids_of_labels(pipeline: "DiffusionPipeline", real: "ImageSet") -> np.ndarray
         DataError: a class that the model does not know.
     """
     ids = {name: int(number) for number, name in class_names(pipeline).items()}
+    assert real.labels is not None
     names = list(real.label_names) or [str(number) for number in range(int(real.labels.max()) + 1)]
     unknown = sorted({names[label] for label in np.unique(real.labels)} - ids.keys())
     if unknown:
@@ -125,7 +126,7 @@ def _read(
     prompts: Sequence[str] | None,
     guidance: tuple[float | None, float, tuple[int, int] | None],
 ) -> Conditions:
-    return read_conditions(pipeline, None, classes, prompts, None, guidance, 1.0)
+    return read_conditions(pipeline, None, classes, prompts, None, guidance, None)
 
 
 def weights_digest(pipeline: "DiffusionPipeline") -> str:

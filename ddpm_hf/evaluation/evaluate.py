@@ -28,7 +28,7 @@ class Measure:
     """
 
     metrics: tuple[str, ...]
-    extractor: Extractor | None
+    extractor: Any  # an Extractor
     protocol: Protocol
     seed: int = 0
 
@@ -124,6 +124,7 @@ class Reference:
 
 def summarize(metric: Metric, batches: Iterable) -> np.ndarray:
     """What a metric on pixels keeps of each image, [N, ...], batch by batch."""
+    assert metric.summary is not None  # of a metric on features alone
     return np.concatenate([metric.summary(batch) for batch in batches])
 
 

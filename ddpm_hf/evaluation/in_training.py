@@ -130,14 +130,15 @@ class TrainingEvaluation:
         images = torch.from_numpy(as_bytes(output.images.float()))
         features = [measure.extractor(part) for part in images.split(AT_ONCE)]
         columns = {name: np.concatenate([getattr(one, name) for one in features]) for name in measure.keep}
-        pixels = [row for row in measure.rows.values() if row.summary is not None]
-        return indices.start, Features(**columns), {row.name: row.summary(images) for row in pixels}
+        pixels = {name: row.summary(images) for name, row in measure.rows.items() if row.summary is not None}
+        return indices.start, Features(**columns), pixels
 
     def _figures(self, parts: list[tuple[int, Features, dict[str, np.ndarray]]]) -> dict[str, float]:
         parts = sorted(parts, key=lambda part: part[0])
         reference, measure = self.reference, self.reference.measure
         columns = {name: np.concatenate([getattr(part[1], name) for part in parts]) for name in measure.keep}
-        features, values = Features(**columns), {}
+        features = Features(**columns)
+        values: dict[str, float] = {}
         for name, row in measure.rows.items():
             ours = features if row.summary is None else np.concatenate([part[2][name] for part in parts])
             figure = reference.figure(row, ours)
@@ -171,7 +172,7 @@ def evaluation_of(
         if with_train and held_out is None:
             raise UsageError(f"--metrics {with_train[0]}: requires held-out images, as by --validation_steps")
         others = held_out() if with_train and held_out is not None else None
-        check_counts(measure, reference.count, others and others.count, count)
+        check_counts(measure, reference.count, None if others is None else others.count, count)
     except ValueError as error:  # in the words of `ddpm-hf evaluate`
         raise UsageError(re.sub("--(metrics|features|protocol)", r"--evaluation_\1", str(error))) from error
     shown = reference.captions if reference.captions is not None else reference.labels

@@ -17,7 +17,7 @@ from ..training.evaluations import Evaluation
 from ..training.reporting import shows_bars
 from ..training.run import Run
 from ..training.stopping import InterruptedSamplingError
-from .evaluate import Measure, Reference, check_counts, check_metrics, parts_of
+from .evaluate import Measure, Reference, check_counts, check_metrics, parts_of, summarize
 from .features import Features, load_extractor
 from .flags import EvaluationFlags
 from .protocols import PROTOCOLS
@@ -130,17 +130,16 @@ class TrainingEvaluation:
         images = torch.from_numpy(as_bytes(output.images.float()))
         features = [measure.extractor(part) for part in images.split(AT_ONCE)]
         columns = {name: np.concatenate([getattr(one, name) for one in features]) for name in measure.keep}
-        pixels = {name: row.summary(images) for name, row in measure.rows.items() if row.summary is not None}
+        pixels = {row.name: summarize(row, [images]) for row in measure.rows.values() if "images" in parts_of(row)}
         return indices.start, Features(**columns), pixels
 
     def _figures(self, parts: list[tuple[int, Features, dict[str, np.ndarray]]]) -> dict[str, float]:
         parts = sorted(parts, key=lambda part: part[0])
         reference, measure = self.reference, self.reference.measure
         columns = {name: np.concatenate([getattr(part[1], name) for part in parts]) for name in measure.keep}
-        features = Features(**columns)
-        values: dict[str, float] = {}
+        features, values = Features(**columns), dict[str, float]()
         for name, row in measure.rows.items():
-            ours = features if row.summary is None else np.concatenate([part[2][name] for part in parts])
+            ours = np.concatenate([part[2][name] for part in parts]) if "images" in parts_of(row) else features
             figure = reference.figure(row, ours)
             values |= {f"evaluation_{name}": figure.value}
             values |= {f"evaluation_{name}_low": figure.low, f"evaluation_{name}_high": figure.high}

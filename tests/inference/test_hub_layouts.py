@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from ddpm_hf import DDPMPipeline, DDPMScheduler, load
+from ddpm_hf.portable.networks_ddpm_hf import OpenAIUNet2DModel, build_unet
 from ddpm_hf.publishing.files import files_to_publish
 from tests.support.fixtures_cli import assert_one_line
 from tests.support.fixtures_hub import TOKEN
@@ -168,3 +169,21 @@ def test_training_starts_from_it(flag, layout, old, tmp_path):
     trained = load(tmp_path / "run")
     assert trained.unet.config.attention_head_dim is None
     assert trained.unet.config.sample_size == 8
+
+
+def test_training_continues_with_a_network_that_diffusers_does_not_have(tmp_path):
+    """Else a converted network cannot be fine-tuned, or becomes stock's of another function."""
+    own = {"num_attention_heads": 2, "timestep_scale": 0.25}
+    unet = build_unet({**tiny_unet(3, **ATTENDS).config, **own})
+    DDPMPipeline(unet, DDPMScheduler(20, beta_schedule="cosine")).save_pretrained(tmp_path / "start")
+    write_images(tmp_path / "images", random_pixels(4, 8, 8))
+    argv = ["--train_data_dir", tmp_path / "images", "--output_dir", tmp_path / "run", "--seed", 0, "--use_ema",
+            "--pretrained_model_name_or_path", tmp_path / "start", "--train_batch_size", 4, "--max_train_steps", 1,
+            "--ddpm_num_inference_steps", 2, "--cpu_threads", 1, "--eval_batch_size", 1, "--logger", "none",
+            "--checkpointing_steps", 1]  # fmt: skip
+    done = run_script([str(word) for word in argv], tmp_path / "run")
+    assert done.code == 0, done.err
+    for folder in (tmp_path / "run", tmp_path / "run" / "checkpoint-1"):
+        trained = load(folder).unet
+        assert type(trained) is OpenAIUNet2DModel
+        assert {name: trained.config[name] for name in own} == own

@@ -67,6 +67,7 @@ def fit_pictures(
             "even timesteps": plain.timesteps.tolist(),
             "timesteps even in ρ^(1/7)": karras_timesteps(plain.diffusion, number),
             "timesteps by deviation": picture_timesteps(teacher, number),
+            "timesteps by scaled deviation": picture_timesteps(teacher, number, growth=1.0, scaled=True),
         }
         candidates = []
         for name, timesteps in lists.items():

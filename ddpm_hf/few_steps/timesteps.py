@@ -92,10 +92,11 @@ def even_timesteps(total: int, number: int) -> list[int]:
     return [int(t) for t in np.linspace(total - 1, 0, number).round()]
 
 
-def deviations(teacher: Trajectories) -> np.ndarray:
+def deviations(teacher: Trajectories, scaled: bool = False) -> np.ndarray:
     """How far one step of Euler's from node i ends from the teacher's state at node j, [G, G]: root mean squares.
 
-    In x̃ = x/√ᾱ, in which later steps hand an error on unscaled.
+    Args:
+        scaled: in x instead of x̃ = x/√ᾱ, that is times 1/√(1 + ρ²): later steps shrink an error at high noise so.
     """
     nodes = len(teacher.rhos)
     costs = np.zeros((nodes, nodes))
@@ -103,14 +104,14 @@ def deviations(teacher: Trajectories) -> np.ndarray:
         for j in range(i + 1, nodes):
             landed = torch.add(teacher.states[i], teacher.epsilons[i], alpha=teacher.rhos[j] - teacher.rhos[i])
             errors = (landed - teacher.states[j]).flatten(1).norm(dim=1) / landed[0].numel() ** 0.5  # [M]
-            costs[i, j] = errors.mean().item()
+            costs[i, j] = errors.mean().item() / ((1 + teacher.rhos[j] ** 2) ** 0.5 if scaled else 1)
     return costs
 
 
-def picture_timesteps(teacher: Trajectories, calls: int, growth: float = 1.15) -> list[int]:
+def picture_timesteps(teacher: Trajectories, calls: int, growth: float = 1.15, scaled: bool = False) -> list[int]:
     """The timesteps of the cheapest path through the deviations (GITS; Chen et al. 2024, Algorithm 1), descending.
 
     Args:
         growth: how much more a deviation weighs than the one before, which later steps partly undo.
     """
-    return [teacher.timesteps[node] for node in shortest_path(deviations(teacher), calls, growth)[:-1]]
+    return [teacher.timesteps[node] for node in shortest_path(deviations(teacher, scaled), calls, growth)[:-1]]

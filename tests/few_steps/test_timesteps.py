@@ -128,6 +128,8 @@ def test_deviations_are_those_of_single_steps():
     expected = (single - teacher.states[3]).flatten(1).norm(dim=1).mean() / 2
     assert costs[1, 3] == pytest.approx(expected.item(), rel=1e-9)
     assert (costs[np.tril_indices(6)] == 0).all()
+    signal = scheduler.signal_and_rho(20)[0]
+    assert deviations(teacher, scaled=True)[1, 3] == pytest.approx(signal * expected.item(), rel=1e-9)
     assert picture_timesteps(teacher, 5) == chain
     assert picture_timesteps(teacher, 2)[0] == 199
 

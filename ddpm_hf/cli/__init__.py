@@ -13,6 +13,7 @@ from . import (
     compare,
     convert,
     evaluate,
+    fit_timesteps,
     fit_variance,
     info,
     presets,
@@ -63,6 +64,9 @@ app.command(context_settings=UNDERSCORES_TOO, epilog=convert.EPILOG)(convert.con
 app.command(context_settings=UNDERSCORES_TOO, epilog=evaluate.EPILOG)(evaluate.evaluate)
 app.command(context_settings=UNDERSCORES_TOO, epilog=compare.EPILOG)(compare.compare)
 app.command("fit-variance", context_settings=UNDERSCORES_TOO, epilog=fit_variance.EPILOG)(fit_variance.fit_variance)
+app.command("fit-timesteps", context_settings=UNDERSCORES_TOO, epilog=fit_timesteps.EPILOG)(
+    fit_timesteps.fit_timesteps
+)
 app.command(context_settings=UNDERSCORES_TOO, epilog=restore.EPILOG)(restore.restore)
 app.command(context_settings=UNDERSCORES_TOO, epilog=push.EPILOG)(push.push)
 app.command("push-space", context_settings=UNDERSCORES_TOO, epilog=push_space.EPILOG)(push_space.push_space)

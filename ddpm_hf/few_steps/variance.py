@@ -85,8 +85,8 @@ def x_start_variances(scheduler: DDPMScheduler, moments: Moments, estimate: str 
 
     Args:
         estimate: "norm" is Analytic-DPM's, (1-ᾱ)/ᾱ · (1 - E|ε̂|²), which the exact network's norm implies (Bao et al.
-            2022, Theorem 2); "error" is E|x̂_0 - x_0|², the same for the exact network, and optimal for the mean that
-            this one predicts, clipped as it is (Bao et al. 2022b, https://arxiv.org/abs/2206.07309, Theorem 3).
+            2022, Theorem 1); "error" is E|x̂_0 - x_0|², the same for the exact network, and optimal for the mean that
+            this one predicts, clipped as it is (Bao et al. 2022b, https://arxiv.org/abs/2206.07309).
     """
     if estimate == "error":
         return moments.x_start_error

@@ -52,7 +52,7 @@ VARIANCE_TYPES = FIXED_VARIANCE_TYPES + LEARNED_VARIANCE_TYPES
 # A table in the config, which stock ignores: with the underscore it does not even warn, and other samplers keep it
 X_START_VARIANCES = "_x_start_variances"
 DIFFUSION_SETTINGS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
-# What the noise of the last noisy step is on average, at most: a grey level of 255 (Bao et al. 2022, App. F.2)
+# What the noise of the last noisy step is on average, at most: a grey level of 255 (Bao et al. 2022)
 LAST_LOG_VARIANCE = 2 * math.log(2 / 255 / math.sqrt(2 / math.pi))
 
 

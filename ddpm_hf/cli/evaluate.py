@@ -221,15 +221,15 @@ def load_measure(
     Raises:
         UsageError: an unknown protocol, metric or network, or a metric that the network's features do not serve.
     """
-    from ..evaluation.evaluate import Measure, NoFeatures, check_metrics, serves
+    from ..evaluation.evaluate import Measure, NoFeatures, check_metrics, reads_pixels_alone, serves
     from ..evaluation.features import load_extractor
     from ..evaluation.metrics import METRICS
     from ..evaluation.protocols import PROTOCOLS
 
     if protocol not in PROTOCOLS:
         raise UsageError(f"--protocol {protocol}: must be one of {', '.join(PROTOCOLS)}")
-    if not names:
-        return Measure((), NoFeatures(), PROTOCOLS[protocol], seed)
+    if reads_pixels_alone(names):
+        return Measure(check_metrics(names, NoFeatures()), NoFeatures(), PROTOCOLS[protocol], seed)
     extractor = load_extractor(
         features, protocol=PROTOCOLS[protocol], device=device, weights=weights, trust_remote_code=trust_remote_code
     )
@@ -264,7 +264,8 @@ def record_results(
     if not (folder / RUN_FILE).is_file() or not (results or more):
         return []
     for result in results:
-        how = f"{result['title']}; {measure.protocol.name} protocol, {measure.extractor.name} features"
+        network = f", {measure.extractor.name} features" if measure.extractor.name else ""
+        how = f"{result['title']}; {measure.protocol.name} protocol{network}"
         for name, figure in result["figures"].items():
             metric = METRICS[name]
             called = f"{metric.label} ({metric.unit})" if metric.unit else metric.label

@@ -21,15 +21,15 @@ CACHED_AT_ONCE = 1024  # real images whose features are a file of the cache
 
 @dataclass
 class NoFeatures:
-    """Stands for the network where nothing is compared."""
+    """Stands for the network where metrics read pixels alone."""
 
     name: str = ""
     fingerprint: str = ""
     provides: frozenset[str] = frozenset()
 
     def __call__(self, images: Any) -> Features:
-        """There are none."""
-        raise NotImplementedError
+        """Rows without a number."""
+        return Features(np.zeros((len(images), 0), np.float32))
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Measure:
 
     Args:
         metrics: names of `METRICS`.
-        extractor: the network whose features are compared; `NoFeatures` without metrics.
+        extractor: the network whose features are compared; `NoFeatures` where no metric reads them.
         protocol: how it and the metrics compute.
         seed: of subsets and of the bootstrap.
     """
@@ -62,6 +62,11 @@ class Measure:
 def parts_of(metric: Metric) -> list[str]:
     """What a metric reads: parts of `Features`, `images`, and `train` if it also reads the training images."""
     return metric.needs.split("+")
+
+
+def reads_pixels_alone(metrics: Sequence[str]) -> bool:
+    """Whether no network is needed: these are names of `METRICS`, and none of them reads features."""
+    return all(name in METRICS and not set(parts_of(METRICS[name])) & set(PARTS) for name in metrics)
 
 
 def serves(extractor: Extractor, metric: Metric) -> bool:

@@ -17,8 +17,17 @@ from ..training.evaluations import Evaluation
 from ..training.reporting import shows_bars
 from ..training.run import Run
 from ..training.stopping import InterruptedSamplingError
-from .evaluate import Measure, Reference, check_counts, check_metrics, parts_of, summarize
-from .features import Features, load_extractor
+from .evaluate import (
+    Measure,
+    NoFeatures,
+    Reference,
+    check_counts,
+    check_metrics,
+    parts_of,
+    reads_pixels_alone,
+    summarize,
+)
+from .features import Extractor, Features, load_extractor
 from .flags import EvaluationFlags
 from .protocols import PROTOCOLS
 from .ranks import Ranks, ranks_of
@@ -67,7 +76,8 @@ class TrainingEvaluation:
         """What the figures were computed from, for the run's record and its card."""
         measure = self.reference.measure
         steps = f", {self.steps} steps" if self.steps else ""
-        settings = f"{self.sampler}{steps}; {measure.protocol.name} protocol, {measure.extractor.name} features"
+        network = f", {measure.extractor.name} features" if measure.extractor.name else ""
+        settings = f"{self.sampler}{steps}; {measure.protocol.name} protocol{network}"
         return {"samples": self.count, "settings": settings, "dataset": self.reference.images.name}
 
     def during(self, run: Run, pipeline_of: Callable[[torch.nn.Module], "DiffusionPipeline"]) -> Evaluation:
@@ -165,7 +175,11 @@ def evaluation_of(
     protocol, count, reference = PROTOCOLS[flags.evaluation_protocol], flags.evaluation_samples, images()
     try:
         weights = flags.evaluation_features_weights
-        extractor = load_extractor(flags.evaluation_features, protocol=protocol, device=run.device, weights=weights)
+        extractor: Extractor = NoFeatures()
+        if not reads_pixels_alone(flags.evaluation_metrics):
+            extractor = load_extractor(
+                flags.evaluation_features, protocol=protocol, device=run.device, weights=weights
+            )
         measure = Measure(check_metrics(flags.evaluation_metrics, extractor), extractor, protocol, run.seed)
         with_train = [name for name, row in measure.rows.items() if "train" in parts_of(row)]
         if with_train and held_out is None:

@@ -67,7 +67,7 @@ def swap_sampler(pipeline: Any, name: str) -> int | None:
     return steps and max(1, min(steps, timesteps - 1))  # all T would visit one twice
 
 
-def scheduler_class(name: str) -> type:
+def scheduler_class(name: str) -> Any:
     """A scheduler's class: ours of that name, or Diffusers'."""
     import diffusers
 

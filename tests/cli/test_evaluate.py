@@ -314,6 +314,15 @@ def test_a_folder_of_images_is_measured_and_one_equal_to_the_real_has_no_distanc
     assert page.count("data:image/png;base64,") == 2
 
 
+def test_metrics_of_pixels_need_no_network(observe):
+    """Else a shift of colours cannot be measured without the download of a network that is not used."""
+    with mock.patch("ddpm_hf.evaluation.features.load_extractor", side_effect=AssertionError("a network is loaded")):
+        seen = observe("evaluate {shop}/images --dataset {shop}/others --metrics colour,contrast --out {out}")
+    assert seen.code == 0, seen.err
+    assert set(seen.record["results"][0]["figures"]) == {"colour", "contrast"}
+    assert seen.record["stamp"]["features"] is None
+
+
 def test_the_grid_of_the_sample_command_is_not_a_sample(observe):
     """Else its folder cannot be measured, or the grid is measured as an image."""
     assert observe("sample {shop}/plain --steps 2 --num-images 3 --out {out}").code == 0

@@ -185,7 +185,7 @@ def train(flags: Flags) -> None:
     pipeline_of = functools.partial(make_pipeline, components=components)
     prompts = default_prompts(prompt_flags.validation_prompts, data.embedded, images)
     publisher = Publisher(run, publishing, token, repository, state, plan, images, pipeline_of, SHOWN, prompts)
-    publisher.record_evaluation(evaluation.record() if evaluation else None)
+    publisher.record_evaluation(None if evaluation is None else evaluation.record())
     steps = min(prompt_flags.num_inference_steps, len(components.scheduler))
     finished = training_loop(
         run,
@@ -197,7 +197,7 @@ def train(flags: Flags) -> None:
         draw=lambda model, step: draw_grid(run, pipeline_of(model), step, prompts, prompts, num_inference_steps=steps),
         save=publisher.save,
         saves_checkpoints=publishing.hub_strategy != "end",
-        evaluation=evaluation.during(run, pipeline_of) if evaluation else None,
+        evaluation=None if evaluation is None else evaluation.during(run, pipeline_of),
         name_of=images.name_of,
     )
     publisher.close(finished)

@@ -175,7 +175,7 @@ def train(flags: Flags) -> None:
     shown = trained or range(len(class_names))
     names = [class_names[label] for label in shown]
     publisher = Publisher(run, publishing, hub.hub_token, repository, state, plan, images, pipeline_of, SHOWN, names)
-    publisher.record_evaluation(evaluation.record() if evaluation else None)
+    publisher.record_evaluation(None if evaluation is None else evaluation.record())
     uniform, simple = UniformTimestepSampler(len(scheduler)), {"loss_type": objective.loss_type}
     simple_loss_of = functools.partial(compute_loss, sampler=uniform, loss_options=simple, **shared)
     steps = min(objective.ddpm_num_inference_steps, len(scheduler))
@@ -189,7 +189,7 @@ def train(flags: Flags) -> None:
         draw=lambda model, step: draw_grid(run, pipeline_of(model), step, shown, names, num_inference_steps=steps),
         save=publisher.save,
         saves_checkpoints=publishing.hub_strategy != "end",
-        evaluation=evaluation.during(run, pipeline_of) if evaluation else None,
+        evaluation=None if evaluation is None else evaluation.during(run, pipeline_of),
         name_of=images.name_of,
         advice=advice,
     )

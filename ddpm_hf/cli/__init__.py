@@ -9,7 +9,21 @@ import typer
 
 from .._version import __version__
 from ..common.machine import accept_any_text, keep_freed_memory
-from . import compare, convert, evaluate, info, presets, push, push_space, restore, sample, train, train_classifier
+from . import (
+    compare,
+    convert,
+    evaluate,
+    fit_timesteps,
+    fit_variance,
+    info,
+    presets,
+    push,
+    push_space,
+    restore,
+    sample,
+    train,
+    train_classifier,
+)
 from .exits import PassThrough, run
 
 app = typer.Typer(
@@ -49,6 +63,10 @@ app.command(context_settings=UNDERSCORES_TOO, epilog=sample.EPILOG)(sample.sampl
 app.command(context_settings=UNDERSCORES_TOO, epilog=convert.EPILOG)(convert.convert)
 app.command(context_settings=UNDERSCORES_TOO, epilog=evaluate.EPILOG)(evaluate.evaluate)
 app.command(context_settings=UNDERSCORES_TOO, epilog=compare.EPILOG)(compare.compare)
+app.command("fit-variance", context_settings=UNDERSCORES_TOO, epilog=fit_variance.EPILOG)(fit_variance.fit_variance)
+app.command("fit-timesteps", context_settings=UNDERSCORES_TOO, epilog=fit_timesteps.EPILOG)(
+    fit_timesteps.fit_timesteps
+)
 app.command(context_settings=UNDERSCORES_TOO, epilog=restore.EPILOG)(restore.restore)
 app.command(context_settings=UNDERSCORES_TOO, epilog=push.EPILOG)(push.push)
 app.command("push-space", context_settings=UNDERSCORES_TOO, epilog=push_space.EPILOG)(push_space.push_space)

@@ -94,7 +94,7 @@ def evaluate(
     num_samples: Annotated[
         int | None, option(WHAT, f"Default: {DEFAULT_SAMPLES:,}, or all images of a folder.", min=1, max=10_000_000)
     ] = None,
-    sampler: Annotated[Sampler, option(HOW, "As in `ddpm-hf sample`.")] = "ddpm",  # type: ignore[assignment]
+    sampler: Annotated[Sampler, option(HOW, "As in `ddpm-hf sample`.")] = Sampler["ddpm"],
     steps: Annotated[int | None, option(HOW, "Number of steps. Default: the sampler's usual one.", min=1)] = None,
     sweep: Annotated[
         str | None,
@@ -190,7 +190,7 @@ def evaluate(
         typer.echo(line, err=True)
 
     reference = Reference(measure, data.reference, data.held_out)
-    with reports_stop(lambda: f"what was sampled is in {out / STORES}; the same command goes on from there"):
+    with reports_stop(lambda: remaining(out)):
         results = evaluate(reference, everything, ranks, say)
         measured = bound and bound.measure(ranks)
         if ranks.is_main:
@@ -198,6 +198,13 @@ def evaluate(
             typer.echo(write_report(out, model, reference, everything, results, more))
             for line in record_results(model, reference, results, more.record, split or "train"):
                 typer.echo(line)
+
+
+def remaining(out: Path) -> str:
+    """What a stopped evaluation leaves."""
+    if not (out / STORES).is_dir():
+        return "nothing was sampled yet; features of real images that were computed are kept"
+    return f"what was sampled is in {out / STORES}; the same command goes on from there"
 
 
 def load_measure(
@@ -214,15 +221,15 @@ def load_measure(
     Raises:
         UsageError: an unknown protocol, metric or network, or a metric that the network's features do not serve.
     """
-    from ..evaluation.evaluate import Measure, check_metrics, serves
+    from ..evaluation.evaluate import Measure, NoFeatures, check_metrics, reads_pixels_alone, serves
     from ..evaluation.features import load_extractor
     from ..evaluation.metrics import METRICS
     from ..evaluation.protocols import PROTOCOLS
 
     if protocol not in PROTOCOLS:
         raise UsageError(f"--protocol {protocol}: must be one of {', '.join(PROTOCOLS)}")
-    if not names:
-        return Measure((), None, PROTOCOLS[protocol], seed)
+    if reads_pixels_alone(names):
+        return Measure(check_metrics(names, NoFeatures()), NoFeatures(), PROTOCOLS[protocol], seed)
     extractor = load_extractor(
         features, protocol=PROTOCOLS[protocol], device=device, weights=weights, trust_remote_code=trust_remote_code
     )
@@ -257,7 +264,8 @@ def record_results(
     if not (folder / RUN_FILE).is_file() or not (results or more):
         return []
     for result in results:
-        how = f"{result['title']}; {measure.protocol.name} protocol, {measure.extractor.name} features"
+        network = f", {measure.extractor.name} features" if measure.extractor.name else ""
+        how = f"{result['title']}; {measure.protocol.name} protocol{network}"
         for name, figure in result["figures"].items():
             metric = METRICS[name]
             called = f"{metric.label} ({metric.unit})" if metric.unit else metric.label

@@ -102,15 +102,15 @@ def ids_of_labels(pipeline: "DiffusionPipeline", real: "ImageSet") -> np.ndarray
         DataError: a class that the model does not know.
     """
     ids = {name: int(number) for number, name in class_names(pipeline).items()}
-    assert real.labels is not None
-    names = list(real.label_names) or [str(number) for number in range(int(real.labels.max()) + 1)]
-    unknown = sorted({names[label] for label in np.unique(real.labels)} - ids.keys())
+    labels = np.asarray(real.labels)
+    names = list(real.label_names) or [str(number) for number in range(int(labels.max()) + 1)]
+    unknown = sorted({names[label] for label in np.unique(labels)} - ids.keys())
     if unknown:
         raise DataError(
             f"{real.name} has the class {unknown[0]!r}, which the model does not know (it knows"
             f" {', '.join(list(ids)[:8])}); give --class, or another --label-column"
         )
-    return np.array([ids.get(name, -1) for name in names], dtype=np.int64)[real.labels]
+    return np.array([ids.get(name, -1) for name in names], dtype=np.int64)[labels]
 
 
 def _order(seed: int, count: int) -> np.ndarray:

@@ -18,6 +18,11 @@ from ..common.machine import drop_output
 
 # The names of our options and commands in other tools
 OPTIONS = synonyms("""
+--num-solutions: solutions
+--image: input input-dir
+--mask: mask-image
+--sigma-y: sigma noise noise-level sigma-noise
+--factor: upscale
 --num-images: num-samples samples n-samples n count number images num num-images-per-prompt eval-batch-size total
 --batch-size: batch bs batchsize train-batch-size per-device-batch-size sample-batch-size
 --out: output output-dir out-dir outdir output-path o save-dir save-path dir sample-dir
@@ -51,6 +56,7 @@ COMMANDS = synonyms("""
 sample: generate draw infer inference predict image images samples
 train: fit train-unconditional finetune fine-tune launch run train-ddpm
 train-text2image: train-text-to-image text2image train-text
+restore: inpaint inpainting super-resolution superres upscale colorize deblur denoise repaint
 push: upload publish push-to-hub share
 push-space: space app demo gradio deploy
 convert: import export migrate transplant

@@ -180,8 +180,7 @@ def sample(
     if special and batch_size != DEFAULT_BATCH:
         raise ValueError(f"--batch-size {batch_size}: {special} samples all images at once; leave it out")
     quiet()
-    use_all_cores()
-    device = checked_device(device)
+    device = ready_device(device)
     settle(model)
     pipeline = load(model, ema=ema, revision=revision, token=clean_token(token)).to(device)
     if acceleration.value == "auto":
@@ -276,6 +275,12 @@ def checked_device(device: str | None) -> str:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {device}: not available; must be one of {', '.join(available)}") from error
     return device
+
+
+def ready_device(device: str | None) -> str:
+    """The device, checked; on a CPU torch may use every core."""
+    use_all_cores()
+    return checked_device(device)
 
 
 def set_sampler(pipeline: "DiffusionPipeline", sampler: str, steps: int | None) -> int:

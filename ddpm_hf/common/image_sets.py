@@ -35,17 +35,24 @@ class ImageSet:
     captions: Sequence[str] | None = None
 
     def part(self, count: int) -> "ImageSet":
-        """The first images; they keep the fingerprint of all where they are all."""
+        """So many of the images, evenly spread: of a set sorted by class, some of each."""
         if count == self.count:
             return self
-        fingerprint = f"{self.fingerprint}-{count}"
-        labels = None if self.labels is None else self.labels[:count]
-        return replace(self, count=count, fingerprint=fingerprint, labels=labels)
+        chosen = [index * self.count // count for index in range(count)]
+        return replace(
+            self,
+            count=count,
+            fingerprint=f"{self.fingerprint}-{count}",
+            read=lambda indices: self.read([chosen[index] for index in indices]),
+            labels=None if self.labels is None else self.labels[chosen],
+            captions=None if self.captions is None else [self.captions[index] for index in chosen],
+        )
 
-    def batches(self, size: int = 64) -> Iterator[torch.Tensor]:
-        """All images in order, uint8 [n, C, H, W]."""
-        for first in range(0, self.count, size):
-            yield torch.from_numpy(self.read(range(first, min(first + size, self.count))))
+    def batches(self, size: int = 64, indices: range | None = None) -> Iterator[torch.Tensor]:
+        """All images in order, or those of consecutive indices, uint8 [n, C, H, W]."""
+        chosen = range(self.count) if indices is None else indices
+        for first in range(chosen.start, chosen.stop, size):
+            yield torch.from_numpy(self.read(range(first, min(first + size, chosen.stop))))
 
 
 def from_npz(path: Path) -> ImageSet:
@@ -65,7 +72,7 @@ def from_npz(path: Path) -> ImageSet:
     if images is None or images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
         raise DataError(f"{path} has no array arr_0 of uint8 images [N, H, W, C], C being 1 or 3")
     images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))  # [N, C, H, W]
-    fingerprint = hashlib.sha256(images.tobytes()).hexdigest()[:16]
+    fingerprint = hashlib.sha256(repr(images.shape).encode() + images.tobytes()).hexdigest()[:16]
     labels = arrays.get("arr_1")
     return ImageSet(
         path.name,

@@ -108,6 +108,7 @@ PIPELINE = (
             "hub",
             "acceleration",
             "guidance",
+            "multistep",
             "sampling",
             "coefficients",
             "scheduling",

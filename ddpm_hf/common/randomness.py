@@ -15,7 +15,7 @@ import torch
 PURPOSES = (
     "order", "dropout", "noise", "timestep", "class_dropout", "validation_noise", "validation_timestep", "sample",
     "posterior", "validation_posterior", "caption_dropout", "noise_offset", "input_perturbation", "likelihood_noise",
-    "likelihood_timestep",
+    "likelihood_timestep", "fit_noise",
 )  # fmt: skip
 STREAMS = {name: number for number, name in enumerate(PURPOSES)}
 # The second word of the key: purposes that need more than a block of 4 numbers have a generator each.

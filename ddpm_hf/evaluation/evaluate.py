@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from ..common.errors import DataError, UsageError
 from ..common.image_sets import ImageSet
@@ -15,6 +16,21 @@ from .protocols import Protocol
 from .ranks import Ranks
 from .sampling import AT_ONCE, SampleStore, fill, stored_features
 
+CACHED_AT_ONCE = 1024  # real images whose features are a file of the cache
+
+
+@dataclass
+class NoFeatures:
+    """Stands for the network where metrics read pixels alone."""
+
+    name: str = ""
+    fingerprint: str = ""
+    provides: frozenset[str] = frozenset()
+
+    def __call__(self, images: Any) -> Features:
+        """Rows without a number."""
+        return Features(np.zeros((len(images), 0), np.float32))
+
 
 @dataclass(frozen=True)
 class Measure:
@@ -22,13 +38,13 @@ class Measure:
 
     Args:
         metrics: names of `METRICS`.
-        extractor: the network whose features are compared; None without metrics.
+        extractor: the network whose features are compared; `NoFeatures` where no metric reads them.
         protocol: how it and the metrics compute.
         seed: of subsets and of the bootstrap.
     """
 
     metrics: tuple[str, ...]
-    extractor: Any  # an Extractor
+    extractor: Extractor
     protocol: Protocol
     seed: int = 0
 
@@ -46,6 +62,11 @@ class Measure:
 def parts_of(metric: Metric) -> list[str]:
     """What a metric reads: parts of `Features`, `images`, and `train` if it also reads the training images."""
     return metric.needs.split("+")
+
+
+def reads_pixels_alone(metrics: Sequence[str]) -> bool:
+    """Whether no network is needed: these are names of `METRICS`, and none of them reads features."""
+    return all(name in METRICS and not set(parts_of(METRICS[name])) & set(PARTS) for name in metrics)
 
 
 def serves(extractor: Extractor, metric: Metric) -> bool:
@@ -82,18 +103,33 @@ class Reference:
         self._features: dict[str, Features] = {}
         self._summaries: dict[tuple[str, str], np.ndarray] = {}
 
-    def features(self, images: ImageSet) -> Features:
-        """Those of a set of real images."""
-        if images.fingerprint not in self._features:
-            self._features[images.fingerprint] = cached_features(
-                self.measure.extractor,
-                lambda: images.batches(AT_ONCE),
-                images.fingerprint,
-                keep=self.measure.keep,
-                progress=f"features of {images.name}",
-                total=images.count,
-            )
+    def features(self, images: ImageSet, ranks: Ranks | None = None) -> Features:
+        """Those of a set of real images: what the cache lacks is computed, in parts, so that a stop loses little.
+
+        Args:
+            ranks: that share the work; all of them call it.
+        """
+        if images.fingerprint in self._features:
+            return self._features[images.fingerprint]
+        ranks = ranks or Ranks()
+        spans = [range(at, min(at + CACHED_AT_ONCE, images.count)) for at in range(0, images.count, CACHED_AT_ONCE)]
+        title = f"features of {images.name}"
+        for span in tqdm(ranks.share(spans), desc=title, unit="part", disable=not ranks.is_main):
+            self._cached(images, span)
+        ranks.wait()
+        parts = [self._cached(images, span) for span in spans]
+        names = self.measure.keep
+        joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+        self._features[images.fingerprint] = Features(**joined)
         return self._features[images.fingerprint]
+
+    def _cached(self, images: ImageSet, span: range) -> Features:
+        return cached_features(
+            self.measure.extractor,
+            lambda: images.batches(AT_ONCE, span),
+            f"{images.fingerprint} {span.start}-{span.stop}",
+            keep=self.measure.keep,
+        )
 
     def summary(self, images: ImageSet, metric: Metric) -> np.ndarray:
         """What a metric on pixels keeps of each image, [N, ...]."""
@@ -115,17 +151,25 @@ class Reference:
             real = self.held_out
         return metric.function(self.side(real, metric), generated, measure.protocol, measure.seed, **options)
 
-    def prepare(self) -> None:
-        """Read all real images, so that one that cannot be read ends the evaluation before anything is sampled."""
+    def prepare(self, ranks: Ranks | None = None) -> None:
+        """Read all real images, so that one that cannot be read ends the evaluation before anything is sampled.
+
+        Args:
+            ranks: that share the work; all of them call it.
+        """
         for metric in self.measure.rows.values():
             for images in filter(None, (self.images, self.held_out if "train" in parts_of(metric) else None)):
-                self.side(images, metric)
+                if "images" not in parts_of(metric):
+                    self.features(images, ranks)
+                elif ranks is None or ranks.is_main:
+                    self.summary(images, metric)
 
 
 def summarize(metric: Metric, batches: Iterable) -> np.ndarray:
     """What a metric on pixels keeps of each image, [N, ...], batch by batch."""
-    assert metric.summary is not None  # of a metric on features alone
-    return np.concatenate([metric.summary(batch) for batch in batches])
+    summary = metric.summary
+    assert summary is not None  # a metric that reads images has one
+    return np.concatenate([summary(batch) for batch in batches])
 
 
 @dataclass(frozen=True)
@@ -218,8 +262,7 @@ def evaluate(reference: Reference, everything: Sequence[Samples], ranks: Ranks, 
 
     Returns: for each, how it was sampled, its `samples` and its `figures`, ready for JSON.
     """
-    if ranks.is_main:
-        reference.prepare()
+    reference.prepare(ranks)
     ranks.wait()
     results = []
     for samples in everything:
@@ -238,8 +281,8 @@ def stamp(reference: Reference, samples: int | None) -> dict[str, Any]:
     measure, images, held_out = reference.measure, reference.images, reference.held_out
     return {
         "protocol": measure.protocol.name,
-        "features": measure.extractor and measure.extractor.name,
-        "features_fingerprint": measure.extractor and measure.extractor.fingerprint,
+        "features": measure.extractor.name or None,
+        "features_fingerprint": measure.extractor.fingerprint or None,
         "dataset": images.name,
         "dataset_fingerprint": images.fingerprint,
         "real_images": images.count,

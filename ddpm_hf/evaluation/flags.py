@@ -1,6 +1,6 @@
 """Flags of evaluations during training."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -61,7 +61,7 @@ class EvaluationFlags:
 
     def check(self, flags: Any) -> None:
         """Raise UsageError for an unknown name, or for data that is not there twice."""
-        names: dict[str, tuple[Iterable[str], Collection[str]]] = {
+        names: dict[str, tuple[list[str], Iterable[str]]] = {
             "evaluation_metrics": (self.evaluation_metrics, METRICS),
             "evaluation_protocol": ([self.evaluation_protocol], PROTOCOLS),
             "evaluation_sampler": ([self.evaluation_sampler], SAMPLERS),

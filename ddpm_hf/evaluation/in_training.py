@@ -17,8 +17,17 @@ from ..training.evaluations import Evaluation
 from ..training.reporting import shows_bars
 from ..training.run import Run
 from ..training.stopping import InterruptedSamplingError
-from .evaluate import Measure, Reference, check_counts, check_metrics, parts_of
-from .features import Features, load_extractor
+from .evaluate import (
+    Measure,
+    NoFeatures,
+    Reference,
+    check_counts,
+    check_metrics,
+    parts_of,
+    reads_pixels_alone,
+    summarize,
+)
+from .features import Extractor, Features, load_extractor
 from .flags import EvaluationFlags
 from .protocols import PROTOCOLS
 from .ranks import Ranks, ranks_of
@@ -67,7 +76,8 @@ class TrainingEvaluation:
         """What the figures were computed from, for the run's record and its card."""
         measure = self.reference.measure
         steps = f", {self.steps} steps" if self.steps else ""
-        settings = f"{self.sampler}{steps}; {measure.protocol.name} protocol, {measure.extractor.name} features"
+        network = f", {measure.extractor.name} features" if measure.extractor.name else ""
+        settings = f"{self.sampler}{steps}; {measure.protocol.name} protocol{network}"
         return {"samples": self.count, "settings": settings, "dataset": self.reference.images.name}
 
     def during(self, run: Run, pipeline_of: Callable[[torch.nn.Module], "DiffusionPipeline"]) -> Evaluation:
@@ -130,17 +140,16 @@ class TrainingEvaluation:
         images = torch.from_numpy(as_bytes(output.images.float()))
         features = [measure.extractor(part) for part in images.split(AT_ONCE)]
         columns = {name: np.concatenate([getattr(one, name) for one in features]) for name in measure.keep}
-        pixels = {name: row.summary(images) for name, row in measure.rows.items() if row.summary is not None}
+        pixels = {row.name: summarize(row, [images]) for row in measure.rows.values() if "images" in parts_of(row)}
         return indices.start, Features(**columns), pixels
 
     def _figures(self, parts: list[tuple[int, Features, dict[str, np.ndarray]]]) -> dict[str, float]:
         parts = sorted(parts, key=lambda part: part[0])
         reference, measure = self.reference, self.reference.measure
         columns = {name: np.concatenate([getattr(part[1], name) for part in parts]) for name in measure.keep}
-        features = Features(**columns)
-        values: dict[str, float] = {}
+        features, values = Features(**columns), dict[str, float]()
         for name, row in measure.rows.items():
-            ours = features if row.summary is None else np.concatenate([part[2][name] for part in parts])
+            ours = np.concatenate([part[2][name] for part in parts]) if "images" in parts_of(row) else features
             figure = reference.figure(row, ours)
             values |= {f"evaluation_{name}": figure.value}
             values |= {f"evaluation_{name}_low": figure.low, f"evaluation_{name}_high": figure.high}
@@ -166,7 +175,11 @@ def evaluation_of(
     protocol, count, reference = PROTOCOLS[flags.evaluation_protocol], flags.evaluation_samples, images()
     try:
         weights = flags.evaluation_features_weights
-        extractor = load_extractor(flags.evaluation_features, protocol=protocol, device=run.device, weights=weights)
+        extractor: Extractor = NoFeatures()
+        if not reads_pixels_alone(flags.evaluation_metrics):
+            extractor = load_extractor(
+                flags.evaluation_features, protocol=protocol, device=run.device, weights=weights
+            )
         measure = Measure(check_metrics(flags.evaluation_metrics, extractor), extractor, protocol, run.seed)
         with_train = [name for name, row in measure.rows.items() if "train" in parts_of(row)]
         if with_train and held_out is None:

@@ -50,13 +50,17 @@ class ModelBound:
         starts = range(0, self.count, self.batch_size)
         return [LazyBatch(self, range(at, min(at + self.batch_size, self.count))) for at in ranks.share(starts)]
 
+    def loaded(self, ranks: Ranks | None = None) -> "Loaded":
+        """This rank's batches, each read when it is reached."""
+        return Loaded(self.batches(ranks or Ranks()))
+
     def chosen(self, positions: Sequence[int]) -> list[int]:
         """The indices of the images that are measured, by their positions among these."""
         return [position * self.images.count // self.count for position in positions]
 
     def measure(self, ranks: Ranks) -> Bound:
         """The bound of all images; all ranks call it, and all get it."""
-        batches = Loaded(self.batches(ranks))
+        batches = self.loaded(ranks)
         scheduler = DDPMScheduler.from_config(self.pipeline.scheduler.config)
         latent = getattr(self.pipeline, "vae", None) is not None
         unet = self.pipeline.unet

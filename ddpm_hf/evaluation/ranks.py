@@ -1,10 +1,12 @@
 """The processes that share an evaluation."""
 
+import datetime
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 T = TypeVar("T")
+LONGEST_WAIT = datetime.timedelta(days=1)  # for a rank that measures, or samples on a slower device
 
 
 def _alone(value: Any) -> list:
@@ -43,7 +45,7 @@ def launched_ranks() -> Ranks:
     import torch
     from accelerate import PartialState
 
-    return ranks_of(PartialState(cpu=not torch.accelerator.is_available()))
+    return ranks_of(PartialState(cpu=not torch.accelerator.is_available(), timeout=LONGEST_WAIT))
 
 
 def ranks_of(state: Any) -> Ranks:

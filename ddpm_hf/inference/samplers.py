@@ -10,7 +10,7 @@ class Sampler(NamedTuple):
 
     Args:
         title: for people.
-        scheduler: its class in Diffusers; None is our DDPMScheduler.
+        scheduler: its class in Diffusers, or in `portable/multistep_ddpm_hf.py`; None is our DDPMScheduler.
         steps: its usual number of steps; None is all of the model's timesteps.
         config: what its config says besides the model's.
         note: what to know before choosing it.
@@ -40,6 +40,10 @@ SAMPLERS = {
         {"skip_prk_steps": True, "timestep_spacing": "leading", "set_alpha_to_one": True},
         "linear multistep (PLMS), for epsilon or v_prediction",
     ),
+    "ipndm": Sampler(
+        "iPNDM", "EpsilonMultistepScheduler", 10, {},
+        "fourth order, one evaluation a step; for as many steps as fit-timesteps was run for, on the fitted timesteps",
+    ),
 }  # fmt: skip
 TEXT_STEPS = 50  # of ancestral sampling by text, as in Stable Diffusion's pipeline
 QUICK_ANCESTRAL_STEPS = 100  # for interactive use: beyond them the images hardly change
@@ -47,8 +51,6 @@ QUICK_ANCESTRAL_STEPS = 100  # for interactive use: beyond them the images hardl
 
 def swap_sampler(pipeline: Any, name: str) -> int | None:
     """Put a sampler of `SAMPLERS` into the pipeline; its usual number of steps (None: all of T)."""
-    import diffusers
-
     from ..portable.scheduling_ddpm_hf import DDPMScheduler
 
     sampler, steps = SAMPLERS[name], SAMPLERS[name].steps
@@ -58,11 +60,20 @@ def swap_sampler(pipeline: Any, name: str) -> int | None:
         if hasattr(pipeline, "tokenizer"):
             steps = TEXT_STEPS
     else:
-        pipeline.scheduler = getattr(diffusers, sampler.scheduler).from_config(
+        pipeline.scheduler = scheduler_class(sampler.scheduler).from_config(
             pipeline.scheduler.config, **sampler.config
         )
     timesteps = pipeline.scheduler.config.num_train_timesteps
     return steps and max(1, min(steps, timesteps - 1))  # all T would visit one twice
+
+
+def scheduler_class(name: str) -> Any:
+    """A scheduler's class: ours of that name, or Diffusers'."""
+    import diffusers
+
+    from ..portable import multistep_ddpm_hf
+
+    return getattr(multistep_ddpm_hf, name, None) or getattr(diffusers, name)
 
 
 @contextlib.contextmanager

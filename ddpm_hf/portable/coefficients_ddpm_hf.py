@@ -18,6 +18,8 @@ Coefficient: TypeAlias = Any  # a Python float, or a column: for each sample, [N
 FIXED_LARGE = ("fixed_large", "fixed_large_log")
 FIXED_VARIANCE_TYPES = ("fixed_small", "fixed_large", "fixed_small_log", "fixed_large_log")
 LEARNED_VARIANCE_TYPES = ("learned", "learned_range")
+FITTED = "fitted"  # the variance of a table of x_0's variances; no config says so: the table does
+LEAST_VARIANCE = 1e-12  # of a fitted one, whose logarithm is taken
 
 
 class ExactTables(NamedTuple):
@@ -40,6 +42,8 @@ class StepCoefficients(NamedTuple):
     max_log_variance: Coefficient  # log β_{t|s}
     min_variance: Coefficient  # the exponentials of these two, taken before the cast
     max_variance: Coefficient
+    fitted_log_variance: Coefficient  # log(β̃ + mean_from_x0²·Var[x_0 | x_t]), or log β̃ without such a table
+    fitted_variance: Coefficient
 
     def log_variance(self, variance_type: str, output: Any, last: bool | torch.Tensor) -> Coefficient:
         """log Σ of p(x_s | x_t).
@@ -55,6 +59,8 @@ class StepCoefficients(NamedTuple):
             return fraction * self.max_log_variance + (1 - fraction) * self.min_log_variance
         if variance_type in FIXED_LARGE:
             return choose(last, self.min_log_variance, self.max_log_variance)
+        if variance_type == FITTED:  # Bao et al. 2022, Theorem 1
+            return self.fitted_log_variance
         return self.min_log_variance
 
     def variance(self, variance_type: str, log_variance: Coefficient, last: bool | torch.Tensor) -> Coefficient:
@@ -63,6 +69,8 @@ class StepCoefficients(NamedTuple):
             return torch.exp(log_variance)
         if variance_type in FIXED_LARGE:
             return choose(last, self.min_variance, self.max_variance)
+        if variance_type == FITTED:
+            return self.fitted_variance
         return self.posterior_variance
 
 
@@ -102,9 +110,11 @@ class Coefficients:
 
     Args:
         betas: β for t = 0..T-1, float64 [T].
+        x_start_variances: Var[x_0 | x_t] per dimension, as measured with a model, [T]; the fitted variances follow.
     """
 
-    def __init__(self, betas: np.ndarray):
+    def __init__(self, betas: np.ndarray, x_start_variances: np.ndarray | None = None):
+        self.x_start_variances = None if x_start_variances is None else torch.from_numpy(x_start_variances)
         with np.errstate(divide="ignore", invalid="ignore"):  # log(0) = -inf is right for ᾱ_T = 0
             log_alphas_cumprod = np.cumsum(np.log1p(-betas))
         exact = (betas, 1.0 - betas, np.exp(log_alphas_cumprod))
@@ -194,14 +204,23 @@ class Coefficients:
         variance_into, _ = posterior_variance_and_log_beta(self.log_alpha_bar_at(into), log_t)
         last_log = torch.where((into > timesteps).to(log_t.device), torch.log(variance_into), log_beta)
         min_log = torch.where((previous_timesteps < 0).to(log_t.device), last_log, torch.log(posterior_variance))
+        from_x0, from_sample = posterior_mean_coefficients(log_t, log_s)
+        fitted_log = min_log
+        if self.x_start_variances is not None:
+            x_start_variance = self.x_start_variances.to(from_x0.device)[timesteps.to(from_x0.device)]
+            fitted = reverse_variance(posterior_variance, from_x0, x_start_variance)
+            fitted_log = torch.log(fitted.clamp(min=LEAST_VARIANCE))
         return StepCoefficients(
             *x0_coefficients(prediction_type, log_t, self.log_alpha_bar_at(timesteps - 1)),
-            *posterior_mean_coefficients(log_t, log_s),
+            from_x0,
+            from_sample,
             posterior_variance,
             min_log,
             log_beta,
             torch.exp(min_log),
             torch.exp(log_beta),
+            fitted_log,
+            torch.exp(fitted_log),
         )
 
     def step_columns(
@@ -234,6 +253,23 @@ def posterior_mean_coefficients(log_t: torch.Tensor, log_s: torch.Tensor) -> tup
     from_x0 = torch.exp(0.5 * log_s) * torch.expm1(log_t - log_s) / one_minus_t
     from_sample = torch.exp(0.5 * (log_t - log_s)) * torch.expm1(log_s) / one_minus_t
     return from_x0, from_sample
+
+
+def reverse_variance(
+    posterior_variance: torch.Tensor, from_x0: torch.Tensor, x_start_variance: torch.Tensor
+) -> torch.Tensor:
+    """The variance of p(x_s | x_t) that is nearest to the true reverse process (Bao et al. 2022, Theorem 1).
+
+    Args:
+        posterior_variance: β̃.
+        from_x0: the factor of x_0 in the posterior's mean.
+        x_start_variance: Var[x_0 | x_t], the mean over the dimensions.
+
+    >>> one = torch.ones(1)
+    >>> reverse_variance(0.5 * one, 0.1 * one, 4 * one)
+    tensor([0.5400])
+    """
+    return posterior_variance + from_x0**2 * x_start_variance
 
 
 def x0_coefficients(

@@ -221,8 +221,8 @@ class PortablePipelineMixin(MixinBase):
                 continue
             if entry == [None, None] and name in self._optional_components:
                 del index[name]  # stock warns of components it does not know, also of absent ones
-            elif str(entry[0]).endswith("scheduling_ddpm_hf"):
-                index[name] = ["diffusers", entry[1]]
+            elif str(entry[0]).endswith(("scheduling_ddpm_hf", "multistep_ddpm_hf")):
+                index[name] = ["diffusers", "DDPMScheduler"]  # as which both are saved
             elif str(entry[0]).endswith(NETWORKS):
                 index[name] = [NETWORKS, entry[1]]
         for name in PRIVATE_SETTINGS:

@@ -14,6 +14,7 @@ from .acceleration_ddpm_hf import AccelerationMixin
 from .coefficients_ddpm_hf import Coefficients  # noqa: F401  Diffusers fetches what a pipeline imports itself
 from .guidance_ddpm_hf import ClassifierGuidance
 from .hub_ddpm_hf import PortablePipelineMixin
+from .multistep_ddpm_hf import EpsilonMultistepScheduler  # noqa: F401  Diffusers fetches what a pipeline imports itself
 from .sampling_ddpm_hf import (
     DDPMPipelineOutput,
     SamplingMixin,

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DModel
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
+from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
 from .acceleration_ddpm_hf import AccelerationMixin
@@ -20,6 +21,7 @@ from .coefficients_ddpm_hf import Coefficients, posterior_mean_coefficients, pos
 from .guidance_ddpm_hf import find_class
 from .hub_ddpm_hf import PortablePipelineMixin
 from .linear_ddpm_hf import Operator, as_operator
+from .multistep_ddpm_hf import EpsilonMultistepScheduler  # noqa: F401  Diffusers fetches what a pipeline imports itself
 from .operators_ddpm_hf import OPERATORS  # noqa: F401  so that it lies beside, and for `from ... import OPERATORS`
 from .restoration_ddpm_hf import METHODS, Method, Moment, Options, Problem, estimate_sigma, plan_chain, tiled
 from .sampling_ddpm_hf import (
@@ -31,6 +33,8 @@ from .sampling_ddpm_hf import (
 )
 from .schedules_ddpm_hf import BETA_SCHEDULES  # noqa: F401  Diffusers fetches what a pipeline imports itself
 from .scheduling_ddpm_hf import LEARNED_VARIANCE_TYPES, DDPMScheduler
+
+logger = logging.get_logger(__name__)
 
 RESTORED = ("DDPMPipeline", "DDIMPipeline", "ClassConditionalDDPMPipeline")  # pipelines whose models restore
 
@@ -55,6 +59,7 @@ class DDPMRestorationPipeline(SamplingMixin, AccelerationMixin, PortablePipeline
     Args:
         unet, scheduler, vae: as of `DDPMPipeline`; another sampler's diffusion is taken over.
         id2label: the names of the classes, for a network with class embeddings.
+        trained_classes: the ids of those that training images had, where not all had some.
     """
 
     unet: UNet2DModel
@@ -79,6 +84,8 @@ class DDPMRestorationPipeline(SamplingMixin, AccelerationMixin, PortablePipeline
         self.register_modules(unet=unet, scheduler=DDPMScheduler.from_config(scheduler.config, **changes), vae=vae)
         if id2label is not None:
             self.register_to_config(id2label={str(key): str(name) for key, name in id2label.items()})
+        if trained_classes is not None:
+            self.register_to_config(trained_classes=list(trained_classes))
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "DDPMRestorationPipeline":
@@ -93,7 +100,8 @@ class DDPMRestorationPipeline(SamplingMixin, AccelerationMixin, PortablePipeline
             raise ValueError(
                 f"{type(pipeline).__name__} has no unet and scheduler; restoration requires a DDPMPipeline"
             )
-        parts = {"vae": getattr(pipeline, "vae", None), "id2label": pipeline.config.get("id2label")}
+        parts = {name: pipeline.config.get(name) for name in ("id2label", "trained_classes")}
+        parts["vae"] = getattr(pipeline, "vae", None)
         return cls(pipeline.unet, pipeline.scheduler, **{**parts, **kwargs})
 
     @classmethod
@@ -132,6 +140,9 @@ class DDPMRestorationPipeline(SamplingMixin, AccelerationMixin, PortablePipeline
                 f"class_labels={labels}: give one for all or for each of {count} observations, from 0 to"
                 f" {len(names) - 1}"
             )
+        trained = self.config.get("trained_classes")
+        if trained and (untrained := sorted({names[str(one)] for one in ids if one not in trained})):
+            logger.warning(f"no training image had these classes, whose embeddings are untrained: {untrained}")
         return torch.tensor(ids * (count if len(ids) == 1 else 1), device=self._execution_device)
 
     def read_observation(self, observation: Any, operator: Operator) -> torch.Tensor:

@@ -18,6 +18,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from .guidance_ddpm_hf import Predict, TakeStep
 from .hub_ddpm_hf import MixinBase
+from .multistep_ddpm_hf import EpsilonMultistepScheduler
 from .scheduling_ddpm_hf import LEARNED_VARIANCE_TYPES, DDPMScheduler
 
 OUTPUT_TYPES = ("pil", "np", "numpy", "pt", "latent", "preview")  # "numpy" is stock DDPMPipeline's word for "np"
@@ -356,6 +357,13 @@ class SamplingMixin(MixinBase):
             return step.pred_original_sample
         ours = self.ddpm_scheduler()
         return ours.clip(ours.predict_original_sample(step.output, int(step.timestep), step.before))
+
+    def use_multistep(self) -> None:
+        """Sample with iPNDM from now on: 5 to 20 steps, on fitted timesteps where the model has them for that number.
+
+        `pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)` is the way back.
+        """
+        self.scheduler = EpsilonMultistepScheduler.from_config(self.scheduler.config)
 
     def ddpm_scheduler(self) -> DDPMScheduler:
         """Our scheduler over the sampler's diffusion, for its formulas: the sampler itself where it is ours."""

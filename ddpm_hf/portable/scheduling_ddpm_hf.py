@@ -11,7 +11,7 @@ This file is copied into published repositories: it imports torch, numpy and dif
 import inspect
 import math
 import numbers
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -23,6 +23,7 @@ from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
 from .coefficients_ddpm_hf import (
+    FITTED,
     FIXED_VARIANCE_TYPES,
     LEARNED_VARIANCE_TYPES,
     Coefficients,
@@ -48,6 +49,11 @@ logger = logging.get_logger(__name__)
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "posterior_mean")
 VARIANCE_TYPES = FIXED_VARIANCE_TYPES + LEARNED_VARIANCE_TYPES
+# A table in the config, which stock ignores: with the underscore it does not even warn, and other samplers keep it
+X_START_VARIANCES = "_x_start_variances"
+DIFFUSION_SETTINGS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+# What the noise of the last noisy step is on average, at most: a grey level of 255 (Bao et al. 2022)
+LAST_LOG_VARIANCE = 2 * math.log(2 / 255 / math.sqrt(2 / math.pi))
 
 
 class GaussianMoments(NamedTuple):
@@ -219,12 +225,53 @@ class DDPMScheduler(StockDDPMScheduler):
     ) -> Scheduler:
         """As stock's, from the config of any sampler over β; `kwargs` replace settings of it.
 
-        A schedule that these name replaces one that the config carries as `trained_betas`.
+        A schedule that these name replaces one that the config carries as `trained_betas`; it has no fitted variances.
         """
-        renamed = {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule"} & set(kwargs)
-        if renamed and "trained_betas" not in kwargs and isinstance(config, dict) and _is_record(config):
-            config = {**config, "trained_betas": None}
-        return super().from_config(config, return_unused_kwargs, **kwargs)
+        renamed = set(DIFFUSION_SETTINGS) & set(kwargs)
+        if renamed and isinstance(config, dict):
+            config = {key: value for key, value in config.items() if key != X_START_VARIANCES}
+            if "trained_betas" not in kwargs and _is_record(config):
+                config["trained_betas"] = None
+        result = super().from_config(config, return_unused_kwargs, **kwargs)
+        scheduler = result[0] if return_unused_kwargs else result
+        if scheduler.config.get(X_START_VARIANCES) is not None:
+            scheduler.use_x_start_variances(scheduler.config[X_START_VARIANCES])
+        return result
+
+    def use_x_start_variances(self, variances: Sequence[float] | None) -> None:
+        """Take the reverse variance that Var[x_0 | x_t] implies, in chains of any spacing (Analytic-DPM).
+
+        It replaces a fixed variance, in sampling and in the bound, and is saved with the config; a learned one stays.
+        σ² = β̃ + (√ᾱ_s β_{t|s}/(1-ᾱ_t))² Var[x_0 | x_t] (Bao et al. 2022, https://arxiv.org/abs/2201.06503).
+
+        Args:
+            variances: Var[x_0 | x_t] for t = 0..T-1, the mean over the dimensions, in units of the data; None: none.
+
+        Raises:
+            ValueError: not T numbers of 0 or more.
+        """
+        table = None
+        if variances is not None:
+            try:
+                table = np.array(variances, dtype=np.float64)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{X_START_VARIANCES}={variances!r}: give a number for each timestep") from error
+            if table.shape != (len(self.betas),) or not (np.isfinite(table) & (table >= 0)).all():
+                raise ValueError(
+                    f"{X_START_VARIANCES} of shape {table.shape}: give {len(self.betas)} numbers of 0 or more, one for"
+                    " each timestep; `ddpm-hf fit-variance` measures them"
+                )
+        self._coefficients = Coefficients(self.exact_tables.betas.numpy(), table)
+        if self.config.variance_type not in LEARNED_VARIANCE_TYPES:
+            self.variance_type = self.config.variance_type if table is None else FITTED
+        if table is not None or X_START_VARIANCES in self.config:
+            self.register_to_config(**{X_START_VARIANCES: None if table is None else table.tolist()})
+        self._set_chain(self.timesteps.cpu().numpy(), self.timesteps.device)
+
+    @property
+    def x_start_variances(self) -> torch.Tensor | None:
+        """Var[x_0 | x_t] as `use_x_start_variances` took it, float64 [T]; None without one."""
+        return self._coefficients.x_start_variances
 
     @property
     def exact_tables(self) -> ExactTables:
@@ -480,7 +527,7 @@ class DDPMScheduler(StockDDPMScheduler):
     ) -> torch.Tensor:
         """The variance (never a log or a deviation) of the chain's step from t; float64 where it is fixed."""
         s, c = self._step_from(int(t))
-        variance_type = variance_type or self.config.variance_type
+        variance_type = variance_type or self.variance_type
         variance = c.variance(variance_type, c.log_variance(variance_type, predicted_variance, last=s < 0), last=s < 0)
         return variance if isinstance(variance, torch.Tensor) else torch.tensor(variance, dtype=torch.float64)
 
@@ -515,6 +562,8 @@ class DDPMScheduler(StockDDPMScheduler):
         if s >= 0:
             noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
             log_variance = c.log_variance(self.variance_type, variance_output, last=False)
+            if self.variance_type == FITTED and self.config.clip_sample and self._step_from(s)[0] < 0:
+                log_variance = min(log_variance, LAST_LOG_VARIANCE)  # what is left in the image as noise
             if isinstance(log_variance, torch.Tensor):
                 mean = torch.addcmul(mean, torch.exp(0.5 * log_variance), noise.to(dtype))
             else:

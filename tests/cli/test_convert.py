@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -18,17 +19,18 @@ from tests.support.fixtures_pipeline import tiny_unet
 from tests.support.ho_network import variables, write_bundle
 from tests.support.hub_server import Hub
 from tests.support.openai_networks import Classifier, UNet, randomized
+from tests.support.pictures import random_pixels, write_images
 from tests.support.runs import contents, read
 
 SMALL = {"width": 32, "levels": (1, 2), "layers": 1, "attention": {1}}
-DIFFUSION = "--diffusion_steps 20 --noise_schedule linear"
+DIFFUSION = "--diffusion_steps 100 --noise_schedule linear"
 FLAGS = f"--image_size 16 --num_head_channels 32 {DIFFUSION}"
 NETWORKS = {  # file: (network, flags)
     "adm": (
         lambda: UNet(**SMALL, head_channels=32, legacy=False, resnet=True, classes=3),
         f"{FLAGS} --use_new_attention_order True",
     ),
-    "iddpm": (lambda: UNet(**SMALL, heads=4, t_scale=50), f"--image_size 16 --num_heads 4 {DIFFUSION}"),
+    "iddpm": (lambda: UNet(**SMALL, heads=4, t_scale=10), f"--image_size 16 --num_heads 4 {DIFFUSION}"),
     "classifier": (lambda: Classifier(**SMALL, image_size=16, classes=2), DIFFUSION),
 }  # fmt: skip
 
@@ -73,12 +75,12 @@ def test_a_folder_is_what_it_was_in_its_program(converted):
     config = pipeline.scheduler.config
     assert (config.variance_type, config.prediction_type) == ("learned_range", "epsilon")
     betas = pipeline.scheduler.exact_tables.betas  # scaled to T
-    np.testing.assert_allclose(betas, np.linspace(1e-4 * 50, 0.02 * 50, 20), rtol=1e-12)
+    np.testing.assert_allclose(betas, np.linspace(1e-4 * 10, 0.02 * 10, 100), rtol=1e-12)
 
     folder, _ = converted("iddpm")
     pipeline = load(folder)
     assert type(pipeline) is DDPMPipeline
-    assert pipeline.unet.config.timestep_scale == 50  # improved-diffusion rescales by default
+    assert pipeline.unet.config.timestep_scale == 10  # improved-diffusion rescales by default
     folder, _ = converted("model.ckpt-1")
     assert load(folder).unet.config.sample_size == 16
 
@@ -326,6 +328,16 @@ def test_a_converted_model_is_guided_both_ways(with_classifier, run, tmp_path):
     assert len({(tmp_path / name / "0001.png").read_bytes() for name in "abc"}) == 3
 
 
+def test_its_likelihood_is_measured(with_classifier, run, tmp_path):
+    """Else a converted model by class cannot be compared with the published bits/dim."""
+    for number, name in enumerate(("cat", "dog")):
+        write_images(tmp_path / "images" / name, random_pixels(2, 16, 16, number))
+    words = ["--dataset", tmp_path / "images", "--label-column", "label", "--metrics", "none", "--likelihood-calls", 4]
+    code, out, err = run("evaluate", with_classifier, *words, "--out", tmp_path / "evaluation")
+    assert code == 0, err
+    assert re.search(r"likelihood of 4 images of .*: \d+\.\d+ bits/dim", out)
+
+
 @pytest.mark.slow
 def test_it_is_published_and_strangers_sample_the_same(with_classifier, tmp_path):
     """Else a conversion works on the machine that made it alone."""
@@ -352,4 +364,4 @@ def test_the_folder_says_what_diffusers_reads(converted):
     folder, _ = converted("iddpm")
     index = read(folder / "model_index.json")
     assert (index["_class_name"], index["unet"]) == ("DDPMPipeline", ["networks_ddpm_hf", "OpenAIUNet2DModel"])
-    assert json.loads((folder / "unet/config.json").read_text())["timestep_scale"] == 50
+    assert json.loads((folder / "unet/config.json").read_text())["timestep_scale"] == 10

@@ -278,6 +278,31 @@ def test_a_second_call_samples_nothing_again(observe, tmp_path):
         assert path == victim or path.stat().st_mtime_ns == time
 
 
+def test_features_of_real_images_are_kept_in_parts(observe):
+    """Else what a stopped evaluation computed of a large dataset is lost."""
+    from tests.support.evaluation import PixelFeatures
+
+    sizes, original = [], PixelFeatures.__call__
+
+    def stops(self, images):
+        if len(sizes) == 2:
+            raise KeyboardInterrupt
+        sizes.append(len(images))
+        return original(self, images)
+
+    words = "evaluate {shop}/others --dataset {shop}/images {pixels}"
+    with mock.patch("ddpm_hf.evaluation.evaluate.CACHED_AT_ONCE", 2):
+        with mock.patch.object(PixelFeatures, "__call__", stops):
+            seen = observe(words)
+        assert (seen.code, sizes) == (130, [2, 2])
+        assert "nothing was sampled yet" in seen.err
+        sizes.clear()
+        counts = lambda self, images: sizes.append(len(images)) or original(self, images)  # noqa: E731
+        with mock.patch.object(PixelFeatures, "__call__", counts):
+            assert observe(words).code == 0
+    assert sizes == [2, 7]  # the rest of the real images, and the samples
+
+
 def test_a_folder_of_images_is_measured_and_one_equal_to_the_real_has_no_distance(observe):
     """Else images of other programs cannot be measured; or a distance is not one."""
     seen = observe("evaluate {shop}/images --dataset {shop}/images {pixels}")
@@ -287,6 +312,15 @@ def test_a_folder_of_images_is_measured_and_one_equal_to_the_real_has_no_distanc
     page = (seen.folder / "report.html").read_text()
     assert "quarters" in page
     assert page.count("data:image/png;base64,") == 2
+
+
+def test_metrics_of_pixels_need_no_network(observe):
+    """Else a shift of colours cannot be measured without the download of a network that is not used."""
+    with mock.patch("ddpm_hf.evaluation.features.load_extractor", side_effect=AssertionError("a network is loaded")):
+        seen = observe("evaluate {shop}/images --dataset {shop}/others --metrics colour,contrast --out {out}")
+    assert seen.code == 0, seen.err
+    assert set(seen.record["results"][0]["figures"]) == {"colour", "contrast"}
+    assert seen.record["stamp"]["features"] is None
 
 
 def test_the_grid_of_the_sample_command_is_not_a_sample(observe):

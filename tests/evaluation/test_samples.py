@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ddpm_hf.common.errors import DataError
+from ddpm_hf.common.image_sets import ImageSet
 from ddpm_hf.evaluation.ranks import Ranks
 from ddpm_hf.evaluation.sampling import SampleStore, as_bytes, fill, stored_features
 from tests.support.evaluation import PixelFeatures
@@ -150,3 +151,15 @@ def test_images_are_rounded_as_a_png_is_and_nan_is_refused():
     assert as_bytes(images).ravel().tolist() == [0, 0, 2, 255]
     with pytest.raises(DataError, match="NaN"):
         as_bytes(torch.full((1, 1, 2, 2), float("nan")))
+
+
+def test_a_part_of_a_sorted_set_has_images_of_each_class():
+    """Else the first images of a folder, of one class, stand for all of it."""
+    labels = np.repeat([0, 1, 2], 4)
+    images = ImageSet("sorted", "print", SHAPE, 12, sample, labels, ["a", "b", "c"], [str(i) for i in range(12)])
+    part = images.part(6)
+    assert part.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert part.captions == ["0", "2", "4", "6", "8", "10"]
+    assert np.array_equal(part.read([1, 5]), sample([2, 10]))
+    assert part.fingerprint != images.fingerprint
+    assert images.part(12) is images

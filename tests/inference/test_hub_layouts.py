@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from ddpm_hf import DDPMPipeline, DDPMScheduler, load
+from ddpm_hf.portable.networks_ddpm_hf import OpenAIUNet2DModel, build_unet
 from ddpm_hf.publishing.files import files_to_publish
 from tests.support.fixtures_cli import assert_one_line
 from tests.support.fixtures_hub import TOKEN
@@ -83,6 +84,18 @@ def test_it_loads_and_samples_as_today(old, run, tmp_path):
     assert "T = 1,000, linear" in out
 
 
+def test_it_is_evaluated_and_restores(old, run, tmp_path):
+    """Else the Hub's first models can be sampled and nothing more."""
+    pictures = write_images(tmp_path / "images", random_pixels(2, 8, 8))
+    words = ["--dataset", pictures, "--metrics", "none", "--likelihood-calls", 4, "--out", tmp_path / "evaluation"]
+    code, out, err = run("evaluate", old / "safe", *words)
+    assert code == 0, err
+    assert "bits/dim" in out
+    words = ["--task", "denoise", "--sigma-y", 0.2, "--steps", 2, "--num-solutions", 2, "--out", tmp_path / "restored"]
+    code, _, err = run("restore", old / "safe", "--image", pictures / "0.png", *words)
+    assert code == 0, err
+
+
 def test_pickled_weights_are_refused_with_the_way_that_works(old, run, tmp_path):
     """Else a stranger's pickle is read, or the way out of the message leads nowhere."""
     result = run("sample", old / "pickled", "--steps", 2, "--out", tmp_path / "out")
@@ -156,3 +169,21 @@ def test_training_starts_from_it(flag, layout, old, tmp_path):
     trained = load(tmp_path / "run")
     assert trained.unet.config.attention_head_dim is None
     assert trained.unet.config.sample_size == 8
+
+
+def test_training_continues_with_a_network_that_diffusers_does_not_have(tmp_path):
+    """Else a converted network cannot be fine-tuned, or becomes stock's of another function."""
+    own = {"num_attention_heads": 2, "timestep_scale": 0.25}
+    unet = build_unet({**tiny_unet(3, **ATTENDS).config, **own})
+    DDPMPipeline(unet, DDPMScheduler(20, beta_schedule="cosine")).save_pretrained(tmp_path / "start")
+    write_images(tmp_path / "images", random_pixels(4, 8, 8))
+    argv = ["--train_data_dir", tmp_path / "images", "--output_dir", tmp_path / "run", "--seed", 0, "--use_ema",
+            "--pretrained_model_name_or_path", tmp_path / "start", "--train_batch_size", 4, "--max_train_steps", 1,
+            "--ddpm_num_inference_steps", 2, "--cpu_threads", 1, "--eval_batch_size", 1, "--logger", "none",
+            "--checkpointing_steps", 1]  # fmt: skip
+    done = run_script([str(word) for word in argv], tmp_path / "run")
+    assert done.code == 0, done.err
+    for folder in (tmp_path / "run", tmp_path / "run" / "checkpoint-1"):
+        trained = load(folder).unet
+        assert type(trained) is OpenAIUNet2DModel
+        assert {name: trained.config[name] for name in own} == own

@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+from unittest import mock
 
 import diffusers
 import pytest
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 
 from ddpm_hf import ClassConditionalDDPMPipeline, DDPMPipeline, DDPMRestorationPipeline, DDPMScheduler
+from ddpm_hf.portable import pipeline_restoration_ddpm_hf
 from ddpm_hf.portable.operators_ddpm_hf import OPERATORS
 from ddpm_hf.portable.restoration_ddpm_hf import METHODS, estimate_sigma, plan_chain, tiled
 from tests.support.fixtures_pipeline import (
@@ -216,13 +218,18 @@ def test_another_sampler_in_the_pipeline_changes_nothing():
 def test_classes_are_those_of_the_model():
     """Else a model by class restores every image as one class."""
     names = {0: "cat", 1: "dog"}
-    by_class = ClassConditionalDDPMPipeline(tiny_unet(num_class_embeds=3), DDPMScheduler(T), names)
+    by_class = ClassConditionalDDPMPipeline(tiny_unet(num_class_embeds=3), DDPMScheduler(T), names, None, [1])
     pipeline, operator = finished(DDPMRestorationPipeline.from_pipe(by_class)), OPERATORS["half"]((1, 8, 8))
     y = operator.forward(randn(2, 1, 8, 8))
     with calls_of(pipeline.unet, lambda inputs, more: more["class_labels"].tolist()) as seen:
         for labels in (None, "dog", [1, 0]):
             restore(pipeline, operator, y, steps=1, solutions=2, class_labels=labels)
     assert seen == [[2] * 4, [1] * 4, [1, 1, 0, 0]]
+    with mock.patch.object(pipeline_restoration_ddpm_hf.logger, "warning") as warned:
+        restore(pipeline, operator, y, steps=1, class_labels="dog")
+        assert not warned.called
+        restore(pipeline, operator, y, steps=1, class_labels="cat")
+    assert "['cat']" in warned.call_args[0][0]
 
 
 def test_a_model_of_latents_restores_by_dps_alone():

@@ -26,8 +26,8 @@ NO_ADVICE = (
     " with --dataset_config_name {}", " instead of --overwrite_output_dir",
 )  # fmt: skip
 
-# Tried elsewhere: by the table of refusals in tests/cli/test_evaluate.py
-APART = ("ddpm_hf/cli/evaluat", "ddpm_hf/evaluation/")
+# Tried elsewhere: by the tables of refusals in tests/cli/test_evaluate.py and test_few_steps.py
+APART = ("ddpm_hf/cli/evaluat", "ddpm_hf/evaluation/", "ddpm_hf/cli/fit_", "ddpm_hf/few_steps/")
 
 # Not tried: why
 EXCEPTIONS = {

@@ -92,6 +92,7 @@ FLOORS = {
     "evaluation": "common inference objectives portable training",
     "publishing": "common evaluation inference models portable training",
     "latents": "common data models objectives portable training",
+    "few_steps": "common evaluation models objectives portable",
     "text": "common data inference latents models objectives portable training",
 }
 ROOTS = {"ddpm_hf", "ddpm_hf._version", "ddpm_hf.functional", "ddpm_hf.__main__"}

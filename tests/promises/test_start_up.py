@@ -20,7 +20,17 @@ HEAVY = {
 DIFFUSERS = {"accelerate", "diffusers", "huggingface_hub", "numpy", "scipy", "torch", "torchvision", "transformers"}
 SCRIPTS = ["train_unconditional.py", "train_text2image.py"]
 HELP = {"numpy", "typer"}
-COMMANDS = ["sample", "train", "train-text2image", "train-classifier", "push", "push-space", "info", "presets"]
+COMMANDS = [
+    "sample",
+    "train",
+    "train-text2image",
+    "train-classifier",
+    "push",
+    "push-space",
+    "info",
+    "presets",
+    "restore",
+]
 
 # Ends where the point is reached, and shows the modules
 POINT = """

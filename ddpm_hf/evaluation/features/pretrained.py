@@ -30,12 +30,16 @@ def load_pretrained(model_class: Any, name: str, features: str) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without warnings of weights that are not needed: a CLIP model also holds a text encoder."""
+    """Without warnings of weights that are not needed (a CLIP model also holds a text encoder) and of retries."""
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
+    libraries = (logging, hub_logging)
+    before = [library.get_verbosity() for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
     try:
         yield
     finally:
-        logging.set_verbosity(before)
+        for library, verbosity in zip(libraries, before):
+            library.set_verbosity(verbosity)

@@ -1,0 +1,45 @@
+"""Where a fit is kept: in the config of the model's scheduler, which stock Diffusers reads as before."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+
+from ..common.errors import UsageError
+from ..common.files import read_json, write_atomically
+from ..common.ownership import claim_files
+from ..models.saving import save_pipeline
+
+LIKELIHOOD_TIMESTEPS = "_likelihood_timesteps"  # of a scheduler's config: by the number of calls, as a string
+SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
+
+
+def check_target(model: str, out: Path | None) -> None:
+    """Raise UsageError where there is no folder to write a fit to, before any work."""
+    if out is None and not (
+        (Path(model) / "model_index.json").is_file() and (Path(model) / SCHEDULER_CONFIG).is_file()
+    ):
+        raise UsageError(
+            f"{model} is not the folder of a pipeline, which the fit would be written to; give --out FOLDER"
+        )
+    if out is not None and out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out}: is a file; give a folder")
+
+
+def save_fit(model: str, pipeline: DiffusionPipeline, fit: dict[str, Any], out: Path | None) -> Path:
+    """Add entries to the config of a pipeline's scheduler: in its folder, or in a copy of it; the file's path.
+
+    Args:
+        fit: keys with an underscore, which stock ignores, and what JSON holds.
+        out: the copy's folder; None changes the model's own.
+    """
+    if out is not None:
+        pipeline.scheduler.register_to_config(**fit)
+        save_pipeline(pipeline, out)
+        return out / SCHEDULER_CONFIG
+    path = Path(model) / SCHEDULER_CONFIG
+    config = {**read_json(path), **fit}
+    claim_files(model, [SCHEDULER_CONFIG])
+    write_atomically(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    return path

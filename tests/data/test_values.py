@@ -166,7 +166,7 @@ def test_an_empty_class_is_said_and_kept_out_of_what_is_shown(partly_trained, mo
     assert first_class(pipeline) == "ant"
     assert "bee" in limits(read_facts(folder, "me/model", pipeline))
     assert Studio(str(folder)).classes == ["ant", "cat"]
-    assert read_conditions(pipeline, None, None, None, None, (None, 0.0, None), 1.0).given == [0, 2]
+    assert read_conditions(pipeline, None, None, None, None, (None, 0.0, None), None).given == [0, 2]
     asked = []
     predict = pipeline.predict
 
@@ -192,7 +192,7 @@ def test_an_empty_class_is_sampled_on_request_with_a_warning(partly_trained, cap
         assert "bee" in said[0]
         pipeline(["ant", None], num_inference_steps=1)
         assert len(said) == 1
-    conditions = read_conditions(pipeline, None, ["bee"], None, None, (None, 0.0, None), 1.0)
+    conditions = read_conditions(pipeline, None, ["bee"], None, None, (None, 0.0, None), None)
     assert conditions.given == [1]
     assert "'bee'" in capsys.readouterr().err
 
@@ -535,7 +535,7 @@ def test_the_pipeline_says_what_it_does_not_read(capsys):
         pipeline("a red square", num_inference_steps=1)
         assert len(said) == 1
     capsys.readouterr()
-    read_conditions(pipeline, None, None, [long], None, (None, 0.0, None), 1.0)
+    read_conditions(pipeline, None, None, [long], None, (None, 0.0, None), None)
     assert "'blue square'" in capsys.readouterr().err
 
 

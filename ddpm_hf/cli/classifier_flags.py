@@ -20,6 +20,7 @@ The images and the noise schedule must be those of the model that it is to guide
 NO_CLASSIFIER = synonyms("""
 a classifier is not a pipeline, upload its folder with `hf upload`: push_to_hub hub_model_id hub_private_repo push
 a classifier is not a pipeline, upload its folder with `hf upload`: upload hub_strategy hub_revision hub_license hub
+a classifier is not a pipeline, upload its folder with `hf upload`: hub_best_metric
 a classifier has one kind of weights, averaged with --use_ema: save_variants
 a classifier samples no grids: save_images_epochs save_images_steps validation_epochs validation_prompts
 a classifier samples no grids: ddpm_num_inference_steps num_inference_steps guidance_scale

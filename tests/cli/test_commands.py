@@ -426,6 +426,8 @@ def test_the_package_runs_as_the_command(module, monkeypatch, capfd):
                 "evaluate",
                 "compare",
                 "restore",
+                "fit-variance",
+                "fit-timesteps",
             },
         ),
         ("ddpm-hf pu", {"push", "push-space"}),

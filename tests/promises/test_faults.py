@@ -157,7 +157,7 @@ def test_timings_and_pictures_that_find_no_room_are_left_out(shop, whole, tmp_pa
     """Else a picture that cannot be written ends a run of days, or each step says it again."""
     with (
         without_room(output, "append_jsonl", lambda path, record: path.name == "timings.jsonl"),
-        without_room(train_unconditional, "draw_samples"),
+        without_room(train_unconditional, "draw_grid"),
     ):
         run = attempt(shop, tmp_path / "run", **SIX_STEPS)
     assert run.code == 0

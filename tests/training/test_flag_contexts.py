@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from diffusers import UNet2DModel
 
 import train_unconditional
+from ddpm_hf.common.errors import UsageError
 from ddpm_hf.training.setup.settings import public_settings, save_settings
 from tests.support.flag_rows import checkpoints, grids, logs
 from tests.support.flag_runs import DRY, json_of, observe, weights
@@ -111,7 +112,7 @@ def test_local_rank_is_what_an_old_launcher_says(environment, wanted, base, tmp_
 
     def started(*args, **kwargs):
         found.append(os.environ.get("LOCAL_RANK"))
-        raise train_unconditional.UsageError("enough seen")
+        raise UsageError("enough seen")
 
     with (
         mock.patch.dict(os.environ, {**launcher, **environment}),

@@ -264,8 +264,7 @@ def record_results(
     if not (folder / RUN_FILE).is_file() or not (results or more):
         return []
     for result in results:
-        network = f", {measure.extractor.name} features" if measure.extractor.name else ""
-        how = f"{result['title']}; {measure.protocol.name} protocol{network}"
+        how = f"{result['title']}; {measure.conventions}"
         for name, figure in result["figures"].items():
             metric = METRICS[name]
             called = f"{metric.label} ({metric.unit})" if metric.unit else metric.label

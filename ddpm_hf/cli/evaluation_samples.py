@@ -114,7 +114,7 @@ def ids_of_labels(pipeline: "DiffusionPipeline", real: "ImageSet") -> np.ndarray
 
 
 def _order(seed: int, count: int) -> np.ndarray:
-    """The real images in an order of their own, whose classes or captions the samples take in turn."""
+    """A random order of the real images, whose classes or captions the samples take in turn."""
     from ..common.randomness import keyed_generator
 
     return keyed_generator(seed, "conditions").permutation(count)

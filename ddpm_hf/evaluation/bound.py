@@ -184,7 +184,7 @@ def _measure(
     all_t, all_s = np.array(chain), np.array([-1, *chain[:-1]])
     for call in range(plan.calls):
         keys = StepKeys(seed, call, batch.first, count)
-        at, factor = plan.draw(call, keys.uniform("likelihood_timestep").numpy())
+        at, factor = plan.sample(call, keys.uniform("likelihood_timestep").numpy())
         t, s = (torch.from_numpy(table[at]).to(x_start.device) for table in (all_t, all_s))  # [N]
         noise = keys.normal_like(x_start, "likelihood_noise")
         x_t = scheduler.add_noise(x_start, noise, t)

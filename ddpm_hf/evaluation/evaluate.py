@@ -54,6 +54,12 @@ class Measure:
         return {name: METRICS[name] for name in self.metrics}
 
     @property
+    def conventions(self) -> str:
+        """The protocol and the network, for the record of a figure."""
+        network = f", {self.extractor.name} features" if self.extractor.name else ""
+        return f"{self.protocol.name} protocol{network}"
+
+    @property
     def keep(self) -> frozenset[str]:
         """The parts of the features that the metrics read, always with `pool`."""
         return frozenset(part for row in self.rows.values() for part in parts_of(row)) & frozenset(PARTS) | {"pool"}
@@ -215,6 +221,8 @@ class Samples:
 
     def features(self, measure: Measure, ranks: Ranks) -> Features:
         """Their features; what is missing is sampled first. All ranks call it, and all get them."""
+        if self.images is not None and not measure.extractor.provides:
+            return measure.extractor(range(self.count))
         if self.images is not None:
             progress, total = f"features of {self.images.name}", self.count
             return extract(measure.extractor, self.batches(), keep=measure.keep, progress=progress, total=total)

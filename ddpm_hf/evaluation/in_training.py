@@ -76,8 +76,7 @@ class TrainingEvaluation:
         """What the figures were computed from, for the run's record and its card."""
         measure = self.reference.measure
         steps = f", {self.steps} steps" if self.steps else ""
-        network = f", {measure.extractor.name} features" if measure.extractor.name else ""
-        settings = f"{self.sampler}{steps}; {measure.protocol.name} protocol{network}"
+        settings = f"{self.sampler}{steps}; {measure.conventions}"
         return {"samples": self.count, "settings": settings, "dataset": self.reference.images.name}
 
     def during(self, run: Run, pipeline_of: Callable[[torch.nn.Module], "DiffusionPipeline"]) -> Evaluation:

@@ -73,7 +73,7 @@ class CallPlan:
         """The group of each call, [calls]."""
         return np.repeat(np.arange(len(self.sizes)), self.sizes)
 
-    def draw(self, call: int, uniforms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def sample(self, call: int, uniforms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The position of a call for N images, and the factor that makes its term an estimate of its group's part.
 
         Args:

@@ -81,8 +81,7 @@ class GraphedStep:
     def __init__(self, call: NetworkCall):
         self.inputs = tensors_of(call.args, call.kwargs)
         self.parameters = [parameter for parameter in call.parameters() if parameter.requires_grad]
-        self.wanted = [one for one in self.inputs if one.requires_grad]
-        sources = [*self.parameters, *self.wanted]
+        sources = [*self.parameters, *(one for one in self.inputs if one.requires_grad)]
         device = self.inputs[0].device
         self.anchor = torch.zeros((), device=device, requires_grad=True)  # makes the output require a gradient
 
@@ -120,7 +119,7 @@ class GraphedStep:
         return self.output.clone()
 
     def replay_backward(self, gradient: torch.Tensor) -> list[torch.Tensor | None]:
-        """Set the parameters' gradients; returns those of the inputs that want one.
+        """Set the parameters' gradients; returns those of the inputs that require one.
 
         Raises:
             RuntimeError: the gradients of an earlier pass are still there; they are in the same memory.

@@ -134,7 +134,8 @@ class Coefficients:
         Raises:
             ValueError: no whole numbers, or outside lowest..T-1.
         """
-        if not isinstance(timesteps, torch.Tensor):
+        number = not isinstance(timesteps, torch.Tensor)
+        if number:
             try:
                 timesteps = torch.as_tensor(timesteps)
             except (TypeError, ValueError, RuntimeError) as error:
@@ -143,6 +144,8 @@ class Coefficients:
                 raise out
         if timesteps.is_floating_point() or timesteps.dtype == torch.bool:
             raise ValueError(f"timesteps of {timesteps.dtype}: must be whole numbers, the positions in the chain")
+        if number and timesteps.numel() == 1:  # made on the device: a copy would make a GPU's host wait
+            return torch.full((1,), int(timesteps), dtype=torch.int64, device=device)
         return timesteps.to(device=device, dtype=torch.int64).reshape(-1)
 
     def _outside(self, timesteps: torch.Tensor, lowest: int) -> ValueError | None:

@@ -19,6 +19,7 @@ Shape: TypeAlias = tuple[int, ...]
 OfSingularValues: TypeAlias = Callable[[torch.Tensor], torch.Tensor]  # elementwise, of S ≥ 0
 LinearMap: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 MOST_ITERATIONS = 500  # of conjugate gradients
+READ_EVERY = 8  # iterations between two looks at whether all have converged, for which a GPU makes the host wait
 
 
 class Operator:
@@ -53,8 +54,14 @@ class Operator:
         """A⁺ y, [N, *shape]: of all x that explain y best the smallest (Moore and Penrose)."""
         return self.regularized_inverse(y, 0.0)
 
-    def regularized_inverse(self, y: torch.Tensor, ratio: float) -> torch.Tensor:
-        """Aᵀ(AAᵀ + ρI)⁻¹ y, [N, *shape]: E[x | y] for x ~ N(0, I) and noise of variance ρ = `ratio`."""
+    def regularized_inverse(self, y: torch.Tensor, ratio: float | torch.Tensor) -> torch.Tensor:
+        """Aᵀ(AAᵀ + ρI)⁻¹ y, [N, *shape]: E[x | y] for x ~ N(0, I) and noise of variance ρ.
+
+        Args:
+            ratio: ρ, or one for each sample, [N, 1, 1, 1].
+        """
+        if isinstance(ratio, torch.Tensor):
+            ratio = ratio.reshape(-1, *[1] * (y.ndim - 1))
         solution = conjugate_gradients(lambda u: self.forward(self.adjoint(u)) + ratio * u, y)
         return self.adjoint(solution)
 
@@ -98,9 +105,10 @@ class SpectralOperator(Operator):
         """Aᵀ y = V S Uᵀ y."""
         return self.from_observation(y, lambda s: s)
 
-    def regularized_inverse(self, y: torch.Tensor, ratio: float) -> torch.Tensor:
+    def regularized_inverse(self, y: torch.Tensor, ratio: float | torch.Tensor) -> torch.Tensor:
         """Aᵀ(AAᵀ + ρI)⁻¹ y = V S/(S² + ρ) Uᵀ y."""
-        return self.from_observation(y, lambda s: s / (s * s + ratio) if ratio else 1 / s)
+        exact = not isinstance(ratio, torch.Tensor) and not ratio
+        return self.from_observation(y, lambda s: 1 / s if exact else s / (s * s + ratio))
 
 
 class FunctionOperator(Operator):
@@ -229,9 +237,9 @@ def conjugate_gradients(matrix: LinearMap, y: torch.Tensor, iterations: int = MO
     u, residual = torch.zeros_like(y), y
     direction, size = residual, inner(residual, residual)
     enough = tolerance**2 * size
-    for _ in range(iterations):
-        if bool((size <= enough).all()):
-            break
+    for iteration in range(iterations):
+        if iteration % READ_EVERY == READ_EVERY - 1 and bool((size <= enough).all()):
+            break  # a sample that has converged stays as it is until then
         image = matrix(direction)
         curvature = inner(direction, image)
         step = torch.where((size > enough) & (curvature > 0), size / curvature.clamp(min=1e-38), 0.0)

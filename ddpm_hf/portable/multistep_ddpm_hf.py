@@ -224,8 +224,8 @@ def karras_timesteps(diffusion: DDPMScheduler, n: int) -> list[int]:
     """n different timesteps from T-1 down to 0, as evenly spaced in ρ^(1/7) as the model's timesteps allow."""
     alphas_cumprod = diffusion.exact_tables.alphas_cumprod.numpy()
     root = ((1 - alphas_cumprod) / alphas_cumprod) ** (0.5 / 7)  # [T], ascending
-    wanted = np.linspace(root[-1], root[0], n)
-    chain = [int(np.abs(root - one).argmin()) for one in wanted]
+    targets = np.linspace(root[-1], root[0], n)
+    chain = [int(np.abs(root - one).argmin()) for one in targets]
     for index in range(1, n):  # below the one before ...
         chain[index] = min(chain[index], chain[index - 1] - 1)
     for index in range(n - 1, -1, -1):  # ... and with room for those after

@@ -53,7 +53,7 @@ class MaskOperator(SpectralOperator):
 
     def reweight(self, x: torch.Tensor, factor: OfSingularValues) -> torch.Tensor:
         """g(1) where the mask shows x, else g(0)."""
-        shown, hidden = factor(torch.tensor([1.0, 0.0], dtype=x.dtype, device=x.device))
+        shown, hidden = factor(x.new_ones(())), factor(x.new_zeros(()))
         return torch.where(self.cast("mask", self.mask, x), shown * x, hidden * x)
 
 
@@ -214,7 +214,7 @@ class CompressedSensingOperator(SpectralOperator):
 
     def reweight(self, x: torch.Tensor, factor: OfSingularValues) -> torch.Tensor:
         """g(1) of what is measured, g(0) of the rest."""
-        seen, unseen = factor(torch.tensor([1.0, 0.0], dtype=x.dtype, device=x.device))
+        seen, unseen = factor(x.new_ones(())), factor(x.new_zeros(()))
         return unseen * x + (seen - unseen) * self.from_observation(self.forward(x), lambda s: s)
 
 

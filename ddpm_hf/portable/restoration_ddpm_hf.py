@@ -172,7 +172,8 @@ def pigdm(problem: Problem, moment: Moment) -> Step:
     """
     variance = diagonal(moment)
     residual = problem.error(moment.x_start)
-    back = problem.operator.regularized_inverse(residual, problem.sigma_y**2 / variance)  # r² Aᵀ(r² AAᵀ + σ²)⁻¹ r
+    ratio = problem.sigma_y**2 / variance if problem.sigma_y else 0.0
+    back = problem.operator.regularized_inverse(residual, ratio)  # r² Aᵀ(r² AAᵀ + σ²)⁻¹ r
     shift = back if moment.alpha_bar_t < LEAST_SIGNAL else moment.covariance(back) / variance
     x_start = problem.scheduler.clip(moment.x_start + shift)
     return Step(ddim_step(problem, moment, x_start, spread_given_y(problem, moment, variance)), x_start)
@@ -228,17 +229,19 @@ def repaint(problem: Problem, moment: Moment) -> Step:
     return Step(x_s + problem.operator.pseudo_inverse(problem.operator.forward(known - x_s)), moment.x_start)
 
 
-def diagonal(moment: Moment) -> float:
-    """r², the mean of Cov[x_0 | x_t]'s diagonal; at most 1 - ᾱ_t, its value for data of unit variance."""
+def diagonal(moment: Moment) -> torch.Tensor:
+    """r² [N, 1, 1, 1], the mean of Cov[x_0 | x_t]'s diagonal; at most 1 - ᾱ_t, its value for data of unit variance."""
     most = 1 - moment.alpha_bar_t
     if moment.alpha_bar_t < LEAST_SIGNAL:
-        return most
+        return moment.x_t.new_full((len(moment.x_t), 1, 1, 1), most)
     probe = torch.sign(moment.noise())
-    estimate = float((probe * moment.covariance(probe)).mean())
-    return min(max(estimate, 1e-3 * most), most) if math.isfinite(estimate) else most
+    estimate = inner(probe, moment.covariance(probe)) / moment.x_t[0].numel()
+    return torch.where(estimate.isfinite(), estimate.clamp(1e-3 * most, most), most)
 
 
-def spread_given_y(problem: Problem, moment: Moment, variance: float) -> Callable[[torch.Tensor], torch.Tensor] | None:
+def spread_given_y(
+    problem: Problem, moment: Moment, variance: torch.Tensor
+) -> Callable[[torch.Tensor], torch.Tensor] | None:
     """z -> noise of covariance β̃ I + c² Cov[x_0 | x_t, y]; None where A's SVD is unknown, or η is not 1."""
     operator, sigma = problem.operator, problem.sigma_y
     if not operator.has_svd or problem.options.eta != 1:

@@ -90,7 +90,7 @@ def test_the_strata_cover_every_term_once(variance_type, calls):
     terms, uniforms = np.random.default_rng(0).uniform(1, 2, len(chain)), (np.arange(20_000) + 0.5) / 20_000
     parts = np.zeros(len(plan.sizes))
     for call, group in enumerate(plan.groups):
-        at, factor = plan.draw(call, uniforms)
+        at, factor = plan.sample(call, uniforms)
         parts[group] += (terms[at] * factor).mean() / plan.sizes[group]
     assert parts.sum() == pytest.approx(terms.sum(), rel=1e-3)
     assert parts[0] == pytest.approx(terms[0])

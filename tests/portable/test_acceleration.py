@@ -78,14 +78,14 @@ class Recomputed(GraphedStep):
     def __init__(self, call: NetworkCall):
         self.call, self.inputs = call, tensors_of(call.args, call.kwargs)
         self.parameters = list(call.parameters())
-        self.wanted = [one for one in self.inputs if one.requires_grad]
+        self.sources = [*self.parameters, *(one for one in self.inputs if one.requires_grad)]
         self.anchor, self.given = torch.zeros((), requires_grad=True), torch.empty(4, 1, 8, 8)
         self.forward_graph = self.backward_graph = self
 
     def replay(self) -> None:
         with torch.enable_grad():
             output = self.call(*self.inputs)
-            self.gradients = torch.autograd.grad(output, [*self.parameters, *self.wanted], self.given)
+            self.gradients = torch.autograd.grad(output, self.sources, self.given)
         self.output = output.detach()
 
 

@@ -87,13 +87,13 @@ def forward(weights, x, t, layers=1):
         scaled = ((groups - mean) / np.sqrt(variance + 1e-6)).reshape(value.shape)
         return scaled * w[f"{name}/gamma"] + w[f"{name}/beta"]
 
-    def swish(value):
+    def silu(value):
         return value / (1 + np.exp(-value))
 
     def block(name, value):
-        h = conv(f"{name}/conv1", swish(norm(f"{name}/norm1", value)))
-        h = h + dense(f"{name}/temb_proj", swish(temb))[:, None, None]
-        h = conv(f"{name}/conv2", swish(norm(f"{name}/norm2", h)))
+        h = conv(f"{name}/conv1", silu(norm(f"{name}/norm1", value)))
+        h = h + dense(f"{name}/temb_proj", silu(temb))[:, None, None]
+        h = conv(f"{name}/conv2", silu(norm(f"{name}/norm2", h)))
         return h + (dense(f"{name}/nin_shortcut", value) if f"{name}/nin_shortcut/W" in w else value)
 
     def attention(name, value):
@@ -110,7 +110,7 @@ def forward(weights, x, t, layers=1):
     exponents = np.arange(half, dtype=np.float32) * np.float32(-np.log(10000.0)) / np.float32(half - 1)
     angles = t[:, None].astype(np.float32) * np.exp(exponents)
     temb = np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float64)
-    temb = dense("temb/dense1", swish(dense("temb/dense0", temb)))
+    temb = dense("temb/dense1", silu(dense("temb/dense0", temb)))
     levels = 1 + max(int(name[5]) for name in w if name.startswith("down_"))
     hs = [conv("conv_in", x)]
     for level in range(levels):
@@ -125,7 +125,7 @@ def forward(weights, x, t, layers=1):
             h = attention(f"up_{level}/attn_{layer}", h)
         if level:
             h = conv(f"up_{level}/upsample/conv", h.repeat(2, axis=1).repeat(2, axis=2))
-    return conv("conv_out", swish(norm("norm_out", h)))
+    return conv("conv_out", silu(norm("norm_out", h)))
 
 
 # TensorFlow's format

@@ -134,19 +134,20 @@ class Coefficients:
         Raises:
             ValueError: no whole numbers, or outside lowest..T-1.
         """
-        number = not isinstance(timesteps, torch.Tensor)
-        if number:
+        if isinstance(timesteps, torch.Tensor):
+            positions = timesteps
+        else:
             try:
-                timesteps = torch.as_tensor(timesteps)
+                positions = torch.as_tensor(timesteps)
             except (TypeError, ValueError, RuntimeError) as error:
                 raise ValueError(f"timesteps={timesteps!r}: give whole numbers from {lowest}") from error
-            if not timesteps.is_floating_point() and timesteps.numel() and (out := self._outside(timesteps, lowest)):
+            if not positions.is_floating_point() and positions.numel() and (out := self._outside(positions, lowest)):
                 raise out
-        if timesteps.is_floating_point() or timesteps.dtype == torch.bool:
-            raise ValueError(f"timesteps of {timesteps.dtype}: must be whole numbers, the positions in the chain")
-        if number and timesteps.numel() == 1:  # made on the device: a copy would make a GPU's host wait
-            return torch.full((1,), int(timesteps), dtype=torch.int64, device=device)
-        return timesteps.to(device=device, dtype=torch.int64).reshape(-1)
+        if positions.is_floating_point() or positions.dtype == torch.bool:
+            raise ValueError(f"timesteps of {positions.dtype}: must be whole numbers, the positions in the chain")
+        if positions is not timesteps and positions.numel() == 1:  # a copy would make a GPU's host wait
+            return torch.full((1,), int(positions), dtype=torch.int64, device=device)
+        return positions.to(device=device, dtype=torch.int64).reshape(-1)
 
     def _outside(self, timesteps: torch.Tensor, lowest: int) -> ValueError | None:
         """The error for timesteps that leave the tables, or None if they do not."""

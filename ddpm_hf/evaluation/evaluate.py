@@ -190,6 +190,7 @@ class Samples:
         sample: indices -> uint8 [n, C, H, W].
         images: those from elsewhere.
         batch_size: sampled at once.
+        summaries: what metrics on pixels keep of the images, once it was computed.
     """
 
     count: int
@@ -199,6 +200,7 @@ class Samples:
     sample: Callable[[range], np.ndarray] | None = None
     images: ImageSet | None = None
     batch_size: int = 64
+    summaries: dict[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def title(self) -> str:
@@ -211,6 +213,13 @@ class Samples:
             return self.images.batches(AT_ONCE)
         assert self.store is not None
         return self.store.batches(self.count)
+
+    def summary(self, metric: Metric) -> np.ndarray:
+        """What a metric on pixels keeps of each image, [N, ...]; metrics and plots that keep the same share it."""
+        key = str(metric.summary_home)
+        if key not in self.summaries:
+            self.summaries[key] = summarize(metric, self.batches())
+        return self.summaries[key]
 
     def take(self, indices: Sequence[int]) -> np.ndarray:
         """Some of the images, uint8 [n, C, H, W]."""
@@ -257,7 +266,7 @@ def figures(reference: Reference, samples: Samples, generated: Features) -> dict
     """All figures of one set of samples."""
     found = {}
     for name, row in reference.measure.rows.items():
-        ours = summarize(row, samples.batches()) if "images" in parts_of(row) else generated
+        ours = samples.summary(row) if "images" in parts_of(row) else generated
         found[name] = reference.figure(row, ours)
     return found
 

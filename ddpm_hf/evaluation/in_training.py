@@ -31,12 +31,10 @@ from .features import Extractor, Features, load_extractor
 from .flags import EvaluationFlags
 from .protocols import PROTOCOLS
 from .ranks import Ranks, ranks_of
-from .sampling import as_bytes
+from .sampling import AT_ONCE, as_bytes
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-
-AT_ONCE = 32  # images that a network of features reads at once
 
 
 @dataclass(frozen=True)
@@ -139,7 +137,8 @@ class TrainingEvaluation:
         images = torch.from_numpy(as_bytes(output.images.float()))
         features = [measure.extractor(part) for part in images.split(AT_ONCE)]
         columns = {name: np.concatenate([getattr(one, name) for one in features]) for name in measure.keep}
-        pixels = {row.name: summarize(row, [images]) for row in measure.rows.values() if "images" in parts_of(row)}
+        on_pixels = {str(row.summary_home): row for row in measure.rows.values() if "images" in parts_of(row)}
+        pixels = {home: summarize(row, [images]) for home, row in on_pixels.items()}
         return indices.start, Features(**columns), pixels
 
     def _figures(self, parts: list[tuple[int, Features, dict[str, np.ndarray]]]) -> dict[str, float]:
@@ -148,7 +147,9 @@ class TrainingEvaluation:
         columns = {name: np.concatenate([getattr(part[1], name) for part in parts]) for name in measure.keep}
         features, values = Features(**columns), dict[str, float]()
         for name, row in measure.rows.items():
-            ours = np.concatenate([part[2][name] for part in parts]) if "images" in parts_of(row) else features
+            ours = features
+            if "images" in parts_of(row):
+                ours = np.concatenate([part[2][str(row.summary_home)] for part in parts])
             figure = reference.figure(row, ours)
             values |= {f"evaluation_{name}": figure.value}
             values |= {f"evaluation_{name}_low": figure.low, f"evaluation_{name}_high": figure.high}

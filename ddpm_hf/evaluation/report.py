@@ -15,7 +15,7 @@ from .._version import __version__
 from ..common.layout import json_or_none
 from ..common.ownership import check_replaceable, replace_files
 from ..common.pictures import image_grid
-from .evaluate import Reference, Samples, stamp, summarize
+from .evaluate import Reference, Samples, stamp
 from .metrics import METRICS
 
 if TYPE_CHECKING:
@@ -300,7 +300,7 @@ def picture_section(reference: Reference, samples: Samples) -> list[str]:
     parts = []
     for row in reference.measure.rows.values():
         if row.picture is not None:
-            drawn = row.picture(reference.summary(reference.images, row), summarize(row, samples.batches()))
+            drawn = row.picture(reference.summary(reference.images, row), samples.summary(row))
             parts += [f"<h2>{html.escape(row.label.capitalize())} ({html.escape(samples.title)})</h2>", svg(drawn)]
     return parts
 

@@ -17,6 +17,7 @@ import torch
 from .linear_ddpm_hf import LinearMap, Operator, conjugate_gradients, inner
 from .scheduling_ddpm_hf import DDPMScheduler
 
+PROBED = 1024  # random signs in all that probe J: an image of fewer numbers requires several probes
 LEAST_SIGNAL = 1e-4  # below this ᾱ_t, J is rounding: x̂_0 then hardly depends on x_t
 
 
@@ -234,8 +235,9 @@ def diagonal(moment: Moment) -> torch.Tensor:
     most = 1 - moment.alpha_bar_t
     if moment.alpha_bar_t < LEAST_SIGNAL:
         return moment.x_t.new_full((len(moment.x_t), 1, 1, 1), most)
-    probe = torch.sign(moment.noise())
-    estimate = inner(probe, moment.covariance(probe)) / moment.x_t[0].numel()
+    size = moment.x_t[0].numel()
+    probes = [torch.sign(moment.noise()) for _ in range(math.ceil(PROBED / size))]
+    estimate = sum(inner(probe, moment.covariance(probe)) for probe in probes) / (size * len(probes))
     return torch.where(estimate.isfinite(), estimate.clamp(1e-3 * most, most), most)
 
 

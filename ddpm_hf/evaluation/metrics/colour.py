@@ -127,5 +127,5 @@ def colour_picture(real: np.ndarray, generated: np.ndarray) -> "Picture":
         change = generated[:, i].mean() - real[:, i].mean()
         title = "contrast" if name == "contrast" else f"mean of {name}"
         axes.set(title=f"{title}: {change:+.1f}", xlabel="level, 0..255", yticks=[])
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, loc="upper right")
     return picture

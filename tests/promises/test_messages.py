@@ -26,8 +26,15 @@ NO_ADVICE = (
     " with --dataset_config_name {}", " instead of --overwrite_output_dir",
 )  # fmt: skip
 
-# Tried elsewhere: by the tables of refusals in tests/cli/test_evaluate.py and test_few_steps.py
-APART = ("ddpm_hf/cli/evaluat", "ddpm_hf/evaluation/", "ddpm_hf/cli/fit_", "ddpm_hf/few_steps/")
+# Tried elsewhere: by the tables of refusals in tests/cli/test_evaluate.py, test_few_steps.py and tests/ablation
+APART = (
+    "ddpm_hf/cli/evaluat",
+    "ddpm_hf/evaluation/",
+    "ddpm_hf/cli/fit_",
+    "ddpm_hf/few_steps/",
+    "ddpm_hf/cli/abl",
+    "ddpm_hf/ablation/",
+)
 
 # Not tried: why
 EXCEPTIONS = {

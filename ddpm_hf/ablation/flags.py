@@ -22,7 +22,7 @@ UNETS = "unets"  # of the output folder: models that the plan describes itself
 DECISIVE = {"num_epochs", "max_train_steps", "model_preset", MODEL_CONFIG, "validation_steps"}
 INCIDENTAL = {"cpu_threads"}  # applied to a resumed run, and yet without effect on what is trained
 DECIDED_HERE = {"seed", "push_to_hub"}  # by the plan's seeds; a table's cells are not published
-# Where neither plan nor preset says otherwise: a cell is no run to look at while it trains
+# Where neither plan nor preset says otherwise: nobody watches a cell while it trains
 CELL_DEFAULTS = {"logger": "none", "save_images_epochs": "0", "checkpoints_total_limit": "1"}
 
 

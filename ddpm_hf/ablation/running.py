@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -71,6 +72,7 @@ def run_chains(
     """
     waiting, running, failures = deque(chain for chain in chains if not chain.done), list[_Running](), []
     total, done = len(chains), sum(chain.done for chain in chains)
+    often, shown = 1.0 if sys.stderr.isatty() else 60.0, -math.inf  # seconds
     with tqdm(total=total, initial=done, unit="cell", desc="cells", disable=total == done) as bar:
         try:
             while waiting or running:
@@ -79,7 +81,9 @@ def run_chains(
                     chain, slot = waiting.popleft(), free.pop(0)
                     task = next(task for task in chain.tasks if not task.done)
                     running.append(_Running(chain, task, start(task, slot), slot))
-                bar.set_postfix_str("; ".join(progress(one.task) for one in running)[:150])
+                if time.monotonic() - shown > often:
+                    shown = time.monotonic()
+                    bar.set_postfix_str("; ".join(progress(one.task) for one in running)[:150])
                 ended = [one for one in running if one.process.poll() is not None]
                 for one in ended:
                     running.remove(one)

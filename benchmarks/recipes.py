@@ -49,6 +49,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--num-samples", type=int, default=2000)
     parser.add_argument("--sampler", default="ddpm")
     parser.add_argument("--sampling-steps", type=int, default=250)
+    parser.add_argument("--metrics", default="colour,fid")
     parser.add_argument("--features", default="efficientnet-lite0")
     parser.add_argument("--widths", default="", help="Of the row `recipe`, such as 0.05,0.10,0.15.")
     parser.add_argument("--flags", default="", help="More flags for every row, such as '--mixed_precision bf16'.")
@@ -88,7 +89,7 @@ def train(arguments: argparse.Namespace, row: str, seed: int, folder: Path) -> N
 def measure(arguments: argparse.Namespace, folder: Path) -> None:
     """Sample from a row's model, and measure."""
     how = [
-        "--metrics", "colour,fid", "--features", arguments.features, "--num-samples", arguments.num_samples,
+        "--metrics", arguments.metrics, "--features", arguments.features, "--num-samples", arguments.num_samples,
         "--sampler", arguments.sampler, "--steps", arguments.sampling_steps, "--batch-size", 500,
     ]  # fmt: skip
     call("-m", "ddpm_hf", "evaluate", folder, *how, "--out", folder / "evaluation")
@@ -113,22 +114,24 @@ def spread(values: list[float]) -> str:
 
 def table(arguments: argparse.Namespace) -> str:
     """The figures so far, as Markdown."""
-    lines = ["| | colour W1 | FD | held-out loss | training, s | seeds |", "|---|---|---|---|---|---|"]
-    widths: dict[str, list[tuple[float, float]]] = {}
+    measured = arguments.metrics.split(",")
+    names = [*measured, "held-out", "seconds"]
+    lines = [f"| | {' | '.join(names)} | seeds |", "|---" * (len(names) + 2) + "|"]
+    widths: dict[str, list[list[float]]] = {}
     for row in arguments.rows:
         folders = [arguments.out / f"{row.replace(' ', '').replace('/', '-')}-{seed}" for seed in arguments.seeds]
         done = [figures(one) for one in folders if (one / "evaluation" / "metrics.json").is_file()]
         for one in folders:
             if (one / "widths" / "metrics.json").is_file():
                 for result in json.loads((one / "widths" / "metrics.json").read_text())["results"]:
-                    values = tuple(result["figures"][name]["value"] for name in ("colour", "fid"))
+                    values = [result["figures"][name]["value"] for name in measured]
                     widths.setdefault(f"EMA width {result['ema_std'] or 'own'}", []).append(values)
         if done:
-            shown = [spread([one[name] for one in done]) for name in ("colour", "fid", "held-out", "seconds")]
+            shown = [spread([one[name] for one in done]) for name in names]
             lines.append(f"| {row} | {' | '.join(shown)} | {len(done)} |")
-    for name, pairs in widths.items():
-        colours, distances = zip(*pairs)
-        lines.append(f"| {name} | {spread(list(colours))} | {spread(list(distances))} | | | {len(pairs)} |")
+    for name, values in widths.items():
+        shown = [spread(list(column)) for column in zip(*values)]
+        lines.append(f"| {name} | {' | '.join([*shown, '', ''])} | {len(values)} |")
     return "\n".join(lines)
 
 

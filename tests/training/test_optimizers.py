@@ -137,8 +137,8 @@ def test_muon_is_torchs_on_a_matrix_and_on_a_kernel_as_one():
         kernel.weight.grad, matrix.grad = gradient.clone(), gradient.reshape(6, -1).clone()
         ours.step()
         theirs.step()
-    torch.testing.assert_close(kernel.weight.detach().reshape(6, -1), matrix.detach(), rtol=0, atol=1e-3)
-    assert (kernel.weight.detach() - start).abs().mean() > 5e-3
+    torch.testing.assert_close(kernel.weight.detach().reshape(6, -1), matrix.detach(), rtol=0, atol=3e-4)
+    assert (kernel.weight.detach() - start).abs().mean() > 2e-3
 
 
 def test_schedulefree_brings_what_it_requires_where_nobody_says_otherwise():

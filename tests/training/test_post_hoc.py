@@ -12,7 +12,7 @@ from scipy.integrate import quad
 from ddpm_hf.common.errors import UsageError
 from ddpm_hf.common.ownership import listed
 from ddpm_hf.training.post_hoc import Averages, inner_products, read_snapshots, solve_coefficients
-from ddpm_hf.training.power_averages import WIDTHS, PowerAverage, exponent, relative_std, write_snapshots
+from ddpm_hf.training.power_averages import WIDTHS, PowerAverage, exponent, read_about, relative_std, write_snapshots
 from tests.support.pictures import encoded, random_pixels, write_rows, write_unet
 from tests.support.runs import GRAY, assert_same_tensors, attempt, last_checkpoint, read, train, weights
 
@@ -130,6 +130,7 @@ def test_it_is_ema_pytorchs(std, tmp_path):
     """Else "post-hoc EMA" is another one here than in the known implementation."""
     library = pytest.importorskip("ema_pytorch")
     walked, every = walk(60), 10
+    (tmp_path / "ours").mkdir()
     ours, _ = snapshots_of(walked, every, tmp_path / "ours")
     model = torch.nn.Linear(3, 1, bias=False).double()
     model.weight.data.copy_(walked[0])
@@ -180,7 +181,8 @@ def test_a_resumed_run_has_the_same_snapshots(world, tmp_path):
         assert_same_tensors(ours[name], there[name])
     for std in WIDTHS:
         one, other = (last_checkpoint(each) / "unet_power" / f"{std:.3f}.safetensors" for each in (tmp_path, run))
-        assert one.read_bytes() == other.read_bytes()
+        assert_same_tensors(load_file(one), load_file(other))
+        assert read_about(one) == read_about(other)
 
 
 @pytest.mark.parametrize(("flag", "says"), [(None, "would be lost"), (3, "no power averages")])
@@ -188,11 +190,11 @@ def test_a_run_with_averages_goes_on_with_them(flag, says, world, tmp_path):
     """Else averages silently begin in the middle, or are lost."""
     other = {"ema_snapshot_steps": None} if flag else {}
     train(world, tmp_path, FLAGS, max_train_steps=2, **other)
-    if flag is None:
-        path = tmp_path / "checkpoint-2" / "manifest.json"
-        manifest = read(path)
-        del manifest["settings"]["ema_snapshot_steps"]
-        path.write_text(json.dumps(manifest))
+    if flag is None:  # as of a checkpoint whose run's settings are lost
+        settings = {
+            name: value for name, value in read(tmp_path / "training_config.json").items() if "ema" not in name
+        }
+        (tmp_path / "training_config.json").write_text(json.dumps(settings))
     run = attempt(world, tmp_path, FLAGS, resume_from_checkpoint="latest", ema_snapshot_steps=flag)
     assert run.code == 2
     assert says in run.error()

@@ -13,6 +13,7 @@ from . import (
     ablate,
     compare,
     convert,
+    ema,
     evaluate,
     fit_timesteps,
     fit_variance,
@@ -65,6 +66,7 @@ app.command(context_settings=UNDERSCORES_TOO, epilog=convert.EPILOG)(convert.con
 app.command(context_settings=UNDERSCORES_TOO, epilog=evaluate.EPILOG)(evaluate.evaluate)
 app.command(context_settings=UNDERSCORES_TOO, epilog=compare.EPILOG)(compare.compare)
 app.command(context_settings=UNDERSCORES_TOO, epilog=ablate.EPILOG)(ablate.ablate)
+app.command(context_settings=UNDERSCORES_TOO, epilog=ema.EPILOG)(ema.ema)
 app.command("fit-variance", context_settings=UNDERSCORES_TOO, epilog=fit_variance.EPILOG)(fit_variance.fit_variance)
 app.command("fit-timesteps", context_settings=UNDERSCORES_TOO, epilog=fit_timesteps.EPILOG)(
     fit_timesteps.fit_timesteps

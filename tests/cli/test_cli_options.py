@@ -24,7 +24,7 @@ from ddpm_hf import (
 )
 from ddpm_hf.models import converters
 from tests.ablation import test_ablation
-from tests.cli import test_evaluate, test_few_steps
+from tests.cli import test_ema, test_evaluate, test_few_steps
 from tests.support.classifier import tiny_classifier
 from tests.support.fixtures_cli import assert_one_line
 from tests.support.fixtures_pipeline import tiny_unet
@@ -291,14 +291,18 @@ def test_every_option_has_a_row():
     evaluated = {("evaluate", name) for name in [*test_evaluate.APART, *(row.option for row in test_evaluate.ROWS)]}
     fitted = {(row.command, row.option) for row in test_few_steps.ROWS} | test_few_steps.APART.keys()
     ablated = {("ablate", name) for name in test_ablation.APART}
-    assert options() == {(row.command, row.option) for row in ROWS} | APART.keys() | evaluated | fitted | ablated
+    averaged = {("ema", name) for name in [*test_ema.APART, *test_ema.ROWS]}
+    assert (
+        options()
+        == {(row.command, row.option) for row in ROWS} | APART.keys() | evaluated | fitted | averaged | ablated
+    )
     commands = typer.main.get_command(cli.app).commands
     assert {name for name in commands if not commands[name].params} == {
         "presets", "train", "train-text2image", "train-classifier"
     }  # fmt: skip
     parts = (
         (APART, globals()),
-        *((module.APART, vars(module)) for module in (test_evaluate, test_few_steps, test_ablation)),
+        *((module.APART, vars(module)) for module in (test_ema, test_evaluate, test_few_steps, test_ablation)),
     )
     for names, tests in parts:
         assert set(names.values()) <= set(tests)

@@ -90,7 +90,7 @@ def read_plan(file: Path, changes: Mapping[str, str] | None = None) -> Plan:
     if script not in SCRIPTS:
         raise document.error(("script",), f"must be one of {', '.join(SCRIPTS)} (got {script!r})")
     shared = {**_mapping(document, ("flags",)), **(changes or {})}
-    paths = {name: ("flags", name) for name in shared}
+    paths: dict[str, tuple[str, ...]] = {name: ("flags", name) for name in shared}
     axes, cells = _grid(document, shared, paths)
     for name in _mapping(document, ("cells",)):
         own = _mapping(document, ("cells", name))

@@ -134,7 +134,7 @@ class Ablation:
             classifier_flags.check_mapping(plan, ("classifier",), classifier)
         self.flags.write_unets([(cell.flags, cell.paths) for cell in plan.cells], plan.document.typed)
         if isinstance(classifier, dict):
-            paths = {name: ("classifier", name) for name in classifier}
+            paths: dict[str, tuple[str, ...]] = {name: ("classifier", name) for name in classifier}
             classifier_flags.write_unets([(classifier, paths)], plan.document.typed)
             chain, classifier = classifier_chain(classifier, classifier_flags, out)
             self.first.append(chain)

@@ -189,8 +189,9 @@ def write_real_images(plan: "Plan", flags: "Flags", out: Path) -> tuple[Path, in
     from .evaluate import DEFAULT_SAMPLES
 
     given, options = plan.real or {}, plan.evaluate or {}
-    default = {**training_dataset(plan, flags), **{key: options[key] for key in ("dataset",) if key in options}}
-    source = {**default, "split": "test", **{key: given[key] for key in ("dataset", "split") if key in given}}
+    source = training_dataset(plan, flags) | {"split": "test"}
+    for key, value in (("dataset", options.get("dataset")), *given.items()):
+        source |= {key: value} if value and key in ("dataset", "split") else {}
     count = int(given.get("images") or options.get("num_samples") or DEFAULT_SAMPLES)
     shape = image_shape(plan, flags)
     path = out / f"{digest([source, count, shape])}.npz"

@@ -9,14 +9,15 @@ import typer
 
 from ..inference.samplers import SAMPLERS
 from .common import check_revision, clean_token, quiet
-from .conditions import Conditions, read_conditions
+from .conditions import DEFAULT_IMAGES, Conditions, read_conditions
 from .exits import reports_stop
+from .image_conditions import ImageConditions, read_image_conditions
 from .pictures import adm_arrays, check_out, write_pictures
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-DEFAULT_IMAGES, DEFAULT_BETWEEN, DEFAULT_BATCH = 16, 11, 64
+DEFAULT_BETWEEN, DEFAULT_BATCH = 11, 64
 
 Sampler = enum.Enum("Sampler", {name: name for name in SAMPLERS}, type=str)  # type: ignore[misc]  # a table's names
 
@@ -57,7 +58,9 @@ ddpm-hf sample text2image --prompt "a handwritten seven" --prompt "the digit two
 
 ddpm-hf sample photos-ddpm --num-images 50000 --batch-size 256 --format npz
 
-ddpm-hf sample photos-ddpm --interpolate a.png b.png --timestep 500"""
+ddpm-hf sample photos-ddpm --interpolate a.png b.png --timestep 500
+
+ddpm-hf sample photos-x4 --image small.png --num-images 8"""
 
 
 def option(panel: str, help: str, *names: str, **settings: Any) -> Any:
@@ -68,7 +71,13 @@ def option(panel: str, help: str, *names: str, **settings: Any) -> Any:
 def sample(
     model: Annotated[str, typer.Argument(help="A run's folder or checkpoint-N, or a model on the Hub (user/name).")],
     num_images: Annotated[
-        int | None, option(WHAT, "Number of images. Default: 16, or 11 with --interpolate.", min=1, max=1_000_000)
+        int | None,
+        option(
+            WHAT,
+            "Number of images. Default: 16, or 11 with --interpolate, or one for each --image.",
+            min=1,
+            max=1_000_000,
+        ),
     ] = None,
     class_: Annotated[
         list[str] | None,
@@ -82,6 +91,22 @@ def sample(
         list[str] | None, option(WHAT, "The text, for a text-to-image model; repeat it for several in turn.")
     ] = None,
     negative_prompt: Annotated[str | None, option(WHAT, "For text to image: what to move away from.")] = None,
+    image: Annotated[
+        Path | None,
+        option(WHAT, "The image that an image-to-image model reads, or a folder of them; in turn."),
+    ] = None,
+    mask: Annotated[
+        Path | None, option(WHAT, "For --image of a model that inpaints: white where to paint; or a folder of masks.")
+    ] = None,
+    conditioning_noise: Annotated[
+        float | None,
+        option(
+            WHAT,
+            "Noise to mix into --image, from 0 to the level that the model was trained with. Default: 0.",
+            min=0.0,
+            max=1.0,
+        ),
+    ] = None,
     interpolate: Annotated[
         tuple[Path, Path] | None,
         option(WHAT, "Interpolate between two image files, noised to --timestep.", metavar="IMAGE IMAGE"),
@@ -171,7 +196,11 @@ def sample(
     from ..inference.loading import load
     from ..training.earlier_run import settle
 
-    for name, word in (("out", out), ("MODEL", model), ("classifier", classifier), ("revision", revision)):
+    words = (
+        ("out", out), ("MODEL", model), ("classifier", classifier), ("revision", revision), ("image", image),
+        ("mask", mask),
+    )  # fmt: skip
+    for name, word in words:
         if word is not None:
             check_word(name, str(word))
     check_revision(model, revision)
@@ -189,7 +218,17 @@ def sample(
     if pipeline.image_channels > 4:
         shown = f"the first three of {pipeline.image_channels} channels"
         typer.echo(f"warning: the pictures show {shown}; output_type='np' of the pipeline gives all", err=True)
-    conditions = read_conditions(pipeline, classifier, class_, prompt, negative_prompt, guidance, classifier_scale)
+    conditions: Conditions | ImageConditions
+    if hasattr(pipeline, "conditioning"):
+        others = {
+            "prompt": prompt, "negative-prompt": negative_prompt, "classifier": classifier,
+            "classifier-scale": classifier_scale, "interpolate": interpolate,
+            "shared-timestep": shared_timestep is not None,
+        }  # fmt: skip
+        conditions = read_image_conditions(pipeline, image, mask, class_, guidance, conditioning_noise, others)
+    else:
+        refuse_images(image, mask, conditioning_noise)
+        conditions = read_conditions(pipeline, classifier, class_, prompt, negative_prompt, guidance, classifier_scale)
     check_out(out)
     steps = set_sampler(pipeline, sampler.value, steps)
     columns: int | None = None
@@ -204,7 +243,7 @@ def sample(
         elif shared_timestep is not None:
             images = images_from_shared(pipeline, num_images or DEFAULT_IMAGES, shared_timestep, seed, steps)
         else:
-            count, moments = num_images or DEFAULT_IMAGES, 40 if progressive else 0
+            count, moments = num_images or conditions.default_count, 40 if progressive else 0
             images, frames = sample_images(pipeline, conditions, count, batch_size, seed, steps, eta, moments)
             labels = conditions.labels(count)
     arrays = adm_arrays(images, labels) if format is Format.npz else None
@@ -238,7 +277,17 @@ def check_together(
         raise ValueError(f"{special} and --format npz: give one of them")
 
 
-def check_unconditional(pipeline: "DiffusionPipeline", conditions: Conditions, special: str) -> None:
+def refuse_images(image: Path | None, mask: Path | None, conditioning_noise: float | None) -> None:
+    """Raise ValueError for what only a model that reads an image has a use for."""
+    for name, value in (("image", image), ("mask", mask), ("conditioning-noise", conditioning_noise)):
+        if value is not None:
+            raise ValueError(
+                f"--{name} {value} is for models that read an image, and this one does not; `ddpm-hf restore` restores"
+                " images with any model"
+            )
+
+
+def check_unconditional(pipeline: "DiffusionPipeline", conditions: Any, special: str) -> None:
     """Raise ValueError for a model that is sampled by class or text, and for classifier guidance."""
     if not hasattr(pipeline, "interpolate"):
         raise ValueError(f"{special} is for unconditional models, and this one samples by class or text")
@@ -310,7 +359,7 @@ def autocast(device: str, precision: Precision) -> AbstractContextManager:
 
 def sample_images(
     pipeline: "DiffusionPipeline",
-    conditions: Conditions,
+    conditions: Conditions | ImageConditions,
     num_images: int,
     batch_size: int,
     seed: int,

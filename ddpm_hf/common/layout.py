@@ -118,6 +118,8 @@ PIPELINE = (
             "restoration",
             "linear",
             "operators",
+            "conditioning",
+            "image_to_image",
         )
     ),
     Entry(RUN_FILE, published=True, recognised=_has("sessions")),

@@ -3,10 +3,11 @@
     python benchmarks/conditional.py train base single augmented plain --out runs --minutes 2 [--data folder]
     python benchmarks/conditional.py measure --out runs [--features MODEL] --result conditional.json
 
-`train` makes the named models, each for `--minutes` times its share, with the EMA of constant learning rate: `base` at half
-the size, `single` at the full size, and two models of super-resolution ×2 from that half: `augmented` with noise in what
-it reads, `plain` without. One that is stopped goes on where it was. A cascade of base and augmented has the training
-time of `single`. `measure` computes, of held-out images:
+`train` makes the named models, each for `--minutes` times its share, with the EMA of a constant learning rate: `base`
+at half the size, `single` at the full size, and two models of super-resolution ×2 from that half: `augmented` with
+noise in what it reads, `plain` without. A cascade of base and augmented has the training time of `single`.
+
+`measure` computes, of held-out images:
 
 - PSNR and Fréchet distance of the super-resolution, by `augmented` and `plain` with each correction of colours, and
   zero-shot by `single` (ddnm), all with the same number of calls;

@@ -81,7 +81,7 @@ def read_conditions(
     options = {} if guide is None else {"classifier": guide, "classifier_scale": scale_of_classifier}
     scale, rescale, interval = guidance
     scale = 1.0 if scale is None else scale
-    if hasattr(pipeline, "class_ids"):
+    if getattr(pipeline, "has_classes", False):
         if scale != 1.0 and pipeline.null_class is None:
             raise ValueError(
                 "--guidance-scale requires a model that was also trained without classes (--class_dropout 0.1)"
@@ -216,6 +216,6 @@ def load_classifier(folder: Path, pipeline: "DiffusionPipeline") -> "NoisyClassi
         raise ValueError(
             f"--classifier {folder} was trained for images of another size or number of channels than the model's"
         )
-    if hasattr(pipeline, "class_ids") and class_names(classifier) != class_names(pipeline):
+    if getattr(pipeline, "has_classes", False) and class_names(classifier) != class_names(pipeline):
         raise ValueError(f"--classifier {folder} has other classes than the model, or in another order")
     return classifier

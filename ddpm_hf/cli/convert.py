@@ -148,7 +148,7 @@ def fitting_classifier(folder: Path, pipeline: Any) -> Any:
     """
     from .conditions import load_classifier
 
-    if not hasattr(pipeline, "class_ids"):
+    if not getattr(pipeline, "has_classes", False):
         raise ValueError("--classifier is kept with a model by class, and this one has no classes; keep it by itself")
     return load_classifier(folder, pipeline)
 

@@ -21,14 +21,14 @@ class ImageConditions:
         images: [c, h, w] in [0, 1].
         names: theirs, for legends.
         masks: of inpainting, bool [H, W], true where a pixel is known.
-        class_labels: of a model by class, one for each; empty for no class.
+        class_labels: ids of a model by class, one for each; empty for no class.
         options: further arguments of the pipeline's call.
     """
 
     images: Sequence[Any]
     names: Sequence[str]
     masks: Sequence[Any] = ()
-    class_labels: Sequence[str] = ()
+    class_labels: Sequence[int] = ()
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -68,7 +68,7 @@ def read_image_conditions(
         ValueError: options, images or masks that the model does not support.
     """
     from ..restoration.pictures import to_tensor
-    from .conditions import free_guidance
+    from .conditions import class_ids, free_guidance
     from .restore_inputs import counterpart, list_images, read_mask, read_pixels
 
     task = pipeline.conditioning.task
@@ -96,8 +96,12 @@ def read_image_conditions(
         pipeline.read_mask(known, 1)
     if classes and len(classes) not in (1, len(files)):
         raise ValueError(f"{len(classes)} times --class for {len(files)} images; give one, or one for each")
-    labels = list(classes or ()) * (len(files) if len(classes or ()) == 1 else 1)
-    pipeline.class_condition(labels or None, len(files))
+    if classes and not pipeline.has_classes:
+        raise ValueError("this model has no classes; leave out --class")
+    if not classes and pipeline.has_classes and pipeline.null_class is None:
+        raise ValueError(f"this model always has a class: give --class, one of {', '.join(pipeline.labels)}")
+    labels = class_ids(classes, pipeline.class_names, pipeline.default_classes) if classes else []
+    labels = labels * (len(files) if len(labels) == 1 else 1)
     scale, rescale, interval = guidance
     scale = 1.0 if scale is None else scale
     if scale != 1.0 and not (pipeline.has_classes and pipeline.null_class is not None):

@@ -215,18 +215,28 @@ class ClassesMixin(MixinBase):
             self.register_to_config(trained_classes=sorted(trained_classes))
 
     @property
+    def has_classes(self) -> bool:
+        """Whether the network reads a class."""
+        return bool(self.unet.config.get("num_class_embeds"))
+
+    @property
+    def class_names(self) -> dict[str, str]:
+        """The classes' names by their ids, which are strings as in JSON; empty for a model without classes."""
+        return dict(self.config.get("id2label") or {})
+
+    @property
     def labels(self) -> dict[str, int]:
         """The classes' ids by their names."""
-        return {name: int(number) for number, name in self.config.id2label.items()}
+        return {name: int(number) for number, name in self.class_names.items()}
 
     @property
     def default_classes(self) -> list[int]:
         """The ids of the classes to sample where none are asked for: those that training images had."""
-        return list(self.config.get("trained_classes") or range(len(self.config.id2label)))
+        return list(self.config.get("trained_classes") or range(len(self.class_names)))
 
     def untrained(self, ids: list[int] | None = None) -> list[str]:
         """The names of the classes (of those among `ids`) that no training image had."""
-        names, trained = self.config.id2label, set(self.default_classes)
+        names, trained = self.class_names, set(self.default_classes)
         return [
             name
             for number, name in names.items()
@@ -236,8 +246,8 @@ class ClassesMixin(MixinBase):
     @property
     def null_class(self) -> int | None:
         """The id that stands for no class, or None if the model never learned one."""
-        classes = len(self.config.id2label)
-        return classes if self.unet.config.num_class_embeds == classes + 1 else None
+        classes = len(self.class_names)
+        return classes if classes and self.unet.config.num_class_embeds == classes + 1 else None
 
     def class_ids(self, class_labels: ClassLabels) -> torch.Tensor:
         """Ids (integers) or names (strings), one or several, as a LongTensor [N]; None is the null class.
@@ -249,7 +259,7 @@ class ClassesMixin(MixinBase):
             class_labels = class_labels.reshape(-1).tolist()
         if not isinstance(class_labels, (list, tuple, range)):
             class_labels = [class_labels]
-        known, count = self.labels, len(self.config.id2label)
+        known, count = self.labels, len(self.class_names)
         ids = []
         for label in class_labels:
             if isinstance(label, str):

@@ -64,11 +64,6 @@ class ImageToImageMixin(SamplingMixin, ClassesMixin):
             channels = self.conditioning.image_channels(channels)
         return channels, height, width
 
-    @property
-    def has_classes(self) -> bool:
-        """Whether the network also reads a class."""
-        return bool(self.unet.config.num_class_embeds)
-
     def read_image(self, image: Any) -> torch.Tensor:
         """y [N, c, h, w] in [-1, 1] of PIL images, arrays [N, h, w, c] or tensors [N, c, h, w] in [0, 1].
 

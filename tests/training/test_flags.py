@@ -216,7 +216,7 @@ ROWS = [
     Row("conditioning_filter", "average", conditioned("filter"), "bicubic", "average", **SR),
     Row("conditioning_enlarge", "bilinear", conditioned("enlarge"), "bicubic", "bilinear", **SR),
     Row("conditioning_noise", 0, lambda s: s.run.json("unet/config.json")["in_channels"], 7, 6, **SR),
-    Row("conditioning_masks", ["half"], conditioned("masks"), ["box", "random", "half"], ["half"],
+    Row("conditioning_masks", ("half",), conditioned("masks"), ["box", "random", "half"], ["half"],
         {"conditioning": "inpaint"}),
     Row("conditioning_blur_size", 2.0, conditioned("blur_size"), 1.0, 2.0, {"conditioning": "deblur"}),
     Row("push_to_hub", True, lambda s: len(s.spied("upload")), 0, 1),

@@ -185,7 +185,8 @@ def first_prompt(facts: Facts) -> str:
 
 def first_class(pipeline: Any) -> str:
     """The name of its first trained class; "0" for a model without classes."""
-    return pipeline.config.id2label[str(pipeline.default_classes[0])] if hasattr(pipeline, "default_classes") else "0"
+    by_class = getattr(pipeline, "has_classes", False)
+    return pipeline.class_names[str(pipeline.default_classes[0])] if by_class else "0"
 
 
 def training(facts: Facts) -> str:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time `__getattr_
     from .inference.loading import load as load
     from .objectives.losses import training_losses as training_losses
     from .portable.operators_ddpm_hf import OPERATORS as OPERATORS
+    from .portable.pipeline_cascade_ddpm_hf import DDPMCascadePipeline as DDPMCascadePipeline
     from .portable.pipeline_class_conditional_ddpm_hf import (
         ClassConditionalDDPMPipeline as ClassConditionalDDPMPipeline,
     )
@@ -35,6 +36,7 @@ _HOMES = {
     "BETA_SCHEDULES": ".portable.schedules_ddpm_hf",
     "DDPMScheduler": ".portable.scheduling_ddpm_hf",
     "ClassConditionalDDPMPipeline": ".portable.pipeline_class_conditional_ddpm_hf",
+    "DDPMCascadePipeline": ".portable.pipeline_cascade_ddpm_hf",
     "DDPMImageToImagePipeline": ".portable.pipeline_image_to_image_ddpm_hf",
     "DDPMPipeline": ".portable.pipeline_ddpm_hf",
     "DDPMRestorationPipeline": ".portable.pipeline_restoration_ddpm_hf",

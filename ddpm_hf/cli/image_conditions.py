@@ -115,6 +115,10 @@ def read_image_conditions(
 
 def refuse_image_models(pipeline: Any, command: str) -> None:
     """Raise ValueError for a command whose samples are made of noise alone, and a model that reads an image."""
+    if hasattr(pipeline, "conditionings"):
+        raise ValueError(
+            f"{command} is for single models, and this is a cascade: give a model of it, or a folder of samples"
+        )
     if hasattr(pipeline, "conditioning"):
         task = pipeline.conditioning.task
         raise ValueError(

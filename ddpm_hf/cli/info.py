@@ -157,9 +157,12 @@ def pipeline_rows(source: Source, index: dict[str, Any]) -> Rows:
     latents = "vae/config.json" in source.paths
     title = KINDS[SAMPLED_BY[name]].title if name in SAMPLED_BY else "a pipeline of another library"
     kind = f"{title} ({name}){', in latents' if latents else ''}"
-    rows = [("kind", kind), *model_rows(source, "" if at_root else "unet", unet, source.json("vae/config.json"))]
-    if "conditioning" in index:
-        rows += conditioning_rows(index["conditioning"])
+    conditionings = conditionings_of(index)
+    part = "" if at_root else max(conditionings, default="unet")  # of a cascade, the last
+    network = unet if part in ("", "unet") else source.json(f"{part}/config.json")
+    rows = [("kind", kind), *model_rows(source, part, network, source.json("vae/config.json"))]
+    for part, config in conditionings.items():
+        rows += conditioning_rows("reads" if part == "unet" else f"{part} reads", config)
     rows += diffusion_rows(scheduler)
     classes = list((index.get("id2label") or {}).values())
     if classes:
@@ -176,7 +179,7 @@ def model_rows(source: Source, part: str, config: dict[str, Any], vae: dict[str,
     network = config.get("unet", config)  # a classifier's config holds its UNet's arguments there
     size = network.get("sample_size")
     height, width = (size, size) if isinstance(size, int) else size or (None, None)
-    conditioning = source.json("model_index.json").get("conditioning") if part == "unet" else None
+    conditioning = conditionings_of(source.json("model_index.json")).get(part)
     channels, rows = image_channels(network, conditioning), []
     if vae and height:
         factor = 2 ** (len(vae["block_out_channels"]) - 1)
@@ -190,6 +193,12 @@ def model_rows(source: Source, part: str, config: dict[str, Any], vae: dict[str,
     if widths:
         rows.append(("network", f"{size}widths {', '.join(map(str, widths))}"))
     return rows
+
+
+def conditionings_of(index: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What a pipeline's networks read besides x_t, by their folders."""
+    several = index.get("conditionings") or {}
+    return {"unet": index["conditioning"]} if "conditioning" in index else several
 
 
 def image_channels(network: dict[str, Any], conditioning: dict[str, Any] | None) -> int | None:
@@ -231,12 +240,12 @@ def count_parameters(path: Path) -> int:
     return total
 
 
-def conditioning_rows(config: dict[str, Any]) -> Rows:
-    """What it reads besides x_t."""
+def conditioning_rows(name: str, config: dict[str, Any]) -> Rows:
+    """What a network reads besides x_t."""
     from ..models.conditioning import describe_conditioning
     from ..portable.conditioning_ddpm_hf import Conditioning
 
-    return [("reads", describe_conditioning(Conditioning.from_config(config)))]
+    return [(name, describe_conditioning(Conditioning.from_config(config)))]
 
 
 def diffusion_rows(scheduler: dict[str, Any]) -> Rows:

@@ -180,6 +180,8 @@ def restore(
     device = checked_device(device)
     settle(model)
     loaded = load(model, ema=ema, revision=revision, token=clean_token(token)).to(device)
+    if hasattr(loaded, "conditionings"):
+        raise ValueError(f"{model} is a cascade; give one of its models, as `ddpm-hf restore` restores with")
     if hasattr(loaded, "conditioning"):
         check_options(
             method.value, start, {"eta": eta, "weight": weight, "iterations": iterations, "time_travel": time_travel}

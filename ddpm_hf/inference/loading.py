@@ -12,15 +12,26 @@ from ..models.sources import find_source
 from . import kinds
 
 if TYPE_CHECKING:
+    from typing import TypeAlias
+
+    from ..portable.pipeline_cascade_ddpm_hf import DDPMCascadePipeline
     from ..portable.pipeline_class_conditional_ddpm_hf import ClassConditionalDDPMPipeline
     from ..portable.pipeline_ddpm_hf import DDPMPipeline
     from ..portable.pipeline_image_to_image_ddpm_hf import DDPMImageToImagePipeline
     from ..portable.pipeline_text2image_ddpm_hf import TextToImageDDPMPipeline
 
+    Pipeline: TypeAlias = (
+        DDPMPipeline
+        | ClassConditionalDDPMPipeline
+        | DDPMImageToImagePipeline
+        | DDPMCascadePipeline
+        | TextToImageDDPMPipeline
+    )
+
 
 def load(
     name_or_path: str | os.PathLike, *, ema: bool | None = None, revision: str | None = None, token: str | None = None
-) -> "DDPMPipeline | ClassConditionalDDPMPipeline | DDPMImageToImagePipeline | TextToImageDDPMPipeline":
+) -> "Pipeline":
     """Load a model as the pipeline that it is for; no code of a repository is executed.
 
     Args:

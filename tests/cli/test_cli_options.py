@@ -67,6 +67,7 @@ def shop(tmp_path_factory):
     for name, conditioning, size in (("x2", X2, 8), ("painter", PAINTER, 4)):
         unet = tiny_unet(1 + conditioning.extra_channels(1), 1, size=size)
         DDPMImageToImagePipeline(unet, scheduler, conditioning.config()).save_pretrained(root / name)
+    DDPMPipeline(tiny_unet(size=4), scheduler).save_pretrained(root / "four")
     (root / "plain/notes.txt").write_text("mine")
     return root
 
@@ -220,6 +221,9 @@ ROWS = [
     Row("sample", "image", "--image {shop}/small/1.png", images, READS, "{shop}/x2"),
     Row("sample", "conditioning_noise", "--conditioning-noise 0.3", images, READS, "{shop}/x2"),
     Row("sample", "mask", "--mask {shop}/paint/1.png", images, READS + " --mask {shop}/paint/0.png", "{shop}/painter"),
+    Row("sample", "cascade", "--cascade {shop}/x2", images, "", "{shop}/four"),
+    Row("sample", "save_model", "--save-model {out}-model", lambda seen: Path(f"{seen.folder}-model").is_dir(),
+        "--cascade {shop}/x2", "{shop}/four", before=False, after=True),
     Row("restore", "task", "--task super-resolution", observed),
     Row("restore", "image", "--image {shop}/gray/1.png", images),
     Row("restore", "mask", "--mask {shop}/masks/0.png", images, "--task inpaint --mask left"),

@@ -148,3 +148,53 @@ def test_push_shows_the_card_and_info_the_kind(call):
     assert "super-resolution, factor 2" in result[1]
     assert "8×8, 3 channels" in result[1]
     assert torch.is_grad_enabled()
+
+
+@pytest.fixture(scope="module")
+def parts(shop):
+    """Models of a cascade."""
+    DDPMPipeline(tiny_unet(3, size=4), DDPMScheduler(20)).save_pretrained(shop / "four")
+    return shop
+
+
+def test_a_cascade_is_sampled_saved_and_pushed(parts, call, tmp_path):
+    """Else its models are sampled by a program of the user's."""
+    result, out = call(f"sample --cascade four x2 --num-images 2 --save-model {tmp_path / 'chain'}")
+    assert result[0] == 0, result[2]
+    first = pixels(out / "0000.png")
+    assert first.shape == (8, 8, 3)
+    result, out = call(f"sample {tmp_path / 'chain'} --num-images 2")
+    assert result[0] == 0, result[2]
+    assert (pixels(out / "0000.png") == first).all()
+    result, out = call(f"sample {tmp_path / 'chain'} --num-images 2 --conditioning-noise 0.4")
+    assert (pixels(out / "0000.png") != first).any()
+    result, _ = call(f"push {tmp_path / 'chain'} user/chain --dry-run", ())
+    assert result[0] == 0, result[2]
+    for word in (
+        "unet_2/diffusion_pytorch_model.safetensors",
+        "scheduler_2/scheduler_config.json",
+        "DDPMCascadePipeline",
+    ):
+        assert word in result[1]
+    result, _ = call(f"info {tmp_path / 'chain'}", ())
+    assert "a cascade (DDPMCascadePipeline)" in result[1]
+    assert "8×8, 3 channels" in result[1]
+
+
+CASCADES = {
+    "sample four x2": "give one, or --cascade",
+    "sample --cascade four": "two or three models",
+    "sample --cascade four four": "must be of super-resolution",
+    "sample --cascade plain x2": "reads images of 4x4, and the one before makes 8x8",
+    "sample --cascade four x2 --conditioning-noise 0.7": "up to 0.5",
+    "sample four --save-model chain": "--save-model chain is for --cascade",
+    "sample --cascade four x2 --save-model four": "holds a model_index.json that this command did not write",
+}
+
+
+@pytest.mark.parametrize("words", CASCADES)
+def test_a_cascade_that_does_not_fit_is_one_line(words, parts, call):
+    """Else a user reads a traceback."""
+    result, out = call(words)
+    assert_one_line(result, CASCADES[words])
+    assert not out.exists()

@@ -41,6 +41,7 @@ def models(tmp_path_factory):
     reads = Conditioning("super-resolution", 2, "bicubic", "bicubic", noise=0.5)
     unet = tiny_unet(**{**SMALL, "channels": 7}, out_channels=3)
     DDPMImageToImagePipeline(unet, DDPMScheduler(), reads.config()).save_pretrained(root / "photos-x2")
+    DDPMPipeline(tiny_unet(**SMALL, size=4), DDPMScheduler()).save_pretrained(root / "photos-4")
     tiny_text_pipeline().save_pretrained(root / "text2image")
     NoisyClassifier(tiny_unet_config(3), 2).save_pretrained(root / "classifier")
     write_images(

@@ -9,6 +9,7 @@ import ddpm_hf
 from ddpm_hf import (
     OPERATORS,
     ClassConditionalDDPMPipeline,
+    DDPMCascadePipeline,
     DDPMImageToImagePipeline,
     DDPMPipeline,
     DDPMRestorationPipeline,
@@ -20,7 +21,13 @@ from ddpm_hf.portable.pipeline_restoration_ddpm_hf import RestorationOutput
 from ddpm_hf.portable.sampling_ddpm_hf import DDPMPipelineOutput, Frame
 from ddpm_hf.portable.scheduling_ddpm_hf import GaussianMoments
 
-LoadedPipeline = DDPMPipeline | ClassConditionalDDPMPipeline | DDPMImageToImagePipeline | TextToImageDDPMPipeline
+LoadedPipeline = (
+    DDPMPipeline
+    | ClassConditionalDDPMPipeline
+    | DDPMImageToImagePipeline
+    | DDPMCascadePipeline
+    | TextToImageDDPMPipeline
+)
 
 
 def types_of_public_names(unet, images) -> None:

@@ -207,7 +207,12 @@ def correction_of(
         return lambda x: torch.where(known, y, x)
     operator = conditioning.operator(shape)
     assert operator is not None  # `check_correction` refuses it
-    return lambda x: x + operator.pseudo_inverse(y - operator.forward(x))
+
+    def observed(x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(x.device.type, enabled=False):  # its products would be rounded
+            return x + operator.pseudo_inverse(y - operator.forward(x))
+
+    return observed
 
 
 def corrected(

@@ -38,9 +38,9 @@ from ddpm_hf.training.parsing import Program, parse_flags
 
 # The settings that the model card shows
 SHOWN = (
-    "use_ema", "learning_rate", "train_batch_size", "prediction_type", "variance_type", "objective", "loss_type",
-    "ddpm_num_steps", "ddpm_beta_schedule", "model_preset", "resolution", "label_column",
-    "conditioning",
+    "use_ema", "optimizer", "learning_rate", "train_batch_size", "prediction_type", "variance_type", "objective",
+    "loss_type", "loss_weighting", "snr_gamma", "ddpm_num_steps", "ddpm_beta_schedule", "model_preset", "resolution",
+    "label_column", "conditioning",
 )  # fmt: skip
 PROGRAM = Program(
     (

@@ -20,7 +20,7 @@ help:
 # One environment; the stamp is made anew when what it rests on changes.
 $(VENV)/stamp: setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,eval,test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,eval,optimizers,test]'
 	touch $@
 
 demo $(DEMO)/model_index.json: $(VENV)/stamp

@@ -39,8 +39,8 @@ from ddpm_hf.training.parsing import Program, parse_flags
 
 # The settings that the model card shows
 SHOWN = (
-    "use_ema", "learning_rate", "train_batch_size", "prediction_type", "loss_type", "snr_gamma", "caption_dropout",
-    "train_text_encoder", "resolution",
+    "use_ema", "optimizer", "learning_rate", "train_batch_size", "prediction_type", "loss_type", "loss_weighting",
+    "snr_gamma", "caption_dropout", "train_text_encoder", "resolution",
 )  # fmt: skip
 PROGRAM = Program(
     (
@@ -116,9 +116,7 @@ def compute_loss(
     if objective.input_perturbation and not keys.validation:  # Ning et al. 2023
         added = noise + objective.input_perturbation * keys.normal_like(x_start, "input_perturbation")
     output = model(scheduler.add_noise(x_start, added, timesteps), timesteps, text).float()
-    losses = training_losses(
-        scheduler, output, x_start, noise, timesteps, loss_type=objective.loss_type, snr_gamma=objective.snr_gamma
-    )
+    losses = training_losses(scheduler, output, x_start, noise, timesteps, **objective.loss_options())
     return Losses(losses, groups=quartile_of(timesteps, len(scheduler)))
 
 

@@ -26,6 +26,7 @@ a classifier samples no grids: save_images_epochs save_images_steps validation_e
 a classifier samples no grids: ddpm_num_inference_steps num_inference_steps guidance_scale
 a classifier uses torch's attention, which is memory-efficient too: enable_xformers_memory_efficient_attention xformers
 a classifier predicts classes by cross-entropy: prediction_type variance_type objective loss_type snr_gamma vlb_weight
+a classifier predicts classes by cross-entropy: loss_weighting
 a classifier sees each image with its class, at uniform timesteps: class_dropout timestep_sampler class_balanced
 a classifier reads pixels, not latents: vae_name_or_path cache_latents
 a classifier is trained from scratch: pretrained_model_name_or_path

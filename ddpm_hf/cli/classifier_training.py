@@ -94,6 +94,8 @@ def train(flags: Flags) -> None:
     """From flags to a saved classifier."""
     flags.check()
     data, unet, schedule, training, hub = flags
+    if training.ema_snapshot_steps:
+        raise UsageError("--ema_snapshot_steps: `ddpm-hf ema` averages pipelines; leave it out, and give --use_ema")
     run = start_run(flags, layout(model=True), (data.train_data_dir, data.dataset_name))
     run.log(settle_resolution(data, *model_size(unet, token=hub.hub_token), usual="64"))
     arguments = unet_arguments(unet, data, token=hub.hub_token)

@@ -12,6 +12,7 @@ from .checkpoints import SETTINGS, is_complete
 RUN_FILE, RESULTS_FILE = "run.json", "evaluation.json"
 METRICS_FILE, TIMINGS_FILE = "metrics.jsonl", "timings.jsonl"
 SAMPLES, CHAIN, LOSS_CURVE = "assets/samples.png", "assets/chain.png", "assets/loss.png"
+EMA_SNAPSHOTS = "ema-snapshots"  # averaged weights of some steps, for `ddpm-hf ema`
 EARLIER = "earlier-run"  # holds a run that is being replaced
 AUTOENCODER = "autoencoder"  # the autoencoder's own run, inside the folder of the model's
 
@@ -98,6 +99,7 @@ TRAINING = (
     TIMINGS,
     Entry(GRIDS),
     Entry("samples/chain-#.png"),
+    Entry(f"{EMA_SNAPSHOTS}/*.safetensors"),
 )
 PIPELINE = (
     Entry("model_index.json", published=True, recognised=_has("_class_name", "scheduler")),
@@ -118,6 +120,8 @@ PIPELINE = (
             "restoration",
             "linear",
             "operators",
+            "conditioning",
+            "image_to_image",
         )
     ),
     Entry(RUN_FILE, published=True, recognised=_has("sessions")),
@@ -130,7 +134,7 @@ WEIGHTS = ("diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model*.ind
 MODEL = (Entry("config.json", recognised=is_model_config), *map(Entry, WEIGHTS))
 COMPONENTS = (
     "unet", "vae", "scheduler", "text_encoder", "tokenizer", "safety_checker", "feature_extractor", "image_encoder",
-    "classifier",
+    "classifier", "unet_2", "unet_3", "scheduler_2", "scheduler_3",
 )  # fmt: skip
 COMPONENT_FILES = (
     "config.json", *WEIGHTS, "model*.safetensors", "model*.index*.json", "scheduler_config.json",

@@ -205,7 +205,11 @@ class Samples:
     @property
     def title(self) -> str:
         """A short name."""
-        return f"{self.labels['sampler']}, {self.labels['steps']} steps" if "sampler" in self.labels else "images"
+        if "sampler" not in self.labels:
+            return "images"
+        std = self.labels.get("ema_std")  # of the average of the weights; 0 is the run's own
+        average = {None: "", 0.0: "own weights, "}.get(std, f"EMA {std}, ")
+        return f"{average}{self.labels['sampler']}, {self.labels['steps']} steps"
 
     def batches(self) -> Iterable:
         """The images in order, uint8 [n, C, H, W]."""

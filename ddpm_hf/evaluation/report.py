@@ -26,6 +26,8 @@ VERSION = 1  # of metrics.json
 METRICS_JSON, REPORT = "metrics.json", "report.html"
 PART = "evaluation"  # of the folder's manifest
 SHOWN = 64  # images in a grid
+# What chains may differ in, by its label, and the axis of its plot
+SWEPT = {"ema_std": "the width of the average", "network_calls": "network calls for an image"}
 PAIRS = 16  # of a sample and its nearest real image
 
 
@@ -245,26 +247,27 @@ def chain_table(results: Sequence[dict[str, Any]]) -> str:
 
 
 def sweep_section(record: dict[str, Any]) -> list[str]:
-    """Quality against network calls, where several chains were sampled."""
-    results = [one for one in record["results"] if "network_calls" in one]
-    if len(results) < 2:
-        return []
-    plots = [svg(sweep_plot(results, name)) for name in results[0]["figures"]]
-    return ["<h2>Quality against network calls</h2>", '<div class="plots">', *plots, "</div>"]
+    """Quality against what was varied, where several chains, or averages of the weights, were sampled."""
+    for name, axis in SWEPT.items():
+        results = [one for one in record["results"] if one.get(name)]
+        if len({one[name] for one in results}) > 1:
+            plots = [svg(sweep_plot(results, name, metric)) for metric in results[0]["figures"]]
+            return [f"<h2>Quality against {axis}</h2>", '<div class="plots">', *plots, "</div>"]
+    return []
 
 
-def sweep_plot(results: Sequence[dict[str, Any]], name: str) -> "Figure":
-    """A metric against the network calls for an image, a line for each sampler, with its intervals."""
+def sweep_plot(results: Sequence[dict[str, Any]], varied: str, name: str) -> "Figure":
+    """A metric against what was varied, a line for each sampler, with its intervals."""
     figure, axes = new_figure()
     samplers = dict.fromkeys(one["sampler"] for one in results)
     for sampler in samplers:
-        line = sorted((one for one in results if one["sampler"] == sampler), key=lambda one: one["network_calls"])
-        x = [one["network_calls"] for one in line]
+        line = sorted((one for one in results if one["sampler"] == sampler), key=lambda one: one[varied])
+        x = [one[varied] for one in line]
         y, low, high = ([one["figures"][name][key] for one in line] for key in ("value", "low", "high"))
         axes.errorbar(x, y, yerr=errors(y, low, high), marker="o", capsize=3, label=sampler)
-    axes.set(xscale="log", xlabel="network calls for an image", ylabel=label(name))
-    calls = sorted({one["network_calls"] for one in results})
-    axes.set_xticks(calls, map(str, calls))
+    axes.set(xscale="log", xlabel=SWEPT[varied], ylabel=label(name))
+    there = sorted({one[varied] for one in results})
+    axes.set_xticks(there, map(str, there))
     axes.minorticks_off()
     axes.legend(frameon=False)
     return figure

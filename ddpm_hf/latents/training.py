@@ -200,7 +200,9 @@ def flags_of_autoencoder(training: TrainingFlags, flags: AutoencoderFlags) -> Tr
         overwrite_output_dir=False,  # the model's own run, with all in this folder, has been set aside
         resume_from_checkpoint=training.resume_from_checkpoint and "latest",
         validation_steps=None,
+        optimizer="adamw",
         use_ema=True,
+        ema_snapshot_steps=None,
         ema_max_decay=0.995,
         ema_min_decay=0.0,
     )

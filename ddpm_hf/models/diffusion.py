@@ -42,7 +42,8 @@ def make_scheduler(
             rescale_betas_zero_snr=schedule.rescale_betas_zero_snr,
         )
     try:
-        check_objective(scheduler, objective.objective, objective.loss_type, objective.snr_gamma)
+        weighting = objective.loss_type, objective.snr_gamma, objective.loss_weighting
+        check_objective(scheduler, objective.objective, *weighting)
         scheduler.check_invertible(range(schedule.ddpm_num_steps))
     except ValueError as error:
         raise UsageError(str(error)) from error

@@ -53,7 +53,10 @@ def weaker_layers(flags: Any) -> list[tuple[str, dict[str, Any]]]:
     trained = {}
     if start and not _goes_on(flags):
         trained = trained_settings(read_source(flags[StartFlags], flags.hub_token))
-    return [("the embedded recipe", embedded), (f"the preset {preset}", recipe), (f"the model {start}", trained)]
+    layers = [("the embedded recipe", embedded), (f"the preset {preset}", recipe)]
+    if not flags.model_preset:  # the embedded recipe chose the preset, and knows better than it
+        layers.reverse()
+    return [*layers, (f"the model {start}", trained)]
 
 
 def _goes_on(flags: Any) -> bool:

@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from .losses import OBJECTIVES as OBJECTIVES
     from .losses import LossOptions as LossOptions
     from .losses import check_objective as check_objective
-    from .losses import min_snr_weights as min_snr_weights
     from .losses import simple_losses as simple_losses
     from .losses import training_losses as training_losses
     from .timestep_samplers import TIMESTEP_SAMPLERS as TIMESTEP_SAMPLERS
     from .timestep_samplers import LossSecondMomentSampler as LossSecondMomentSampler
     from .timestep_samplers import UniformTimestepSampler as UniformTimestepSampler
+    from .weightings import LOSS_WEIGHTINGS as LOSS_WEIGHTINGS
+    from .weightings import loss_weights as loss_weights
+    from .weightings import min_snr_weights as min_snr_weights
 
 _HOMES = {
     ".bound": (
@@ -33,7 +35,6 @@ _HOMES = {
         "OBJECTIVES",
         "LossOptions",
         "check_objective",
-        "min_snr_weights",
         "simple_losses",
         "training_losses",
     ),
@@ -41,6 +42,11 @@ _HOMES = {
         "TIMESTEP_SAMPLERS",
         "LossSecondMomentSampler",
         "UniformTimestepSampler",
+    ),
+    ".weightings": (
+        "LOSS_WEIGHTINGS",
+        "loss_weights",
+        "min_snr_weights",
     ),
 }
 __all__ = [name for names in _HOMES.values() for name in names]

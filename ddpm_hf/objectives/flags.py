@@ -18,6 +18,7 @@ from ..common.errors import UsageError
 from ..portable.schedules_ddpm_hf import BETA_SCHEDULES
 from .names import (
     LOSS_TYPES,
+    LOSS_WEIGHTINGS,
     OBJECTIVES,
     PREDICTION_TYPES,
     TIMESTEP_SAMPLERS,
@@ -43,9 +44,17 @@ OBJECTIVE = synonyms("""
 --timestep_sampler: schedule_sampler
 --snr_gamma 5: min_snr min_snr_loss_weight
 --snr_gamma: min_snr_gamma
+--loss_weighting: weighting loss_weight weighting_scheme snr_weighting
+--loss_weighting soft_min_snr: soft_min_snr
+--loss_weighting p2: p2 p2_weighting
+--loss_weighting p2 --snr_gamma: p2_gamma p2_loss_weight_gamma
+--loss_weighting debiased: debiased debiased_estimation debiased_estimation_loss
 --ddpm_num_inference_steps: sampling_timesteps num_inference_steps inference_steps sampling_steps timestep_respacing
 --ddpm_num_inference_steps: num_sampling_steps sample_timesteps
 """)
+
+
+WEIGHED = ("objective", "loss_type", "loss_weighting", "snr_gamma", "vlb_weight")  # what `training_losses` takes
 
 
 @dataclass
@@ -97,7 +106,10 @@ class ObjectiveFlags:
     variance_type: str = HfArg(default="fixed_small", help=f"Of the reverse step: {', '.join(VARIANCE_TYPES)}.")
     objective: str = HfArg(default="simple", help=f"{', '.join(OBJECTIVES)}; hybrid trains a learned variance too.")
     loss_type: str = HfArg(default="l2", help=f"Of the simple objective: {', '.join(LOSS_TYPES)}.")
-    snr_gamma: float | None = HfArg(default=None, help="Min-SNR weighting of the simple objective; 5 is usual.")
+    loss_weighting: str | None = HfArg(default=None, help=f"Of the simple objective: {', '.join(LOSS_WEIGHTINGS)}.")
+    snr_gamma: float | None = HfArg(
+        default=None, help="γ of --loss_weighting, without which it is min_snr's; 5 is usual, 1 for p2."
+    )
     vlb_weight: float = HfArg(range=NOT_NEGATIVE, default=0.001, help="The bound's weight in the hybrid objective.")
     timestep_sampler: str = HfArg(
         resume=FIXED, default="uniform", help=f"{', '.join(TIMESTEP_SAMPLERS)}; the second is for --objective vlb."
@@ -105,7 +117,7 @@ class ObjectiveFlags:
 
     def loss_options(self) -> dict[str, Any]:
         """What `training_losses` takes of them."""
-        return {name: getattr(self, name) for name in ("objective", "loss_type", "snr_gamma", "vlb_weight")}
+        return {name: getattr(self, name) for name in WEIGHED}
 
     def check(self, flags: Any) -> None:
         """Raise UsageError for an unknown name."""

@@ -1,7 +1,7 @@
 """Training losses: the simple objective and its weights, the bound, and both together.
 
 Sources: Ho et al. 2020 (the simple objective and the bound), Nichol & Dhariwal 2021 (the hybrid objective and
-importance sampling of t), Hang et al. 2023 (min-SNR weighting).
+importance sampling of t). Weightings by signal-to-noise ratio are rows of `weightings`.
 """
 
 from collections.abc import Callable
@@ -14,6 +14,7 @@ from torch import Tensor
 from ..portable.scheduling_ddpm_hf import LEARNED_VARIANCE_TYPES, DDPMScheduler
 from .bound import vb_terms_bpd
 from .gaussians import mean_flat
+from .weightings import chosen_weighting, loss_weights
 
 QUARTILES = ("loss_q1", "loss_q2", "loss_q3", "loss_q4")  # losses by timestep, from little noise to much
 
@@ -33,23 +34,6 @@ LOSS_TYPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def min_snr_weights(
-    scheduler: DDPMScheduler, timesteps: Tensor, snr_gamma: float, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """Weights [N] that make a squared error weigh min(SNR, γ) on x_0 (Hang et al. 2023, Eq. 6).
-
-    An error of the output is an error of x̂_0 times its factor k in x̂_0, so the weight is min(SNR, γ)·k²: the known
-    min(SNR, γ)/SNR for epsilon and min(SNR, γ)/(SNR + 1) for v_prediction.
-    """
-    one = torch.ones(len(timesteps), 1, device=timesteps.device, dtype=dtype)
-    signal = scheduler.q_mean_variance(one, timesteps)
-    snr = (signal.mean**2 / signal.variance).flatten()
-    if scheduler.config.prediction_type == "epsilon":
-        return torch.where(snr > 0, snr.clamp(max=snr_gamma) / snr, 1.0)  # the limit, where SNR is 0
-    _, from_output = scheduler.x0_coefficients(timesteps, one)
-    return snr.clamp(max=snr_gamma) * from_output.flatten() ** 2
-
-
 def simple_losses(
     scheduler: DDPMScheduler,
     output: Tensor,
@@ -58,11 +42,13 @@ def simple_losses(
     timesteps: Tensor,
     loss_type: str = "l2",
     snr_gamma: float | None = None,
+    loss_weighting: str | None = None,
 ) -> Tensor:
-    """The mean loss between output and target (Ho et al., Eq. 14), [N]; with `snr_gamma`, weighted by min-SNR."""
+    """The mean loss between output and target (Ho et al., Eq. 14), [N], weighted as `training_losses` says."""
     losses = mean_flat(LOSS_TYPES[loss_type](output, scheduler.training_target(x_start, noise, timesteps)))
-    if snr_gamma is not None:
-        losses = losses * min_snr_weights(scheduler, timesteps, snr_gamma, losses.dtype)
+    weighting = chosen_weighting(loss_weighting, snr_gamma)
+    if weighting is not None:
+        losses = losses * loss_weights(scheduler, timesteps, *weighting, losses.dtype)
     return losses
 
 
@@ -75,13 +61,15 @@ class LossOptions(NamedTuple):
     loss_type: str = "l2"
     snr_gamma: float | None = None
     vlb_weight: float = 0.001
+    loss_weighting: str | None = None
 
 
 def _simple(
     scheduler: DDPMScheduler, output: Tensor, x_start: Tensor, noise: Tensor, timesteps: Tensor, options: LossOptions
 ) -> Tensor:
     mean = output[:, : x_start.shape[1]]  # a learned variance's half gets no gradient
-    return simple_losses(scheduler, mean, x_start, noise, timesteps, options.loss_type, options.snr_gamma)
+    weighting = (options.loss_type, options.snr_gamma, options.loss_weighting)
+    return simple_losses(scheduler, mean, x_start, noise, timesteps, *weighting)
 
 
 def _vlb(
@@ -104,7 +92,11 @@ OBJECTIVES = {"simple": _simple, "vlb": _vlb, "hybrid": _hybrid}
 
 
 def check_objective(
-    scheduler: DDPMScheduler, objective: str, loss_type: str = "l2", snr_gamma: float | None = None
+    scheduler: DDPMScheduler,
+    objective: str,
+    loss_type: str = "l2",
+    snr_gamma: float | None = None,
+    loss_weighting: str | None = None,
 ) -> None:
     """Raise ValueError, with the way out, for a name that does not exist or a combination that cannot train."""
     if objective not in OBJECTIVES:
@@ -117,10 +109,11 @@ def check_objective(
             f"objective='hybrid' trains a learned variance and variance_type is {scheduler.variance_type!r};"
             " use variance_type='learned_range', or objective='simple'"
         )
-    if objective == "vlb" and (loss_type != "l2" or snr_gamma is not None):
-        raise ValueError("objective='vlb' has no loss_type or snr_gamma; leave them out, or use objective='simple'")
-    if snr_gamma is not None and not snr_gamma > 0:
-        raise ValueError(f"snr_gamma={snr_gamma} must be positive; 5 is the paper's")
+    weighting = chosen_weighting(loss_weighting, snr_gamma)
+    if objective == "vlb" and (loss_type != "l2" or weighting is not None):
+        raise ValueError(
+            "objective='vlb' has no loss_type, loss_weighting or snr_gamma; leave them out, or use objective='simple'"
+        )
 
 
 def training_losses(
@@ -134,6 +127,7 @@ def training_losses(
     loss_type: str = "l2",
     snr_gamma: float | None = None,
     vlb_weight: float = 0.001,
+    loss_weighting: str | None = None,
 ) -> Tensor:
     """The loss of each sample, [N].
 
@@ -147,11 +141,12 @@ def training_losses(
             estimate of the bound less its prior term under uniform t), or `hybrid` (simple plus `vlb_weight` times
             vlb, with the mean's gradient stopped in the second).
         loss_type: of `simple`: `l2`, `l1` or `huber`.
-        snr_gamma: γ of min-SNR weighting, for `simple`.
+        snr_gamma: γ of the weighting, for `simple`; without `loss_weighting`, of min-SNR.
+        loss_weighting: of `simple`, by signal-to-noise ratio: a name in `LOSS_WEIGHTINGS`.
 
     Raises:
         ValueError: an unknown name, or a combination that cannot train.
     """
-    check_objective(scheduler, objective, loss_type, snr_gamma)
-    options = LossOptions(loss_type, snr_gamma, vlb_weight)
+    check_objective(scheduler, objective, loss_type, snr_gamma, loss_weighting)
+    options = LossOptions(loss_type, snr_gamma, vlb_weight, loss_weighting)
     return OBJECTIVES[objective](scheduler, model_output, x_start, noise, timesteps, options)

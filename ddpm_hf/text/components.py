@@ -25,7 +25,7 @@ from ..portable.scheduling_ddpm_hf import DDPMScheduler
 from ..training.complete_checkpoints import part_of_run
 from ..training.run import Run
 from .captions import TOKENIZER_FILES, captions_of, fit_tokenizer, make_text_encoder, read_tokenizer
-from .flags import TextModelFlags
+from .flags import TextModelFlags, TextObjectiveFlags
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -49,14 +49,14 @@ def load_parts(run: Run) -> Components:
     check_multiples(data, factor)
     height, width = (side // factor for side in data.size())
     components.unet.register_to_config(sample_size=height if height == width else (height, width))
-    check_schedule(components.scheduler, flags.loss_type, flags.snr_gamma)
+    check_schedule(components.scheduler, flags[TextObjectiveFlags])
     return frozen_but_unet(components, run.device)
 
 
-def check_schedule(scheduler: DDPMScheduler, loss_type: str, snr_gamma: float | None) -> None:
+def check_schedule(scheduler: DDPMScheduler, objective: TextObjectiveFlags) -> None:
     """Raise UsageError for a diffusion and a loss that cannot go together."""
     try:
-        check_objective(scheduler, "simple", loss_type, snr_gamma)
+        check_objective(scheduler, "simple", **objective.loss_options())
         scheduler.check_invertible(range(len(scheduler)))
     except ValueError as error:
         raise UsageError(str(error)) from error
@@ -131,7 +131,7 @@ def design_parts(run: Run) -> Blueprint:
         timestep_spacing="trailing" if schedule.rescale_betas_zero_snr else "leading",
         **STABLE_DIFFUSION_SETTINGS,
     )
-    check_schedule(scheduler, flags.loss_type, flags.snr_gamma)
+    check_schedule(scheduler, flags[TextObjectiveFlags])
     return Blueprint(vae, text_encoder, tokenizer, unet, scheduler)
 
 

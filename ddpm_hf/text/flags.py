@@ -17,7 +17,7 @@ from ..common.arguments import (
 from ..common.errors import UsageError
 from ..data.flags import CAPTION_COLUMN
 from ..models.flags import ON_THE_HUB
-from ..objectives.names import LOSS_TYPES, PREDICTION_TYPES
+from ..objectives.names import LOSS_TYPES, LOSS_WEIGHTINGS, PREDICTION_TYPES
 
 NUMBER = Range(lambda value: value >= 0, "a number of 0 or more")
 
@@ -39,6 +39,8 @@ OBJECTIVE = synonyms("""
 --loss_type: loss loss_fn
 --snr_gamma 5: min_snr
 --snr_gamma: min_snr_gamma
+--loss_weighting: weighting loss_weight weighting_scheme snr_weighting
+--loss_weighting debiased: debiased debiased_estimation debiased_estimation_loss
 --noise_offset: offset_noise
 --dream_training: dream
 """)
@@ -157,7 +159,10 @@ class TextObjectiveFlags:
         resume=FIXED, default=None, help=f"{', '.join(PREDICTION_TYPES)}; by default the checkpoint's, or epsilon."
     )
     loss_type: str = HfArg(default="l2", help=f"{', '.join(LOSS_TYPES)}.")
-    snr_gamma: float | None = HfArg(default=None, help="Min-SNR weighting; 5 is usual.")
+    loss_weighting: str | None = HfArg(default=None, help=f"{', '.join(LOSS_WEIGHTINGS)}.")
+    snr_gamma: float | None = HfArg(
+        default=None, help="γ of --loss_weighting, without which it is min_snr's; 5 is usual, 1 for p2."
+    )
     noise_offset: float = HfArg(
         range=NUMBER, default=0.0, help="Noise shared by all of a channel, for dark and light images."
     )
@@ -168,6 +173,10 @@ class TextObjectiveFlags:
     dream_detail_preservation: float = HfArg(
         range=NUMBER, default=1.0, help="DREAM's p: the higher, the more detail is kept."
     )
+
+    def loss_options(self) -> dict[str, Any]:
+        """What `training_losses` takes of them."""
+        return {name: getattr(self, name) for name in ("loss_type", "loss_weighting", "snr_gamma")}
 
     def check(self, flags: Any) -> None:
         """Raise UsageError for an unknown name."""

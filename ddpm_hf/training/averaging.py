@@ -4,6 +4,7 @@ import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import ModelMixin
@@ -76,6 +77,31 @@ def raw_weights(ema: EMAModel, part: torch.nn.Module) -> Iterator[torch.nn.Modul
     finally:
         ema.store(part.parameters())
         ema.copy_to(part.parameters())
+
+
+def averages_by_itself(optimizer: Any) -> bool:
+    """Whether an optimizer averages the weights, as schedule-free ones do."""
+    return bool(optimizer.param_groups) and "train_mode" in optimizer.param_groups[0]
+
+
+@contextlib.contextmanager
+def optimizer_average(optimizer: Any) -> Iterator[None]:
+    """Within, the weights are those that a schedule-free optimizer averages; then those that it trains, to the bit.
+
+    Other optimizers average nothing.
+    """
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # what Accelerate prepared
+    if not averages_by_itself(optimizer) or not optimizer.param_groups[0]["train_mode"]:
+        yield
+        return
+    parameters = [one.detach() for group in optimizer.param_groups for one in group["params"]]
+    trained = [one.clone() for one in parameters]
+    optimizer.eval()
+    try:
+        yield
+    finally:
+        optimizer.train()
+        torch._foreach_copy_(parameters, trained)  # there and back rounds twice
 
 
 def save_ema(ema: EMAModel, part: torch.nn.Module, folder: Path) -> None:

@@ -20,6 +20,7 @@ from ..common.ownership import claim_files, release_files
 from .complete_checkpoints import complete_checkpoints, file_digest, seal
 from .earlier_run import let_go, replaces
 from .run import Resumed, Run
+from .setup.optimizer import COUNTED
 from .state import TrainingState, set_rates
 
 
@@ -219,7 +220,8 @@ def load_checkpoint(accelerator: Accelerator, state: TrainingState, checkpoint: 
     """
     manifest = read_manifest(checkpoint)
     groups = state.optimizer.param_groups
-    settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
+    kept = ("params", *COUNTED)
+    settings = [{name: value for name, value in group.items() if name not in kept} for group in groups]
     try:
         check_random_states(checkpoint, accelerator.process_index)
         accelerator.load_state(str(checkpoint))

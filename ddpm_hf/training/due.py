@@ -17,6 +17,7 @@ class Due(NamedTuple):
     samples: bool
     model: bool
     checkpoint: bool
+    snapshot: bool = False
 
     @classmethod
     def after(cls, step: int, run: Run, plan: StepPlan, evaluation_epochs: int = 0) -> "Due":
@@ -36,11 +37,12 @@ class Due(NamedTuple):
             samples=samples_due(run.grids, step, epoch, epoch_ends, end),
             model=epoch_ends and (end or epoch % flags.save_model_epochs == 0),
             checkpoint=end or step % flags.checkpointing_steps == 0,
+            snapshot=flags.ema_snapshot_steps is not None and (end or step % flags.ema_snapshot_steps == 0),
         )
 
     def if_skipped(self) -> "Due":
-        """What follows if the step was skipped: no figures, and no checkpoint but the last."""
-        return self._replace(log=False, checkpoint=self.end)
+        """What follows if the step was skipped: no figures, and no checkpoint or snapshot but the last."""
+        return self._replace(log=False, checkpoint=self.end, snapshot=self.snapshot and self.end)
 
 
 def samples_due(grids: GridFlags | None, step: int, epoch: int, epoch_ends: bool, end: bool) -> bool:

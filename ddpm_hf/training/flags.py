@@ -10,6 +10,14 @@ from ..common.errors import UsageError
 from .meanings import GRIDS, TRAINING
 
 T = TypeVar("T")
+# Each optimizer, and the settings that it decides where the user does not
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "adamw": {},
+    "muon": {},
+    "soap": {},
+    # it averages the weights by itself, over steps of one learning rate
+    "schedulefree": {"lr_scheduler": "constant_with_warmup", "use_ema": False},
+}
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
 
@@ -108,7 +116,14 @@ class TrainingFlags:
         help="After so many hours, counted from the start and with sampling and saving, save a checkpoint and end"
         " (exit code 0). Leave time for the step and the saving that come last.",
     )
-    learning_rate: float = HfArg(range=POSITIVE, group="Optimizer", default=1e-4, help="Peak learning rate.")
+    optimizer: str = HfArg(
+        group="Optimizer",
+        resume=FIXED,
+        default="adamw",
+        help=f"{', '.join(OPTIMIZERS)}; all but the first require pip install 'ddpm_hf[optimizers]'. The learning rate"
+        " and --adam_* are of all of them.",
+    )
+    learning_rate: float = HfArg(range=POSITIVE, default=1e-4, help="Peak learning rate.")
     scale_lr: bool = HfArg(
         default=False, help="Multiply the learning rate by the processes, the batch size and the accumulation steps."
     )
@@ -152,6 +167,13 @@ class TrainingFlags:
     foreach_ema: bool = HfArg(resume=FREE, default=True, help="Update the EMA in a few fused operations.")
     offload_ema: bool = HfArg(
         resume=FREE, default=False, help="Keep the EMA in the CPU's pinned memory: less memory on a GPU."
+    )
+    ema_snapshot_steps: int | None = HfArg(
+        range=POSITIVE,
+        resume=FREE,
+        default=None,
+        help="Also keep two power-function averages (widths 0.05 and 0.10), and write them every so many steps and at"
+        " the end: `ddpm-hf ema` makes an average of any width of them, after training.",
     )
     mixed_precision: Literal["no", "fp16", "bf16"] = HfArg(
         group="Speed and memory",
@@ -231,6 +253,14 @@ class TrainingFlags:
         """Raise UsageError for an unknown name or numbers that do not go together."""
         if self.lr_scheduler not in LR_SCHEDULERS:
             raise UsageError(f"--lr_scheduler must be one of {', '.join(LR_SCHEDULERS)} (got {self.lr_scheduler!r})")
+        if self.optimizer not in OPTIMIZERS:
+            raise UsageError(f"--optimizer must be one of {', '.join(OPTIMIZERS)} (got {self.optimizer!r})")
+        if self.use_8bit_adam and self.optimizer != "adamw":
+            raise UsageError(f"--use_8bit_adam is AdamW's; leave it or --optimizer {self.optimizer} out")
+        if self.use_ema and self.optimizer == "schedulefree":
+            raise UsageError("--optimizer schedulefree averages the weights by itself; leave it or --use_ema out")
+        if self.adam_beta1 == 0 and self.optimizer == "schedulefree":
+            raise UsageError("--optimizer schedulefree requires --adam_beta1 above 0; 0.9 is usual")
         if self.ema_min_decay > self.ema_max_decay:
             raise UsageError(f"--ema_min_decay {self.ema_min_decay} is above --ema_max_decay {self.ema_max_decay}")
         if self.seed is not None and self.seed >= 2**63:

@@ -95,6 +95,8 @@ def training_loop(
                     output.save_samples(draw, stop)
                 if save is not None and (due.model or (saves_checkpoints and (due.checkpoint or due.evaluate))):
                     output.save_model(save, last=due.end)
+                if due.snapshot:  # before the checkpoint: a run that goes on from there has it
+                    output.save_snapshots(last=due.end)
                 if due.checkpoint:
                     output.save_checkpoint(last=due.end)
             stop.armed = True

@@ -26,6 +26,10 @@ TRAINING = synonyms(
 --max_train_steps with --lr_scheduler linear --lr_warmup_steps 0: lr_anneal_steps
 --max_train_hours: hours max_hours time_limit max_time
 
+--optimizer: optim optimizer_type opt optimizer_name
+--optimizer muon: muon use_muon
+--optimizer soap: soap use_soap
+--optimizer schedulefree: schedule_free use_schedule_free schedulefree
 --learning_rate: lr train_lr adam_lr base_lr max_lr
 --adam_weight_decay: weight_decay wd
 --adam_beta1 and --adam_beta2: betas adam_betas
@@ -38,6 +42,7 @@ TRAINING = synonyms(
 --use_8bit_adam: 8bit_adam adam8bit use_8bit optim_8bit
 
 --use_ema: ema with_ema enable_ema
+--ema_snapshot_steps: post_hoc_ema karras_ema ema_snapshots snapshot_ema phema
 --use_ema --ema_max_decay: ema_decay ema_rate ema_beta
 
 --mixed_precision fp16: fp16 use_fp16 half amp use_amp float16

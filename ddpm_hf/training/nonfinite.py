@@ -59,8 +59,8 @@ class NonfiniteGuard:
             if not self.state.nonfinite_steps:
                 self.good, self.rows = before, []
             if isinstance(result.finite, torch.Tensor):
-                for ema in self.state.emas.values():
-                    ema.optimization_step -= 1  # the host had counted it
+                for average, _ in self.state.averages:
+                    average.optimization_step -= 1  # the host had counted it
             self.state.nonfinite_steps += 1
             self._skipped(before.step + 1, result, output)
         return not self.state.nonfinite_steps

@@ -18,6 +18,7 @@ from .checkpointing import save_checkpoint
 from .earlier_run import replaces
 from .evaluations import Evaluation
 from .faults import out_of_memory
+from .power_averages import write_snapshots
 from .reporting import Progress, duration
 from .run import Run
 from .state import TrainingState, averaged_weights
@@ -129,6 +130,12 @@ class TrainingOutput:
         with averaged_weights(self.state, self.model) as averaged:
             fault = self.run.attempt(lambda: save(averaged, step))
         self.report(fault, f"the model of step {step}", last)
+
+    def save_snapshots(self, last: bool) -> None:
+        """The power averages of this step, for `ddpm-hf ema`."""
+        state = self.state
+        fault = self.run.attempt(lambda: write_snapshots(self.run.folder, state.power, state.parts, state.step))
+        self.report(fault, f"the averages of step {state.step}", last)
 
     def save_checkpoint(self, last: bool) -> None:
         """The checkpoint of this step; none is removed for it while steps are being skipped."""

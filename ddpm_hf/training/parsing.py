@@ -1,7 +1,7 @@
 """How flags get their values.
 
 What decides, strongest first: the command line, the `--config` file, what a resumed run was trained with, Accelerate's
-launcher or configuration, the preset, the recipe for the embedded data, the default.
+launcher or configuration, what the optimizer requires, the preset, the recipe for the embedded data, the default.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from ..common.errors import UsageError, one_line
 from ..common.files import expand_home
 from ..common.lazy import load_alone
 from ..common.machine import accept_any_text, write_out
-from .flags import Flags
+from .flags import OPTIMIZERS, Flags
 from .help import EPILOG, FlagFormatter, bare_name, grouped, meanings_of, meant
 
 if TYPE_CHECKING:
@@ -263,6 +263,12 @@ def _trained_with(flags: Flags, stages: tuple[str, ...]) -> dict[str, Any]:
     return {name: value for name, value in recorded.items() if name in names}
 
 
+def weaker_layers(program: Program, flags: Flags) -> list[tuple[str, dict[str, Any]]]:
+    """What decides where command line and --config say nothing, weakest first: last, what the optimizer brings."""
+    optimizer = flags.optimizer
+    return [*program.weaker_layers(flags), (f"the optimizer {optimizer}", OPTIMIZERS.get(optimizer, {}))]
+
+
 def parse_flags(program: Program, argv: list[str]) -> Flags:
     """Parse `argv` over a `--config` file, over what a resumed run was trained with, over the program's layers."""
     accept_any_text()
@@ -273,12 +279,12 @@ def parse_flags(program: Program, argv: list[str]) -> Flags:
         if from_file.config:
             words = parser.below(read_config_file(from_file.config), f"--config {from_file.config}", words)
         given, typed = parser.given(words), {one.name for one in parser.given(argv)}
-        layers = program.weaker_layers(parser.parse(words))
+        layers = weaker_layers(program, parser.parse(words))
         flags = parser.parse(parser.over(layers, words))
         if flags.resume_from_checkpoint:
             before = _trained_with(flags, program.stages)
             words = parser.below(before, "--resume_from_checkpoint", [f"--output_dir={flags.output_dir}", *words])
-            layers = program.weaker_layers(parser.parse(words))
+            layers = weaker_layers(program, parser.parse(words))
             flags = parser.parse(parser.over(layers, words, decided=set(before)))
         # a file may list all flags, as a run's settings do: there, what they are without it asks for nothing
         flags.given = frozenset(

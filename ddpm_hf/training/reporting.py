@@ -75,7 +75,13 @@ def run_lines(run: Run, plan: StepPlan, parameters: int, image_bytes: int = 0) -
         image_bytes: of those that are kept decoded.
     """
     flags = run.flags
-    kept = 4 + flags.use_ema  # weights, gradients, Adam's two moments, and the EMA
+    moments = {"muon": 1}.get(flags.optimizer, 2)  # of the weights' size; without SOAP's bases
+    averages = flags.use_ema + 2 * bool(flags.ema_snapshot_steps)
+    kept, name = 2 + moments + averages, "Adam" if flags.optimizer == "adamw" else flags.optimizer
+    lines = {}
+    if flags.optimizer != "adamw":
+        waits = "; steps wait for the GPU, without a CUDA graph of the update" * (run.device.type == "cuda")
+        lines["optimizer"] = f"{flags.optimizer}{waits}"
     epochs = "" if plan.samples is None else f" ({plan.steps_per_epoch:,} an epoch)"
     return {
         "batch": f"{plan.batch_size} × {plan.world} process{'es' if plan.world > 1 else ''} × {plan.accumulation}"
@@ -83,8 +89,9 @@ def run_lines(run: Run, plan: StepPlan, parameters: int, image_bytes: int = 0) -
         "steps": f"{plan.total:,}{epochs}",
         "device": f"{hardware(run.accelerator)}, {precision(run.accelerator)}",
         "output": f"{run.folder.resolve()}, tracker {flags.logger}, seed {run.seed}",
-        "memory": f"{kept * parameters * 4 / 2**20:,.0f} MiB for weights, gradients, Adam"
-        f"{' and EMA' if flags.use_ema else ''}, {image_bytes / 2**20:,.0f} MiB for images; activations on top",
+        **lines,
+        "memory": f"{kept * parameters * 4 / 2**20:,.0f} MiB for weights, gradients, {name}"
+        f"{' and EMA' if averages else ''}, {image_bytes / 2**20:,.0f} MiB for images; activations on top",
     }
 
 

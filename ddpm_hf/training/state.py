@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..common.errors import UsageError
-from .averaging import ema_weights, load_ema, save_ema
+from .averaging import averages_by_itself, ema_weights, load_ema, optimizer_average, save_ema
 from .meter import Meter
+from .power_averages import PowerAverage
 from .sessions import Sessions
 from .sharded import FullModel, full_ema
 
@@ -29,6 +30,7 @@ class TrainingState:
     lr_scheduler: Any
     meter: Meter
     sessions: Sessions
+    power: dict[str, list[PowerAverage]] = field(default_factory=dict)  # those of a part; empty without snapshots
     extra: dict[str, Any] = field(default_factory=dict)
     step: int = 0  # optimizer steps taken
     nonfinite_steps: int = 0  # skipped, in a row
@@ -39,6 +41,12 @@ class TrainingState:
     first_pass: float = 0.0  # seconds of the first batch, forward and backward, before training
     given_up: set[str] = field(default_factory=set)  # files that are no longer written
     facts: dict[str, Any] = field(default_factory=dict)  # what a resumed run must share; into the manifest
+
+    @property
+    def averages(self) -> list[tuple[Any, torch.nn.Module]]:
+        """All averages of the weights that a step moves, each with its part of the model."""
+        powers = [(one, self.parts[name]) for name, ones in self.power.items() for one in ones]
+        return [(ema, self.parts[name]) for name, ema in self.emas.items()] + powers
 
     @property
     def full_parts(self) -> dict[str, torch.nn.Module]:
@@ -58,6 +66,8 @@ def register_model_hooks(accelerator: "Accelerator", state: TrainingState) -> No
                     part.save_pretrained(Path(output_dir) / name)
                 if accelerator.is_main_process and ema is not None:
                     save_ema(ema, part, Path(output_dir) / f"{name}_ema")
+        if accelerator.is_main_process:
+            save_other_averages(state, Path(output_dir))
         while weights:  # what is left here Accelerate would save again
             weights.pop()
 
@@ -72,11 +82,40 @@ def register_model_hooks(accelerator: "Accelerator", state: TrainingState) -> No
                 if not folder.is_dir():
                     raise UsageError(f"{input_dir} has no EMA; resume without --use_ema, or train anew")
                 load_ema(state.emas[name], part, folder)
-            elif folder.is_dir():
+            elif folder.is_dir() and not averages_by_itself(state.optimizer):
                 raise UsageError(f"{input_dir} has an EMA, which would be lost; resume with --use_ema")
+
+            load_power_averages(state, name, Path(input_dir) / f"{name}_power")
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
+
+
+def save_other_averages(state: TrainingState, folder: Path) -> None:
+    """Write the power averages, under `NAME_power/`, and a schedule-free optimizer's as an EMA."""
+    for name, ones in state.power.items():
+        (folder / f"{name}_power").mkdir(parents=True, exist_ok=True)
+        for one in ones:
+            one.save(name, state.parts[name], folder / f"{name}_power" / f"{one.std:.3f}.safetensors")
+    if averages_by_itself(state.optimizer):
+        with optimizer_average(state.optimizer):
+            for name, part in state.parts.items():
+                part.save_pretrained(folder / f"{name}_ema")
+
+
+def load_power_averages(state: TrainingState, name: str, folder: Path) -> None:
+    """Take over the power averages of a part.
+
+    Raises:
+        UsageError: the checkpoint has none and the run does, or the reverse.
+    """
+    if folder.is_dir() and name not in state.power:
+        raise UsageError(f"{folder} would be lost; resume with --ema_snapshot_steps")
+    for one in state.power.get(name, []):
+        path = folder / f"{one.std:.3f}.safetensors"
+        if not path.is_file():
+            raise UsageError(f"{folder.parent} has no power averages; resume without --ema_snapshot_steps")
+        one.load(state.parts[name], path)
 
 
 def unwrap(accelerator: "Accelerator", model: torch.nn.Module) -> torch.nn.Module:
@@ -101,13 +140,14 @@ def set_rates(state: TrainingState, settings: list[dict[str, Any]]) -> None:
 
 @contextlib.contextmanager
 def averaged_weights(state: TrainingState, model: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """The model in eval mode, with its EMA weights where there are any; then all as it was. All ranks take part."""
+    """The model in eval mode, with its averaged weights if there are any; then all as it was. All ranks take part."""
     if state.full is not None:
         yield state.full.fill(state.model, state.emas, next(state.model.parameters()).device).eval()
         return
     training = model.training
     model.eval()
     with contextlib.ExitStack() as stack:
+        stack.enter_context(optimizer_average(state.optimizer))
         for name, ema in state.emas.items():
             stack.enter_context(ema_weights(ema, state.parts[name]))
         try:

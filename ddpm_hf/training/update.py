@@ -39,8 +39,8 @@ class Updater:
         if finite or accelerator.scaler is not None:
             state.optimizer.step()  # a loss scaler skips what overflowed by itself
         if finite:
-            for name, ema in state.emas.items():
-                update_ema(ema, state.parts[name])
+            for average, part in state.averages:
+                update_ema(average, part)
         return norm, finite
 
 
@@ -54,7 +54,7 @@ class DeviceUpdate:
     def __init__(self, run: Run, state: TrainingState):
         self.run, self.state = run, state
         self.rates = [torch.zeros((), device=run.device) for _ in state.optimizer.param_groups]
-        self.moves = {name: torch.zeros((), device=run.device) for name in state.emas}
+        self.moves = [torch.zeros((), device=run.device) for _ in state.averages]
         self.places: tuple[int, ...] = ()  # of the tensors of the update before
         self.replay: Callable[[], tuple[torch.Tensor, torch.Tensor]] | None = None
         alone = run.accelerator.distributed_type == DistributedType.NO
@@ -64,9 +64,9 @@ class DeviceUpdate:
         """The gradient's norm, and whether the step was taken."""
         for rate, group in zip(self.rates, self.state.optimizer.param_groups):
             rate.fill_(group["lr"])
-        for name, ema in self.state.emas.items():
-            count_step(ema)
-            self.moves[name].fill_(1 - ema.cur_decay_value)
+        for move, (average, _) in zip(self.moves, self.state.averages):
+            count_step(average)
+            move.fill_(1 - average.cur_decay_value)
         before, self.places = self.places, self._places()
         if self.places != before:  # gradients of a batch of another shape, of a step without graphs
             self.replay = None
@@ -86,8 +86,8 @@ class DeviceUpdate:
         optimizer.found_inf = 1 - finite.float()  # a fused optimizer reads it on the device, and skips the step
         with rates_as_tensors(optimizer, self.rates):
             self.state.optimizer.step()
-        for name, ema in self.state.emas.items():
-            move_average(ema, self.state.parts[name], self.moves[name] * finite)
+        for move, (average, part) in zip(self.moves, self.state.averages):
+            move_average(average, part, move * finite)
         return norm, finite
 
     def _places(self) -> tuple[int, ...]:
@@ -95,7 +95,7 @@ class DeviceUpdate:
         optimizer = self.state.optimizer
         gradients = [one.grad for group in optimizer.param_groups for one in group["params"]]
         moments = [one for state in list(optimizer.state.values())[:1] for one in state.values()]
-        averages = [ema.shadow_params[0] for ema in self.state.emas.values()]
+        averages = [average.shadow_params[0] for average, _ in self.state.averages]
         return tuple(0 if one is None else one.data_ptr() for one in (*gradients, *moments, *averages))
 
 
@@ -112,7 +112,7 @@ def device_decides(run: Run, state: TrainingState) -> bool:
         and accelerator.scaler is None
         and accelerator.distributed_type in (DistributedType.NO, DistributedType.MULTI_GPU)
         and bool(getattr(optimizer, "defaults", {}).get("fused"))
-        and all(ema.shadow_params[0].device.type == "cuda" for ema in state.emas.values())
+        and all(average.shadow_params[0].device.type == "cuda" for average, _ in state.averages)
     )
 
 

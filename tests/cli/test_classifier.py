@@ -166,6 +166,7 @@ def assert_refused(run, *named):
         ({"learning_rate": -1}, ("--learning_rate",)),
         ({"prediction_type": "epsilon"}, ("--prediction_type",)),  # a classifier predicts no noise
         ({"ddpm_num_steps": 0}, ("--ddpm_num_steps",)),
+        ({"ema_snapshot_steps": 1}, ("--ema_snapshot_steps", "--use_ema")),
         ({"ddpm_beta_schedule": "straight"}, ("straight", "linear")),
         ({"resolution": 9}, ("--resolution 9", "2")),
         ({"channels": 3}, ("--channels 1",)),

@@ -234,6 +234,8 @@ APART = {
     "foreach_ema": "test_averaging.py",
     "offload_ema": "test_averaging.py",
     "use_8bit_adam": "test_averaging.py",
+    "optimizer": "test_optimizers.py",
+    "ema_snapshot_steps": "test_classifier.py",
     "local_rank": "test_flags.py",
 }  # fmt: skip
 

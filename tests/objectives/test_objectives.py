@@ -17,8 +17,9 @@ from ddpm_hf.objectives.gaussians import (
     mean_flat,
     normal_kl,
 )
-from ddpm_hf.objectives.losses import check_objective, min_snr_weights, training_losses
+from ddpm_hf.objectives.losses import check_objective, training_losses
 from ddpm_hf.objectives.timestep_samplers import LossSecondMomentSampler, UniformTimestepSampler
+from ddpm_hf.objectives.weightings import min_snr_weights
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "posterior_mean")
 LOSSES = {"l2": F.mse_loss, "l1": F.l1_loss, "huber": F.huber_loss}

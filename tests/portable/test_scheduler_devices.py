@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_leaves
 
 from ddpm_hf import DDPMScheduler, training_losses
 from ddpm_hf.objectives.bound import prior_bpd
-from ddpm_hf.objectives.losses import min_snr_weights
+from ddpm_hf.objectives.weightings import min_snr_weights
 
 
 class NoDoubleOnMPS(TorchDispatchMode):

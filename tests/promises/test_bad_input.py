@@ -25,6 +25,7 @@ OUT_OF_RANGE = [
         "learning_rate", "adam_epsilon", "ema_inv_gamma", "ema_power", "checkpointing_steps",
         "checkpoints_total_limit", "save_images_steps", "save_model_epochs", "validation_steps", "logging_steps",
         "cpu_threads", "max_nonfinite_steps", "ddpm_num_steps", "ddpm_num_inference_steps", "snr_gamma",
+        "ema_snapshot_steps",
     )],
     *[(name, -1) for name in (
         "dataloader_num_workers", "lr_warmup_steps", "adam_weight_decay", "max_grad_norm", "seed", "vlb_weight",
@@ -48,6 +49,7 @@ def test_a_value_out_of_range_is_named(name, value, shop, tmp_path):
 CHOICES = {
     "ddpm_beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction", "variance_type": "learned_range",
     "objective": "hybrid", "loss_type": "huber", "timestep_sampler": "loss_second_moment",
+    "loss_weighting": "debiased", "optimizer": "schedulefree",
     "lr_scheduler": "polynomial", "mixed_precision": "bf16", "logger": "tensorboard", "cache_dataset": "always",
     "model_preset": "ddpm-cifar10",
 }  # fmt: skip

@@ -165,6 +165,7 @@ ROWS = [
     Row("prediction_type", "v_prediction", scheduler("prediction_type"), "epsilon", "v_prediction"),
     Row("prediction_type", "v_prediction", digest("unet")),
     Row("loss_type", "l1", digest("unet")),
+    Row("loss_weighting", "p2", digest("unet")),
     Row("snr_gamma", 5, digest("unet")),
     Row("noise_offset", 0.1, digest("unet")),
     Row("input_perturbation", 0.1, digest("unet")),

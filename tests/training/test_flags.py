@@ -95,7 +95,12 @@ def labels(seen):
     return sorted(torch.cat([batch["labels"] for batch in seen.batches[:2]]).tolist())
 
 
+def conditioned(key):
+    return lambda seen: seen.run.json("model_index.json").get("conditioning", {}).get(key)
+
+
 EMA = {"use_ema": True}
+SR = {"more": {"conditioning": "super-resolution"}, "group": "conditioned"}
 PUSH = {"more": {"push_to_hub": True}, "group": "push"}
 ADAM, MACHINE, SCHEDULER = {"group": "adam"}, {"group": "machine"}, {"group": "scheduler"}
 SAVED, TRACKED = {"group": "saved"}, {"more": {"logger": "tensorboard"}, "group": "tracked"}
@@ -150,6 +155,7 @@ ROWS = [
     Row("variance_type", "fixed_large", scheduler("variance_type"), "fixed_small", "fixed_large", **SCHEDULER),
     Row("objective", "hybrid", weights, more={"variance_type": "learned_range"}),
     Row("loss_type", "l1", weights),
+    Row("loss_weighting", "p2", weights),
     Row("snr_gamma", 5, weights),
     Row("vlb_weight", 1, weights, more=BOUND),
     Row("timestep_sampler", "loss_second_moment", has("timestep_sampler.safetensors"), False, True,
@@ -183,6 +189,8 @@ ROWS = [
     Row("ema_power", 0.25, weights, more=EMA),
     Row("ema_max_decay", 0.1, weights, more=EMA),
     Row("ema_min_decay", 0.9, weights, more=EMA),
+    Row("ema_snapshot_steps", 3, lambda s: [name[-13] for name in s.run.files() if "ema-snapshots" in name], [],
+        ["3", "4"] * 2, **SAVED),
     Row("mixed_precision", "bf16", lambda s: s.spied("precision")[0], "no", "bf16", **MACHINE),
     Row("mixed_precision", "bf16", weights),
     Row("allow_tf32", True, lambda s: s.spied("tf32")[0], False, True, **MACHINE),
@@ -206,6 +214,14 @@ ROWS = [
         lambda places: places and all(p.startswith("curves") for p in places), **TRACKED),
     Row("tracker_project_name", "mine", logs, lambda places: "logs/train_unconditional" in places,
         lambda places: any(place.endswith("/mine") for place in places), **TRACKED),
+    Row("conditioning", "deblur", conditioned("task"), None, "deblur"),
+    Row("conditioning_factor", 4, conditioned("factor"), 2, 4, **SR),
+    Row("conditioning_filter", "average", conditioned("filter"), "bicubic", "average", **SR),
+    Row("conditioning_enlarge", "bilinear", conditioned("enlarge"), "bicubic", "bilinear", **SR),
+    Row("conditioning_noise", 0, lambda s: s.run.json("unet/config.json")["in_channels"], 7, 6, **SR),
+    Row("conditioning_masks", ("half",), conditioned("masks"), ["box", "random", "half"], ["half"],
+        {"conditioning": "inpaint"}),
+    Row("conditioning_blur_size", 2.0, conditioned("blur_size"), 1.0, 2.0, {"conditioning": "deblur"}),
     Row("push_to_hub", True, lambda s: len(s.spied("upload")), 0, 1),
     Row("hub_model_id", "me/photos", lambda s: (s.spied("create")[0][0][0], s.spied("upload")[0][0][2]),
         lambda names: names[1] != "me/photos", ("me/photos", "me/photos"), **PUSH),
@@ -218,10 +234,10 @@ ROWS = [
 ]  # fmt: skip
 
 # Flags whose effect takes more than a run with and without, each with a test of its own below, or in test_averaging,
-# test_latent_training, test_pretrained, test_publishing and test_in_training
+# test_optimizers, test_latent_training, test_pretrained, test_publishing and test_in_training
 APART = {
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "local_rank", "cache_dir", "dataset_config_name",
-    "dry_run", "config", "foreach_ema", "offload_ema", "use_8bit_adam",
+    "dry_run", "config", "foreach_ema", "offload_ema", "use_8bit_adam", "optimizer",
     "vae_name_or_path", "cache_latents", "hub_strategy", "save_variants",
     "pretrained_model_name_or_path", "revision", "variant", "subfolder", "hub_best_metric",
     *(field.name for field in dataclasses.fields(EvaluationFlags)),

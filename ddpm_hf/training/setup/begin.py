@@ -15,6 +15,7 @@ from ..launcher import unused_settings
 from ..meter import Meter
 from ..needs import without_effect
 from ..plan import StepPlan
+from ..power_averages import WIDTHS, PowerAverage
 from ..run import Run
 from ..sessions import Sessions
 from ..sharded import FullModel
@@ -22,7 +23,7 @@ from ..state import TrainingState, register_model_hooks
 from ..stopping import deadline_of
 from .accelerator import start_accelerator
 from .claiming import check_unchanged, find_run
-from .optimizer import make_lr_scheduler, make_optimizer, match_layout
+from .optimizer import check_engine, make_lr_scheduler, make_optimizer, match_layout
 from .settings import agree_on_seed, settings_that_go_on
 
 
@@ -80,6 +81,7 @@ def begin_training(
         extra: more objects with a `state_dict()` that belong to the run.
     """
     flags, accelerator = run.flags, run.accelerator
+    check_engine(flags, accelerator)
     if flags is run.settings[TrainingFlags]:  # else it is a stage, whose flags nobody gave
         run.log(*(f"warning: {line}" for line in without_effect(run.settings, run.device.type)))
     if flags.lr_warmup_steps > plan.total and "lr_warmup_steps" in run.settings.given:
@@ -101,6 +103,11 @@ def begin_training(
     state.model, state.optimizer = accelerator.prepare(model, state.optimizer)
     if flags.use_ema:
         state.emas = {name: make_ema(flags, part, run.device) for name, part in parts.items()}
+    if flags.ema_snapshot_steps:
+        where = torch.device("cpu") if flags.offload_ema else run.device
+        state.power = {
+            name: [PowerAverage(std, part.parameters(), where) for std in WIDTHS] for name, part in parts.items()
+        }
     register_model_hooks(accelerator, state)
     if run.resumed is not None:
         load_checkpoint(accelerator, state, run.resumed.checkpoint)

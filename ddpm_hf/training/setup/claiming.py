@@ -28,6 +28,7 @@ from ..earlier_run import (
 )
 from ..flags import Flags, TrainingFlags
 from ..logs import start_trackers
+from ..power_averages import drop_later_snapshots
 from ..reporting import table
 from ..run import Resumed, Run
 from .settings import save_settings
@@ -227,6 +228,7 @@ def forget_later(run: Run, step: int) -> None:
         run.log(f"{path.name} is of a later step; it is removed once this run has got there")
     for name in LOGS:
         truncate_jsonl(run.folder / name, step)
+    drop_later_snapshots(run.folder, step)
 
 
 def _claim(folder: Path, overwrite: bool, entries: Sequence[Entry]) -> None:

@@ -34,10 +34,10 @@ test: $(VENV)/stamp
 # Kernels round differently on other processors: the suite must pass with theirs, and where every layer's last bits depend
 # on alignment and batch size (tests/support/other_rounding.py).
 test-isa: $(VENV)/stamp
-	ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
-	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	ONEDNN=1 ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	ONEDNN=1 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 	OTHER_ROUNDING=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	ONEDNN=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # A Space's environment, as the Hub makes it: Gradio wants an older Pillow than the package is tested with.
 $(SPACE)/stamp: ddpm_hf/publishing/space/requirements.txt constraints.txt

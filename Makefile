@@ -14,7 +14,7 @@ help:
 	@echo "make test-isa   run the tests with the kernels of other processors, and with emulated rounding"
 	@echo "make quality    check format, lint, and the types, those in the snippets of README.md and docs/ too"
 	@echo "make style      format"
-	@echo "make bench      run the benchmarks"
+	@echo "make bench      run the benchmarks; with PEER=FILE against that training script of Diffusers too"
 	@echo "make bench-gpu  measure training and sampling against Diffusers on a CUDA GPU, for docs/performance.md"
 
 # One environment; the stamp is made anew when what it rests on changes.
@@ -66,6 +66,7 @@ bench: $(VENV)/stamp $(DEMO)/model_index.json
 	$(BIN)/python benchmarks/table_precision.py
 	$(BIN)/python benchmarks/digit_quality.py $(DEMO)
 	$(BIN)/python benchmarks/gpu.py --device cpu --networks small medium --compile --block 2 --minutes 20
+	test -z "$(PEER)" || $(BIN)/python benchmarks/peers.py --peer-script "$(PEER)" --networks small medium
 
 bench-gpu: $(VENV)/stamp
 	$(BIN)/python benchmarks/gpu.py --out gpu.json --table docs/performance.md

@@ -5,8 +5,8 @@
 
 All programs are alive at once, each a process, and take blocks of optimizer steps in turn, so that other work on the
 machine hits all of them. A ratio above 1 is the median over the blocks, and means that ours is faster. Diffusers'
-script and ours train the same network on the same images with the same flags. denoising-diffusion-pytorch has a network
-of its own: there FLOP a second are compared, and its images are in memory already, in its favour.
+script and ours train the same network on the same images with the same flags. denoising-diffusion-pytorch has a
+network of its own: there FLOP a second are compared, and its images are in memory already, in its favour.
 """
 
 import argparse

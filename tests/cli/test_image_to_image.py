@@ -207,6 +207,7 @@ CASCADES = {
     "sample --cascade plain x2": "reads images of 4x4, and the one before makes 8x8",
     "sample --cascade four x2 --conditioning-noise 0.7": "up to 0.5",
     "sample four --save-model chain": "--save-model chain is for --cascade",
+    "sample --cascade four x2 --classifier nowhere": "nowhere",
     "sample --cascade four x2 --save-model four": "holds a model_index.json that this command did not write",
 }
 

@@ -27,11 +27,11 @@ NO_ADVICE = (
 )  # fmt: skip
 
 # Tried elsewhere: by the tables of refusals in tests/cli/test_evaluate.py, test_few_steps.py, test_ema.py,
-# test_image_to_image.py and tests/restoration/test_conditional_training.py
+# test_image_to_image.py, in tests/restoration/test_conditional_training.py and in tests/ablation
 APART = (
     "ddpm_hf/cli/evaluat", "ddpm_hf/evaluation/", "ddpm_hf/cli/fit_", "ddpm_hf/few_steps/", "ddpm_hf/cli/ema",
-    "ddpm_hf/training/post_hoc", "ddpm_hf/cli/image_conditions", "ddpm_hf/cli/restore_trained",
-    "ddpm_hf/models/conditioning",
+    "ddpm_hf/training/post_hoc", "ddpm_hf/cli/abl", "ddpm_hf/ablation/", "ddpm_hf/cli/image_conditions",
+    "ddpm_hf/cli/restore_trained", "ddpm_hf/models/conditioning",
 )  # fmt: skip
 
 # Not tried: why

@@ -13,6 +13,7 @@
     accelerate launch train_unconditional.py --train_data_dir photos --resolution 64 --model_preset small-64
     accelerate launch train_unconditional.py                           # the embedded digits, minutes on a CPU
     accelerate launch train_unconditional.py --train_data_dir photos --label_column label          # by class
+    accelerate launch train_unconditional.py --train_data_dir photos --conditioning super-resolution
 
 The output folder holds a pipeline that `DiffusionPipeline.from_pretrained` loads anywhere, sample grids, metrics and
 checkpoints; `ddpm-hf sample ddpm-model-64` samples from it. `--dry_run` shows what would run, and how long it takes.
@@ -27,6 +28,7 @@ from typing import Any
 from ddpm_hf.data.flags import ClassFlags, DataFlags
 from ddpm_hf.evaluation.flags import EvaluationFlags
 from ddpm_hf.latents.flags import LatentFlags, cache_folder
+from ddpm_hf.models.conditioning import ConditioningFlags
 from ddpm_hf.models.flags import AttentionFlags, StartFlags, UNetFlags
 from ddpm_hf.models.recipes import advice_on_a_cpu, weaker_layers
 from ddpm_hf.objectives.flags import ObjectiveFlags, ScheduleFlags
@@ -38,12 +40,12 @@ from ddpm_hf.training.parsing import Program, parse_flags
 SHOWN = (
     "use_ema", "optimizer", "learning_rate", "train_batch_size", "prediction_type", "variance_type", "objective",
     "loss_type", "loss_weighting", "snr_gamma", "ddpm_num_steps", "ddpm_beta_schedule", "model_preset", "resolution",
-    "label_column",
+    "label_column", "conditioning",
 )  # fmt: skip
 PROGRAM = Program(
     (
-        DataFlags, UNetFlags, StartFlags, ScheduleFlags, ObjectiveFlags, ClassFlags, LatentFlags, TrainingFlags,
-        GridFlags, EvaluationFlags, AttentionFlags, PublishingFlags, HubFlags,
+        DataFlags, UNetFlags, StartFlags, ScheduleFlags, ObjectiveFlags, ClassFlags, LatentFlags, ConditioningFlags,
+        TrainingFlags, GridFlags, EvaluationFlags, AttentionFlags, PublishingFlags, HubFlags,
     ),
     weaker_layers,
     __doc__,
@@ -59,7 +61,7 @@ from diffusers import AutoencoderKL, UNet2DModel
 from ddpm_hf.common.errors import DataError
 from ddpm_hf.common.layout import layout
 from ddpm_hf.common.randomness import StepKeys, to_device
-from ddpm_hf.data.batches import held_out_loss, make_batches, open_images, plan_steps
+from ddpm_hf.data.batches import held_out_loss, make_batches, open_images, plan_steps, shown_images
 from ddpm_hf.data.upright import real_images
 from ddpm_hf.evaluation.in_training import evaluation_of
 from ddpm_hf.latents.cache import cached_latents, prepare_caching
@@ -69,10 +71,13 @@ from ddpm_hf.models.design import Design, build_model, describe_model, design_mo
 from ddpm_hf.models.gradient_gate import recorded_call
 from ddpm_hf.objectives.losses import QUARTILES, quartile_of, training_losses
 from ddpm_hf.objectives.timestep_samplers import TIMESTEP_SAMPLERS, LossSecondMomentSampler, UniformTimestepSampler
+from ddpm_hf.portable.conditioning_ddpm_hf import Conditioning
 from ddpm_hf.portable.pipeline_class_conditional_ddpm_hf import ClassConditionalDDPMPipeline
 from ddpm_hf.portable.pipeline_ddpm_hf import DDPMPipeline
+from ddpm_hf.portable.pipeline_image_to_image_ddpm_hf import DDPMImageToImagePipeline
 from ddpm_hf.portable.scheduling_ddpm_hf import DDPMScheduler
 from ddpm_hf.publishing.publisher import Publisher, reserve_repository
+from ddpm_hf.restoration.training import condition_of, strips_of
 from ddpm_hf.training.ending import end_training, ends_in_one_line
 from ddpm_hf.training.loop import training_loop
 from ddpm_hf.training.meter import Losses
@@ -96,18 +101,21 @@ def compute_loss(
     class_dropout: float,
     loss_options: dict[str, Any],
     vae: AutoencoderKL | None = None,
+    conditioning: Conditioning | None = None,
 ) -> Losses:
     """Draw t and noise, add it, predict, compare (Ho et al. 2020, Algorithm 1)."""
     x_start = x_start_of(batch, keys, vae, run.device)  # [N, C, H, W]
     timesteps, weights = (to_device(one, x_start.device) for one in sampler.sample(keys.uniform("timestep")))
     noise = keys.normal_like(x_start)
-    conditioning = {}
+    x_t, conditions = scheduler.add_noise(x_start, noise, timesteps), {}
     if "labels" in batch:
         labels = batch["labels"]
         if not keys.validation:  # a share of them become the null class (Ho & Salimans 2022, Algorithm 1)
             labels = torch.where(keys.uniform("class_dropout") < class_dropout, null_class, labels)
-        conditioning["class_labels"] = to_device(labels, x_start.device)
-    output = model(scheduler.add_noise(x_start, noise, timesteps), timesteps, **conditioning).sample.float()
+        conditions["class_labels"] = to_device(labels, x_start.device)
+    if conditioning is not None:  # the network reads the degraded image too (Saharia et al. 2021)
+        x_t = torch.cat([x_t, condition_of(conditioning, x_start, keys)], dim=1)
+    output = model(x_t, timesteps, **conditions).sample.float()
     losses = training_losses(scheduler, output, x_start, noise, timesteps, **loss_options)
     if model.training and not isinstance(sampler, UniformTimestepSampler):  # it learns from the losses of all ranks
         pairs = torch.stack([timesteps.float(), losses.detach().float()], dim=1)[: keys.valid]  # [N, 2]
@@ -118,9 +126,12 @@ def compute_loss(
 
 def make_pipeline(
     model: UNet2DModel, design: Design, class_names: list[str], trained_classes: list[int] | None
-) -> DDPMPipeline | ClassConditionalDDPMPipeline:
+) -> DDPMPipeline | ClassConditionalDDPMPipeline | DDPMImageToImagePipeline:
     """The pipeline that samples from the model, by class where it knows classes."""
     scheduler, vae = design.scheduler, design.vae
+    if design.conditioning is not None:
+        names = dict(enumerate(class_names))
+        return DDPMImageToImagePipeline(model, scheduler, design.conditioning.config(), names, trained_classes)
     if class_names:
         return ClassConditionalDDPMPipeline(model, scheduler, dict(enumerate(class_names)), vae, trained_classes)
     return DDPMPipeline(model, scheduler, vae)
@@ -129,7 +140,7 @@ def make_pipeline(
 def train(flags: Flags) -> None:
     """From flags to a trained, saved and, if asked, published pipeline."""
     flags.check()
-    data, unet, _, _, objective, classes, latents, training, _, evaluated, attention, publishing, hub = flags
+    data, unet, _, _, objective, classes, latents, _, training, _, evaluated, attention, publishing, hub = flags
     written = layout("unet", "scheduler", *(["vae"] if latents.vae_name_or_path else []))
     run = start_run(flags, written, (data.train_data_dir, data.dataset_name))
     design, line = design_model(flags, data, run.resumed and run.resumed.checkpoint, run.device, hub.hub_token)
@@ -154,6 +165,7 @@ def train(flags: Flags) -> None:
     state = begin_training(run, model, plan, facts, {"unet": model}, QUARTILES, extra)
     of_classes = {"null_class": len(class_names), "class_dropout": classes.class_dropout}
     shared: dict[str, Any] = {"run": run, "scheduler": scheduler, "vae": vae, **of_classes}
+    shared["conditioning"] = design.conditioning
     loss_of = functools.partial(compute_loss, sampler=sampler, loss_options=objective.loss_options(), **shared)
     batches = make_batches(run, images, plan, state.step, classes.class_balanced)
     with recorded_call(model) as call:
@@ -174,7 +186,9 @@ def train(flags: Flags) -> None:
     trained = images.trained_classes
     pipeline_of = functools.partial(make_pipeline, design=design, class_names=class_names, trained_classes=trained)
     shown = trained or range(len(class_names))
-    names = [class_names[label] for label in shown]
+    names, drawn_by = [class_names[label] for label in shown], pipeline_of
+    if design.conditioning is not None:
+        shown, names, drawn_by = strips_of(shown_images(images, training.eval_batch_size), pipeline_of, run.seed)
     publisher = Publisher(run, publishing, hub.hub_token, repository, state, plan, images, pipeline_of, SHOWN, names)
     publisher.record_evaluation(None if evaluation is None else evaluation.record())
     uniform, simple = UniformTimestepSampler(len(scheduler)), {"loss_type": objective.loss_type}
@@ -187,7 +201,7 @@ def train(flags: Flags) -> None:
         batches,
         compute_loss=loss_of,
         validate=held_out_loss(run, images, simple_loss_of),
-        draw=lambda model, step: draw_grid(run, pipeline_of(model), step, shown, names, num_inference_steps=steps),
+        draw=lambda model, step: draw_grid(run, drawn_by(model), step, shown, names, num_inference_steps=steps),
         save=publisher.save,
         saves_checkpoints=publishing.hub_strategy != "end",
         evaluation=None if evaluation is None else evaluation.during(run, pipeline_of),
@@ -196,6 +210,7 @@ def train(flags: Flags) -> None:
     )
     publisher.close(finished)
     sample = ["ddpm-hf", "sample", *(["--class", names[0]] if names else [])]
+    sample += ["--image", "IMAGE"] if design.conditioning is not None else []
     end_training(run, state, f"accelerate launch {Path(__file__).name}", finished, sample)
 
 

@@ -21,13 +21,14 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time `__getattr_
     from .inference.loading import load as load
     from .objectives.losses import training_losses as training_losses
     from .portable.operators_ddpm_hf import OPERATORS as OPERATORS
+    from .portable.pipeline_cascade_ddpm_hf import DDPMCascadePipeline as DDPMCascadePipeline
     from .portable.pipeline_class_conditional_ddpm_hf import (
         ClassConditionalDDPMPipeline as ClassConditionalDDPMPipeline,
     )
     from .portable.pipeline_ddpm_hf import DDPMPipeline as DDPMPipeline
+    from .portable.pipeline_image_to_image_ddpm_hf import DDPMImageToImagePipeline as DDPMImageToImagePipeline
     from .portable.pipeline_restoration_ddpm_hf import DDPMRestorationPipeline as DDPMRestorationPipeline
     from .portable.pipeline_text2image_ddpm_hf import TextToImageDDPMPipeline as TextToImageDDPMPipeline
-    from .portable.pipeline_upsampling_ddpm_hf import UpsamplingDDPMPipeline as UpsamplingDDPMPipeline
     from .portable.schedules_ddpm_hf import BETA_SCHEDULES as BETA_SCHEDULES
     from .portable.scheduling_ddpm_hf import DDPMScheduler as DDPMScheduler
 
@@ -35,11 +36,12 @@ _HOMES = {
     "BETA_SCHEDULES": ".portable.schedules_ddpm_hf",
     "DDPMScheduler": ".portable.scheduling_ddpm_hf",
     "ClassConditionalDDPMPipeline": ".portable.pipeline_class_conditional_ddpm_hf",
+    "DDPMCascadePipeline": ".portable.pipeline_cascade_ddpm_hf",
+    "DDPMImageToImagePipeline": ".portable.pipeline_image_to_image_ddpm_hf",
     "DDPMPipeline": ".portable.pipeline_ddpm_hf",
     "DDPMRestorationPipeline": ".portable.pipeline_restoration_ddpm_hf",
     "OPERATORS": ".portable.operators_ddpm_hf",
     "TextToImageDDPMPipeline": ".portable.pipeline_text2image_ddpm_hf",
-    "UpsamplingDDPMPipeline": ".portable.pipeline_upsampling_ddpm_hf",
     "bits_per_dim": ".evaluation.likelihood",
     "load": ".inference.loading",
     "record_result": ".evaluation.results",

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from ..models.classifier import NoisyClassifier
 
+DEFAULT_IMAGES = 16
 Guidance = tuple[float | None, float, tuple[int, int] | None]  # scale (None: the model's default), rescale, interval
 
 
@@ -29,6 +30,11 @@ class Conditions:
     names: Sequence[str] = ()
     options: dict[str, Any] = field(default_factory=dict)
     by_keyword: bool = False
+
+    @property
+    def default_count(self) -> int:
+        """How many images to sample where no number is asked for."""
+        return DEFAULT_IMAGES
 
     def labels(self, count: int) -> list[int]:
         """The class ids of the first images; empty for a model without classes."""
@@ -75,14 +81,14 @@ def read_conditions(
     options = {} if guide is None else {"classifier": guide, "classifier_scale": scale_of_classifier}
     scale, rescale, interval = guidance
     scale = 1.0 if scale is None else scale
-    if hasattr(pipeline, "class_ids"):
+    if getattr(pipeline, "has_classes", False):
         if scale != 1.0 and pipeline.null_class is None:
             raise ValueError(
                 "--guidance-scale requires a model that was also trained without classes (--class_dropout 0.1)"
             )
-        options |= _free_guidance(scale, rescale, interval)
+        options |= free_guidance(scale, rescale, interval)
         return _by_class(classes, class_names(pipeline), pipeline.default_classes, options)
-    _check_no_free_guidance(classes, scale, rescale, interval, guide)
+    _check_nofree_guidance(classes, scale, rescale, interval, guide)
     if guide is None:
         return Conditions()
     return _by_class(classes, class_names(guide), guide.config.get("trained_classes"), options, by_keyword=True)
@@ -115,7 +121,7 @@ def _by_prompt(
     _check_no_classifier_scale(classifier_scale)
     scale, rescale, interval = guidance
     scale = pipeline.config.guidance_scale if scale is None else scale
-    options = _free_guidance(scale, rescale, interval)
+    options = free_guidance(scale, rescale, interval)
     if negative_prompt and scale == 1:
         raise ValueError("--negative-prompt has no effect without guidance; give a --guidance-scale above 1")
     return Conditions(prompts, prompts, {**options, "negative_prompt": negative_prompt})
@@ -133,7 +139,7 @@ def warn_of_cut_prompts(tokenizer: Any, prompts: Sequence[str]) -> None:
         )
 
 
-def _free_guidance(scale: float, rescale: float, interval: tuple[int, int] | None) -> dict[str, Any]:
+def free_guidance(scale: float, rescale: float, interval: tuple[int, int] | None) -> dict[str, Any]:
     from ..portable.guidance_ddpm_hf import FreeGuidance
 
     FreeGuidance(scale, rescale, interval).check()
@@ -150,7 +156,7 @@ def _check_no_classifier_scale(classifier_scale: float | None) -> None:
         )
 
 
-def _check_no_free_guidance(
+def _check_nofree_guidance(
     classes: Sequence[str] | None, scale: float, rescale: float, interval: tuple[int, int] | None, guide: Any
 ) -> None:
     """Raise ValueError for classes and guidance that require a class-conditional model."""
@@ -210,6 +216,6 @@ def load_classifier(folder: Path, pipeline: "DiffusionPipeline") -> "NoisyClassi
         raise ValueError(
             f"--classifier {folder} was trained for images of another size or number of channels than the model's"
         )
-    if hasattr(pipeline, "class_ids") and class_names(classifier) != class_names(pipeline):
+    if getattr(pipeline, "has_classes", False) and class_names(classifier) != class_names(pipeline):
         raise ValueError(f"--classifier {folder} has other classes than the model, or in another order")
     return classifier

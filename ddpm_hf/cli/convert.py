@@ -107,19 +107,19 @@ def show_progress(text: str) -> None:
         typer.echo(text, err=True)
 
 
-def check_target(folder: Path) -> None:
+def check_target(folder: Path, flag: str = "to") -> None:
     """Raise ValueError for a folder that cannot be written, before any work."""
     from ..common.checkpoints import SETTINGS, list_checkpoints
     from ..common.layout import METRICS_FILE, RUN_FILE
     from ..common.ownership import may_write
 
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--to {folder}: a file; name a folder, or a .pt file for the way back")
+        raise ValueError(f"--{flag} {folder}: a file; name a folder")
     if list_checkpoints(folder) or any((folder / name).exists() for name in (SETTINGS, RUN_FILE, METRICS_FILE)):
-        raise ValueError(f"--to {folder}: holds a training run, which stays; name another folder")
+        raise ValueError(f"--{flag} {folder}: holds a training run, which stays; name another folder")
     for name in ("model_index.json", "config.json"):
         if not may_write(folder, name):
-            raise ValueError(f"--to {folder}: holds a {name} that this command did not write; name another folder")
+            raise ValueError(f"--{flag} {folder}: holds a {name} that this command did not write; name another folder")
 
 
 def read_labels(path: Path) -> list[str]:
@@ -148,7 +148,7 @@ def fitting_classifier(folder: Path, pipeline: Any) -> Any:
     """
     from .conditions import load_classifier
 
-    if not hasattr(pipeline, "class_ids"):
+    if not getattr(pipeline, "has_classes", False):
         raise ValueError("--classifier is kept with a model by class, and this one has no classes; keep it by itself")
     return load_classifier(folder, pipeline)
 

@@ -12,6 +12,7 @@ from .evaluation_bound import bound_of, bound_sections
 from .evaluation_data import DataOptions, generated_images, read_data
 from .evaluation_samples import STORES, How, conditions_of, of_chain, of_folder, read_chains, weights_digest
 from .exits import reports_stop
+from .image_conditions import refuse_image_models
 from .sample import DEFAULT_BATCH, Acceleration, Precision, Sampler, checked_device, option, use_all_cores
 
 if TYPE_CHECKING:
@@ -300,6 +301,7 @@ def load_model(model: str, ema: bool | None, revision: str | None, token: str | 
 
     settle(model)
     pipeline = load(model, ema=ema, revision=revision, token=clean_token(token))
+    refuse_image_models(pipeline, "evaluate")
     pipeline.set_progress_bar_config(desc="steps", leave=False, disable=True)
     return pipeline
 

@@ -54,7 +54,7 @@ def _conditions(pipeline: "DiffusionPipeline", images: "ImageSet") -> Any:
                 return {"encoder_hidden_states": pipeline.encode_prompt([captions[index] for index in indices])}
 
         return by_text
-    if hasattr(pipeline, "class_ids"):
+    if getattr(pipeline, "has_classes", False):
         if images.labels is None:
             raise DataError(f"--likelihood-calls: this model is by class; name the --label-column of {images.name}")
         ids = torch.as_tensor(ids_of_labels(pipeline, images))

@@ -89,7 +89,7 @@ def conditions_of(
         captions = [real.captions[index] for index in order]
         return dataclasses.replace(_read(pipeline, classes, captions[:1], guidance), given=captions, names=())
     conditions = _read(pipeline, classes, prompts, guidance)
-    if hasattr(pipeline, "class_ids") and not classes and real.labels is not None:
+    if getattr(pipeline, "has_classes", False) and not classes and real.labels is not None:
         given = [int(one) for one in ids_of_labels(pipeline, real)[order]]
         return dataclasses.replace(conditions, given=given, names=())
     return conditions

@@ -9,6 +9,7 @@ import typer
 from ..common.errors import UsageError
 from .common import clean_token, quiet
 from .exits import reports_stop
+from .image_conditions import refuse_image_models
 from .sample import option, ready_device
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ def fit_timesteps(
     device = ready_device(device)
     settle(model)
     pipeline = load(model, token=clean_token(token))
+    refuse_image_models(pipeline, "fit-timesteps")
     if objective.value == "likelihood":
         fits, lines = likelihood_fits(pipeline, calls)
     else:

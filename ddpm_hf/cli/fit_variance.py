@@ -10,6 +10,7 @@ from .common import clean_token, quiet
 from .evaluation_bound import bound_of
 from .evaluation_data import Data, DataOptions, read_data
 from .exits import reports_stop
+from .image_conditions import refuse_image_models
 from .sample import option, ready_device
 
 DATA, HOW, WHERE = "The images", "How to fit", "Where from, where to"
@@ -73,6 +74,7 @@ def fit_variance(
     device = ready_device(device)
     settle(model)
     pipeline = load(model, token=clean_token(token))
+    refuse_image_models(pipeline, "fit-variance")
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     check_fittable(scheduler)
     shape = (pipeline.image_channels, *pipeline.image_size)

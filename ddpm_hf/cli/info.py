@@ -157,7 +157,12 @@ def pipeline_rows(source: Source, index: dict[str, Any]) -> Rows:
     latents = "vae/config.json" in source.paths
     title = KINDS[SAMPLED_BY[name]].title if name in SAMPLED_BY else "a pipeline of another library"
     kind = f"{title} ({name}){', in latents' if latents else ''}"
-    rows = [("kind", kind), *model_rows(source, "" if at_root else "unet", unet, source.json("vae/config.json"))]
+    conditionings = conditionings_of(index)
+    part = "" if at_root else max(conditionings, default="unet")  # of a cascade, the last
+    network = unet if part in ("", "unet") else source.json(f"{part}/config.json")
+    rows = [("kind", kind), *model_rows(source, part, network, source.json("vae/config.json"))]
+    for part, config in conditionings.items():
+        rows += conditioning_rows("reads" if part == "unet" else f"{part} reads", config)
     rows += diffusion_rows(scheduler)
     classes = list((index.get("id2label") or {}).values())
     if classes:
@@ -174,7 +179,8 @@ def model_rows(source: Source, part: str, config: dict[str, Any], vae: dict[str,
     network = config.get("unet", config)  # a classifier's config holds its UNet's arguments there
     size = network.get("sample_size")
     height, width = (size, size) if isinstance(size, int) else size or (None, None)
-    channels, rows = network.get("in_channels"), []
+    conditioning = conditionings_of(source.json("model_index.json")).get(part)
+    channels, rows = image_channels(network, conditioning), []
     if vae and height:
         factor = 2 ** (len(vae["block_out_channels"]) - 1)
         pixels = f"{height * factor}×{width * factor}, {vae.get('in_channels')} channels"
@@ -187,6 +193,22 @@ def model_rows(source: Source, part: str, config: dict[str, Any], vae: dict[str,
     if widths:
         rows.append(("network", f"{size}widths {', '.join(map(str, widths))}"))
     return rows
+
+
+def conditionings_of(index: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What a pipeline's networks read besides x_t, by their folders."""
+    several = index.get("conditionings") or {}
+    return {"unet": index["conditioning"]} if "conditioning" in index else several
+
+
+def image_channels(network: dict[str, Any], conditioning: dict[str, Any] | None) -> int | None:
+    """How many channels an image has, or its latents: those of x_t."""
+    channels = network.get("in_channels")
+    if conditioning is None or network.get("condition_channels"):
+        return channels
+    from ..portable.conditioning_ddpm_hf import Conditioning
+
+    return Conditioning.from_config(conditioning).image_channels(channels or 0)
 
 
 def parameters(source: Source, part: str) -> int | None:
@@ -216,6 +238,14 @@ def count_parameters(path: Path) -> int:
                 size *= side
             total += size
     return total
+
+
+def conditioning_rows(name: str, config: dict[str, Any]) -> Rows:
+    """What a network reads besides x_t."""
+    from ..models.conditioning import describe_conditioning
+    from ..portable.conditioning_ddpm_hf import Conditioning
+
+    return [(name, describe_conditioning(Conditioning.from_config(config)))]
 
 
 def diffusion_rows(scheduler: dict[str, Any]) -> Rows:
@@ -274,6 +304,7 @@ def usage(source: Source, index: dict[str, Any], config: dict[str, Any], checkpo
         cls = SAMPLED_BY.get(named, named)
         classes = list((index.get("id2label") or {}).values())
         example = ["--class", classes[0]] if classes else ["--prompt", "a picture"] if "tokenizer" in index else []
+        example += ["--image", "IMAGE"] if "conditioning" in index else []
         lines += [
             f"load:    ddpm_hf.{cls}.from_pretrained({name!r})",
             f"sample:  {shlex.join(['ddpm-hf', 'sample', name, *example])}",

@@ -171,7 +171,7 @@ def show_upload(
     list_files({**files, "README.md": len(card.encode())})
     if half:
         typer.echo("and weights in half precision, which are created first")
-    if SAMPLES not in files and not hasattr(pipeline, "tokenizer"):
+    if SAMPLES not in files and not (hasattr(pipeline, "tokenizer") or hasattr(pipeline, "conditioning")):
         typer.echo("and pictures for the card, which are sampled first or taken from samples/")
     for line in check_hub(name, token, "model"):
         typer.echo(line)

@@ -10,6 +10,7 @@ import typer
 from ..restoration.tasks import MASKS, TASKS, Settings
 from .common import check_revision, clean_token, quiet
 from .exits import reports_stop
+from .restore_trained import TrainedRestorer, check_options, settings_of_model
 from .sample import Acceleration, Precision, autocast, checked_device, option, use_all_cores
 
 if TYPE_CHECKING:
@@ -179,7 +180,18 @@ def restore(
     device = checked_device(device)
     settle(model)
     loaded = load(model, ema=ema, revision=revision, token=clean_token(token)).to(device)
-    pipeline = DDPMRestorationPipeline.from_pipe(loaded)
+    if hasattr(loaded, "conditionings"):
+        raise ValueError(f"{model} is a cascade; give one of its models, as `ddpm-hf restore` restores with")
+    if hasattr(loaded, "conditioning"):
+        check_options(
+            method.value, start, {"eta": eta, "weight": weight, "iterations": iterations, "time_travel": time_travel}
+        )
+        settings = settings_of_model(loaded, task.value, given, settings)
+        sigma_y = sigma_y or 0.0  # the model is told of noise, and reads what it is given as it is otherwise
+        loaded.check_level(0.0, sigma_y)
+        pipeline: Any = TrainedRestorer(loaded)
+    else:
+        pipeline = DDPMRestorationPipeline.from_pipe(loaded)
     if acceleration.value == "auto":
         pipeline.enable_acceleration()
     options = {

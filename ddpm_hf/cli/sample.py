@@ -9,14 +9,15 @@ import typer
 
 from ..inference.samplers import SAMPLERS
 from .common import check_revision, clean_token, quiet
-from .conditions import Conditions, read_conditions
+from .conditions import DEFAULT_IMAGES, Conditions, read_conditions
 from .exits import reports_stop
+from .image_conditions import ImageConditions, read_image_conditions
 from .pictures import adm_arrays, check_out, write_pictures
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-DEFAULT_IMAGES, DEFAULT_BETWEEN, DEFAULT_BATCH = 16, 11, 64
+DEFAULT_BETWEEN, DEFAULT_BATCH = 11, 64
 
 Sampler = enum.Enum("Sampler", {name: name for name in SAMPLERS}, type=str)  # type: ignore[misc]  # a table's names
 
@@ -57,7 +58,11 @@ ddpm-hf sample text2image --prompt "a handwritten seven" --prompt "the digit two
 
 ddpm-hf sample photos-ddpm --num-images 50000 --batch-size 256 --format npz
 
-ddpm-hf sample photos-ddpm --interpolate a.png b.png --timestep 500"""
+ddpm-hf sample photos-ddpm --interpolate a.png b.png --timestep 500
+
+ddpm-hf sample photos-x4 --image small.png --num-images 8
+
+ddpm-hf sample --cascade photos-8 photos-x2 photos-x4 --save-model photos-cascade"""
 
 
 def option(panel: str, help: str, *names: str, **settings: Any) -> Any:
@@ -66,9 +71,21 @@ def option(panel: str, help: str, *names: str, **settings: Any) -> Any:
 
 
 def sample(
-    model: Annotated[str, typer.Argument(help="A run's folder or checkpoint-N, or a model on the Hub (user/name).")],
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL...",
+            help="A run's folder or checkpoint-N, or a model on the Hub (user/name); with --cascade two or three.",
+        ),
+    ],
     num_images: Annotated[
-        int | None, option(WHAT, "Number of images. Default: 16, or 11 with --interpolate.", min=1, max=1_000_000)
+        int | None,
+        option(
+            WHAT,
+            "Number of images. Default: 16, or 11 with --interpolate, or one for each --image.",
+            min=1,
+            max=1_000_000,
+        ),
     ] = None,
     class_: Annotated[
         list[str] | None,
@@ -82,6 +99,27 @@ def sample(
         list[str] | None, option(WHAT, "The text, for a text-to-image model; repeat it for several in turn.")
     ] = None,
     negative_prompt: Annotated[str | None, option(WHAT, "For text to image: what to move away from.")] = None,
+    image: Annotated[
+        Path | None,
+        option(WHAT, "The image that an image-to-image model reads, or a folder of them; in turn."),
+    ] = None,
+    cascade: Annotated[
+        bool,
+        option(WHAT, "Sample small images by the first MODEL, and enlarge them by the others.", "--cascade"),
+    ] = False,
+    mask: Annotated[
+        Path | None, option(WHAT, "For --image of a model that inpaints: white where to paint; or a folder of masks.")
+    ] = None,
+    conditioning_noise: Annotated[
+        float | None,
+        option(
+            WHAT,
+            "Noise to mix into --image, or into the images between the models of a cascade, from 0 to the level that"
+            " they were trained with. Default: 0, in a cascade 0.1 or what was saved with it.",
+            min=0.0,
+            max=1.0,
+        ),
+    ] = None,
     interpolate: Annotated[
         tuple[Path, Path] | None,
         option(WHAT, "Interpolate between two image files, noised to --timestep.", metavar="IMAGE IMAGE"),
@@ -160,6 +198,9 @@ def sample(
         bool | None,
         option(WHERE, "For a checkpoint-N: use the EMA weights. Default: if it has them.", "--ema/--no-ema"),
     ] = None,
+    save_model: Annotated[
+        Path | None, option(WHERE, "With --cascade: also save the models as one, in this folder, for sample and push.")
+    ] = None,
     revision: Annotated[str | None, option(WHERE, "Branch, tag or commit on the Hub.")] = None,
     token: Annotated[str | None, option(WHERE, "For a private model. Default: your login.", envvar="HF_TOKEN")] = None,
 ) -> None:
@@ -171,25 +212,47 @@ def sample(
     from ..inference.loading import load
     from ..training.earlier_run import settle
 
-    for name, word in (("out", out), ("MODEL", model), ("classifier", classifier), ("revision", revision)):
+    words = (
+        ("out", out), *(("MODEL", model) for model in models), ("classifier", classifier), ("revision", revision),
+        ("image", image), ("mask", mask), ("save-model", save_model),
+    )  # fmt: skip
+    for name, word in words:
         if word is not None:
             check_word(name, str(word))
-    check_revision(model, revision)
+    check_models(models, cascade, save_model)
+    for model in models:
+        check_revision(model, revision)
     special = "--interpolate" if interpolate else "--shared-timestep" if shared_timestep is not None else None
     check_together(special, timestep, sampler, eta, progressive, format, grid_only)
     if special and batch_size != DEFAULT_BATCH:
         raise ValueError(f"--batch-size {batch_size}: {special} samples all images at once; leave it out")
     quiet()
     device = ready_device(device)
-    settle(model)
-    pipeline = load(model, ema=ema, revision=revision, token=clean_token(token)).to(device)
+    loaded = []
+    for model in models:
+        settle(model)
+        loaded.append(load(model, ema=ema, revision=revision, token=clean_token(token)))
+    pipeline = (cascade_of(loaded, save_model) if cascade else loaded[0]).to(device)
     if acceleration.value == "auto":
         pipeline.enable_acceleration()
     guidance = (guidance_scale, guidance_rescale, guidance_interval)
     if pipeline.image_channels > 4:
         shown = f"the first three of {pipeline.image_channels} channels"
         typer.echo(f"warning: the pictures show {shown}; output_type='np' of the pipeline gives all", err=True)
-    conditions = read_conditions(pipeline, classifier, class_, prompt, negative_prompt, guidance, classifier_scale)
+    conditions: Conditions | ImageConditions
+    if hasattr(pipeline, "conditioning"):
+        others = {
+            "prompt": prompt, "negative-prompt": negative_prompt, "classifier": classifier,
+            "classifier-scale": classifier_scale, "interpolate": interpolate,
+            "shared-timestep": shared_timestep is not None,
+        }  # fmt: skip
+        conditions = read_image_conditions(pipeline, image, mask, class_, guidance, conditioning_noise, others)
+    else:
+        levels = hasattr(pipeline, "conditionings")
+        refuse_images(image, mask, None if levels else conditioning_noise)
+        conditions = read_conditions(pipeline, classifier, class_, prompt, negative_prompt, guidance, classifier_scale)
+        if levels:
+            conditions = of_cascade(pipeline, conditions, conditioning_noise)
     check_out(out)
     steps = set_sampler(pipeline, sampler.value, steps)
     columns: int | None = None
@@ -204,7 +267,7 @@ def sample(
         elif shared_timestep is not None:
             images = images_from_shared(pipeline, num_images or DEFAULT_IMAGES, shared_timestep, seed, steps)
         else:
-            count, moments = num_images or DEFAULT_IMAGES, 40 if progressive else 0
+            count, moments = num_images or conditions.default_count, 40 if progressive else 0
             images, frames = sample_images(pipeline, conditions, count, batch_size, seed, steps, eta, moments)
             labels = conditions.labels(count)
     arrays = adm_arrays(images, labels) if format is Format.npz else None
@@ -238,7 +301,62 @@ def check_together(
         raise ValueError(f"{special} and --format npz: give one of them")
 
 
-def check_unconditional(pipeline: "DiffusionPipeline", conditions: Conditions, special: str) -> None:
+def check_models(models: list[str], cascade: bool, save_model: Path | None) -> None:
+    """Raise ValueError for another number of models than the command samples."""
+    if cascade and not 2 <= len(models) <= 3:
+        raise ValueError(f"--cascade is of two or three models: of small images, then larger (got {len(models)})")
+    if not cascade and len(models) > 1:
+        raise ValueError(f"{len(models)} models ({' '.join(models)}): give one, or --cascade")
+    if save_model is not None and not cascade:
+        raise ValueError(f"--save-model {save_model} is for --cascade; leave it out")
+
+
+def cascade_of(loaded: list[Any], save_model: Path | None) -> Any:
+    """The pipelines as one, saved where that is asked for.
+
+    Raises:
+        ValueError: pipelines that do not fit together, or a folder that cannot be written.
+    """
+    from ..models.saving import save_pipeline
+    from ..portable.pipeline_cascade_ddpm_hf import DDPMCascadePipeline
+    from .convert import check_target
+
+    if save_model is not None:
+        check_target(save_model, "save-model")
+    pipeline = DDPMCascadePipeline.from_pipes(*loaded)
+    if save_model is not None:
+        save_pipeline(pipeline, save_model)
+        typer.echo(
+            f"saved to {save_model}: `ddpm-hf sample {save_model}` samples from it, `ddpm-hf push` publishes it"
+        )
+    return pipeline
+
+
+def of_cascade(pipeline: Any, conditions: Conditions, conditioning_noise: float | None) -> Conditions:
+    """The conditions of a cascade: classes and a level of noise.
+
+    Raises:
+        ValueError: a level that a model was not trained with, or a classifier, which guides small images alone.
+    """
+    import dataclasses
+
+    if "classifier" in conditions.options:
+        raise ValueError("--classifier guides a single model, not a cascade; leave it out")
+    pipeline.levels(conditioning_noise)
+    return dataclasses.replace(conditions, options={**conditions.options, "conditioning_noise": conditioning_noise})
+
+
+def refuse_images(image: Path | None, mask: Path | None, conditioning_noise: float | None) -> None:
+    """Raise ValueError for what only a model that reads an image has a use for."""
+    for name, value in (("image", image), ("mask", mask), ("conditioning-noise", conditioning_noise)):
+        if value is not None:
+            raise ValueError(
+                f"--{name} {value} is for models that read an image, and this one does not; `ddpm-hf restore` restores"
+                " images with any model"
+            )
+
+
+def check_unconditional(pipeline: "DiffusionPipeline", conditions: Any, special: str) -> None:
     """Raise ValueError for a model that is sampled by class or text, and for classifier guidance."""
     if not hasattr(pipeline, "interpolate"):
         raise ValueError(f"{special} is for unconditional models, and this one samples by class or text")
@@ -310,7 +428,7 @@ def autocast(device: str, precision: Precision) -> AbstractContextManager:
 
 def sample_images(
     pipeline: "DiffusionPipeline",
-    conditions: Conditions,
+    conditions: Conditions | ImageConditions,
     num_images: int,
     batch_size: int,
     seed: int,

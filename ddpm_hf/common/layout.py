@@ -120,6 +120,8 @@ PIPELINE = (
             "restoration",
             "linear",
             "operators",
+            "conditioning",
+            "image_to_image",
         )
     ),
     Entry(RUN_FILE, published=True, recognised=_has("sessions")),
@@ -132,7 +134,7 @@ WEIGHTS = ("diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model*.ind
 MODEL = (Entry("config.json", recognised=is_model_config), *map(Entry, WEIGHTS))
 COMPONENTS = (
     "unet", "vae", "scheduler", "text_encoder", "tokenizer", "safety_checker", "feature_extractor", "image_encoder",
-    "classifier",
+    "classifier", "unet_2", "unet_3", "scheduler_2", "scheduler_3",
 )  # fmt: skip
 COMPONENT_FILES = (
     "config.json", *WEIGHTS, "model*.safetensors", "model*.index*.json", "scheduler_config.json",

@@ -15,7 +15,8 @@ import torch
 PURPOSES = (
     "order", "dropout", "noise", "timestep", "class_dropout", "validation_noise", "validation_timestep", "sample",
     "posterior", "validation_posterior", "caption_dropout", "noise_offset", "input_perturbation", "likelihood_noise",
-    "likelihood_timestep", "fit_noise",
+    "likelihood_timestep", "fit_noise", "conditioning_noise", "validation_conditioning_noise", "conditioning_level",
+    "validation_conditioning_level", "conditioning_mask", "validation_conditioning_mask",
 )  # fmt: skip
 STREAMS = {name: number for number, name in enumerate(PURPOSES)}
 # The second word of the key: purposes that need more than a block of 4 numbers have a generator each.

@@ -12,7 +12,7 @@ from ..training.plan import KeyedBatchSampler, StepPlan
 from ..training.run import Run
 from .dataset import ImageDataset, StreamingBatches, describe_pixels, identity, should_cache
 from .flags import DataFlags
-from .images import ImageTransform
+from .images import ImageTransform, to_model_range
 from .labels import classes_of_resumed, label_warnings, trained_classes
 from .orders import bucketed_length, keyed_balanced_order, keyed_bucketed_order, keyed_permutation
 from .reading import load_rows
@@ -106,6 +106,18 @@ def open_images(
         lines = label_warnings(rows, dataset.labels, held_out and held_out.labels)
         run.log(*(f"warning: {line}" for line in lines))
     return Images(rows, transform, dataset, held_out, flags.skip_broken_images)
+
+
+def shown_images(images: Images, count: int) -> dict[str, torch.Tensor]:
+    """A batch of up to `count` images in [-1, 1] for pictures, the same each time: held-out ones if there are any."""
+    dataset = images.held_out or images.dataset
+    if dataset is None:
+        stream = StreamingBatches(images.rows, images.transform, 0, count, skip_broken=images.skip_broken)
+        batch = next(iter(stream))
+    else:
+        count = min(count, len(dataset))
+        batch = dataset.__getitems__([(0, index * len(dataset) // count) for index in range(count)])
+    return {**batch, "images": to_model_range(batch["images"])}
 
 
 def plan_steps(run: Run, images: Images) -> StepPlan:

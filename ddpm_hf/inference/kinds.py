@@ -38,6 +38,14 @@ KINDS = {
         "pipeline_class_conditional_ddpm_hf", "by class", "class-conditional-image-generation", False,
         "samples images of a class", "It knows its classes, and no others.",
     ),
+    "DDPMImageToImagePipeline": Kind(
+        "pipeline_image_to_image_ddpm_hf", "image to image", "image-to-image", True,
+        "restores an image that it reads", "It knows one kind of degraded images, those that it was trained with.",
+    ),
+    "DDPMCascadePipeline": Kind(
+        "pipeline_cascade_ddpm_hf", "a cascade", "unconditional-image-generation", True,
+        "samples small images and enlarges them, by a cascade of models",
+    ),
     "TextToImageDDPMPipeline": Kind(
         "pipeline_text2image_ddpm_hf", "text to image", "text-to-image", True,
         "samples images from a text", "It knows the words of its captions, and no others.",

@@ -12,14 +12,26 @@ from ..models.sources import find_source
 from . import kinds
 
 if TYPE_CHECKING:
+    from typing import TypeAlias
+
+    from ..portable.pipeline_cascade_ddpm_hf import DDPMCascadePipeline
     from ..portable.pipeline_class_conditional_ddpm_hf import ClassConditionalDDPMPipeline
     from ..portable.pipeline_ddpm_hf import DDPMPipeline
+    from ..portable.pipeline_image_to_image_ddpm_hf import DDPMImageToImagePipeline
     from ..portable.pipeline_text2image_ddpm_hf import TextToImageDDPMPipeline
+
+    Pipeline: TypeAlias = (
+        DDPMPipeline
+        | ClassConditionalDDPMPipeline
+        | DDPMImageToImagePipeline
+        | DDPMCascadePipeline
+        | TextToImageDDPMPipeline
+    )
 
 
 def load(
     name_or_path: str | os.PathLike, *, ema: bool | None = None, revision: str | None = None, token: str | None = None
-) -> "DDPMPipeline | ClassConditionalDDPMPipeline | TextToImageDDPMPipeline":
+) -> "Pipeline":
     """Load a model as the pipeline that it is for; no code of a repository is executed.
 
     Args:
@@ -57,6 +69,7 @@ def _load_checkpoint(checkpoint: Path, ema: bool | None, token: str | None) -> A
     from ..portable.networks_ddpm_hf import unet_class
     from ..portable.pipeline_class_conditional_ddpm_hf import ClassConditionalDDPMPipeline
     from ..portable.pipeline_ddpm_hf import DDPMPipeline
+    from ..portable.pipeline_image_to_image_ddpm_hf import DDPMImageToImagePipeline
     from ..portable.scheduling_ddpm_hf import DDPMScheduler
 
     if ema and not (checkpoint / "unet_ema").is_dir():
@@ -79,6 +92,9 @@ def _load_checkpoint(checkpoint: Path, ema: bool | None, token: str | None) -> A
         unet = unet_class(source.unet).from_pretrained(folder, use_safetensors=True)
         scheduler = DDPMScheduler.from_config(source.scheduler)
         vae = load_autoencoder(source.vae, token=token) if source.vae else None
+        if source.conditioning:
+            names = dict(enumerate(source.classes or ()))
+            return DDPMImageToImagePipeline(unet, scheduler, source.conditioning, names)
         if source.classes:
             return ClassConditionalDDPMPipeline(unet, scheduler, dict(enumerate(source.classes)), vae)
         return DDPMPipeline(unet, scheduler, vae)

@@ -54,17 +54,22 @@ def swap_sampler(pipeline: Any, name: str) -> int | None:
     from ..portable.scheduling_ddpm_hf import DDPMScheduler
 
     sampler, steps = SAMPLERS[name], SAMPLERS[name].steps
-    if sampler.scheduler is None:
-        if not isinstance(pipeline.scheduler, DDPMScheduler):
-            pipeline.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-        if hasattr(pipeline, "tokenizer"):
-            steps = TEXT_STEPS
-    else:
-        pipeline.scheduler = scheduler_class(sampler.scheduler).from_config(
-            pipeline.scheduler.config, **sampler.config
-        )
-    timesteps = pipeline.scheduler.config.num_train_timesteps
+    if sampler.scheduler is None and hasattr(pipeline, "tokenizer"):
+        steps = TEXT_STEPS
+    for attribute, scheduler in schedulers_of(pipeline).items():
+        if sampler.scheduler is not None:
+            swapped_in = scheduler_class(sampler.scheduler).from_config(scheduler.config, **sampler.config)
+            setattr(pipeline, attribute, swapped_in)
+        elif not isinstance(scheduler, DDPMScheduler):
+            setattr(pipeline, attribute, DDPMScheduler.from_config(scheduler.config))
+    timesteps = min(one.config.num_train_timesteps for one in schedulers_of(pipeline).values())
     return steps and max(1, min(steps, timesteps - 1))  # all T would visit one twice
+
+
+def schedulers_of(pipeline: Any) -> dict[str, Any]:
+    """A pipeline's schedulers by their attributes: a cascade has one for each stage."""
+    names = getattr(pipeline, "scheduler_names", ("scheduler",))
+    return {name: getattr(pipeline, name) for name in names if getattr(pipeline, name) is not None}
 
 
 def scheduler_class(name: str) -> Any:
@@ -79,11 +84,12 @@ def scheduler_class(name: str) -> Any:
 @contextlib.contextmanager
 def swapped(pipeline: Any, name: str) -> Iterator[int | None]:
     """A sampler, with its usual number of steps, in the pipeline; after it the pipeline's scheduler again."""
-    before = pipeline.scheduler
+    before = schedulers_of(pipeline)
     try:
         yield swap_sampler(pipeline, name)
     finally:
-        pipeline.scheduler = before
+        for attribute, scheduler in before.items():
+            setattr(pipeline, attribute, scheduler)
 
 
 def usable_samplers(pipeline: Any) -> dict[str, int]:

@@ -9,6 +9,7 @@ from diffusers import AutoencoderKL
 
 from ..objectives.flags import ObjectiveFlags, ScheduleFlags
 from .autoencoder import frozen, load_autoencoder
+from .conditioning import check_conditioning, conditioning_of, describe_conditioning
 from .diffusion import make_scheduler, terminal_snr_warning
 from .flags import StartFlags, UNetFlags
 from .pretrained import differences, revision_of_vae, source_of, start_from
@@ -19,6 +20,7 @@ from .unet import make_unet, time_blindness
 if TYPE_CHECKING:
     from diffusers import UNet2DModel
 
+    from ..portable.conditioning_ddpm_hf import Conditioning
     from ..portable.scheduling_ddpm_hf import DDPMScheduler
 
 
@@ -30,6 +32,7 @@ class Design(NamedTuple):
     vae: AutoencoderKL | None  # frozen, on the device; None for a model of pixels
     source: Source | None  # the trained model to start from
     fresh: bool  # whether its weights are still to be loaded: no checkpoint has them
+    conditioning: "Conditioning | None" = None  # what it reads besides x_t
 
     @property
     def image_channels(self) -> int:
@@ -58,7 +61,10 @@ def design_model(
     scheduler = make_scheduler(flags[ScheduleFlags], flags[ObjectiveFlags], vae is not None, source)
     fresh = source is not None and checkpoint is None
     line = settle_resolution(data, *model_size(unet, vae, source, token), usual="64", trained=fresh)
-    return Design(unet_arguments(unet, data, vae, source, token), scheduler, vae, source, fresh), line
+    arguments, conditioning = unet_arguments(unet, data, vae, source, token), conditioning_of(flags.values())
+    if conditioning is not None:
+        check_conditioning(conditioning, (arguments["in_channels"], *data.size()))
+    return Design(arguments, scheduler, vae, source, fresh, conditioning), line
 
 
 def build_model(
@@ -74,12 +80,13 @@ def build_model(
         UsageError: weights that cannot be loaded, or classes that cannot be mapped.
     """
     embedded = len(class_names) + (flags.class_dropout > 0) if class_names else None
-    model = make_unet(design.arguments, flags.variance_type, embedded, seed)
+    read = design.conditioning and design.conditioning.extra_channels(design.arguments["in_channels"])
+    model = make_unet(design.arguments, flags.variance_type, embedded, seed, read or 0)
     lines: list[str | None] = [terminal_snr_warning(design.scheduler, flags[ScheduleFlags])]
     if design.source is None:
         lines.append(time_blindness(model.config))
     elif design.fresh:
-        lines += start_from(model, design.source, class_names, design.scheduler, flags.variant)
+        lines += start_from(model, design.source, class_names, design.scheduler, flags.variant, design.conditioning)
         lines += differences(flags.values(), design.source)
     return model, lines
 
@@ -92,9 +99,12 @@ def describe_model(flags: Any, parameters: int) -> dict[str, str]:
         parameters: how many the UNet has.
     """
     name = flags.pretrained_model_name_or_path or flags.model_preset or flags.model_config_name_or_path
+    conditioning = conditioning_of(flags.values())
+    reads = {} if conditioning is None else {"conditioning": describe_conditioning(conditioning)}
     in_latents = f", in the latents of {flags.vae_name_or_path}" if flags.vae_name_or_path else ""
     return {
         "model": f"{name or 'the default UNet'}, {parameters:,} parameters{in_latents}",
         "diffusion": f"{flags.ddpm_beta_schedule}, T={flags.ddpm_num_steps}, {flags.prediction_type},"
         f" {flags.variance_type}, objective {flags.objective}",
+        **reads,
     }

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from ..common.errors import UsageError, one_line, why_not_loaded
 from ..common.locations import find_location
 from ..objectives.names import TRAINED_BETAS
+from .conditioning import flags_of_conditioning
 from .flags import StartFlags
 from .sources import Source, find_source
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:  # else imported where it is used, so that --help is quick
     import torch
     from diffusers import UNet2DModel
 
+    from ..portable.conditioning_ddpm_hf import Conditioning
     from ..portable.scheduling_ddpm_hf import DDPMScheduler
 
 FLAG = "--pretrained_model_name_or_path"
@@ -59,7 +61,9 @@ def check_source(source: Source) -> None:
     """Raise ValueError for a model that cannot be trained here."""
     from ..portable.scheduling_ddpm_hf import DDPMScheduler
 
-    inputs, outputs = source.unet["in_channels"], source.unet["out_channels"]
+    if source.unet.get("condition_channels"):
+        raise ValueError("an upsampler of OpenAI's, which is sampled here and not trained")
+    inputs, outputs = source.channels, source.unet["out_channels"]
     if outputs not in (inputs, 2 * inputs):
         raise ValueError(
             f"its UNet reads {inputs} channels and predicts {outputs}; an unconditional one predicts as many as it"
@@ -90,6 +94,7 @@ def trained_scheduler(source: Source) -> "DDPMScheduler | None":
 
 def trained_settings(source: Source) -> dict[str, Any]:
     """What a trained model decides where the flags say nothing, by flag."""
+    from ..portable.conditioning_ddpm_hf import Conditioning
     from ..portable.scheduling_ddpm_hf import LEARNED_VARIANCE_TYPES
 
     settings: dict[str, Any] = {}
@@ -102,6 +107,8 @@ def trained_settings(source: Source) -> dict[str, Any]:
             settings["objective"] = "hybrid"  # the simple one does not train the variance
     if source.vae is not None:
         settings["vae_name_or_path"] = source.vae
+    if source.conditioning is not None:
+        settings |= flags_of_conditioning(Conditioning.from_config(source.conditioning))
     if source.size is not None:
         height, width = source.size
         settings["resolution"] = str(height) if height == width else f"{height}x{width}"
@@ -184,7 +191,7 @@ def differences(settings: Mapping[str, Any], source: Source) -> list[str]:
 
 def check_channels(source: Source, channels: int, of: str) -> None:
     """Raise UsageError for images or latents that the model cannot read."""
-    trained = source.unet["in_channels"]
+    trained = source.channels
     if channels != trained:
         way = f"leave --channels out (images are converted to {trained})" if of == "images" else "use its autoencoder"
         raise UsageError(
@@ -221,6 +228,7 @@ def start_from(
     class_names: Sequence[str],
     scheduler: "DDPMScheduler",
     variant: str | None,
+    conditioning: "Conditioning | None" = None,
 ) -> list[str]:
     """Give a new UNet the trained weights, fitted to its classes and its variance.
 
@@ -229,6 +237,7 @@ def start_from(
         class_names: by id; empty for an unconditional model. Where it embeds one more, that is the null class.
         scheduler: of this run.
         variant: of the weights.
+        conditioning: what the new one reads besides x_t.
 
     Returns:
         What was fitted, in lines to log.
@@ -240,8 +249,33 @@ def start_from(
     lines = [f"starting from {source.title}"]
     lines += fit_classes(weights, source, class_names, model.config.num_class_embeds or 0)
     lines += fit_variance(weights, source, model.config.out_channels, scheduler)
+    lines += fit_condition(weights, source, model.config.in_channels, conditioning)
     model.load_state_dict(weights)
     return lines
+
+
+def fit_condition(
+    weights: dict[str, "torch.Tensor"], source: Source, inputs: int, conditioning: "Conditioning | None"
+) -> list[str]:
+    """Fit the input of a UNet's state to what it reads besides x_t; what was done, in lines.
+
+    New channels begin at zero: the model then is the trained one until it learns to read them.
+    """
+    import torch
+
+    before, after = source.conditioning, conditioning and conditioning.config()
+    if before == after or (
+        before and after and before["task"] == after["task"] and inputs == source.unet["in_channels"]
+    ):
+        return []
+    first = weights["conv_in.weight"]  # [D, channels, 3, 3]
+    kept = first[:, : source.channels]
+    weights["conv_in.weight"] = torch.cat(
+        [kept, first.new_zeros(len(kept), inputs - source.channels, *kept.shape[2:])], 1
+    )
+    if after is None:
+        return ["the model read an image and goes on without"]
+    return [f"the model learns to read an image ({after['task']}): its new input channels begin at zero"]
 
 
 def fit_classes(
@@ -304,7 +338,7 @@ def fit_variance(
     """
     import torch
 
-    channels, trained = source.unet["in_channels"], trained_scheduler(source)
+    channels, trained = source.channels, trained_scheduler(source)
     kept = {name: weights[name][:channels] for name in ("conv_out.weight", "conv_out.bias")}
     before = trained.config.variance_type if trained is not None else None
     now = scheduler.config.variance_type

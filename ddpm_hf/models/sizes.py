@@ -106,7 +106,7 @@ def unet_arguments(
         height, width = height // factor, width // factor
     if source is not None:
         chosen: dict[str, Any] = {**source.unet, "num_class_embeds": None}  # classes are the data's: --label_column
-        channels = data.channels or chosen["in_channels"] if vae is None else vae.config.latent_channels
+        channels = data.channels or source.channels if vae is None else vae.config.latent_channels
         check_channels(source, channels, "images" if vae is None else "latents")
     elif flags.model_config_name_or_path:
         chosen = read_unet_config(flags.model_config_name_or_path, token)

@@ -20,6 +20,7 @@ from ..common.locations import (
     name_from_run,
     way_out,
 )
+from .conditioning import conditioning_of
 from .unet import UNETS, stock_unet_defaults
 
 
@@ -34,6 +35,7 @@ class Source(NamedTuple):
         classes: the classes' names by their ids; None where nothing is known of them.
         vae: name of the autoencoder in whose latents it was trained, or of a pipeline with it; None for pixels.
         factor: pixels for each of the UNet's, in each direction; None where that cannot be told.
+        conditioning: what the UNet reads besides x_t, as a pipeline's config has it; None for nothing.
     """
 
     place: Location
@@ -43,6 +45,17 @@ class Source(NamedTuple):
     classes: list[str] | None = None
     vae: str | None = None
     factor: int | None = 1
+    conditioning: dict[str, Any] | None = None
+
+    @property
+    def channels(self) -> int:
+        """Of x_t; the UNet reads more of them where it has a conditioning."""
+        from ..portable.conditioning_ddpm_hf import Conditioning
+
+        channels = self.unet["in_channels"]
+        if self.conditioning is None or self.unet.get("condition_channels"):
+            return channels
+        return Conditioning.from_config(self.conditioning).image_channels(channels)
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -131,7 +144,7 @@ def _pipeline_facts(place: Location, index: dict[str, Any]) -> dict[str, Any]:
     classes = None
     if isinstance(names, dict) and set(names) == {str(number) for number in range(len(names))}:
         classes = [str(names[str(number)]) for number in range(len(names))]
-    facts: dict[str, Any] = {"scheduler": scheduler, "classes": classes}
+    facts: dict[str, Any] = {"scheduler": scheduler, "classes": classes, "conditioning": index.get("conditioning")}
     if isinstance(index.get("vae"), list) and index["vae"][-1:] != [None]:
         facts |= {"vae": place.root, "factor": _factor((place / "vae").json(MODEL_CONFIG))}
     return facts
@@ -154,6 +167,8 @@ def _training_of(place: Location) -> dict[str, Any]:
             "scheduler": manifest.get("scheduler") or _scheduler_of(settings),
             "classes": manifest.get("classes") or None,
         }
+        conditioning = conditioning_of(settings)
+        facts["conditioning"] = conditioning and conditioning.config()
         if settings.get("vae_name_or_path"):
             name = settings["vae_name_or_path"]
             name = name_from_run(name, Path(place.root).parent) if place.local else name

@@ -15,19 +15,22 @@ def make_unet(
     variance_type: str,
     classes: int | None,
     seed: int,
+    condition_channels: int = 0,
 ) -> "UNet2DModel":
     """The UNet, initialised from the seed.
 
     Args:
         variance_type: a learned variance doubles the output's channels.
         classes: embeddings to make for classes, with the null class; None for none.
+        condition_channels: that it reads besides x_t.
     """
     import torch
 
     from ..portable.scheduling_ddpm_hf import LEARNED_VARIANCE_TYPES
 
     learned = variance_type in LEARNED_VARIANCE_TYPES
-    arguments = {**arguments, "out_channels": arguments["in_channels"] * (2 if learned else 1)}
+    channels = arguments["in_channels"]
+    arguments = {**arguments, "in_channels": channels + condition_channels, "out_channels": channels * (1 + learned)}
     if classes is not None:
         arguments["num_class_embeds"] = classes
     torch.manual_seed(seed)

@@ -170,9 +170,13 @@ def tensors_of(args: tuple, kwargs: dict[str, Any]) -> list[torch.Tensor]:
 
 
 class AccelerationMixin:
-    """`enable_acceleration` of a pipeline with a `unet`."""
+    """`enable_acceleration` of a pipeline with a `unet`, or with several networks."""
 
     unet: torch.nn.Module
+
+    def networks(self) -> list[torch.nn.Module]:
+        """What is accelerated."""
+        return [self.unet]
 
     def enable_acceleration(self) -> str:
         """Sample faster, with images that are equal but for rounding; what is saved stays as it is.
@@ -183,19 +187,20 @@ class AccelerationMixin:
         Returns: what was chosen, in a few words.
         """
         device = next(self.unet.parameters()).device
-        if device.type == "cpu":
-            choose_attention(self.unet)
-            return "attention by size"
-        if device.type != "cuda":
+        if device.type not in ("cpu", "cuda"):
             return f"none on {device.type}"
-        if not isinstance(self.unet.forward, GraphedForward):
-            self.unet.forward = GraphedForward(self.unet)
-        return "CUDA graphs"
+        for network in self.networks():
+            if device.type == "cpu":
+                choose_attention(network)
+            elif not isinstance(network.forward, GraphedForward):
+                network.forward = GraphedForward(network)  # type: ignore[method-assign]
+        return "attention by size" if device.type == "cpu" else "CUDA graphs"
 
     def disable_acceleration(self) -> None:
         """Take back what `enable_acceleration` did."""
-        if isinstance(self.unet.forward, GraphedForward):
-            self.unet.forward = self.unet.forward.forward
-        for module in self.unet.modules():
-            if isinstance(module, Attention) and isinstance(module.processor, AttentionBySize):
-                module.set_processor(AttnProcessor2_0())
+        for network in self.networks():
+            if isinstance(network.forward, GraphedForward):
+                network.forward = network.forward.forward  # type: ignore[method-assign]
+            for module in network.modules():
+                if isinstance(module, Attention) and isinstance(module.processor, AttentionBySize):
+                    module.set_processor(AttnProcessor2_0())

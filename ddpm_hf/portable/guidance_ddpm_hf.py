@@ -1,15 +1,17 @@
 """Guidance by a class: classifier-free (Ho & Salimans 2022) and by a classifier (Dhariwal & Nichol 2021).
 
-This file is copied into published repositories: it imports torch and the scheduler, from the same folder.
+This file is copied into published repositories: it imports torch, diffusers and files next to it, each directly.
 """
 
 import difflib
-from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+import numbers
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
+from .hub_ddpm_hf import MixinBase
 from .scheduling_ddpm_hf import DDPMScheduler
 
 Predict: TypeAlias = Callable[
@@ -18,6 +20,8 @@ Predict: TypeAlias = Callable[
 TakeStep: TypeAlias = Callable[
     [torch.Tensor, float, torch.Tensor], SchedulerOutput
 ]  # (output, t, x_t) -> x_s, `prev_sample`
+# An id or a name, several of them, or None for the null class
+ClassLabels: TypeAlias = int | str | Sequence[int | str | None] | torch.Tensor | None
 MAX_SCALE = 1e4  # far beyond use, and far from where float32 overflows
 
 
@@ -186,3 +190,88 @@ class ClassifierGuidance:
         t = int(timestep)
         moments = scheduler.p_mean_variance(output, t, x_t, int(scheduler.previous_timestep(t)))
         return prev_sample + (moments.variance * self.gradient(x_t, timestep)).to(prev_sample.dtype)
+
+
+class ClassesMixin(MixinBase):
+    """The classes of a pipeline whose `unet` embeds them: K, or K + 1 with the null class, the last."""
+
+    unet: Any
+
+    def register_classes(self, id2label: dict | None, trained_classes: list[int] | None) -> None:
+        """Keep the K classes' names, by default their ids, and which of them training images had, in the config.
+
+        Raises:
+            ValueError: names or ids that do not fit the embeddings.
+        """
+        embeddings = self.unet.config.num_class_embeds
+        names = {int(key): str(name) for key, name in (id2label or {}).items()}
+        names = names or {number: str(number) for number in range(embeddings)}
+        if len(names) not in (embeddings, embeddings - 1) or set(names) != set(range(len(names))):
+            raise ValueError(f"id2label names {len(names)} classes and the UNet embeds {embeddings}")
+        if trained_classes is not None and not (trained_classes and set(trained_classes) <= set(names)):
+            raise ValueError(f"trained_classes={trained_classes}: must be ids of the {len(names)} classes")
+        self.register_to_config(id2label={str(number): names[number] for number in sorted(names)})
+        if trained_classes is not None:
+            self.register_to_config(trained_classes=sorted(trained_classes))
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether the network reads a class."""
+        return bool(self.unet.config.get("num_class_embeds"))
+
+    @property
+    def class_names(self) -> dict[str, str]:
+        """The classes' names by their ids, which are strings as in JSON; empty for a model without classes."""
+        return dict(self.config.get("id2label") or {})
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """The classes' ids by their names."""
+        return {name: int(number) for number, name in self.class_names.items()}
+
+    @property
+    def default_classes(self) -> list[int]:
+        """The ids of the classes to sample where none are asked for: those that training images had."""
+        return list(self.config.get("trained_classes") or range(len(self.class_names)))
+
+    def untrained(self, ids: list[int] | None = None) -> list[str]:
+        """The names of the classes (of those among `ids`) that no training image had."""
+        names, trained = self.class_names, set(self.default_classes)
+        return [
+            name
+            for number, name in names.items()
+            if int(number) not in trained and (ids is None or int(number) in ids)
+        ]
+
+    @property
+    def null_class(self) -> int | None:
+        """The id that stands for no class, or None if the model never learned one."""
+        classes = len(self.class_names)
+        return classes if classes and self.unet.config.num_class_embeds == classes + 1 else None
+
+    def class_ids(self, class_labels: ClassLabels) -> torch.Tensor:
+        """Ids (integers) or names (strings), one or several, as a LongTensor [N]; None is the null class.
+
+        Raises:
+            ValueError: an id or a name that the model does not know.
+        """
+        if isinstance(class_labels, torch.Tensor):
+            class_labels = class_labels.reshape(-1).tolist()
+        if not isinstance(class_labels, (list, tuple, range)):
+            class_labels = [class_labels]
+        known, count = self.labels, len(self.class_names)
+        ids = []
+        for label in class_labels:
+            if isinstance(label, str):
+                ids.append(find_class(label, known))
+            elif label is None and self.null_class is not None:
+                ids.append(self.null_class)
+            elif isinstance(label, numbers.Integral) and not isinstance(label, bool) and 0 <= int(label) < count:
+                ids.append(int(label))
+            else:
+                names = ", ".join(map(repr, list(known)[:12])) + (", ..." if count > 12 else "")
+                raise ValueError(
+                    f"class {label!r} must be one of the model's {count}: an id from 0 to {count - 1}, or a name of"
+                    f" {names}"
+                )
+        return torch.tensor(ids, dtype=torch.int64, device=self._execution_device)

@@ -3,9 +3,7 @@
 This file is copied into published repositories: it imports torch, diffusers and files next to it, each directly.
 """
 
-import numbers
-from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from collections.abc import Callable
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, SchedulerMixin, UNet2DModel
@@ -13,7 +11,7 @@ from diffusers.utils import logging
 
 from .acceleration_ddpm_hf import AccelerationMixin
 from .coefficients_ddpm_hf import Coefficients  # noqa: F401  Diffusers fetches what a pipeline imports itself
-from .guidance_ddpm_hf import ClassifierGuidance, FreeGuidance, find_class
+from .guidance_ddpm_hf import ClassesMixin, ClassifierGuidance, ClassLabels, FreeGuidance
 from .hub_ddpm_hf import PortablePipelineMixin
 from .multistep_ddpm_hf import EpsilonMultistepScheduler  # noqa: F401  Diffusers fetches what a pipeline imports itself
 from .sampling_ddpm_hf import DDPMPipelineOutput, SamplingMixin, StepCallback, adopt_scheduler
@@ -22,11 +20,10 @@ from .scheduling_ddpm_hf import DDPMScheduler
 
 logger = logging.get_logger(__name__)
 
-# An id or a name, several of them, or None for the null class
-ClassLabels: TypeAlias = int | str | Sequence[int | str | None] | torch.Tensor | None
 
-
-class ClassConditionalDDPMPipeline(SamplingMixin, AccelerationMixin, PortablePipelineMixin, DiffusionPipeline):
+class ClassConditionalDDPMPipeline(
+    SamplingMixin, ClassesMixin, AccelerationMixin, PortablePipelineMixin, DiffusionPipeline
+):
     """Sample images of given classes from a `UNet2DModel` with class embeddings.
 
     Args:
@@ -67,67 +64,7 @@ class ClassConditionalDDPMPipeline(SamplingMixin, AccelerationMixin, PortablePip
                 "the UNet has no class embeddings, so the model is for DDPMPipeline, not ClassConditionalDDPMPipeline:"
                 " load it with ddpm_hf.DDPMPipeline.from_pretrained, or train by class with --label_column"
             )
-        names = {int(key): str(name) for key, name in (id2label or {}).items()}
-        names = names or {number: str(number) for number in range(embeddings)}
-        if len(names) not in (embeddings, embeddings - 1) or set(names) != set(range(len(names))):
-            raise ValueError(f"id2label names {len(names)} classes and the UNet embeds {embeddings}")
-        if trained_classes is not None and not (trained_classes and set(trained_classes) <= set(names)):
-            raise ValueError(f"trained_classes={trained_classes}: must be ids of the {len(names)} classes")
-        self.register_to_config(id2label={str(number): names[number] for number in sorted(names)})
-        if trained_classes is not None:
-            self.register_to_config(trained_classes=sorted(trained_classes))
-
-    @property
-    def labels(self) -> dict[str, int]:
-        """The classes' ids by their names."""
-        return {name: int(number) for number, name in self.config.id2label.items()}
-
-    @property
-    def default_classes(self) -> list[int]:
-        """The ids of the classes to sample where none are asked for: those that training images had."""
-        return list(self.config.get("trained_classes") or range(len(self.config.id2label)))
-
-    def untrained(self, ids: list[int] | None = None) -> list[str]:
-        """The names of the classes (of those among `ids`) that no training image had."""
-        names, trained = self.config.id2label, set(self.default_classes)
-        return [
-            name
-            for number, name in names.items()
-            if int(number) not in trained and (ids is None or int(number) in ids)
-        ]
-
-    @property
-    def null_class(self) -> int | None:
-        """The id that stands for no class, or None if the model never learned one."""
-        classes = len(self.config.id2label)
-        return classes if self.unet.config.num_class_embeds == classes + 1 else None
-
-    def class_ids(self, class_labels: ClassLabels) -> torch.Tensor:
-        """Ids (integers) or names (strings), one or several, as a LongTensor [N]; None is the null class.
-
-        Raises:
-            ValueError: an id or a name that the model does not know.
-        """
-        if isinstance(class_labels, torch.Tensor):
-            class_labels = class_labels.reshape(-1).tolist()
-        if not isinstance(class_labels, (list, tuple, range)):
-            class_labels = [class_labels]
-        known, count = self.labels, len(self.config.id2label)
-        ids = []
-        for label in class_labels:
-            if isinstance(label, str):
-                ids.append(find_class(label, known))
-            elif label is None and self.null_class is not None:
-                ids.append(self.null_class)
-            elif isinstance(label, numbers.Integral) and not isinstance(label, bool) and 0 <= int(label) < count:
-                ids.append(int(label))
-            else:
-                names = ", ".join(map(repr, list(known)[:12])) + (", ..." if count > 12 else "")
-                raise ValueError(
-                    f"class {label!r} must be one of the model's {count}: an id from 0 to {count - 1}, or a name of"
-                    f" {names}"
-                )
-        return torch.tensor(ids, dtype=torch.int64, device=self._execution_device)
+        self.register_classes(id2label, trained_classes)
 
     @torch.no_grad()
     def __call__(

@@ -157,7 +157,7 @@ class SamplingMixin(MixinBase):
             if given in LEARNED_VARIANCE_TYPES:
                 self.__dict__["_learned_variance_type"] = given
             remembered = self.__dict__.get("_learned_variance_type")
-            doubled = hasattr(self, "unet") and output_channels(self.unet) == 2 * self.unet.config.in_channels
+            doubled = hasattr(self, "unet") and output_channels(self.unet) == 2 * self.sample_shape[0]
             if remembered and doubled and isinstance(value, DDPMScheduler) and given != remembered:
                 value = DDPMScheduler.from_config(value.config, variance_type=remembered)
         super().__setattr__(name, value)
@@ -243,9 +243,12 @@ class SamplingMixin(MixinBase):
         self, latents: torch.Tensor, timestep: int | torch.Tensor, **conditioning: torch.Tensor
     ) -> torch.Tensor:
         """The model's output at x_t, without a learned variance's half where the sampler has no use for it."""
-        output = self.unet(latents, timestep, **conditioning).sample
-        if not isinstance(self.scheduler, DDPMScheduler) and output.shape[1] == 2 * latents.shape[1]:
-            output = output[:, : latents.shape[1]]
+        return self.without_variance(self.unet(latents, timestep, **conditioning).sample, latents.shape[1])
+
+    def without_variance(self, output: torch.Tensor, channels: int) -> torch.Tensor:
+        """A model's output for x_t of so many channels, cut to these where the sampler cannot use a variance."""
+        if not isinstance(self.scheduler, DDPMScheduler) and output.shape[1] == 2 * channels:
+            return output[:, :channels]
         return output
 
     def sampler_step(

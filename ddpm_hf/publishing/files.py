@@ -129,7 +129,7 @@ def resaved(folder: Path) -> Iterator[Path]:
 
 
 def sample_missing_pictures(studio: "Studio", folder: Path) -> None:
-    """Sample a grid and its chains for the card of a model that has none; not for text to image, which needs prompts.
+    """Sample a grid and its chains for the card of a model that has none, unless it reads a text or an image.
 
     Args:
         studio: the model.
@@ -139,7 +139,12 @@ def sample_missing_pictures(studio: "Studio", folder: Path) -> None:
     from ..common.pictures import image_grid
     from ..inference.studio import MOST_IMAGES, SampleRequest
 
-    if studio.by_text or (folder / SAMPLES).is_file() or matching(folder, GRIDS):
+    if (
+        studio.by_text
+        or hasattr(studio.pipeline, "conditioning")
+        or (folder / SAMPLES).is_file()
+        or matching(folder, GRIDS)
+    ):
         return
     sampler = "ddim" if "ddim" in studio.samplers else "ddpm"
     predictions = []  # of each shown step, the images' predictions

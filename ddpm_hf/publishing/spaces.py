@@ -77,7 +77,12 @@ def look_up(name: str, token: str | None = None, examples: Sequence[str] = ()) -
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
     settle(name)
-    reads_text = "prompt" in inspect.signature(pipeline_class(name, token=token).__call__).parameters
+    parameters = inspect.signature(pipeline_class(name, token=token).__call__).parameters
+    if "image" in parameters:
+        raise ValueError(
+            f"{name} reads an image, which the app has no field for; `ddpm-hf sample {name} --image` does"
+        )
+    reads_text = "prompt" in parameters
     if examples and not reads_text:
         raise ValueError(f"--example {examples[0]}: {name} has no text encoder; leave it out")
     if Path(name).is_dir():

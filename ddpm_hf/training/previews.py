@@ -83,7 +83,7 @@ def draw_grid(
         raise InterruptedSamplingError
     if not faults and accelerator.is_main_process:
         samples = sorted((one for _, part in parts for one in part), key=lambda one: one[0])
-        scale, folder = max(1, 64 // samples[0][1].width), run.folder / "samples"
+        scale, folder = max(1, 64 // min(samples[0][1].size)), run.folder / "samples"
         grid = image_grid([image for _, image, _ in samples], columns, scale=scale, legend=labels)
         chains = [chain for index, _, chain in samples if index in shown]
         strip = image_grid([image for chain in chains for image in chain], len(chains[0]), scale=scale, legend=labels)

@@ -15,6 +15,7 @@ import typer
 
 from ddpm_hf import (
     ClassConditionalDDPMPipeline,
+    DDPMImageToImagePipeline,
     DDPMPipeline,
     DDPMRestorationPipeline,
     DDPMScheduler,
@@ -23,6 +24,7 @@ from ddpm_hf import (
     load,
 )
 from ddpm_hf.models import converters
+from ddpm_hf.portable.conditioning_ddpm_hf import Conditioning
 from tests.cli import test_ema, test_evaluate, test_few_steps
 from tests.support.classifier import tiny_classifier
 from tests.support.fixtures_cli import assert_one_line
@@ -34,6 +36,8 @@ from tests.support.openai_networks import Classifier, UNet, randomized
 from tests.support.pictures import random_pixels, write_images
 
 STEPS = 20  # T
+X2 = Conditioning("super-resolution", 2, "bicubic", "bicubic", noise=0.5)
+PAINTER = Conditioning("inpaint", masks=("box",))
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +62,12 @@ def shop(tmp_path_factory):
     write_images(root / "images", random_pixels(2, 8, 8))
     write_images(root / "gray", random_pixels(2, 8, 8)[..., 0])
     write_images(root / "masks", random_pixels(1, 8, 8)[..., 0])
+    write_images(root / "small", random_pixels(2, 4, 4)[..., 0])
+    write_images(root / "paint", random_pixels(2, 4, 4, seed=1)[..., 0])
+    for name, conditioning, size in (("x2", X2, 8), ("painter", PAINTER, 4)):
+        unet = tiny_unet(1 + conditioning.extra_channels(1), 1, size=size)
+        DDPMImageToImagePipeline(unet, scheduler, conditioning.config()).save_pretrained(root / name)
+    DDPMPipeline(tiny_unet(size=4), scheduler).save_pretrained(root / "four")
     (root / "plain/notes.txt").write_text("mine")
     return root
 
@@ -181,6 +191,7 @@ CLASSES, TEXT, HUB = (
     {"model": "{shop}/text", "more": "--prompt red"},
     {"model": "user/it"},
 )
+READS = "--image {shop}/small/0.png"
 BETWEEN = "--interpolate {shop}/images/0.png {shop}/images/1.png"
 ROWS = [
     Row("sample", "num_images", "--num-images 3", count, before=2, after=3),
@@ -207,6 +218,12 @@ ROWS = [
     Row("sample", "ema", "--no-ema", images, "", "{shop}/checkpoint-2"),
     Row("sample", "revision", "--revision v1", handed("load", "revision"), after="v1", **HUB),
     Row("sample", "token", "--token hf_mine", handed("load", "token"), after="hf_mine", **HUB),
+    Row("sample", "image", "--image {shop}/small/1.png", images, READS, "{shop}/x2"),
+    Row("sample", "conditioning_noise", "--conditioning-noise 0.3", images, READS, "{shop}/x2"),
+    Row("sample", "mask", "--mask {shop}/paint/1.png", images, READS + " --mask {shop}/paint/0.png", "{shop}/painter"),
+    Row("sample", "cascade", "--cascade {shop}/x2", images, "", "{shop}/four"),
+    Row("sample", "save_model", "--save-model {out}-model", lambda seen: Path(f"{seen.folder}-model").is_dir(),
+        "--cascade {shop}/x2", "{shop}/four", before=False, after=True),
     Row("restore", "task", "--task super-resolution", observed),
     Row("restore", "image", "--image {shop}/gray/1.png", images),
     Row("restore", "mask", "--mask {shop}/masks/0.png", images, "--task inpaint --mask left"),

@@ -9,9 +9,10 @@ import pytest
 import torch
 from diffusers.utils import dynamic_modules_utils
 
-from ddpm_hf import ClassConditionalDDPMPipeline, DDPMPipeline, DDPMScheduler
+from ddpm_hf import ClassConditionalDDPMPipeline, DDPMImageToImagePipeline, DDPMPipeline, DDPMScheduler
 from ddpm_hf.models.classifier import NoisyClassifier
 from ddpm_hf.models.saving import save_half_precision
+from ddpm_hf.portable.conditioning_ddpm_hf import Conditioning
 from tests.support.fixtures_pipeline import tiny_unet, tiny_unet_config
 from tests.support.fixtures_text import tiny_text_pipeline
 from tests.support.pictures import quiet, write_images
@@ -37,6 +38,10 @@ def models(tmp_path_factory):
     names = {0: "cat", 1: "dog", 2: "horse"}
     by_class = ClassConditionalDDPMPipeline(tiny_unet(**SMALL, num_class_embeds=4), DDPMScheduler(), names)
     by_class.save_pretrained(root / "by-class")
+    reads = Conditioning("super-resolution", 2, "bicubic", "bicubic", noise=0.5)
+    unet = tiny_unet(**{**SMALL, "channels": 7}, out_channels=3)
+    DDPMImageToImagePipeline(unet, DDPMScheduler(), reads.config()).save_pretrained(root / "photos-x2")
+    DDPMPipeline(tiny_unet(**SMALL, size=4), DDPMScheduler()).save_pretrained(root / "photos-4")
     tiny_text_pipeline().save_pretrained(root / "text2image")
     NoisyClassifier(tiny_unet_config(3), 2).save_pretrained(root / "classifier")
     write_images(

@@ -9,6 +9,8 @@ import ddpm_hf
 from ddpm_hf import (
     OPERATORS,
     ClassConditionalDDPMPipeline,
+    DDPMCascadePipeline,
+    DDPMImageToImagePipeline,
     DDPMPipeline,
     DDPMRestorationPipeline,
     DDPMScheduler,
@@ -19,10 +21,18 @@ from ddpm_hf.portable.pipeline_restoration_ddpm_hf import RestorationOutput
 from ddpm_hf.portable.sampling_ddpm_hf import DDPMPipelineOutput, Frame
 from ddpm_hf.portable.scheduling_ddpm_hf import GaussianMoments
 
+LoadedPipeline = (
+    DDPMPipeline
+    | ClassConditionalDDPMPipeline
+    | DDPMImageToImagePipeline
+    | DDPMCascadePipeline
+    | TextToImageDDPMPipeline
+)
+
 
 def types_of_public_names(unet, images) -> None:
     """Each line is a claim."""
-    assert_type(ddpm_hf.load("name"), DDPMPipeline | ClassConditionalDDPMPipeline | TextToImageDDPMPipeline)
+    assert_type(ddpm_hf.load("name"), LoadedPipeline)
     assert_type(DDPMPipeline.from_pretrained("name"), DDPMPipeline)
     assert_type(ClassConditionalDDPMPipeline.from_pretrained("name"), ClassConditionalDDPMPipeline)
     assert_type(TextToImageDDPMPipeline.from_pretrained("name"), TextToImageDDPMPipeline)

@@ -95,7 +95,12 @@ def labels(seen):
     return sorted(torch.cat([batch["labels"] for batch in seen.batches[:2]]).tolist())
 
 
+def conditioned(key):
+    return lambda seen: seen.run.json("model_index.json").get("conditioning", {}).get(key)
+
+
 EMA = {"use_ema": True}
+SR = {"more": {"conditioning": "super-resolution"}, "group": "conditioned"}
 PUSH = {"more": {"push_to_hub": True}, "group": "push"}
 ADAM, MACHINE, SCHEDULER = {"group": "adam"}, {"group": "machine"}, {"group": "scheduler"}
 SAVED, TRACKED = {"group": "saved"}, {"more": {"logger": "tensorboard"}, "group": "tracked"}
@@ -209,6 +214,14 @@ ROWS = [
         lambda places: places and all(p.startswith("curves") for p in places), **TRACKED),
     Row("tracker_project_name", "mine", logs, lambda places: "logs/train_unconditional" in places,
         lambda places: any(place.endswith("/mine") for place in places), **TRACKED),
+    Row("conditioning", "deblur", conditioned("task"), None, "deblur"),
+    Row("conditioning_factor", 4, conditioned("factor"), 2, 4, **SR),
+    Row("conditioning_filter", "average", conditioned("filter"), "bicubic", "average", **SR),
+    Row("conditioning_enlarge", "bilinear", conditioned("enlarge"), "bicubic", "bilinear", **SR),
+    Row("conditioning_noise", 0, lambda s: s.run.json("unet/config.json")["in_channels"], 7, 6, **SR),
+    Row("conditioning_masks", ("half",), conditioned("masks"), ["box", "random", "half"], ["half"],
+        {"conditioning": "inpaint"}),
+    Row("conditioning_blur_size", 2.0, conditioned("blur_size"), 1.0, 2.0, {"conditioning": "deblur"}),
     Row("push_to_hub", True, lambda s: len(s.spied("upload")), 0, 1),
     Row("hub_model_id", "me/photos", lambda s: (s.spied("create")[0][0][0], s.spied("upload")[0][0][2]),
         lambda names: names[1] != "me/photos", ("me/photos", "me/photos"), **PUSH),

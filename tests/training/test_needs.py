@@ -74,6 +74,12 @@ ROWS = [
     Row("--vlb_weight 0.5", "", "--objective simple", HYBRID, UNCONDITIONAL),
     Row("--ddpm_num_inference_steps 5", NO_GRIDS, "sample grids", "", UNCONDITIONAL),
     Row("--class_dropout 0.5", "", "--label_column", "--label_column label", UNCONDITIONAL),
+    *[Row(f"--conditioning_{given}", useless, f"--conditioning {task}", f"--conditioning {task}", UNCONDITIONAL)
+      for given, useless, task in (
+        ("factor 3", "", "super-resolution"), ("filter average", "--conditioning deblur", "super-resolution"),
+        ("enlarge bilinear", "", "super-resolution"), ("masks half", "", "inpaint"), ("blur_size 2", "", "deblur"),
+    )],
+    Row("--conditioning_noise 0.2", "", "--conditioning", "--conditioning deblur", UNCONDITIONAL),
     *[Row(f"--{name}", given, "no autoencoder is trained", "", TEXT) for given in (
         CHECKPOINT, "--vae_name_or_path v") for name in (
         "vae_train_steps 5", "vae_learning_rate 0.1", "vae_kl_weight 0.1", "vae_latent_channels 3", "vae_widths 8,16",

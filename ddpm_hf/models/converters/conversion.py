@@ -64,11 +64,11 @@ def make_pipeline(unet: torch.nn.Module, scheduler: Any, labels: Sequence[str] |
     """
     from ...portable.pipeline_class_conditional_ddpm_hf import ClassConditionalDDPMPipeline
     from ...portable.pipeline_ddpm_hf import DDPMPipeline
-    from ...portable.pipeline_upsampling_ddpm_hf import UpsamplingDDPMPipeline
+    from ...portable.pipeline_image_to_image_ddpm_hf import DDPMImageToImagePipeline
 
-    if unet.config.get("condition_channels"):
-        return UpsamplingDDPMPipeline(unet, scheduler)
     embeddings = unet.config.num_class_embeds or 0
+    if unet.config.get("condition_channels"):
+        return DDPMImageToImagePipeline(unet, scheduler, None, names_of_classes(labels, embeddings))
     if embeddings:
         return ClassConditionalDDPMPipeline(unet, scheduler, names_of_classes(labels, embeddings))
     if labels is not None:

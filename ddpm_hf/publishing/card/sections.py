@@ -9,6 +9,7 @@ from ...common.layout import CHAIN, LOSS_CURVE, SAMPLES
 from ...common.package import package_url
 from ...inference.kinds import KINDS
 from ...inference.samplers import SAMPLERS, usable_samplers
+from ...models.conditioning import describe_conditioning
 from .facts import Facts, all_results
 from .metadata import after_comma
 
@@ -16,6 +17,8 @@ from .metadata import after_comma
 def about(facts: Facts) -> str:
     """What the model is."""
     does = KINDS[facts.class_name].does
+    if facts.kind == "image-to-image":
+        does += f" ({describe_conditioning(facts.pipeline.conditioning)})"
     height, width = facts.pipeline.image_size
     dataset = facts.dataset.get("name")
     like = f" like those of {_linked(facts.dataset)}" if dataset else ""
@@ -43,7 +46,8 @@ def pictures(facts: Facts) -> str:
         by_row = f" One row each for {rows}." if rows else ""
         step = facts.run.get("pictures_step")
         when = f" at step {step:,}" if step not in (None, facts.run.get("step")) else ""
-        shown.append(f"![Samples]({SAMPLES})\n\nSamples{when}, not chosen by hand.{by_row}")
+        strips = " Input, output and truth side by side." if facts.kind == "image-to-image" else ""
+        shown.append(f"![Samples]({SAMPLES})\n\nSamples{when}, not chosen by hand.{strips}{by_row}")
     if shown and not has_pictures(facts):
         shown[0] += f" They show the first three of {facts.pipeline.image_channels} channels."
     if facts.has(CHAIN):
@@ -76,6 +80,7 @@ def use(facts: Facts) -> str:
         f"With the package `ddpm_hf`{_where_to_get_it()}, which adds previews along the chain and more:",
         "",
         "```python",
+        *pictures_import(facts),
         f"from ddpm_hf import {facts.class_name}",
         "",
         f'pipeline = {facts.class_name}.from_pretrained("{facts.repository}")',
@@ -92,6 +97,7 @@ def use(facts: Facts) -> str:
     example = {
         "class-conditional-image-generation": ["--class", first_class(facts.pipeline)],
         "text-to-image": ["--prompt", first_prompt(facts)],
+        "image-to-image": ["--image", "input.png", *(["--mask", "mask.png"] if reads_mask(facts) else [])],
     }.get(facts.kind, [])
     lines += [
         "From the shell:",
@@ -119,7 +125,14 @@ def _where_to_get_it() -> str:
 
 def _python(facts: Facts, options: str, call: str) -> list[str]:
     load = f'pipeline = DiffusionPipeline.from_pretrained("{facts.repository}"{options})'
-    code = ["from diffusers import DiffusionPipeline", "", load, f"image = {call}", saving(facts)]
+    code = [
+        *pictures_import(facts),
+        "from diffusers import DiffusionPipeline",
+        "",
+        load,
+        f"image = {call}",
+        saving(facts),
+    ]
     return ["```python", *code, "```"]
 
 
@@ -134,9 +147,23 @@ def call_arguments(facts: Facts) -> str:
         return ", ".join([_as_string(first_prompt(facts)), *usual])
     by_class = facts.kind == "class-conditional-image-generation"
     classes = [f"[{_as_string(first_class(facts.pipeline))}]"] if by_class else []
+    if facts.kind == "image-to-image":
+        classes = [f'Image.open("{name}.png")' for name in ("input", *(["mask"] if reads_mask(facts) else []))]
+        if facts.pipeline.has_classes:
+            classes.append(f"class_labels={_as_string(first_class(facts.pipeline))}")
     # Diffusers' pipeline would take 1000 steps
     steps = [f"num_inference_steps={T}"] if T != 1000 else []
     return ", ".join(classes + steps + ([] if has_pictures(facts) else ['output_type="np"']))
+
+
+def reads_mask(facts: Facts) -> bool:
+    """Whether it inpaints."""
+    return facts.kind == "image-to-image" and facts.pipeline.conditioning.task == "inpaint"
+
+
+def pictures_import(facts: Facts) -> list[str]:
+    """What the code imports for the images that it opens."""
+    return ["from PIL import Image"] if facts.kind == "image-to-image" else []
 
 
 def has_pictures(facts: Facts) -> bool:
@@ -158,7 +185,8 @@ def first_prompt(facts: Facts) -> str:
 
 def first_class(pipeline: Any) -> str:
     """The name of its first trained class; "0" for a model without classes."""
-    return pipeline.config.id2label[str(pipeline.default_classes[0])] if hasattr(pipeline, "default_classes") else "0"
+    by_class = getattr(pipeline, "has_classes", False)
+    return pipeline.class_names[str(pipeline.default_classes[0])] if by_class else "0"
 
 
 def training(facts: Facts) -> str:

@@ -26,6 +26,7 @@ VERSION = 1  # of metrics.json
 METRICS_JSON, REPORT = "metrics.json", "report.html"
 PART = "evaluation"  # of the folder's manifest
 SHOWN = 64  # images in a grid
+WIDE = 10  # from the least figure of a plot to the largest: the axis is logarithmic
 PAIRS = 16  # of a sample and its nearest real image
 
 
@@ -254,7 +255,10 @@ def sweep_section(record: dict[str, Any]) -> list[str]:
 
 
 def sweep_plot(results: Sequence[dict[str, Any]], name: str) -> "Figure":
-    """A metric against the network calls for an image, a line for each sampler, with its intervals."""
+    """A metric against the network calls for an image, a line for each sampler, with its intervals.
+
+    Its axis is logarithmic where the figures are positive and the largest is many times the least.
+    """
     figure, axes = new_figure()
     samplers = dict.fromkeys(one["sampler"] for one in results)
     for sampler in samplers:
@@ -266,7 +270,10 @@ def sweep_plot(results: Sequence[dict[str, Any]], name: str) -> "Figure":
     calls = sorted({one["network_calls"] for one in results})
     axes.set_xticks(calls, map(str, calls))
     axes.minorticks_off()
-    axes.legend(frameon=False)
+    values = [one["figures"][name]["value"] for one in results]
+    if min(values) > 0 and max(values) > WIDE * min(values):
+        axes.set_yscale("log")
+    axes.legend(frameon=False, fontsize="small")
     return figure
 
 

@@ -9,8 +9,8 @@ from ..portable.multistep_ddpm_hf import ADAMS_BASHFORTH, EpsilonMultistepSchedu
 from .trajectories import Predict, epsilon_of
 
 Weights: TypeAlias = list[list[float]]  # of ε at each step, the current one first, then those before
-ITERATIONS, TRIALS = 12, 5
-LEAST_GAIN = 0.005  # of the loss, in an iteration, below which it ends
+MEASURED, STEPS, TRIALS = 4, 8, 4  # times that all derivatives are measured, steps after each, dampings of a step
+LEAST_GAIN = 0.01  # of the loss, in a step, below which it ends
 FIRST_DAMPING, LEAST_DAMPING = 1e-2, 1e-6  # of the diagonal
 DIFFERENCE = 1e-3  # of a state's size, for derivatives
 
@@ -90,10 +90,8 @@ class Ends:
             weights = [list(ADAMS_BASHFORTH[min(step, most)]) for step in range(len(self.chain.timesteps))]
         return self.loss(self.differences(self.follow(weights, self.start, [])[0][-1]))
 
-    def normal_equations(
-        self, weights: Weights, states: list[torch.Tensor], epsilons: list[torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gauss and Newton's matrix [P, P] and gradient [P] for the weights, by differences of whole chains."""
+    def jacobian(self, weights: Weights, states: list[torch.Tensor], epsilons: list[torch.Tensor]) -> torch.Tensor:
+        """The derivatives of `differences` by each weight, [M, D, P], from differences of whole chains."""
         base = self.differences(states[-1])
         columns = []
         for step, row in enumerate(weights):
@@ -103,36 +101,53 @@ class Ends:
                 moved = torch.add(states[step + 1], epsilon, alpha=change)
                 end = self.follow(weights, moved, epsilons[: step + 1])[0][-1]
                 columns.append((self.differences(end) - base) * (size / change))
-        jacobian = torch.stack(columns, dim=2)  # [M, D, P]
-        importance = 1 / base.norm(dim=1).clamp(min=1e-6)  # [M], the derivative of a distance
-        matrix = torch.einsum("mdp,mdq,m->pq", jacobian, jacobian, importance)
-        return matrix, torch.einsum("mdp,md,m->p", jacobian, base, importance)
+        return torch.stack(columns, dim=2)
+
+
+def normal_equations(jacobian: torch.Tensor, differences: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gauss and Newton's matrix [P, P] and gradient [P] of the sum of the images' distances."""
+    importance = 1 / differences.norm(dim=1).clamp(min=1e-6)  # [M], the derivative of a distance
+    matrix = torch.einsum("mdp,mdq,m->pq", jacobian, jacobian, importance)
+    return matrix, torch.einsum("mdp,md,m->p", jacobian, differences, importance)
 
 
 @torch.no_grad()
 def refine_weights(ends: Ends, weights: Weights) -> Weights:
-    """The weights with which the chain ends nearest to the targets, from those given on."""
+    """The weights with which the chain ends nearest to the targets, from those given on.
+
+    Each step tells how the end moved: Broyden's update (1965) keeps the derivatives good for several steps, which cost
+    a chain each. Measuring all of them costs one for each weight.
+    """
     sizes = [len(row) for row in weights]
     values = torch.tensor([weight for row in weights for weight in row], dtype=torch.float64)
 
     def rows(values: torch.Tensor) -> Weights:
         return [[float(f"{weight:.8g}") for weight in row.tolist()] for row in values.split(sizes)]
 
-    states, epsilons = ends.follow(rows(values), ends.start, [])
-    loss, damping = ends.loss(ends.differences(states[-1])), FIRST_DAMPING
-    for _ in range(ITERATIONS):
-        matrix, gradient = ends.normal_equations(rows(values), states, epsilons)
-        before = loss
-        for _ in range(TRIALS):
-            damped = matrix + damping * torch.diag(matrix.diagonal() + 1e-12 * matrix.diagonal().max())
-            trial = values - torch.linalg.solve(damped, gradient)
-            reached = ends.follow(rows(trial), ends.start, [])
-            tried = ends.loss(ends.differences(reached[0][-1]))
-            if tried < loss:
-                values, loss, (states, epsilons) = trial, tried, reached
-                damping = max(damping / 10, LEAST_DAMPING)
+    reached = ends.follow(rows(values), ends.start, [])
+    differences, damping = ends.differences(reached[0][-1]), FIRST_DAMPING
+    for _ in range(MEASURED):
+        jacobian = ends.jacobian(rows(values), *reached)
+        measured = ends.loss(differences)
+        for _ in range(STEPS):
+            before = ends.loss(differences)
+            matrix, gradient = normal_equations(jacobian, differences)
+            for _ in range(TRIALS):
+                damped = matrix + damping * torch.diag(matrix.diagonal())
+                step = -torch.linalg.lstsq(damped, gradient[:, None], driver="gelsd").solution[:, 0]  # of any rank
+                tried = ends.follow(rows(values + step), ends.start, [])
+                moved = ends.differences(tried[0][-1])
+                if ends.loss(moved) < before:
+                    break
+                damping *= 10
+            else:
                 break
-            damping *= 10
-        if loss > (1 - LEAST_GAIN) * before:
+            surprise = moved - differences - jacobian @ step
+            jacobian += surprise[..., None] * (step / step.square().sum().clamp(min=1e-30))
+            values, reached, differences = values + step, tried, moved
+            damping = max(damping / 10, LEAST_DAMPING)
+            if ends.loss(differences) > (1 - LEAST_GAIN) * before:
+                break
+        if ends.loss(differences) > (1 - LEAST_GAIN) * measured:
             break
     return rows(values)

@@ -2,7 +2,7 @@
 
 import torch
 
-from ddpm_hf.few_steps.refining import Ends, chain_of, refine_weights
+from ddpm_hf.few_steps.refining import Ends, chain_of, normal_equations, refine_weights
 from ddpm_hf.few_steps.trajectories import fit_weights, follow
 from ddpm_hf.portable.multistep_ddpm_hf import EpsilonMultistepScheduler, karras_timesteps
 
@@ -48,7 +48,7 @@ def test_the_derivatives_are_those_of_the_whole_chain():
     """Else the method goes where the loss does not fall: autograd through the network gives the same gradient."""
     ends, weights = start(chosen(4))
     states, epsilons = ends.follow(weights, ends.start, [])
-    matrix, gradient = ends.normal_equations(weights, states, epsilons)
+    matrix, gradient = normal_equations(ends.jacobian(weights, states, epsilons), ends.differences(states[-1]))
     sizes = [len(row) for row in weights]
     values = torch.tensor([one for row in weights for one in row], dtype=torch.float64)
 

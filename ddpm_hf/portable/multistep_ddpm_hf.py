@@ -128,9 +128,7 @@ class EpsilonMultistepScheduler(SchedulerMixin, ConfigMixin):
             key = str(num_inference_steps)
             if self.fits == "required" and key not in fitted:
                 known = ", ".join(map(str, self.fitted_calls())) or "none"
-                raise ValueError(
-                    f"{key} steps: fitted are {known}; `ddpm-hf fit-timesteps MODEL --calls {key}` fits these"
-                )
+                raise ValueError(f"{key} steps: fitted are {known}; `ddpm-hf fit-timesteps` fits others")
             if key in fitted and weights is None and self.fits != "ignored":
                 timesteps, weights = fitted[key], (self.config.get(FITTED_WEIGHTS) or {}).get(key)
             else:

@@ -370,7 +370,7 @@ def test_the_likelihood_alone_needs_no_samples(observe):
         (f"evaluate {{shop}}/plain {QUICK} --likelihood-steps 5", ("--likelihood-steps 5", "--likelihood-calls")),
         (f"evaluate {{shop}}/plain {QUICK} --likelihood-calls 0 --likelihood-steps 21", ("--likelihood-steps 21",)),
         (f"evaluate {{shop}}/plain {QUICK} --likelihood-calls 6 --likelihood-steps 5", ("--likelihood-calls 6", "5")),
-        (f"evaluate {{shop}}/plain {QUICK} --sweep fitted:5", ("no fitted steps", "fit-timesteps")),
+        (f"evaluate {{shop}}/plain {QUICK} --sampler fitted", ("no fitted steps", "fit-timesteps")),
         (f"evaluate {{shop}}/plain {QUICK} --held-out-split validation", ("validation",)),
         (f"evaluate {TEXT} {QUICK}", ("--caption-column", "--prompt")),
         (f"evaluate {CLASSES} {QUICK} --likelihood-calls 4", ("--label-column",)),

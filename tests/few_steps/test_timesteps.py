@@ -11,10 +11,10 @@ import torch
 from ddpm_hf import DDPMScheduler
 from ddpm_hf.common.errors import UsageError
 from ddpm_hf.evaluation.bound import BoundBatch, measure_bound
+from ddpm_hf.evaluation.model_bound import even_timesteps
 from ddpm_hf.few_steps.pictures import fit_pictures
 from ddpm_hf.few_steps.timesteps import (
     deviations,
-    even_timesteps,
     likelihood_costs,
     likelihood_timesteps,
     picture_timesteps,
@@ -155,8 +155,8 @@ def test_candidates_are_judged_by_other_noise():
     fitted = fit_pictures(predict, scheduler, noise, [4, 6], teacher_steps=40)
     for number, candidates in fitted.items():
         errors = {one.name: one.error for one in candidates}
-        assert [one.error for one in candidates] == sorted(errors.values())
-        assert errors["even timesteps"] > 3 * candidates[0].error
+        assert [one.error for one in candidates] == sorted(one.error for one in candidates)
+        assert errors["even timesteps, iPNDM"] > 3 * candidates[0].error
         assert all(len(one.timesteps) == number for one in candidates)
         assert candidates[0].weights is not None
     for options, named in (

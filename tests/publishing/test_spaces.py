@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from ddpm_hf.inference.kinds import load_pipeline
-from ddpm_hf.inference.samplers import SAMPLERS
+from ddpm_hf.inference.samplers import UNFITTED
 from ddpm_hf.inference.studio import MOMENTS, MOST_IMAGES, SampleRequest, Studio, streamed
 from ddpm_hf.publishing import spaces
 from ddpm_hf.publishing.space.page import (
@@ -103,20 +103,20 @@ def test_without_a_class_all_are_drawn_in_turn(models, studios):
         assert np.abs(drawn[index] - own).max() <= 1
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", UNFITTED)
 def test_a_sampler_leaves_nothing_behind_for_the_next(sampler, models, studios):
     """Else a visitor's images depend on what the one before chose."""
     studio = studios["plain"]
     request = SampleRequest(2, sampler, 10)
     fresh = Studio(str(models["plain"]), device="cpu")
     expected = pixels(fresh.sample(request))
-    for other in SAMPLERS:
+    for other in UNFITTED:
         studio.sample(SampleRequest(1, other, 5))
     np.testing.assert_array_equal(pixels(studio.sample(request)), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", UNFITTED)
 def test_every_sampler_offered_draws_with_its_usual_steps(sampler, kind, studios):
     """Else the page's defaults end in an error, or in NaN, which is black."""
     studio = studios[kind]

@@ -15,7 +15,7 @@ from .sample import Acceleration, Precision, autocast, checked_device, option, u
 if TYPE_CHECKING:
     import torch
 
-    from .restore_inputs import Picture
+    from ..restoration.problems import Picture
 
 METHODS = ("ddnm", "pigdm", "mmps", "diffpir", "dps", "repaint")
 TaskName = enum.Enum("TaskName", {name: name for name in TASKS}, type=str)  # type: ignore[misc]  # of a table
@@ -148,10 +148,11 @@ def restore(
     from ..common.ownership import check_replaceable
     from ..inference.loading import load
     from ..portable.pipeline_restoration_ddpm_hf import DDPMRestorationPipeline
+    from ..restoration.problems import measure, noise_of
     from ..training.earlier_run import settle
     from .pictures import check_out
     from .restore_inputs import list_images, read_picture
-    from .restore_outputs import PART, PATTERNS, measure, table, write_restored
+    from .restore_outputs import PART, PATTERNS, table, write_restored
 
     words = (
         ("out", out),
@@ -242,15 +243,6 @@ def check_numbers(sigma_y: float | None, degrade: bool, truth: Path | None, feat
         raise ValueError("--truth and --degrade, which makes the truth of --image: give one of them")
     if features is not None and not (degrade or truth is not None):
         raise ValueError(f"--features {features} compares with the truth; give --truth, or --degrade")
-
-
-def noise_of(seed: int, index: int) -> "torch.Generator":
-    """The generator of the noise of an observation that is made from image `index`."""
-    import torch
-
-    from ..common.randomness import keyed_seed
-
-    return torch.Generator().manual_seed(keyed_seed(seed, "noise", 0, index))
 
 
 def feature_function(spec: str, device: str) -> Callable[["torch.Tensor"], "torch.Tensor"]:

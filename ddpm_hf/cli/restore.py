@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from ..restoration.problems import Picture
 
-METHODS = ("ddnm", "pigdm", "mmps", "diffpir", "dps", "repaint")
+METHODS = ("ddnm", "pigdm", "mmps", "diffpir", "dps", "gibbs", "repaint")
 TaskName = enum.Enum("TaskName", {name: name for name in TASKS}, type=str)  # type: ignore[misc]  # of a table
 MethodName = enum.Enum("MethodName", {name: name for name in METHODS}, type=str)  # type: ignore[misc]
 
@@ -108,7 +108,7 @@ def restore(
     ] = None,
     weight: Annotated[float | None, option(HOW, "Of the observation, in dps and diffpir. Default: by method.")] = None,
     iterations: Annotated[
-        int | None, option(HOW, "Of conjugate gradients, in mmps. Default: by method.", min=1)
+        int | None, option(HOW, "Of conjugate gradients, in mmps; rounds of gibbs. Default: by method.", min=1)
     ] = None,
     start: Annotated[
         float, option(HOW, "Share of the chain to take, from the noised pseudo-inverse; 1 starts from noise.")

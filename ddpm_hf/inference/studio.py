@@ -112,15 +112,11 @@ class Studio:
         return self.pipeline(request.count, **options).images
 
 
-def step_callback(report: Callable[[Step], None], total: int | None = None) -> Callable:
-    """A `callback_on_step_end` that reports each step.
-
-    Args:
-        total: how many steps there will be; by default the sampler's timesteps.
-    """
+def step_callback(report: Callable[[Step], None]) -> Callable:
+    """A `callback_on_step_end` that reports each step."""
 
     def callback(pipeline: Any, index: int, timestep: float, tensors: dict) -> dict:
-        last = (total or len(pipeline.scheduler.timesteps)) - 1
+        last = len(pipeline.scheduler.timesteps) - 1
         shown = {round(number * last / (MOMENTS - 1)) for number in range(MOMENTS)}
         predictions = pipeline.decode(tensors["pred_original_sample"], "preview") if index in shown else None
         report(Step(index + 1, last + 1, int(timestep), predictions))

@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 
 from ..inference.studio import MOST_IMAGES, SampleRequest, Step, Studio, keyed_generators, step_callback
 from ..portable.pipeline_restoration_ddpm_hf import DDPMRestorationPipeline
-from ..portable.restoration_ddpm_hf import METHODS, plan_chain
+from ..portable.restoration_ddpm_hf import METHODS
 from .figures import summarize
 from .pictures import MODES, deviation_picture, observed_picture, on_white, picture, to_tensor
 from .problems import Picture, measure, noise_of, pose
@@ -130,8 +130,7 @@ class RestorationStudio:
         posed = self.problem(request)
         options: dict[str, Any] = {}
         if report is not None:
-            plan = plan_chain(list(range(request.steps)), *METHODS[request.method].time_travel)
-            options["callback_on_step_end"] = step_callback(report, len(plan))
+            options["callback_on_step_end"] = step_callback(report)
             options["callback_on_step_end_tensor_inputs"] = ("pred_original_sample",)
         with self._lock:
             output = self.pipeline(

@@ -164,7 +164,7 @@ def test_rounds_end_where_y_has_the_noise_that_the_chain_has():
 
 
 def test_the_way_up_samples_what_the_joint_distribution_of_x_and_y_says():
-    """Else the rounds sample another posterior: y = A x_u + the rest of its noise, and x_u = x_0 + ρ ε (in x_0's units)."""
+    """Else the rounds sample another posterior: x_u = x_0 + ρ ε, and y = A x_u + the rest of its noise."""
     sigma, rho = 0.5, 0.4
     operator = OPERATORS["gaussian-blur"]((1, 4, 4), sigma=0.7)
     problem = Problem(operator, 0.3 * randn(1, 1, 4, 4), sigma, DDPMScheduler(T), Options(1.0), lambda x: x)

@@ -403,7 +403,9 @@ class World:
             "cut": ["user/cut"],
             "taken": ["user/plain", "--space", "user/taken"],
             "public": ["user/plain", "--private"],
-            "folder": [models["plain"]],
+            "folder": [models["plain"], "--space", "user/held"],
+            "restore": ["user/plain", "--restore"],
+            "restore-text": ["user/text", "--restore", "--space", "user/new"],
             "no-text": ["user/plain", "--space", "user/new", "--example", "x"],
             "both": ["user/plain", "--space", "user/new", "--out", root / "both"],
             "out": [models["by-class"], "--out", root / "out"],
@@ -425,7 +427,8 @@ class World:
 
     def files(self, space):
         """A Space's files, as texts."""
-        return {path: data.decode() for path, data in self.hub.files(f"spaces/user/{space}").items()}
+        files = self.hub.files(f"spaces/user/{space}")
+        return {path: data.decode() for path, data in files.items()}
 
 
 @pytest.fixture(scope="module")
@@ -437,7 +440,10 @@ def world(models, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("call", "space"),
-    [("plain", "plain"), ("by-class", "by-class"), ("text", "draw"), ("again", "plain"), ("edited", "edited")],
+    [
+        *(("plain", "plain"), ("by-class", "by-class"), ("text", "draw"), ("again", "plain"), ("edited", "edited")),
+        *(("folder", "held"), ("restore", "plain-restore")),
+    ],
 )
 def test_the_command_publishes_and_says_where(world, call, space):
     """Else nobody finds the app."""
@@ -453,7 +459,7 @@ def test_each_upload_is_one_commit_and_the_same_app_none(world):
     }
     assert commits == {
         **{"spaces/user/plain": 1, "spaces/user/by-class": 1, "spaces/user/draw": 1, "spaces/user/faulty": 1},
-        **{"spaces/user/taken": 0, "spaces/user/edited": 1},
+        **{"spaces/user/taken": 0, "spaces/user/edited": 1, "spaces/user/held": 1, "spaces/user/plain-restore": 1},
     }
 
 
@@ -464,6 +470,33 @@ def test_the_space_holds_what_was_written_for_it(world, tmp_path):
     found = world.files("draw")
     assert found.pop(".gitattributes")
     assert found == expected
+
+
+def test_a_folders_space_holds_the_model(world, models, tmp_path):
+    """Else an app of a folder reads a folder that the Space does not have."""
+    files = world.hub.files("spaces/user/held")
+    settings = json.loads(files["space.json"])
+    assert settings == {"model": spaces.MODEL_FOLDER, "title": "plain", "holds_model": True}
+    prefix = f"{spaces.MODEL_FOLDER}/"
+    held = {path.removeprefix(prefix): data for path, data in files.items() if path.startswith(prefix)}
+    assert held == {
+        path.relative_to(models["plain"]).as_posix(): path.read_bytes()
+        for path in models["plain"].rglob("*")
+        if path.is_file() and path.suffix != ".py"
+    }
+    for name, data in held.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    weight = load_pipeline(str(tmp_path)).unet.conv_in.weight
+    assert (weight == load_pipeline(str(models["plain"])).unet.conv_in.weight).all()
+
+
+def test_a_restoring_space_says_so(world):
+    """Else a visitor of a restoring Space gets the page that samples."""
+    files = world.files("plain-restore")
+    assert json.loads(files["space.json"])["restores"]
+    assert "restores images with" in files["README.md"]
+    assert f"{spaces.CODE}/restoration/studio.py" in files
 
 
 def test_a_private_models_space_is_private_and_wants_its_token(world):
@@ -493,7 +526,7 @@ def test_what_a_person_wrote_into_the_readme_stays(world):
         ("cut", "your network"),
         ("taken", "holds another app; name another --space"),
         ("public", "is public; make it private"),
-        ("folder", "--out"),
+        ("restore-text", "--restore requires a model"),
         ("no-text", "has no text encoder"),
         ("both", "leave out --space"),
         ("full", "not empty"),
@@ -542,7 +575,9 @@ import json, sys
 sys.modules["ddpm_hf"] = None  # as where it is not installed
 sys.path.insert(0, ".")  # as of a script
 from ddpm_hf_space.inference.studio import Studio, SampleRequest
-from ddpm_hf_space.publishing.space.page import main
+from ddpm_hf_space.publishing.space.serving import main
+from ddpm_hf_space.publishing.space import page, restoration_page
+from ddpm_hf_space.restoration import studio
 
 settings = json.load(open("space.json"))
 images = Studio(settings["model"], device="cpu").sample(SampleRequest(**json.loads(sys.argv[1])))

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image
 
 from ddpm_hf import DDPMPipeline, DDPMScheduler
 from ddpm_hf.publishing import spaces
+from ddpm_hf.publishing.space.restoration_page import READY
 from tests.support.fixtures_browser import browser
 from tests.support.fixtures_hub import TOKEN
 from tests.support.fixtures_pipeline import tiny_unet
@@ -47,7 +49,8 @@ def upload(page):
     if clear := page.find("#editor button[aria-label='Clear canvas'], #editor button[title='Clear canvas']"):
         clear[0].click()
     page.wait(lambda: page.find("#editor input[type=file]"))[0].send_keys(str(page.image))
-    page.wait(lambda: page.find("#editor canvas"))
+    page.wait(lambda: READY in page.find("#progress")[0].text and page.find("#editor canvas"))
+    time.sleep(1)  # the browser draws the image
 
 
 def paint(page):
@@ -102,6 +105,7 @@ def test_other_tasks_degrade_the_image_and_compare(page):
 def test_a_visitor_without_an_image_gets_one(page):
     """Else who has no such image cannot try the model."""
     page.find("#own")[0].click()
+    page.wait(lambda: READY in page.find("#progress")[0].text)
     page.choose("task", "Colorize")
     page.type("steps", 14)
     page.draw()

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 NO_CLASS = "none"  # in addition to "class NAME"
 DEFAULT_SOLUTIONS, DEFAULT_STEPS = 4, 50
 CANVAS = (320, 768)  # pixels of an image's longer side, at least and at most, so that it can be painted on
+READY = "The image is ready to paint on."
 TITLES = {
     "inpaint": "Inpaint what is painted over", "super-resolution": "Enlarge (super-resolution)",
     "colorize": "Colorize", "deblur": "Deblur", "denoise": "Remove noise",
@@ -193,14 +194,17 @@ def make_page(studio: RestorationStudio, settings: dict) -> "gr.Blocks":
             known = {name: values[component] for name, component in controls.items() if component in values}
             return {controls[name]: gr.update(visible=on) for name, on in shown_for(known).items() if name in controls}
 
-        def prepare(value: dict | None) -> Any:
+        def prepare(value: dict | None) -> dict:
             """The upload at a size to paint on."""
             image, _ = read_editor(value)
-            return gr.update() if image is None else editor_value(to_paint(image, studio.image_size))
+            return {} if image is None else ready(image)
 
         def sample_own() -> dict:
             """An image of the model's own, to paint on."""
-            return editor_value(to_paint(studio.sample_image(random.randrange(2**31)), studio.image_size))
+            return ready(studio.sample_image(random.randrange(2**31)))
+
+        def ready(image: Image.Image) -> dict:
+            return {editor: editor_value(to_paint(image, studio.image_size)), progress_bar: READY}
 
         # Gradio finds `progress` by its default
         def restore(values: dict, progress: Any = gr.Progress()) -> Iterator[dict]:  # noqa: B008
@@ -226,8 +230,8 @@ def make_page(studio: RestorationStudio, settings: dict) -> "gr.Blocks":
         )  # fmt: skip
         stop.click(None, cancels=[restoring])
         private = {"api_visibility": "private"}
-        editor.upload(prepare, editor, editor, **private)
-        own.click(sample_own, None, editor, **private)
+        editor.upload(prepare, editor, [editor, progress_bar], **private)
+        own.click(sample_own, None, [editor, progress_bar], **private)
         decide = [controls[name] for name in ("task", "blur", "degrade", "estimate")]
         names = ("factor", "filter", "blur", "blur_size", "blur_angle", "degrade", "estimate", "sigma_y")
         gr.on(

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from typing import Any, NamedTuple
 
 import datasets
@@ -18,6 +16,7 @@ from ddpm_hf.evaluation.model_bound import LIKELIHOOD_TIMESTEPS, ModelBound, eve
 from ddpm_hf.inference.samplers import swap_sampler, usable_samplers
 from ddpm_hf.portable.multistep_ddpm_hf import FITTED_TIMESTEPS, FITTED_WEIGHTS
 from ddpm_hf.portable.scheduling_ddpm_hf import X_START_VARIANCES
+from tests.support import warm
 from tests.support.fixtures_cli import assert_one_line
 from tests.support.fixtures_hub import WITHOUT, bare_environment
 from tests.support.fixtures_pipeline import tiny_unet
@@ -162,10 +161,8 @@ def test_the_folder_itself_is_fitted_and_stays_a_model(shop, call, run, tmp_path
     printed = []
 
     def stranger():
-        result = subprocess.run(
-            [sys.executable, "-c", WITHOUT + FRESH, str(tmp_path / "model")],
-            capture_output=True, text=True, env=bare_environment(tmp_path), cwd=tmp_path,
-        )  # fmt: skip
+        code, env = WITHOUT + FRESH, bare_environment(tmp_path)
+        result = warm.run("-c", code, tmp_path / "model", env=env, cwd=tmp_path, isolated=True)
         assert result.returncode == 0, result.stderr
         printed.append(result.stdout)
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 import sys
 import threading
 from configparser import ConfigParser
@@ -25,7 +24,7 @@ from ddpm_hf.publishing.space.page import (
     request_of,
     thumbnail,
 )
-from tests.support import ROOT
+from tests.support import ROOT, warm
 from tests.support.fixtures_hub import STRANGERS, TOKEN, WRONG, client_environment
 from tests.support.fixtures_spaces import CLASSES, STEPS, put, seeded, tiny_pipelines
 from tests.support.hub_server import Hub
@@ -419,8 +418,7 @@ class World:
         (root / "theirs" / "README.md").write_text("mine")
         words = json.dumps([[str(word) for word in words] for words in calls.values()])
         kept = client_environment(hub, root / "home", PYTHONPATH=str(ROOT), HF_TOKEN=TOKEN)
-        command = [sys.executable, "-c", COMMANDS, words]
-        done = subprocess.run(command, cwd=root, env=kept, capture_output=True, text=True, timeout=600)
+        done = warm.run("-c", COMMANDS, words, cwd=root, env=kept, timeout=600)
         assert done.returncode == 0, done.stderr
         self.said = done.stdout + done.stderr
         self.results = dict(zip(calls, json.loads(done.stdout.splitlines()[-1])))
@@ -596,8 +594,7 @@ def test_the_spaces_code_draws_without_the_package_and_without_trust(world, mode
         (tmp_path / path).write_text(text)
     request = json.dumps(REQUESTS["by-class"]._asdict())
     kept = client_environment(world.hub, tmp_path / "home", HF_TOKEN=TOKEN)
-    command = [sys.executable, "-I", "-c", DRAWING, request]
-    done = subprocess.run(command, cwd=tmp_path, env=kept, capture_output=True, text=True, timeout=300)
+    done = warm.run("-c", DRAWING, request, cwd=tmp_path, env=kept, isolated=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == []
     drawn = [Image.open(tmp_path / f"{index}.png") for index in range(REQUESTS["by-class"].count)]

@@ -4,7 +4,8 @@
     python benchmarks/fashion_mnist.py fashion [--source /usr/share/datasets/fashion-mnist]
     python train_text2image.py --train_data_dir fashion --output_dir fashion-text
 
-Writes `train` (60,000) and `test` (10,000): grayscale images padded to 32×32, their label, and captions of the class.
+Writes `train` (60,000) and `test` (10,000): grayscale images padded to 32×32 (`--size 28`: as they are), their label,
+and captions of the class.
 """
 
 import argparse
@@ -35,9 +36,10 @@ def read_idx(path: Path) -> np.ndarray:
     return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape)
 
 
-def rows(source: Path, part: str) -> datasets.Dataset:
-    """A part as a dataset."""
-    images = np.pad(read_idx(source / f"{part}-images-idx3-ubyte.gz"), ((0, 0), (2, 2), (2, 2)))
+def rows(source: Path, part: str, size: int) -> datasets.Dataset:
+    """A part as a dataset, its images padded to a size."""
+    margin = (size - 28) // 2
+    images = np.pad(read_idx(source / f"{part}-images-idx3-ubyte.gz"), ((0, 0), (margin, margin), (margin, margin)))
     labels = read_idx(source / f"{part}-labels-idx1-ubyte.gz")
     encoded = []
     for image in images:
@@ -60,8 +62,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out")
     parser.add_argument("--source", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
+    parser.add_argument("--size", type=int, choices=(28, 32), default=32)
     arguments = parser.parse_args()
-    parts = {"train": rows(arguments.source, "train"), "test": rows(arguments.source, "t10k")}
+    source, size = arguments.source, arguments.size
+    parts = {"train": rows(source, "train", size), "test": rows(source, "t10k", size)}
     datasets.DatasetDict(parts).save_to_disk(arguments.out)
 
 

@@ -10,6 +10,7 @@ import typer
 from .._version import __version__
 from ..common.machine import accept_any_text, keep_freed_memory
 from . import (
+    ablate,
     compare,
     convert,
     ema,
@@ -64,6 +65,7 @@ app.command(context_settings=UNDERSCORES_TOO, epilog=sample.EPILOG)(sample.sampl
 app.command(context_settings=UNDERSCORES_TOO, epilog=convert.EPILOG)(convert.convert)
 app.command(context_settings=UNDERSCORES_TOO, epilog=evaluate.EPILOG)(evaluate.evaluate)
 app.command(context_settings=UNDERSCORES_TOO, epilog=compare.EPILOG)(compare.compare)
+app.command(context_settings=UNDERSCORES_TOO, epilog=ablate.EPILOG)(ablate.ablate)
 app.command(context_settings=UNDERSCORES_TOO, epilog=ema.EPILOG)(ema.ema)
 app.command("fit-variance", context_settings=UNDERSCORES_TOO, epilog=fit_variance.EPILOG)(fit_variance.fit_variance)
 app.command("fit-timesteps", context_settings=UNDERSCORES_TOO, epilog=fit_timesteps.EPILOG)(

@@ -17,6 +17,7 @@ from .sample import Acceleration, Precision
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+    from ..common.image_sets import ImageSet
     from ..evaluation.evaluate import Samples
     from ..training.post_hoc import Averages
 
@@ -72,7 +73,12 @@ def compare_widths(
 
 
 def samples_of(
-    pipeline: "DiffusionPipeline", averages: "Averages", widths: list[float], real, options: SweepOptions, out: Path
+    pipeline: "DiffusionPipeline",
+    averages: "Averages",
+    widths: list[float],
+    real: "ImageSet",
+    options: SweepOptions,
+    out: Path,
 ) -> list["Samples"]:
     """The samples of the run's own weights (width 0) and of each width, from the same noise."""
     own = {part: averages.copy(pipeline.components[part]) for part in averages.parts}
@@ -86,6 +92,7 @@ def samples_of(
         told = hashlib.sha256(f"{digest} {averages.digest} {width!r}".encode()).hexdigest()
         samples = of_chain(pipeline, told if width else digest, chain, conditions, options.num_samples, how, out)
         inner = samples.sample
+        assert inner is not None  # of a chain
 
         def sample(indices: range) -> np.ndarray:
             if there[0] != width:

@@ -60,6 +60,7 @@ restore: inpaint inpainting super-resolution superres upscale colorize deblur de
 push: upload publish push-to-hub share
 push-space: space app demo gradio deploy
 convert: import export migrate transplant
+ablate: ablation ablations grid-search sweep table experiment
 info: show describe inspect print summary status
 presets: models list list-presets model-presets
 --version: version

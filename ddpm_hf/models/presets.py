@@ -96,6 +96,21 @@ MODEL_PRESETS: dict[str, Preset] = {
         {},
         parameters=10_727_267,
     ),
+    "large-64": Preset(
+        "wider and deeper, for 64×64 photos on a GPU: linear, L2",
+        _unet(64, (128, 256, 256, 512), 3, (16, 8), dropout=0.1, attention_head_dim=64),
+        {
+            **_ADAM,
+            **_CONSTANT_EMA,
+            "lr_warmup_steps": 1000,
+            "learning_rate": 2e-4,
+            "train_batch_size": 64,
+            "max_train_steps": 100_000,
+            "ddpm_beta_schedule": "linear",
+            "loss_type": "l2",
+        },
+        parameters=0,
+    ),
     "ddpm-cifar10": Preset(
         "Ho et al. 2020, CIFAR-10 32×32",
         _unet(32, (128, 256, 256, 256), 2, (16,), dropout=0.1, **_HO),

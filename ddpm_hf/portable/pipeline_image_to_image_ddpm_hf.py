@@ -62,7 +62,7 @@ class DDPMImageToImagePipeline(ImageToImageMixin, AccelerationMixin, PortablePip
     @torch.no_grad()
     def __call__(
         self,
-        image: Any,
+        image: Any = None,
         mask: Any = None,
         class_labels: ClassLabels = None,
         conditioning_noise: float = 0.0,
@@ -108,6 +108,8 @@ class DDPMImageToImagePipeline(ImageToImageMixin, AccelerationMixin, PortablePip
                 raises.
         """
         self.check_output_type(output_type)
+        if image is None:
+            raise ValueError(f"this model ({self.conditioning.task}) reads an image: give one")
         y = self.read_image(image)
         guidance = FreeGuidance(guidance_scale, guidance_rescale, guidance_interval)
         return self.solve(

@@ -266,7 +266,7 @@ def _trained_with(flags: Flags, stages: tuple[str, ...]) -> dict[str, Any]:
 def weaker_layers(program: Program, flags: Flags) -> list[tuple[str, dict[str, Any]]]:
     """What decides where command line and --config say nothing, weakest first: last, what the optimizer brings."""
     optimizer = flags.optimizer
-    return [*program.weaker_layers(flags), (f"--optimizer {optimizer}", OPTIMIZERS.get(optimizer, {}))]
+    return [*program.weaker_layers(flags), (f"the optimizer {optimizer}", OPTIMIZERS.get(optimizer, {}))]
 
 
 def parse_flags(program: Program, argv: list[str]) -> Flags:

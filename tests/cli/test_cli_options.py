@@ -26,6 +26,7 @@ from ddpm_hf import (
 )
 from ddpm_hf.models import converters
 from ddpm_hf.portable.conditioning_ddpm_hf import Conditioning
+from tests.ablation import test_ablation
 from tests.cli import test_ema, test_evaluate, test_few_steps
 from tests.support.classifier import tiny_classifier
 from tests.support.fixtures_cli import assert_one_line
@@ -314,15 +315,19 @@ def test_every_option_has_a_row():
     """Else an option is added that nobody shows to do something; the trainings' flags have tests of their own."""
     evaluated = {("evaluate", name) for name in [*test_evaluate.APART, *(row.option for row in test_evaluate.ROWS)]}
     fitted = {(row.command, row.option) for row in test_few_steps.ROWS} | test_few_steps.APART.keys()
+    ablated = {("ablate", name) for name in test_ablation.APART}
     averaged = {("ema", name) for name in [*test_ema.APART, *test_ema.ROWS]}
-    assert options() == {(row.command, row.option) for row in ROWS} | APART.keys() | evaluated | fitted | averaged
+    assert (
+        options()
+        == {(row.command, row.option) for row in ROWS} | APART.keys() | evaluated | fitted | averaged | ablated
+    )
     commands = typer.main.get_command(cli.app).commands
     assert {name for name in commands if not commands[name].params} == {
         "presets", "train", "train-text2image", "train-classifier"
     }  # fmt: skip
     parts = (
         (APART, globals()),
-        *((module.APART, vars(module)) for module in (test_ema, test_evaluate, test_few_steps)),
+        *((module.APART, vars(module)) for module in (test_ema, test_evaluate, test_few_steps, test_ablation)),
     )
     for names, tests in parts:
         assert set(names.values()) <= set(tests)

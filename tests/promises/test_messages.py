@@ -26,8 +26,12 @@ NO_ADVICE = (
     " with --dataset_config_name {}", " instead of --overwrite_output_dir",
 )  # fmt: skip
 
-# Tried elsewhere: by the tables of refusals in tests/cli/test_evaluate.py and test_few_steps.py
-APART = ("ddpm_hf/cli/evaluat", "ddpm_hf/evaluation/", "ddpm_hf/cli/fit_", "ddpm_hf/few_steps/")
+# Tried elsewhere: by the tables of refusals in tests/cli/test_evaluate.py, test_few_steps.py,
+# test_ema.py and tests/ablation
+APART = (
+    "ddpm_hf/cli/evaluat", "ddpm_hf/evaluation/", "ddpm_hf/cli/fit_", "ddpm_hf/few_steps/", "ddpm_hf/cli/ema",
+    "ddpm_hf/training/post_hoc", "ddpm_hf/cli/abl", "ddpm_hf/ablation/",
+)  # fmt: skip
 
 # Not tried: why
 EXCEPTIONS = {
@@ -93,6 +97,15 @@ EXCEPTIONS = {
     "is another autoencoder than that of {}": "test_lost_parts.py, which resumes it in a new folder",
     "the warm-up of --lr_warmup_steps {} takes all": "says what happens, and advises nothing",
     "--use_8bit_adam requires bitsandbytes": "needs a GPU",
+    "--optimizer must be one of": "needs a library: test_bad_input.py, test_optimizers.py",
+    "--use_8bit_adam is AdamW's": "needs a library: test_optimizers.py",
+    "--optimizer schedulefree averages": "needs a library: test_optimizers.py",
+    "--optimizer schedulefree requires --adam_beta1": "needs a library: test_optimizers.py",
+    "--optimizer {} requires pytorch_optimizer": "needs a library to be missing: test_optimizers.py",
+    "requires all weights on each rank": "needs several processes: test_optimizers.py",
+    "--ema_snapshot_steps: `ddpm-hf ema` averages pipelines": "of a classifier: test_classifier.py",
+    "would be lost; resume with --ema_snapshot_steps": "of checkpoints without settings: test_post_hoc.py",
+    "has no power averages; resume without": "of checkpoints without settings: test_post_hoc.py",
     "--acceleration: with {}, gradients differ by {}": "needs kernels that are wrong: test_gradient_gate.py",
     "the checkpoint's timestep sampler remembers": "of checkpoints without settings; the flag is refused before",
     "has no EMA; resume without --use_ema": "of checkpoints without settings; the flag itself is refused before",

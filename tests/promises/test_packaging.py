@@ -93,6 +93,7 @@ FLOORS = {
     "publishing": "common evaluation inference models portable restoration training",
     "latents": "common data models objectives portable training",
     "few_steps": "common evaluation models objectives portable",
+    "ablation": "common evaluation training",
     "text": "common data inference latents models objectives portable training",
 }
 ROOTS = {"ddpm_hf", "ddpm_hf._version", "ddpm_hf.functional", "ddpm_hf.__main__"}

@@ -21,6 +21,7 @@ DIFFUSERS = {"accelerate", "diffusers", "huggingface_hub", "numpy", "scipy", "to
 SCRIPTS = ["train_unconditional.py", "train_text2image.py"]
 HELP = {"numpy", "typer"}
 COMMANDS = [
+    "ablate",
     "sample",
     "train",
     "train-text2image",

@@ -34,6 +34,7 @@ class Candidate(NamedTuple):
     error: float
 
 
+@torch.no_grad()
 def fit_pictures(
     predict: Predict,
     scheduler: EpsilonMultistepScheduler,

@@ -7,6 +7,7 @@ in q(x_s | x_t, x_0); J = ∂x̂_0/∂x_t, so that Cov[x_0 | x_t] = (1-ᾱ_t)/�
 This file is copied into published repositories: it imports torch and files next to it.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from .linear_ddpm_hf import LinearMap, Operator, conjugate_gradients, inner
 from .scheduling_ddpm_hf import DDPMScheduler
 
 PROBED = 1024  # random signs in all that probe J: an image of fewer numbers requires several probes
-ROUNDS = 1.5  # of `gibbs`, per root of the number of steps
+ROUND = 8  # steps of a round of `gibbs`
 LEAST_SIGNAL = 1e-4  # below this ᾱ_t, J is rounding: x̂_0 then hardly depends on x_t
 
 
@@ -375,24 +376,21 @@ def plan_chain(timesteps: list[int], length: int, repeats: int) -> list[tuple[in
 def plan_rounds(top: float, least: float, calls: int, rounds: int = 0) -> list[tuple[float, int]]:
     """The rounds of `gibbs`: from which angle arctan ρ each goes down, and in how many steps.
 
-    Two thirds of them come down from the top, the others stay at the least angle. Steps are equally long in all.
+    They come down evenly from the top, and the last fifth stays at the least angle.
 
     Args:
         top, least: angles in radians.
         calls: steps in all.
-        rounds: 0 for as many as suit the steps.
+        rounds: 0 for rounds of about `ROUND` steps.
 
-    >>> [(round(angle, 2), steps) for angle, steps in plan_rounds(1.5, 0.3, 12, 4)]
-    [(1.5, 6), (0.9, 4), (0.3, 1), (0.3, 1)]
+    >>> [(round(angle, 2), steps) for angle, steps in plan_rounds(1.5, 0.3, 12, 5)]
+    [(1.5, 2), (1.1, 3), (0.7, 2), (0.3, 3), (0.3, 2)]
     """
-    rounds = min(calls, rounds or max(1, round(ROUNDS * math.sqrt(calls))))
-    falling = rounds - rounds // 3
-    angles = [top - (top - least) * i / max(1, falling - 1) for i in range(falling)] + [least] * (rounds // 3)
-    spare, total, planned, taken = calls - rounds, sum(angles), [], 0.0
-    for angle in angles:
-        before, taken = taken, taken + angle / total * spare
-        planned.append((angle, 1 + round(taken) - round(before)))
-    return planned
+    rounds = min(calls, rounds or max(1, round(calls / ROUND)))
+    falling = rounds - rounds // 5
+    angles = [top - (top - least) * i / max(1, falling - 1) for i in range(falling)] + [least] * (rounds // 5)
+    ends = [round(i * calls / rounds) for i in range(rounds + 1)]
+    return [(angle, after - before) for angle, (before, after) in zip(angles, itertools.pairwise(ends))]
 
 
 def tiled(predict: Callable[..., Any], size: tuple[int, int], overlap: float = 0.5) -> Callable[..., torch.Tensor]:

@@ -152,10 +152,10 @@ def test_rounds_end_where_y_has_the_noise_that_the_chain_has():
     pipeline, operator, sigma = restorer(), OPERATORS["average-pooling"]((1, 8, 8)), 0.3
     y = operator.forward(randn(1, 1, 8, 8))
     with calls_of(pipeline.unet, lambda inputs, more: int(inputs[1])) as seen:
-        restore(pipeline, operator, y, sigma, "gibbs", steps=40, iterations=6)
+        restore(pipeline, operator, y, sigma, "gibbs", steps=40)
     assert len(seen) == 40 == len(pipeline.scheduler.timesteps)
     starts = [seen[0], *(after for before, after in itertools.pairwise(seen) if after > before)]
-    assert len(starts) <= 6  # a round of one step is not seen here
+    assert len(starts) == 5  # of 8 steps each
     assert starts[0] == T - 1
     alphas = pipeline.scheduler.exact_tables.alphas_cumprod
     rho = ((1 - alphas) / alphas).sqrt()

@@ -6,6 +6,7 @@ program shares those too. That programs start, and what they import, is tested w
 `NEW_PROCESSES=1`, and where there is no `fork`, all of them are new.
 """
 
+import atexit
 import contextlib
 import functools
 import gc
@@ -150,6 +151,12 @@ def _server() -> _Server:
     command = [sys.executable, "-I", __file__, str(theirs.fileno())]
     process = subprocess.Popen(command, env=os.environ | ENVIRONMENT, pass_fds=[theirs.fileno()])
     theirs.close()
+
+    def end() -> None:
+        ours.shutdown(socket.SHUT_RDWR)
+        process.wait()
+
+    atexit.register(end)  # its time is that of the tests
     return _Server(ours, process)
 
 

@@ -185,7 +185,7 @@ def test_no_folder_is_called_as_a_pipeline_of_diffusers():
     assert not folders & {"ddpm", "ddim", "dit", "latent_diffusion", "stable_diffusion"}
 
 
-DIFFUSERS_NAMES = {"_compatibles", "_optional_components"}  # which its subclasses set
+DIFFUSERS_NAMES = {"_compatibles", "_execution_device", "_optional_components"}  # which its subclasses set
 
 
 def is_private(name):

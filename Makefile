@@ -51,7 +51,7 @@ $(SPACE)/stamp: ddpm_hf/publishing/space/requirements.txt constraints.txt
 test-slow: $(VENV)/stamp $(SPACE)/stamp
 	command -v chromedriver || { test "$$(id -u)" = 0 && apt-get update && \
 		apt-get install --yes --no-install-recommends chromium chromium-driver; } || true
-	$(BIN)/python -m pytest -m slow
+	ONEDNN=1 $(BIN)/python -m pytest -m slow
 
 quality: $(VENV)/stamp
 	$(BIN)/ruff check .

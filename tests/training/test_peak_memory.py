@@ -20,16 +20,16 @@ train_unconditional.main(sys.argv[1:])
 print(json.dumps([before / 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]))
 """
 LARGE = {
-    "resolution": 32, "train_batch_size": 128, "eval_batch_size": 4, "max_train_steps": 3, "cpu_threads": 1, "seed": 0,
+    "resolution": 32, "train_batch_size": 64, "eval_batch_size": 4, "max_train_steps": 2, "cpu_threads": 1, "seed": 0,
     "ddpm_num_inference_steps": 2, "logger": "none", "use_ema": True,
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory):
-    """Those of a run whose activations take some hundred MiB."""
+    """Those of a run whose activations take a hundred MiB."""
     root = tmp_path_factory.mktemp("large")
-    write_rows(root / "images", [encoded(one) for one in random_pixels(128, 8, 8)])
+    write_rows(root / "images", [encoded(one) for one in random_pixels(64, 8, 8)])
     write_unet(root / "unet", sample_size=32, block_out_channels=[16, 16])
     return {**LARGE, "train_data_dir": root / "images", "model_config_name_or_path": root / "unet"}
 
@@ -44,9 +44,9 @@ def test_the_peak_of_a_dry_run_is_that_of_the_run(flags, tmp_path):
         return done.stdout, before, most
 
     said, before, _ = peak(dry_run=True)
-    (expected,) = re.findall(r"peak  ([\d,]+) MiB of memory measured$", said, re.M)
+    (expected,) = re.findall(r"peak  ([\d,]+) MiB of memory measured", said)
     _, _, most = peak()
-    assert most - before > 200  # else imports alone are compared
+    assert most - before > 100  # else imports alone are compared
     assert float(expected.replace(",", "")) - before == pytest.approx(most - before, rel=0.2)
 
 

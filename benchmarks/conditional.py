@@ -5,8 +5,8 @@
 
 `train` makes the named models, each for `--minutes` times its share, with the EMA of a constant learning rate: `base`
 at half the size, `single` at the full size, and two models of super-resolution ×2 from that half: `augmented` with
-noise in what it reads, `plain` without. A cascade of base and augmented has the training time of `single`. On a machine
-that others use too, `--train-steps` counts steps: a step of base, at a quarter of the pixels, as a third of one.
+noise in what it reads, `plain` without. A cascade of base and augmented has the training time of `single`. Where other
+programs share the machine, `--train-steps` counts steps: one of base, with a quarter of the pixels, as a third of one.
 
 `measure` computes, of held-out images:
 

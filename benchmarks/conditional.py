@@ -56,7 +56,7 @@ def train(args: argparse.Namespace) -> None:
             "--use_ema", "--ema_max_decay", "0.995", "--logger", "none", "--save_images_epochs", "0",
             "--save_model_epochs", "1000000", "--checkpointing_steps", "500", "--checkpoints_total_limit", "1",
             "--mixed_precision", args.precision, "--adam_beta1", "0.9", "--adam_weight_decay", "0",
-            "--model_preset", args.preset,
+            "--model_preset", args.preset, *(["--cpu_threads", "1"] if args.device == "cpu" else []),
         ]  # fmt: skip
         flags += ["--train_data_dir", args.data] if args.data else []
         if args.train_steps is None:

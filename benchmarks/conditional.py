@@ -124,21 +124,19 @@ def super_resolution(args: argparse.Namespace, models: dict, truth: torch.Tensor
         rows.append({"model": name, **figures, "colours": colours(made, small), "seconds": seconds})
         print(rows[-1], flush=True)
 
-    for name in ("augmented", "plain"):
+    for name in (one for one in ("augmented", "plain") if one in models):
         for correction in ("none", "colour", "observation"):
             began = time.perf_counter()
             options = {"num_inference_steps": args.steps, "correction": correction, "output_type": "pt"}
             generator = torch.Generator(args.device).manual_seed(1)
             made = [models[name](part, generator=generator, **options).images for part in small.split(128)]
             row(f"{name}, {correction}", torch.cat(made), time.perf_counter() - began)
-    zero_shot = DDPMRestorationPipeline.from_pipe(models["single"])
-    zero_shot.set_progress_bar_config(disable=True)
-    others = {"zero-shot ddnm": zero_shot}
+    others = {"zero-shot ddnm": models["single"]} if "single" in models else {}
     if args.other is not None:
-        other = DDPMRestorationPipeline.from_pipe(load(args.other).to(args.device))
-        other.set_progress_bar_config(disable=True)
-        others[f"zero-shot ddnm, {Path(args.other).name}"] = other
-    for name, pipeline in others.items():
+        others[f"zero-shot ddnm, {Path(args.other).name}"] = load(args.other).to(args.device)
+    for name, model in others.items():
+        pipeline = DDPMRestorationPipeline.from_pipe(model)
+        pipeline.set_progress_bar_config(disable=True)
         began = time.perf_counter()
         options = {"num_inference_steps": args.steps, "output_type": "pt"}
         generator = torch.Generator(args.device).manual_seed(1)
@@ -175,12 +173,12 @@ def cascades(args: argparse.Namespace, models: dict, distance) -> list[dict]:
 
 def measure(args: argparse.Namespace) -> None:
     """Compute the figures, and write them."""
-    models = {name: load(newest(args.out / name)).to(args.device) for name in MODELS}
+    models = {name: load(newest(args.out / name)).to(args.device) for name in MODELS if (args.out / name).is_dir()}
     for pipeline in models.values():
         pipeline.set_progress_bar_config(disable=True)
         pipeline.enable_acceleration()
     features = Features(models["single"] if args.features is None else load(args.features).to(args.device))
-    truth = held_out(args, models["single"].image_channels)
+    truth = held_out(args, next(iter(models.values())).image_channels)
     reference = features(truth)
     half = len(reference) // 2
 
@@ -189,12 +187,12 @@ def measure(args: argparse.Namespace) -> None:
 
     result = {
         "settings": {name: str(value) for name, value in vars(args).items()},
-        "steps trained": {name: int(newest(args.out / name).name.rpartition("-")[2]) for name in MODELS},
+        "steps trained": {name: int(newest(args.out / name).name.rpartition("-")[2]) for name in models},
         "parameters": {name: sum(p.numel() for p in one.unet.parameters()) for name, one in models.items()},
         "held out": len(truth),
         "frechet of halves": float(frechet_distance(reference[:half], reference[half:])),
         "super-resolution": super_resolution(args, models, truth, distance),
-        "cascades": cascades(args, models, distance),
+        "cascades": cascades(args, models, distance) if "base" in models else [],
     }
     args.result.write_text(json.dumps(result, indent=1) + "\n")
 

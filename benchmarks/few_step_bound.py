@@ -1,10 +1,12 @@
-"""A learned variance against fixed ones in short chains: the bound in bits/dim on held-out digits.
+"""A learned or fitted variance against fixed ones in short chains: the bound in bits/dim on held-out digits.
 
     python benchmarks/few_step_bound.py MODEL [--images 256] [--draws 4]
 
-MODEL was trained with --variance_type learned_range --objective hybrid. The same network, the same x_t: only the
-variance of the reverse step differs. Reported is the mean bound over the images, and, for the difference to the
-learned variance, its mean with its standard error (over images; paired). The claim of Nichol & Dhariwal 2021, sec. 3.
+MODEL was trained with --variance_type learned_range --objective hybrid, or `ddpm-hf fit-variance` was run for it. The
+same network, the same x_t: only the variance of the reverse step differs. Reported is the mean bound over the images,
+and, for the difference to the model's own variance, its mean with its standard error (over images; paired). The chains
+are evenly spaced, and those of `ddpm-hf fit-timesteps --objective likelihood` for the numbers that it was run for. The
+claims of Nichol & Dhariwal 2021, sec. 3, of Bao et al. 2022, and of Watson et al. 2021.
 """
 
 import argparse
@@ -17,6 +19,7 @@ from tqdm.auto import tqdm
 
 from ddpm_hf import DDPMPipeline, DDPMScheduler, bits_per_dim
 from ddpm_hf.common.machine import usable_cores
+from ddpm_hf.evaluation.model_bound import LIKELIHOOD_TIMESTEPS, even_timesteps
 
 
 class Remembered(torch.nn.Module):
@@ -27,7 +30,7 @@ class Remembered(torch.nn.Module):
         self.unet, self.outputs, self.replayed = unet, [], None
 
     def forward(self, x_t, t):
-        """[N, C, H, W] -> [N, 2C, H, W], or [N, C, H, W], without the variance, where it replays."""
+        """[N, C, H, W] -> what the network outputs, or where it replays, [N, C, H, W], without a variance."""
         if self.replayed is None:
             self.outputs.append(self.unet(x_t, t).sample)
             return UNet2DOutput(self.outputs[-1])
@@ -37,6 +40,13 @@ class Remembered(torch.nn.Module):
         """Itself, giving the same outputs again from the first on."""
         self.replayed = iter(self.outputs)
         return self
+
+
+def fixed(own: DDPMScheduler, name: str) -> DDPMScheduler:
+    """The scheduler with a fixed variance."""
+    scheduler = DDPMScheduler.from_config(own.config, variance_type=name)
+    scheduler.use_x_start_variances(None)
+    return scheduler
 
 
 def main() -> None:
@@ -50,31 +60,38 @@ def main() -> None:
     torch.set_num_threads(usable_cores())
 
     pipeline = DDPMPipeline.from_pretrained(arguments.model)
-    unet, learned = pipeline.unet.eval(), pipeline.scheduler
+    pipeline.enable_acceleration()
+    unet, own = pipeline.unet.eval(), pipeline.scheduler
+    if own.variance_type in ("fixed_small", "fixed_large"):
+        parser.error(f"the variance of {arguments.model} is fixed; run `ddpm-hf fit-variance {arguments.model}` first")
     side = unet.config.sample_size
     pixels, _ = real_digits("test", side)
     chosen = np.random.default_rng(0).permutation(len(pixels))[: arguments.images]
     images = torch.from_numpy(pixels[chosen]).float().reshape(-1, 1, side, side) * 2 - 1
-    fixed = {
-        name: DDPMScheduler.from_config(learned.config, variance_type=name) for name in ("fixed_small", "fixed_large")
-    }
+    names = ("fixed_small", "fixed_large")
+    schedulers = {own.variance_type: own, **{name: fixed(own, name) for name in names}}
     print(f"{len(images)} held-out digits, {arguments.draws} draws of x_t each; bits/dim\n")
-    print("| steps | learned | fixed_small | more, ± s.e. | fixed_large | more, ± s.e. |\n|---|---|---|---|---|---|")
+    print(f"| steps | {own.variance_type} | fixed_small | more, ± s.e. | fixed_large | more, ± s.e. |")
+    print("|---|---|---|---|---|---|")
+    chains = {}
     for steps in arguments.steps:
-        # evenly spaced and ending at T-1, where the bound's prior term is
-        chain = np.linspace(0, len(learned) - 1, steps).round().astype(int).tolist()
-        bounds = {name: [] for name in ("learned", *fixed)}  # [draws · parts] of [N]
+        chains[f"{steps}"] = even_timesteps(len(own), steps)
+        if str(steps) in (fitted := own.config.get(LIKELIHOOD_TIMESTEPS) or {}):
+            chains[f"{steps}, fitted"] = fitted[str(steps)]
+    for title, chain in chains.items():
+        bounds = {name: [] for name in schedulers}  # [draws · parts] of [N]
         parts = list(images.split(64)) * arguments.draws
-        for number, part in enumerate(tqdm(parts, desc=f"{steps} steps", leave=False)):
+        for number, part in enumerate(tqdm(parts, desc=f"{title} steps", leave=False)):
             network = Remembered(unet)
-            for name, scheduler in {"learned": learned, **fixed}.items():
+            for name, scheduler in schedulers.items():
                 generator = torch.Generator().manual_seed(number)  # the same x_t for each variance
-                source = network if name == "learned" else network.replay()
+                source = network if scheduler is own else network.replay()
                 bounds[name].append(bits_per_dim(source, scheduler, part, chain, generator=generator).total)
         totals = {name: torch.cat(found).reshape(arguments.draws, -1).mean(0) for name, found in bounds.items()}
-        cells = [f"{steps}", f"{totals['learned'].mean():.4f}"]
-        for name in fixed:
-            more = totals[name] - totals["learned"]
+        ours = totals[own.variance_type]
+        cells = [title, f"{ours.mean():.4f} ± {ours.std() / len(ours) ** 0.5:.4f}"]
+        for name in names:
+            more = totals[name] - ours
             error = more.std() / len(more) ** 0.5
             cells += [
                 f"{totals[name].mean():.4f}",

@@ -12,7 +12,8 @@ y. The table has
     variance  of the solutions over that of the exact posterior
     coverage  of the solutions' 90% intervals: the exact posterior's probability to lie within them
 
-each over all pixels whose posterior varies. The table's last column is the number of calls of the network.
+each over all pixels whose posterior varies. The method "exact" samples the posterior itself: the best that as many
+solutions can show.
 """
 
 import argparse
@@ -183,8 +184,8 @@ def main():
     parser.add_argument("--out", default="posteriors.json")
     parser.add_argument("--priors", nargs="+", default=["gaussian", "mixture", "digits"])
     parser.add_argument("--problems", nargs="+", default=list(PROBLEMS), choices=list(PROBLEMS))
-    parser.add_argument("--methods", nargs="+", default=["ddnm", "diffpir", "pigdm", "mmps", "dps"],
-                        help='with settings: "mmps:iterations=20"')  # fmt: skip
+    parser.add_argument("--methods", nargs="+", default=["exact", "ddnm", "diffpir", "pigdm", "mmps", "dps", "gibbs"],
+                        help='with settings: "gibbs:steps=800:iterations=100"')  # fmt: skip
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--solutions", type=int, default=256)
     parser.add_argument("--observations", type=int, default=4)
@@ -202,21 +203,26 @@ def main():
             matrix = operator.forward(eye).flatten(1).mT
             for method in args.methods:
                 row, *given = method.split(":")
-                settings = {key: int(value) if key == "iterations" else float(value)
+                settings = {key: int(value) if key in ("iterations", "steps") else float(value)
                             for key, value in (one.split("=") for one in given)}  # fmt: skip
+                steps = int(settings.pop("steps", args.steps)) if row != "exact" else 0
                 sums = torch.zeros(5, dtype=torch.float64)
                 for index in range(args.observations):
                     generator = torch.Generator().manual_seed(100 + index)
                     x = prior.sample(1, generator)
                     y = operator.observe(x.reshape(1, *shape), sigma, generator)
                     exact, mean, variance = prior.posterior(matrix, y.flatten(), sigma, 4000, generator)
-                    solutions = pipeline(
-                        y.float(), operator, sigma, row, args.steps, args.solutions, generator, "latent", **settings
-                    ).images.cpu()
+                    if row == "exact":
+                        solutions = prior.posterior(matrix, y.flatten(), sigma, args.solutions, generator)[0]
+                    else:
+                        solutions = pipeline(
+                            y.float(), operator, sigma, row, steps, args.solutions, generator, "latent", **settings
+                        ).images.cpu()
                     sums += figures(solutions.flatten(1).double(), exact, mean, variance, deviation)
                 count = sums[4]
                 rows.append({
-                    "prior": prior_name, "problem": problem, "sigma_y": sigma, "method": method, "steps": args.steps,
+                    "prior": prior_name, "problem": problem, "sigma_y": sigma, "method": method,
+                    "steps": steps,
                     "error": math.sqrt(max(0.0, float(sums[0] / count))), "variance": float(sums[1] / sums[2]),
                     "coverage": float(sums[3] / count), "solutions": args.solutions, "observations": args.observations,
                 })  # fmt: skip

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.support import other_rounding
-from tests.support.cheap import one_card, without_waiting_for_disks
+from tests.support.cheap import one_card, one_parser, without_waiting_for_disks
 
 # Tests run in several processes at once, and torch's threads would wait for each other.
 torch.set_num_threads(1)
@@ -22,12 +22,12 @@ if os.environ.get("OTHER_ROUNDING"):
 hypothesis.settings.register_profile("unhurried", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("unhurried")
 without_waiting_for_disks()
-CHEAP = list(one_card())
+CHEAP = [*one_card(), *one_parser()]
 
 
 @pytest.fixture(autouse=True)
-def cheap_cards(monkeypatch):
-    """A card's plot, and the samplers that it names, are made once."""
+def cheap_parts(monkeypatch):
+    """A card's plot, the samplers that it names, and parsers are made once."""
     for place, name, new in CHEAP:
         monkeypatch.setattr(place, name, new)
 

@@ -95,7 +95,8 @@ def convert(
     show_progress(f"writing {to} ...")
     if isinstance(conversion.model, DiffusionPipeline):
         save_pipeline(conversion.model, to)
-        typer.echo(f"saved to {to}: `ddpm-hf sample {to}` samples from it")
+        example = f"{to} --image IMAGE" if hasattr(conversion.model, "conditioning") else to
+        typer.echo(f"saved to {to}: `ddpm-hf sample {example}` samples from it")
     else:
         save_model(conversion.model, to, within=to)
         typer.echo(f"saved to {to}: `ddpm-hf sample MODEL --classifier {to}` guides by it")

@@ -9,6 +9,7 @@ import typer
 from ..common.errors import UsageError
 from .common import quiet
 from .exits import reports_stop
+from .image_conditions import refuse_image_models
 from .sample import DEFAULT_BATCH, Sampler, checked_device, option, use_all_cores
 
 if TYPE_CHECKING:
@@ -101,8 +102,10 @@ def ema(
         device,
         token,
     )
+    pipeline = load(run)
+    refuse_image_models(pipeline, "ema --sweep")
     with reports_stop(lambda: f"what was sampled is in {out}; the same command goes on from there"):
-        typer.echo(compare_widths(load(run), run, averages, widths, how, out))
+        typer.echo(compare_widths(pipeline, run, averages, widths, how, out))
 
 
 def read_widths(std: float | None, sweep: str | None) -> list[float]:

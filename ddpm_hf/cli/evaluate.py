@@ -89,6 +89,15 @@ def evaluate(
             min=0,
         ),
     ] = None,
+    likelihood_steps: Annotated[
+        int | None,
+        option(
+            WHAT,
+            "The likelihood of a chain of so many steps: of `ddpm-hf fit-timesteps --objective likelihood` where it"
+            " was run for that number, else evenly spaced. Default: all timesteps.",
+            min=2,
+        ),
+    ] = None,
     likelihood_images: Annotated[
         int, option(WHAT, "Measure the likelihood of at most so many images, held out where there are any.", min=2)
     ] = 1000,
@@ -140,6 +149,8 @@ def evaluate(
     for name, word in (("MODEL", model), ("dataset", dataset), ("out", out), ("features", features)):
         if word is not None:
             check_word(name, str(word))
+    if likelihood_steps is not None and likelihood_calls is None:
+        raise UsageError(f"--likelihood-steps {likelihood_steps} requires --likelihood-calls; 0 calls each step")
     check_revision(model, revision)
     chains = read_chains(sweep, sampler.value, steps, eta)
     quiet()
@@ -185,7 +196,7 @@ def evaluate(
         how, digest = How(seed, eta, precision, device, batch_size), weights_digest(pipeline)
         everything = [of_chain(pipeline, digest, chain, conditions, count, how, out) for chain in chains]
     if likelihood_calls is not None:
-        bound = bound_of(pipeline, data, likelihood_calls, likelihood_images, seed, batch_size)
+        bound = bound_of(pipeline, data, likelihood_calls, likelihood_images, seed, batch_size, likelihood_steps)
 
     def say(line: str) -> None:
         typer.echo(line, err=True)

@@ -18,22 +18,29 @@ if TYPE_CHECKING:
 
 
 def bound_of(
-    pipeline: "DiffusionPipeline", data: Data, calls: int, images: int, seed: int, batch_size: int
+    pipeline: "DiffusionPipeline",
+    data: Data,
+    calls: int,
+    images: int,
+    seed: int,
+    batch_size: int,
+    steps: int | None = None,
 ) -> "ModelBound":
     """How to measure the likelihood of the held-out images, or of the reference where none are held out.
 
     Args:
         calls: of the network for each image; 0 is one for each timestep.
+        steps: of the chain; None: all timesteps.
 
     Raises:
-        ValueError: too few calls, or a model by class or text without labels or captions of the images.
+        ValueError: too few calls, no chain of so many steps, or a model by class or text without labels or captions
+            of the images.
     """
     from ..evaluation.model_bound import ModelBound
 
     chosen = data.held_out or data.reference
-    bound = ModelBound(
-        pipeline, chosen, min(images, chosen.count), _conditions(pipeline, chosen), calls or None, seed, batch_size
-    )
+    count, conditions = min(images, chosen.count), _conditions(pipeline, chosen)
+    bound = ModelBound(pipeline, chosen, count, conditions, calls or None, seed, batch_size, steps)
     bound.check()
     return bound
 

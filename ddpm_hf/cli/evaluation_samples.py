@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from .conditions import Conditions, class_names, read_conditions
 from .sample import Precision, autocast, set_sampler
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline, SchedulerMixin
 
     from ..common.image_sets import ImageSet
     from ..evaluation.evaluate import Samples
@@ -144,6 +144,19 @@ def weights_digest(pipeline: "DiffusionPipeline") -> str:
     return digest.hexdigest()
 
 
+def fit_of(scheduler: "SchedulerMixin") -> str:
+    """A digest of what was fitted to the model and is used by its sampler; empty if there is nothing."""
+    from ..portable.multistep_ddpm_hf import EpsilonMultistepScheduler
+    from ..portable.scheduling_ddpm_hf import FITTED, DDPMScheduler
+
+    used: Any = None
+    if isinstance(scheduler, DDPMScheduler) and scheduler.variance_type == FITTED:
+        used = scheduler.x_start_variances.tolist()
+    if isinstance(scheduler, EpsilonMultistepScheduler) and scheduler.fits == "required":
+        used = scheduler.timesteps.tolist(), scheduler.weights
+    return hashlib.sha256(json.dumps(used).encode()).hexdigest()[:16] if used else ""
+
+
 def of_folder(images: "ImageSet") -> "Samples":
     """The samples that a folder or an npz file holds."""
     from ..evaluation.evaluate import Samples
@@ -171,8 +184,10 @@ def of_chain(
         steps = set_sampler(pipeline, chain.sampler, chain.steps)
         guided = conditions.options.get("guidance_scale", 1.0) != 1.0
         calls = network_calls(pipeline, steps, guided)
+        fit = fit_of(pipeline.scheduler)
     labels = {"sampler": chain.sampler, "steps": steps, "network_calls": calls, "seed": how.seed}
     labels |= {"eta": how.eta} if chain.sampler == "ddim" else {}
+    labels |= {"variance": "fitted"} if fit and chain.sampler == "ddpm" else {}
     labels |= {name: value for name, value in conditions.options.items() if value}
     settings = {
         **labels,
@@ -180,6 +195,7 @@ def of_chain(
         "precision": how.precision.value,
         "conditions": hashlib.sha256(json.dumps(list(conditions.given)).encode()).hexdigest()[:16],
     }
+    settings |= {"fit": fit} if fit else {}
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     shape = (pipeline.image_channels, *pipeline.image_size)
     store = SampleStore(out / STORES / f"{chain.sampler.replace('++', 'pp')}-{steps}-{key}", shape)

@@ -23,7 +23,7 @@ EPILOG = """Examples:
 
 ddpm-hf fit-timesteps photos-ddpm --calls 5 --calls 8 --calls 10
 
-ddpm-hf sample photos-ddpm --sampler ipndm --steps 8
+ddpm-hf sample photos-ddpm --sampler fitted --steps 8
 
 ddpm-hf fit-variance photos-ddpm, then ddpm-hf fit-timesteps photos-ddpm --calls 32 --objective likelihood"""
 
@@ -45,7 +45,7 @@ def fit_timesteps(
         Objective,
         option(
             HOW,
-            "pictures: for --sampler ipndm, near to the model's own trajectories in many steps; likelihood: the chain"
+            "pictures: for --sampler fitted, near to the model's own trajectories in many steps; likelihood: the chain"
             " of the lowest bound, of a model with a fitted variance.",
         ),
     ] = Objective.pictures,
@@ -61,9 +61,9 @@ def fit_timesteps(
     out: Annotated[Path | None, option(WHERE, "Write a fitted copy here. Default: the model's folder.")] = None,
     token: Annotated[str | None, option(WHERE, "For a private model. Default: your login.", envvar="HF_TOKEN")] = None,
 ) -> None:
-    """Fit the timesteps of a short chain to a trained model, by dynamic programming, without data or training.
+    """Fit the timesteps of a short chain to a trained model, and the weights of its steps, without data or training.
 
-    `ddpm-hf sample --sampler ipndm --steps N` then takes those for N calls. The lists are plain numbers, which
+    `ddpm-hf sample --sampler fitted --steps N` then samples in N calls. The timesteps are plain numbers, which
     set_timesteps(timesteps=...) of Diffusers' DPMSolverMultistepScheduler takes as well.
     """
     from ..common.arguments import check_word
@@ -110,8 +110,8 @@ def write(model: str, pipeline: "DiffusionPipeline", fits: dict[str, dict[str, A
 
 def likelihood_fits(pipeline: "DiffusionPipeline", calls: list[int]) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """The chains of the lowest bound, and what is said of them."""
-    from ..few_steps.saving import LIKELIHOOD_TIMESTEPS
-    from ..few_steps.timesteps import even_timesteps, likelihood_timesteps, steps_cost
+    from ..evaluation.model_bound import LIKELIHOOD_TIMESTEPS, even_timesteps
+    from ..few_steps.timesteps import likelihood_timesteps, steps_cost
     from ..portable.scheduling_ddpm_hf import DDPMScheduler
 
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
@@ -130,18 +130,17 @@ def picture_fits(
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """The timesteps and weights that come nearest to the teacher, and what is said of them."""
     import torch
-    from diffusers.utils.torch_utils import randn_tensor
 
+    from ..common.randomness import StepKeys
     from ..few_steps.pictures import fit_pictures
-    from ..inference.studio import keyed_generators
     from ..portable.multistep_ddpm_hf import FITTED_TIMESTEPS, FITTED_WEIGHTS, EpsilonMultistepScheduler
     from ..portable.sampling_ddpm_hf import check_sampler
 
     scheduler = EpsilonMultistepScheduler.from_config(pipeline.scheduler.config)
     check_sampler(scheduler, [len(scheduler) - 1])
     predict = predictor(pipeline)
-    generators = keyed_generators(pipeline.device, seed, range(trajectories))
-    noise = randn_tensor((trajectories, *pipeline.sample_shape), generators, pipeline.device, torch.float32)
+    like = torch.zeros(trajectories, *pipeline.sample_shape, device=pipeline.device)
+    noise = StepKeys(seed, len(scheduler), 0, trajectories).normal_like(like, "fit_noise")  # not that of any sample
     fitted = fit_pictures(
         predict, scheduler, noise, calls, teacher_steps=teacher_steps, batch_size=batch_size, progress=True
     )

@@ -34,8 +34,17 @@ def fit_variance(
     label_column: Annotated[str | None, option(DATA, "The column of the classes, for a model by class.")] = None,
     caption_column: Annotated[str | None, option(DATA, "The column of the captions, for a model by text.")] = None,
     images: Annotated[
-        int, option(HOW, "Images, evenly spaced over the dataset, each noised to each timestep.", min=2)
-    ] = 64,
+        int, option(HOW, "Images, evenly spaced over the dataset, each noised to each of --timesteps.", min=2)
+    ] = 256,
+    timesteps: Annotated[
+        int,
+        option(
+            HOW,
+            "Timesteps to measure at, evenly spaced in log SNR; those between are interpolated. The model's T measures"
+            " at all of them.",
+            min=3,
+        ),
+    ] = 50,
     estimate: Annotated[
         str,
         option(
@@ -59,7 +68,14 @@ def fit_variance(
     """
     from ..common.arguments import check_word
     from ..few_steps.saving import check_target, save_fit
-    from ..few_steps.variance import ESTIMATES, check_fittable, measure_moments, rounded, x_start_variances
+    from ..few_steps.variance import (
+        ESTIMATES,
+        check_fittable,
+        fit_variances,
+        measure_moments,
+        measured_timesteps,
+        rounded,
+    )
     from ..inference.loading import load
     from ..portable.scheduling_ddpm_hf import X_START_VARIANCES, DDPMScheduler
     from ..training.earlier_run import settle
@@ -77,6 +93,7 @@ def fit_variance(
     refuse_image_models(pipeline, "fit-variance")
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     check_fittable(scheduler)
+    nodes = measured_timesteps(scheduler, timesteps)
     shape = (pipeline.image_channels, *pipeline.image_size)
     where = DataOptions(dataset, None, split, None, image_column, label_column, caption_column, token)
     chosen = read_data(where, model, shape).reference
@@ -84,12 +101,14 @@ def fit_variance(
     pipeline.enable_acceleration()
     how = bound_of(pipeline, Data(chosen), 0, images, seed, batch_size)
     with reports_stop(lambda: f"{out or model} was not changed"):
-        moments = measure_moments(pipeline.unet, scheduler, how.loaded(), seed=seed, progress=True)
-    variances = rounded(x_start_variances(scheduler, moments, estimate))
-    path = save_fit(model, pipeline, {X_START_VARIANCES: variances}, out)
+        moments = measure_moments(pipeline.unet, scheduler, how.loaded(), timesteps=nodes, seed=seed, progress=True)
+    fit = fit_variances(scheduler, moments, estimate)
+    path = save_fit(model, pipeline, {X_START_VARIANCES: rounded(fit.variances)}, out)
     T = len(scheduler)
-    typer.echo(
-        f"Var[x_0 | x_t] from {moments.images:,} images of {chosen.name} at {T:,} timesteps: "
-        + ", ".join(f"{variances[t]:.3g} (t={t})" for t in sorted({0, T // 10, T // 2, T - 1}))
-    )
+    shown = (f"{fit.variances[t]:.3g} (t={t})" for t in sorted({0, T // 10, T // 2, T - 1}))
+    typer.echo(f"Var[x_0 | x_t] from {moments.images:,} images of {chosen.name} at {len(nodes):,} of {T:,} timesteps:")
+    typer.echo(f"  {', '.join(shown)}")
+    between = fit.interpolation_error
+    more = "" if between is None else f"; interpolated: at most ± {100 * between:.1f}%"
+    typer.echo(f"  measured: ± {100 * fit.standard_error:.1f}% (standard error over images){more}; medians")
     typer.echo(f"written to {path}; `ddpm-hf sample {out or model} --steps 50` samples with it")

@@ -1,6 +1,5 @@
 """`ddpm-hf push`: publish a saved pipeline."""
 
-import contextlib
 import enum
 from pathlib import Path
 from typing import Annotated
@@ -67,7 +66,7 @@ def push(
     """
     from ..common.arguments import check_license
     from ..inference.loading import is_checkpoint
-    from ..publishing.files import checkpoint_as_folder, has_root_layout, resaved
+    from ..publishing.files import has_root_layout, pipeline_folder
     from ..training.earlier_run import settle
 
     check_license("license", license_)
@@ -86,15 +85,9 @@ def push(
         raise ValueError(f"--include: {folder} has the layout of the Hub's first models; leave it out")
     run = folder.resolve().parent if of_run else folder.resolve()
     settle(run)
-    opened = contextlib.nullcontext(folder)
-    if of_run or has_root_layout(folder):
-        opened = checkpoint_as_folder(folder, ema) if of_run else resaved(folder)
     name = repository or run.name
     state = [f"nothing was uploaded, and {folder} is complete"]
-    with (
-        reports_stop(lambda: state[-1]),
-        opened as source,
-    ):
+    with reports_stop(lambda: state[-1]), pipeline_folder(folder, ema) as source:
         if dry_run:
             show_upload(source, name, token, license_, include, variant is not None)
         else:

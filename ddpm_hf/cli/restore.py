@@ -16,9 +16,9 @@ from .sample import Acceleration, Precision, autocast, checked_device, option, u
 if TYPE_CHECKING:
     import torch
 
-    from .restore_inputs import Picture
+    from ..restoration.problems import Picture
 
-METHODS = ("ddnm", "pigdm", "mmps", "diffpir", "dps", "repaint")
+METHODS = ("ddnm", "pigdm", "mmps", "diffpir", "dps", "gibbs", "repaint")
 TaskName = enum.Enum("TaskName", {name: name for name in TASKS}, type=str)  # type: ignore[misc]  # of a table
 MethodName = enum.Enum("MethodName", {name: name for name in METHODS}, type=str)  # type: ignore[misc]
 
@@ -109,7 +109,7 @@ def restore(
     ] = None,
     weight: Annotated[float | None, option(HOW, "Of the observation, in dps and diffpir. Default: by method.")] = None,
     iterations: Annotated[
-        int | None, option(HOW, "Of conjugate gradients, in mmps. Default: by method.", min=1)
+        int | None, option(HOW, "Of conjugate gradients, in mmps; rounds of gibbs. Default: by method.", min=1)
     ] = None,
     start: Annotated[
         float, option(HOW, "Share of the chain to take, from the noised pseudo-inverse; 1 starts from noise.")
@@ -149,10 +149,11 @@ def restore(
     from ..common.ownership import check_replaceable
     from ..inference.loading import load
     from ..portable.pipeline_restoration_ddpm_hf import DDPMRestorationPipeline
+    from ..restoration.problems import measure, noise_of
     from ..training.earlier_run import settle
     from .pictures import check_out
     from .restore_inputs import list_images, read_picture
-    from .restore_outputs import PART, PATTERNS, measure, table, write_restored
+    from .restore_outputs import PART, PATTERNS, table, write_restored
 
     words = (
         ("out", out),
@@ -254,15 +255,6 @@ def check_numbers(sigma_y: float | None, degrade: bool, truth: Path | None, feat
         raise ValueError("--truth and --degrade, which makes the truth of --image: give one of them")
     if features is not None and not (degrade or truth is not None):
         raise ValueError(f"--features {features} compares with the truth; give --truth, or --degrade")
-
-
-def noise_of(seed: int, index: int) -> "torch.Generator":
-    """The generator of the noise of an observation that is made from image `index`."""
-    import torch
-
-    from ..common.randomness import keyed_seed
-
-    return torch.Generator().manual_seed(keyed_seed(seed, "noise", 0, index))
 
 
 def feature_function(spec: str, device: str) -> Callable[["torch.Tensor"], "torch.Tensor"]:

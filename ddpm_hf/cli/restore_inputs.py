@@ -1,39 +1,20 @@
 """What `ddpm-hf restore` reads: pictures, masks and true images, and the problem that each picture is."""
 
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..restoration.tasks import MASKS, TASKS, Settings
+from ..restoration.tasks import MASKS, Settings
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
     from PIL import Image
 
-    from ..portable.linear_ddpm_hf import Operator
+    from ..restoration.problems import Picture
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 BANDS = {"1": 1, "L": 1, "I": 1, "F": 1, "LA": 2, "RGB": 3, "RGBA": 4}  # by PIL's mode; others are converted to RGB(A)
-QUANTIZATION = 2 / 255 / 12**0.5  # deviation of the rounding to 8 bits, in [-1, 1]
-
-
-@dataclass
-class Picture:
-    """An image to restore.
-
-    Args:
-        name: of its outputs.
-        y: [1, ...], the observation.
-        truth: [C, H, W] in [-1, 1], where it is known.
-        sigma_y: deviation of y's noise.
-    """
-
-    name: str
-    operator: "Operator"
-    y: "torch.Tensor"
-    truth: "torch.Tensor | None"
-    sigma_y: float
 
 
 def list_images(path: Path, flag: str) -> list[Path]:
@@ -153,7 +134,7 @@ def read_picture(
     fit: bool = False,
     sigma_y: float | None = None,
     generator: "torch.Generator | None" = None,
-) -> Picture:
+) -> "Picture":
     """The problem that a picture is.
 
     Args:
@@ -166,38 +147,32 @@ def read_picture(
     Raises:
         ValueError: a picture, mask or truth that does not fit.
     """
-    from ..portable.restoration_ddpm_hf import estimate_sigma
     from ..restoration.pictures import to_tensor
+    from ..restoration.problems import pose
 
     channels = pipeline.image_channels
     if task == "colorize" and channels not in (3, 4):
         raise ValueError(f"--task colorize requires a model of colour images, and this one has {channels} channels")
     observed_channels = channels if degrade or task != "colorize" else channels - 2
     pixels = read_pixels(path, observed_channels, "image")
-    enlarged = settings.factor if task == "super-resolution" and not degrade else 1
     if fit:
+        enlarged = settings.factor if task == "super-resolution" and not degrade else 1
         height, width = pipeline.image_size
         pixels = fitted(pixels, (height // enlarged, width // enlarged))
-    image = to_tensor(pixels)
     if task == "inpaint" and mask is not None:
         known = mask if mask in MASKS else read_mask(counterpart(path, Path(mask), "mask"))
         settings = settings._replace(mask=known)
-    height, width = (enlarged * side for side in image.shape[1:])
+    true = None
+    if truth is not None:
+        true = to_tensor(read_pixels(counterpart(path, truth, "truth"), channels, "truth"))
     try:
-        operator = TASKS[task].operator((channels, height, width), settings)
-        pipeline.check_size(operator)
-        if degrade:
-            y = operator.observe(image[None], sigma_y or 0.0, generator)
-            return Picture(path.stem, operator, y, image, sigma_y or 0.0)
-        y, true = image[None], None
-        if truth is not None:
-            true = to_tensor(read_pixels(counterpart(path, truth, "truth"), channels, "truth"))
-            if tuple(true.shape) != tuple(operator.shape):
-                raise ValueError(
-                    f"the truth has {true.shape[1]}x{true.shape[2]} pixels, the solution {height}x{width}"
-                )
-        if sigma_y is None:
-            sigma_y = max(estimate_sigma(y, getattr(operator, "mask", None)), QUANTIZATION)
+        posed = pose(
+            path.stem, to_tensor(pixels), task, settings, pipeline, degrade=degrade, sigma_y=sigma_y,
+            generator=generator,
+        )  # fmt: skip
+        if true is not None and tuple(true.shape) != tuple(posed.operator.shape):
+            _, height, width = posed.operator.shape
+            raise ValueError(f"the truth has {true.shape[1]}x{true.shape[2]} pixels, the solution {height}x{width}")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return Picture(path.stem, operator, y, true, sigma_y)
+    return posed if true is None else replace(posed, truth=true)

@@ -11,51 +11,11 @@ from .pictures import encoded
 if TYPE_CHECKING:
     import torch
 
-    from .restore_inputs import Picture
+    from ..restoration.problems import Picture
 
 PART = "restored"  # of the folder's manifest
 PATTERNS = ("comparison.png", "restored.json")
 SHOWN_ROWS = 32  # images in a comparison
-
-
-def measure(
-    picture: "Picture", solutions: "torch.Tensor", features: Callable[["torch.Tensor"], "torch.Tensor"] | None
-) -> dict[str, Any]:
-    """The figures of a picture's solutions [S, C, H, W] in [0, 1].
-
-    Args:
-        features: uint8 images -> features, for a perceptual distance.
-    """
-    from ..restoration import figures
-
-    x = solutions * 2 - 1
-    error = picture.operator.observed(picture.y - picture.operator.forward(x)).flatten(1)
-    row: dict[str, Any] = {
-        "image": picture.name,
-        "solutions": len(solutions),
-        "sigma_y": picture.sigma_y,
-        "residual": float(error.square().mean(1).sqrt().mean()),
-    }
-    if picture.truth is None:
-        return row
-    truth, summary = picture.truth / 2 + 0.5, figures.summarize(solutions)
-    row["psnr"] = float(figures.psnr(solutions, truth[None]).mean())
-    row["ssim"] = float(figures.ssim(solutions, truth[None]).mean())
-    if len(solutions) > 1:
-        row["psnr_of_mean"] = float(figures.psnr(summary.mean[None], truth[None]))
-        row["ssim_of_mean"] = float(figures.ssim(summary.mean[None], truth[None]))
-        row["coverage"] = figures.coverage(summary, truth)
-    if features is not None:
-        both = ((_stacked(solutions, truth)).clamp(0, 1) * 255).round().byte()
-        described = features(both)
-        row["feature_distance"] = float(figures.feature_distance(described[:-1], described[-1:]).mean())
-    return row
-
-
-def _stacked(solutions: "torch.Tensor", truth: "torch.Tensor") -> "torch.Tensor":
-    import torch
-
-    return torch.cat([solutions, truth[None]])
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -83,6 +43,7 @@ def write_restored(
         settings: of the call, for restored.json.
     """
     from ..common.ownership import replace_files
+    from ..restoration import comparison
     from ..restoration import pictures as made
     from ..restoration.figures import summarize
 
@@ -98,10 +59,10 @@ def write_restored(
             views["low"], views["high"] = made.picture(summary.low), made.picture(summary.high)
         files |= {f"{folder}{name}.png": functools.partial(encoded, view) for name, view in views.items()}
         truth = None if picture.truth is None else picture.truth / 2 + 0.5
-        cells.append(made.Cells(views["observed"], several, summary, truth))
+        cells.append(comparison.Cells(views["observed"], several, summary, truth))
     same = [one for one in cells[:SHOWN_ROWS] if one.pictures[0][1].size == cells[0].pictures[0][1].size]
     names = [picture.name for picture, one in zip(pictures, cells) if one in same]
-    files["comparison.png"] = lambda: encoded(made.comparison(same, names))
+    files["comparison.png"] = lambda: encoded(comparison.comparison(same, names))
     report = {"settings": settings, "images": list(rows)}
     files["restored.json"] = lambda: (json.dumps(report, indent=1) + "\n").encode()
     replace_files(out, PART, files)

@@ -405,7 +405,7 @@ def set_sampler(pipeline: "DiffusionPipeline", sampler: str, steps: int | None) 
     """Put a sampler into the pipeline; the number of steps to sample in, by default its usual one.
 
     Raises:
-        ValueError: more steps than the model has timesteps.
+        ValueError: more steps than the model has timesteps, or a number that was not fitted.
     """
     from ..inference.samplers import swap_sampler
 
@@ -413,7 +413,10 @@ def set_sampler(pipeline: "DiffusionPipeline", sampler: str, steps: int | None) 
     timesteps = pipeline.scheduler.config.num_train_timesteps
     if steps is not None and steps > timesteps:
         raise ValueError(f"--steps {steps}: the model has {timesteps} timesteps, T of its training")
-    return steps or usual_steps or timesteps
+    steps = steps or usual_steps or timesteps
+    if SAMPLERS[sampler].fitted:
+        pipeline.scheduler.set_timesteps(steps)  # it refuses numbers that were not fitted
+    return steps
 
 
 def autocast(device: str, precision: Precision) -> AbstractContextManager:

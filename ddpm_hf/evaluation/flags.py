@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from ..common.arguments import FREE, NOT_NEGATIVE, POSITIVE, HfArg, Need, synonyms
 from ..common.errors import UsageError
-from ..inference.samplers import SAMPLERS
+from ..inference.samplers import UNFITTED
 from .metrics import METRICS
 from .protocols import PROTOCOLS
 
@@ -53,7 +53,7 @@ class EvaluationFlags:
         resume=FREE, default="adm", help=f"The tool whose conventions are followed: {', '.join(PROTOCOLS)}."
     )
     evaluation_sampler: str = HfArg(
-        resume=FREE, default="ddim", help=f"The sampler of evaluations: {', '.join(SAMPLERS)}."
+        resume=FREE, default="ddim", help=f"The sampler of evaluations: {', '.join(UNFITTED)}."
     )
     evaluation_steps: int | None = HfArg(
         range=POSITIVE, resume=FREE, default=None, help="Its steps; by default the sampler's usual number."
@@ -64,7 +64,7 @@ class EvaluationFlags:
         names: dict[str, tuple[list[str], Iterable[str]]] = {
             "evaluation_metrics": (self.evaluation_metrics, METRICS),
             "evaluation_protocol": ([self.evaluation_protocol], PROTOCOLS),
-            "evaluation_sampler": ([self.evaluation_sampler], SAMPLERS),
+            "evaluation_sampler": ([self.evaluation_sampler], UNFITTED),
         }
         for flag, (given, known) in names.items():
             unknown = [name for name in given if name not in known]

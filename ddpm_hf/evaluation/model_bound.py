@@ -17,6 +17,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+LIKELIHOOD_TIMESTEPS = "_likelihood_timesteps"  # of a scheduler's config: by the number of steps, as a string
+
+
+def even_timesteps(total: int, number: int) -> list[int]:
+    """Evenly spaced timesteps from T-1 down to 0."""
+    return [int(t) for t in np.linspace(total - 1, 0, number).round()]
+
+
 @dataclass(frozen=True)
 class ModelBound:
     """How the bound of a pipeline is measured.
@@ -29,6 +37,7 @@ class ModelBound:
         calls: of the network for each image; None is one for each timestep.
         seed: of the noise and, with fewer calls than timesteps, of the timesteps.
         batch_size: images at once.
+        steps: of the chain: the best so many timesteps where they were fitted, else evenly spaced; None: all of T.
     """
 
     pipeline: Any
@@ -38,12 +47,26 @@ class ModelBound:
     calls: int | None = None
     seed: int = 0
     batch_size: int = 64
+    steps: int | None = None
 
     def check(self) -> None:
-        """Raise UsageError for fewer calls than the estimate requires."""
-        steps = self.pipeline.scheduler.config.num_train_timesteps
-        if self.calls is not None and not 4 <= self.calls <= steps:
-            raise UsageError(f"--likelihood-calls {self.calls}: must be from 4 to {steps}, the model's timesteps")
+        """Raise UsageError for fewer calls than the estimate requires, or for no chain of so many steps."""
+        T = self.pipeline.scheduler.config.num_train_timesteps
+        if self.steps is not None and not 2 <= self.steps <= T:
+            raise UsageError(f"--likelihood-steps {self.steps}: must be from 2 to {T}, the model's timesteps")
+        most = self.steps or T
+        if self.calls is not None and not 4 <= self.calls <= most:
+            which = "the steps of the chain" if self.steps else "the model's timesteps"
+            raise UsageError(f"--likelihood-calls {self.calls}: must be from 4 to {most}, {which}")
+
+    @property
+    def timesteps(self) -> list[int] | None:
+        """The timesteps of the chain, with T-1 and 0, where the prior's and the decoder's terms are; None: all."""
+        if self.steps is None:
+            return None
+        config = self.pipeline.scheduler.config
+        fitted = (config.get(LIKELIHOOD_TIMESTEPS) or {}).get(str(self.steps))
+        return list(fitted or even_timesteps(config.num_train_timesteps, self.steps))
 
     def batches(self, ranks: Ranks) -> list["LazyBatch"]:
         """This rank's batches, of the same images whatever the number of ranks."""
@@ -65,8 +88,8 @@ class ModelBound:
         latent = getattr(self.pipeline, "vae", None) is not None
         unet = self.pipeline.unet
         return measure_bound(
-            unet, scheduler, batches, calls=self.calls, seed=self.seed, latent=latent, gather=ranks.gather,
-            progress=ranks.is_main,
+            unet, scheduler, batches, timesteps=self.timesteps, calls=self.calls, seed=self.seed, latent=latent,
+            gather=ranks.gather, progress=ranks.is_main,
         )  # fmt: skip
 
 

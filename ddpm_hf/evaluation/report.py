@@ -28,6 +28,7 @@ PART = "evaluation"  # of the folder's manifest
 SHOWN = 64  # images in a grid
 # What chains may differ in, by its label, and the axis of its plot
 SWEPT = {"ema_std": "the width of the average", "network_calls": "network calls for an image"}
+WIDE = 10  # from the least figure of a plot to the largest: the axis is logarithmic
 PAIRS = 16  # of a sample and its nearest real image
 
 
@@ -257,7 +258,10 @@ def sweep_section(record: dict[str, Any]) -> list[str]:
 
 
 def sweep_plot(results: Sequence[dict[str, Any]], varied: str, name: str) -> "Figure":
-    """A metric against what was varied, a line for each sampler, with its intervals."""
+    """A metric against what was varied, a line for each sampler, with its intervals.
+
+    Its axis is logarithmic where the figures are positive and the largest is many times the least.
+    """
     figure, axes = new_figure()
     samplers = dict.fromkeys(one["sampler"] for one in results)
     for sampler in samplers:
@@ -269,7 +273,10 @@ def sweep_plot(results: Sequence[dict[str, Any]], varied: str, name: str) -> "Fi
     there = sorted({one[varied] for one in results})
     axes.set_xticks(there, map(str, there))
     axes.minorticks_off()
-    axes.legend(frameon=False)
+    values = [one["figures"][name]["value"] for one in results]
+    if min(values) > 0 and max(values) > WIDE * min(values):
+        axes.set_yscale("log")
+    axes.legend(frameon=False, fontsize="small")
     return figure
 
 

@@ -1,16 +1,22 @@
 """Timesteps and weights for pictures in a few network calls, and how near they come to the model's own solution."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
+from tqdm.auto import tqdm
 
 from ..common.errors import UsageError
 from ..portable.multistep_ddpm_hf import EpsilonMultistepScheduler, karras_timesteps
+from .refining import LEAST_GAIN, Ends, Weights, chain_of, refine_weights
 from .timesteps import picture_timesteps
-from .trajectories import Predict, Trajectories, fit_weights, follow
+from .trajectories import Predict, fit_weights, follow
 
 LEAST_TRAJECTORIES = 8
+# How the deviations along a path are summed: how much more each weighs than the one before, and whether scaled by √ᾱ
+PATHS = ((1.15, False), (1.0, True), (0.9, True))
+MOST_TRIALS = 40  # of other timesteps
+REFINED = 2  # of the chains for a number of calls, the nearest after the first fit
 
 
 class Candidate(NamedTuple):
@@ -19,15 +25,16 @@ class Candidate(NamedTuple):
     Args:
         timesteps: descending [K].
         weights: of ε at each step; None: Adams and Bashforth's.
-        error: root mean square of the difference of x_0.
+        error: of x_0 as it is clipped: the root mean square over an image, the mean over the images.
     """
 
     name: str
     timesteps: list[int]
-    weights: list[list[float]] | None
+    weights: Weights | None
     error: float
 
 
+@torch.no_grad()
 def fit_pictures(
     predict: Predict,
     scheduler: EpsilonMultistepScheduler,
@@ -58,44 +65,108 @@ def fit_pictures(
             raise UsageError(f"--calls {number}: must be from 2 to {teacher_steps - 1}, below --teacher-steps")
     plain = EpsilonMultistepScheduler.from_config(without_fits(scheduler.config))
     chain = karras_timesteps(plain.diffusion, teacher_steps)
-    fitting, judging = noise[: len(noise) // 2], noise[len(noise) // 2 :]
-    teacher, other = (follow(predict, plain, x, chain, batch_size, progress=progress) for x in (fitting, judging))
+    fitting, judging = (Student(predict, plain, half, chain, batch_size, progress) for half in halves(noise))
     fitted: dict[int, list[Candidate]] = {}
-    for number in calls:
+    for number in tqdm(calls, desc="fits", unit="fit", disable=not progress):
         plain.set_timesteps(number)
-        lists = {
+        even = {
             "even timesteps": plain.timesteps.tolist(),
-            "timesteps even in ρ^(1/7)": karras_timesteps(plain.diffusion, number),
-            "timesteps by deviation": picture_timesteps(teacher, number),
-            "timesteps by scaled deviation": picture_timesteps(teacher, number, growth=1.0, scaled=True),
+            "even in ρ^(1/7)": karras_timesteps(plain.diffusion, number),
         }
-        candidates = []
-        for name, timesteps in lists.items():
-            if set(timesteps) <= set(chain):  # the teacher has been there
-                targets = teacher.at([*timesteps[1:], -1])
-                weights = fit_weights(predict, plain, fitting, timesteps, targets, batch_size)
-                error = distance(predict, plain, judging, timesteps, weights, other, batch_size)
-                candidates.append(Candidate(f"{name}, fitted weights", timesteps, weights, error))
-            error = distance(predict, plain, judging, timesteps, None, other, batch_size)
-            candidates.append(Candidate(name, timesteps, None, error))
+        candidates = [Candidate(f"{name}, iPNDM", path, None, judging.loss(path)) for name, path in even.items()]
+        paths = unique(picture_timesteps(fitting.teacher, number, growth, scaled) for growth, scaled in PATHS)
+        nearest = min(paths, key=fitting.first_loss)
+        paths = unique([search(nearest, chain, fitting.first_loss), *paths])
+        for path in sorted(paths, key=fitting.first_loss)[:REFINED]:
+            weights = refine_weights(fitting.ends(path), fitting.first_weights(path))
+            candidates.append(Candidate("fitted timesteps and weights", path, weights, judging.loss(path, weights)))
         fitted[number] = sorted(candidates, key=lambda one: one.error)
     return fitted
 
 
-def distance(
-    predict: Predict,
-    scheduler: EpsilonMultistepScheduler,
-    noise: torch.Tensor,
-    timesteps: Sequence[int],
-    weights: Sequence[Sequence[float]] | None,
-    teacher: Trajectories,
-    batch_size: int,
-) -> float:
-    """The root mean square of the difference between a chain's x_0 and the teacher's, from the same noise."""
-    reached = follow(predict, scheduler, noise, timesteps, batch_size, weights)
-    return (reached.states[-1] - teacher.states[-1]).double().square().mean().sqrt().item()
+class Student:
+    """Short chains from some noise, against the teacher's trajectories from it.
+
+    Args:
+        noise: x_T [M, C, H, W].
+        chain: the teacher's timesteps, descending.
+    """
+
+    def __init__(
+        self,
+        predict: Predict,
+        scheduler: EpsilonMultistepScheduler,
+        noise: torch.Tensor,
+        chain: Sequence[int],
+        batch_size: int,
+        progress: bool,
+    ):
+        self.predict, self.scheduler, self.noise, self.batch_size = predict, scheduler, noise, batch_size
+        self.teacher = follow(predict, scheduler, noise, chain, batch_size, progress=progress)
+        self._first: dict[tuple[int, ...], tuple[Weights, float]] = {}
+
+    def ends(self, path: Sequence[int]) -> Ends:
+        """Where a chain ends, as a function of its weights."""
+        chain = chain_of(self.scheduler, path)
+        return Ends(self.predict, self.scheduler, chain, self.noise, self.teacher.states[-1], self.batch_size)
+
+    def loss(self, path: Sequence[int], weights: Weights | None = None) -> float:
+        """How far a chain ends from the teacher's images; None: with Adams and Bashforth's weights."""
+        return self.ends(path).loss_of(weights)
+
+    def first_weights(self, path: Sequence[int]) -> Weights:
+        """The weights with which each step, one after another, comes nearest to the teacher's state."""
+        return self._fit(path)[0]
+
+    def first_loss(self, path: Sequence[int]) -> float:
+        """How far a chain with these weights ends from the teacher's images."""
+        return self._fit(path)[1]
+
+    def _fit(self, path: Sequence[int]) -> tuple[Weights, float]:
+        key = tuple(path)
+        if key not in self._first:
+            targets = self.teacher.at([*path[1:], -1])
+            weights = fit_weights(self.predict, self.scheduler, self.noise, path, targets, self.batch_size)
+            self._first[key] = weights, self.loss(path, weights)
+        return self._first[key]
 
 
-def without_fits(config: dict) -> dict:
+def search(path: list[int], nodes: Sequence[int], loss: Callable[[list[int]], float]) -> list[int]:
+    """A chain with less loss: one timestep at a time moves to the next of the nodes, as long as that helps.
+
+    Args:
+        path: the chain to begin with, of nodes, descending; its first timestep stays.
+        nodes: all timesteps to choose from, descending.
+    """
+    trials = 0
+    while True:
+        before = loss(path)
+        for position in range(len(path) - 1, 0, -1):
+            for shift in (1, -1):
+                while trials < MOST_TRIALS:
+                    moved = list(path)
+                    index = nodes.index(path[position]) + shift
+                    if index == len(nodes) or nodes[index] in path:
+                        break
+                    moved[position] = nodes[index]
+                    trials += 1
+                    if not loss(moved) < loss(path):
+                        break
+                    path = moved
+        if not loss(path) < (1 - LEAST_GAIN) * before or trials >= MOST_TRIALS:
+            return path
+
+
+def halves(noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The part to fit to, and the part to judge by."""
+    return noise[: len(noise) // 2], noise[len(noise) // 2 :]
+
+
+def unique(paths: Iterable[list[int]]) -> list[list[int]]:
+    """Without repetitions, in the order given."""
+    return [list(path) for path in dict.fromkeys(map(tuple, paths))]
+
+
+def without_fits(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config without what was fitted before."""
     return {key: value for key, value in config.items() if not key.startswith("_fitted")}

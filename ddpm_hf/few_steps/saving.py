@@ -11,7 +11,6 @@ from ..common.files import read_json, write_atomically
 from ..common.ownership import claim_files
 from ..models.saving import save_pipeline
 
-LIKELIHOOD_TIMESTEPS = "_likelihood_timesteps"  # of a scheduler's config: by the number of calls, as a string
 SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 
 

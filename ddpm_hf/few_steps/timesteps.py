@@ -87,11 +87,6 @@ def steps_cost(scheduler: DDPMScheduler, chain: Iterable[int]) -> float:
     return float(sum(costs[t, s] for t, s in itertools.pairwise(timesteps)))
 
 
-def even_timesteps(total: int, number: int) -> list[int]:
-    """Evenly spaced timesteps from T-1 down to 0."""
-    return [int(t) for t in np.linspace(total - 1, 0, number).round()]
-
-
 def deviations(teacher: Trajectories, scaled: bool = False) -> np.ndarray:
     """How far one step of Euler's from node i ends from the teacher's state at node j, [G, G]: root mean squares.
 

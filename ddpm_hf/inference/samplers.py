@@ -4,6 +4,8 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from ..common.errors import UsageError
+
 
 class Sampler(NamedTuple):
     """A sampler of Diffusers, as it is set up for a model of ours.
@@ -14,6 +16,7 @@ class Sampler(NamedTuple):
         steps: its usual number of steps; None is all of the model's timesteps.
         config: what its config says besides the model's.
         note: what to know before choosing it.
+        fitted: whether it samples only as `ddpm-hf fit-timesteps` found, in the numbers of steps that were fitted.
     """
 
     title: str
@@ -21,6 +24,7 @@ class Sampler(NamedTuple):
     steps: int | None
     config: dict[str, Any] = {}
     note: str = ""
+    fitted: bool = False
 
 
 _LINSPACE = {"timestep_spacing": "linspace"}
@@ -40,17 +44,24 @@ SAMPLERS = {
         {"skip_prk_steps": True, "timestep_spacing": "leading", "set_alpha_to_one": True},
         "linear multistep (PLMS), for epsilon or v_prediction",
     ),
-    "ipndm": Sampler(
-        "iPNDM", "EpsilonMultistepScheduler", 10, {},
-        "fourth order, one evaluation a step; for as many steps as fit-timesteps was run for, on the fitted timesteps",
+    "ipndm": Sampler("iPNDM", "EpsilonMultistepScheduler", 10, {}, "fourth order, one evaluation a step"),
+    "fitted": Sampler(
+        "Fitted steps", "EpsilonMultistepScheduler", 10, {},
+        "in as many steps as `ddpm-hf fit-timesteps` was run for, one evaluation a step", fitted=True,
     ),
 }  # fmt: skip
+UNFITTED = [name for name, row in SAMPLERS.items() if not row.fitted]
 TEXT_STEPS = 50  # of ancestral sampling by text, as in Stable Diffusion's pipeline
 QUICK_ANCESTRAL_STEPS = 100  # for interactive use: beyond them the images hardly change
 
 
 def swap_sampler(pipeline: Any, name: str) -> int | None:
-    """Put a sampler of `SAMPLERS` into the pipeline; its usual number of steps (None: all of T)."""
+    """Put a sampler of `SAMPLERS` into the pipeline; its usual number of steps (None: all of T).
+
+    Raises:
+        UsageError: a fitted sampler for a model without a fit.
+    """
+    from ..portable.multistep_ddpm_hf import EpsilonMultistepScheduler
     from ..portable.scheduling_ddpm_hf import DDPMScheduler
 
     sampler, steps = SAMPLERS[name], SAMPLERS[name].steps
@@ -62,6 +73,14 @@ def swap_sampler(pipeline: Any, name: str) -> int | None:
             setattr(pipeline, attribute, swapped_in)
         elif not isinstance(scheduler, DDPMScheduler):
             setattr(pipeline, attribute, DDPMScheduler.from_config(scheduler.config))
+        swapped = getattr(pipeline, attribute)
+        if isinstance(swapped, EpsilonMultistepScheduler):
+            swapped.fits = "required" if sampler.fitted else "ignored"
+    if sampler.fitted:
+        fitted = set.intersection(*(set(one.fitted_calls()) for one in schedulers_of(pipeline).values()))
+        if not fitted:
+            raise UsageError("the model has no fitted steps; run ddpm-hf fit-timesteps, or choose another sampler")
+        return min(sorted(fitted), key=lambda number: abs(number - (steps or 0)))
     timesteps = min(one.config.num_train_timesteps for one in schedulers_of(pipeline).values())
     return steps and max(1, min(steps, timesteps - 1))  # all T would visit one twice
 

@@ -101,7 +101,7 @@ class Studio:
         if self.guided and request.guidance_scale is not None:
             options["guidance_scale"] = request.guidance_scale
         if report is not None:
-            options["callback_on_step_end"] = self._callback(report)
+            options["callback_on_step_end"] = step_callback(report)
             options["callback_on_step_end_tensor_inputs"] = ("pred_original_sample",)
         if self.by_text:
             negative = request.negative_prompt or None
@@ -111,18 +111,18 @@ class Studio:
             return self.pipeline([labels[i % len(labels)] for i in range(request.count)], **options).images
         return self.pipeline(request.count, **options).images
 
-    @staticmethod
-    def _callback(report: Callable[[Step], None]) -> Callable:
-        """A `callback_on_step_end` that reports each step."""
 
-        def callback(pipeline: Any, index: int, timestep: float, tensors: dict) -> dict:
-            total = len(pipeline.scheduler.timesteps)
-            shown = {round(number * (total - 1) / (MOMENTS - 1)) for number in range(MOMENTS)}
-            predictions = pipeline.decode(tensors["pred_original_sample"], "preview") if index in shown else None
-            report(Step(index + 1, total, int(timestep), predictions))
-            return {}
+def step_callback(report: Callable[[Step], None]) -> Callable:
+    """A `callback_on_step_end` that reports each step."""
 
-        return callback
+    def callback(pipeline: Any, index: int, timestep: float, tensors: dict) -> dict:
+        last = len(pipeline.scheduler.timesteps) - 1
+        shown = {round(number * last / (MOMENTS - 1)) for number in range(MOMENTS)}
+        predictions = pipeline.decode(tensors["pred_original_sample"], "preview") if index in shown else None
+        report(Step(index + 1, last + 1, int(timestep), predictions))
+        return {}
+
+    return callback
 
 
 def trained_class_names(pipeline: Any) -> list[str]:

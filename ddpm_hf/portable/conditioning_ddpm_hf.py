@@ -54,7 +54,7 @@ class Conditioning(NamedTuple):
         Raises:
             ValueError: not such a config.
         """
-        unknown = set(config) - set(cls._fields)
+        unknown = set(config) - set(cls.__annotations__)
         if unknown or config.get("task") not in CONDITIONINGS:
             raise ValueError(
                 f"conditioning={dict(config)}: must have a task of {', '.join(CONDITIONINGS)}"

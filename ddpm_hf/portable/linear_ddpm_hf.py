@@ -101,6 +101,18 @@ class SpectralOperator(Operator):
         """V g(S) Vᵀ x + g(0) (x - V Vᵀ x), [N, *shape]; `factor` is asked for 0 too."""
         raise NotImplementedError
 
+    @property
+    def norm(self) -> float:
+        """The largest singular value."""
+        values: list[float] = []
+
+        def note(s: torch.Tensor) -> torch.Tensor:
+            values.append(float(s.max()))
+            return s
+
+        self.reweight(torch.zeros(1, *self.shape, dtype=torch.float64), note)
+        return max(values)
+
     def adjoint(self, y: torch.Tensor) -> torch.Tensor:
         """Aᵀ y = V S Uᵀ y."""
         return self.from_observation(y, lambda s: s)

@@ -43,7 +43,7 @@ class EpsilonMultistepScheduler(SchedulerMixin, ConfigMixin):
 
     Its config is DDPM's, and `from_config` takes that of any sampler over β. For n steps `ddpm-hf fit-timesteps` may
     have written the timesteps to visit and the weights of the last ε; otherwise they are evenly spaced from T-1, and
-    Adams and Bashforth's.
+    Adams and Bashforth's. `fits = "ignored"` leaves the fits out, `"required"` refuses other numbers of steps.
 
     Args: as those of `DDPMScheduler`; with `timestep_spacing="karras"` the timesteps are even in ρ^(1/7) (Karras et
         al. 2022, Eq. 5), with any other name of Diffusers even in t.
@@ -53,6 +53,8 @@ class EpsilonMultistepScheduler(SchedulerMixin, ConfigMixin):
     order = 1  # network calls a step
     timesteps: torch.Tensor
     num_inference_steps: int | None
+    weights: Sequence[Sequence[float]] | None  # of ε at each step of the chain; None: Adams and Bashforth's
+    fits: str  # "used" where there are any, "ignored" or "required"
 
     @register_to_config
     def __init__(
@@ -91,6 +93,7 @@ class EpsilonMultistepScheduler(SchedulerMixin, ConfigMixin):
         self.init_noise_sigma = 1.0
         self.max_order = len(ADAMS_BASHFORTH)
         self.num_inference_steps = None
+        self.fits = "used"
         self._history: list[torch.Tensor] = []
         self._set_chain(range(num_train_timesteps - 1, -1, -1), None, None)
 
@@ -117,12 +120,16 @@ class EpsilonMultistepScheduler(SchedulerMixin, ConfigMixin):
             weights: of ε at each step, the current one first, then those before; None: Adams and Bashforth's.
 
         Raises:
-            ValueError: both or neither given, timesteps not descending within 0..T-1, or weights that do not fit.
+            ValueError: both or neither given, timesteps not descending within 0..T-1, weights that do not fit, or a
+                number without the fit that `fits` requires.
         """
         if timesteps is None and num_inference_steps is not None:
             fitted: Mapping[str, Any] = self.config.get(FITTED_TIMESTEPS) or {}
             key = str(num_inference_steps)
-            if key in fitted and weights is None:
+            if self.fits == "required" and key not in fitted:
+                known = ", ".join(map(str, self.fitted_calls())) or "none"
+                raise ValueError(f"{key} steps: fitted are {known}; `ddpm-hf fit-timesteps` fits others")
+            if key in fitted and weights is None and self.fits != "ignored":
                 timesteps, weights = fitted[key], (self.config.get(FITTED_WEIGHTS) or {}).get(key)
             else:
                 timesteps = self._spaced(num_inference_steps)
@@ -153,7 +160,7 @@ class EpsilonMultistepScheduler(SchedulerMixin, ConfigMixin):
         self, chain: Sequence[int], weights: Sequence[Sequence[float]] | None, device: str | torch.device | None
     ) -> None:
         self.timesteps = torch.tensor(list(chain), dtype=torch.int64).to(device)
-        self._weights = weights
+        self.weights = weights
         self._steps = {t: (index, s) for index, (t, s) in enumerate(zip(chain, [*chain[1:], -1]))}
         self._history = []
 
@@ -205,8 +212,8 @@ class EpsilonMultistepScheduler(SchedulerMixin, ConfigMixin):
         x_start = self.diffusion.predict_original_sample(model_output.to(dtype), t, x_t)
         epsilon = self.diffusion.predict_epsilon(x_start, t, x_t)
         self._history = [epsilon, *self._history][: len(ADAMS_BASHFORTH)]
-        if self._weights is not None:
-            weights = tuple(self._weights[index])[: len(self._history)]
+        if self.weights is not None:
+            weights = tuple(self.weights[index])[: len(self._history)]
         else:
             weights = ADAMS_BASHFORTH[min(self.max_order, len(self._history)) - 1]
         combined = weights[0] * epsilon
@@ -223,9 +230,12 @@ class EpsilonMultistepScheduler(SchedulerMixin, ConfigMixin):
 def karras_timesteps(diffusion: DDPMScheduler, n: int) -> list[int]:
     """n different timesteps from T-1 down to 0, as evenly spaced in ρ^(1/7) as the model's timesteps allow."""
     alphas_cumprod = diffusion.exact_tables.alphas_cumprod.numpy()
-    root = ((1 - alphas_cumprod) / alphas_cumprod) ** (0.5 / 7)  # [T], ascending
-    targets = np.linspace(root[-1], root[0], n)
-    chain = [int(np.abs(root - one).argmin()) for one in targets]
+    return evenly_spaced(((1 - alphas_cumprod) / alphas_cumprod) ** (0.5 / 7), n)
+
+
+def evenly_spaced(values: np.ndarray, n: int) -> list[int]:
+    """n different timesteps from T-1 down to 0, as evenly spaced in a monotone function of t [T] as there are."""
+    chain = [int(np.abs(values - one).argmin()) for one in np.linspace(values[-1], values[0], n)]
     for index in range(1, n):  # below the one before ...
         chain[index] = min(chain[index], chain[index - 1] - 1)
     for index in range(n - 1, -1, -1):  # ... and with room for those after

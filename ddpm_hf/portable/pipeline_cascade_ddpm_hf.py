@@ -237,7 +237,7 @@ class DDPMCascadePipeline(SamplingMixin, ClassesMixin, AccelerationMixin, Portab
         Args:
             samples: how many, 1 by default; for a cascade by class their classes, as in
                 `ClassConditionalDDPMPipeline`.
-            guidance_scale, guidance_rescale, guidance_interval: by class, in each stage that knows no class too.
+            guidance_scale, guidance_rescale, guidance_interval: by class, in each stage with a null class.
             generator: one, or one for each image: an image then depends on its own alone, whatever the batch.
             num_inference_steps: of each stage; None means all timesteps.
             conditioning_noise: the level of the noise that is mixed into what each stage reads, for all or for each;

@@ -90,7 +90,7 @@ class DDPMImageToImagePipeline(ImageToImageMixin, AccelerationMixin, PortablePip
             image: the degraded images: PIL, arrays [N, h, w, c] or tensors [N, c, h, w] in [0, 1].
             mask: for inpainting, one or one for each image: PIL, white where to paint; or a bool tensor [H, W], true
                 where a pixel is known.
-            class_labels: for a model by class, ids or names, one or one for each image; None is no class.
+            class_labels: for a model by class, ids or names, one or one for each image; None is the null class.
             conditioning_noise: the level s from 0 to what the model was trained with: noise is mixed into the images,
                 √(1-s²) y + s ε, and the model is told. It then relies less on their details, which helps where these
                 are another model's.

@@ -23,7 +23,17 @@ from .hub_ddpm_hf import PortablePipelineMixin
 from .linear_ddpm_hf import Operator, as_operator
 from .multistep_ddpm_hf import EpsilonMultistepScheduler  # noqa: F401  Diffusers fetches what a pipeline imports itself
 from .operators_ddpm_hf import OPERATORS  # noqa: F401  so that it lies beside, and for `from ... import OPERATORS`
-from .restoration_ddpm_hf import METHODS, Method, Moment, Options, Problem, estimate_sigma, plan_chain, tiled
+from .restoration_ddpm_hf import (
+    METHODS,
+    Method,
+    Moment,
+    Options,
+    Problem,
+    estimate_sigma,
+    plan_chain,
+    plan_rounds,
+    tiled,
+)
 from .sampling_ddpm_hf import (
     DDPMPipelineOutput,
     Generators,
@@ -188,7 +198,7 @@ class DDPMRestorationPipeline(SamplingMixin, AccelerationMixin, PortablePipeline
         if self.vae is not None and not row.latents:
             usable = ", ".join(name for name, one in METHODS.items() if one.latents)
             raise ValueError(f"method={method!r} requires a model of pixels; for this model of latents, use {usable}")
-        if sigma_y and row.noise_needs_svd and not operator.has_svd:
+        if (sigma_y or row.rounds) and row.noise_needs_svd and not operator.has_svd:
             raise ValueError(
                 f"method={method!r} with sigma_y={sigma_y:g} requires an operator with a known SVD; use pigdm or"
                 " diffpir"
@@ -204,6 +214,25 @@ class DDPMRestorationPipeline(SamplingMixin, AccelerationMixin, PortablePipeline
         if not (isinstance(num_inference_steps, numbers.Integral) and 1 <= num_inference_steps <= first + 1):
             raise ValueError(f"num_inference_steps={num_inference_steps!r}: must be from 1 to {first + 1}")
         return self.prepare_timesteps(None, self._spaced(first, int(num_inference_steps)))
+
+    def restoration_rounds(
+        self, num_inference_steps: int, start: float, rounds: int, least: float
+    ) -> list[tuple[int, int, int]]:
+        """The steps (t, s, u) of rounds from t_k down to x_0 and up again, with t_k falling to where ρ is `least`."""
+        if not (isinstance(num_inference_steps, numbers.Integral) and num_inference_steps >= 1):
+            raise ValueError(f"num_inference_steps={num_inference_steps!r}: must be a whole number of 1 or more")
+        top = self.restoration_timesteps(1, start)[0]
+        angles = torch.arccos(self.scheduler.exact_tables.alphas_cumprod.sqrt()).numpy()
+        low = min(max(math.atan(least), angles[0]), angles[top])
+        chains = []
+        for angle, steps in plan_rounds(float(angles[top]), float(low), int(num_inference_steps), rounds):
+            first = max(0, int(np.searchsorted(angles, angle, side="right")) - 1)
+            chains.append(self._spaced(first, min(steps, first + 1)))
+        plan = []
+        for chain, following in zip(chains, [*chains[1:], [-1]]):
+            ends = [*chain[1:], -1]
+            plan += [(t, s, s) for t, s in zip(chain[:-1], ends)] + [(chain[-1], -1, following[0])]
+        return plan
 
     def _spaced(self, first: int, count: int) -> list[int]:
         """`count` different timesteps from `first` down to 0, even in the angle arccos √ᾱ between image and noise.
@@ -250,7 +279,7 @@ class DDPMRestorationPipeline(SamplingMixin, AccelerationMixin, PortablePipeline
             sigma_y: the standard deviation of n, for images in [-1, 1] (twice that in [0, 1]); 0 where y is exact,
                 None to estimate it from y.
             method: a name in `METHODS`.
-            num_inference_steps: calls of the network, without time travel.
+            num_inference_steps: calls of the network, without time travel; of `gibbs` in all rounds.
             num_solutions: for each observation.
             generator: one, or one for each solution.
             output_type, return_dict, callback_on_step_end, num_frames: as in `DDPMPipeline`.
@@ -278,7 +307,14 @@ class DDPMRestorationPipeline(SamplingMixin, AccelerationMixin, PortablePipeline
             if not (isinstance(value, numbers.Integral) and value >= 1):
                 raise ValueError(f"{name}={value!r}: must be a whole number of 1 or more")
         labels = self.class_ids(class_labels, len(y))
-        plan = plan_chain(self.restoration_timesteps(num_inference_steps, start), length, repeats)
+        if row.rounds:
+            if (length, repeats) != (1, 1):
+                raise ValueError(f"time_travel={time_travel!r}: {method} has rounds; leave it out")
+            least = float(sigma_y) / operator.norm  # type: ignore[attr-defined]
+            plan = self.restoration_rounds(num_inference_steps, start, options.iterations, least)
+        else:
+            plan = plan_chain(self.restoration_timesteps(num_inference_steps, start), length, repeats)
+        self.scheduler.timesteps = torch.tensor([t for t, _, _ in plan])  # with the steps that are taken again
         y = y.repeat_interleave(num_solutions, 0)  # [N·num_solutions, ...]
         conditioning = {} if labels is None else {"class_labels": labels.repeat_interleave(num_solutions, 0)}
 
@@ -392,8 +428,11 @@ class _Chain:
         if s < 0 and not self.problem.sigma_y and not self.latent:
             x_s = self.problem.project(x_s)
         if up > s:
-            ratio = math.exp(self.log_alpha_bar[up + 1] - log_s)  # q(x_u | x_s)
-            x_s = math.sqrt(ratio) * x_s + math.sqrt(1 - ratio) * self.noise()
+            if self.method.rounds:
+                x_s = self.method.rounds(self.problem, x_s, math.exp(self.log_alpha_bar[up + 1]), self.noise())
+            else:
+                ratio = math.exp(self.log_alpha_bar[up + 1] - log_s)  # q(x_u | x_s)
+                x_s = math.sqrt(ratio) * x_s + math.sqrt(1 - ratio) * self.noise()
         self.x = x_s.to(x_t.dtype)
         return DDPMSchedulerOutput(prev_sample=self.x, pred_original_sample=step.x_start)
 

@@ -7,6 +7,7 @@ in q(x_s | x_t, x_0); J = ∂x̂_0/∂x_t, so that Cov[x_0 | x_t] = (1-ᾱ_t)/�
 This file is copied into published repositories: it imports torch and files next to it.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from .linear_ddpm_hf import LinearMap, Operator, conjugate_gradients, inner
 from .scheduling_ddpm_hf import DDPMScheduler
 
 PROBED = 1024  # random signs in all that probe J: an image of fewer numbers requires several probes
+ROUND = 8  # steps of a round of `gibbs`
 LEAST_SIGNAL = 1e-4  # below this ᾱ_t, J is rounding: x̂_0 then hardly depends on x_t
 
 
@@ -27,7 +29,7 @@ class Options(NamedTuple):
     Args:
         eta: how much of the noise is new.
         weight: of the observation against the prior.
-        iterations: of conjugate gradients.
+        iterations: of conjugate gradients; rounds of `gibbs`, 0 for as many as suit the steps.
     """
 
     eta: float
@@ -230,6 +232,38 @@ def repaint(problem: Problem, moment: Moment) -> Step:
     return Step(x_s + problem.operator.pseudo_inverse(problem.operator.forward(known - x_s)), moment.x_start)
 
 
+def gibbs(problem: Problem, moment: Moment) -> Step:
+    """A step of the unconditional chain, as split Gibbs sampling takes them (Wu et al. 2024; Xu & Chi 2024).
+
+    A round goes from x_u down to x_0, a sample of p(x_0 | x_u), and `renoised_given_y` then samples the next x_u given
+    x_0 and y. No p(y | x_t) is approximated. The noise is that of `fixed_large`, 1 - ᾱ_t/ᾱ_s: what is too much of it
+    is removed by later steps where the network knows x_0, and what is too little would be missing where it does not.
+    """
+    if moment.last:
+        return Step(moment.x_start, moment.x_start)
+    mean = math.sqrt(moment.alpha_bar_s) * moment.x_start
+    mean = mean + math.sqrt(1 - moment.alpha_bar_s - moment.posterior_variance) * moment.epsilon
+    return Step(mean + math.sqrt(1 - moment.alpha_bar_t / moment.alpha_bar_s) * moment.noise(), moment.x_start)
+
+
+def renoised_given_y(problem: Problem, x_start: torch.Tensor, alpha_bar: float, noise: torch.Tensor) -> torch.Tensor:
+    """x_u = √ᾱ (x_0 + ρ ε) with ε sampled given x_0 and y, [N, C, H, W].
+
+    Of a singular direction S, y's noise is thought of as S times the noise ρ ε of x_u, and the rest. As long as
+    ρ ≤ σ_y/S, p(x_0) p(y | x_0) is then what the rounds sample, whatever ρ is; with a larger ρ, y is as if it had a
+    noise of ρ S.
+    """
+    operator, sigma = problem.operator, problem.sigma_y
+    rho = math.sqrt((1 - alpha_bar) / alpha_bar)
+
+    def gain(s: torch.Tensor) -> torch.Tensor:
+        return ((rho / sigma * s) ** 2).clamp(max=1) if sigma else (s > 0).to(s.dtype)
+
+    moved = operator.from_observation(problem.error(x_start), lambda s: gain(s) / s)  # type: ignore[attr-defined]
+    spread = operator.reweight(noise, lambda s: (1 - gain(s)).sqrt())  # type: ignore[attr-defined]
+    return math.sqrt(alpha_bar) * (x_start + moved + rho * spread)
+
+
 def diagonal(moment: Moment) -> torch.Tensor:
     """r² [N, 1, 1, 1], the mean of Cov[x_0 | x_t]'s diagonal; at most 1 - ᾱ_t, its value for data of unit variance."""
     most = 1 - moment.alpha_bar_t
@@ -264,9 +298,10 @@ class Method(NamedTuple):
         title: for people, with its source.
         defaults: of its settings; `eta` is DDIM's η, but the share of new noise where `step` says so.
         gradients: whether it differentiates the network: a step then costs two to three times as much.
-        noise_needs_svd: whether σ_y > 0 requires an operator with a known SVD.
+        noise_needs_svd: whether σ_y > 0 requires an operator with a known SVD; with `rounds`, it is always required.
         latents: whether it works for models of latents, whose observations are not linear in x_0.
         time_travel: its usual one, (length, repeats).
+        rounds: whether it takes rounds of steps down to x_0, and what the way up is, (problem, x_0, ᾱ_u, z) -> x_u.
     """
 
     step: StepMethod
@@ -276,6 +311,7 @@ class Method(NamedTuple):
     noise_needs_svd: bool = False
     latents: bool = False
     time_travel: tuple[int, int] = (1, 1)
+    rounds: Callable[[Problem, torch.Tensor, float, torch.Tensor], torch.Tensor] | None = None
 
 
 METHODS: dict[str, Method] = {
@@ -284,6 +320,9 @@ METHODS: dict[str, Method] = {
     "mmps": Method(mmps, "moment matching (Rozet et al. 2024)", Options(1.0, iterations=5), gradients=True),
     "diffpir": Method(diffpir, "proximal steps (Zhu et al. 2023)", Options(1.0)),
     "dps": Method(dps, "posterior sampling (Chung et al. 2023)", Options(1.0), gradients=True, latents=True),
+    "gibbs": Method(
+        gibbs, "split Gibbs sampling (Wu et al. 2024)", Options(1.0), noise_needs_svd=True, rounds=renoised_given_y
+    ),
     "repaint": Method(repaint, "resampling (Lugmayr et al. 2022)", Options(1.0), time_travel=(10, 10)),
 }
 
@@ -332,6 +371,26 @@ def plan_chain(timesteps: list[int], length: int, repeats: int) -> list[tuple[in
             *within, (t, s) = block
             plan += [(one, following, following) for one, following in within] + [(t, s, block[0][0] if left else s)]
     return plan
+
+
+def plan_rounds(top: float, least: float, calls: int, rounds: int = 0) -> list[tuple[float, int]]:
+    """The rounds of `gibbs`: from which angle arctan ρ each goes down, and in how many steps.
+
+    They come down evenly from the top, and the last fifth stays at the least angle.
+
+    Args:
+        top, least: angles in radians.
+        calls: steps in all.
+        rounds: 0 for rounds of about `ROUND` steps.
+
+    >>> [(round(angle, 2), steps) for angle, steps in plan_rounds(1.5, 0.3, 12, 5)]
+    [(1.5, 2), (1.1, 3), (0.7, 2), (0.3, 3), (0.3, 2)]
+    """
+    rounds = min(calls, rounds or max(1, round(calls / ROUND)))
+    falling = rounds - rounds // 5
+    angles = [top - (top - least) * i / max(1, falling - 1) for i in range(falling)] + [least] * (rounds // 5)
+    ends = [round(i * calls / rounds) for i in range(rounds + 1)]
+    return [(angle, after - before) for angle, (before, after) in zip(angles, itertools.pairwise(ends))]
 
 
 def tiled(predict: Callable[..., Any], size: tuple[int, int], overlap: float = 0.5) -> Callable[..., torch.Tensor]:

@@ -577,10 +577,11 @@ class DDPMScheduler(StockDDPMScheduler):
 
     def check_invertible(self, timesteps: Iterable[int]) -> None:
         """Raise ValueError if x̂_0 would divide by √ᾱ = 0 at one of the timesteps (ᾱ_T = 0 with `epsilon`)."""
-        if self.config.prediction_type != "epsilon":
+        empty = set((self.exact_tables.alphas_cumprod == 0).nonzero().flatten().tolist())
+        if self.config.prediction_type != "epsilon" or not empty:
             return
         for t in sorted({int(t) for t in timesteps}):
-            if t < len(self.betas) and self.exact_tables.alphas_cumprod[t] == 0:
+            if t in empty:
                 raise ValueError(
                     f"zero terminal SNR: at timestep {t} nothing of the image is left, and epsilon prediction"
                     " divides by zero there. Use prediction_type='v_prediction' (or 'sample'), or a schedule with"

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 PUBLISHED = (*(entry.pattern for entry in LAYOUT if entry.published and entry.pattern != "README.md"), "LICENSE*")
 COMPONENT_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "networks_ddpm_hf.py")
+VARIANT = re.compile(r"\.(fp16|non_ema)\.")  # weights beside the usual ones
 CHAIN_ROWS = 8  # of the card's strip of predictions, if the run has none
 
 
@@ -126,6 +128,32 @@ def resaved(folder: Path) -> Iterator[Path]:
         for path in (*folder.glob("README.md"), *folder.glob("LICENSE*")):
             shutil.copyfile(path, target / path.name)
         yield target
+
+
+@contextlib.contextmanager
+def pipeline_folder(folder: Path, ema: bool | None = None) -> Iterator[Path]:
+    """The folder of a pipeline: itself, or a temporary one for a run's checkpoint or a folder of another layout.
+
+    Args:
+        ema: of a checkpoint, as in `inference.load`.
+    """
+    from ..inference.loading import is_checkpoint
+
+    if is_checkpoint(folder):
+        with checkpoint_as_folder(folder, ema) as made:
+            yield made
+    elif has_root_layout(folder):
+        with resaved(folder) as made:
+            yield made
+    else:
+        yield folder
+
+
+def weights_files(folder: Path) -> dict[str, Path]:
+    """The files that a pipeline is loaded from, by path in its folder; without its code and other variants."""
+    names = [f"{name}/{kind}" for name in component_folders(folder) for kind in COMPONENT_FILES]
+    paths = sorted(path for name in ("model_index.json", *names) for path in folder.glob(name))
+    return {path.relative_to(folder).as_posix(): path for path in paths if not VARIANT.search(path.name)}
 
 
 def sample_missing_pictures(studio: "Studio", folder: Path) -> None:

@@ -9,13 +9,14 @@ import shutil
 import tempfile
 from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .._version import __version__
 from ..common.errors import one_line
 from ..common.ownership import MANIFEST, check_replaceable, listed, replace_files
 from ..inference.kinds import pipeline_class
 from ..training.earlier_run import settle
+from .files import weights_files
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -24,11 +25,13 @@ PACKAGE = Path(__file__).parents[1]
 GRADIO_VERSION = "6.31.0"  # what the app was tested with
 PYTHON_VERSION = "3.11"
 PART = "space"  # of the folder's manifest
+MODEL_FOLDER = "ddpm_hf_model"  # of a model that the Space itself holds
 CODE = "ddpm_hf_space"  # the package that the copied modules form
 COPIED = (
     *(f"common/{name}.py" for name in ("__init__", "errors", "randomness")),
     "portable/*.py",
     *(f"inference/{name}.py" for name in ("__init__", "kinds", "samplers", "studio")),
+    *(f"restoration/{name}.py" for name in ("__init__", "figures", "pictures", "problems", "studio", "tasks")),
     "publishing/__init__.py",
     "publishing/space/*.py",
 )
@@ -37,14 +40,14 @@ APP = f'''"""The Space's page; its code is in {CODE}/."""
 
 from pathlib import Path
 
-from {CODE}.publishing.space.page import main
+from {CODE}.publishing.space.serving import main
 
 if __name__ == "__main__":
     main(Path(__file__).parent)
 '''
 README = """# {title}
 
-An app that samples from {model}, made by `ddpm-hf push-space`: denoising diffusion (DDPM) in the Hugging Face
+An app that {does} {model}, made by `ddpm-hf push-space`: denoising diffusion (DDPM) in the Hugging Face
 ecosystem.
 
 To run it on your own machine, from this folder:
@@ -58,20 +61,45 @@ NEEDED_IN_README = ("sdk", "sdk_version", "python_version", "app_file", "models"
 
 
 class Model(NamedTuple):
-    """The model of a Space."""
+    """The model of a Space.
 
-    name: str  # on the Hub, or its folder
-    address: str | None = None  # its page on the Hub; None for a folder
+    Args:
+        name: on the Hub, or its folder.
+        address: its page on the Hub; None for a folder.
+        license: from its card.
+        restores: whether the app restores images with it, instead of sampling them.
+        files: of a folder's model that the Space is to hold itself, by path; empty if the app reads the folder.
+    """
+
+    name: str
+    address: str | None = None
     private: bool = False
-    license: str | None = None  # from its card
+    license: str | None = None
+    restores: bool = False
+    files: dict[str, Path] = {}
+
+    @property
+    def app(self) -> str:
+        """The usual name of its Space: the model's, so that a restoring one does not replace a sampling one."""
+        name = self.name if self.address else Path(self.name).name
+        return f"{name}-restore" if self.restores else name
 
 
-def look_up(name: str, token: str | None = None, examples: Sequence[str] = ()) -> Model:
+def look_up(
+    name: str,
+    token: str | None = None,
+    examples: Sequence[str] = (),
+    restores: bool = False,
+    held: bool = False,
+) -> Model:
     """A model on the Hub or in a folder.
+
+    Args:
+        held: whether the Space is to hold a folder's model itself.
 
     Raises:
         ValueError: it cannot be reached, or this package cannot load it, or it does not take prompts but examples are
-            given.
+            given, or does but is to restore.
     """
     from huggingface_hub import HfApi, ModelCard, constants
     from huggingface_hub.errors import RemoteEntryNotFoundError
@@ -85,15 +113,28 @@ def look_up(name: str, token: str | None = None, examples: Sequence[str] = ()) -
     reads_text = "prompt" in parameters
     if examples and not reads_text:
         raise ValueError(f"--example {examples[0]}: {name} has no text encoder; leave it out")
+    if restores and reads_text:
+        raise ValueError(f"--restore requires a model that is unconditional or by class, not by text as {name}")
     if Path(name).is_dir():
-        return Model(str(Path(name).resolve()))
+        folder = Path(name).resolve()
+        files = weights_files(folder) if held else {}
+        return Model(str(folder), license=license_of(folder), restores=restores, files=files)
     with hub_errors_named(f"{name} could not be looked up"):
         info = HfApi(token=token).model_info(name)
         try:
             license = ModelCard.load(name, token=token, ignore_metadata_errors=True).data.license
         except RemoteEntryNotFoundError:
             license = None
-    return Model(info.id, f"{constants.ENDPOINT}/{info.id}", bool(info.private), license)
+    return Model(info.id, f"{constants.ENDPOINT}/{info.id}", bool(info.private), license, restores)
+
+
+def license_of(folder: Path) -> str | None:
+    """The license in the card of a model's folder."""
+    from huggingface_hub import ModelCard
+
+    if not (folder / "README.md").is_file():
+        return None
+    return ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.license
 
 
 def write_space(folder: str | Path, model: Model, examples: Sequence[str] = ()) -> None:
@@ -107,17 +148,17 @@ def write_space(folder: str | Path, model: Model, examples: Sequence[str] = ()) 
         ValueError: the folder holds other files, or files of the app that were edited.
     """
     folder = Path(folder).resolve()
-    files = {name: text.encode() for name, text in space_files(model, examples).items()}
+    files = {name: functools.partial(read, source) for name, source in space_files(model, examples).items()}
     if folder.is_dir() and listed(folder, PART):
         check_replaceable(folder, PART, list(files), "out")
-        replace_files(folder, PART, {name: functools.partial(bytes, data) for name, data in files.items()})
+        replace_files(folder, PART, files)
         return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not empty; give a new folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
-        replace_files(scratch, PART, {name: functools.partial(bytes, data) for name, data in files.items()})
+        replace_files(scratch, PART, files)
         scratch.chmod(0o755)
         if folder.is_dir():
             folder.rmdir()
@@ -126,14 +167,19 @@ def write_space(folder: str | Path, model: Model, examples: Sequence[str] = ()) 
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def space_files(model: Model, examples: Sequence[str] = ()) -> dict[str, str]:
-    """The files of a Space, by their paths in it."""
+def read(source: str | Path) -> bytes:
+    """The content of one of `space_files`."""
+    return source.encode() if isinstance(source, str) else source.read_bytes()
+
+
+def space_files(model: Model, examples: Sequence[str] = ()) -> dict[str, str | Path]:
+    """The files of a Space, by their paths in it: texts, and the paths of a model's files."""
     from huggingface_hub import SpaceCardData
 
-    title = Path(model.name).name
+    title = Path(model.app).name
     card = SpaceCardData(
         title=title,
-        emoji="🎲",
+        emoji="🧩" if model.restores else "🎲",
         colorFrom="indigo",
         colorTo="gray",
         sdk="gradio",
@@ -144,10 +190,13 @@ def space_files(model: Model, examples: Sequence[str] = ()) -> dict[str, str]:
         models=[model.name] if model.address else None,
         tags=["ddpm", "ddpm_hf", "diffusers"],
     )
-    named = f"[{model.name}]({model.address})" if model.address else title
-    text = README.format(title=title, model=named, gradio=GRADIO_VERSION)
-    settings = {"model": model.name, "title": title, "address": model.address, "examples": list(examples)}
-    files = {
+    named = f"[{model.name}]({model.address})" if model.address else Path(model.name).name
+    does = "restores images with" if model.restores else "samples from"
+    text = README.format(title=title, model=named, does=does, gradio=GRADIO_VERSION)
+    settings: dict[str, Any] = {"model": MODEL_FOLDER if model.files else model.name, "title": title}
+    settings |= {"address": model.address, "examples": list(examples)}
+    settings |= {"restores": model.restores, "holds_model": bool(model.files)}
+    files: dict[str, str | Path] = {
         "app.py": APP,
         "README.md": f"---\n{card.to_yaml()}\n---\n\n{text}",
         "requirements.txt": (PACKAGE / "publishing/space/requirements.txt").read_text(encoding="utf-8"),
@@ -156,7 +205,7 @@ def space_files(model: Model, examples: Sequence[str] = ()) -> dict[str, str]:
     }
     for path in sorted(path for pattern in COPIED for path in PACKAGE.glob(pattern)):
         files[f"{CODE}/{path.relative_to(PACKAGE).as_posix()}"] = path.read_text(encoding="utf-8")
-    return files
+    return files | {f"{MODEL_FOLDER}/{name}": path for name, path in model.files.items()}
 
 
 def push_space(
@@ -170,16 +219,11 @@ def push_space(
         space: its name, user/name or in the token's account. A private model's Space is made private too.
 
     Raises:
-        ValueError: the model is in a folder; the Space holds another app, or is public but should be private; the Hub
-            cannot be reached, or rejects the request.
+        ValueError: the Space holds another app, or is public but should be private; the Hub cannot be reached, or
+            rejects the request.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-    if model.address is None:
-        raise ValueError(
-            f"{model.name} is a folder, which a Space cannot read: publish the model and give its name, or write the"
-            " app to a folder with --out"
-        )
     api = HfApi(token=token)
     with hub_errors_named(f"the Space {space} could not be uploaded"), tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "space"
@@ -199,8 +243,8 @@ def push_space(
 
 
 def is_outdated(path: str, files: Container[str]) -> bool:
-    """Whether a file of the Space is code of an earlier version that this one no longer has."""
-    return path.startswith(f"{CODE}/") and path not in files
+    """Whether a file of the Space is code or weights of an earlier version that this one no longer has."""
+    return path.startswith((f"{CODE}/", f"{MODEL_FOLDER}/")) and path not in files
 
 
 def open_space(api: "HfApi", space: str, private: bool, readme: Path) -> str:

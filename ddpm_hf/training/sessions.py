@@ -1,6 +1,7 @@
 """A run's history: one session from each start to the next stop, kept in its checkpoints and told by its card."""
 
 import datetime
+import functools
 import importlib.metadata
 import platform
 import time
@@ -31,6 +32,12 @@ def processor() -> str:
     return next(iter(names), platform.processor() or platform.machine())
 
 
+@functools.cache
+def versions() -> dict[str, str]:
+    """The versions of the packages that a training rests on."""
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
 class Sessions:
     """The sessions of a run; the last is this process's."""
 
@@ -43,7 +50,7 @@ class Sessions:
             "hardware": hardware(accelerator),
             "processes": accelerator.num_processes,
             "precision": accelerator.mixed_precision,
-            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+            "versions": dict(versions()),
         }
 
     def resume(self, before: list[dict[str, Any]], step: int) -> None:

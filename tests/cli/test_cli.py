@@ -12,7 +12,7 @@ from ddpm_hf import DDPMPipeline, DDPMScheduler, TextToImageDDPMPipeline
 from ddpm_hf.cli.conditions import class_ids
 from ddpm_hf.common.ownership import MANIFEST
 from ddpm_hf.common.randomness import keyed_seed
-from ddpm_hf.inference.samplers import SAMPLERS
+from ddpm_hf.inference.samplers import SAMPLERS, UNFITTED
 from tests.support.fixtures_cli import assert_one_line, images
 from tests.support.fixtures_pipeline import tiny_unet
 from tests.support.fixtures_text import tiny_text_pipeline
@@ -64,7 +64,7 @@ def test_an_image_depends_on_the_seed_and_its_number_alone(run, model, tmp_path)
 
 
 @pytest.mark.parametrize("timesteps", [100, STEPS])
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", UNFITTED)
 def test_every_sampler_draws(sampler, timesteps, run, tmp_path):
     """Without --steps each takes its usual number, or what a shorter chain has: else NaN, which is shown as black."""
     scheduler = DDPMScheduler(num_train_timesteps=timesteps, beta_schedule="cosine")
@@ -155,7 +155,7 @@ def test_usage_errors_are_one_line(words, named, run, model, tmp_path, monkeypat
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", UNFITTED)
 def test_more_steps_than_the_model_has_are_refused(sampler, run, model, tmp_path):
     """Else a sampler visits timesteps that do not exist, and the pictures are noise."""
     words = ("--out", tmp_path, "--num-images", 1, "--sampler", sampler, "--steps", STEPS + 1)

@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 import torch
 import typer
+from safetensors.torch import load_file
 
 from ddpm_hf import (
     ClassConditionalDDPMPipeline,
@@ -187,6 +188,11 @@ def pushed_weight(seen):
     return pipeline.unet.conv_in.weight.sum().item()
 
 
+def held_weight(seen):
+    weights = load_file(seen.folder / "ddpm_hf_model/unet/diffusion_pytorch_model.safetensors")
+    return weights["conv_in.weight"].sum().item()
+
+
 CLASSES, TEXT, HUB = (
     {"model": "{shop}/classes"},
     {"model": "{shop}/text", "more": "--prompt red"},
@@ -265,6 +271,8 @@ ROWS = [
     Row("push-space", "space", "--space user/app", handed("space", 1), before="user/it", after="user/app", **HUB),
     Row("push-space", "private", "--private", handed("space", 3), before=False, after=True, **HUB),
     Row("push-space", "example", "--example red", handed("space", 4), before=[], after=["red"], **HUB),
+    Row("push-space", "restore", "--restore", lambda seen: seen.calls["look_up"][0][3], after=True, **HUB),
+    Row("push-space", "ema", "--no-ema", held_weight, "--out {out}", "{shop}/checkpoint-2"),
     Row("push-space", "out", "--out {out}", wrote("app.py"), before=False, after=True, **HUB),
     Row("push-space", "dry_run", "--dry-run", lambda seen: "space" in seen.calls, before=True, after=False, **HUB),
     Row("push-space", "token", "--token hf_mine", handed("space", 2), before="hf_login", after="hf_mine", **HUB),

@@ -10,7 +10,7 @@ from PIL import Image
 
 from ddpm_hf import ClassConditionalDDPMPipeline, DDPMPipeline, DDPMScheduler, TextToImageDDPMPipeline
 from ddpm_hf.common.randomness import keyed_seed
-from ddpm_hf.inference.samplers import SAMPLERS, usable_samplers
+from ddpm_hf.inference.samplers import UNFITTED, usable_samplers
 from ddpm_hf.inference.studio import Studio
 from ddpm_hf.portable.guidance_ddpm_hf import find_class
 from tests.support.fixtures_cli import assert_one_line, images
@@ -154,8 +154,8 @@ def test_npz_is_what_adm_reads(kind, run, plain, by_class, tmp_path):
         ({"variance_type": "learned_range"}, set()),
         ({"prediction_type": "v_prediction"}, set()),
         ({"prediction_type": "sample"}, {"pndm"}),
-        ({"prediction_type": "posterior_mean"}, set(SAMPLERS) - {"ddpm"}),
-        ({"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}, set(SAMPLERS) - {"ddpm", "ddim"}),
+        ({"prediction_type": "posterior_mean"}, set(UNFITTED) - {"ddpm"}),
+        ({"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}, set(UNFITTED) - {"ddpm", "ddim"}),
     ],
     ids=lambda value: str(sorted(value)) if isinstance(value, set) else str(value),  # a set has no order
 )
@@ -164,8 +164,8 @@ def test_samplers_run_a_model_or_are_refused_before_the_work(config, unable, run
     learned = "learned" in config.get("variance_type", "")
     pipeline = DDPMPipeline(tiny_unet(out_channels=2 if learned else 1), scheduler(**config))
     pipeline.save_pretrained(tmp_path / "model")
-    assert set(usable_samplers(pipeline)) == set(SAMPLERS) - unable
-    for name in SAMPLERS:
+    assert set(usable_samplers(pipeline)) == set(UNFITTED) - unable
+    for name in UNFITTED:
         result = run("sample", tmp_path / "model", "--out", tmp_path / name, "--num-images", 1, "--sampler", name)
         if name in unable:
             assert_one_line(result, "sample with")

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from typing import Any, NamedTuple
 
 import datasets
@@ -13,9 +11,12 @@ import pytest
 
 import ddpm_hf
 from ddpm_hf import ClassConditionalDDPMPipeline, DDPMPipeline, DDPMScheduler
-from ddpm_hf.few_steps.saving import LIKELIHOOD_TIMESTEPS
-from ddpm_hf.portable.multistep_ddpm_hf import FITTED_TIMESTEPS
+from ddpm_hf.cli.evaluation_samples import fit_of
+from ddpm_hf.evaluation.model_bound import LIKELIHOOD_TIMESTEPS, ModelBound, even_timesteps
+from ddpm_hf.inference.samplers import swap_sampler, usable_samplers
+from ddpm_hf.portable.multistep_ddpm_hf import FITTED_TIMESTEPS, FITTED_WEIGHTS
 from ddpm_hf.portable.scheduling_ddpm_hf import X_START_VARIANCES
+from tests.support import warm
 from tests.support.fixtures_cli import assert_one_line
 from tests.support.fixtures_hub import WITHOUT, bare_environment
 from tests.support.fixtures_pipeline import tiny_unet
@@ -108,6 +109,7 @@ ROWS = [
     Row("fit-variance", "caption_column", "--caption-column other",
         base=f"{{shop}}/text {TABLE} --image-column image --caption-column text"),
     Row("fit-variance", "images", "--images 3"),
+    Row("fit-variance", "timesteps", "--timesteps 5"),
     Row("fit-variance", "estimate", "--estimate norm"),
     Row("fit-variance", "seed", "--seed 1"),
     Row("fit-variance", "batch_size", "--batch-size 1", lambda result, folder: f"{T}/{T}" in result[2]),
@@ -159,10 +161,8 @@ def test_the_folder_itself_is_fitted_and_stays_a_model(shop, call, run, tmp_path
     printed = []
 
     def stranger():
-        result = subprocess.run(
-            [sys.executable, "-c", WITHOUT + FRESH, str(tmp_path / "model")],
-            capture_output=True, text=True, env=bare_environment(tmp_path), cwd=tmp_path,
-        )  # fmt: skip
+        code, env = WITHOUT + FRESH, bare_environment(tmp_path)
+        result = warm.run("-c", code, tmp_path / "model", env=env, cwd=tmp_path, isolated=True)
         assert result.returncode == 0, result.stderr
         printed.append(result.stdout)
 
@@ -194,22 +194,66 @@ def test_fits_are_added_to_those_there(shop, call, run, tmp_path):
     saved = config(tmp_path / "model")
     assert set(saved[FITTED_TIMESTEPS]) == {"3", "4", "5"}
     assert len(saved[LIKELIHOOD_TIMESTEPS]["6"]) == 6
+    chain = ModelBound(ddpm_hf.load(tmp_path / "model"), None, 0, dict, steps=6).timesteps
+    assert chain == saved[LIKELIHOOD_TIMESTEPS]["6"]
+    assert ModelBound(ddpm_hf.load(tmp_path / "model"), None, 0, dict, steps=5).timesteps == even_timesteps(T, 5)
     assert saved[X_START_VARIANCES] == config(shop / "fitted")[X_START_VARIANCES]
     pipeline = ddpm_hf.load(tmp_path / "model")
     pipeline.scheduler.set_timesteps(timesteps=saved[LIKELIHOOD_TIMESTEPS]["6"])
     pipeline.use_multistep()
     assert pipeline.scheduler.fitted_calls() == [3, 4, 5]
     assert pipeline.prepare_timesteps(4) == saved[FITTED_TIMESTEPS]["4"]
-    words = ("--sampler", "ipndm", "--num-images", 1, "--out", tmp_path / "drawn", "--steps", 4)
-    assert run("sample", tmp_path / "model", *words)[0] == 0
+    words = ("--sampler", "fitted", "--num-images", 1, "--out", tmp_path / "drawn", "--steps")
+    assert run("sample", tmp_path / "model", *words, 4)[0] == 0
+    words = ("--sampler", "fitted", "--num-images", 1, "--out", tmp_path / "none", "--steps")
+    assert_one_line(run("sample", tmp_path / "model", *words, 6), "6 steps", "3, 4, 5", "fit-timesteps")
+    assert_one_line(run("sample", shop / "plain", *words, 4), "no fitted steps", "fit-timesteps")
+    assert not (tmp_path / "none").exists()
+    assert {"fitted": 5}.items() <= usable_samplers(ddpm_hf.load(tmp_path / "model")).items()
+    assert "fitted" not in usable_samplers(ddpm_hf.load(shop / "plain"))
     stock = diffusers.DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     stock.set_timesteps(timesteps=saved[FITTED_TIMESTEPS]["5"])
     assert stock.timesteps.tolist() == saved[FITTED_TIMESTEPS]["5"]
 
 
+def test_samples_of_another_fit_are_other_samples(shop):
+    """Else an evaluation measures the images of an earlier fit: what the sampler uses is in their key."""
+
+    def digest(sampler, number=None, **fits):
+        pipeline = ddpm_hf.load(shop / "plain")
+        pipeline.scheduler = DDPMScheduler.from_config({**pipeline.scheduler.config, **fits})
+        swap_sampler(pipeline, sampler)
+        pipeline.scheduler.set_timesteps(number or 4)
+        return fit_of(pipeline.scheduler)
+
+    timesteps, weights = {"4": [19, 9, 4, 0], "3": [19, 9, 0]}, {"4": [[1.0], [1.0], [1.0], [1.0]]}
+    steps = {FITTED_TIMESTEPS: timesteps, FITTED_WEIGHTS: weights}
+    others = {"4": [19, 9, 3, 0], "3": [19, 9, 0]}, {"4": [[1.0], [1.0], [1.0], [0.9]]}
+    assert {digest("ddpm"), digest("ddpm", **steps), digest("ipndm", **steps), digest("ddim", **steps)} == {""}
+    several = [digest("fitted", **steps), digest("fitted", 3, **steps)]
+    several += [digest("fitted", **{**steps, key: other}) for key, other in zip(steps, others)]
+    several += [digest("ddpm", **{X_START_VARIANCES: [value] * T}) for value in (0.1, 0.2)]
+    assert "" not in several
+    assert len(set(several)) == 6
+
+
+def test_a_sampler_without_fits_ignores_them(shop):
+    """Else iPNDM in a comparison is what it is compared with."""
+    pipeline = ddpm_hf.load(shop / "plain")
+    config = {**pipeline.scheduler.config, FITTED_TIMESTEPS: {"4": [19, 9, 4, 0]}, FITTED_WEIGHTS: {"4": [[1.0]] * 4}}
+    chains = {}
+    for name in ("ipndm", "fitted"):
+        pipeline.scheduler = DDPMScheduler.from_config(config)
+        swap_sampler(pipeline, name)
+        chains[name] = pipeline.prepare_timesteps(4), pipeline.scheduler.weights
+    assert chains["fitted"] == ([19, 9, 4, 0], [[1.0]] * 4)
+    assert chains["ipndm"] == ([19, 14, 9, 4], None)
+
+
 REFUSED = {
     "fit-variance {shop}/plain": ("--dataset",),
     "fit-variance {shop}/plain --dataset {shop}/images --estimate mean": ("--estimate mean", "error, norm"),
+    "fit-variance {shop}/plain --dataset {shop}/images --timesteps 2": ("--timesteps", "3"),
     "fit-variance {shop}/plain --dataset {shop}/images --device meta": ("--device meta", "cpu"),
     "fit-variance {shop}/plain --dataset {shop}/images --token a~b": ("token",),
     "fit-variance {shop}/plain --dataset {shop}/images --split validation": ("validation", "test"),

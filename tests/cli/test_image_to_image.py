@@ -9,8 +9,9 @@ from PIL import Image
 
 from ddpm_hf import DDPMImageToImagePipeline, DDPMPipeline, DDPMScheduler
 from ddpm_hf.portable.conditioning_ddpm_hf import Conditioning
+from ddpm_hf.portable.networks_ddpm_hf import build_unet
 from tests.support.fixtures_cli import assert_one_line
-from tests.support.fixtures_pipeline import tiny_unet
+from tests.support.fixtures_pipeline import tiny_unet, tiny_unet_config
 from tests.support.pictures import random_pixels, write_images
 
 SR = Conditioning("super-resolution", 2, "bicubic", "bicubic", noise=0.5)
@@ -32,6 +33,9 @@ def shop(tmp_path_factory):
     save("x2-by-class", SR, 3)
     save("paint", PAINT)
     DDPMPipeline(tiny_unet(3), scheduler).save_pretrained(root / "plain")
+    upsampler = build_unet(tiny_unet_config(3, 6, condition_channels=3, num_class_embeds=2))
+    learned = DDPMScheduler(20, variance_type="learned_range")
+    DDPMImageToImagePipeline(upsampler, learned, None, {0: "cat", 1: "dog"}).save_pretrained(root / "openai")
     write_images(root / "small", random_pixels(3, 4, 4))
     write_images(root / "full", random_pixels(2, 8, 8))
     mask = np.zeros((8, 8), dtype=np.uint8)
@@ -81,6 +85,21 @@ def test_classes_and_masks_are_read(call, shop):
     assert result[0] == 0, result[2]
     for number in range(2):
         assert (pixels(out / f"000{number}.png")[:, :5] == pixels(shop / f"full/{number}.png")[:, :5]).all()
+
+
+def test_a_converted_upsampler_is_sampled_and_pushed(call, shop):
+    """Else OpenAI's upsamplers work from Python alone."""
+    result, out = call("sample openai --image small --class dog")
+    assert result[0] == 0, result[2]
+    for number in range(3):
+        made, given = pixels(out / f"000{number}.png"), pixels(shop / f"small/{number}.png")
+        assert np.abs(made.mean((0, 1)) - given.mean((0, 1))).max() < 1
+    result, _ = call("sample openai --image small/0.png")
+    assert_one_line(result, "this model always has a class: give --class, one of cat, dog")
+    result, _ = call("push openai user/openai --dry-run", ())
+    assert result[0] == 0, result[2]
+    for word in ("unet/networks_ddpm_hf.py", 'class_labels="cat"', "trust_remote_code=True"):
+        assert word in result[1]
 
 
 def test_restore_measures_a_trained_model(call):
@@ -188,6 +207,7 @@ CASCADES = {
     "sample --cascade plain x2": "reads images of 4x4, and the one before makes 8x8",
     "sample --cascade four x2 --conditioning-noise 0.7": "up to 0.5",
     "sample four --save-model chain": "--save-model chain is for --cascade",
+    "sample --cascade four x2 --classifier nowhere": "nowhere",
     "sample --cascade four x2 --save-model four": "holds a model_index.json that this command did not write",
 }
 

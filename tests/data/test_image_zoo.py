@@ -8,11 +8,8 @@ import io
 import json
 import pickle
 import struct
-import subprocess
-import sys
 import warnings
 import zlib
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -31,6 +28,7 @@ from ddpm_hf.data.images import to_model_range
 from ddpm_hf.data.labels import label_ids
 from ddpm_hf.data.reading import read_dataset
 from ddpm_hf.data.rows import Rows
+from tests.support import warm
 from tests.support.fixtures_generated import Tally, generated, report
 from tests.support.pictures import encoded, quiet, random_pixels, write_images
 
@@ -261,13 +259,7 @@ for name, data in pickle.load(open(sys.argv[1], "rb")).items():
 def test_bombs_are_named_before_they_go_off(tmp_path):
     """Else a file of a kilobyte fills the memory of the machine."""
     (tmp_path / "bombs").write_bytes(pickle.dumps(BOMBS))
-    end = subprocess.run(
-        [sys.executable, "-c", MEMORY, tmp_path / "bombs"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[2],
-        timeout=300,
-    )
+    end = warm.run("-c", MEMORY, tmp_path / "bombs")
     assert end.returncode == 0, end.stderr
     lines = [line.split("|") for line in end.stdout.splitlines()]
     seen = {name: (how, int(mebibytes)) for name, how, mebibytes in lines}

@@ -11,10 +11,10 @@ import torch
 from ddpm_hf import DDPMScheduler
 from ddpm_hf.common.errors import UsageError
 from ddpm_hf.evaluation.bound import BoundBatch, measure_bound
-from ddpm_hf.few_steps.pictures import fit_pictures
+from ddpm_hf.evaluation.model_bound import even_timesteps
+from ddpm_hf.few_steps.pictures import MOST_TRIALS, fit_pictures, search
 from ddpm_hf.few_steps.timesteps import (
     deviations,
-    even_timesteps,
     likelihood_costs,
     likelihood_timesteps,
     picture_timesteps,
@@ -155,8 +155,8 @@ def test_candidates_are_judged_by_other_noise():
     fitted = fit_pictures(predict, scheduler, noise, [4, 6], teacher_steps=40)
     for number, candidates in fitted.items():
         errors = {one.name: one.error for one in candidates}
-        assert [one.error for one in candidates] == sorted(errors.values())
-        assert errors["even timesteps"] > 3 * candidates[0].error
+        assert [one.error for one in candidates] == sorted(one.error for one in candidates)
+        assert errors["even timesteps, iPNDM"] > 3 * candidates[0].error
         assert all(len(one.timesteps) == number for one in candidates)
         assert candidates[0].weights is not None
     for options, named in (
@@ -166,3 +166,20 @@ def test_candidates_are_judged_by_other_noise():
         given = {"noise": noise, "calls": [4], "teacher_steps": 40, **options}
         with pytest.raises(UsageError, match=named):
             fit_pictures(predict, scheduler, given["noise"], given["calls"], teacher_steps=given["teacher_steps"])
+
+
+def test_the_search_ends_where_no_move_helps():
+    """Else it stops early, leaves the nodes or repeats a timestep: here the best chain is known."""
+    nodes, asked = list(range(30, -1, -1)), []
+
+    def loss(path):
+        assert path[0] == 30
+        assert sorted(set(path), reverse=True) == path
+        asked.append(tuple(path))
+        return sum((t - best) ** 2 for t, best in zip(path, (30, 22, 9, 7)))
+
+    assert search([30, 20, 12, 1], nodes, loss) == [30, 22, 9, 7]
+    assert search([30, 29, 28, 27], nodes, lambda path: 1.0) == [30, 29, 28, 27]
+    asked.clear()
+    search([30, 2, 1, 0], nodes, lambda path: -loss([30, *sorted(path[1:], reverse=True)]))
+    assert len(set(asked)) <= MOST_TRIALS + 1

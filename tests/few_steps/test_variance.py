@@ -12,7 +12,14 @@ import torch
 from ddpm_hf import DDPMPipeline, DDPMScheduler
 from ddpm_hf.common.errors import DataError, UsageError
 from ddpm_hf.evaluation.bound import BoundBatch, measure_bound
-from ddpm_hf.few_steps.variance import check_fittable, measure_moments, rounded, x_start_variances
+from ddpm_hf.few_steps.variance import (
+    check_fittable,
+    fit_variances,
+    log_snr,
+    measure_moments,
+    measured_timesteps,
+    rounded,
+)
 from ddpm_hf.portable.scheduling_ddpm_hf import X_START_VARIANCES
 from tests.support.fixtures_pipeline import tiny_unet
 from tests.support.gaussian_data import GaussianData, within
@@ -44,13 +51,45 @@ def test_both_estimates_find_the_variance_of_x_0(estimate):
     batches = [BoundBatch(at, data.draw(2000, 1, 4, 4, seed=at)) for at in (0, 2000)]
     moments = measure_moments(network, scheduler, batches)
     assert moments.images == 4000
-    found, exact = x_start_variances(scheduler, moments, estimate), np.array(exact_variances(data))
+    found, exact = fit_variances(scheduler, moments, estimate).variances, np.array(exact_variances(data))
     if estimate == "error":
         np.testing.assert_allclose(found, exact, rtol=0.03)
     else:  # from a difference: its error grows as the image drowns, where the bound holds it
         low = scheduler.exact_tables.alphas_cumprod.numpy() > 0.3
         np.testing.assert_allclose(found[low], exact[low], rtol=0.1)
         assert (found <= moments.x_start_norm).all()
+
+
+def test_few_timesteps_give_all_variances():
+    """Else fewer network calls cost accuracy: what is measured at a few timesteps is the curve of all, as it says."""
+    scheduler = DDPMScheduler(1000, clip_sample=False)
+    data = GaussianData(scheduler, V)
+    scales = torch.tensor([data.epsilon(1.0, t) for t in range(1000)])
+
+    def network(x_t, t):
+        return SimpleNamespace(sample=scales[t].reshape(-1, 1, 1, 1).to(x_t.dtype) * x_t)
+
+    nodes = measured_timesteps(scheduler, 40)
+    assert (nodes[0], nodes[-1], len(set(nodes)), sorted(nodes)) == (0, 999, 40, nodes)
+    gaps = np.diff(log_snr(scheduler)[nodes][10:])
+    assert gaps.min() > 1.3 * gaps.max()  # both are negative: as even as whole timesteps allow
+    batches = [BoundBatch(0, data.draw(400, 1, 4, 4)), BoundBatch(400, data.draw(400, 1, 4, 4, seed=1))]
+    moments = measure_moments(network, scheduler, batches, timesteps=nodes)
+    fit = fit_variances(scheduler, moments)
+    exact = np.array([V * (1 - data.alpha_bar(t)) / data.marginal(t) for t in range(1000)])
+    assert fit.standard_error == pytest.approx((2 / (800 * 16)) ** 0.5, rel=0.1)  # of the variance of Gaussians
+    assert np.sqrt(np.mean((fit.variances / exact - 1) ** 2)) < 2 * fit.standard_error
+    even = np.linspace(0, 999, 40).round().astype(int)  # evenly in t they miss where most bits are
+    assert np.abs(np.interp(np.arange(1000), even, exact[even]) / exact - 1).max() > 0.2
+    exactly = moments._replace(x_start_error=exact[nodes])
+    between = fit_variances(scheduler, exactly)
+    assert np.median(np.abs(between.variances / exact - 1)) < between.interpolation_error < 0.02
+    everywhere = measure_moments(network, scheduler, [BoundBatch(0, batches[0].images[:4])])
+    assert fit_variances(scheduler, everywhere).interpolation_error is None
+    np.testing.assert_array_equal(fit_variances(scheduler, everywhere).variances, everywhere.x_start_error)
+    with pytest.raises(UsageError, match="--timesteps 2"):
+        measured_timesteps(scheduler, 2)
+    assert measured_timesteps(DDPMScheduler(2), 2) == [0, 1]
 
 
 def test_clipping_counts_in_the_error():
@@ -186,8 +225,8 @@ def test_what_cannot_be_fitted_is_refused():
         with pytest.raises(UsageError):
             check_fittable(DDPMScheduler(T, **config))
     scheduler, _, network = setting()
-    with pytest.raises(DataError, match="no images"):
+    with pytest.raises(DataError, match="0 images"):
         measure_moments(network, scheduler, [])
-    batch = BoundBatch(0, torch.zeros(1, 1, 1, 1))
+    batch = BoundBatch(0, torch.zeros(2, 1, 1, 1))
     with pytest.raises(DataError, match="t=0"):
         measure_moments(lambda x_t, t: SimpleNamespace(sample=math.nan * x_t), scheduler, [batch])

@@ -1,8 +1,6 @@
 """Networks that Diffusers does not have: saved, loaded with the package, and by a stranger who trusts the code."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -13,6 +11,7 @@ from ddpm_hf import ClassConditionalDDPMPipeline, DDPMPipeline, DDPMScheduler, l
 from ddpm_hf.models.classifier import NoisyClassifier
 from ddpm_hf.models.sources import find_source
 from ddpm_hf.portable.networks_ddpm_hf import OpenAIUNet2DModel, build_unet
+from tests.support import warm
 from tests.support.fixtures_hub import DRAWING, WITHOUT, bare_environment
 from tests.support.fixtures_pipeline import tiny_unet_config
 from tests.support.runs import read
@@ -114,10 +113,8 @@ print(json.dumps(results))
 
 def test_a_stranger_who_trusts_the_code_draws_the_same(saved, tmp_path):
     """Else a published model of ours works with this package alone."""
-    command = [sys.executable, "-I", "-c", STRANGER, str(saved), str(tmp_path)]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=bare_environment(tmp_path / "home"), capture_output=True, text=True
-    )
+    env = bare_environment(tmp_path / "home")
+    done = warm.run("-c", STRANGER, saved, tmp_path, cwd=tmp_path, env=env, isolated=True)
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout.splitlines()[-1])
     for name, make in PIPELINES.items():

@@ -3,7 +3,6 @@
 import ast
 import importlib
 import inspect
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 import ddpm_hf.portable
 from ddpm_hf import DDPMPipeline, DDPMScheduler
 from ddpm_hf.portable import hub_ddpm_hf
+from tests.support import warm
 from tests.support.fixtures_hub import DRAWING, WITHOUT, bare_environment
 from tests.support.fixtures_pipeline import tiny_pipeline, tiny_vae
 from tests.support.runs import contents, read
@@ -271,8 +271,8 @@ def stranger(saved, tmp_path_factory):
     home = tmp_path_factory.mktemp("stranger")
     (home / "out").mkdir()
     environment = bare_environment(home / "hf", HF_HUB_OFFLINE="1")
-    command = [sys.executable, "-I", "-c", STRANGER, str(saved), str(home / "out")]
-    subprocess.run(command, cwd=home, env=environment, check=True, timeout=300)
+    done = warm.run("-c", STRANGER, saved, home / "out", cwd=home, env=environment, isolated=True)
+    assert done.returncode == 0, done.stderr
     return read(home / "out" / "results.json"), home / "out"
 
 

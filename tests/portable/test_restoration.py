@@ -14,7 +14,15 @@ from ddpm_hf import ClassConditionalDDPMPipeline, DDPMPipeline, DDPMRestorationP
 from ddpm_hf.portable import pipeline_restoration_ddpm_hf
 from ddpm_hf.portable.linear_ddpm_hf import FunctionOperator
 from ddpm_hf.portable.operators_ddpm_hf import OPERATORS
-from ddpm_hf.portable.restoration_ddpm_hf import METHODS, estimate_sigma, plan_chain, tiled
+from ddpm_hf.portable.restoration_ddpm_hf import (
+    METHODS,
+    Options,
+    Problem,
+    estimate_sigma,
+    plan_chain,
+    renoised_given_y,
+    tiled,
+)
 from tests.support.fixtures_pipeline import (
     GaussianNetwork,
     calls_of,
@@ -89,7 +97,7 @@ def gaussian(mean, variance, steps=200):
     return finished(DDPMRestorationPipeline.from_pipe(finished(DDPMPipeline(network, scheduler))))
 
 
-@pytest.mark.parametrize("method", ["pigdm", "mmps"])
+@pytest.mark.parametrize("method", ["pigdm", "mmps", "gibbs"])
 @pytest.mark.parametrize("name", ["half", "gaussian-blur"])
 def test_the_posterior_of_a_gaussian_is_exact(method, name):
     """Else solutions are too sure or too unsure of themselves; x ~ N(m, v I) and y = A x + n has a closed form."""
@@ -139,6 +147,42 @@ def test_time_travel_and_start_take_the_steps_that_they_say():
     assert all(up == following[0] for (_, _, up), following in itertools.pairwise(plan))
 
 
+def test_rounds_end_where_y_has_the_noise_that_the_chain_has():
+    """Else y counts for too little to the end, or the rounds cost other steps than they say."""
+    pipeline, operator, sigma = restorer(), OPERATORS["average-pooling"]((1, 8, 8)), 0.3
+    y = operator.forward(randn(1, 1, 8, 8))
+    with calls_of(pipeline.unet, lambda inputs, more: int(inputs[1])) as seen:
+        restore(pipeline, operator, y, sigma, "gibbs", steps=40)
+    assert len(seen) == 40 == len(pipeline.scheduler.timesteps)
+    starts = [seen[0], *(after for before, after in itertools.pairwise(seen) if after > before)]
+    assert len(starts) == 5  # of 8 steps each
+    assert starts[0] == T - 1
+    alphas = pipeline.scheduler.exact_tables.alphas_cumprod
+    rho = ((1 - alphas) / alphas).sqrt()
+    assert float(rho[starts[-1]]) <= sigma / 0.5 < float(rho[starts[-1] + 1])
+    assert seen[-1] == 0
+
+
+def test_the_way_up_samples_what_the_joint_distribution_of_x_and_y_says():
+    """Else the rounds sample another posterior: x_u = x_0 + ρ ε, and y = A x_u + the rest of its noise."""
+    sigma, rho = 0.5, 0.4
+    operator = OPERATORS["gaussian-blur"]((1, 4, 4), sigma=0.7)
+    problem = Problem(operator, 0.3 * randn(1, 1, 4, 4), sigma, DDPMScheduler(T), Options(1.0), lambda x: x)
+    matrix = operator.forward(torch.eye(16).reshape(16, 1, 4, 4)).flatten(1).mT
+    x_start = randn(1, 1, 4, 4)
+    rest = sigma**2 * torch.eye(16) - rho**2 * matrix @ matrix.mT
+    precision = torch.eye(16) / rho**2 + matrix.mT @ torch.linalg.solve(rest, matrix)
+    mean = torch.linalg.solve(
+        precision, x_start.flatten() / rho**2 + matrix.mT @ torch.linalg.solve(rest, problem.y.flatten())
+    )
+    alpha_bar = 1 / (1 + rho**2)
+    up = lambda noise: renoised_given_y(problem, x_start, alpha_bar, noise).flatten(1) / math.sqrt(alpha_bar)  # noqa: E731
+    still = up(torch.zeros(1, 1, 4, 4))
+    torch.testing.assert_close(still[0], mean, atol=1e-4, rtol=1e-4)
+    spread = up(torch.eye(16).reshape(16, 1, 4, 4)) - still
+    torch.testing.assert_close(spread.mT @ spread, torch.linalg.inv(precision), atol=1e-4, rtol=1e-3)
+
+
 def test_a_start_is_the_noised_pseudo_inverse():
     """Else starting within the chain forgets y, and needs all steps again."""
     pipeline, operator = restorer(), OPERATORS["average-pooling"]((1, 8, 8))
@@ -153,6 +197,8 @@ def test_a_start_is_the_noised_pseudo_inverse():
 @pytest.mark.parametrize("name", ["half", "average-pooling", "compressed-sensing", "motion-blur", "functions"])
 def test_solutions_depend_on_their_generator_alone(method, name):
     """Else a batch size changes the pictures: what a method estimates, it estimates of each sample."""
+    if (method, name) == ("gibbs", "functions"):
+        pytest.skip("gibbs requires an SVD, which functions have not")
     sigma, shape = (0.0 if method == "repaint" or (method == "ddnm" and name == "functions") else 0.1), (1, 8, 8)
     rows = lambda x: x[:, 0, ::2].flatten(1)  # noqa: E731  # [N, 32]: not of an image's shape
     operator = FunctionOperator(shape, rows) if name == "functions" else OPERATORS[name](shape)
@@ -284,6 +330,7 @@ HALF = OPERATORS["half"]((1, 8, 8))
         ({"iterations": 0}, "iterations=0"),
         ({"start": 0.0}, "start=0.0"),
         ({"time_travel": (0, 2)}, "time_travel=0"),
+        ({"time_travel": (2, 2), "method": "gibbs"}, "time_travel=(2, 2)"),
         ({"class_labels": [1]}, "no classes"),
     ],
 )  # fmt: skip

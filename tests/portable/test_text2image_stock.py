@@ -2,8 +2,6 @@
 
 import functools
 import json
-import subprocess
-import sys
 import warnings
 
 import diffusers
@@ -13,6 +11,7 @@ from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline
 
 from ddpm_hf.portable.pipeline_text2image_ddpm_hf import TextToImageDDPMPipeline
 from ddpm_hf.portable.scheduling_ddpm_hf import DDPMScheduler
+from tests.support import warm
 from tests.support.fixtures_hub import DRAWING, WITHOUT, bare_environment
 from tests.support.fixtures_pipeline import tiny_vae
 from tests.support.fixtures_text import stable_diffusion_scheduler, tiny_text_pipeline
@@ -87,9 +86,8 @@ def stranger(saved, tmp_path_factory):
     environment = bare_environment(home / "hf", HF_HUB_OFFLINE="1")
     calls = {name: {call: CALLS[call] for one, call in DRAWN if one == name} for name in {name for name, _ in DRAWN}}
     arguments = [str(saved), str(home), json.dumps(calls), json.dumps([RED, BLUE])]
-    subprocess.run(
-        [sys.executable, "-I", "-c", STRANGER, *arguments], cwd=home, env=environment, check=True, timeout=300
-    )
+    done = warm.run("-c", STRANGER, *arguments, cwd=home, env=environment, isolated=True)
+    assert done.returncode == 0, done.stderr
     return read(home / "results.json"), home
 
 

@@ -71,21 +71,6 @@ def tally(request):
     report(request, counted, "flags and files of flags")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def parsers():
-    """Each program's parser, made once: making one takes longer than any case."""
-    make, made = parsing.OneLineParser, {}
-
-    def made_once(program: parsing.Program) -> parsing.OneLineParser:
-        key = program.name, program.flags
-        if key not in made:
-            made[key] = make(program)
-        return made[key]
-
-    with mock.patch.object(parsing, "OneLineParser", made_once):
-        yield
-
-
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
     """Without a Hub: names that are not folders are not looked up."""

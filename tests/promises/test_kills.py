@@ -1,25 +1,15 @@
 """Runs that are killed at any moment and resumed end as if nobody had: rounds of tests/support/kills.py."""
 
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 
-from tests.support import ROOT
+from tests.support import warm
 
 
 def kill(*words, seconds=900):
     """What the harness printed, and the kills that it counted: all, those within saving, and the runs compared."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.support.kills", *words],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=seconds,
-    )
+    done = warm.run("-m", "tests.support.kills", *words, resident=True, timeout=seconds)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = re.findall(r"^\| [^|]+ \| (\d+) \| (\d+) \| (\d+) \| 0 \|$", done.stdout, re.M)
     counts = tuple(sum(map(int, column)) for column in zip(*rows, strict=True))

@@ -26,11 +26,12 @@ NO_ADVICE = (
     " with --dataset_config_name {}", " instead of --overwrite_output_dir",
 )  # fmt: skip
 
-# Tried elsewhere: by the tables of refusals in tests/cli/test_evaluate.py, test_few_steps.py,
-# test_ema.py and tests/ablation
+# Tried elsewhere: by the tables of refusals in tests/cli/test_evaluate.py, test_few_steps.py, test_ema.py,
+# test_image_to_image.py, in tests/restoration/test_conditional_training.py and in tests/ablation
 APART = (
     "ddpm_hf/cli/evaluat", "ddpm_hf/evaluation/", "ddpm_hf/cli/fit_", "ddpm_hf/few_steps/", "ddpm_hf/cli/ema",
-    "ddpm_hf/training/post_hoc", "ddpm_hf/cli/abl", "ddpm_hf/ablation/",
+    "ddpm_hf/training/post_hoc", "ddpm_hf/cli/abl", "ddpm_hf/ablation/", "ddpm_hf/cli/image_conditions",
+    "ddpm_hf/cli/restore_trained", "ddpm_hf/models/conditioning",
 )  # fmt: skip
 
 # Not tried: why
@@ -113,7 +114,18 @@ EXCEPTIONS = {
     "are not for the way back to a .pt file": "test_convert.py",
     "has the layout of the Hub's first models": "test_hub_layouts.py",
     "`ddpm-hf convert MODEL --to FOLDER`": "test_hub_layouts.py",
+    "--{} {}: a file; name a folder": "of files in the way: test_convert.py",
+    "--{} {}: holds a": "of runs and other files in the way: test_convert.py, test_image_to_image.py",
     "--to {}: ": "of folders and files in the way: test_convert.py",
+    "{} --image IMAGE": "part of what convert ends with, and advises nothing",
+    "--cascade is of two or three models": "test_image_to_image.py",
+    "{} models ({}): give one, or --cascade": "test_image_to_image.py",
+    "--save-model {} is for --cascade": "test_image_to_image.py",
+    "--classifier guides a single model, not a cascade": "test_image_to_image.py",
+    "is for models that read an image, and this one does not": "test_image_to_image.py",
+    "needs a model by class that also learned no class": "of the Python API; the command's own is tried",
+    "needs a cascade by class that also learned no class": "of the Python API: test_cascade.py",
+    "{} reads an image, which the app has no field for": "of push-space: test_image_to_image.py",
     "--labels {}: ": "of a malformed file: test_convert.py",
     "--classifier is kept with a model by class": "test_convert.py",
     "guides by it": "says what was done, and advises nothing",

@@ -86,11 +86,11 @@ FLOORS = {
     "objectives": "common portable",
     "models": "common objectives portable",
     "inference": "common models portable",
-    "restoration": "common portable",
+    "restoration": "common inference portable",
     "training": "common",
     "data": "common training",
     "evaluation": "common inference objectives portable training",
-    "publishing": "common evaluation inference models portable training",
+    "publishing": "common evaluation inference models portable restoration training",
     "latents": "common data models objectives portable training",
     "few_steps": "common evaluation models objectives portable",
     "ablation": "common evaluation training",
@@ -185,7 +185,7 @@ def test_no_folder_is_called_as_a_pipeline_of_diffusers():
     assert not folders & {"ddpm", "ddim", "dit", "latent_diffusion", "stable_diffusion"}
 
 
-DIFFUSERS_NAMES = {"_compatibles", "_optional_components"}  # which its subclasses set
+DIFFUSERS_NAMES = {"_compatibles", "_execution_device", "_optional_components"}  # which its subclasses set
 
 
 def is_private(name):

@@ -110,10 +110,26 @@ def test_a_checkpoint_is_published_as_it_was(option, seed, checkpoint, pushed, r
     assert files_of(checkpoint.parent) == before
 
 
-def test_an_app_of_a_checkpoint_is_refused_with_what_to_do(checkpoint, run):
-    # Breaks if the user is told to give the folder of the run, whose weights are others.
-    result = run("push-space", checkpoint, "--out", checkpoint.parent / "app")
-    assert_one_line(result, f"`ddpm-hf push {checkpoint} user/name`")
+@pytest.mark.parametrize(("option", "seed"), [((), 1), (("--no-ema",), 0)])
+def test_an_app_of_a_checkpoint_holds_its_weights(option, seed, checkpoint, run, tmp_path):
+    # Breaks if the app shows the run's last weights, or refers to a folder that is gone.
+    before, app = files_of(checkpoint.parent), tmp_path / "app"
+    code, out, err = run("push-space", checkpoint, "--out", app, "--restore", *option)
+    assert code == 0, err
+    assert str(app) in out
+    settings = json.loads((app / "space.json").read_text())
+    assert settings["title"] == "photos-ddpm-restore"
+    pipeline = DDPMPipeline.from_pretrained(app / settings["model"])
+    assert torch.equal(pipeline.unet.conv_in.weight, tiny_unet(seed=seed).conv_in.weight)
+    assert "license: mit" in (app / "README.md").read_text()
+    assert files_of(checkpoint.parent) == before
+
+
+def test_an_app_of_a_run_has_no_other_weights(checkpoint, run, tmp_path):
+    # Breaks if an option is passed over.
+    result = run("push-space", checkpoint.parent, "--no-ema", "--out", tmp_path / "app")
+    assert_one_line(result, "--no-ema", "not a checkpoint-N")
+    assert not (tmp_path / "app").exists()
 
 
 def test_a_checkpoint_of_a_run_without_a_pipeline_is_published(checkpoint, pushed, run):

@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 import sys
 import threading
 from configparser import ConfigParser
@@ -13,7 +12,7 @@ import pytest
 import yaml
 
 from ddpm_hf.inference.kinds import load_pipeline
-from ddpm_hf.inference.samplers import SAMPLERS
+from ddpm_hf.inference.samplers import UNFITTED
 from ddpm_hf.inference.studio import MOMENTS, MOST_IMAGES, SampleRequest, Studio, streamed
 from ddpm_hf.publishing import spaces
 from ddpm_hf.publishing.space.page import (
@@ -25,7 +24,7 @@ from ddpm_hf.publishing.space.page import (
     request_of,
     thumbnail,
 )
-from tests.support import ROOT
+from tests.support import ROOT, warm
 from tests.support.fixtures_hub import STRANGERS, TOKEN, WRONG, client_environment
 from tests.support.fixtures_spaces import CLASSES, STEPS, put, seeded, tiny_pipelines
 from tests.support.hub_server import Hub
@@ -103,20 +102,20 @@ def test_without_a_class_all_are_drawn_in_turn(models, studios):
         assert np.abs(drawn[index] - own).max() <= 1
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", UNFITTED)
 def test_a_sampler_leaves_nothing_behind_for_the_next(sampler, models, studios):
     """Else a visitor's images depend on what the one before chose."""
     studio = studios["plain"]
     request = SampleRequest(2, sampler, 10)
     fresh = Studio(str(models["plain"]), device="cpu")
     expected = pixels(fresh.sample(request))
-    for other in SAMPLERS:
+    for other in UNFITTED:
         studio.sample(SampleRequest(1, other, 5))
     np.testing.assert_array_equal(pixels(studio.sample(request)), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", UNFITTED)
 def test_every_sampler_offered_draws_with_its_usual_steps(sampler, kind, studios):
     """Else the page's defaults end in an error, or in NaN, which is black."""
     studio = studios[kind]
@@ -403,7 +402,9 @@ class World:
             "cut": ["user/cut"],
             "taken": ["user/plain", "--space", "user/taken"],
             "public": ["user/plain", "--private"],
-            "folder": [models["plain"]],
+            "folder": [models["plain"], "--space", "user/held"],
+            "restore": ["user/plain", "--restore"],
+            "restore-text": ["user/text", "--restore", "--space", "user/new"],
             "no-text": ["user/plain", "--space", "user/new", "--example", "x"],
             "both": ["user/plain", "--space", "user/new", "--out", root / "both"],
             "out": [models["by-class"], "--out", root / "out"],
@@ -417,15 +418,15 @@ class World:
         (root / "theirs" / "README.md").write_text("mine")
         words = json.dumps([[str(word) for word in words] for words in calls.values()])
         kept = client_environment(hub, root / "home", PYTHONPATH=str(ROOT), HF_TOKEN=TOKEN)
-        command = [sys.executable, "-c", COMMANDS, words]
-        done = subprocess.run(command, cwd=root, env=kept, capture_output=True, text=True, timeout=600)
+        done = warm.run("-c", COMMANDS, words, cwd=root, env=kept, timeout=600)
         assert done.returncode == 0, done.stderr
         self.said = done.stdout + done.stderr
         self.results = dict(zip(calls, json.loads(done.stdout.splitlines()[-1])))
 
     def files(self, space):
         """A Space's files, as texts."""
-        return {path: data.decode() for path, data in self.hub.files(f"spaces/user/{space}").items()}
+        files = self.hub.files(f"spaces/user/{space}")
+        return {path: data.decode() for path, data in files.items()}
 
 
 @pytest.fixture(scope="module")
@@ -437,7 +438,10 @@ def world(models, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("call", "space"),
-    [("plain", "plain"), ("by-class", "by-class"), ("text", "draw"), ("again", "plain"), ("edited", "edited")],
+    [
+        *(("plain", "plain"), ("by-class", "by-class"), ("text", "draw"), ("again", "plain"), ("edited", "edited")),
+        *(("folder", "held"), ("restore", "plain-restore")),
+    ],
 )
 def test_the_command_publishes_and_says_where(world, call, space):
     """Else nobody finds the app."""
@@ -453,7 +457,7 @@ def test_each_upload_is_one_commit_and_the_same_app_none(world):
     }
     assert commits == {
         **{"spaces/user/plain": 1, "spaces/user/by-class": 1, "spaces/user/draw": 1, "spaces/user/faulty": 1},
-        **{"spaces/user/taken": 0, "spaces/user/edited": 1},
+        **{"spaces/user/taken": 0, "spaces/user/edited": 1, "spaces/user/held": 1, "spaces/user/plain-restore": 1},
     }
 
 
@@ -464,6 +468,33 @@ def test_the_space_holds_what_was_written_for_it(world, tmp_path):
     found = world.files("draw")
     assert found.pop(".gitattributes")
     assert found == expected
+
+
+def test_a_folders_space_holds_the_model(world, models, tmp_path):
+    """Else an app of a folder reads a folder that the Space does not have."""
+    files = world.hub.files("spaces/user/held")
+    settings = json.loads(files["space.json"])
+    assert settings == {"model": spaces.MODEL_FOLDER, "title": "plain", "holds_model": True}
+    prefix = f"{spaces.MODEL_FOLDER}/"
+    held = {path.removeprefix(prefix): data for path, data in files.items() if path.startswith(prefix)}
+    assert held == {
+        path.relative_to(models["plain"]).as_posix(): path.read_bytes()
+        for path in models["plain"].rglob("*")
+        if path.is_file() and path.suffix != ".py"
+    }
+    for name, data in held.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    weight = load_pipeline(str(tmp_path)).unet.conv_in.weight
+    assert (weight == load_pipeline(str(models["plain"])).unet.conv_in.weight).all()
+
+
+def test_a_restoring_space_says_so(world):
+    """Else a visitor of a restoring Space gets the page that samples."""
+    files = world.files("plain-restore")
+    assert json.loads(files["space.json"])["restores"]
+    assert "restores images with" in files["README.md"]
+    assert f"{spaces.CODE}/restoration/studio.py" in files
 
 
 def test_a_private_models_space_is_private_and_wants_its_token(world):
@@ -493,7 +524,7 @@ def test_what_a_person_wrote_into_the_readme_stays(world):
         ("cut", "your network"),
         ("taken", "holds another app; name another --space"),
         ("public", "is public; make it private"),
-        ("folder", "--out"),
+        ("restore-text", "--restore requires a model"),
         ("no-text", "has no text encoder"),
         ("both", "leave out --space"),
         ("full", "not empty"),
@@ -542,7 +573,9 @@ import json, sys
 sys.modules["ddpm_hf"] = None  # as where it is not installed
 sys.path.insert(0, ".")  # as of a script
 from ddpm_hf_space.inference.studio import Studio, SampleRequest
-from ddpm_hf_space.publishing.space.page import main
+from ddpm_hf_space.publishing.space.serving import main
+from ddpm_hf_space.publishing.space import page, restoration_page
+from ddpm_hf_space.restoration import studio
 
 settings = json.load(open("space.json"))
 images = Studio(settings["model"], device="cpu").sample(SampleRequest(**json.loads(sys.argv[1])))
@@ -561,8 +594,7 @@ def test_the_spaces_code_draws_without_the_package_and_without_trust(world, mode
         (tmp_path / path).write_text(text)
     request = json.dumps(REQUESTS["by-class"]._asdict())
     kept = client_environment(world.hub, tmp_path / "home", HF_TOKEN=TOKEN)
-    command = [sys.executable, "-I", "-c", DRAWING, request]
-    done = subprocess.run(command, cwd=tmp_path, env=kept, capture_output=True, text=True, timeout=300)
+    done = warm.run("-c", DRAWING, request, cwd=tmp_path, env=kept, isolated=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == []
     drawn = [Image.open(tmp_path / f"{index}.png") for index in range(REQUESTS["by-class"].count)]

@@ -2,10 +2,15 @@
 
 import functools
 import os
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import typer.main
+
 from ddpm_hf.publishing.card import illustrations, sections
+from ddpm_hf.training import parsing
 
 
 def without_waiting_for_disks() -> None:
@@ -32,8 +37,24 @@ def one_card() -> Iterator[tuple[Any, str, Callable]]:
     yield sections, "usable_samplers", usable_once
 
 
+def one_parser() -> Iterator[tuple[Any, str, Callable]]:
+    """A program's parser, and the command's, are made once: that takes longer than to parse. (module, name, new)."""
+    make, made = parsing.OneLineParser, {}
+
+    def parser_once(program: parsing.Program) -> parsing.OneLineParser:
+        key = program.name, program.flags
+        if key not in made:
+            made[key] = make(program)
+        parser = made[key]
+        parser.source, parser.prog = "", program.name or Path(sys.argv[0]).name  # those of the command line before
+        return parser
+
+    yield parsing, "OneLineParser", parser_once
+    yield typer.main, "get_command", functools.cache(typer.main.get_command)
+
+
 def install() -> None:
-    """Both, in a process of its own."""
+    """All of it, in a process of its own."""
     without_waiting_for_disks()
-    for place, name, new in list(one_card()):
+    for place, name, new in [*one_card(), *one_parser()]:
         setattr(place, name, new)

@@ -2,11 +2,9 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
-from tests.support import ROOT
+from tests.support import ROOT, warm
 
 TOKEN, STRANGERS, WRONG = "hf_OwnersSecretToken", "hf_AnotherUsersToken", "hf_TokenOfNobody"
 
@@ -26,11 +24,9 @@ def client_environment(hub, home: Path, **more: str) -> dict[str, str]:
 
 
 def run(hub, home, code, *arguments, isolated=False, **environment):
-    """A fresh process, because the client reads its environment when imported; what `code` prints last, as JSON."""
+    """A process of its own, as the client reads its environment when imported; what `code` prints last, as JSON."""
     settings = client_environment(hub, home, **environment)
-    command = [sys.executable, *["-I"] * isolated, "-c", code, *map(str, arguments)]
-    where = home if isolated else ROOT
-    done = subprocess.run(command, cwd=where, env=settings, capture_output=True, text=True, timeout=300)
+    done = warm.run("-c", code, *arguments, cwd=home if isolated else ROOT, env=settings, isolated=isolated)
     assert done.returncode == 0, done.stderr
     for token in (TOKEN, STRANGERS, WRONG):
         assert token not in done.stdout + done.stderr

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-from tests.support import ROOT
+from tests.support import ROOT, warm
 
 
 def free_port() -> int:
@@ -32,6 +32,14 @@ def torchrun(*words, ranks: int = 2, timeout: float = 400, **environment: str) -
         text=True,
         timeout=timeout,
     )
+
+
+def ranks_by_themselves(*words, ranks: int = 2) -> subprocess.CompletedProcess:
+    """The same without the launcher: the processes that it would begin, with the environment that it would give."""
+    everyone = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost"}
+    everyone["MASTER_PORT"] = str(free_port())
+    environments = ({**everyone, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks))
+    return warm.run(*words, resident=True, ranks=tuple(environments))
 
 
 def launch(happening: str, argv: list[str], folder: Path):

@@ -465,8 +465,10 @@ ROWS = [
         "--out uploads nothing; leave out --space and --private", (leave_out,), True),
     Row("push-space", {"": "{shop}/plain", "out": "{out}/app", "example": "x"}, "--example {}: {} has no text encoder",
         (leave_out,), True),
-    Row("push-space", {"": "{shop}/plain", "token": "hf_some"}, "{} is a folder, which a Space cannot read",
-        (give(out="{out}/app"),), True),
+    Row("push-space", {"": "{shop}/plain", "out": "{out}/app", "ema": True},
+        "--{}ema: {} is not a checkpoint-N of a run", (leave_out,), True),
+    Row("push-space", {"": "{shop}/text", "out": "{out}/app", "restore": True},
+        "--restore requires a model that is unconditional or by class", (leave_out,), True),
     # words, files of flags
     U("--{}: a token has letters and digits only", give(hub_token="hf_some"), hub_token="hf some"),
     U("--{} {} is too long for a name or a path", give(cache_dir="{out}"), cache_dir="x" * 5000),

@@ -5,8 +5,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -22,7 +20,8 @@ from ddpm_hf import DDPMPipeline
 from ddpm_hf.common.pictures import image_grid
 from ddpm_hf.common.randomness import keyed_seed
 from ddpm_hf.training.checkpointing import read_manifest
-from tests.support.fixtures_ranks import torchrun
+from tests.support import warm
+from tests.support.fixtures_ranks import ranks_by_themselves
 from tests.support.pictures import encoded, random_pixels, write_rows, write_unet
 from tests.support.runs import (
     GRAY,
@@ -117,19 +116,15 @@ def test_a_signal_saves_and_ends_and_the_run_goes_on(world, tmp_path):
     """Else a job that its queue ends loses what it trained, or counts as failed; in a process of its own."""
     flags = {"max_train_steps": 80, "logging_steps": 1, "use_ema": True}
     stopped = tmp_path / "stopped"
-    process = subprocess.Popen(
-        [sys.executable, train_unconditional.__file__, *command(world, stopped, GRAY, **flags)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    words = command(world, stopped, GRAY, **flags)
+    process = warm.Program(train_unconditional.__file__, *words, resident=True, timeout=60)
     log, until = stopped / "metrics.jsonl", time.monotonic() + 120
     while not (log.is_file() and log.read_text().count("\n") > 5) and time.monotonic() < until:
         time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
-    assert "Traceback" not in err
+    os.kill(process.pid, signal.SIGTERM)
+    done = process.wait()
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
     saved = last_checkpoint(stopped)
     step = read_manifest(saved)["step"]
     assert 5 < step < 80
@@ -213,7 +208,7 @@ def two_ranks(world, tmp_path_factory):
         "variance_type": "learned_range",
         "timestep_sampler": "loss_second_moment",
     }
-    done = torchrun(train_unconditional.__file__, *command(world, root / "two", GRAY, **flags))
+    done = ranks_by_themselves(train_unconditional.__file__, *command(world, root / "two", GRAY, **flags))
     assert done.returncode == 0, done.stderr
     return root / "two", train(world, root / "one", GRAY, **flags, train_batch_size=8).folder
 

@@ -1,4 +1,4 @@
-"""The page of a Space: controls on the left, the images as they form on the right, their chains below.
+"""The page of a Space that samples: controls on the left, the images as they form on the right, their chains below.
 
 Gradio comes with the Space (`sdk_version` in its README); this module imports it when the page is made.
 """
@@ -10,11 +10,11 @@ import json
 import random
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...inference.samplers import SAMPLERS
 from ...inference.studio import MOMENTS, MOST_IMAGES, SampleRequest, Step, Studio, streamed
+from .frame import headline, new_page, small_images
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -22,22 +22,9 @@ if TYPE_CHECKING:
 
 EVERY_CLASS, NO_CLASS = "every", "none"  # in addition to "class NAME"
 DEFAULT_IMAGES = 8
-PIXELATED_BELOW = 128  # pixels; smaller images are enlarged without smoothing
 ROWS = 4  # images whose chain is shown
 THUMBNAIL = 96  # pixels of an image in a chain
 CHAIN_HEADING = "### How they formed\nThe predicted images at timesteps from noise to the end."
-
-CSS = """
-.gradio-container {width: 100% !important; max-width: 1180px !important; margin: auto}
-.small-images img {image-rendering: pixelated}
-#images .caption-label {font-size: 11px; padding: 1px 6px}
-#images .grid-wrap {min-height: 0; max-height: none; overflow: hidden}
-@media (max-width: 640px) {#images .grid-container {grid-template-columns: repeat(2, minmax(0, 1fr)) !important}}
-#progress {min-height: 76px; overflow: hidden; font-size: 13px; opacity: .8}
-.chain {display: grid; gap: 3px; margin-top: 4px}
-.chain img {width: 100%; border-radius: 3px; display: block}
-.chain span {font-size: 11px; text-align: center; opacity: .65; white-space: nowrap}
-"""
 
 
 def thumbnail(image: "Image.Image") -> str:
@@ -62,15 +49,8 @@ def chain_picture(moments: list[tuple[int, list[str]]], columns: int) -> str:
 
 def introduction(studio: Studio, settings: dict) -> str:
     """Markdown: which model it is and what it does."""
-    width, height = studio.image_size
     what = "from a text" if studio.by_text else f"of {len(studio.classes)} classes" if studio.classes else ""
-    name, address = settings["model"], settings.get("address")
-    title = settings["title"]
-    model = f"[{name}]({address})" if address else f"`{Path(name).name}`"
-    return (
-        f"# {title}\n{model} samples images {what} in {width}×{height} pixels by denoising diffusion"
-        " ([DDPM](https://arxiv.org/abs/2006.11239)): from pure noise, step by step."
-    ).replace("  ", " ")
+    return headline(settings, f"samples images {what}", studio.image_size, "from pure noise, step by step")
 
 
 def condition_controls(gr: Any, studio: Studio, settings: dict) -> dict:
@@ -145,10 +125,8 @@ def make_page(studio: Studio, settings: dict) -> "gr.Blocks":
     """The page, as Gradio's `Blocks`."""
     import gradio as gr
 
-    small = ["small-images"] if max(studio.image_size) < PIXELATED_BELOW else []
-    with gr.Blocks(
-        title=settings["title"], analytics_enabled=False, delete_cache=(3600, 3600), fill_width=True
-    ) as page:
+    small = small_images(studio.image_size)
+    with new_page(gr, settings) as page:
         gr.Markdown(introduction(studio, settings))
         with gr.Row():
             with gr.Column(scale=3, min_width=300):
@@ -197,20 +175,3 @@ def make_page(studio: Studio, settings: dict) -> "gr.Blocks":
         )
         stop.click(None, cancels=[sampling])
     return page
-
-
-def main(folder: Path) -> None:
-    """Serve the page of the Space that a folder holds."""
-    import gradio as gr
-    from diffusers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    settings = json.loads((folder / "space.json").read_text(encoding="utf-8"))
-    try:
-        studio = Studio(settings["model"])
-    except ValueError as error:
-        raise SystemExit(f"{error} (a Space reads a private model with its secret HF_TOKEN)") from error
-    plain = ("system-ui", "sans-serif")
-    theme = gr.themes.Soft(primary_hue="indigo", font=plain, font_mono=("ui-monospace", "monospace"))
-    make_page(studio, settings).queue(max_size=32).launch(theme=theme, css=CSS)

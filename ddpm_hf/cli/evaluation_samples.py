@@ -178,13 +178,13 @@ def of_chain(
     """
     from ..evaluation.evaluate import Samples
     from ..evaluation.sampling import SampleStore, network_calls, pipeline_sampler
-    from ..inference.samplers import swapped
+    from ..inference.samplers import schedulers_of, swapped
 
     with swapped(pipeline, chain.sampler):
         steps = set_sampler(pipeline, chain.sampler, chain.steps)
         guided = conditions.options.get("guidance_scale", 1.0) != 1.0
         calls = network_calls(pipeline, steps, guided)
-        fit = fit_of(pipeline.scheduler)
+        fit = "".join(map(fit_of, schedulers_of(pipeline).values()))
     labels = {"sampler": chain.sampler, "steps": steps, "network_calls": calls, "seed": how.seed}
     labels |= {"eta": how.eta} if chain.sampler == "ddim" else {}
     labels |= {"variance": "fitted"} if fit and chain.sampler == "ddpm" else {}

@@ -109,7 +109,7 @@ MODEL_PRESETS: dict[str, Preset] = {
             "ddpm_beta_schedule": "linear",
             "loss_type": "l2",
         },
-        parameters=0,
+        parameters=97_132_419,
     ),
     "ddpm-cifar10": Preset(
         "Ho et al. 2020, CIFAR-10 32×32",

@@ -110,8 +110,8 @@ def test_an_average_elsewhere_lets_the_host_decide(place):
     accelerator = SimpleNamespace(scaler=None, distributed_type=DistributedType.NO)
     optimizer = SimpleNamespace(optimizer=SimpleNamespace(defaults={"fused": True}))
     run = SimpleNamespace(device=torch.device("cuda"), accelerator=accelerator)
-    assert device_decides(run, SimpleNamespace(optimizer=optimizer, emas={"unet": ema})) == (place == "cuda")
-    assert device_decides(run, SimpleNamespace(optimizer=optimizer, emas={}))
+    assert device_decides(run, SimpleNamespace(optimizer=optimizer, averages=[(ema, None)])) == (place == "cuda")
+    assert device_decides(run, SimpleNamespace(optimizer=optimizer, averages=[]))
 
 
 def test_a_run_that_diverges_on_the_device_ends_with_what_came_before(shop, tmp_path):

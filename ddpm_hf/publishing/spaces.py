@@ -118,7 +118,8 @@ def look_up(
         raise ValueError(f"--example {examples[0]}: {name} has no text encoder; leave it out")
     if restores and cls.__name__ not in RESTORED:
         raise ValueError(
-            f"--restore requires a model that is unconditional or by class, and {name} is for {cls.__name__}"
+            f"--restore requires a model that is unconditional or by class, and {name} is for {cls.__name__}; leave it"
+            " out, or name another model"
         )
     if Path(name).is_dir():
         folder = Path(name).resolve()

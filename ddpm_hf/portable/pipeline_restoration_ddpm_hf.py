@@ -205,15 +205,19 @@ class DDPMRestorationPipeline(SamplingMixin, AccelerationMixin, PortablePipeline
             )
         return row
 
-    def restoration_timesteps(self, num_inference_steps: int, start: float) -> list[int]:
-        """The chain's timesteps, from `start` of T down to 0; the scheduler's chain is set to them."""
+    def restoration_timesteps(self, num_inference_steps: int, start: float, second_rho: float = math.inf) -> list[int]:
+        """The chain's timesteps, from `start` of T down to 0; the scheduler's chain is set to them.
+
+        Args:
+            second_rho: as in `Method`.
+        """
         T = len(self.scheduler)
         if not 0 < start <= 1:
             raise ValueError(f"start={start!r}: must be above 0, and at most 1 (from noise)")
         first = max(1, round(start * T)) - 1
         if not (isinstance(num_inference_steps, numbers.Integral) and 1 <= num_inference_steps <= first + 1):
             raise ValueError(f"num_inference_steps={num_inference_steps!r}: must be from 1 to {first + 1}")
-        return self.prepare_timesteps(None, self._spaced(first, int(num_inference_steps)))
+        return self.prepare_timesteps(None, self._spaced(first, int(num_inference_steps), second_rho))
 
     def restoration_rounds(
         self, num_inference_steps: int, start: float, rounds: int, least: float
@@ -234,13 +238,17 @@ class DDPMRestorationPipeline(SamplingMixin, AccelerationMixin, PortablePipeline
             plan += [(t, s, s) for t, s in zip(chain[:-1], ends)] + [(chain[-1], -1, following[0])]
         return plan
 
-    def _spaced(self, first: int, count: int) -> list[int]:
+    def _spaced(self, first: int, count: int, second_rho: float = math.inf) -> list[int]:
         """`count` different timesteps from `first` down to 0, even in the angle arccos √ᾱ between image and noise.
 
         A cosine schedule's timesteps are even in it; a linear one's then have more steps where the image is decided.
+        With `second_rho`, the first step may be longer, and those after it are even.
         """
         angles = torch.arccos(self.scheduler.exact_tables.alphas_cumprod.sqrt()).numpy()[: first + 1]
-        ascending = np.interp(np.linspace(angles[0], angles[-1], count), angles, np.arange(first + 1))
+        wanted = np.linspace(angles[0], angles[-1], count)
+        if count > 2 and wanted[-2] > math.atan(second_rho) > angles[0]:
+            wanted[:-1] = np.linspace(angles[0], math.atan(second_rho), count - 1)
+        ascending = np.interp(wanted, angles, np.arange(first + 1))
         ascending = ascending.round().astype(int) if count > 1 else np.array([first])
         for i in range(1, count):
             ascending[i] = max(ascending[i], ascending[i - 1] + 1)
@@ -313,7 +321,8 @@ class DDPMRestorationPipeline(SamplingMixin, AccelerationMixin, PortablePipeline
             least = float(sigma_y) / operator.norm  # type: ignore[attr-defined]
             plan = self.restoration_rounds(num_inference_steps, start, options.iterations, least)
         else:
-            plan = plan_chain(self.restoration_timesteps(num_inference_steps, start), length, repeats)
+            timesteps = self.restoration_timesteps(num_inference_steps, start, row.second_rho)
+            plan = plan_chain(timesteps, length, repeats)
         self.scheduler.timesteps = torch.tensor([t for t, _, _ in plan])  # with the steps that are taken again
         y = y.repeat_interleave(num_solutions, 0)  # [N·num_solutions, ...]
         conditioning = {} if labels is None else {"class_labels": labels.repeat_interleave(num_solutions, 0)}
@@ -396,6 +405,7 @@ class _Chain:
         self.latent = pipeline.vae is not None
         self.x: torch.Tensor = problem.y  # x_s of the latest step
         self.input: torch.Tensor = problem.y  # that the output's graph begins with
+        self.top: tuple[torch.Tensor, float] | None = None  # x_t that the steps, or this round, came from, and its ᾱ
 
     def predict(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """The model's output at x_t, with its graph where the method differentiates it."""
@@ -411,6 +421,7 @@ class _Chain:
             estimate = scheduler.predict_original_sample(output, int(t), self.input)
             x_start = scheduler.clip(estimate)
         log_t, log_s = self.log_alpha_bar[int(t) + 1], self.log_alpha_bar[s + 1]
+        self.top = self.top or (x_t, math.exp(log_t))
         moment = Moment(
             x_t,
             x_start.detach(),
@@ -429,7 +440,9 @@ class _Chain:
             x_s = self.problem.project(x_s)
         if up > s:
             if self.method.rounds:
-                x_s = self.method.rounds(self.problem, x_s, math.exp(self.log_alpha_bar[up + 1]), self.noise())
+                alpha_bar = math.exp(self.log_alpha_bar[up + 1])
+                x_s = self.method.rounds(self.problem, x_s, alpha_bar, self.noise(), self.top)
+                self.top = x_s, alpha_bar
             else:
                 ratio = math.exp(self.log_alpha_bar[up + 1] - log_s)  # q(x_u | x_s)
                 x_s = math.sqrt(ratio) * x_s + math.sqrt(1 - ratio) * self.noise()

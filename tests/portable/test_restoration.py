@@ -16,6 +16,7 @@ from ddpm_hf.portable.linear_ddpm_hf import FunctionOperator
 from ddpm_hf.portable.operators_ddpm_hf import OPERATORS
 from ddpm_hf.portable.restoration_ddpm_hf import (
     METHODS,
+    OVERRELAXED,
     Options,
     Problem,
     estimate_sigma,
@@ -155,7 +156,7 @@ def test_rounds_end_where_y_has_the_noise_that_the_chain_has():
         restore(pipeline, operator, y, sigma, "gibbs", steps=40)
     assert len(seen) == 40 == len(pipeline.scheduler.timesteps)
     starts = [seen[0], *(after for before, after in itertools.pairwise(seen) if after > before)]
-    assert len(starts) == 5  # of 8 steps each
+    assert len(starts) == 8  # of 5 steps each
     assert starts[0] == T - 1
     alphas = pipeline.scheduler.exact_tables.alphas_cumprod
     rho = ((1 - alphas) / alphas).sqrt()
@@ -175,12 +176,18 @@ def test_the_way_up_samples_what_the_joint_distribution_of_x_and_y_says():
     mean = torch.linalg.solve(
         precision, x_start.flatten() / rho**2 + matrix.mT @ torch.linalg.solve(rest, problem.y.flatten())
     )
-    alpha_bar = 1 / (1 + rho**2)
-    up = lambda noise: renoised_given_y(problem, x_start, alpha_bar, noise).flatten(1) / math.sqrt(alpha_bar)  # noqa: E731
-    still = up(torch.zeros(1, 1, 4, 4))
+    alpha_bar, nothing = 1 / (1 + rho**2), torch.zeros(1, 1, 4, 4)
+
+    def up(noise, before):
+        way = (math.sqrt(alpha_bar) * before.reshape(-1, 1, 4, 4), alpha_bar)
+        return renoised_given_y(problem, x_start, alpha_bar, noise, way).flatten(1) / math.sqrt(alpha_bar)
+
+    still = up(nothing, mean)
     torch.testing.assert_close(still[0], mean, atol=1e-4, rtol=1e-4)
-    spread = up(torch.eye(16).reshape(16, 1, 4, 4)) - still
-    torch.testing.assert_close(spread.mT @ spread, torch.linalg.inv(precision), atol=1e-4, rtol=1e-3)
+    spread, shift = up(torch.eye(16).reshape(16, 1, 4, 4), mean) - still, randn(16)
+    kept = 1 - OVERRELAXED**2
+    torch.testing.assert_close(spread.mT @ spread, kept * torch.linalg.inv(precision), atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(up(nothing, mean + shift)[0] - mean, -OVERRELAXED * shift, atol=1e-4, rtol=1e-3)
 
 
 def test_a_start_is_the_noised_pseudo_inverse():

@@ -254,14 +254,16 @@ def renoised_given_y(
 
     Of a singular direction S, y's noise is thought of as S times the noise ρ ε of x_u, and the rest. As long as
     ρ ≤ σ_y/S, p(x_0) p(y | x_0) is then what the rounds sample, whatever ρ is; with a larger ρ, y is as if it had a
-    noise of ρ S. Overrelaxation (Adler 1981) doubles the speed of what changes slowly: ε is mostly minus the noise
-    that the x_u of this round has given x_0 and y, which leaves the distribution as it is.
+    noise of ρ S. While ρ comes down, overrelaxation (Adler 1981) doubles the speed of what changes slowly: ε is mostly
+    minus the noise that the x_u of this round has given x_0 and y, which leaves the distribution as it is. In the last
+    rounds it would enlarge the error of x_0's steps.
 
     Args:
         before: x_u of the round that led to x_0, and its ᾱ.
     """
     operator, sigma = problem.operator, problem.sigma_y
     residual, (x_before, alpha_bar_before) = problem.error(x_start), before
+    over = OVERRELAXED if alpha_bar > alpha_bar_before else 0.0
 
     def gain(s: torch.Tensor, rho: float) -> torch.Tensor:
         return ((rho / sigma * s) ** 2).clamp(max=1) if sigma else (s > 0).to(s.dtype)
@@ -276,9 +278,9 @@ def renoised_given_y(
     free = lambda s: (1 - gain(s, rho_before)).sqrt()  # noqa: E731  # deviation of x_u in ρ
     old = reweight(
         x_before / math.sqrt(alpha_bar_before) - moved(rho_before),
-        lambda s: torch.where(free(s) > 0, -OVERRELAXED / (rho_before * free(s).clamp(min=1e-6)), 0.0),
+        lambda s: torch.where(free(s) > 0, -over / (rho_before * free(s).clamp(min=1e-6)), 0.0),
     )
-    new = reweight(noise, lambda s: torch.where(free(s) > 0, math.sqrt(1 - OVERRELAXED**2), 1.0))
+    new = reweight(noise, lambda s: torch.where(free(s) > 0, math.sqrt(1 - over**2), 1.0))
     epsilon = reweight(old + new, lambda s: (1 - gain(s, rho)).sqrt())
     return math.sqrt(alpha_bar) * (moved(rho) + rho * epsilon)
 

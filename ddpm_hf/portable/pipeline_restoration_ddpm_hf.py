@@ -24,6 +24,7 @@ from .linear_ddpm_hf import Operator, as_operator
 from .multistep_ddpm_hf import EpsilonMultistepScheduler  # noqa: F401  Diffusers fetches what a pipeline imports itself
 from .operators_ddpm_hf import OPERATORS  # noqa: F401  so that it lies beside, and for `from ... import OPERATORS`
 from .restoration_ddpm_hf import (
+    FEW,
     METHODS,
     Method,
     Moment,
@@ -242,11 +243,11 @@ class DDPMRestorationPipeline(SamplingMixin, AccelerationMixin, PortablePipeline
         """`count` different timesteps from `first` down to 0, even in the angle arccos √ᾱ between image and noise.
 
         A cosine schedule's timesteps are even in it; a linear one's then have more steps where the image is decided.
-        With `second_rho`, the first step may be longer, and those after it are even.
+        With few steps and a `second_rho`, the first step may be longer, and those after it are even.
         """
         angles = torch.arccos(self.scheduler.exact_tables.alphas_cumprod.sqrt()).numpy()[: first + 1]
         wanted = np.linspace(angles[0], angles[-1], count)
-        if count > 2 and wanted[-2] > math.atan(second_rho) > angles[0]:
+        if 2 < count < FEW and wanted[-2] > math.atan(second_rho) > angles[0]:
             wanted[:-1] = np.linspace(angles[0], math.atan(second_rho), count - 1)
         ascending = np.interp(wanted, angles, np.arange(first + 1))
         ascending = ascending.round().astype(int) if count > 1 else np.array([first])

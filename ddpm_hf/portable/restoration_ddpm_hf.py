@@ -19,6 +19,7 @@ from .linear_ddpm_hf import LinearMap, Operator, conjugate_gradients, inner
 from .scheduling_ddpm_hf import DDPMScheduler
 
 PROBED = 1024  # random signs in all that probe J: an image of fewer numbers requires several probes
+DECIDED, FEW = 2.0, 40  # with fewer steps, they are not spent on a ρ above this, where x̂_0 hardly varies
 ROUND = 5  # steps of a round of `gibbs`
 OVERRELAXED = 0.8  # how much of a round's noise is minus that of the one before
 LEAST_SIGNAL = 1e-4  # below this ᾱ_t, J is rounding: x̂_0 then hardly depends on x_t
@@ -322,7 +323,7 @@ class Method(NamedTuple):
         noise_needs_svd: whether σ_y > 0 requires an operator with a known SVD; with `rounds`, it is always required.
         latents: whether it works for models of latents, whose observations are not linear in x_0.
         time_travel: its usual one, (length, repeats).
-        second_rho: ρ = √((1-ᾱ)/ᾱ) at the second timestep at most; those after it are evenly spaced.
+        second_rho: with few steps, ρ = √((1-ᾱ)/ᾱ) at the second timestep at most; those after it are evenly spaced.
         rounds: whether it takes rounds of steps down to x_0, and what the way up is: (problem, x_0, ᾱ_u, z, (x_u and
             ᾱ_u of the round before)) -> x_u.
     """
@@ -339,10 +340,12 @@ class Method(NamedTuple):
 
 
 METHODS: dict[str, Method] = {
-    "ddnm": Method(ddnm, "range and null space (Wang et al. 2023)", Options(0.85), noise_needs_svd=True),
+    "ddnm": Method(
+        ddnm, "range and null space (Wang et al. 2023)", Options(0.85), noise_needs_svd=True, second_rho=DECIDED
+    ),
     "pigdm": Method(pigdm, "pseudo-inverse guidance (Song et al. 2023)", Options(1.0), gradients=True),
     "mmps": Method(mmps, "moment matching (Rozet et al. 2024)", Options(1.0, iterations=5), gradients=True),
-    "diffpir": Method(diffpir, "proximal steps (Zhu et al. 2023)", Options(1.0)),
+    "diffpir": Method(diffpir, "proximal steps (Zhu et al. 2023)", Options(1.0), second_rho=DECIDED),
     "dps": Method(dps, "posterior sampling (Chung et al. 2023)", Options(1.0), gradients=True, latents=True),
     "gibbs": Method(
         gibbs, "split Gibbs sampling (Wu et al. 2024)", Options(1.0), noise_needs_svd=True, rounds=renoised_given_y

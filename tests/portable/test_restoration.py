@@ -135,15 +135,20 @@ def test_time_travel_and_start_take_the_steps_that_they_say():
     pipeline, operator = restorer(), OPERATORS["half"]((1, 8, 8))
     y = operator.forward(randn(1, 1, 8, 8))
     with calls_of(pipeline.unet, lambda inputs, more: int(inputs[1])) as seen:
-        restore(pipeline, operator, y, steps=5)
+        restore(pipeline, operator, y, steps=5, method="pigdm")
         restore(pipeline, operator, y, steps=5, start=0.5)
         restore(pipeline, operator, y, steps=4, time_travel=(2, 3))
+        restore(pipeline, operator, y, steps=12)
     angles = torch.arccos(pipeline.scheduler.exact_tables.alphas_cumprod.sqrt())
     assert (seen[0], seen[4], seen[5], seen[9]) == (49, 0, 24, 0)
     for few in (seen[:5], seen[5:10]):  # even in arccos √ᾱ, but for whole timesteps
         assert float(angles[few].diff().std()) < 0.6 * float(angles.diff().mean())
-    assert seen[10:12] * 3 + seen[16:] == seen[10:]
-    assert len(seen) == 18
+    assert seen[10:12] * 3 + seen[16:18] == seen[10:18]
+    assert len(seen) == 18 + 12
+    few, seen = seen[18:], seen[:18]
+    assert few[0] == T - 1
+    assert float(torch.tan(angles[few[1]])) <= 2.1  # ρ: no steps are lost where x̂_0 hardly varies
+    assert float(angles[few[1:]].diff().std()) < 0.6 * float(angles.diff().mean())
     plan = plan_chain(list(range(9, -1, -1)), 3, 2)
     assert all(up == following[0] for (_, _, up), following in itertools.pairwise(plan))
 

@@ -232,7 +232,9 @@ class DDPMRestorationPipeline(SamplingMixin, AccelerationMixin, PortablePipeline
         chains = []
         for angle, steps in plan_rounds(float(angles[top]), float(low), int(num_inference_steps), rounds):
             first = max(0, int(np.searchsorted(angles, angle, side="right")) - 1)
-            chains.append(self._spaced(first, min(steps, first + 1)))
+            steps = min(steps, first + 1)
+            wanted = np.interp(angles[first] * np.arange(1, steps + 1) / steps, angles, np.arange(len(angles)))
+            chains.append(self._distinct(wanted, first)[::-1].tolist())
         plan = []
         for chain, following in zip(chains, [*chains[1:], [-1]]):
             ends = [*chain[1:], -1]
@@ -249,11 +251,16 @@ class DDPMRestorationPipeline(SamplingMixin, AccelerationMixin, PortablePipeline
         wanted = np.linspace(angles[0], angles[-1], count)
         if 2 < count < FEW and wanted[-2] > math.atan(second_rho) > angles[0]:
             wanted[:-1] = np.linspace(angles[0], math.atan(second_rho), count - 1)
-        ascending = np.interp(wanted, angles, np.arange(first + 1))
-        ascending = ascending.round().astype(int) if count > 1 else np.array([first])
+        ascending = np.interp(wanted, angles, np.arange(first + 1)) if count > 1 else np.array([float(first)])
+        return self._distinct(ascending, first)[::-1].tolist()
+
+    @staticmethod
+    def _distinct(ascending: np.ndarray, first: int) -> np.ndarray:
+        """The nearest whole numbers, different from each other, up to `first`."""
+        ascending, count = ascending.round().astype(int), len(ascending)
         for i in range(1, count):
             ascending[i] = max(ascending[i], ascending[i - 1] + 1)
-        return np.minimum(ascending, first - np.arange(count - 1, -1, -1))[::-1].tolist()
+        return np.minimum(ascending, first - np.arange(count - 1, -1, -1))
 
     @torch.no_grad()
     def __call__(

@@ -159,7 +159,7 @@ def test_push_shows_the_card_and_info_the_kind(call):
     """Else a published model does not say what it is given."""
     result, _ = call("push x2 user/x2 --dry-run", ())
     assert result[0] == 0, result[2]
-    for word in ('pipeline(Image.open("input.png"))', "pipeline_tag: image-to-image", "--image input.png",
+    for word in ('pipeline(Image.open("input.png")', "pipeline_tag: image-to-image", "--image input.png",
                  "conditioning_ddpm_hf.py", "image_to_image_ddpm_hf.py"):  # fmt: skip
         assert word in result[1]
     result, _ = call("info x2", ())

@@ -188,7 +188,8 @@ def measure(args: argparse.Namespace) -> None:
     for pipeline in models.values():
         pipeline.set_progress_bar_config(disable=True)
         pipeline.enable_acceleration()
-    features = Features(models["single"] if args.features is None else load(args.features).to(args.device))
+    network = newest(args.out / "single") if args.features is None else args.features
+    features = Features(load(network).to(args.device))  # not accelerated: a CUDA graph runs no hooks
     truth = held_out(args, next(iter(models.values())).image_channels)
     reference = features(truth)
     half = len(reference) // 2

@@ -157,17 +157,23 @@ def super_resolution(args: argparse.Namespace, models: dict, truth: torch.Tensor
 def cascades(args: argparse.Namespace, models: dict, distance) -> list[dict]:
     """Rows of figures: what sampled, Fréchet distance."""
 
-    def sampled(name: str) -> torch.Tensor:
+    def sampled(pipeline) -> torch.Tensor:
         generator = torch.Generator(args.device).manual_seed(2)
         counts = [128] * (args.samples // 128) + [args.samples % 128] * bool(args.samples % 128)
         options = {"num_inference_steps": args.steps, "output_type": "pt"}
-        return torch.cat([models[name](count, generator, **options).images for count in counts])
+        return torch.cat([pipeline(count, generator, **options).images for count in counts])
 
-    rows = [{"model": "single", "frechet": distance(rounded(sampled("single").cpu()))}]
-    print(rows[-1], flush=True)
-    small = rounded(sampled("base"))
+    rows = []
+    singles = {"single": models["single"]} if "single" in models else {}
+    if args.other is not None:
+        singles[Path(args.other).name] = load(args.other).to(args.device)
+    for name, pipeline in singles.items():
+        pipeline.set_progress_bar_config(disable=True)
+        rows.append({"model": name, "frechet": distance(rounded(sampled(pipeline).cpu()))})
+        print(rows[-1], flush=True)
+    small = rounded(sampled(models["base"]))
     for name, levels in (("plain", [0.0]), ("augmented", args.levels)):
-        for level in levels:
+        for level in levels if name in models else []:
             generator = torch.Generator(args.device).manual_seed(3)
             options = {"num_inference_steps": args.steps, "output_type": "pt", "conditioning_noise": level}
             made = [models[name](part, generator=generator, **options).images for part in small.split(128)]
@@ -182,7 +188,8 @@ def measure(args: argparse.Namespace) -> None:
     for pipeline in models.values():
         pipeline.set_progress_bar_config(disable=True)
         pipeline.enable_acceleration()
-    features = Features(models["single"] if args.features is None else load(args.features).to(args.device))
+    network = newest(args.out / "single") if args.features is None else args.features
+    features = Features(load(network).to(args.device))  # not accelerated: a CUDA graph runs no hooks
     truth = held_out(args, next(iter(models.values())).image_channels)
     reference = features(truth)
     half = len(reference) // 2
@@ -216,7 +223,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--precision", default="no")
     parser.add_argument("--features", help="a model whose UNet gives the features")
-    parser.add_argument("--other", help="another model for zero-shot super-resolution")
+    parser.add_argument("--other", help="another single model, also for zero-shot super-resolution")
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--steps", type=int, default=20)

@@ -108,6 +108,10 @@ def test_restore_measures_a_trained_model(call):
     assert result[0] == 0, result[2]
     rows = json.loads((out / "restored.json").read_text())["images"]
     assert [row["image"] for row in rows] == ["0", "1"]
+    exact = [row["residual"] for row in rows]
+    result, out = call("restore x2 --task super-resolution --image full --degrade --sigma-y 0.05 --num-solutions 2")
+    noisy = [row["residual"] for row in json.loads((out / "restored.json").read_text())["images"]]
+    assert max(exact) < 0.5 * min(noisy)  # what is exact is kept
     assert all("psnr" in row for row in rows)
     assert (out / "comparison.png").is_file()
     result, out = call("restore paint --task inpaint --mask left --image full --degrade --num-solutions 1")

@@ -117,6 +117,7 @@ class Program:
 def measure(flags: argparse.Namespace, name: str, precision: str) -> dict:
     """The programs' seconds a step on one of `NETWORKS`, and their ratios to ours."""
     network, batch, _ = NETWORKS[name]
+    network = {**network, "in_channels": 3, "out_channels": 3}  # Diffusers' script makes all images RGB
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         programs: dict[str, Program] = {}

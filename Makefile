@@ -14,7 +14,7 @@ help:
 	@echo "make test-isa   run the tests with the kernels of other processors, and with emulated rounding"
 	@echo "make quality    check format, lint, and the types, those in the snippets of README.md and docs/ too"
 	@echo "make style      format"
-	@echo "make bench      run the benchmarks"
+	@echo "make bench      run the benchmarks; with PEER=FILE against that training script of Diffusers too"
 	@echo "make bench-gpu  measure training and sampling against Diffusers on a CUDA GPU, for docs/performance.md"
 
 # One environment; the stamp is made anew when what it rests on changes.
@@ -34,10 +34,10 @@ test: $(VENV)/stamp
 # Kernels round differently on other processors: the suite must pass with theirs, and where every layer's last bits depend
 # on alignment and batch size (tests/support/other_rounding.py).
 test-isa: $(VENV)/stamp
-	ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
-	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	ONEDNN=1 ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	ONEDNN=1 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 	OTHER_ROUNDING=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	ONEDNN=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # A Space's environment, as the Hub makes it: Gradio wants an older Pillow than the package is tested with.
 $(SPACE)/stamp: ddpm_hf/publishing/space/requirements.txt constraints.txt
@@ -51,7 +51,7 @@ $(SPACE)/stamp: ddpm_hf/publishing/space/requirements.txt constraints.txt
 test-slow: $(VENV)/stamp $(SPACE)/stamp
 	command -v chromedriver || { test "$$(id -u)" = 0 && apt-get update && \
 		apt-get install --yes --no-install-recommends chromium chromium-driver; } || true
-	$(BIN)/python -m pytest -m slow
+	ONEDNN=1 $(BIN)/python -m pytest -m slow
 
 quality: $(VENV)/stamp
 	$(BIN)/ruff check .
@@ -66,6 +66,7 @@ bench: $(VENV)/stamp $(DEMO)/model_index.json
 	$(BIN)/python benchmarks/table_precision.py
 	$(BIN)/python benchmarks/digit_quality.py $(DEMO)
 	$(BIN)/python benchmarks/gpu.py --device cpu --networks small medium --compile --block 2 --minutes 20
+	test -z "$(PEER)" || $(BIN)/python benchmarks/peers.py --peer-script "$(PEER)" --networks small medium
 
 bench-gpu: $(VENV)/stamp
 	$(BIN)/python benchmarks/gpu.py --out gpu.json --table docs/performance.md

@@ -56,25 +56,23 @@ if __name__ == "__main__":  # before torch is imported, so that --help and an un
     FLAGS = parse(sys.argv[1:])
 
 import torch
-from diffusers import AutoencoderKL, UNet2DModel
+from diffusers import AutoencoderKL
 
 from ddpm_hf.common.errors import DataError
 from ddpm_hf.common.layout import layout
 from ddpm_hf.common.randomness import StepKeys, to_device
 from ddpm_hf.data.batches import held_out_loss, make_batches, open_images, plan_steps, shown_images
+from ddpm_hf.data.labels import class_input
 from ddpm_hf.data.upright import real_images
 from ddpm_hf.evaluation.in_training import evaluation_of
 from ddpm_hf.latents.cache import cached_latents, prepare_caching
 from ddpm_hf.latents.encoding import x_start_of
 from ddpm_hf.models.acceleration import accelerate_for_training, choose_execution
-from ddpm_hf.models.design import Design, build_model, describe_model, design_model
+from ddpm_hf.models.design import build_model, describe_model, design_model, make_pipeline
 from ddpm_hf.models.gradient_gate import recorded_call
 from ddpm_hf.objectives.losses import QUARTILES, quartile_of, training_losses
 from ddpm_hf.objectives.timestep_samplers import TIMESTEP_SAMPLERS, LossSecondMomentSampler, UniformTimestepSampler
 from ddpm_hf.portable.conditioning_ddpm_hf import Conditioning
-from ddpm_hf.portable.pipeline_class_conditional_ddpm_hf import ClassConditionalDDPMPipeline
-from ddpm_hf.portable.pipeline_ddpm_hf import DDPMPipeline
-from ddpm_hf.portable.pipeline_image_to_image_ddpm_hf import DDPMImageToImagePipeline
 from ddpm_hf.portable.scheduling_ddpm_hf import DDPMScheduler
 from ddpm_hf.publishing.publisher import Publisher, reserve_repository
 from ddpm_hf.restoration.training import condition_of, strips_of
@@ -109,10 +107,7 @@ def compute_loss(
     noise = keys.normal_like(x_start)
     x_t, conditions = scheduler.add_noise(x_start, noise, timesteps), {}
     if "labels" in batch:
-        labels = batch["labels"]
-        if not keys.validation:  # a share of them become the null class (Ho & Salimans 2022, Algorithm 1)
-            labels = torch.where(keys.uniform("class_dropout") < class_dropout, null_class, labels)
-        conditions["class_labels"] = to_device(labels, x_start.device)
+        conditions["class_labels"] = class_input(batch["labels"], keys, null_class, class_dropout, x_start.device)
     if conditioning is not None:  # the network reads the degraded image too (Saharia et al. 2021)
         x_t = torch.cat([x_t, condition_of(conditioning, x_start, keys)], dim=1)
     output = model(x_t, timesteps, **conditions).sample.float()
@@ -122,19 +117,6 @@ def compute_loss(
         pairs = run.gather_rows(pairs, run.flags.train_batch_size)
         sampler.update_with_losses(pairs[:, 0].long(), pairs[:, 1])
     return Losses(losses * weights, logged=losses, groups=quartile_of(timesteps, len(scheduler)))
-
-
-def make_pipeline(
-    model: UNet2DModel, design: Design, class_names: list[str], trained_classes: list[int] | None
-) -> DDPMPipeline | ClassConditionalDDPMPipeline | DDPMImageToImagePipeline:
-    """The pipeline that samples from the model, by class where it knows classes."""
-    scheduler, vae = design.scheduler, design.vae
-    if design.conditioning is not None:
-        names = dict(enumerate(class_names))
-        return DDPMImageToImagePipeline(model, scheduler, design.conditioning.config(), names, trained_classes)
-    if class_names:
-        return ClassConditionalDDPMPipeline(model, scheduler, dict(enumerate(class_names)), vae, trained_classes)
-    return DDPMPipeline(model, scheduler, vae)
 
 
 def train(flags: Flags) -> None:
@@ -163,9 +145,8 @@ def train(flags: Flags) -> None:
     sampler = TIMESTEP_SAMPLERS[objective.timestep_sampler](len(scheduler))
     extra = {} if isinstance(sampler, UniformTimestepSampler) else {"timestep_sampler": sampler}
     state = begin_training(run, model, plan, facts, {"unet": model}, QUARTILES, extra)
-    of_classes = {"null_class": len(class_names), "class_dropout": classes.class_dropout}
-    shared: dict[str, Any] = {"run": run, "scheduler": scheduler, "vae": vae, **of_classes}
-    shared["conditioning"] = design.conditioning
+    shared: dict[str, Any] = {"run": run, "scheduler": scheduler, "vae": vae, "conditioning": design.conditioning}
+    shared |= {"null_class": len(class_names), "class_dropout": classes.class_dropout}
     loss_of = functools.partial(compute_loss, sampler=sampler, loss_options=objective.loss_options(), **shared)
     batches = make_batches(run, images, plan, state.step, classes.class_balanced)
     with recorded_call(model) as call:

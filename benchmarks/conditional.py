@@ -5,7 +5,8 @@
 
 `train` makes the named models, each for `--minutes` times its share, with the EMA of a constant learning rate: `base`
 at half the size, `single` at the full size, and two models of super-resolution ×2 from that half: `augmented` with
-noise in what it reads, `plain` without. A cascade of base and augmented has the training time of `single`.
+noise in what it reads, `plain` without. A cascade of base and augmented has the training time of `single`. Where other
+programs share the machine, `--train-steps` counts steps: one of base, with a quarter of the pixels, as a third of one.
 
 `measure` computes, of held-out images:
 
@@ -34,6 +35,7 @@ from ddpm_hf.portable.scheduling_ddpm_hf import DDPMScheduler
 from ddpm_hf.restoration.figures import psnr
 
 SHARES = {"base": 1, "single": 3, "augmented": 2, "plain": 2}  # of --minutes
+OF_STEPS = {"base": 0.6, "single": 1.0, "augmented": 0.8, "plain": 0.8}  # of --train-steps
 READS = ["--conditioning", "super-resolution", "--conditioning_factor", "2"]
 MODELS = {
     "base": [],
@@ -50,14 +52,17 @@ def train(args: argparse.Namespace) -> None:
         flags = [
             "--output_dir", f"{args.out}/{name}", "--resolution", str(side), "--seed", "0",
             "--validation_split", "0.2", "--validation_steps", "1000000", "--train_batch_size", str(args.batch),
-            "--learning_rate", "1e-3", "--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", "100",
-            "--use_ema", "--ema_max_decay", "0.998", "--logger", "none", "--save_images_epochs", "0",
+            "--learning_rate", "2e-3", "--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", "50",
+            "--use_ema", "--ema_max_decay", "0.995", "--logger", "none", "--save_images_epochs", "0",
             "--save_model_epochs", "1000000", "--checkpointing_steps", "500", "--checkpoints_total_limit", "1",
-            "--num_epochs", "100000", "--max_train_hours", str(args.minutes * SHARES[name] / 60),
             "--mixed_precision", args.precision, "--adam_beta1", "0.9", "--adam_weight_decay", "0",
-            "--model_preset", args.preset,
+            "--model_preset", args.preset, *(["--cpu_threads", "1"] if args.device == "cpu" else []),
         ]  # fmt: skip
         flags += ["--train_data_dir", args.data] if args.data else []
+        if args.train_steps is None:
+            flags += ["--num_epochs", "100000", "--max_train_hours", str(args.minutes * SHARES[name] / 60)]
+        else:
+            flags += ["--max_train_steps", str(round(args.train_steps * OF_STEPS[name]))]
         began = time.perf_counter()
         subprocess.run([sys.executable, "-m", "ddpm_hf", "train", *flags, *MODELS[name]], check=True)
         print(f"{name}: {time.perf_counter() - began:.0f} s", flush=True)
@@ -152,17 +157,23 @@ def super_resolution(args: argparse.Namespace, models: dict, truth: torch.Tensor
 def cascades(args: argparse.Namespace, models: dict, distance) -> list[dict]:
     """Rows of figures: what sampled, Fréchet distance."""
 
-    def sampled(name: str) -> torch.Tensor:
+    def sampled(pipeline) -> torch.Tensor:
         generator = torch.Generator(args.device).manual_seed(2)
         counts = [128] * (args.samples // 128) + [args.samples % 128] * bool(args.samples % 128)
         options = {"num_inference_steps": args.steps, "output_type": "pt"}
-        return torch.cat([models[name](count, generator, **options).images for count in counts])
+        return torch.cat([pipeline(count, generator, **options).images for count in counts])
 
-    rows = [{"model": "single", "frechet": distance(rounded(sampled("single").cpu()))}]
-    print(rows[-1], flush=True)
-    small = rounded(sampled("base"))
+    rows = []
+    singles = {"single": models["single"]} if "single" in models else {}
+    if args.other is not None:
+        singles[Path(args.other).name] = load(args.other).to(args.device)
+    for name, pipeline in singles.items():
+        pipeline.set_progress_bar_config(disable=True)
+        rows.append({"model": name, "frechet": distance(rounded(sampled(pipeline).cpu()))})
+        print(rows[-1], flush=True)
+    small = rounded(sampled(models["base"]))
     for name, levels in (("plain", [0.0]), ("augmented", args.levels)):
-        for level in levels:
+        for level in levels if name in models else []:
             generator = torch.Generator(args.device).manual_seed(3)
             options = {"num_inference_steps": args.steps, "output_type": "pt", "conditioning_noise": level}
             made = [models[name](part, generator=generator, **options).images for part in small.split(128)]
@@ -177,7 +188,8 @@ def measure(args: argparse.Namespace) -> None:
     for pipeline in models.values():
         pipeline.set_progress_bar_config(disable=True)
         pipeline.enable_acceleration()
-    features = Features(models["single"] if args.features is None else load(args.features).to(args.device))
+    network = newest(args.out / "single") if args.features is None else args.features
+    features = Features(load(network).to(args.device))  # not accelerated: a CUDA graph runs no hooks
     truth = held_out(args, next(iter(models.values())).image_channels)
     reference = features(truth)
     half = len(reference) // 2
@@ -207,10 +219,11 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=16)
     parser.add_argument("--preset", default="small-16")
     parser.add_argument("--minutes", type=float, default=2.0)
+    parser.add_argument("--train-steps", type=int)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--precision", default="no")
     parser.add_argument("--features", help="a model whose UNet gives the features")
-    parser.add_argument("--other", help="another model for zero-shot super-resolution")
+    parser.add_argument("--other", help="another single model, also for zero-shot super-resolution")
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--steps", type=int, default=20)

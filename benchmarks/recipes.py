@@ -29,6 +29,7 @@ ROWS: dict[str, dict] = {
     "diffusers+ema": {**DIFFUSERS, "use_ema": True},
     "recipe": {"ema_snapshot_steps": True},
     "recipe-ema": {"use_ema": False},
+    "recipe, epsilon": {"prediction_type": "epsilon"},
     **{f"recipe+{name}": {"loss_weighting": name} for name in WEIGHTINGS},
     **{f"recipe+{name}": {"optimizer": name} for name in OPTIMIZERS},
     **{f"recipe, steps/{share}": {"share": share} for share in (2, 4, 8, 16)},

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.support import other_rounding
-from tests.support.cheap import one_card, one_parser, without_waiting_for_disks
+from tests.support.cheap import one_card, one_parser, without_onednn, without_waiting_for_disks
 
 # Tests run in several processes at once, and torch's threads would wait for each other.
 torch.set_num_threads(1)
@@ -22,6 +22,7 @@ if os.environ.get("OTHER_ROUNDING"):
 hypothesis.settings.register_profile("unhurried", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("unhurried")
 without_waiting_for_disks()
+without_onednn()
 CHEAP = [*one_card(), *one_parser()]
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..common.errors import UsageError
 from .yaml_lines import Document, read_document
 
 SCRIPTS = ("train", "train-text2image")  # as commands of ddpm-hf
@@ -16,6 +17,7 @@ KEYS = (
 OTHERS = "others"  # in `seeds`: of the cells that it does not name
 REAL_KEYS = ("dataset", "split", "images")
 PUBLISHED_KEYS = ("source", "cells", "real")
+CHANGEABLE = ("classifier", "evaluate", "real")
 ONLY_CELL = "model"  # the name of the cell of a plan without a grid and cells
 MOST_CELLS = 1000
 
@@ -78,18 +80,25 @@ def read_plan(file: Path, changes: Mapping[str, str] | None = None) -> Plan:
     """The plan in a YAML file.
 
     Args:
-        changes: flags of all cells, over those of the plan.
+        changes: values over those of the plan: flags of all cells, or "evaluate.steps" and the like.
 
     Raises:
         UsageError: not a plan; the message names the key and its line.
     """
     document = read_document(file)
+    for name, value in (changes or {}).items():
+        section, dot, key = name.partition(".")
+        if dot and section not in CHANGEABLE:
+            raise UsageError(f"--set {name}={value}: must be a flag, or begin with {', '.join(CHANGEABLE)} and a dot")
+        section, key = (section, key) if dot else ("flags", name)
+        top = _mapping(document, ())
+        top[section] = {**_mapping(document, (section,)), key: value}
     top = _mapping(document, ())
     _known(document, (), top, KEYS)
     script = _text(document, ("script",), top.get("script", SCRIPTS[0]))
     if script not in SCRIPTS:
         raise document.error(("script",), f"must be one of {', '.join(SCRIPTS)} (got {script!r})")
-    shared = {**_mapping(document, ("flags",)), **(changes or {})}
+    shared = _mapping(document, ("flags",))
     paths: dict[str, tuple[str, ...]] = {name: ("flags", name) for name in shared}
     axes, cells = _grid(document, shared, paths)
     for name in _mapping(document, ("cells",)):

@@ -109,7 +109,8 @@ def _outcome(task: Task, code: int) -> str | None:
     """Why a command that has ended did not succeed; None if it did, and its result is written."""
     if code == 0:
         try:
-            task.finish()
+            if not task.done:  # else another ablation of this folder did it
+                task.finish()
             return None
         except (ValueError, OSError) as error:
             return one_line(error)
@@ -144,6 +145,21 @@ def _last_record(folder: Path) -> dict[str, Any] | None:
     with contextlib.suppress(ValueError, IndexError):
         return json.loads(complete[-1])
     return None
+
+
+class Nothing:
+    """A process that had nothing to do."""
+
+    def poll(self) -> int:
+        """Success."""
+        return 0
+
+    def wait(self) -> int:
+        """Success."""
+        return 0
+
+    def terminate(self) -> None:
+        """It has ended."""
 
 
 def with_output(task: Task, folder: Path) -> Task:
@@ -228,6 +244,8 @@ class Launcher:
         """Begin a command; it waits for one in the same folder that an earlier ablation left behind."""
         task.folder.mkdir(parents=True, exist_ok=True)
         with _locked(task.folder, self.say) as handles, open(task.folder / LOG, "ab") as log:
+            if task.done:  # by the process that this one waited for
+                return Nothing()
             log.write(f"\n$ ddpm-hf {' '.join(task.words)}\n".encode())
             log.flush()
             return self.begin(task, slot, log, handles)

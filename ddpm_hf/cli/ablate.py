@@ -33,7 +33,7 @@ def ablate(
     plan: Annotated[Path, typer.Argument(help="A YAML file: the cells, their flags, how they are evaluated.")],
     set_: Annotated[
         list[str] | None,
-        option(WHAT, "FLAG=VALUE for all cells, over the plan's; repeat it for several.", "--set"),
+        option(WHAT, "FLAG=VALUE for all cells, over the plan's, or such as evaluate.steps=50; repeat it.", "--set"),
     ] = None,
     only: Annotated[list[str] | None, option(WHAT, "Only the cell of this name; repeat it for several.")] = None,
     processes: Annotated[

@@ -188,9 +188,10 @@ def restore(
             method.value, start, {"eta": eta, "weight": weight, "iterations": iterations, "time_travel": time_travel}
         )
         settings = settings_of_model(loaded, task.value, given, settings)
+        exact = not sigma_y if degrade else sigma_y == 0
         sigma_y = sigma_y or 0.0  # the model is told of noise, and reads what it is given as it is otherwise
         loaded.check_level(0.0, sigma_y)
-        pipeline: Any = TrainedRestorer(loaded)
+        pipeline: Any = TrainedRestorer(loaded, exact)
     else:
         pipeline = DDPMRestorationPipeline.from_pipe(loaded)
     if acceleration.value == "auto":

@@ -14,10 +14,15 @@ ONLY_UNTRAINED = ("eta", "weight", "iterations", "time_travel")
 
 
 class TrainedRestorer:
-    """A pipeline that reads the image, as the command calls one that is guided by it."""
+    """A pipeline that reads the image, as the command calls one that is guided by it.
 
-    def __init__(self, pipeline: "DDPMImageToImagePipeline"):
-        self.pipeline = pipeline
+    Args:
+        exact: whether the observation has no noise: then all that it says is kept, where its operator is known.
+    """
+
+    def __init__(self, pipeline: "DDPMImageToImagePipeline", exact: bool):
+        known = pipeline.conditioning.task == "inpaint" or pipeline.conditioning.operator(pipeline.sample_shape)
+        self.pipeline, self.correction = pipeline, "observation" if exact and known else None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.pipeline, name)
@@ -54,6 +59,7 @@ class TrainedRestorer:
             labels=pipeline.class_condition(labels, len(y)),
             num_solutions=num_solutions,
             sigma_y=sigma_y,
+            correction=self.correction,
             generator=generator,
             num_inference_steps=options["num_inference_steps"],
             output_type=output_type,

@@ -111,13 +111,17 @@ def run_files(folder: Path) -> list[str]:
 
     They are listed in the manifest or, for a run of a version without manifests, recognised by their content.
     """
+    return [name for name in _names_of_run(folder) if os.path.lexists(folder / name)]
+
+
+def _names_of_run(folder: Path) -> list[str]:
     names = _listed_or_recognised(folder)
     nested = folder / AUTOENCODER
     if nested.is_dir() and not nested.is_symlink():
         names += [f"{AUTOENCODER}/{name}" for name in _listed_or_recognised(nested)]
         if (nested / MANIFEST).is_file():
             names.append(f"{AUTOENCODER}/{MANIFEST}")
-    return [name for name in names if os.path.lexists(folder / name)]
+    return names
 
 
 def has_manifest(folder: Path) -> bool:
@@ -126,10 +130,11 @@ def has_manifest(folder: Path) -> bool:
 
 
 def _listed_or_recognised(folder: Path) -> list[str]:
-    if not has_manifest(folder):
+    known = listed(folder)
+    if not known:
         return recognise(folder)
     copied = {n for one in TRAINING[:3] for n in matching(folder, one.pattern) if is_complete(folder / n)}
-    names = {**listed(folder), **dict.fromkeys(sorted(copied))}
+    names = {**known, **dict.fromkeys(sorted(copied))}
     kinds = (".partial/", ".superseded/", ".superseded.partial/")  # of an unfinished or superseded checkpoint
     return list(dict.fromkeys([*names, *(name[:-1] + kind for name in names if name.endswith("/") for kind in kinds)]))
 
@@ -145,9 +150,16 @@ def recognise(folder: Path) -> list[str]:
     return [n for one in entries for n in matching(folder, one.pattern) if one.recognised(folder / n)]
 
 
+def foreign(folder: str | Path, names: Iterable[str]) -> list[str]:
+    """Those of the names that exist in a folder and are not files of a run."""
+    existing = [name for name in names if os.path.lexists(Path(folder) / name)]
+    ours = set(_names_of_run(Path(folder))) if existing else set()
+    return [name for name in existing if name not in ours]
+
+
 def may_write(folder: str | Path, name: str) -> bool:
     """Whether a name in a folder is free or is a file of a run."""
-    return not os.path.lexists(Path(folder) / name) or name in run_files(Path(folder))
+    return not foreign(folder, [name])
 
 
 def is_within(folder: Path, name: str) -> bool:

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..common.errors import DataError
+from ..common.randomness import StepKeys, to_device
 from .rows import Rows
 
 SHOWN = 8  # names in a message
@@ -200,3 +202,22 @@ def _alike(names: list[str]) -> list[str]:
         for variants in groups.values()
         if len(variants) > 1
     ]
+
+
+def class_input(
+    labels: torch.Tensor, keys: StepKeys, null_class: int, class_dropout: float, device: torch.device
+) -> torch.Tensor:
+    """The classes that the network reads: in training, a share of them is the null class.
+
+    Ho & Salimans 2022, Algorithm 1.
+
+    Args:
+        labels: class ids, [N].
+        null_class: the id that stands for no class.
+        class_dropout: that share, within 0..1; in validation no class is dropped.
+
+    Returns: class ids on the device, [N].
+    """
+    if not keys.validation:
+        labels = torch.where(keys.uniform("class_dropout") < class_dropout, null_class, labels)
+    return to_device(labels, device)

@@ -8,6 +8,9 @@ import torch
 from diffusers import AutoencoderKL
 
 from ..objectives.flags import ObjectiveFlags, ScheduleFlags
+from ..portable.pipeline_class_conditional_ddpm_hf import ClassConditionalDDPMPipeline
+from ..portable.pipeline_ddpm_hf import DDPMPipeline
+from ..portable.pipeline_image_to_image_ddpm_hf import DDPMImageToImagePipeline
 from .autoencoder import frozen, load_autoencoder
 from .conditioning import check_conditioning, conditioning_of, describe_conditioning
 from .diffusion import make_scheduler, terminal_snr_warning
@@ -89,6 +92,23 @@ def build_model(
         lines += start_from(model, design.source, class_names, design.scheduler, flags.variant, design.conditioning)
         lines += differences(flags.values(), design.source)
     return model, lines
+
+
+def make_pipeline(
+    model: "UNet2DModel", design: Design, class_names: Sequence[str], trained_classes: list[int] | None
+) -> DDPMPipeline | ClassConditionalDDPMPipeline | DDPMImageToImagePipeline:
+    """The pipeline that samples from the model: from another image, by class, or unconditionally.
+
+    Args:
+        class_names: of the images, by id; empty for an unconditional model.
+        trained_classes: the ids of those that have images; None for all.
+    """
+    scheduler, vae, names = design.scheduler, design.vae, dict(enumerate(class_names))
+    if design.conditioning is not None:
+        return DDPMImageToImagePipeline(model, scheduler, design.conditioning.config(), names, trained_classes)
+    if class_names:
+        return ClassConditionalDDPMPipeline(model, scheduler, names, vae, trained_classes)
+    return DDPMPipeline(model, scheduler, vae)
 
 
 def describe_model(flags: Any, parameters: int) -> dict[str, str]:

@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 
 from ..common.errors import UsageError
 from ..common.files import PARTIAL_SUFFIX, flush, flush_tree, write_atomically
-from ..common.ownership import claim_files, listed, may_write, release_files, remove
+from ..common.ownership import claim_files, foreign, listed, release_files, remove
 
 
 def save_model(
@@ -58,9 +58,8 @@ def save_model(
 
 def claim_paths(folder: Path, names: list[str]) -> None:
     """List files in the manifest of an output folder, but refuse to replace what is not of a run there."""
-    for name in names:
-        if not may_write(folder, name):
-            raise UsageError(f"{folder / name} is not of a run and would be replaced; move it, or remove it")
+    for name in foreign(folder, names):
+        raise UsageError(f"{folder / name} is not of a run and would be replaced; move it, or remove it")
     claim_files(folder, names)
 
 

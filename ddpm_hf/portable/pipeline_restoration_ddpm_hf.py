@@ -24,6 +24,7 @@ from .linear_ddpm_hf import Operator, as_operator
 from .multistep_ddpm_hf import EpsilonMultistepScheduler  # noqa: F401  Diffusers fetches what a pipeline imports itself
 from .operators_ddpm_hf import OPERATORS  # noqa: F401  so that it lies beside, and for `from ... import OPERATORS`
 from .restoration_ddpm_hf import (
+    FEW,
     METHODS,
     Method,
     Moment,
@@ -205,15 +206,19 @@ class DDPMRestorationPipeline(SamplingMixin, AccelerationMixin, PortablePipeline
             )
         return row
 
-    def restoration_timesteps(self, num_inference_steps: int, start: float) -> list[int]:
-        """The chain's timesteps, from `start` of T down to 0; the scheduler's chain is set to them."""
+    def restoration_timesteps(self, num_inference_steps: int, start: float, second_rho: float = math.inf) -> list[int]:
+        """The chain's timesteps, from `start` of T down to 0; the scheduler's chain is set to them.
+
+        Args:
+            second_rho: as in `Method`.
+        """
         T = len(self.scheduler)
         if not 0 < start <= 1:
             raise ValueError(f"start={start!r}: must be above 0, and at most 1 (from noise)")
         first = max(1, round(start * T)) - 1
         if not (isinstance(num_inference_steps, numbers.Integral) and 1 <= num_inference_steps <= first + 1):
             raise ValueError(f"num_inference_steps={num_inference_steps!r}: must be from 1 to {first + 1}")
-        return self.prepare_timesteps(None, self._spaced(first, int(num_inference_steps)))
+        return self.prepare_timesteps(None, self._spaced(first, int(num_inference_steps), second_rho))
 
     def restoration_rounds(
         self, num_inference_steps: int, start: float, rounds: int, least: float
@@ -227,24 +232,35 @@ class DDPMRestorationPipeline(SamplingMixin, AccelerationMixin, PortablePipeline
         chains = []
         for angle, steps in plan_rounds(float(angles[top]), float(low), int(num_inference_steps), rounds):
             first = max(0, int(np.searchsorted(angles, angle, side="right")) - 1)
-            chains.append(self._spaced(first, min(steps, first + 1)))
+            steps = min(steps, first + 1)
+            wanted = np.interp(angles[first] * np.arange(1, steps + 1) / steps, angles, np.arange(len(angles)))
+            chains.append(self._distinct(wanted, first)[::-1].tolist())
         plan = []
         for chain, following in zip(chains, [*chains[1:], [-1]]):
             ends = [*chain[1:], -1]
             plan += [(t, s, s) for t, s in zip(chain[:-1], ends)] + [(chain[-1], -1, following[0])]
         return plan
 
-    def _spaced(self, first: int, count: int) -> list[int]:
+    def _spaced(self, first: int, count: int, second_rho: float = math.inf) -> list[int]:
         """`count` different timesteps from `first` down to 0, even in the angle arccos √ᾱ between image and noise.
 
         A cosine schedule's timesteps are even in it; a linear one's then have more steps where the image is decided.
+        With few steps and a `second_rho`, the first step may be longer, and those after it are even.
         """
         angles = torch.arccos(self.scheduler.exact_tables.alphas_cumprod.sqrt()).numpy()[: first + 1]
-        ascending = np.interp(np.linspace(angles[0], angles[-1], count), angles, np.arange(first + 1))
-        ascending = ascending.round().astype(int) if count > 1 else np.array([first])
+        wanted = np.linspace(angles[0], angles[-1], count)
+        if 2 < count < FEW and wanted[-2] > math.atan(second_rho) > angles[0]:
+            wanted[:-1] = np.linspace(angles[0], math.atan(second_rho), count - 1)
+        ascending = np.interp(wanted, angles, np.arange(first + 1)) if count > 1 else np.array([float(first)])
+        return self._distinct(ascending, first)[::-1].tolist()
+
+    @staticmethod
+    def _distinct(ascending: np.ndarray, first: int) -> np.ndarray:
+        """The nearest whole numbers, different from each other, up to `first`."""
+        ascending, count = ascending.round().astype(int), len(ascending)
         for i in range(1, count):
             ascending[i] = max(ascending[i], ascending[i - 1] + 1)
-        return np.minimum(ascending, first - np.arange(count - 1, -1, -1))[::-1].tolist()
+        return np.minimum(ascending, first - np.arange(count - 1, -1, -1))
 
     @torch.no_grad()
     def __call__(
@@ -313,7 +329,8 @@ class DDPMRestorationPipeline(SamplingMixin, AccelerationMixin, PortablePipeline
             least = float(sigma_y) / operator.norm  # type: ignore[attr-defined]
             plan = self.restoration_rounds(num_inference_steps, start, options.iterations, least)
         else:
-            plan = plan_chain(self.restoration_timesteps(num_inference_steps, start), length, repeats)
+            timesteps = self.restoration_timesteps(num_inference_steps, start, row.second_rho)
+            plan = plan_chain(timesteps, length, repeats)
         self.scheduler.timesteps = torch.tensor([t for t, _, _ in plan])  # with the steps that are taken again
         y = y.repeat_interleave(num_solutions, 0)  # [N·num_solutions, ...]
         conditioning = {} if labels is None else {"class_labels": labels.repeat_interleave(num_solutions, 0)}
@@ -396,6 +413,7 @@ class _Chain:
         self.latent = pipeline.vae is not None
         self.x: torch.Tensor = problem.y  # x_s of the latest step
         self.input: torch.Tensor = problem.y  # that the output's graph begins with
+        self.top: tuple[torch.Tensor, float] | None = None  # x_t that the steps, or this round, came from, and its ᾱ
 
     def predict(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """The model's output at x_t, with its graph where the method differentiates it."""
@@ -411,6 +429,7 @@ class _Chain:
             estimate = scheduler.predict_original_sample(output, int(t), self.input)
             x_start = scheduler.clip(estimate)
         log_t, log_s = self.log_alpha_bar[int(t) + 1], self.log_alpha_bar[s + 1]
+        self.top = self.top or (x_t, math.exp(log_t))
         moment = Moment(
             x_t,
             x_start.detach(),
@@ -429,7 +448,9 @@ class _Chain:
             x_s = self.problem.project(x_s)
         if up > s:
             if self.method.rounds:
-                x_s = self.method.rounds(self.problem, x_s, math.exp(self.log_alpha_bar[up + 1]), self.noise())
+                alpha_bar = math.exp(self.log_alpha_bar[up + 1])
+                x_s = self.method.rounds(self.problem, x_s, alpha_bar, self.noise(), self.top)
+                self.top = x_s, alpha_bar
             else:
                 ratio = math.exp(self.log_alpha_bar[up + 1] - log_s)  # q(x_u | x_s)
                 x_s = math.sqrt(ratio) * x_s + math.sqrt(1 - ratio) * self.noise()

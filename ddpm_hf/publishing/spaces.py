@@ -99,13 +99,16 @@ def look_up(
 
     Raises:
         ValueError: it cannot be reached, or this package cannot load it, or it does not take prompts but examples are
-            given, or does but is to restore.
+            given, or it cannot restore.
     """
     from huggingface_hub import HfApi, ModelCard, constants
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
+    from ..portable.pipeline_restoration_ddpm_hf import RESTORED
+
     settle(name)
-    parameters = inspect.signature(pipeline_class(name, token=token).__call__).parameters
+    cls = pipeline_class(name, token=token)
+    parameters = inspect.signature(cls.__call__).parameters
     if "image" in parameters:
         raise ValueError(
             f"{name} reads an image, which the app has no field for; `ddpm-hf sample {name} --image` does"
@@ -113,8 +116,11 @@ def look_up(
     reads_text = "prompt" in parameters
     if examples and not reads_text:
         raise ValueError(f"--example {examples[0]}: {name} has no text encoder; leave it out")
-    if restores and reads_text:
-        raise ValueError(f"--restore requires a model that is unconditional or by class, not by text as {name}")
+    if restores and cls.__name__ not in RESTORED:
+        raise ValueError(
+            f"--restore requires a model that is unconditional or by class, and {name} is for {cls.__name__}; leave it"
+            " out, or name another model"
+        )
     if Path(name).is_dir():
         folder = Path(name).resolve()
         files = weights_files(folder) if held else {}

@@ -27,7 +27,7 @@ class RestorationRequest(NamedTuple):
         painted: of the upload's size; for inpainting, white where to paint.
         degrade: whether the upload is a true image, from which the observation is made; inpainting needs no such.
         sigma_y: the observation's noise, for pixels in [-1, 1]; None is estimated, or 0 where the observation is made.
-        class_label: None is no class.
+        class_label: None for no class.
     """
 
     image: Image.Image
@@ -82,7 +82,7 @@ class RestorationStudio:
         return self.sampling.image_size
 
     def sample_image(self, seed: int) -> Image.Image:
-        """An image of the model's own, for who has none."""
+        """An image that the model samples, for users that have none."""
         name = "ddim" if "ddim" in self.sampling.samplers else next(iter(self.sampling.samplers))
         return self.sampling.sample(SampleRequest(1, name, self.sampling.samplers[name], seed))[0]
 

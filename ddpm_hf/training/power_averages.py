@@ -5,7 +5,7 @@ average at step t weighs the weights of step τ by τ^γ, and its width is its p
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -93,7 +93,7 @@ def snapshot_name(part: str, std: float, step: int) -> str:
 
 
 def write_snapshots(
-    folder: Path, averages: dict[str, Sequence[PowerAverage]], parts: dict[str, torch.nn.Module], step: int
+    folder: Path, averages: Mapping[str, Sequence[PowerAverage]], parts: Mapping[str, torch.nn.Module], step: int
 ) -> None:
     """Write the averages of a step, of each part of the model."""
     names = {snapshot_name(part, one.std, step): (part, one) for part, ones in averages.items() for one in ones}

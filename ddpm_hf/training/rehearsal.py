@@ -86,8 +86,8 @@ def measure_pace(
     Returns: lines by their names.
     """
     left, update = plan.total - state.step, Updater(run, state)
-    seconds, spent = state.first_pass * len(plan.batches(state.step)), 0.0
-    for taken in range(1, MOST_STEPS + 1):
+    seconds, spent, taken = state.first_pass * len(plan.batches(state.step)), 0.0, 0
+    while taken < MOST_STEPS:
         expected = [spent + seconds > MOST_SECONDS]
         if broadcast_object_list(expected)[0]:  # a pass alone has told enough
             break
@@ -96,12 +96,16 @@ def measure_pace(
             fetched = [next(batches) for _ in plan.batches(state.step)]
         take_step(run, state, plan, fetched, compute_loss, update)
         state.step += 1
+        taken += 1
         spent += time.perf_counter() - begin
         seconds = spent / taken
+    # activations meet the optimizer's moments, which its first step makes, in the second
+    moments = 0 if taken > 1 else 2 * sum(one.nbytes for one in state.model.parameters() if one.requires_grad)
     long = run.device.type == "cpu" and seconds * left > LONG_ON_A_CPU
     return {
         "time": f"{pace(seconds, left)}, pictures and files on top" + (f"; long on a CPU: {advice}" if long else ""),
-        "peak": f"{peak_memory(run.device) / 2**20:,.0f} MiB of memory measured",
+        "peak": f"{(peak_memory(run.device) + moments) / 2**20:,.0f} MiB of memory measured"
+        + (", the moments of Adam added" if moments else ""),
     }
 
 

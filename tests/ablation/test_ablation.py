@@ -1,5 +1,6 @@
 """`ddpm-hf ablate`: runs, kills, changed plans, failures, and what it refuses before any work."""
 
+import contextlib
 import copy
 import csv
 import json
@@ -249,6 +250,24 @@ def test_chains_run_at_once(tmp_path):
         running.PAUSE = pause
     assert most == 2
     assert all(task.done for task in tasks)
+
+
+def test_what_another_ablation_did_meanwhile_is_not_done_again(tmp_path, monkeypatch):
+    """Else two ablations of one folder train its cells twice, the second over the first's files."""
+    task = Task("a", ["train"], tmp_path, tmp_path / "a.json", dict)
+    launcher = running.Launcher(tmp_path, (), 1, 0, print)
+    begun = []
+    monkeypatch.setattr(running.Launcher, "begin", lambda self, task, *more: begun.append(task) or running.Nothing())
+
+    @contextlib.contextmanager
+    def locked(folder, say):  # the other one finishes while this one waits
+        task.result.write_text('{"by": "the other"}')
+        yield ()
+
+    monkeypatch.setattr(running, "_locked", locked)
+    assert running.run_chains([Chain("a", tmp_path, [task])], 1, launcher) == []
+    assert begun == []
+    assert json.loads(task.result.read_text()) == {"by": "the other"}
 
 
 def test_students_interval_covers():

@@ -56,6 +56,11 @@ def test_changes_of_the_command_line_win_over_flags_and_not_over_axes(tmp_path):
     assert plan.cells[0].flags["num_epochs"] == "9"
     assert plan.cells[0].flags["loss_type"] == "l1"
     assert plan.cells[4].flags["num_epochs"] == "5"
+    plan = read_plan(tmp_path / "p.yaml", {"evaluate.num_samples": "7", "real.split": "test"})
+    assert plan.evaluate["num_samples"] == "7"
+    assert plan.real == {"split": "test"}
+    with pytest.raises(UsageError, match=r"--set grid\.x=1"):
+        read_plan(tmp_path / "p.yaml", {"grid.x": "1"})
 
 
 def test_a_plan_of_one_model_needs_no_grid(tmp_path):

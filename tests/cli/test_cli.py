@@ -143,7 +143,7 @@ def test_models_of_stock_are_sampled_too(run, tmp_path):
         (("sample", "MODEL", "--precision", "fp8"), ("fp8", "bf16")),
         (("sample", "MODEL", "--numimages", "3"), ("--numimages",)),
         (("sample", "MODEL", "--device", "toaster"), ("toaster",)),
-        (("sample",), ("model",)),
+        (("sample",), ("MODEL",)),
         (("draw", "MODEL"), ("draw",)),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else value,

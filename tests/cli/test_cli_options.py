@@ -475,4 +475,5 @@ def test_presets_lists_all(observe):
     """Else a preset is there that nobody finds."""
     from ddpm_hf.models.presets import MODEL_PRESETS
 
-    assert all(name in observe("presets").out for name in MODEL_PRESETS)
+    shown = observe("presets").out
+    assert all(name in shown for name in MODEL_PRESETS)

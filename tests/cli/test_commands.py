@@ -426,6 +426,8 @@ def test_the_package_runs_as_the_command(module, monkeypatch, capfd):
                 "evaluate",
                 "compare",
                 "restore",
+                "ablate",
+                "ema",
                 "fit-variance",
                 "fit-timesteps",
             },

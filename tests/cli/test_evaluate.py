@@ -239,7 +239,7 @@ def test_classes_are_sampled_as_often_as_they_occur(observe):
     from ddpm_hf.cli.evaluation_samples import conditions_of
 
     pipeline = SimpleNamespace(
-        class_ids=None, null_class=3, default_classes=[0, 1, 2],
+        has_classes=True, null_class=3, default_classes=[0, 1, 2],
         config=SimpleNamespace(id2label={str(i): name for i, name in enumerate(NAMES)}),
     )  # fmt: skip
     labels = np.array([0] * 5 + [1] * 3)

@@ -108,6 +108,10 @@ def test_restore_measures_a_trained_model(call):
     assert result[0] == 0, result[2]
     rows = json.loads((out / "restored.json").read_text())["images"]
     assert [row["image"] for row in rows] == ["0", "1"]
+    exact = [row["residual"] for row in rows]
+    result, out = call("restore x2 --task super-resolution --image full --degrade --sigma-y 0.05 --num-solutions 2")
+    noisy = [row["residual"] for row in json.loads((out / "restored.json").read_text())["images"]]
+    assert max(exact) < 0.5 * min(noisy)  # what is exact is kept
     assert all("psnr" in row for row in rows)
     assert (out / "comparison.png").is_file()
     result, out = call("restore paint --task inpaint --mask left --image full --degrade --num-solutions 1")
@@ -159,7 +163,7 @@ def test_push_shows_the_card_and_info_the_kind(call):
     """Else a published model does not say what it is given."""
     result, _ = call("push x2 user/x2 --dry-run", ())
     assert result[0] == 0, result[2]
-    for word in ('pipeline(Image.open("input.png"))', "pipeline_tag: image-to-image", "--image input.png",
+    for word in ('pipeline(Image.open("input.png")', "pipeline_tag: image-to-image", "--image input.png",
                  "conditioning_ddpm_hf.py", "image_to_image_ddpm_hf.py"):  # fmt: skip
         assert word in result[1]
     result, _ = call("info x2", ())

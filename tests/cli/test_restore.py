@@ -2,6 +2,7 @@
 
 import json
 
+import huggingface_hub.constants
 import numpy as np
 import pytest
 from PIL import Image
@@ -44,6 +45,7 @@ def restore(shop, tmp_path, run, monkeypatch):
 
     def call(words, out="out"):
         monkeypatch.chdir(shop)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # else it is asked again and again
         return run("restore", *words.split(), "--steps", 2, "--out", tmp_path / out), tmp_path / out
 
     return call

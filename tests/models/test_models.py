@@ -9,10 +9,13 @@ from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention
 
 from ddpm_hf.data.flags import DataFlags
+from ddpm_hf.models.diffusion import make_scheduler
 from ddpm_hf.models.flags import UNetFlags
 from ddpm_hf.models.presets import MODEL_PRESETS, preset_unet_config
+from ddpm_hf.models.recipes import EMBEDDED_RECIPE
 from ddpm_hf.models.sizes import DEFAULT_UNET, model_size, settle_resolution
 from ddpm_hf.models.unet import build_unet, stock_unet_defaults, time_blindness
+from ddpm_hf.objectives.flags import ObjectiveFlags, ScheduleFlags
 from ddpm_hf.portable.acceleration_ddpm_hf import AttentionBySize, choose_attention
 from ddpm_hf.portable.sampling_ddpm_hf import downscaling
 from ddpm_hf.portable.scheduling_ddpm_hf import DDPMScheduler
@@ -20,6 +23,7 @@ from tests.support import ROOT
 from tests.support.runs import parse
 
 SMALL = [name for name in MODEL_PRESETS if name.startswith("small-")]
+OURS = ["large-64"]  # after no paper
 PUBLISHED = {
     # name: widths, blocks, attention at, dropout, learning rate, warm-up, batch, steps, schedule, T, variance, clip,
     # parameters (the ADM rows with 1000 classes)
@@ -53,7 +57,7 @@ def parameters(model: torch.nn.Module) -> int:
 
 def test_every_published_preset_is_compared_here():
     # Breaks if a preset is added that nobody compared with its paper.
-    assert set(MODEL_PRESETS) == {*SMALL, *PUBLISHED}
+    assert set(MODEL_PRESETS) == {*SMALL, *OURS, *PUBLISHED}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -107,6 +111,22 @@ def test_a_small_preset_says_its_size(name):
     assert parameters(on_meta(preset_unet_config(name))) == pytest.approx(said * 1e6, rel=0.06)
     side = int(name.partition("-")[2])
     assert preset_unet_config(name)["sample_size"] == side
+
+
+@pytest.mark.parametrize("name", [name for name in SMALL if MODEL_PRESETS[name].recipe])
+def test_a_small_presets_recipe_amplifies_no_error(name):
+    # Breaks if an error of the output becomes a larger one of the predicted image, which shifts colours; and if the
+    # embedded recipe, which chooses a small preset by itself, is overruled by that preset's.
+    config = parse(["--model_preset", name, "--train_data_dir", "data"])
+    flags = config[ScheduleFlags], config[ObjectiveFlags]
+    times, one = torch.arange(1000), torch.ones(1000, 1)
+    _, factors = make_scheduler(*flags).x0_coefficients(times, one)
+    assert factors.abs().max() <= 1
+    _, of_epsilon = DDPMScheduler().x0_coefficients(times, one)
+    assert of_epsilon.abs().max() == pytest.approx(157, abs=1)
+    assert config.use_ema
+    assert parse([]).model_preset == "small-16"
+    assert {flag: getattr(parse([]), flag) for flag in EMBEDDED_RECIPE} == EMBEDDED_RECIPE
 
 
 @pytest.mark.parametrize("name", MODEL_PRESETS)

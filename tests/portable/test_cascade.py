@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 
 import diffusers
 import numpy as np
@@ -22,6 +20,7 @@ from ddpm_hf import (
 from ddpm_hf.inference.samplers import SAMPLERS, schedulers_of, swapped
 from ddpm_hf.portable.acceleration_ddpm_hf import AttentionBySize
 from ddpm_hf.portable.conditioning_ddpm_hf import Conditioning
+from tests.support import warm
 from tests.support.fixtures_hub import WITHOUT, bare_environment
 from tests.support.fixtures_pipeline import tiny_unet
 from tests.support.runs import read
@@ -181,9 +180,8 @@ def test_one_folder_holds_the_chain_and_loads_anywhere(tmp_path):
     assert index["scheduler_2"] == ["diffusers", "DDPMScheduler"]
     assert index["conditioning_noise"] == {"unet_2": 0.3}
     assert "unet_3" not in index
-    command = [sys.executable, "-I", "-c", STRANGER, str(tmp_path)]
-    environment = bare_environment(tmp_path / "home")
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    env = bare_environment(tmp_path / "home")
+    done = warm.run("-c", STRANGER, tmp_path, cwd=tmp_path, env=env, isolated=True)
     assert done.returncode == 0, done.stderr
     assert all(one.startswith("diffusers_modules") for one in json.loads(done.stdout.splitlines()[-1]).values())
     for name, what in (("two", ["dog"]), ("three", 2)):

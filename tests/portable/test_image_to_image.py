@@ -3,8 +3,6 @@
 import json
 import math
 import re
-import subprocess
-import sys
 
 import diffusers
 import numpy as np
@@ -16,6 +14,7 @@ from ddpm_hf import DDPMImageToImagePipeline, DDPMScheduler, load
 from ddpm_hf.portable.conditioning_ddpm_hf import Conditioning, shifted_to_mean
 from ddpm_hf.portable.guidance_ddpm_hf import classifier_free_guidance
 from ddpm_hf.portable.networks_ddpm_hf import build_unet
+from tests.support import warm
 from tests.support.fixtures_hub import WITHOUT, bare_environment
 from tests.support.fixtures_pipeline import tiny_unet, tiny_unet_config
 from tests.support.runs import read
@@ -257,9 +256,8 @@ def test_a_published_folder_loads_with_and_without_the_package(tmp_path):
     assert index["_class_name"] == ["pipeline_image_to_image_ddpm_hf", "DDPMImageToImagePipeline"]
     assert index["conditioning"] == TASKS["super-resolution"].config()
     assert index["unet"] == ["diffusers", "UNet2DModel"]
-    command = [sys.executable, "-I", "-c", STRANGER, str(tmp_path), str(tmp_path)]
-    environment = bare_environment(tmp_path / "home")
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    env = bare_environment(tmp_path / "home")
+    done = warm.run("-c", STRANGER, tmp_path, tmp_path, cwd=tmp_path, env=env, isolated=True)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.splitlines()[-1])
     for name, pipeline in pipelines.items():

@@ -16,6 +16,7 @@ from ddpm_hf.portable.linear_ddpm_hf import FunctionOperator
 from ddpm_hf.portable.operators_ddpm_hf import OPERATORS
 from ddpm_hf.portable.restoration_ddpm_hf import (
     METHODS,
+    OVERRELAXED,
     Options,
     Problem,
     estimate_sigma,
@@ -134,15 +135,20 @@ def test_time_travel_and_start_take_the_steps_that_they_say():
     pipeline, operator = restorer(), OPERATORS["half"]((1, 8, 8))
     y = operator.forward(randn(1, 1, 8, 8))
     with calls_of(pipeline.unet, lambda inputs, more: int(inputs[1])) as seen:
-        restore(pipeline, operator, y, steps=5)
+        restore(pipeline, operator, y, steps=5, method="pigdm")
         restore(pipeline, operator, y, steps=5, start=0.5)
         restore(pipeline, operator, y, steps=4, time_travel=(2, 3))
+        restore(pipeline, operator, y, steps=12)
     angles = torch.arccos(pipeline.scheduler.exact_tables.alphas_cumprod.sqrt())
     assert (seen[0], seen[4], seen[5], seen[9]) == (49, 0, 24, 0)
     for few in (seen[:5], seen[5:10]):  # even in arccos √ᾱ, but for whole timesteps
         assert float(angles[few].diff().std()) < 0.6 * float(angles.diff().mean())
-    assert seen[10:12] * 3 + seen[16:] == seen[10:]
-    assert len(seen) == 18
+    assert seen[10:12] * 3 + seen[16:18] == seen[10:18]
+    assert len(seen) == 18 + 12
+    few, seen = seen[18:], seen[:18]
+    assert few[0] == T - 1
+    assert float(torch.tan(angles[few[1]])) <= 2.1  # ρ: no steps are lost where x̂_0 hardly varies
+    assert float(angles[few[1:]].diff().std()) < 0.6 * float(angles.diff().mean())
     plan = plan_chain(list(range(9, -1, -1)), 3, 2)
     assert all(up == following[0] for (_, _, up), following in itertools.pairwise(plan))
 
@@ -155,12 +161,13 @@ def test_rounds_end_where_y_has_the_noise_that_the_chain_has():
         restore(pipeline, operator, y, sigma, "gibbs", steps=40)
     assert len(seen) == 40 == len(pipeline.scheduler.timesteps)
     starts = [seen[0], *(after for before, after in itertools.pairwise(seen) if after > before)]
-    assert len(starts) == 5  # of 8 steps each
+    assert len(starts) == 8  # of 5 steps each
     assert starts[0] == T - 1
     alphas = pipeline.scheduler.exact_tables.alphas_cumprod
     rho = ((1 - alphas) / alphas).sqrt()
     assert float(rho[starts[-1]]) <= sigma / 0.5 < float(rho[starts[-1] + 1])
-    assert seen[-1] == 0
+    last = torch.arctan(rho[seen[-5:]])
+    assert float((last / last[0] - torch.arange(1, 0, -0.2)).abs().max()) < 0.06  # even, with the step to x_0
 
 
 def test_the_way_up_samples_what_the_joint_distribution_of_x_and_y_says():
@@ -175,12 +182,19 @@ def test_the_way_up_samples_what_the_joint_distribution_of_x_and_y_says():
     mean = torch.linalg.solve(
         precision, x_start.flatten() / rho**2 + matrix.mT @ torch.linalg.solve(rest, problem.y.flatten())
     )
-    alpha_bar = 1 / (1 + rho**2)
-    up = lambda noise: renoised_given_y(problem, x_start, alpha_bar, noise).flatten(1) / math.sqrt(alpha_bar)  # noqa: E731
-    still = up(torch.zeros(1, 1, 4, 4))
+    alpha_bar, nothing = 1 / (1 + rho**2), torch.zeros(1, 1, 4, 4)
+
+    def up(noise, before):
+        way = (math.sqrt(alpha_bar) * before.reshape(-1, 1, 4, 4), alpha_bar)
+        further = alpha_bar * (1 + 1e-7)  # the same level, but for what makes it a way down
+        return renoised_given_y(problem, x_start, further, noise, way).flatten(1) / math.sqrt(alpha_bar)
+
+    still = up(nothing, mean)
     torch.testing.assert_close(still[0], mean, atol=1e-4, rtol=1e-4)
-    spread = up(torch.eye(16).reshape(16, 1, 4, 4)) - still
-    torch.testing.assert_close(spread.mT @ spread, torch.linalg.inv(precision), atol=1e-4, rtol=1e-3)
+    spread, shift = up(torch.eye(16).reshape(16, 1, 4, 4), mean) - still, randn(16)
+    kept = 1 - OVERRELAXED**2
+    torch.testing.assert_close(spread.mT @ spread, kept * torch.linalg.inv(precision), atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(up(nothing, mean + shift)[0] - mean, -OVERRELAXED * shift, atol=1e-4, rtol=1e-3)
 
 
 def test_a_start_is_the_noised_pseudo_inverse():

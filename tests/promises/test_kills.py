@@ -20,9 +20,9 @@ def kill(*words, seconds=900):
 def test_killed_runs_lose_nothing(tmp_path):
     """Else a job that is killed while it trains or saves ends as another model, or cannot go on."""
     _, kills, saving, compared = kill(
-        "--kills", "4", "--configurations", "by class", "--folder", str(tmp_path / "runs")
+        "--kills", "3", "--configurations", "by class", "--folder", str(tmp_path / "runs")
     )
-    assert kills >= 4
+    assert kills >= 3  # one at each kind of moment
     assert saving >= 1
     assert compared >= 1
 

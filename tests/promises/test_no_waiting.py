@@ -10,16 +10,18 @@ from unittest import mock
 import pytest
 import torch
 from accelerate.utils import DistributedType
+from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_hf.common.randomness import counted_normal
 from ddpm_hf.training import loop
 from ddpm_hf.training.loop import take_step
+from ddpm_hf.training.post_hoc import read_snapshots
 from ddpm_hf.training.update import DeviceUpdate, device_decides
 from tests.support.faults import poisoned
 from tests.support.runs import assert_same_tensors, attempt, records, train, weights
 
-FLAGS = {"use_ema": True, "max_train_steps": 12, "checkpointing_steps": 12}
+FLAGS = {"use_ema": True, "ema_snapshot_steps": 12, "max_train_steps": 12, "checkpointing_steps": 12}
 
 
 class Reads(TorchDispatchMode):
@@ -38,6 +40,9 @@ def assert_alike(ours: Path, theirs: Path) -> None:
     """Two runs are the same but for rounding: rates are float32, and averages computed by other operations."""
     for one in ("unet", "checkpoint-12/unet", "checkpoint-12/unet_ema"):
         assert_same_tensors(weights(ours, one), weights(theirs, one), atol=5e-6)
+    snapshots = [read_snapshots(one) for one in (ours, theirs)]
+    for mine, other in zip(*snapshots, strict=True):
+        assert_same_tensors(load_file(mine.path), load_file(other.path), atol=5e-6)
     for mine, other in zip(records(ours), records(theirs), strict=True):
         assert mine == pytest.approx(other, rel=1e-5)
 
@@ -110,8 +115,8 @@ def test_an_average_elsewhere_lets_the_host_decide(place):
     accelerator = SimpleNamespace(scaler=None, distributed_type=DistributedType.NO)
     optimizer = SimpleNamespace(optimizer=SimpleNamespace(defaults={"fused": True}))
     run = SimpleNamespace(device=torch.device("cuda"), accelerator=accelerator)
-    assert device_decides(run, SimpleNamespace(optimizer=optimizer, emas={"unet": ema})) == (place == "cuda")
-    assert device_decides(run, SimpleNamespace(optimizer=optimizer, emas={}))
+    assert device_decides(run, SimpleNamespace(optimizer=optimizer, averages=[(ema, None)])) == (place == "cuda")
+    assert device_decides(run, SimpleNamespace(optimizer=optimizer, averages=[]))
 
 
 def test_a_run_that_diverges_on_the_device_ends_with_what_came_before(shop, tmp_path):

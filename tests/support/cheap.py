@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import typer.main
 
 from ddpm_hf.publishing.card import illustrations, sections
@@ -16,6 +17,12 @@ from ddpm_hf.training import parsing
 def without_waiting_for_disks() -> None:
     """Tests kill processes, and never the machine: no file has to reach the disk, a tenth of a tiny run's time."""
     os.fsync = lambda handle: None
+
+
+def without_onednn() -> None:
+    """Networks of a few channels spend half of their time in oneDNN's preparations; `make test-isa` has them."""
+    if not os.environ.get("ONEDNN"):
+        torch.backends.mkldnn.enabled = False
 
 
 def one_card() -> Iterator[tuple[Any, str, Callable]]:
@@ -56,5 +63,6 @@ def one_parser() -> Iterator[tuple[Any, str, Callable]]:
 def install() -> None:
     """All of it, in a process of its own."""
     without_waiting_for_disks()
+    without_onednn()
     for place, name, new in [*one_card(), *one_parser()]:
         setattr(place, name, new)

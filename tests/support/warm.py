@@ -3,7 +3,7 @@
 For tests of what a program does in a process of its own. A program has its own arguments, environment, folder and
 streams, and no module of ours or of Hugging Face, which read the environment when they are imported; only a `resident`
 program shares those too. That programs start, and what they import, is tested with new processes; with
-`NEW_PROCESSES=1`, and where there is no `fork`, all of them are new.
+`NEW_PROCESSES=1` (and `ONEDNN=1`), and where there is no `fork`, all of them are new.
 """
 
 import atexit
@@ -169,6 +169,8 @@ def _serve(connection: socket.socket, resident: bool = False) -> None:
         sys.path.insert(0, str(ROOT))
     for name in RESIDENT if resident else LIBRARIES:
         importlib.import_module(name)
+    if not os.environ.get("ONEDNN"):  # as in the tests themselves
+        sys.modules["torch"].backends.mkldnn.enabled = False
     gc.freeze()  # so that forks share the memory
     below = None
     for line in connection.makefile("r"):

@@ -145,7 +145,7 @@ def test_each_suggestion_is_a_flag_and_a_value_that_the_program_takes(program):
     for name, instead in parser.meanings.items():
         if instead.startswith("accelerate launch"):
             continue
-        flags = re.findall(r"--(\w+)(?: (\w+))?", instead)
+        flags = re.findall(r"--(\w+)(?: ([\w-]+))?", instead)
         assert flags, instead
         for flag, value in flags:
             assert flag in parser.flags() | {"config"}, f"{name}: {instead}"

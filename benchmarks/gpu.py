@@ -36,6 +36,7 @@ SMALL = {
 TINY = {**SMALL, "sample_size": 16, "block_out_channels": (16, 16, 16), "layers_per_block": 1}
 # name: arguments of UNet2DModel, batch, flags of ours
 NETWORKS = {
+    "tiny": (TINY, 4, ()),  # does it run?
     "small": (SMALL, 64, ()),
     "medium": ({**SMALL, "block_out_channels": (64, 128, 128)}, 64, ()),
     "cifar10": (MODEL_PRESETS["ddpm-cifar10"].unet, 128, ()),

@@ -117,12 +117,14 @@ class Program:
 def measure(flags: argparse.Namespace, name: str, precision: str) -> dict:
     """The programs' seconds a step on one of `NETWORKS`, and their ratios to ours."""
     network, batch, _ = NETWORKS[name]
+    network = {**network, "in_channels": 3, "out_channels": 3}  # Diffusers' script makes all images RGB
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         programs: dict[str, Program] = {}
         for one in ("images", "ours", "theirs", "lucidrains"):
             (root / one).mkdir()
-        write_images(root / "images", 4 * batch, network["in_channels"], network["sample_size"])
+        count = batch * (flags.block * flags.rounds + 5)  # no epoch ends, whose pictures would be measured
+        write_images(root / "images", count, network["in_channels"], network["sample_size"])
         (root / "config.json").write_text(UNet2DModel(**network).to_json_string())
         words = [
             *("--train_data_dir", root / "images", "--resolution", network["sample_size"], "--use_ema"),

@@ -138,7 +138,7 @@ class Table:
         networks, chains = ({getattr(one, part) for one in self.columns} - {""} for part in ("network", "chain"))
         parts = [part for part, all in ((key.network, networks), (key.chain, chains)) if part and len(all) > 1]
         name = f"{LIKELIHOOD} ↓" if key.metric == LIKELIHOOD else label(key.metric)
-        return name + (f" ({', '.join(parts)})" if parts else "")
+        return name + (f" ({', '.join(parts)})" if parts else "").replace(":{classifier}", "")
 
     def best(self, key: Key) -> str | None:
         """The name of the cell whose interval is better than all others'; None if there is none."""

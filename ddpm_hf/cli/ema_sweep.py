@@ -54,6 +54,7 @@ def compare_widths(
     from ..evaluation.report import check_out, write_report
 
     check_out(out)
+    pipeline.set_progress_bar_config(disable=True)  # the images have a bar
     shape = (pipeline.image_channels, *pipeline.image_size)
     data = read_data(DataOptions(options.dataset, token=clean_token(options.token)), run, shape)
     names = read_metrics(options.metrics, None)

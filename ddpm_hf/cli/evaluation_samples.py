@@ -151,7 +151,8 @@ def fit_of(scheduler: "SchedulerMixin") -> str:
 
     used: Any = None
     if isinstance(scheduler, DDPMScheduler) and scheduler.variance_type == FITTED:
-        used = scheduler.x_start_variances.tolist()
+        variances = scheduler.x_start_variances
+        used = None if variances is None else variances.tolist()
     if isinstance(scheduler, EpsilonMultistepScheduler) and scheduler.fits == "required":
         used = scheduler.timesteps.tolist(), scheduler.weights
     return hashlib.sha256(json.dumps(used).encode()).hexdigest()[:16] if used else ""

@@ -124,8 +124,8 @@ def measure_moments(
     if not np.isfinite(each).all():
         node = nodes[int(np.argmin(np.isfinite(each).all(axis=(0, 2))))]
         raise DataError(f"the network's output is not finite at t={node}")
-    deviations = each.std(axis=2, ddof=1) / images**0.5
-    return Moments(np.array(nodes), *each.mean(axis=2), *deviations, norm / images, images)
+    (error, epsilon_norm), deviations = each.mean(axis=2), each.std(axis=2, ddof=1) / images**0.5
+    return Moments(np.array(nodes), error, epsilon_norm, deviations[0], deviations[1], norm / images, images)
 
 
 def fit_variances(scheduler: DDPMScheduler, moments: Moments, estimate: str = "error") -> FittedVariances:

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Diffusers' train_unconditional.py where a user says nothing
 DIFFUSERS = {
     "learning_rate": 1e-4, "lr_scheduler": "cosine", "lr_warmup_steps": 500, "adam_beta1": 0.95,
-    "adam_weight_decay": 1e-6, "use_ema": False,
+    "adam_weight_decay": 1e-6, "use_ema": False, "prediction_type": "epsilon",
 }  # fmt: skip
 WEIGHTINGS, OPTIMIZERS = ("min_snr", "soft_min_snr", "p2", "debiased"), ("muon", "soap", "schedulefree")
 # Flags of a row; the preset's recipe decides the others

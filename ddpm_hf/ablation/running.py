@@ -78,8 +78,13 @@ def run_chains(
             while waiting or running:
                 free = [slot for slot in range(processes) if slot not in {one.slot for one in running}]
                 while waiting and free:
-                    chain, slot = waiting.popleft(), free.pop(0)
-                    task = next(task for task in chain.tasks if not task.done)
+                    chain = waiting.popleft()
+                    task = next((task for task in chain.tasks if not task.done), None)
+                    if task is None:  # another ablation of this folder did it
+                        finished(chain)
+                        bar.update(1)
+                        continue
+                    slot = free.pop(0)
                     running.append(_Running(chain, task, start(task, slot), slot))
                 if time.monotonic() - shown > often:
                     shown = time.monotonic()

@@ -128,7 +128,7 @@ class Evaluations:
         for index, network in enumerate(self.plan.networks if self.plan.evaluate is not None else ()):
             options = {**self.dataset, **more, **(self.plan.evaluate or {})}
             # the likelihood reads no features: once is enough
-            omitted = leave_out + (("likelihood_calls", "likelihood_images") if index else ())
+            omitted = leave_out + (("likelihood_calls", "likelihood_steps", "likelihood_images") if index else ())
             options = {name: value for name, value in options.items() if name not in omitted}
             options["features"] = network.replace("{classifier}", self.classifier or "")
             decisive = {name: value for name, value in options.items() if name not in OF_THE_MACHINE}
@@ -191,8 +191,9 @@ def real_chain(images: Path, count: int, evaluations: Evaluations, size: list[st
     """
     folder = images.with_suffix("")
     omitted = (
-        "sampler", "steps", "sweep", "eta", "num_samples", "likelihood_calls", "likelihood_images", "class_", "prompt",
-        "ema", "guidance_scale", "guidance_rescale", "guidance_interval", "precision", "acceleration",
+        "sampler", "steps", "sweep", "eta", "num_samples", "likelihood_calls", "likelihood_steps", "likelihood_images",
+        "class", "class_", "prompt", "ema", "guidance_scale", "guidance_rescale", "guidance_interval", "precision",
+        "acceleration",
     )  # fmt: skip
     measured = evaluations.tasks(str(images), "real images", folder, {}, omitted)
     for task in measured.values():

@@ -54,7 +54,7 @@ def read_document(file: Path) -> Document:
         budget = iter(range(MOST_NODES))
         document.values = _plain(root, (), document, budget)
         document.typed = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
         if isinstance(error, UsageError):
             raise
         mark = getattr(error, "problem_mark", None)
@@ -78,10 +78,10 @@ def _plain(node: yaml.Node, path: Keys, document: Document, budget: Iterator[int
         return found
     values: dict[str, Any] = {}
     for key, value in node.value:
-        name = str(key.value)
-        document.lines[(*path, name)] = key.start_mark.line + 1
         if not isinstance(key, yaml.ScalarNode):
             raise document.error(path, "has a key that is not a text")
+        name = str(key.value)
+        document.lines[(*path, name)] = key.start_mark.line + 1
         if name in values:
             raise document.error((*path, name), "is there twice")
         values[name] = _plain(value, (*path, name), document, budget)

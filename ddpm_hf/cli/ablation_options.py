@@ -74,6 +74,9 @@ def _words_of(parameter: Any, value: Any) -> list[str]:
     flag = parameter.opts[0]
     if value is None:
         return []
+    several = parameter.multiple or parameter.nargs > 1 or _plain(flag) == "metrics"
+    if isinstance(value, dict) or (isinstance(value, list) and not several):
+        raise UsageError(f"{flag}: must be one value")
     if getattr(parameter, "is_flag", False):
         return [flag] if str(value).lower() in ("true", "on", "yes") else list(parameter.secondary_opts[:1])
     values = value if isinstance(value, list) else [value]

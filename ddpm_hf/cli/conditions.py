@@ -88,7 +88,7 @@ def read_conditions(
             )
         options |= free_guidance(scale, rescale, interval)
         return _by_class(classes, class_names(pipeline), pipeline.default_classes, options)
-    _check_nofree_guidance(classes, scale, rescale, interval, guide)
+    _check_no_free_guidance(classes, scale, rescale, interval, guide)
     if guide is None:
         return Conditions()
     return _by_class(classes, class_names(guide), guide.config.get("trained_classes"), options, by_keyword=True)
@@ -156,7 +156,7 @@ def _check_no_classifier_scale(classifier_scale: float | None) -> None:
         )
 
 
-def _check_nofree_guidance(
+def _check_no_free_guidance(
     classes: Sequence[str] | None, scale: float, rescale: float, interval: tuple[int, int] | None, guide: Any
 ) -> None:
     """Raise ValueError for classes and guidance that require a class-conditional model."""

@@ -60,6 +60,7 @@ def ema(
     beside the run's own weights, and writes no model.
     """
     from ..common.arguments import check_word
+    from ..common.layout import holds_run
     from ..inference.loading import load
     from ..training.earlier_run import settle
     from ..training.post_hoc import Averages
@@ -73,6 +74,8 @@ def ema(
     out = out or Path(f"{run.rstrip('/')}-ema-{'sweep' if std is None else f'{std:g}'}")
     if out.resolve() == Path(run).resolve():
         raise UsageError(f"--out {out}: is the run's own folder, whose weights would be lost; name another")
+    if std is not None and holds_run(out):
+        raise UsageError(f"--out {out}: holds a training run, which stays; name another folder")
     quiet()
     settle(run)
     averages = Averages(Path(run), step)

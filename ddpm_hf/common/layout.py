@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .checkpoints import SETTINGS, is_complete
+from .checkpoints import SETTINGS, is_complete, list_checkpoints
 
 RUN_FILE, RESULTS_FILE = "run.json", "evaluation.json"
 METRICS_FILE, TIMINGS_FILE = "metrics.jsonl", "timings.jsonl"
@@ -170,3 +170,8 @@ def matching(folder: Path, pattern: str) -> list[str]:
     paths = folder.glob(bare.replace("#", "*")) if set(bare) & set("*#") else [folder / bare]
     names = [path.relative_to(folder).as_posix() for path in paths if os.path.lexists(path)]
     return sorted(name + pattern[len(bare) :] for name in names if re.fullmatch(expression, name))
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a folder has what a training writes besides its model: checkpoints, or its log."""
+    return bool(list_checkpoints(folder)) or (folder / METRICS_FILE).exists()

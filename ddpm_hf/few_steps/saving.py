@@ -8,6 +8,7 @@ from diffusers import DiffusionPipeline
 
 from ..common.errors import UsageError
 from ..common.files import read_json, write_atomically
+from ..common.layout import holds_run
 from ..common.ownership import claim_files
 from ..models.saving import save_pipeline
 
@@ -24,6 +25,8 @@ def check_target(model: str, out: Path | None) -> None:
         )
     if out is not None and out.exists() and not out.is_dir():
         raise UsageError(f"--out {out}: is a file; give a folder")
+    if out is not None and holds_run(out):
+        raise UsageError(f"--out {out}: holds a training run, which stays; name another folder")
 
 
 def save_fit(model: str, pipeline: DiffusionPipeline, fit: dict[str, Any], out: Path | None) -> Path:

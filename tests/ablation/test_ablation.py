@@ -157,6 +157,8 @@ def test_a_cell_that_fails_does_not_stop_the_others(start, place):
         ({"evaluate": {"out": "x"}}, "evaluate.out:", "unknown option"),
         ({"evaluate": {"features": "magic"}}, "evaluate.features:", "magic"),
         ({"evaluate": {"sweep": "ddim"}}, "evaluate.sweep:", "SAMPLER:STEPS"),
+        ({"evaluate": {"steps": [10]}}, "evaluate.steps:", "one value"),
+        ({"evaluate": {"metrics": {"fid": 1}}}, "evaluate.metrics:", "one value"),
         ({"evaluate": {"protocol": "mine"}}, "evaluate.protocol:", "mine"),
         ({"classifier": {"label": "x"}, "evaluate": {}}, "classifier.label:", "unknown setting"),
     ],
@@ -268,6 +270,20 @@ def test_what_another_ablation_did_meanwhile_is_not_done_again(tmp_path, monkeyp
     assert running.run_chains([Chain("a", tmp_path, [task])], 1, launcher) == []
     assert begun == []
     assert json.loads(task.result.read_text()) == {"by": "the other"}
+
+
+def test_a_cell_that_another_ablation_did_is_left_out(tmp_path):
+    """Else the ablation ends with a traceback when its turn comes."""
+    tasks = [Task(name, [], tmp_path, tmp_path / f"{name}.json", dict) for name in "ab"]
+    begun = []
+
+    def start(task, slot):
+        begun.append(task.title)
+        tasks[1].finish()  # meanwhile, another process
+        return running.Nothing()
+
+    assert running.run_chains([Chain(one.title, tmp_path, [one]) for one in tasks], 1, start) == []
+    assert begun == ["a"]
 
 
 def test_students_interval_covers():

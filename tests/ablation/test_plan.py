@@ -102,6 +102,13 @@ def test_a_mistake_is_found_by_its_line(tmp_path, text, line, says):
     assert says in str(error.value)
 
 
+@pytest.mark.parametrize("value", ["!!int ''", "!!bool maybe", "!!timestamp x"])
+def test_a_value_that_its_tag_does_not_allow(tmp_path, value):
+    """Else what the parser raises is a traceback."""
+    with pytest.raises(UsageError, match="not YAML"):
+        read_plan(write_plan(tmp_path / "p.yaml", f"flags: {{a: {value}}}"))
+
+
 def test_aliases_do_not_make_a_small_file_endless(tmp_path):
     """Else ten lines of YAML take all memory."""
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]

@@ -169,6 +169,7 @@ REFUSED = {
     "ema {shop}/run --std 0.005": ("0.005", "9 steps", "--ema_snapshot_steps"),
     "ema {shop}/run --std 0.05 --step 10": ("--step 10", "1 to 9"),
     "ema {shop}/run --std 0.05 --out {shop}/run": ("--out", "another"),
+    "ema {shop}/run --std 0.05 --out {shop}/plain": ("--out", "plain", "training run"),
     "ema {shop}/plain --std 0.05": ("ema-snapshots", "--ema_snapshot_steps"),
     "ema {shop}/others --std 0.05": ("others", "model_index.json"),
     "ema {shop}/run --sweep 0.05 --metrics none": ("--metrics none",),

@@ -273,6 +273,7 @@ REFUSED = {
     "fit-timesteps {shop}/fitted --calls 4 --objective likelihood --seed 1": ("--seed 1", "pictures"),
     "fit-timesteps {shop}/text --calls 4": ("text",),
     "fit-timesteps {shop}/checkpoint-2 --calls 4": ("checkpoint-2", "--out"),
+    "fit-timesteps {shop}/plain --calls 4 --out {shop}": ("--out", "training run"),
     "fit-timesteps {shop}/plain --calls 4 --device meta": ("--device meta", "cpu"),
     "fit-timesteps {shop}/plain --calls 4 --token a~b": ("token",),
 }

@@ -78,16 +78,20 @@ class ImageToImageMixin(SamplingMixin, ClassesMixin):
             if len({one.shape for one in arrays}) > 1:
                 raise ValueError("the images have several sizes; give them one by one")
             y = torch.from_numpy(np.stack(arrays)).movedim(-1, 1).float() / 255
-        elif several and all(isinstance(one, (torch.Tensor, np.ndarray)) for one in several):
+        elif several and all(isinstance(one, (torch.Tensor, np.ndarray)) and one.ndim in (3, 4) for one in several):
             parts = [
                 torch.as_tensor(one) if isinstance(one, torch.Tensor) else torch.from_numpy(one).movedim(-1, -3)
                 for one in several
             ]
+            if len({one.shape[-3:] for one in parts}) > 1:
+                raise ValueError("the images have several sizes; give them one by one")
             y = torch.cat([one[None] if one.ndim == 3 else one for one in parts]).float()
             if not (y.numel() and float(y.min()) >= 0 and float(y.max()) <= 1):  # also NaN
                 raise ValueError("the image must have values in [0, 1]")
         else:
-            raise ValueError("the image must be a PIL image, an array or a tensor, or a list of these")
+            raise ValueError(
+                "the image must be a PIL image, an array or tensor of 3 or 4 dimensions, or a list of these"
+            )
         wrong = y.ndim != 4 or y.shape[1] != channels or not len(y)
         if wrong or (height is not None and tuple(y.shape[2:]) != (height, width)):
             size = "any size" if height is None else f"{height}x{width} pixels"

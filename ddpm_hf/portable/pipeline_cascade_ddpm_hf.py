@@ -256,6 +256,9 @@ class DDPMCascadePipeline(SamplingMixin, ClassesMixin, AccelerationMixin, Portab
         if self.has_classes:
             labels = self.class_ids(self.default_classes if samples is None else samples)
             count = len(labels)
+            without = self.null_class is not None and bool((labels == self.null_class).any())
+            if without and any(stage.has_classes and stage.null_class is None for stage in uppers):
+                raise ValueError("a model of the cascade always has a class; give classes, not None")
         if guidance_scale != 1.0 and (labels is None or self.null_class is None):
             raise ValueError(
                 f"guidance_scale={guidance_scale} needs a cascade by class that also learned no class"

@@ -111,6 +111,8 @@ class DDPMRestorationPipeline(SamplingMixin, AccelerationMixin, PortablePipeline
             raise ValueError(
                 f"{type(pipeline).__name__} has no unet and scheduler; restoration requires a DDPMPipeline"
             )
+        if hasattr(pipeline, "conditioning") or hasattr(pipeline, "conditionings"):
+            raise ValueError("restoration requires a model that reads x_t alone; this one reads an image too")
         parts = {name: pipeline.config.get(name) for name in ("id2label", "trained_classes")}
         parts["vae"] = getattr(pipeline, "vae", None)
         return cls(pipeline.unet, pipeline.scheduler, **{**parts, **kwargs})
@@ -227,6 +229,8 @@ class DDPMRestorationPipeline(SamplingMixin, AccelerationMixin, PortablePipeline
         if not (isinstance(num_inference_steps, numbers.Integral) and num_inference_steps >= 1):
             raise ValueError(f"num_inference_steps={num_inference_steps!r}: must be a whole number of 1 or more")
         top = self.restoration_timesteps(1, start)[0]
+        if top and self.scheduler.exact_tables.alphas_cumprod[top] == 0:
+            top -= 1  # with zero terminal SNR x_T says nothing of x_0, and the way up divides by √ᾱ
         angles = torch.arccos(self.scheduler.exact_tables.alphas_cumprod.sqrt()).numpy()
         low = min(max(math.atan(least), angles[0]), angles[top])
         chains = []

@@ -366,7 +366,10 @@ class SamplingMixin(MixinBase):
 
         `pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)` is the way back.
         """
-        self.scheduler = EpsilonMultistepScheduler.from_config(self.scheduler.config)
+        for name in getattr(self, "scheduler_names", ("scheduler",)):  # a cascade has one for each stage
+            scheduler = getattr(self, name)
+            if scheduler is not None:
+                setattr(self, name, EpsilonMultistepScheduler.from_config(scheduler.config))
 
     def ddpm_scheduler(self) -> DDPMScheduler:
         """Our scheduler over the sampler's diffusion, for its formulas: the sampler itself where it is ours."""

@@ -20,6 +20,7 @@ from ddpm_hf import (
 from ddpm_hf.inference.samplers import SAMPLERS, schedulers_of, swapped
 from ddpm_hf.portable.acceleration_ddpm_hf import AttentionBySize
 from ddpm_hf.portable.conditioning_ddpm_hf import Conditioning
+from ddpm_hf.portable.multistep_ddpm_hf import EpsilonMultistepScheduler
 from tests.support import warm
 from tests.support.fixtures_hub import WITHOUT, bare_environment
 from tests.support.fixtures_pipeline import tiny_unet
@@ -86,6 +87,9 @@ def test_classes_go_through_the_stages_that_know_them():
     assert len(cascade(num_inference_steps=2).images) == 2  # each class once
     with pytest.raises(ValueError, match="class 'owl'"):
         cascade(["owl"])
+    always = DDPMCascadePipeline.from_pipes(base(classes=3), upper(8, classes=2))
+    with pytest.raises(ValueError, match="always has a class"):
+        always([None])
     with pytest.raises(ValueError, match="guidance_scale=3"):
         DDPMCascadePipeline.from_pipes(base(), upper(8))(1, guidance_scale=3.0)
 
@@ -99,6 +103,8 @@ def test_samplers_and_acceleration_are_of_every_stage():
         assert kinds == {diffusers.DPMSolverMultistepScheduler}
         assert cascade(1, num_inference_steps=3, output_type="pt").images.shape == (1, 3, 16, 16)
     assert {type(one) for one in schedulers_of(cascade).values()} == {DDPMScheduler}
+    cascade.use_multistep()
+    assert {type(one) for one in schedulers_of(cascade).values()} == {EpsilonMultistepScheduler}
     assert set(schedulers_of(cascade)) == {"scheduler", "scheduler_2", "scheduler_3"}
     attending = {
         "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),

@@ -189,6 +189,8 @@ BAD = {
     "nan": (lambda p: p(torch.full((1, 3, 4, 4), math.nan)), "values in [0, 1]"),
     "nothing": (lambda p: p([]), "a PIL image"),
     "text": (lambda p: p("a.png"), "a PIL image"),
+    "flat": (lambda p: p(torch.rand(4, 4).numpy()), "3 or 4 dimensions"),
+    "sizes": (lambda p: p([torch.rand(3, 4, 4), torch.rand(3, 8, 8)]), "several sizes"),
     "level": (lambda p: p(torch.rand(1, 3, 4, 4), conditioning_noise=0.6), "up to 0.5"),
     "negative": (lambda p: p(torch.rand(1, 3, 4, 4), conditioning_noise=-1), "0 or more"),
     "mask": (lambda p: p(torch.rand(1, 3, 4, 4), KNOWN), "leave the mask out"),

@@ -352,3 +352,19 @@ def test_what_does_not_fit_is_refused(options, named):
     """Else a call fails within the chain, or restores something else."""
     with pytest.raises(ValueError, match=re.escape(named)):
         restorer()(**{"observation": torch.zeros(1, 1, 8, 8), "operator": HALF, "num_inference_steps": 2, **options})
+
+
+def test_rounds_begin_where_x_t_says_something():
+    """Else a model of zero terminal SNR divides by zero on the way up from x_0 to x_T."""
+    pipeline = restorer(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    images = restore(pipeline, HALF, torch.zeros(1, 1, 8, 4), 0.1, "gibbs", steps=20).images
+    assert torch.isfinite(images).all()
+
+
+def test_models_that_read_an_image_are_refused():
+    """Else a cascade restores with its first stage alone."""
+    for attribute in ("conditioning", "conditionings"):
+        pipeline = tiny_pipeline(1)
+        setattr(pipeline, attribute, {})
+        with pytest.raises(ValueError, match="reads an image too"):
+            DDPMRestorationPipeline.from_pipe(pipeline)

@@ -49,14 +49,12 @@ def weaker_layers(flags: Any) -> list[tuple[str, dict[str, Any]]]:
     preset = flags.model_preset or embedded.get("model_preset")
     if preset is not None and preset not in MODEL_PRESETS:
         raise UsageError(f"--model_preset must be one of {', '.join(MODEL_PRESETS)} (got {preset!r})")
-    recipe = MODEL_PRESETS[preset].recipe if preset else {}
+    # the embedded recipe takes its preset's UNet alone
+    recipe = MODEL_PRESETS[flags.model_preset].recipe if flags.model_preset else {}
     trained = {}
     if start and not _goes_on(flags):
         trained = trained_settings(read_source(flags[StartFlags], flags.hub_token))
-    layers = [("the embedded recipe", embedded), (f"the preset {preset}", recipe)]
-    if not flags.model_preset:  # the embedded recipe chose the preset, and knows better than it
-        layers.reverse()
-    return [*layers, (f"the model {start}", trained)]
+    return [("the embedded recipe", embedded), (f"the preset {preset}", recipe), (f"the model {start}", trained)]
 
 
 def _goes_on(flags: Any) -> bool:

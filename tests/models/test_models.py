@@ -125,7 +125,7 @@ def test_a_small_presets_recipe_amplifies_no_error(name):
     _, of_epsilon = DDPMScheduler().x0_coefficients(times, one)
     assert of_epsilon.abs().max() == pytest.approx(157, abs=1)
     assert config.use_ema
-    assert parse([]).model_preset == "small-16"
+    assert (parse([]).model_preset, parse([]).prediction_type) == ("small-16", "epsilon")
     assert {flag: getattr(parse([]), flag) for flag in EMBEDDED_RECIPE} == EMBEDDED_RECIPE
 
 

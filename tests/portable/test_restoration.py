@@ -357,7 +357,7 @@ def test_what_does_not_fit_is_refused(options, named):
 def test_rounds_begin_where_x_t_says_something():
     """Else a model of zero terminal SNR divides by zero on the way up from x_0 to x_T."""
     pipeline = restorer(prediction_type="v_prediction", rescale_betas_zero_snr=True)
-    images = restore(pipeline, HALF, torch.zeros(1, 1, 8, 4), 0.1, "gibbs", steps=20).images
+    images = restore(pipeline, HALF, torch.zeros(1, 1, 8, 8), 0.1, "gibbs", steps=20).images
     assert torch.isfinite(images).all()
 
 

@@ -41,6 +41,7 @@ def page(tmp_path_factory):
     ):
         page = Page(driver, address)
         page.image = root / "image.png"
+        time.sleep(4)  # the editor is there before its scripts take files
         yield page
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from .._version import __version__
 from ..common.ownership import check_replaceable, replace_files
-from ..evaluation.report import SHOWN, STYLE, errors, facts_table, grid_of, new_figure, number, picture, svg
+from ..evaluation.report import SHOWN, errors, facts_table, grid_of, html_page, new_figure, number, picture, svg
 from ..evaluation.results import read_metrics
 from ..evaluation.sampling import AT_ONCE, SETTINGS
 from .table import (
@@ -50,7 +50,7 @@ def write_results(out: Path, table: Table, runs: Sequence[CellRun], page: bool =
     """Write the table of what is done so far, in all forms.
 
     Args:
-        page: whether to draw the report anew, which takes seconds; else one that is there stays.
+        page: whether to make the report anew, which takes seconds; else one that is there stays.
     """
     text = json.dumps(as_json(table), indent=1, default=str) + "\n"
     files: dict[str, Callable[[], bytes]] = {
@@ -90,11 +90,7 @@ def make_page(table: Table, runs: Sequence[CellRun]) -> str:
         *(cell_facts(run) for run in runs),
         f"<h2>Plan</h2><pre>{html.escape(plan_copy(plan).decode('utf-8', 'replace'))}</pre>",
     ]
-    body = "\n".join(parts)
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(plan.title)}</title>'
-        f"<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
-    )
+    return html_page(plan.title, parts)
 
 
 def cell_table(table: Table) -> str:
@@ -111,7 +107,7 @@ def cell_table(table: Table) -> str:
 
 
 def figure_cell(table: Table, row: Row, key: Key) -> str:
-    """A figure, its interval, and what others found."""
+    """A figure, its interval, and the published one."""
     mean, published = row.means.get(key), row.published.get(key.metric)
     star = " *" if mean and table.best(key) == row.name else ""
     low_high = f"<br><small>{number(mean.low)} to {number(mean.high)}</small>" if mean and mean.low is not None else ""

@@ -10,7 +10,7 @@ from typing import Any
 from ..common.errors import UsageError
 from .yaml_lines import Document, read_document
 
-SCRIPTS = ("train", "train-text2image")  # as commands of ddpm-hf
+SCRIPTS = {"train": "train_unconditional", "train-text2image": "train_text2image"}  # by the command of ddpm-hf
 KEYS = (
     "title", "script", "launch", "flags", "grid", "cells", "seeds", "classifier", "evaluate", "real", "published",
 )  # fmt: skip
@@ -95,7 +95,7 @@ def read_plan(file: Path, changes: Mapping[str, str] | None = None) -> Plan:
         top[section] = {**_mapping(document, (section,)), key: value}
     top = _mapping(document, ())
     _known(document, (), top, KEYS)
-    script = _text(document, ("script",), top.get("script", SCRIPTS[0]))
+    script = _text(document, ("script",), top.get("script", "train"))
     if script not in SCRIPTS:
         raise document.error(("script",), f"must be one of {', '.join(SCRIPTS)} (got {script!r})")
     shared = _mapping(document, ("flags",))

@@ -18,10 +18,11 @@ from tqdm.auto import tqdm
 from ..common.errors import UsageError, one_line
 from ..common.layout import METRICS_FILE
 from ..common.machine import usable_cores
+from .plan import SCRIPTS
 from .tasks import LOG, Chain, Task
 
 LOCK = "lock"
-TRAININGS = ("train", "train-text2image", "train-classifier")
+TRAININGS = (*SCRIPTS, "train-classifier")
 PAUSE = 0.2  # seconds between looks at the processes
 
 
@@ -208,10 +209,9 @@ class Launcher:
     def words(self, task: Task) -> list[str]:
         """The command line, after the interpreter."""
         command, *rest = self.settled(task)
-        scripts = {"train": "train_unconditional.py", "train-text2image": "train_text2image.py"}
-        if command in scripts and not self.launch:
-            return [str(self.root / scripts[command]), *rest]
-        if command in scripts:
+        if command in SCRIPTS and not self.launch:
+            return [str(self.root / f"{SCRIPTS[command]}.py"), *rest]
+        if command in SCRIPTS:
             return ["-m", "ddpm_hf", command, *self.launch, "--", *rest]
         if command == "evaluate" and self.launch:
             return ["-m", "accelerate.commands.launch", *self.launch, "-m", "ddpm_hf", command, *rest]

@@ -214,7 +214,7 @@ def as_text(table: Table) -> str:
 
 
 def _published(row: Row, key: Key, shown: Sequence[Key]) -> str:
-    """What others found, beside the first column of its metric."""
+    """The published figure, beside the first column of its metric."""
     first = next(one for one in shown if one.metric == key.metric)
     return number(row.published.get(key.metric)) if key == first else ""
 

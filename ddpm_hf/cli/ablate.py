@@ -226,7 +226,7 @@ class Ablation:
         """Write the table of what is done, and return it.
 
         Args:
-            page: whether to draw the report anew.
+            page: whether to make the report anew.
         """
         from ..ablation.page import write_results
         from ..ablation.table import make_table

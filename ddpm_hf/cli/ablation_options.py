@@ -18,14 +18,15 @@ if TYPE_CHECKING:
     from ..ablation.plan import Plan
     from ..training.flags import Flags
 
-SCRIPT_FILES = {"train": "train_unconditional", "train-text2image": "train_text2image"}
 # Options of `ddpm-hf evaluate` that the ablation gives itself
 GIVEN = ("model", "out", "features", "ema", "revision", "token", "resolution", "help")
 
 
 def load_script(command: str) -> ModuleType:
     """The module of a training script, which need not be installed: a clone has it beside the package."""
-    name = SCRIPT_FILES[command]
+    from ..ablation.plan import SCRIPTS
+
+    name = SCRIPTS[command]
     path = ROOT / f"{name}.py"
     known = sys.modules.get(name)
     if known is not None and Path(known.__file__ or "").resolve() == path.resolve():

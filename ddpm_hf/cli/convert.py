@@ -110,13 +110,13 @@ def show_progress(text: str) -> None:
 
 def check_target(folder: Path, flag: str = "to") -> None:
     """Raise ValueError for a folder that cannot be written, before any work."""
-    from ..common.checkpoints import SETTINGS, list_checkpoints
-    from ..common.layout import METRICS_FILE, RUN_FILE
+    from ..common.checkpoints import SETTINGS
+    from ..common.layout import RUN_FILE, holds_run
     from ..common.ownership import may_write
 
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--{flag} {folder}: a file; name a folder")
-    if list_checkpoints(folder) or any((folder / name).exists() for name in (SETTINGS, RUN_FILE, METRICS_FILE)):
+    if holds_run(folder) or any((folder / name).exists() for name in (SETTINGS, RUN_FILE)):
         raise ValueError(f"--{flag} {folder}: holds a training run, which stays; name another folder")
     for name in ("model_index.json", "config.json"):
         if not may_write(folder, name):

@@ -207,6 +207,11 @@ def make_page(record: dict[str, Any], reference: Reference, everything: Sequence
         parts += nearest_section(reference, one, result) + picture_section(reference, one)
     for name, figure in more.plots.items():
         parts += [f"<h2>{html.escape(name)}</h2>", svg(figure)]
+    return html_page(title, parts)
+
+
+def html_page(title: str, parts: Sequence[str]) -> str:
+    """A page that needs no other file, of parts that are HTML."""
     body = "\n".join(parts)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'

@@ -98,7 +98,7 @@ class Conditioning(NamedTuple):
         return shape
 
     def operator(self, shape: tuple[int, int, int]) -> Operator | None:
-        """A of y = A x for x of a shape (C, H, W); None where each image has its own (a mask), or nobody knows it.
+        """A of y = A x for x of a shape (C, H, W); None where each image has its own (a mask), or it is unknown.
 
         Raises:
             ValueError: a shape that it does not fit.
@@ -221,16 +221,14 @@ def corrected(
     """`predict` whose output leads to the corrected x̂_0; a learned variance stays.
 
     Args:
-        scheduler: ours over the sampler's diffusion.
+        scheduler: ours over the sampler's diffusion, whose x̂_0 exists at all timesteps that are visited.
     """
     if correction is None:
         return predict
 
     def corrected_predict(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         output = predict(x_t, t)
-        if float(scheduler.exact_tables.alphas_cumprod[int(t)]) == 0 and scheduler.config.prediction_type == "epsilon":
-            return output  # x_t is noise alone
-        from_sample, from_output = scheduler.x0_coefficients(int(t), x_t)
+        from_sample, from_output = scheduler.x0_coefficients(t.long(), x_t)  # reading t would make the host wait
         mean = output[:, : x_t.shape[1]]
         x_start = correction(scheduler.clip(from_sample * x_t + from_output * mean))
         return torch.cat([(x_start - from_sample * x_t) / from_output, output[:, x_t.shape[1] :]], dim=1)

@@ -11,7 +11,15 @@ import torch
 from PIL import Image
 
 from ddpm_hf import DDPMImageToImagePipeline, DDPMScheduler, load
-from ddpm_hf.portable.conditioning_ddpm_hf import Conditioning, shifted_to_mean
+from ddpm_hf.models import conditioning as flags
+from ddpm_hf.portable.conditioning_ddpm_hf import (
+    CONDITIONINGS,
+    MASK_KINDS,
+    Conditioning,
+    corrected,
+    correction_of,
+    shifted_to_mean,
+)
 from ddpm_hf.portable.guidance_ddpm_hf import classifier_free_guidance
 from ddpm_hf.portable.networks_ddpm_hf import build_unet
 from tests.support import warm
@@ -120,6 +128,19 @@ def test_colours_are_those_of_the_image(sampler, config):
     plain = pipeline(small, generator=torch.Generator().manual_seed(0), correction="none", **options).images
     error, without = ((one.mean((2, 3)) - small.mean((2, 3))).abs().max() * 255 for one in (made, plain))
     assert error < 0.5 < without
+
+
+def test_flags_offer_what_there_is():
+    """Else --help, which does not import the tables, offers other tasks and masks than there are."""
+    assert (flags.TASKS, flags.MASK_KINDS) == (CONDITIONINGS, MASK_KINDS)
+
+
+def test_the_correction_reads_nothing_from_the_device():
+    """Else a GPU makes the host wait at each step: values of the meta device cannot be read."""
+    scheduler, x = DDPMScheduler(20), torch.zeros(2, 3, 8, 8, device="meta")
+    correct = correction_of("colour", TASKS["super-resolution"], x[..., :4, :4], (3, 8, 8), None)
+    output = corrected(lambda x_t, t: x_t, correct, scheduler)(x, torch.tensor(7, device="meta"))
+    assert output.shape == x.shape
 
 
 def test_the_shift_keeps_the_mean_of_the_clipped_image():

@@ -45,11 +45,11 @@ def page(tmp_path_factory):
         yield page
 
 
-def upload(page):
-    """Give the page its image, and wait until it can be painted on."""
+def upload(page, image=None):
+    """Give the page an image, its own by default, and wait until it can be painted on."""
     if clear := page.find("#editor button[aria-label='Clear canvas'], #editor button[title='Clear canvas']"):
         clear[0].click()
-    page.wait(lambda: page.find("#editor input[type=file]"))[0].send_keys(str(page.image))
+    page.wait(lambda: page.find("#editor input[type=file]"))[0].send_keys(str(image or page.image))
     page.wait(lambda: READY in page.find("#progress")[0].text and page.find("#editor canvas"))
     time.sleep(1)  # the browser draws the image
 
@@ -111,6 +111,15 @@ def test_a_visitor_without_an_image_gets_one(page):
     page.type("steps", 14)
     page.draw()
     assert page.images().shape == (3, SIZE, SIZE, 3)
+
+
+def test_a_photograph_of_a_telephone_is_taken(page, tmp_path):
+    """Else it is refused without a word: the editor sends it as PNG, which is many times larger than the JPEG file."""
+    Image.fromarray(random_pixels(1, 2800, 2800)[0]).save(tmp_path / "large.png")  # noise: 23 MB
+    upload(page, tmp_path / "large.png")
+    page.choose("task", "Colorize")
+    page.type("steps", 13)
+    page.draw()
 
 
 def test_what_is_missing_is_said_to_the_visitor(page):

@@ -59,6 +59,7 @@ def test_a_visitor_draws_what_the_pipeline_draws(opened):
     assert f"user/{kind}" in page.driver.find_element("tag name", "body").text
     if kind == "by-class":
         page.choose("class", "dog")
+        page.type("guidance", 2)
     if kind == "text":
         page.type("prompt", "a green square")
     page.choose("sampler", "DDPM (ancestral)")

@@ -112,11 +112,20 @@ class Page:
 
     def draw(self):
         """Press the button and wait for the end; the words of the progress bar, and how far the chain was, in turn."""
-        before = self.summary()
+        before, known = self.summary(), self.errors()
         self.driver.execute_script(WATCH)
         self.find("button#draw")[0].click()
-        self.wait(lambda: self.summary() not in ("", before))
+        self.wait(lambda: self.summary() not in ("", before) or self.new_errors(known))
+        assert not (errors := self.new_errors(known)), errors
         return self.driver.execute_script("return [window.words, window.chains]")
+
+    def errors(self):
+        """The errors that the page shows."""
+        return [toast.text for toast in self.find(".toast-body.error")]
+
+    def new_errors(self, known):
+        """Those that were not there before."""
+        return [error for error in self.errors() if error not in known]
 
     def summary(self):
         """What the page says of the last drawing; it differs by seed or steps from that of the one before."""

@@ -171,7 +171,7 @@ def make_page(studio: RestorationStudio, settings: dict) -> "gr.Blocks":
         with gr.Row():
             with gr.Column(scale=4, min_width=320):
                 editor = gr.ImageEditor(
-                    type="pil", label="Image; paint over what to replace", sources=["upload", "clipboard"],
+                    type="pil", label="Image; paint over a part", sources=["upload", "clipboard"],
                     transforms=(), layers=False, format="png", buttons=[], elem_id="editor", height=420,
                     canvas_size=(CANVAS[0], CANVAS[0]),
                     brush=gr.Brush(colors=["#ff3366"], color_mode="fixed", default_size=24),
@@ -230,8 +230,9 @@ def make_page(studio: RestorationStudio, settings: dict) -> "gr.Blocks":
         )  # fmt: skip
         stop.click(None, cancels=[restoring])
         private = {"api_visibility": "private"}
-        editor.upload(prepare, editor, [editor, progress_bar], **private)
-        own.click(sample_own, None, [editor, progress_bar], **private)
+        # No progress on the editor: the curtain that Gradio draws over it sometimes stays there
+        editor.upload(prepare, editor, [editor, progress_bar], show_progress="hidden", **private)
+        own.click(sample_own, None, [editor, progress_bar], show_progress_on=progress_bar, **private)
         decide = [controls[name] for name in ("task", "blur", "degrade", "estimate")]
         names = ("factor", "filter", "blur", "blur_size", "blur_angle", "degrade", "estimate", "sigma_y")
         gr.on(

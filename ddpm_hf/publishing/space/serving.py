@@ -38,4 +38,4 @@ def main(folder: Path) -> None:
         raise SystemExit(f"{error} (a Space reads a private model with its secret HF_TOKEN)") from error
     plain = ("system-ui", "sans-serif")
     theme = gr.themes.Soft(primary_hue="indigo", font=plain, font_mono=("ui-monospace", "monospace"))
-    make_page().queue(max_size=32).launch(theme=theme, css=CSS, max_file_size="20mb")
+    make_page().queue(max_size=32).launch(theme=theme, css=CSS, max_file_size="100mb")

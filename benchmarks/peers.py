@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 from diffusers import UNet2DModel
+from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -152,7 +153,7 @@ def measure(flags: argparse.Namespace, name: str, precision: str) -> dict:
                 root / "ours", sys.executable, ours, flags.block, [*words, *out], PYTHONPATH=str(ROOT)
             )
             seconds = {one: [] for one in programs}
-            for number in range(flags.rounds):
+            for number in tqdm(range(flags.rounds), f"{name}, {precision}"):
                 for one in list(programs)[:: 1 if number % 2 else -1]:
                     seconds[one].append(programs[one].block())
         finally:
@@ -196,10 +197,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--out", type=Path, help="a JSON file")
     flags = parser.parse_args()
-    records = [measure(flags, name, precision) for name in flags.networks for precision in flags.precisions]
+    records = []
+    for name in flags.networks:
+        for precision in flags.precisions:
+            records.append(measure(flags, name, precision))
+            if flags.out:
+                flags.out.write_text(json.dumps(records, indent=1) + "\n")
     print(table(records))
-    if flags.out:
-        flags.out.write_text(json.dumps(records, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -50,6 +51,7 @@ def call(shop, tmp_path, run, monkeypatch):
 
     def of(words, more=("--steps", 2)):
         monkeypatch.chdir(shop)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # else it is asked again and again
         words = words.split()
         out = ["--out", tmp_path / "out"] if words[0] in ("sample", "restore") else []
         return run(*words, *more, *out), tmp_path / "out"

@@ -17,10 +17,12 @@ help:
 	@echo "make bench      run the benchmarks; with PEER=FILE against that training script of Diffusers too"
 	@echo "make bench-gpu  measure training and sampling against Diffusers on a CUDA GPU, for docs/performance.md"
 
-# One environment; the stamp is made anew when what it rests on changes.
+# One environment; the stamp is made anew when what it rests on changes. Modules compile when they are first imported: most
+# of those installed never are.
 $(VENV)/stamp: setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,eval,optimizers,test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile \
+		-c constraints.txt -e '.[demo,eval,optimizers,test]'
 	touch $@
 
 demo $(DEMO)/model_index.json: $(VENV)/stamp

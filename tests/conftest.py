@@ -1,5 +1,6 @@
 """What every test process shares."""
 
+import collections
 import os
 import signal
 import sys
@@ -24,6 +25,18 @@ hypothesis.settings.load_profile("unhurried")
 without_waiting_for_disks()
 without_onednn()
 CHEAP = [*one_card(), *one_parser()]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Of a test marked `every(n)`, all cases but one in n are slow."""
+    seen = collections.Counter()
+    for item in items:
+        if mark := item.get_closest_marker("every"):
+            test = item.location[0], item.originalname
+            if seen[test] % mark.args[0]:
+                item.add_marker(pytest.mark.slow)
+            seen[test] += 1
 
 
 @pytest.fixture(autouse=True)

@@ -76,6 +76,7 @@ def test_a_plan_becomes_a_table(start, place):
     assert "published" in page
 
 
+@pytest.mark.slow
 def test_kills_at_any_command_change_nothing(start, place):
     """Else a night's work is lost, or the table is another than without the kill."""
     plan = plan_of(place)

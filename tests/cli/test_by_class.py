@@ -492,6 +492,7 @@ RESUMED = {
 }
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("case", RESUMED)
 def test_resuming_by_class_is_never_having_stopped(case, world, tmp_path):
     """Else an interrupted run drops other labels or draws other classes than it would have."""
@@ -533,6 +534,7 @@ OBJECTIVES = {
 }
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("by_class", [True, False])
 @pytest.mark.parametrize("case", OBJECTIVES)
 def test_learned_variances_train_save_and_sample(case, by_class, world, tmp_path):

@@ -63,6 +63,7 @@ def test_an_image_depends_on_the_seed_and_its_number_alone(run, model, tmp_path)
     assert np.abs(drawn["few"][0] - drawn["few"][1]).max() > 20
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("timesteps", [100, STEPS])
 @pytest.mark.parametrize("sampler", UNFITTED)
 def test_every_sampler_draws(sampler, timesteps, run, tmp_path):

@@ -102,6 +102,7 @@ def small(name):
     return randomized(network), flags, side
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", [name for name in ONCE if "classifier" not in name or name.startswith("64")])
 def test_a_converted_network_computes_what_the_original_does_and_goes_back(name):
     # Breaks if any flag of a README is lost on the way: images would be noise, or slightly wrong without a sign.
@@ -149,6 +150,7 @@ ROUNDED = {
 }  # millions; of the latter Ho's network
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", ONCE)
 def test_a_full_size_network_has_the_published_number_of_parameters(name):
     # Breaks if a layer of a published network is missing, or of another width.

@@ -54,6 +54,7 @@ def draw(pipeline, *seeds, **options):
 # Against stock
 
 
+@pytest.mark.every(5)
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", "learned_range"])
 @pytest.mark.parametrize("beta_schedule", ["linear", "squaredcos_cap_v2"])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
@@ -320,6 +321,7 @@ def test_swapped_samplers_draw_the_data_with_a_learned_variance(sampler):
     assert_gaussian(draw(pipeline, 0, 1, num_inference_steps=200), 0.3, 0.25, slack=0.05)
 
 
+@pytest.mark.every(5)
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize(("channels", "variance_type"), [(1, "fixed_large"), (1, "learned"), (4, "learned_range")])
 def test_swapping_a_sampler_in_and_back_changes_nothing(channels, variance_type, sampler):
@@ -551,6 +553,7 @@ def test_more_steps_than_timesteps_are_refused_for_every_sampler(sampler):
         draw(pipeline, 0, num_inference_steps=21)
 
 
+@pytest.mark.every(5)
 @pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_no_sampler_draws_nan(sampler, spacing):

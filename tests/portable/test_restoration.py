@@ -78,6 +78,7 @@ def test_ddnm_meets_an_exact_observation(name, eta):
     assert float(error.max()) < 1e-5
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("config", KINDS, ids=lambda one: "-".join(map(str, one.values())))
 def test_every_method_meets_an_exact_observation_with_every_kind_of_model(method, config):
@@ -207,6 +208,7 @@ def test_a_start_is_the_noised_pseudo_inverse():
     torch.testing.assert_close(seen[0], pipeline.scheduler.add_noise(operator.pseudo_inverse(y), noise, 24))
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ["half", "average-pooling", "compressed-sensing", "motion-blur", "functions"])
 def test_solutions_depend_on_their_generator_alone(method, name):

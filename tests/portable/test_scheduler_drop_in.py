@@ -325,6 +325,7 @@ def test_a_list_has_one_generator_for_each_sample(scheduler_class):
 # Whole loops
 
 
+@pytest.mark.every(5)
 @pytest.mark.parametrize("n", [200, 50, None], ids=["all", "50", "without set_timesteps"])
 @pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large"])

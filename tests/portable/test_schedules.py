@@ -38,6 +38,7 @@ def betas_of(name, T, rescale):
     return reference_rescaled(reference_betas(name, T)) if rescale else reference_betas(name, T)
 
 
+@pytest.mark.every(7)
 @pytest.mark.parametrize("previous", [previous_in_full_chain, previous_in_strided_chain])
 @pytest.mark.parametrize("rescale", [False, True], ids=["", "zero_snr"])
 @pytest.mark.parametrize("T", [10, 100, 1000, pytest.param(4000, marks=pytest.mark.slow)])

@@ -96,6 +96,7 @@ def settings(scheduler):
     return {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
 
 
+@pytest.mark.every(5)
 @pytest.mark.parametrize("place", [pytest.param("in memory", marks=pytest.mark.slow), "from disk"])
 @pytest.mark.parametrize(("kind", "schedule"), kinds_and_schedules(OURS))
 def test_every_sampler_draws_and_leads_back(kind, schedule, place, tmp_path):
@@ -133,6 +134,7 @@ def test_one_sampler_after_another_leads_back(schedule):
     assert torch.equal(draw(pipeline), before)
 
 
+@pytest.mark.every(5)
 @pytest.mark.parametrize(("kind", "schedule"), kinds_and_schedules(STOCK))
 def test_stock_pipelines_swap_what_they_can(kind, schedule, tmp_path):
     """Else who has Diffusers alone cannot draw in fewer steps, or not with the model's own schedule again."""
@@ -174,6 +176,7 @@ def test_noise_prediction_where_nothing_is_left_is_refused_by_every_sampler(kind
             draw(pipeline)
 
 
+@pytest.mark.every(5)
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
 @pytest.mark.parametrize("config", ZERO, ids=str)
 @pytest.mark.parametrize("kind", OURS)

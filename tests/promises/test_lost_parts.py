@@ -109,6 +109,7 @@ TEXT = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_text_model_goes_on_with_the_tokenizer_and_the_latents_that_it_learned(shop, tmp_path):
     """Else captions that were edited give a tokenizer with other ids, and a folder that is gone other latents."""
     data = shutil.copytree(shop / "pictures", tmp_path / "captioned")

@@ -338,6 +338,7 @@ def test_settings_that_are_none_end_in_one_line_at_most(bad, tmp_path, capsys):
         assert len(capsys.readouterr().err.splitlines()) == bad
 
 
+@pytest.mark.slow
 def test_text_to_image_goes_on_by_its_folder_alone_at_any_stage(tmp_path):
     """Else a run that stopped within its autoencoder is trained on with other settings, or other captions."""
     write_captioned(tmp_path / "pictures", count=4)

@@ -102,6 +102,7 @@ def test_without_a_class_all_are_drawn_in_turn(models, studios):
         assert np.abs(drawn[index] - own).max() <= 1
 
 
+@pytest.mark.every(5)
 @pytest.mark.parametrize("sampler", UNFITTED)
 def test_a_sampler_leaves_nothing_behind_for_the_next(sampler, models, studios):
     """Else a visitor's images depend on what the one before chose."""
@@ -114,6 +115,7 @@ def test_a_sampler_leaves_nothing_behind_for_the_next(sampler, models, studios):
     np.testing.assert_array_equal(pixels(studio.sample(request)), expected)
 
 
+@pytest.mark.every(5)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sampler", UNFITTED)
 def test_every_sampler_offered_draws_with_its_usual_steps(sampler, kind, studios):

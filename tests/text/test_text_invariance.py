@@ -35,6 +35,7 @@ def test_cached_latents_train_as_computed_ones(start, flags, trained):
     assert_same_tensors(weights(once), weights(each), rtol=0, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_cache_is_used_again_and_never_for_another_model(trained, shop, tmp_path):
     """Else every run encodes all images anew, or trains on the latents of another autoencoder."""
     flags = {"cache_latents": True, "center_crop": True, "cache_dir": tmp_path / "cache", "max_train_steps": 1}

@@ -34,6 +34,7 @@ def flags(tmp_path_factory):
     return {**LARGE, "train_data_dir": root / "images", "model_config_name_or_path": root / "unet"}
 
 
+@pytest.mark.slow
 def test_the_peak_of_a_dry_run_is_that_of_the_run(flags, tmp_path):
     """Else a run whose memory seemed to suffice ends for want of it, after hours of waiting for the machine."""
 

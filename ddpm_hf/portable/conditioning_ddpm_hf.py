@@ -171,7 +171,9 @@ def operator_of(conditioning: Conditioning, shape: tuple[int, int, int]) -> Oper
         if shape[0] not in (3, 4):
             raise ValueError(f"colorizing requires images of 3 or 4 channels, not {shape[0]}")
         return OPERATORS["gray"](shape)
-    return OPERATORS["gaussian-blur"](shape, conditioning.blur_size)
+    if conditioning.task == "deblur":
+        return OPERATORS["gaussian-blur"](shape, conditioning.blur_size)
+    raise ValueError(f"{conditioning.task} has no operator of its own")  # the masks of inpainting are drawn
 
 
 def shifted_to_mean(x: torch.Tensor, mean: torch.Tensor, iterations: int = 5) -> torch.Tensor:

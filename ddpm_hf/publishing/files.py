@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..inference.studio import Step, Studio
 
 PUBLISHED = (*(entry.pattern for entry in LAYOUT if entry.published and entry.pattern != "README.md"), "LICENSE*")
-COMPONENT_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "networks_ddpm_hf.py")
+COMPONENT_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model", "networks_ddpm_hf.py")
 VARIANT = re.compile(r"\.(fp16|non_ema)\.")  # weights beside the usual ones
 CHAIN_ROWS = 8  # of the card's strip of predictions, if the run has none
 
@@ -41,7 +41,7 @@ def files_to_publish(folder: Path, include: tuple[str, ...] = ()) -> dict[str, P
     patterns of additional files.
     """
     patterns = [*PUBLISHED, *include]
-    patterns += [f"{name}/{kind}" for name in component_folders(folder) for kind in COMPONENT_FILES]
+    patterns += [f"{name}/{kind}" for name in component_folders(folder) for kind in COMPONENT_PATTERNS]
     files = {}
     for pattern in patterns:
         for path in folder.glob(pattern):
@@ -151,7 +151,7 @@ def pipeline_folder(folder: Path, ema: bool | None = None) -> Iterator[Path]:
 
 def weights_files(folder: Path) -> dict[str, Path]:
     """The files that a pipeline is loaded from, by path in its folder; without its code and other variants."""
-    names = [f"{name}/{kind}" for name in component_folders(folder) for kind in COMPONENT_FILES]
+    names = [f"{name}/{kind}" for name in component_folders(folder) for kind in COMPONENT_PATTERNS]
     paths = sorted(path for name in ("model_index.json", *names) for path in folder.glob(name))
     return {path.relative_to(folder).as_posix(): path for path in paths if not VARIANT.search(path.name)}
 

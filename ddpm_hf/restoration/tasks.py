@@ -41,11 +41,13 @@ class Task(NamedTuple):
     Args:
         operator: (shape (C, H, W) of the restored image, settings) -> A.
         reads: the settings that it has a use for.
+        title: on a page.
         note: for people.
     """
 
     operator: Callable[[tuple[int, int, int], Settings], "Operator"]
     reads: tuple[str, ...]
+    title: str
     note: str
 
 
@@ -87,9 +89,9 @@ def _deblur(shape: tuple[int, int, int], settings: Settings) -> "Operator":
 
 
 TASKS = {
-    "inpaint": Task(_inpaint, ("mask", "hidden"), "fill in what a mask hides"),
-    "super-resolution": Task(_enlarge, ("factor", "filter"), "enlarge"),
-    "colorize": Task(_colorize, (), "gray to colour"),
-    "deblur": Task(_deblur, ("blur", "blur_size", "blur_angle"), "undo a known blur"),
-    "denoise": Task(lambda shape, settings: _operators()["identity"](shape), (), "remove noise"),
+    "inpaint": Task(_inpaint, ("mask", "hidden"), "Inpaint what is painted over", "fill in what a mask hides"),
+    "super-resolution": Task(_enlarge, ("factor", "filter"), "Enlarge (super-resolution)", "enlarge"),
+    "colorize": Task(_colorize, (), "Colorize", "gray to colour"),
+    "deblur": Task(_deblur, ("blur", "blur_size", "blur_angle"), "Deblur", "undo a known blur"),
+    "denoise": Task(lambda shape, settings: _operators()["identity"](shape), (), "Remove noise", "remove noise"),
 }

@@ -18,7 +18,10 @@ SCALARS = "ema.json"  # where a model of transformers keeps what Diffusers' mode
 
 
 def make_ema(flags: TrainingFlags, part: torch.nn.Module, device: torch.device) -> EMAModel:
-    """The EMA of a part's weights, on its device, or on the CPU with --offload_ema."""
+    """The EMA of a part's weights, on its device, or on the CPU with --offload_ema.
+
+    Its decay at a step is 1 - (1 + step / inv_gamma)^-power, within the minimum and the maximum.
+    """
     ema = EMAModel(
         part.parameters(),
         decay=flags.ema_max_decay,

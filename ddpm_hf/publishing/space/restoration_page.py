@@ -23,10 +23,6 @@ NO_CLASS = "none"  # in addition to "class NAME"
 DEFAULT_SOLUTIONS, DEFAULT_STEPS = 4, 50
 CANVAS = (320, 768)  # pixels of an image's longer side, at least and at most, so that it can be painted on
 READY = "The image is ready to paint on."
-TITLES = {
-    "inpaint": "Inpaint what is painted over", "super-resolution": "Enlarge (super-resolution)",
-    "colorize": "Colorize", "deblur": "Deblur", "denoise": "Remove noise",
-}  # fmt: skip
 TOGETHER = "### What they say together\nThe mean, the deviation (white where solutions differ most), the 90% interval."
 
 
@@ -68,7 +64,7 @@ def read_editor(value: dict | None) -> tuple[Image.Image | None, Image.Image | N
 
 def task_controls(gr: Any, studio: RestorationStudio) -> dict:
     """The controls of what to undo, by the names that `request_of` reads."""
-    choices = [(TITLES[name], name) for name in studio.tasks]
+    choices = [(task.title, name) for name, task in studio.tasks.items()]
     controls = {"task": gr.Dropdown(choices, value=choices[0][1], label="Task", elem_id="task")}
     if studio.factors:
         controls["factor"] = gr.Dropdown(

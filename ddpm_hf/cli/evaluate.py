@@ -206,7 +206,7 @@ def evaluate(
         results = evaluate(reference, everything, ranks, say)
         measured = bound and bound.measure(ranks)
         if ranks.is_main:
-            more = bound_sections(bound, measured) if bound and measured else NOTHING_MORE
+            more = bound_sections(bound, measured, data.held_out is not None) if bound and measured else NOTHING_MORE
             typer.echo(write_report(out, model, reference, everything, results, more))
             for line in record_results(model, reference, results, more.record, split or "train"):
                 typer.echo(line)
@@ -246,7 +246,9 @@ def load_measure(
         features, protocol=PROTOCOLS[protocol], device=device, weights=weights, trust_remote_code=trust_remote_code
     )
     if names == list(METRICS):
-        names = [name for name in names if serves(extractor, METRICS[name])]
+        names = [name for name in METRICS if serves(extractor, METRICS[name])]
+        if missing := [METRICS[name].label for name in METRICS if name not in names]:
+            typer.echo(f"left out: {', '.join(missing)}, which --features {features} does not serve", err=True)
     return Measure(check_metrics(names, extractor), extractor, PROTOCOLS[protocol], seed)
 
 

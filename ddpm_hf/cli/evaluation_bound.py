@@ -69,16 +69,17 @@ def _conditions(pipeline: "DiffusionPipeline", images: "ImageSet") -> Any:
     return lambda indices: {}
 
 
-def bound_sections(how: "ModelBound", bound: "Bound") -> "Sections":
-    """What `metrics.json`, the report and the terminal say of a bound."""
+def bound_sections(how: "ModelBound", bound: "Bound", held_out: bool) -> "Sections":
+    """What `metrics.json`, the report and the terminal say of a bound, and whether its images were held out."""
     from ..evaluation.coding import progressive_coding
     from ..evaluation.model_bound import bound_plot
     from ..evaluation.report import Sections
 
     coding = progressive_coding(bound)
-    record = {**bound.summary(), "dataset": how.images.name, "curve": bound.curve()}
+    record = {**bound.summary(), "dataset": how.images.name, "held_out": held_out, "curve": bound.curve()}
     return Sections(
         {"likelihood": record, "coding": coding.as_dict()},
         {"Likelihood": bound_plot(bound), "Progressive coding": coding.figure()},
-        f"likelihood of {how.count:,} images of {how.images.name}: {bound.table()}",
+        f"likelihood of {how.count:,} images of {how.images.name} ({'held out' if held_out else 'none is held out'}):"
+        f" {bound.table()}",
     )

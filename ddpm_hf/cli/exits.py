@@ -2,9 +2,11 @@
 
 import contextlib
 import difflib
+import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -106,7 +108,7 @@ def reports_stop(remaining: Callable[[], str]) -> Iterator[None]:
 def run(app: typer.Typer, words: list[str]) -> int:
     """Run a command line; return its exit code. An error that the user can fix is one line and exit code 2."""
     try:
-        with _terminating():
+        with _terminating(), _never_lost():
             code = app([expand_home(word) for word in words], standalone_mode=False)
             sys.stdout.flush()
     except Terminated:
@@ -149,6 +151,24 @@ def _terminating() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _never_lost() -> Iterator[None]:
+    """Within, a signal whose exception Python drops, as it does in a destructor, is sent again soon after."""
+    before, numbers = sys.unraisablehook, {KeyboardInterrupt: signal.SIGINT, Terminated: signal.SIGTERM}
+
+    def hook(dropped: Any) -> None:
+        if number := numbers.get(dropped.exc_type):
+            threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
+        else:
+            before(dropped)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def _stopped(stopped: StoppedError) -> int:

@@ -215,11 +215,10 @@ def restore(
     write_restored(out, pictures, solutions, rows, record)
     if sigma_y is None and not degrade:
         estimates = sorted({f"{one.sigma_y:.3g}" for one in pictures}, key=float)
-        typer.echo(f"--sigma-y is estimated: {' to '.join(dict.fromkeys([estimates[0], estimates[-1]]))}", err=True)
+        span = " to ".join(dict.fromkeys([estimates[0], estimates[-1]]))
+        typer.echo(f"--sigma-y is estimated: {span}; give --sigma-y 0 for images without noise", err=True)
     typer.echo(table(rows))
-    typer.echo(
-        f"{len(pictures):,} images with {num_solutions:,} solutions each in {out}: comparison.png, restored.json"
-    )
+    typer.echo(f"the solutions, comparison.png and restored.json are in {out}")
 
 
 def read_settings(task: str, given: dict[str, Any], seed: int) -> Settings:

@@ -281,7 +281,7 @@ def sweep_plot(results: Sequence[dict[str, Any]], varied: str, name: str) -> "Fi
     values = [one["figures"][name]["value"] for one in results]
     if min(values) > 0 and max(values) > WIDE * min(values):
         axes.set_yscale("log")
-    axes.legend(frameon=False, fontsize="small")
+    axes.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))  # beside the points
     return figure
 
 

@@ -88,13 +88,13 @@ _SMALL_RECIPE = {
 
 MODEL_PRESETS: dict[str, Preset] = {
     "small-16": Preset(
-        "0.7M parameters for 16×16 on a CPU: the embedded digits' model",
+        "0.7M parameters for 16×16 on a CPU: the embedded digits' network",
         _small(16, (32, 64), 1, (8,)),
         {**_SMALL_RECIPE, "learning_rate": 2e-3},
         parameters=702_499,
     ),
     "small-32": Preset(
-        "2.8M parameters for 32×32 on a CPU",
+        "2.7M parameters for 32×32 on a CPU",
         _small(32, (32, 64, 128), 1, (8,)),
         {**_SMALL_RECIPE, "learning_rate": 1e-3},
         parameters=2_736_099,

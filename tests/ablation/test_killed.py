@@ -36,18 +36,19 @@ def test_killed_without_notice(tmp_path, monkeypatch):
     plan = {**PLAN, "seeds": [0, 1], "evaluate": {"metrics": ["colour"], "num_samples": 6, "steps": 10}}
     plan["flags"] = {**PLAN["flags"], "train_data_dir": "photos", "max_train_steps": 40, "checkpointing_steps": 5}
     write_plan(tmp_path / "plan.yaml", plan)
+    started = time.monotonic()
     whole = begin("whole")
     assert whole.wait(LIMIT) == 0, whole.stderr.read()
-    chance, kills, started = random.Random(0), 0, time.monotonic()
+    usual = time.monotonic() - started  # seconds, most of them for the start on a busy machine
+    chance, kills = random.Random(0), 0
     while True:
         process = begin("killed")
         try:
-            code = process.wait(5 + chance.random() * 12)
+            code = process.wait(usual * chance.uniform(0.3, 0.6) if kills < 3 else LIMIT)
         except subprocess.TimeoutExpired:
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
             kills += 1
-            assert time.monotonic() - started < LIMIT
             continue
         assert code == 0, process.stderr.read()
         break

@@ -43,7 +43,8 @@ def read_torch(path: Path) -> Mapping[str, Any]:
 
 
 def _damaged(error: Exception) -> str:
-    return f"not a complete file of torch.save ({one_line(error, 120)})"
+    said = one_line(error, 120)
+    return "not a complete file of torch.save" + (f" ({said})" if len(said) > 5 else "")  # some say a number alone
 
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:

@@ -348,6 +348,20 @@ def test_the_likelihood_alone_needs_no_samples(observe):
     assert seen.record["results"] == []
     assert seen.record["likelihood"]["calls"] == T
     assert "bits/dim" in seen.out
+    assert "(none is held out)" in seen.out
+    assert seen.record["likelihood"]["held_out"] is False
+
+
+def test_all_metrics_are_those_that_can_be_measured_and_the_others_are_named(observe):
+    """Else a reader looks for a figure that is not there."""
+    seen = observe("evaluate {shop}/images --dataset {shop}/others --metrics all --features quarters --out {out}")
+    assert seen.code == 0, seen.err
+    measured = set(seen.record["results"][0]["figures"])
+    assert {"fid", "colour"} <= measured
+    assert not {"sfid", "is"} & measured
+    (line,) = [line for line in seen.err.splitlines() if "does not serve" in line]
+    assert "sFID" in line
+    assert "Inception Score" in line
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,9 @@ def evaluate(
     out: Annotated[Path, option(WHERE, "The folder for metrics.json, report.html and the sampled images.")] = Path(
         "evaluation"
     ),
+    record: Annotated[
+        bool, option(WHERE, "Record a run's figures in its folder, for its model card.", "--record/--no-record")
+    ] = True,
     ema: Annotated[
         bool | None,
         option(WHERE, "Of a checkpoint-N, use the EMA weights. Default: if it has them.", "--ema/--no-ema"),
@@ -208,7 +211,8 @@ def evaluate(
         if ranks.is_main:
             more = bound_sections(bound, measured, data.held_out is not None) if bound and measured else NOTHING_MORE
             typer.echo(write_report(out, model, reference, everything, results, more))
-            for line in record_results(model, reference, results, more.record, split or "train"):
+            recorded = record_results(model, reference, results, more.record, split or "train") if record else []
+            for line in recorded:
                 typer.echo(line)
 
 

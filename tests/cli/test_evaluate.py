@@ -202,6 +202,7 @@ APART = {
     "acceleration": "test_sampling_is_accelerated_unless_it_is_turned_off",
     "device": "test_a_device_is_checked",
     "out": "test_a_second_call_samples_nothing_again",
+    "record": "test_figures_of_a_run_are_recorded_for_its_card",
 }
 
 
@@ -463,6 +464,8 @@ def test_figures_of_a_run_are_recorded_for_its_card(observe, shop, tmp_path):
     """Else the model's card does not say how good it is."""
     shutil.copytree(shop / "plain", tmp_path / "run")
     (tmp_path / "run/run.json").write_text(json.dumps({"step": 7, "sessions": []}))
+    assert observe(f"evaluate {tmp_path}/run {QUICK} --no-record").code == 0
+    assert not (tmp_path / "run/evaluation.json").exists()
     assert observe(f"evaluate {tmp_path}/run {QUICK}").code == 0
     (one,) = json.loads((tmp_path / "run/evaluation.json").read_text())
     assert (one["metric"], one["samples"], one["step"]) == ("FID", 4, 7)

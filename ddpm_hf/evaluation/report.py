@@ -269,9 +269,10 @@ def sweep_plot(results: Sequence[dict[str, Any]], varied: str, name: str) -> "Fi
     """
     figure, axes = new_figure()
     samplers = dict.fromkeys(one["sampler"] for one in results)
-    for sampler in samplers:
+    for number, sampler in enumerate(samplers):
         line = sorted((one for one in results if one["sampler"] == sampler), key=lambda one: one[varied])
-        x = [one[varied] for one in line]
+        beside = 1.015 ** (number - (len(samplers) - 1) / 2)  # intervals at the same place would cover each other
+        x = [one[varied] * beside for one in line]
         y, low, high = ([one["figures"][name][key] for one in line] for key in ("value", "low", "high"))
         axes.errorbar(x, y, yerr=errors(y, low, high), marker="o", capsize=3, label=sampler)
     axes.set(xscale="log", xlabel=SWEPT[varied], ylabel=label(name))

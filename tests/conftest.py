@@ -29,10 +29,10 @@ CHEAP = [*one_card(), *one_parser()]
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Of a test marked `every(n)`, all cases but one in n are slow."""
+    """Of a test marked `every(n)`, all cases that are not slow anyway, but one in n, are slow."""
     seen = collections.Counter()
     for item in items:
-        if mark := item.get_closest_marker("every"):
+        if (mark := item.get_closest_marker("every")) and not item.get_closest_marker("slow"):
             test = item.location[0], item.originalname
             if seen[test] % mark.args[0]:
                 item.add_marker(pytest.mark.slow)

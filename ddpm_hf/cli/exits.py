@@ -1,8 +1,8 @@
 """Exit codes, and one-line messages for errors and stops."""
 
+import _thread
 import contextlib
 import difflib
-import os
 import re
 import signal
 import sys
@@ -157,10 +157,13 @@ def _terminating() -> Iterator[None]:
 def _never_lost() -> Iterator[None]:
     """Within, a signal whose exception Python drops, as it does in a destructor, is sent again soon after."""
     before, numbers = sys.unraisablehook, {KeyboardInterrupt: signal.SIGINT, Terminated: signal.SIGTERM}
+    timers: list[threading.Timer] = []
 
     def hook(dropped: Any) -> None:
         if number := numbers.get(dropped.exc_type):
-            threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
+            # on Windows, os.kill would end the process at once
+            timers.append(threading.Timer(0.1, _thread.interrupt_main, (number,)))
+            timers[-1].start()
         else:
             before(dropped)
 
@@ -169,6 +172,8 @@ def _never_lost() -> Iterator[None]:
         yield
     finally:
         sys.unraisablehook = before
+        for timer in timers:
+            timer.cancel()
 
 
 def _stopped(stopped: StoppedError) -> int:

@@ -492,7 +492,6 @@ RESUMED = {
 }
 
 
-@pytest.mark.every(3)
 @pytest.mark.parametrize("case", RESUMED)
 def test_resuming_by_class_is_never_having_stopped(case, world, tmp_path):
     """Else an interrupted run drops other labels or draws other classes than it would have."""

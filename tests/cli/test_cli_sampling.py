@@ -147,7 +147,6 @@ def test_npz_is_what_adm_reads(kind, run, plain, by_class, tmp_path):
 # Samplers
 
 
-@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("config", "unable"),
     [

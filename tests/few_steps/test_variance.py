@@ -44,7 +44,6 @@ def exact_variances(data):
     return [V * (1 - data.alpha_bar(t)) / data.marginal(t) for t in range(T)]
 
 
-@pytest.mark.every(2)
 @pytest.mark.parametrize("estimate", ["error", "norm"])
 def test_both_estimates_find_the_variance_of_x_0(estimate):
     """Else the fit is biased: both formulas agree for the network that is exact."""
@@ -117,7 +116,6 @@ def test_each_step_has_the_true_variance_whatever_its_length(chain):
         assert scheduler._get_variance(t).item() == pytest.approx(data.reverse_variance(t, s), rel=1e-9)
 
 
-@pytest.mark.every(2)
 @pytest.mark.parametrize("chain", CHAINS, ids=len)
 def test_the_bound_is_tight_in_any_number_of_steps(chain):
     """With the true variance each step is the true reverse process: the bound is the entropy, even in two steps."""

@@ -39,7 +39,6 @@ def test_a_forked_program_is_as_a_new_one(isolated, tmp_path, monkeypatch):
         assert not forked[7]
 
 
-@pytest.mark.slow
 def test_it_ends_as_a_new_one_does():
     """Else an error, a signal or a program that hangs is not seen."""
     assert warm.run("-c", "raise SystemExit(3)").returncode == 3

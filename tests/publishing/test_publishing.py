@@ -182,7 +182,6 @@ def weights(path):
 # Strategies
 
 
-@pytest.mark.slow
 def test_each_checkpoint_goes_up_as_a_whole_model(world):
     """Else `--hub_strategy checkpoint` shows nothing before the end, or half a model, or ends the training."""
     assert world.said["each"]["code"] == 0, world.said["each"]["err"]

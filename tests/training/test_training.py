@@ -86,7 +86,6 @@ RESUMED = {
 }
 
 
-@pytest.mark.every(3)
 @pytest.mark.parametrize("case", RESUMED)
 def test_resuming_is_never_having_stopped(case, world, tmp_path):
     """Else an interrupted run is another run: other weights, other metrics, other pictures."""
@@ -358,7 +357,6 @@ def test_metrics_are_reproducible_and_hold_the_quartiles(world, tmp_path):
     assert all(timing["images_per_second"] > 0 for timing in timings)
 
 
-@pytest.mark.every(3)
 @pytest.mark.parametrize(
     ("objective", "variance_type"),
     [("simple", "fixed_small"), ("simple", "learned_range"), ("hybrid", "learned_range"), ("vlb", "learned_range"),

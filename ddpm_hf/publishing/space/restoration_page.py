@@ -226,7 +226,7 @@ def make_page(studio: RestorationStudio, settings: dict) -> "gr.Blocks":
         )  # fmt: skip
         stop.click(None, cancels=[restoring])
         private = {"api_visibility": "private"}
-        # No progress on the editor: the curtain that Gradio draws over it sometimes stays there
+        # No progress on the editor: the overlay that Gradio puts on it sometimes stays there
         editor.upload(prepare, editor, [editor, progress_bar], show_progress="hidden", **private)
         own.click(sample_own, None, [editor, progress_bar], show_progress_on=progress_bar, **private)
         decide = [controls[name] for name in ("task", "blur", "degrade", "estimate")]

@@ -44,9 +44,7 @@ def read_torch(path: Path) -> Mapping[str, Any]:
 
 def _damaged(error: Exception) -> str:
     said = one_line(error, 120)  # of some, a number alone
-    return "not a complete file of torch.save" + (
-        f" ({said})" if re.search("[a-z]", said) else ""
-    )
+    return "not a complete file of torch.save" + (f" ({said})" if re.search("[a-z]", said) else "")
 
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:

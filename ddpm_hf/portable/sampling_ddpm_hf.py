@@ -14,6 +14,7 @@ import torch
 from diffusers import ImagePipelineOutput, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
+from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
 from .guidance_ddpm_hf import Predict, TakeStep
@@ -21,7 +22,10 @@ from .hub_ddpm_hf import MixinBase
 from .multistep_ddpm_hf import EpsilonMultistepScheduler
 from .scheduling_ddpm_hf import LEARNED_VARIANCE_TYPES, DDPMScheduler
 
+logger = logging.get_logger(__name__)
+
 OUTPUT_TYPES = ("pil", "np", "numpy", "pt", "latent", "preview")  # "numpy" is stock DDPMPipeline's word for "np"
+TENSOR_TYPES = ("pt", "latent")
 PIL_CHANNELS = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # that images of these modes have
 # (pipeline, index, timestep, {"latents": x_s}) -> what replaces these, or nothing
 StepCallback: TypeAlias = Callable[[Any, int, Any, dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]
@@ -348,11 +352,26 @@ class SamplingMixin(MixinBase):
                     replaced = callback_on_step_end(self, step.index, step.timestep, chosen) or {}
                     step.sample = x = replaced.get("latents", x)
                 progress_bar.update()
+        if output_type not in TENSOR_TYPES:  # those are the caller's to look at, and need not leave the device
+            self.warn_of_nan(x)
         images = self.decode(x, output_type)
         self.maybe_free_model_hooks()
         if not return_dict:
             return (images,)  # type: ignore[return-value]  # a union would make every caller test it
         return DDPMPipelineOutput(images=images, frames=frames if num_frames else None)  # type: ignore[arg-type]
+
+    def warn_of_nan(self, x: torch.Tensor) -> None:
+        """Log how many of the samples [N, C, H, W] are NaN or infinite: as pictures they are black or noise."""
+        finite = torch.isfinite(x).flatten(1).all(1).tolist()
+        if all(finite):
+            return
+        taken, T = len(self.scheduler.timesteps), self.scheduler.config.num_train_timesteps
+        advice = "is the model trained, and does the precision suit it?"
+        if self.scheduler.config.get("prediction_type") == "posterior_mean" and taken < T:
+            advice = (
+                f"it took {taken} of {T} timesteps, and predicts the mean of a step to the next timestep: take all {T}"
+            )
+        logger.warning(f"{finite.count(False)} of {len(finite)} samples are NaN or infinite; {advice}")
 
     def predicted_x_start(self, step: ChainStep) -> torch.Tensor:
         """x̂_0 as the sampler reports it, or else by DDPM's formula (samplers that rescale x_t report it)."""

@@ -17,6 +17,9 @@ help:
 	@echo "make bench      run the benchmarks; with PEER=FILE against that training script of Diffusers too"
 	@echo "make bench-gpu  measure training and sampling against Diffusers on a CUDA GPU, for docs/performance.md"
 
+# Many processes import what is installed: a module is compiled once, also where the environment says otherwise.
+export PYTHONDONTWRITEBYTECODE :=
+
 # One environment; the stamp is made anew when what it rests on changes. Modules compile when they are first imported: most
 # of those installed never are.
 $(VENV)/stamp: setup.cfg constraints.txt

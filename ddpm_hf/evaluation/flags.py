@@ -61,6 +61,8 @@ class EvaluationFlags:
 
     def check(self, flags: Any) -> None:
         """Raise UsageError for an unknown name, or for data that is not there twice."""
+        # with commas too, as `ddpm-hf evaluate --metrics` takes them
+        self.evaluation_metrics = [name for given in self.evaluation_metrics for name in given.split(",") if name]
         names: dict[str, tuple[list[str], Iterable[str]]] = {
             "evaluation_metrics": (self.evaluation_metrics, METRICS),
             "evaluation_protocol": ([self.evaluation_protocol], PROTOCOLS),

@@ -111,7 +111,7 @@ def sampled(run):
 FLAGS = {
     "evaluation_epochs": (2, lambda run, seen: list(figures(run.folder)), [3, 6, 9], [3, 9]),
     "evaluation_samples": (4, lambda run, seen: run.json("run.json")["evaluation"]["samples"], 6, 4),
-    "evaluation_metrics": (["kid"], lambda run, seen: "evaluation_kid" in figures(run.folder)[9], False, True),
+    "evaluation_metrics": (["fid,kid"], lambda run, seen: "evaluation_kid" in figures(run.folder)[9], False, True),
     "evaluation_features": ("fourths", lambda run, seen: "fourths" in json.dumps(run.json("run.json")), False, True),
     "evaluation_features_weights": ("w.pt", lambda run, seen: seen[-1]["weights"], None, "w.pt"),
     "evaluation_protocol": ("edm2", lambda run, seen: seen[-1]["protocol"].name, "adm", "edm2"),
@@ -157,6 +157,7 @@ def test_the_best_model_is_what_the_folder_holds(shop, tmp_path):
     ("flags", "named"),
     [
         ({"evaluation_metrics": ["fidd"]}, ("--evaluation_metrics fidd", "fid")),
+        ({"evaluation_metrics": ["fid,kidd"]}, ("--evaluation_metrics kidd", "kid")),
         ({"evaluation_metrics": ["sfid"]}, ("--evaluation_metrics sfid", "spatial", "--evaluation_features")),
         ({"evaluation_metrics": ["ct"]}, ("--evaluation_metrics ct", "held-out", "--validation_steps")),
         ({"evaluation_samples": 1}, ("--evaluation_metrics fid", "2 samples")),

@@ -39,6 +39,7 @@ def test_a_forked_program_is_as_a_new_one(isolated, tmp_path, monkeypatch):
         assert not forked[7]
 
 
+@pytest.mark.slow
 def test_it_ends_as_a_new_one_does():
     """Else an error, a signal or a program that hangs is not seen."""
     assert warm.run("-c", "raise SystemExit(3)").returncode == 3
@@ -54,6 +55,7 @@ def test_it_ends_as_a_new_one_does():
     assert warm.run("-c", "print(5)").stdout == "5\n"
 
 
+@pytest.mark.slow
 def test_resident_programs_have_our_modules():
     """Else they import them, for seconds."""
     done = warm.run("-c", "import sys; print('ddpm_hf.training.loop' in sys.modules)", resident=True)

@@ -357,6 +357,7 @@ def test_metrics_are_reproducible_and_hold_the_quartiles(world, tmp_path):
     assert all(timing["images_per_second"] > 0 for timing in timings)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("objective", "variance_type"),
     [("simple", "fixed_small"), ("simple", "learned_range"), ("hybrid", "learned_range"), ("vlb", "learned_range"),

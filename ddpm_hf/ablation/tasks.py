@@ -138,7 +138,8 @@ class Evaluations:
             name = f"{_slug(network)}-{key}"
             result = folder / f"{name}.json"
             collect = _collector(out, folder / f"{name}.html")
-            found[network] = Task(f"{title}: evaluation by {network}", words, folder, result, collect)
+            by = network.replace(":{classifier}", "")
+            found[network] = Task(f"{title}: evaluation by {by}", words, folder, result, collect)
         return found
 
 

@@ -158,6 +158,7 @@ def test_a_sweep_measures_each_width_and_the_runs_own_weights(shop, call, tmp_pa
         np.testing.assert_allclose(alone["results"][0]["figures"]["fid"]["value"], expected, rtol=1e-6)
     page = (seen.folder / "report.html").read_text()
     assert "Quality against the width of the average" in page
+    assert "own weights</text>" in page  # the level to fall below, in the plot
 
 
 REFUSED = {

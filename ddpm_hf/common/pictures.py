@@ -6,7 +6,6 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from .files import write_atomically
@@ -26,13 +25,16 @@ def image_grid(
     """PIL images of one size as one picture, row by row, enlarged `scale` times without smoothing.
 
     Args:
+        columns: how many images are in a row; by default the picture is about as wide as high.
         legend: one label for each row, written at its left; long ones are wrapped, and cut off where the row ends.
         titles: one label for each column, written above it and cut off at its width.
 
     >>> image_grid([Image.new("L", (8, 8))] * 6, columns=3, gap=1).size
     (28, 19)
+    >>> image_grid([Image.new("L", (24, 8))] * 12, gap=1).size
+    (51, 55)
     """
-    columns = columns or int(np.ceil(np.sqrt(len(images))))
+    columns = columns or math.ceil(math.sqrt(len(images) * images[0].height / images[0].width))
     rows = -(-len(images) // columns)
     width, height = images[0].width * scale, images[0].height * scale
     labels = [_label(text, height) for text in legend or []]

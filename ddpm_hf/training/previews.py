@@ -41,7 +41,7 @@ def draw_grid(
         pipeline: called with this rank's requests, a generator for each, and how many frames to keep.
         rows: what each row of the grid shows, as far as there is room, such as a class or a prompt; without, the
             images are the pipeline's own. The chains are those of the rows' first images.
-        legend: a label for each row.
+        legend: a label for each row; without, rows are strips, and as many stand side by side as fit a square.
         options: for the pipeline.
 
     Raises:
@@ -84,7 +84,11 @@ def draw_grid(
     if not faults and accelerator.is_main_process:
         samples = sorted((one for _, part in parts for one in part), key=lambda one: one[0])
         scale, folder = max(1, 64 // min(samples[0][1].size)), run.folder / "samples"
-        grid = image_grid([image for _, image, _ in samples], columns, scale=scale, legend=labels)
+        images = [image for _, image, _ in samples]
+        if rows and not labels:  # each is a row of its own already: strips of images
+            grid = image_grid(images, scale=scale, gap=8)
+        else:
+            grid = image_grid(images, columns, scale=scale, legend=labels)
         chains = [chain for index, _, chain in samples if index in shown]
         strip = image_grid([image for chain in chains for image in chain], len(chains[0]), scale=scale, legend=labels)
         try:

@@ -98,7 +98,7 @@ def test_a_run_saves_what_samples_and_strips_of_input_output_and_truth(trained):
     assert checkpoint.conditioning == pipeline.conditioning
     assert checkpoint.labels == pipeline.labels
     with Image.open(sorted(trained.glob("samples/step-*.png"))[-1]) as grid:  # two rows of three pictures, enlarged
-        assert grid.size == (26 * 8 + 4, 2 * (64 + 2) + 2)
+        assert grid.size == (26 * 8 + 2 * 8, 2 * (64 + 8) + 8)
     card = (trained / "README.md").read_text()
     assert 'pipeline(Image.open("input.png"), class_labels=' in card
     assert "--image input.png" in card

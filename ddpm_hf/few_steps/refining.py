@@ -5,7 +5,7 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 
-from ..portable.multistep_ddpm_hf import ADAMS_BASHFORTH, EpsilonMultistepScheduler
+from ..portable.multistep_ddpm_hf import MAX_ORDER, EpsilonMultistepScheduler, multistep_weights
 from .trajectories import Predict, epsilon_of
 
 Weights: TypeAlias = list[list[float]]  # of ε at each step, the current one first, then those before
@@ -84,10 +84,11 @@ class Ends:
         return differences.norm(dim=1).mean().item() / differences.shape[1] ** 0.5
 
     def loss_of(self, weights: Weights | None) -> float:
-        """Where some weights lead; None: Adams and Bashforth's."""
+        """Where some weights lead; None: those that nobody fitted."""
         if weights is None:
-            most = len(ADAMS_BASHFORTH) - 1
-            weights = [list(ADAMS_BASHFORTH[min(step, most)]) for step in range(len(self.chain.timesteps))]
+            rhos = self.chain.rhos
+            steps = range(len(self.chain.timesteps))
+            weights = [multistep_weights(rhos[step::-1][:MAX_ORDER], rhos[step + 1]) for step in steps]
         return self.loss(self.differences(self.follow(weights, self.start, [])[0][-1]))
 
     def jacobian(self, weights: Weights, states: list[torch.Tensor], epsilons: list[torch.Tensor]) -> torch.Tensor:

@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from tqdm.auto import tqdm
 
-from ..portable.multistep_ddpm_hf import ADAMS_BASHFORTH, EpsilonMultistepScheduler
+from ..portable.multistep_ddpm_hf import MAX_ORDER, EpsilonMultistepScheduler, multistep_weights
 
 Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x_t [N, C, H, W], t [N]) -> the model's output
-RIDGE = 1e-4  # of the squared norms: what ties the weights to Adams and Bashforth's where ε hardly changes
+RIDGE = 1e-4  # of the squared norms: what ties the weights to `multistep_weights` where ε hardly changes
 
 
 class Trajectories(NamedTuple):
@@ -88,9 +88,10 @@ def fit_weights(
         at, parts = torch.full((batch_size,), t, device=noise.device), []
         for x_t in (state * signals[index]).split(batch_size):
             parts.append(epsilon_of(scheduler, predict(x_t, at[: len(x_t)]), t, x_t))
-        history = [torch.cat(parts), *history][: len(ADAMS_BASHFORTH)]
+        history = [torch.cat(parts), *history][:MAX_ORDER]
         step = rhos[index + 1] - rhos[index]
-        usual = torch.tensor(ADAMS_BASHFORTH[len(history) - 1], dtype=torch.float64)
+        before = rhos[index::-1][: len(history)]
+        usual = torch.tensor(multistep_weights(before, rhos[index + 1]), dtype=torch.float64)
         columns = torch.stack([epsilon.flatten() for epsilon in history], dim=1).double().cpu() * step  # [M·D, k]
         wanted = (targets[index] - state).flatten().double().cpu()
         gram = columns.T @ columns

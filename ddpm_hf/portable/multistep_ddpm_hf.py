@@ -1,12 +1,15 @@
 """Deterministic sampling in few steps: iPNDM, a linear multistep method on the model's own timesteps.
 
-With x̃ = x/√ᾱ and ρ = √((1-ᾱ)/ᾱ), DDIM is Euler's method for dx̃/dρ = ε(x̃, ρ) (Song et al. 2021, Eq. 14). iPNDM
-replaces ε by Adams and Bashforth's combination of the last four (Zhang & Chen 2023, https://arxiv.org/abs/2204.13902),
-one network call a step. Diffusers' IPNDMScheduler has noise levels of its own, and cannot run an ε-DDPM.
+With x̃ = x/√ᾱ and ρ = √((1-ᾱ)/ᾱ), DDIM is Euler's method for dx̃/dρ = ε(x̃, ρ) (Song et al. 2021, Eq. 14). A multistep
+method replaces ε by a combination of the last four, one network call a step. iPNDM takes Adams and Bashforth's weights
+(Zhang & Chen 2023, https://arxiv.org/abs/2204.13902), which are right where the steps are even in ρ; those here
+integrate the same polynomial over the steps as they are (ρAB-DEIS in that paper). Diffusers' IPNDMScheduler has noise
+levels of its own, and cannot run an ε-DDPM.
 
 This file is copied into published repositories: it imports torch, numpy, diffusers and the scheduler, next to it.
 """
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -26,13 +29,7 @@ if TYPE_CHECKING:  # Diffusers' decorator has no types
 else:
     from diffusers.configuration_utils import register_to_config
 
-# The weights of ε now, one step before, two, three: exact for polynomials of degree 0 to 3 on an even grid
-ADAMS_BASHFORTH = (
-    (1.0,),
-    (3 / 2, -1 / 2),
-    (23 / 12, -16 / 12, 5 / 12),
-    (55 / 24, -59 / 24, 37 / 24, -9 / 24),
-)
+MAX_ORDER = 4  # how many ε a step combines at most
 # Entries of a config, which stock ignores and other samplers keep: by the number of calls, as a string
 FITTED_TIMESTEPS = "_fitted_timesteps"
 FITTED_WEIGHTS = "_fitted_weights"
@@ -43,7 +40,7 @@ class EpsilonMultistepScheduler(SchedulerMixin, ConfigMixin):
 
     Its config is DDPM's, and `from_config` takes that of any sampler over β. For n steps `ddpm-hf fit-timesteps` may
     have written the timesteps to visit and the weights of the last ε; otherwise they are evenly spaced from T-1, and
-    Adams and Bashforth's. `fits = "ignored"` leaves the fits out, `"required"` refuses other numbers of steps.
+    `multistep_weights`. `fits = "ignored"` leaves the fits out, `"required"` refuses other numbers of steps.
 
     Args: as those of `DDPMScheduler`; with `timestep_spacing="karras"` the timesteps are even in ρ^(1/7) (Karras et
         al. 2022, Eq. 5), with any other name of Diffusers even in t.
@@ -53,7 +50,7 @@ class EpsilonMultistepScheduler(SchedulerMixin, ConfigMixin):
     order = 1  # network calls a step
     timesteps: torch.Tensor
     num_inference_steps: int | None
-    weights: Sequence[Sequence[float]] | None  # of ε at each step of the chain; None: Adams and Bashforth's
+    weights: Sequence[Sequence[float]] | None  # of ε at each step of the chain; None: `multistep_weights`
     fits: str  # "used" where there are any, "ignored" or "required"
 
     @register_to_config
@@ -91,7 +88,7 @@ class EpsilonMultistepScheduler(SchedulerMixin, ConfigMixin):
         )
         self.alphas_cumprod = self.diffusion.alphas_cumprod
         self.init_noise_sigma = 1.0
-        self.max_order = len(ADAMS_BASHFORTH)
+        self.max_order = MAX_ORDER
         self.num_inference_steps = None
         self.fits = "used"
         self._history: list[torch.Tensor] = []
@@ -117,7 +114,7 @@ class EpsilonMultistepScheduler(SchedulerMixin, ConfigMixin):
             num_inference_steps: their number, from 1 to T.
             device: of `self.timesteps`.
             timesteps: the timesteps themselves, descending, instead of a number.
-            weights: of ε at each step, the current one first, then those before; None: Adams and Bashforth's.
+            weights: of ε at each step, the current one first, then those before; None: `multistep_weights`.
 
         Raises:
             ValueError: both or neither given, timesteps not descending within 0..T-1, weights that do not fit, or a
@@ -140,7 +137,7 @@ class EpsilonMultistepScheduler(SchedulerMixin, ConfigMixin):
         self.diffusion.set_timesteps(number if given is None else None, timesteps=given)  # checks them
         chain = self.diffusion.timesteps.tolist()
         if weights is not None:
-            allowed = [min(index, len(ADAMS_BASHFORTH) - 1) + 1 for index in range(len(chain))]
+            allowed = [min(index + 1, MAX_ORDER) for index in range(len(chain))]
             if len(weights) != len(chain) or any(not 1 <= len(row) <= n for row, n in zip(weights, allowed)):
                 raise ValueError(f"weights of {len(weights)} steps for {len(chain)}: give each step 1 to 4, of its ε")
         self.num_inference_steps = number
@@ -161,6 +158,7 @@ class EpsilonMultistepScheduler(SchedulerMixin, ConfigMixin):
     ) -> None:
         self.timesteps = torch.tensor(list(chain), dtype=torch.int64).to(device)
         self.weights = weights
+        self._visited = list(chain)
         self._steps = {t: (index, s) for index, (t, s) in enumerate(zip(chain, [*chain[1:], -1]))}
         self._history = []
 
@@ -211,11 +209,14 @@ class EpsilonMultistepScheduler(SchedulerMixin, ConfigMixin):
         x_t = sample.to(dtype)
         x_start = self.diffusion.predict_original_sample(model_output.to(dtype), t, x_t)
         epsilon = self.diffusion.predict_epsilon(x_start, t, x_t)
-        self._history = [epsilon, *self._history][: len(ADAMS_BASHFORTH)]
+        self._history = [epsilon, *self._history][:MAX_ORDER]
         if self.weights is not None:
             weights = tuple(self.weights[index])[: len(self._history)]
         else:
-            weights = ADAMS_BASHFORTH[min(self.max_order, len(self._history)) - 1]
+            order = min(self.max_order, len(self._history))
+            visited = self._visited[index + 1 - order : index + 1]
+            rhos = [self.signal_and_rho(one)[1] for one in reversed(visited)]
+            weights = multistep_weights(rhos, self.signal_and_rho(s)[1])
         combined = weights[0] * epsilon
         for weight, earlier in zip(weights[1:], self._history[1:]):
             combined = torch.add(combined, earlier, alpha=weight)
@@ -225,6 +226,27 @@ class EpsilonMultistepScheduler(SchedulerMixin, ConfigMixin):
         if not return_dict:
             return previous, predicted
         return DDPMSchedulerOutput(prev_sample=previous, pred_original_sample=predicted)
+
+
+def multistep_weights(rhos: Sequence[float], rho_s: float) -> list[float]:
+    """The weights of k ≤ 4 ε in a step to ρ_s that make it exact where ε is a polynomial in ρ of degree k-1.
+
+    Their mean over the step of Lagrange's polynomials, by Gauss's two points, which are exact to degree 3.
+
+    Args:
+        rhos: where the ε were predicted, the beginning of the step first, then those before it.
+        rho_s: the end of the step.
+
+    >>> multistep_weights([2.0, 3.0], 1.0)  # on an even grid, Adams and Bashforth's
+    [1.5, -0.5]
+    """
+    middle, half = (rhos[0] + rho_s) / 2, (rhos[0] - rho_s) / 2
+    points = (middle - half / 3**0.5, middle + half / 3**0.5)
+    weights = []
+    for node in rhos:
+        others = [other for other in rhos if other != node]
+        weights.append(sum(math.prod((x - other) / (node - other) for other in others) for x in points) / 2)
+    return weights
 
 
 def karras_timesteps(diffusion: DDPMScheduler, n: int) -> list[int]:

@@ -64,7 +64,7 @@ def main() -> None:
             path = Path(category) / name
             (args.folder / part / category).mkdir(parents=True, exist_ok=True)
             on_white(files[IMAGES + name], args.size).save(args.folder / part / path)
-            rows[part].append({"file_name": str(path), "text": emoji["name"].lower(), "label": category})
+            rows[part].append({"file_name": path.as_posix(), "text": emoji["name"].lower(), "label": category})
     for part, lines in rows.items():
         (args.folder / part / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         print(f"{args.folder / part}: {len(lines):,} images")

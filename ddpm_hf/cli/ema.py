@@ -57,7 +57,7 @@ def ema(
     """Make a model whose weights are an average of any width, from the snapshots of a run (Karras et al. 2024).
 
     The folder is a pipeline like the run's own: sample from it, evaluate it, push it. A sweep measures several widths,
-    beside the run's own weights, and writes no model.
+    beside the run's weights, and writes no model.
     """
     from ..common.arguments import check_word
     from ..common.layout import holds_run

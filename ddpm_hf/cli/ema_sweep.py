@@ -47,7 +47,7 @@ def compare_widths(
     options: SweepOptions,
     out: Path,
 ) -> str:
-    """Sample and measure the run's own weights and an average of each width; the table, and which is best."""
+    """Sample and measure the run's weights and an average of each width; the table, and which is best."""
     from ..evaluation.evaluate import Reference, check_counts, evaluate
     from ..evaluation.metrics import METRICS
     from ..evaluation.ranks import Ranks
@@ -69,7 +69,7 @@ def compare_widths(
     first = METRICS[names[0]]
     best = min(results, key=lambda one: one["figures"][names[0]]["value"] * (1 if first.lower_is_better else -1))
     width = best["ema_std"]
-    way = f"write it with: ddpm-hf ema {run} --std {width:g}" if width else "the run's own weights"
+    way = f"write it with: ddpm-hf ema {run} --std {width:g}" if width else "the run's weights"
     return f"{table}\n\nbest {first.label}: {best['title']}; {way}"
 
 
@@ -81,7 +81,7 @@ def samples_of(
     options: SweepOptions,
     out: Path,
 ) -> list["Samples"]:
-    """The samples of the run's own weights (width 0) and of each width, from the same noise."""
+    """The samples of the run's weights (width 0) and of each width, from the same noise."""
     own = {part: averages.copy(pipeline.components[part]) for part in averages.parts}
     pipeline = ready(pipeline, options.device, Acceleration.auto)
     conditions = conditions_of(pipeline, real, None, None, (None, 0.0, None), options.seed)

@@ -208,7 +208,7 @@ class Samples:
         if "sampler" not in self.labels:
             return "images"
         std = self.labels.get("ema_std")  # of the average of the weights; 0 is the run's own
-        average = {None: "", 0.0: "own weights, "}.get(std, f"EMA {std}, ")
+        average = {None: "", 0.0: "the run's weights, "}.get(std, f"EMA {std}, ")
         return f"{average}{self.labels['sampler']}, {self.labels['steps']} steps"
 
     def batches(self) -> Iterable:

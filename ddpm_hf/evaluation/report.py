@@ -257,16 +257,16 @@ def sweep_section(record: dict[str, Any]) -> list[str]:
     for name, axis in SWEPT.items():
         results = [one for one in record["results"] if one.get(name)]
         if len({one[name] for one in results}) > 1:
-            own = next((one for one in record["results"] if one.get(name) == 0), None)  # not averaged again
-            plots = [svg(sweep_plot(results, name, metric, own)) for metric in results[0]["figures"]]
+            baseline = next((one for one in record["results"] if one.get(name) == 0), None)
+            plots = [svg(sweep_plot(results, name, metric, baseline)) for metric in results[0]["figures"]]
             return [f"<h2>Quality against {axis}</h2>", '<div class="plots">', *plots, "</div>"]
     return []
 
 
 def sweep_plot(
-    results: Sequence[dict[str, Any]], varied: str, name: str, own: dict[str, Any] | None = None
+    results: Sequence[dict[str, Any]], varied: str, name: str, baseline: dict[str, Any] | None = None
 ) -> "Figure":
-    """A metric against what was varied, a line for each sampler, with its intervals; a level for the `own` weights.
+    """A metric against what was varied, a line for each sampler, with its intervals; `baseline` as a level.
 
     Its axis is logarithmic where the figures are positive and the largest is many times the least.
     """
@@ -278,8 +278,8 @@ def sweep_plot(
         x = [one[varied] * beside for one in line]
         y, low, high = ([one["figures"][name][key] for one in line] for key in ("value", "low", "high"))
         axes.errorbar(x, y, yerr=errors(y, low, high), marker="o", capsize=3, label=sampler)
-    if own is not None:
-        axes.axhline(own["figures"][name]["value"], color="gray", linestyle="dashed", label="own weights")
+    if baseline is not None:
+        axes.axhline(baseline["figures"][name]["value"], color="gray", linestyle="dashed", label="the run's weights")
     axes.set(xscale="log", xlabel=SWEPT[varied], ylabel=label(name))
     there = sorted({one[varied] for one in results})
     axes.set_xticks(there, map(str, there))

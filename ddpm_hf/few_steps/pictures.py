@@ -24,7 +24,7 @@ class Candidate(NamedTuple):
 
     Args:
         timesteps: descending [K].
-        weights: of ε at each step; None: those that nobody fitted.
+        weights: of ε at each step; None: `multistep_weights`.
         error: of x_0 as it is clipped: the root mean square over an image, the mean over the images.
     """
 
@@ -111,7 +111,7 @@ class Student:
         return Ends(self.predict, self.scheduler, chain, self.noise, self.teacher.states[-1], self.batch_size)
 
     def loss(self, path: Sequence[int], weights: Weights | None = None) -> float:
-        """How far a chain ends from the teacher's images; None: with weights that nobody fitted."""
+        """How far a chain ends from the teacher's images; None: with `multistep_weights`."""
         return self.ends(path).loss_of(weights)
 
     def first_weights(self, path: Sequence[int]) -> Weights:

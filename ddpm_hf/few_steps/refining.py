@@ -84,7 +84,7 @@ class Ends:
         return differences.norm(dim=1).mean().item() / differences.shape[1] ** 0.5
 
     def loss_of(self, weights: Weights | None) -> float:
-        """Where some weights lead; None: those that nobody fitted."""
+        """Where some weights lead; None: `multistep_weights`."""
         if weights is None:
             rhos = self.chain.rhos
             steps = range(len(self.chain.timesteps))

@@ -91,7 +91,7 @@ class EpsilonMultistepScheduler(SchedulerMixin, ConfigMixin):
         self.max_order = MAX_ORDER
         self.num_inference_steps = None
         self.fits = "used"
-        self._history: list[torch.Tensor] = []
+        self._history: list[tuple[float, torch.Tensor]] = []  # ρ and ε of the last steps, the latest first
         self._set_chain(range(num_train_timesteps - 1, -1, -1), None, None)
 
     def __len__(self) -> int:
@@ -158,7 +158,6 @@ class EpsilonMultistepScheduler(SchedulerMixin, ConfigMixin):
     ) -> None:
         self.timesteps = torch.tensor(list(chain), dtype=torch.int64).to(device)
         self.weights = weights
-        self._visited = list(chain)
         self._steps = {t: (index, s) for index, (t, s) in enumerate(zip(chain, [*chain[1:], -1]))}
         self._history = []
 
@@ -209,18 +208,15 @@ class EpsilonMultistepScheduler(SchedulerMixin, ConfigMixin):
         x_t = sample.to(dtype)
         x_start = self.diffusion.predict_original_sample(model_output.to(dtype), t, x_t)
         epsilon = self.diffusion.predict_epsilon(x_start, t, x_t)
-        self._history = [epsilon, *self._history][:MAX_ORDER]
-        if self.weights is not None:
-            weights = tuple(self.weights[index])[: len(self._history)]
-        else:
-            order = min(self.max_order, len(self._history))
-            visited = self._visited[index + 1 - order : index + 1]
-            rhos = [self.signal_and_rho(one)[1] for one in reversed(visited)]
-            weights = multistep_weights(rhos, self.signal_and_rho(s)[1])
-        combined = weights[0] * epsilon
-        for weight, earlier in zip(weights[1:], self._history[1:]):
-            combined = torch.add(combined, earlier, alpha=weight)
         (signal_t, rho_t), (signal_s, rho_s) = self.signal_and_rho(t), self.signal_and_rho(s)
+        self._history = [(rho_t, epsilon), *self._history][:MAX_ORDER]
+        if self.weights is not None:
+            weights = self.weights[index]
+        else:
+            weights = multistep_weights([rho for rho, _ in self._history[: self.max_order]], rho_s)
+        combined = weights[0] * epsilon
+        for weight, (_, earlier) in zip(weights[1:], self._history[1:]):
+            combined = torch.add(combined, earlier, alpha=weight)
         previous = combine(signal_s / signal_t, x_t, signal_s * (rho_s - rho_t), combined).to(sample.dtype)
         predicted = self.diffusion.clip(x_start).to(sample.dtype)
         if not return_dict:

@@ -25,7 +25,6 @@ from .scheduling_ddpm_hf import LEARNED_VARIANCE_TYPES, DDPMScheduler
 logger = logging.get_logger(__name__)
 
 OUTPUT_TYPES = ("pil", "np", "numpy", "pt", "latent", "preview")  # "numpy" is stock DDPMPipeline's word for "np"
-TENSOR_TYPES = ("pt", "latent")
 PIL_CHANNELS = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # that images of these modes have
 # (pipeline, index, timestep, {"latents": x_s}) -> what replaces these, or nothing
 StepCallback: TypeAlias = Callable[[Any, int, Any, dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]
@@ -352,8 +351,7 @@ class SamplingMixin(MixinBase):
                     replaced = callback_on_step_end(self, step.index, step.timestep, chosen) or {}
                     step.sample = x = replaced.get("latents", x)
                 progress_bar.update()
-        if output_type not in TENSOR_TYPES:  # those are the caller's to look at, and need not leave the device
-            self.warn_of_nan(x)
+        self.warn_of_nan(x)
         images = self.decode(x, output_type)
         self.maybe_free_model_hooks()
         if not return_dict:
@@ -361,7 +359,10 @@ class SamplingMixin(MixinBase):
         return DDPMPipelineOutput(images=images, frames=frames if num_frames else None)  # type: ignore[arg-type]
 
     def warn_of_nan(self, x: torch.Tensor) -> None:
-        """Log how many of the samples [N, C, H, W] are NaN or infinite: as pictures they are black or noise."""
+        """Log how many of the samples [N, C, H, W] are NaN or infinite: as pictures they are black.
+
+        It waits for the device, once a chain.
+        """
         finite = torch.isfinite(x).flatten(1).all(1).tolist()
         if all(finite):
             return

@@ -140,7 +140,7 @@ def test_a_sweep_measures_each_width_and_the_runs_own_weights(shop, call, tmp_pa
     assert seen.result[0] == 0, seen.result[2]
     results = seen.record["results"]
     assert [one["title"] for one in results] == [
-        "own weights, ddpm, 2 steps",
+        "the run's weights, ddpm, 2 steps",
         "EMA 0.07, ddpm, 2 steps",
         "EMA 0.1, ddpm, 2 steps",
     ]
@@ -158,7 +158,7 @@ def test_a_sweep_measures_each_width_and_the_runs_own_weights(shop, call, tmp_pa
         np.testing.assert_allclose(alone["results"][0]["figures"]["fid"]["value"], expected, rtol=1e-6)
     page = (seen.folder / "report.html").read_text()
     assert "Quality against the width of the average" in page
-    assert "own weights</text>" in page  # the level to fall below, in the plot
+    assert "the run's weights</text>" in page  # the level to be compared with, in the plot
 
 
 REFUSED = {

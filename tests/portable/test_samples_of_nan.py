@@ -1,4 +1,4 @@
-"""Samples that are NaN: black pictures, unless somebody says it."""
+"""Samples that are NaN are reported: as pictures they are black."""
 
 import logging
 import math
@@ -11,7 +11,7 @@ T = 20
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in cast:RuntimeWarning")
-def test_samples_that_are_nan_are_said(caplog):
+def test_samples_that_are_nan_are_reported(caplog):
     """Else a user stares at black pictures; a mean of single steps, in a chain with gaps, is the usual cause."""
     pipeline = tiny_pipeline(prediction_type="posterior_mean", num_train_timesteps=T)
 
@@ -27,7 +27,8 @@ def test_samples_that_are_nan_are_said(caplog):
         return caplog.text
 
     assert not said(T, callback=None)
-    assert not said(output_type="pt")  # a tensor is the caller's to look at
+    for output_type in ("np", "pt", "latent", "preview"):  # `restore` and strips make pictures of tensors
+        assert "1 of 3 samples" in said(output_type=output_type)
     assert "1 of 3 samples" in said()
     assert f"10 of {T} timesteps" in said()
     assert "1 of 3 samples" in said(T)

@@ -51,13 +51,21 @@ ddpm-hf restore photos-ddpm --task colorize --image folder --out coloured
 
 ddpm-hf restore photos-ddpm --task deblur --blur-size 1.5 --sigma-y 0.05 --image in.png
 
-ddpm-hf restore photos-ddpm --task inpaint --mask left --image held-out --degrade"""
+ddpm-hf restore photos-ddpm --task inpaint --mask left --image held-out --degrade
+
+ddpm-hf restore photos-x2 --image small.png      (a model trained with --conditioning)"""
 
 
 def restore(
     model: Annotated[str, typer.Argument(help="A run's folder or checkpoint-N, or a model on the Hub (user/name).")],
-    task: Annotated[TaskName, option(WHAT, "; ".join(f"{name}: {one.note}" for name, one in TASKS.items()) + ".")],
     image: Annotated[Path, option(WHAT, "The observed image, or a folder of images.")],
+    task: Annotated[
+        TaskName | None,
+        option(
+            WHAT,
+            "; ".join(f"{name}: {one.note}" for name, one in TASKS.items()) + ". Default: what the model was trained for.",
+        ),
+    ] = None,
     mask: Annotated[
         str | None,
         option(WHAT, f"For inpaint: a picture, white where to paint (or a folder of them), or {', '.join(MASKS)}."),
@@ -140,7 +148,7 @@ def restore(
     revision: Annotated[str | None, option(WHERE, "Branch, tag or commit on the Hub.")] = None,
     token: Annotated[str | None, option(WHERE, "For a private model. Default: your login.", envvar="HF_TOKEN")] = None,
 ) -> None:
-    """Restore images with a model that was trained without any of these tasks.
+    """Restore images with any model of pixels, or with one that was trained for the task.
 
     Writes solutions (0000.png, ...), their mean, deviation and 90% interval (low.png, high.png), a comparison, and a
     table (restored.json).
@@ -171,7 +179,7 @@ def restore(
         "mask": mask, "hidden": hidden, "factor": factor, "filter": filter and filter.value,
         "blur": blur and blur.value, "blur_size": blur_size, "blur_angle": blur_angle,
     }  # fmt: skip
-    settings = read_settings(task.value, given, seed)
+    settings = None if task is None else read_settings(task.value, given, seed)  # refused before the model is loaded
     check_numbers(sigma_y, degrade, truth, features)
     files = list_images(image, "image")
     check_out(out)
@@ -187,12 +195,16 @@ def restore(
         check_options(
             method.value, start, {"eta": eta, "weight": weight, "iterations": iterations, "time_travel": time_travel}
         )
-        settings = settings_of_model(loaded, task.value, given, settings)
+        problem = task.value if task else loaded.conditioning.task
+        settings = settings_of_model(loaded, problem, given, settings or read_settings(problem, given, seed))
         exact = not sigma_y if degrade else sigma_y == 0
         sigma_y = sigma_y or 0.0  # the model is told of noise, and reads what it is given as it is otherwise
         loaded.check_level(0.0, sigma_y)
         pipeline: Any = TrainedRestorer(loaded, exact)
+    elif task is None or settings is None:
+        raise ValueError(f"{model} was not trained for one task: give --task, one of {', '.join(TASKS)}")
     else:
+        problem = task.value
         pipeline = DDPMRestorationPipeline.from_pipe(loaded)
     if acceleration.value == "auto":
         pipeline.enable_acceleration()
@@ -202,7 +214,7 @@ def restore(
     }  # fmt: skip
     pictures = [
         read_picture(
-            file, task.value, settings, pipeline, mask=mask, truth=truth, degrade=degrade, fit=fit, sigma_y=sigma_y,
+            file, problem, settings, pipeline, mask=mask, truth=truth, degrade=degrade, fit=fit, sigma_y=sigma_y,
             generator=noise_of(seed, index),
         )
         for index, file in enumerate(files)
@@ -211,7 +223,7 @@ def restore(
     with reports_stop(lambda: f"nothing was written to {out}"), autocast(device, precision):
         solutions = restore_pictures(pipeline, pictures, num_solutions, batch_size, seed, options)
     rows = [measure(picture, several, describe) for picture, several in zip(pictures, solutions)]
-    record = {"task": task.value, **{key: value for key, value in options.items() if value is not None}, "seed": seed}
+    record = {"task": problem, **{key: value for key, value in options.items() if value is not None}, "seed": seed}
     write_restored(out, pictures, solutions, rows, record)
     if sigma_y is None and not degrade:
         estimates = sorted({f"{one.sigma_y:.3g}" for one in pictures}, key=float)

@@ -116,6 +116,11 @@ def test_restore_measures_a_trained_model(call):
     assert max(exact) < 0.5 * min(noisy)  # what is exact is kept
     assert all("psnr" in row for row in rows)
     assert (out / "comparison.png").is_file()
+    result, out = call("restore x2 --image full --degrade --num-solutions 2")  # the task is the model's own
+    assert result[0] == 0, result[2]
+    report = json.loads((out / "restored.json").read_text())
+    assert report["settings"]["task"] == "super-resolution"
+    assert [row["residual"] for row in report["images"]] == exact
     result, out = call("restore paint --task inpaint --mask left --image full --degrade --num-solutions 1")
     assert result[0] == 0, result[2]
     assert json.loads((out / "restored.json").read_text())["images"][0]["residual"] < 1e-5
@@ -134,6 +139,9 @@ REFUSED = {
     "sample paint --image full/0.png": "give --mask",
     "sample paint --image full/0.png --mask small/0.png": "a mask of shape",
     "sample plain --image small/0.png": "`ddpm-hf restore` restores",
+    "restore plain --image full": "plain was not trained for one task: give --task, one of inpaint",
+    "restore paint --image full": "--task inpaint requires --mask",
+    "restore x2 --mask left --image small": "--mask left is for --task inpaint",
     "restore x2 --task deblur --image small": "this model was trained for super-resolution",
     "restore x2 --task super-resolution --factor 4 --image small": "--factor 4: this model was trained for 2",
     "restore x2 --task super-resolution --image full": "resize it with --fit",

@@ -63,7 +63,8 @@ def restore(
         TaskName | None,
         option(
             WHAT,
-            "; ".join(f"{name}: {one.note}" for name, one in TASKS.items()) + ". Default: what the model was trained for.",
+            "; ".join(f"{name}: {one.note}" for name, one in TASKS.items())
+            + ". Default: what the model was trained for.",
         ),
     ] = None,
     mask: Annotated[

@@ -164,6 +164,7 @@ def test_bad_input_is_one_line(words, named, restore):
 @pytest.mark.parametrize(
     ("words", "instead"),
     [
+        ("gray --image shades/0.png", "--task denoise"),
         ("gray --task inpaint --image shades/0.png", "--mask box"),
         ("gray --task denoise --image shades/0.png --factor 2", None),
         ("gray --task inpaint --image shades/0.png --mask left --hidden 0.2", None),

@@ -234,7 +234,7 @@ def resized_header(form: str, place: int, layout: str, *values: int) -> bytes:
     return bytes(data)
 
 
-NOTHING = zlib.compress(b"\0" * 300_000_000, 9)
+NOTHING = zlib.compress(b"\0" * 300_000_000, 1)
 BOMBS = {
     "PNG": png(60_000, 60_000),
     "PNG of text": png(4, 4, (b"zTXt", b"a\0\0" + NOTHING)),

@@ -5,8 +5,9 @@
 MODEL is a folder that stock DiffusionPipeline loads; IMAGES.npz holds held-out `images`, uint8 [N, H, W, C], and
 `reference`, images for the Fréchet distance. Its features are the means of the UNet's middle block at t = T/10: a
 network of the same images. deepinv gets our operators with their exact proximal steps: only the methods differ. Its
-DDRM runs on its own physics where it has an SVD. Methods have their documented defaults. PSNR in dB of images in 0..1,
-sigma_y for pixels in [-1, 1].
+DDRM runs on its own physics where it has an SVD. Methods have their documented defaults. With `--repeats`, figures are
+means over seeds, and the deviation of PSNR between seeds is given too. PSNR in dB of images in 0..1, sigma_y for
+pixels in [-1, 1].
 """
 
 import argparse
@@ -163,6 +164,7 @@ def main():
     parser.add_argument("images")
     parser.add_argument("--out", default="restoration.json")
     parser.add_argument("--count", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=1, help="solutions of each image, each from other noise")
     parser.add_argument("--steps", type=int, nargs="+", default=[20, 100])
     parser.add_argument("--sigmas", type=float, nargs="+", default=[0.0, 0.05])
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
@@ -185,14 +187,28 @@ def main():
     rows = []
 
     def record(task, sigma, steps, library, method, solutions, seconds):
-        x = solutions.float().clamp(0, 1)
+        solutions = [x.float().clamp(0, 1) for x in solutions]
+        decibels = [float(psnr(x, truth).mean()) for x in solutions]
         rows.append({
             "task": task, "sigma_y": sigma, "calls": steps, "library": library, "method": method,
-            "psnr": float(psnr(x, truth).mean()), "ssim": float(ssim(x, truth).mean()),
-            "frechet": frechet(known, features_of(pipeline, x)), "seconds": round(seconds, 2),
+            "psnr": np.mean(decibels), "psnr_deviation": np.std(decibels, ddof=1) if len(decibels) > 1 else None,
+            "ssim": np.mean([float(ssim(x, truth).mean()) for x in solutions]),
+            "frechet": np.mean([frechet(known, features_of(pipeline, x)) for x in solutions]),
+            "seconds": round(seconds, 2),
         })  # fmt: skip
         print(rows[-1], flush=True)
         Path(args.out).write_text(json.dumps(rows, indent=1))
+
+    def solve(library, method, name, options, operator, y, sigma, steps, seed):
+        torch.manual_seed(seed)
+        if library == "deepinv":
+            x = theirs(deepinv, denoiser, method, name, options, operator, y, sigma, steps, device)
+            return x if x is None else x.detach()
+        generator = torch.Generator(device).manual_seed(seed)
+        row, *given = method.split(":")
+        settings = {key: float(value) for key, value in (one.split("=") for one in given)}
+        settings |= {"generator": generator, "output_type": "pt"}
+        return pipeline(y, operator, sigma, row, steps, **settings).images
 
     for task in args.tasks:
         name, options = TASKS[task]
@@ -200,7 +216,7 @@ def main():
         for sigma in args.sigmas:
             y = operator.observe(truth * 2 - 1, sigma, torch.Generator().manual_seed(1))
             for method, x in outside(operator, name, y, sigma).items():
-                record(task, sigma, 0, "none", method, x, 0.0)
+                record(task, sigma, 0, "none", method, [x], 0.0)
             for steps in args.steps:
                 for library, methods in (("ddpm_hf", args.ours), ("deepinv", args.theirs)):
                     for method in methods:
@@ -209,23 +225,17 @@ def main():
                         if method in SLOW and steps > min(args.steps):
                             continue
                         start = time.time()
-                        torch.manual_seed(0)
                         try:
-                            if library == "ddpm_hf":
-                                generator = torch.Generator(device).manual_seed(0)
-                                row, *given = method.split(":")
-                                settings = {key: float(value) for key, value in (one.split("=") for one in given)}
-                                settings |= {"generator": generator, "output_type": "pt"}
-                                x = pipeline(y, operator, sigma, row, steps, **settings).images
-                            else:
-                                x = theirs(deepinv, denoiser, method, name, options, operator, y, sigma, steps, device)
+                            found = [solve(library, method, name, options, operator, y, sigma, steps, seed)
+                                     for seed in range(args.repeats)]  # fmt: skip
                         except (ValueError, RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
                             print(
                                 task, sigma, steps, library, method, type(error).__name__, str(error)[:300], flush=True
                             )
                             continue
-                        if x is not None:
-                            record(task, sigma, steps, library, method, x.detach(), time.time() - start)
+                        if found[0] is not None:
+                            seconds = (time.time() - start) / args.repeats
+                            record(task, sigma, steps, library, method, found, seconds)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from ddpm_hf.models.presets import MODEL_PRESETS
+
 ROOT = Path(__file__).resolve().parent.parent
 # Diffusers' train_unconditional.py where a user says nothing
 DIFFUSERS = {
@@ -43,6 +45,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--resolution", default="32")
     parser.add_argument("--channels", default="3")
     parser.add_argument("--preset", default="small-32")
+    parser.add_argument("--model", type=Path, help="A UNet's config in place of the preset's; its recipe stays.")
     parser.add_argument("--steps", type=int, default=1400)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -73,9 +76,13 @@ def train(arguments: argparse.Namespace, row: str, seed: int, folder: Path) -> N
     steps = arguments.steps // flags.pop("share", 1)
     if flags.get("ema_snapshot_steps"):
         flags["ema_snapshot_steps"] = max(1, steps // 20)  # as many as widths from 0.02 to 0.25 require
+    if arguments.model:
+        flags = MODEL_PRESETS[arguments.preset].recipe | {"model_config_name_or_path": arguments.model} | flags
+    else:
+        flags["model_preset"] = arguments.preset
     flags |= {
         "train_data_dir": arguments.data, "resolution": arguments.resolution, "channels": arguments.channels,
-        "model_preset": arguments.preset, "train_batch_size": arguments.batch, "max_train_steps": steps, "seed": seed,
+        "train_batch_size": arguments.batch, "max_train_steps": steps, "seed": seed,
         "save_images_epochs": 0, "save_model_epochs": 10**6, "checkpointing_steps": 10**6, "logger": "none",
         "validation_split": 0.1, "validation_steps": 10**6, "output_dir": folder,
     }  # fmt: skip

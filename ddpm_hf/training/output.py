@@ -114,6 +114,7 @@ class TrainingOutput:
     def save_samples(self, draw: Callable[[torch.nn.Module, int], Path | None], stop: Stop) -> None:
         """The pictures of this step; a run that is to stop leaves them to the one that goes on from here."""
         self.state.grid_due = True
+        self.progress.note("sampling pictures")  # a chain of 1000 steps takes minutes on a CPU
         with (
             contextlib.suppress(InterruptedSamplingError),
             averaged_weights(self.state, self.model) as averaged,

@@ -156,6 +156,7 @@ def test_a_log_says_what_is_trained_each_logged_step_and_each_file(shop, tmp_pat
         assert ("held-out loss" in line) == ("validation_loss" in record)
     for n in (2, 4):
         assert f"step {n}/4  checkpoint-{n}" in steps
+        assert f"step {n}/4  sampling pictures" in steps
         assert f"step {n}/4  pictures in {run.folder}/samples/step-00000{n}.png" in steps
 
 

@@ -103,6 +103,11 @@ def check_evaluation(plan: "Plan") -> None:
     if plan.evaluate is None:
         return
     options, document, command = plan.evaluate, plan.document, _evaluate_command()
+    for cell in plan.cells:
+        if cell.flags.get("conditioning"):
+            raise document.error(
+                cell.paths["conditioning"], "models that read an image cannot be evaluated here; leave out evaluate"
+            )
     for name, value in options.items():
         try:
             words = evaluation_words({name: value})

@@ -31,9 +31,13 @@ def compare(
     if len(records) == 1 and len(records[0]["results"]) < 2:
         raise ValueError(f"{names[0]} is one evaluation; give two or more")
     check_alike(names, records)
-    typer.echo(compare_table(columns_of(names, records)))
+    columns = columns_of(names, records)
+    if not any(column.figures for column in columns):
+        raise ValueError(f"{names[0]} has no figures; evaluate it with --metrics")
+    typer.echo(compare_table(columns))
     stamp = records[0]["stamp"]
-    typer.echo(
-        f"\n{stamp['samples']:,} samples against {stamp['real_images']:,} images of {stamp['dataset']}; protocol"
-        f" {stamp['protocol']}, features {stamp['features']}"
-    )
+    if stamp.get("samples"):
+        typer.echo(
+            f"\n{stamp['samples']:,} samples against {stamp['real_images']:,} images of {stamp['dataset']}; protocol"
+            f" {stamp['protocol']}, features {stamp['features']}"
+        )

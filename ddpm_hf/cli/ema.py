@@ -62,6 +62,7 @@ def ema(
     from ..common.arguments import check_word
     from ..common.layout import holds_run
     from ..inference.loading import load
+    from ..models.fits import use_fits
     from ..training.earlier_run import settle
     from ..training.post_hoc import Averages
 
@@ -84,6 +85,7 @@ def ema(
     if std is not None:
         pipeline = load(run)
         averages.put(pipeline.components, std)
+        use_fits(pipeline, {})  # those of the run's weights
         save_averaged(pipeline, run, out, std, averages.step)
         typer.echo(f"written to {out}: the average of width {std:g} at step {averages.step:,}; `ddpm-hf sample {out}`")
         return
@@ -106,6 +108,7 @@ def ema(
         token,
     )
     pipeline = load(run)
+    use_fits(pipeline, {})  # no width is to have an advantage
     refuse_image_models(pipeline, "ema --sweep")
     with reports_stop(lambda: f"what was sampled is in {out}; the same command goes on from there"):
         typer.echo(compare_widths(pipeline, run, averages, widths, how, out))

@@ -178,7 +178,8 @@ def evaluate(
         dataset, dataset_config_name, split, held_out_split, image_column, label_column, caption_column, token
     )
     shape = images.shape if images is not None else (pipeline.image_channels, *pipeline.image_size)
-    data = read_data(where, model, shape, sized=pipeline is not None or resolution is not None)
+    sized = pipeline is not None or resolution is not None
+    data = read_data(where, model, shape, sized, of_images=images is not None)
     weights = None if features_weights is None else str(features_weights)
     measure = load_measure(names, features, protocol, device, weights, trust_remote_code, seed)
     count = num_samples or (images.count if images is not None else DEFAULT_SAMPLES)
@@ -198,6 +199,9 @@ def evaluate(
         conditions = conditions_of(pipeline, data.reference, class_, prompt, guidance, seed)
         how, digest = How(seed, eta, precision, device, batch_size), weights_digest(pipeline)
         everything = [of_chain(pipeline, digest, chain, conditions, count, how, out) for chain in chains]
+        asked = {"classes": class_, "prompts": prompt}
+        asked = {name: list(words) for name, words in asked.items() if words}
+        everything = [dataclasses.replace(one, labels={**one.labels, **asked}) for one in everything]
     if likelihood_calls is not None:
         bound = bound_of(pipeline, data, likelihood_calls, likelihood_images, seed, batch_size, likelihood_steps)
 
@@ -267,6 +271,8 @@ def without_impossible(measure: "Measure", real: int, held_out: int | None, samp
             possible.append(name)
         except DataError as error:
             typer.echo(f"left out: {error}", err=True)
+    if not possible:
+        raise DataError(f"--metrics all: none of them has images enough ({samples:,} samples, {real:,} real images)")
     return dataclasses.replace(measure, metrics=tuple(possible))
 
 
@@ -282,7 +288,7 @@ def record_results(
     if not (folder / RUN_FILE).is_file() or not (results or more):
         return []
     for result in results:
-        how = f"{result['title']}; {measure.conventions}"
+        how = f"{how_sampled(result)}; {measure.conventions}"
         for name, figure in result["figures"].items():
             metric = METRICS[name]
             called = f"{metric.label} ({metric.unit})" if metric.unit else metric.label
@@ -290,8 +296,25 @@ def record_results(
     bound = more.get("likelihood")
     if bound:
         part = "held out" if reference.held_out else split
-        record_result(folder, bound["unit"], bound["value"], bound["images"], bound["dataset"], part)
+        how = f"{bound['timesteps']} steps, {bound['calls']} calls for an image"
+        record_result(folder, bound["unit"], bound["value"], bound["images"], bound["dataset"], part, how)
     return [f"recorded in {folder / 'evaluation.json'}: the model's card shows them after `ddpm-hf push`"]
+
+
+def how_sampled(result: dict[str, Any]) -> str:
+    """A result's sampler and steps, and what else changes its figures: η, guidance, the classes or prompts asked for.
+
+    >>> how_sampled({"title": "ddim, 50 steps", "eta": 0.5, "guidance_scale": 1.0, "classes": ["cat", "dog"]})
+    'ddim, 50 steps, eta 0.5, classes cat, dog'
+    """
+    usual = {"eta": 0, "guidance_scale": 1.0}
+    parts = [result["title"]]
+    for name in ("eta", "variance", "guidance_scale", "guidance_rescale", "guidance_interval", "classes", "prompts"):
+        value = result.get(name)
+        if value is not None and value != usual.get(name):
+            said = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else f"{value}"
+            parts.append(f"{name.replace('_', ' ')} {said}")
+    return ", ".join(parts)
 
 
 def read_metrics(text: str, likelihood_calls: int | None) -> list[str]:

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..common.errors import DataError
+from ..common.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from ..common.image_sets import ImageSet
@@ -52,16 +52,18 @@ def recorded_settings(model: str) -> dict[str, Any]:
     return {}
 
 
-def read_data(options: DataOptions, model: str, shape: Shape, sized: bool = True) -> Data:
+def read_data(options: DataOptions, model: str, shape: Shape, sized: bool = True, of_images: bool = False) -> Data:
     """The real images at a size, by the options or as the run recorded them.
 
     Args:
         model: of which a run may have recorded its data.
         shape: (C, H, W) to bring the images to, as in training, without augmentation.
         sized: whether that size is a model's or requested; else the images must have it.
+        of_images: whether the shape is that of generated images, and no model's.
 
     Raises:
-        DataError: no dataset is named and none recorded, or it cannot be read, or its images have another size.
+        DataError: no dataset is named and none recorded, or it cannot be read, or its images have another size, or
+            colours that generated images lack.
     """
     from ..data.upright import upright_images
 
@@ -71,14 +73,20 @@ def read_data(options: DataOptions, model: str, shape: Shape, sized: bool = True
             f"no dataset: {model} does not say what it was trained on; give --dataset, a folder or a name on the Hub"
         )
     if options.dataset and options.dataset.endswith(".npz"):
+        for name, value in options._replace(dataset=None, token=None)._asdict().items():
+            if value is not None:
+                flag = "dataset-" * (name == "config_name") + name.replace("_", "-")
+                raise UsageError(f"--{flag} {value}: {options.dataset} has no such parts; leave it out")
         return Data(_checked(_npz(options.dataset), shape))
     if options.dataset is None and options.split is None:
         return _of_the_run(settings, shape, options)
     flags = _flags(options, settings)
-    if not sized:
+    if of_images:
         rows = _rows(flags, options, options.split or "train", shape)
-        size = _one_shape(rows)
-        if size[1:] != shape[1:]:
+        size = _one_shape(rows, any_size=sized)
+        if size[0] > shape[0]:
+            raise DataError(f"{rows.name} has images in colour, and {model} gray ones; convert one of them")
+        if not sized and size[1:] != shape[1:]:
             raise DataError(
                 f"{rows.name} has images of {size[1]}x{size[2]} pixels, and {model} of {shape[1]}x{shape[2]}; bring"
                 " both to one size with --resolution"
@@ -134,7 +142,7 @@ def _rows(flags: "DataFlags", options: DataOptions, split: str | None, shape: Sh
         from ..data.digits import embedded_digits
 
         if split not in ("train", "test"):
-            raise DataError(f"--split {split}: the embedded digits have train and test")
+            raise DataError(f"split {split}: the embedded digits have train and test")
         rows = embedded_digits(split, (shape[1], shape[2]))
         rows.label_column, rows.caption_column = flags.label_column, options.caption_column
         return rows
@@ -162,6 +170,8 @@ def _of_the_run(settings: dict[str, Any], shape: Shape, options: DataOptions) ->
         rows, held_out = load_rows(flags, seed, options.token, caption, holds_out)
     except DataError as error:
         raise DataError(f"the data that the run recorded: {error}; name it with --dataset") from error
+    if options.held_out_split is not None:
+        held_out = _rows(flags, options, options.held_out_split, shape)
     return Data(
         upright_images(rows, flags, shape), None if held_out is None else upright_images(held_out, flags, shape)
     )
@@ -204,26 +214,31 @@ def _rows_of(path: str) -> "Rows":
 
 
 def _sampled_here(folder: Path) -> "Rows | None":
-    """The single images that `ddpm-hf sample` wrote to a folder; None if it wrote none."""
+    """The images of a folder that `ddpm-hf sample` wrote to, without its grids; None if it wrote to none."""
     import datasets
 
     from ..common.ownership import listed
+    from ..data.formats import image_suffixes
     from ..data.rows import Rows
     from .pictures import PART
 
-    names = sorted(name for name in listed(folder, PART) if Path(name).stem.isdecimal() and (folder / name).is_file())
-    if not names:
+    written = [name for name in listed(folder, PART) if (folder / name).is_file()]
+    if not any(Path(name).stem.isdecimal() for name in written):
         return None
+    grids = {name for name in written if not Path(name).stem.isdecimal()}
+    suffixes = image_suffixes()
+    there = sorted(path.name for path in folder.iterdir() if path.is_file() and path.suffix.lower() in suffixes)
+    names = [name for name in there if name not in grids]
     cells = [{"bytes": None, "path": str(folder / name)} for name in names]
     features = datasets.Features({"image": datasets.Image(decode=False)})
     return Rows(datasets.Dataset.from_dict({"image": cells}, features=features), str(folder), "image")
 
 
 def _one_shape(rows: "Rows", any_size: bool = False) -> Shape:
-    """The shape that all images of a folder have; with `any_size` the first's, and all have as many channels.
+    """The shape that all images have; with `any_size` the first's. One channel if all are gray, else three.
 
     Raises:
-        DataError: there are several.
+        DataError: there are several sizes.
     """
     from ..data.images import image_size, peek, why_unreadable
 
@@ -236,12 +251,13 @@ def _one_shape(rows: "Rows", any_size: bool = False) -> Shape:
             raise DataError(f"image {rows.name_of(row, index)}: {why_unreadable(error)}") from error
         gray = getattr(image, "mode", "RGB") in ("1", "L", "LA") or getattr(image, "mode", "").startswith("I")
         one = (1 if gray else 3, height, width)
-        if shape is not None and (one[:1] if any_size else one) != (shape[:1] if any_size else shape):
+        shape, name = shape or one, name or rows.name_of(row, index)
+        if one[1:] != shape[1:] and not any_size:
             raise DataError(
-                f"image {rows.name_of(row, index)} has {_size(one)}, and {name} {_size(shape)}; give images of one"
-                " size and mode, or --resolution for one size"
+                f"image {rows.name_of(row, index)} has {height}x{width} pixels, and {name} {shape[1]}x{shape[2]}; give"
+                " images of one size, or --resolution"
             )
-        shape, name = one, name or rows.name_of(row, index)
+        shape = (max(one[0], shape[0]), *shape[1:])
     if shape is None:
         raise DataError(f"{rows.name} has no images")
     return shape

@@ -54,7 +54,7 @@ def read_chains(sweep: str | None, sampler: str, steps: int | None, eta: float) 
         chains = []
         for word in sweep.split():
             match = re.fullmatch(r"([^:\s]+):(\d+(?:,\d+)*)", word)
-            if match is None or match[1] not in SAMPLERS or "0" in match[2].split(","):
+            if match is None or match[1] not in SAMPLERS or 0 in map(int, match[2].split(",")):
                 raise UsageError(
                     f'--sweep {word!r}: give SAMPLER:STEPS,STEPS such as "ddpm:1000,250 ddim:50,25"; the samplers are'
                     f" {', '.join(SAMPLERS)}"

@@ -110,8 +110,9 @@ def write(model: str, pipeline: "DiffusionPipeline", fits: dict[str, dict[str, A
 
 def likelihood_fits(pipeline: "DiffusionPipeline", calls: list[int]) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """The chains of the lowest bound, and what is said of them."""
-    from ..evaluation.model_bound import LIKELIHOOD_TIMESTEPS, even_timesteps
+    from ..evaluation.model_bound import even_timesteps
     from ..few_steps.timesteps import likelihood_timesteps, steps_cost
+    from ..models.fits import LIKELIHOOD_TIMESTEPS
     from ..portable.scheduling_ddpm_hf import DDPMScheduler
 
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)

@@ -161,7 +161,7 @@ def restore(
     from ..restoration.problems import measure, noise_of
     from ..training.earlier_run import settle
     from .pictures import check_out
-    from .restore_inputs import list_images, read_picture
+    from .restore_inputs import check_names, list_images, read_picture
     from .restore_outputs import PART, PATTERNS, table, write_restored
 
     words = (
@@ -183,6 +183,7 @@ def restore(
     settings = None if task is None else read_settings(task.value, given, seed)  # refused before the model is loaded
     check_numbers(sigma_y, degrade, truth, features)
     files = list_images(image, "image")
+    check_names(files)
     check_out(out)
     check_replaceable(out, PART, PATTERNS, "out")
     quiet()
@@ -211,7 +212,7 @@ def restore(
         pipeline.enable_acceleration()
     options = {
         "method": method.value, "num_inference_steps": steps, "eta": eta, "weight": weight, "iterations": iterations,
-        "start": start, "time_travel": time_travel, "class_labels": class_,
+        "start": start, "time_travel": time_travel, "class_labels": class_id(loaded, class_),
     }  # fmt: skip
     pictures = [
         read_picture(
@@ -258,6 +259,23 @@ def read_settings(task: str, given: dict[str, Any], seed: int) -> Settings:
         raise ValueError(f"--blur-size {size}: must be above 0")
     chosen = {name: value for name, value in given.items() if value is not None and name != "mask"}
     return Settings(**chosen, seed=seed)
+
+
+def class_id(loaded: Any, name: str | None) -> int | None:
+    """The class that --class names, by its name or id; None for no class.
+
+    Raises:
+        ValueError: an unknown class, one for a model without classes, or none where the model always has one.
+    """
+    from .conditions import class_ids
+
+    if not getattr(loaded, "has_classes", False):
+        if name is not None:
+            raise ValueError(f"--class {name}: this model has no classes; leave it out")
+        return None
+    if name is None and loaded.null_class is None:
+        raise ValueError(f"this model always has a class: give --class, one of {', '.join(loaded.labels)}")
+    return None if name is None else class_ids([name], loaded.class_names)[0]  # the pipeline warns of untrained ones
 
 
 def check_numbers(sigma_y: float | None, degrade: bool, truth: Path | None, features: str | None) -> None:

@@ -33,14 +33,29 @@ def list_images(path: Path, flag: str) -> list[Path]:
     return [path]
 
 
+def check_names(files: list[Path]) -> None:
+    """Raise ValueError for images whose results could not have folders of their own, named as they are."""
+    known: dict[str, Path] = {}
+    for one in files if len(files) > 1 else ():
+        if one.stem in (".", "..") or one.stem.casefold() in ("comparison.png", "restored.json"):
+            raise ValueError(f"--image {one}: its results cannot have a folder of this name; rename it")
+        other = known.setdefault(one.stem.casefold(), one)
+        if other != one:
+            raise ValueError(f"--image {one} and {other.name} would have results of one name; rename one of them")
+
+
 def counterpart(image: Path, given: Path, flag: str) -> Path:
     """The file of a folder that has an image's name (whatever its suffix), or the one file that is given for all."""
     if not given.is_dir():
         return list_images(given, flag)[0]
-    for one in list_images(given, flag):
-        if one.stem == image.stem:
-            return one
-    raise ValueError(f"--{flag} {given}: holds no {image.stem}.png for {image}")
+    found = [one for one in list_images(given, flag) if one.stem == image.stem]
+    if len(found) > 1:
+        raise ValueError(
+            f"--{flag} {given}: holds {found[0].name} and {found[1].name} for {image}; remove one of them"
+        )
+    if not found:
+        raise ValueError(f"--{flag} {given}: holds no {image.stem}.png for {image}")
+    return found[0]
 
 
 def read_pixels(path: Path, channels: int, flag: str) -> "np.ndarray":
@@ -59,7 +74,7 @@ def read_pixels(path: Path, channels: int, flag: str) -> "np.ndarray":
             image = ImageOps.exif_transpose(opened)
             if not is_deep(image) and image.mode not in BANDS:
                 image = image.convert("RGBA" if "transparency" in image.info or "A" in image.mode else "RGB")
-            image = plain(image)
+            image = image if is_deep(image) else plain(image, channels)
             bands = 1 if is_deep(image) else BANDS[image.mode]
             pixels = None if bands != channels else np.atleast_3d(np.asarray(prepare_image(image, channels)))
     except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
@@ -69,13 +84,13 @@ def read_pixels(path: Path, channels: int, flag: str) -> "np.ndarray":
     return pixels
 
 
-def plain(image: "Image.Image") -> "Image.Image":
-    """The image without an opaque alpha, and in gray where its three channels are equal."""
+def plain(image: "Image.Image", channels: int) -> "Image.Image":
+    """The image, if it has too many channels without an opaque alpha, and in gray if its three channels are equal."""
     import numpy as np
 
-    if image.mode in ("LA", "RGBA") and image.getextrema()[-1] == (255, 255):
+    if BANDS[image.mode] > channels and image.mode in ("LA", "RGBA") and image.getextrema()[-1] == (255, 255):
         image = image.convert(image.mode[:-1])
-    if image.mode == "RGB":
+    if BANDS[image.mode] > channels and image.mode == "RGB":
         pixels = np.asarray(image)
         if (pixels[..., :1] == pixels).all():
             return image.convert("L")
@@ -92,10 +107,10 @@ def way_out(bands: int, channels: int) -> str:
 
 
 def read_mask(path: Path) -> "torch.Tensor":
-    """bool [H, W], True where a pixel is known: where the picture is black.
+    """bool [H, W], True where a pixel is known: where the picture is black, or opaque if parts are transparent.
 
     Raises:
-        ValueError: not an image.
+        ValueError: not an image, or one that hides nothing.
     """
     import numpy as np
     import torch
@@ -103,12 +118,17 @@ def read_mask(path: Path) -> "torch.Tensor":
 
     try:
         with Image.open(path) as image:
-            if image.mode in ("LA", "RGBA") and image.getextrema()[-1][0] < 128:
-                white = image.getchannel("A")  # transparent where it is painted out
-                return torch.from_numpy(np.asarray(white) >= 128)
-            return torch.from_numpy(np.asarray(image.convert("L")) < 128)
+            if "transparency" in image.info or "A" in image.mode:  # of a palette, too
+                image = image.convert("RGBA")
+            if image.mode == "RGBA" and image.getextrema()[-1][0] < 128:
+                known = np.asarray(image.getchannel("A")) >= 128  # transparent where it is painted out
+            else:
+                known = np.asarray(image.convert("L")) < 128
     except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
         raise ValueError(f"--mask {path}: not an image that can be read ({error})") from error
+    if known.all():
+        raise ValueError(f"--mask {path}: hides nothing; what is to be painted must be white, or transparent")
+    return torch.from_numpy(known)
 
 
 def fitted(pixels: "np.ndarray", size: tuple[int, int]) -> "np.ndarray":

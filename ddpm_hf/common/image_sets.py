@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .arrays import read_npz
 from .errors import DataError
 
 
@@ -64,10 +65,9 @@ def from_npz(path: Path) -> ImageSet:
     import hashlib
 
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files if name in ("arr_0", "arr_1")}
-    except (OSError, ValueError, EOFError, KeyError) as error:
-        raise DataError(f"{path}: not an npz file that can be read ({error})") from error
+        arrays = read_npz(path, ("arr_0", "arr_1"))
+    except ValueError as error:
+        raise DataError(str(error)) from error
     images = arrays.get("arr_0")
     if images is None or images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
         raise DataError(f"{path} has no array arr_0 of uint8 images [N, H, W, C], C being 1 or 3")

@@ -68,9 +68,9 @@ class Bound:
         return float(self.total.mean())
 
     @property
-    def standard_error(self) -> float:
-        """Of the mean bound, as that of all images like these; nan for one image."""
-        return float(self.total.std(ddof=1) / math.sqrt(len(self.total))) if len(self.total) > 1 else math.nan
+    def standard_error(self) -> float | None:
+        """Of the mean bound, as that of all images like these; None for one image."""
+        return float(self.total.std(ddof=1) / math.sqrt(len(self.total))) if len(self.total) > 1 else None
 
     @property
     def estimation_error(self) -> float | None:
@@ -88,8 +88,8 @@ class Bound:
         return {
             "value": value,
             "unit": self.unit,
-            "low": value - NORMAL_95 * error,
-            "high": value + NORMAL_95 * error,
+            "low": None if error is None else value - NORMAL_95 * error,
+            "high": None if error is None else value + NORMAL_95 * error,
             "interval": "normal, over images",
             "standard_error": error,
             "estimation_error": self.estimation_error,
@@ -116,9 +116,11 @@ class Bound:
         figures = self.summary()
         called = "" if self.estimation_error is None else f"; from {self.calls} of {len(self.timesteps)} timesteps"
         error = "" if self.estimation_error is None else f", ± {self.estimation_error:.4f} for these images"
+        several = self.standard_error is not None
+        spread = f"± {self.standard_error:.4f} (standard error over" if several else "(of"
         return (
-            f"{figures['value']:.4f} {self.unit}, ± {figures['standard_error']:.4f} (standard error over"
-            f" {len(self.total):,} images{called}{error})\n"
+            f"{figures['value']:.4f} {self.unit}, {spread}"
+            f" {len(self.total):,} image{'s' * several}{called}{error})\n"
             f"prior {figures['prior']:.4f} + steps {figures['steps']:.4f} + decoder {figures['decoder']:.4f}"
         )
 

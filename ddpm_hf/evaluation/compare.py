@@ -14,6 +14,8 @@ ALIKE = {
     "dataset_fingerprint": "real images",
     "samples": "number of samples",
 }
+HELD_OUT = {"held_out_fingerprint": "held-out images"}
+LIKELIHOOD = "likelihood"  # its row
 
 
 class Column(NamedTuple):
@@ -23,16 +25,24 @@ class Column(NamedTuple):
     figures: dict[str, dict[str, Any]]
 
 
+def reads_held_out(record: dict[str, Any]) -> bool:
+    """Whether an evaluation has figures that depend on the held-out images."""
+    bound = record.get("likelihood") or {}
+    named = {name for result in record["results"] for name in result["figures"]}
+    return bool(bound.get("held_out")) or any("train" in METRICS[name].needs for name in named & METRICS.keys())
+
+
 def check_alike(names: Sequence[str], records: Sequence[dict[str, Any]]) -> None:
     """Raise UsageError for evaluations whose figures do not compare: the message says what differs."""
     for name, record in zip(names[1:], records[1:]):
-        for key, said in ALIKE.items():
+        both = all(map(reads_held_out, (records[0], record)))
+        for key, said in {**ALIKE, **(HELD_OUT if both else {})}.items():
             values = [one["stamp"].get(key) for one in (records[0], record)]
             if values[0] == values[1]:
                 continue
             if key.endswith("_fingerprint"):
                 shown = [one["stamp"].get(key.removesuffix("_fingerprint")) for one in (records[0], record)]
-                values = [f"{title} ({value})" for title, value in zip(shown, values)]
+                values = [value if title is None else f"{title} ({value})" for title, value in zip(shown, values)]
             raise UsageError(
                 f"{names[0]} and {name} do not compare: {said} {values[0]} and {values[1]}; evaluate one of them as"
                 " the other was"
@@ -46,6 +56,11 @@ def columns_of(names: Sequence[str], records: Sequence[dict[str, Any]]) -> list[
         for result in record["results"]:
             shown = f"{name} ({result['title']})" if len(record["results"]) > 1 else name
             columns.append(Column(shown, result["figures"]))
+        bound = record.get("likelihood")
+        if bound is not None and len(record["results"]) == 1:
+            columns[-1] = Column(name, {**columns[-1].figures, LIKELIHOOD: bound})
+        elif bound is not None:
+            columns.append(Column(name, {LIKELIHOOD: bound}))
     return columns
 
 
@@ -74,7 +89,8 @@ def compare_table(columns: Sequence[Column]) -> str:
         for index, column in enumerate(columns):
             figure = column.figures.get(name)
             cells.append(_cell(figure) + " *" * (index == winner) if figure else "")
-        rows.append((label(name), *cells))
+        unit = next((column.figures[name].get("unit") for column in columns if name in column.figures), None)
+        rows.append((f"{name} ({unit})" if name == LIKELIHOOD else label(name), *cells))
     return in_columns(rows)
 
 

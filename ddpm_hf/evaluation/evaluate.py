@@ -308,6 +308,7 @@ def stamp(reference: Reference, samples: int | None) -> dict[str, Any]:
         "dataset_fingerprint": images.fingerprint,
         "real_images": images.count,
         "held_out_images": held_out.count if held_out else None,
+        "held_out_fingerprint": held_out.fingerprint if held_out else None,
         "samples": samples,
         "image": list(images.shape),
     }

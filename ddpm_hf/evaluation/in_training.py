@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from ..common.errors import UsageError, one_line
+from ..common.errors import DataError, UsageError, one_line
 from ..common.image_sets import ImageSet
 from ..common.randomness import keyed_generator
 from ..inference.samplers import swapped
@@ -107,6 +107,7 @@ class TrainingEvaluation:
 
         Raises:
             Exception: what sampling raised, on the rank where it did; on the others a RuntimeError that says so.
+            DataError: samples of which a metric has no figure, on all ranks.
         """
         pipeline.set_progress_bar_config(disable=True)
         starts = ranks.share(range(0, self.count, self.batch_size))
@@ -121,8 +122,16 @@ class TrainingEvaluation:
         if faults:
             stopped, reason = faults[0]
             raise fault or (stops[0](reason) if stopped else RuntimeError(f"another process: {reason}"))
-        figures = self._figures([part for _, rank in gathered for part in rank]) if ranks.is_main else {}
-        return ranks.gather(figures)[0]
+        figures, impossible = dict[str, float](), None
+        if ranks.is_main:
+            try:
+                figures = self._figures([part for _, rank in gathered for part in rank])
+            except DataError as error:
+                impossible = str(error)
+        figures, impossible = ranks.gather((figures, impossible))[0]
+        if impossible is not None:
+            raise DataError(impossible)
+        return figures
 
     def _part(self, pipeline: "DiffusionPipeline", indices: range) -> tuple[int, Features, dict[str, np.ndarray]]:
         """Of some samples, the first index, the features, and what metrics on pixels keep."""
@@ -168,10 +177,16 @@ def evaluation_of(
         held_out: reads those held out; None if there are none.
 
     Raises:
-        ValueError: an unknown metric or network, weights that are missing, or too few images.
+        ValueError: an unknown metric or network, weights that are missing, too few images, or ones that the network
+            does not read.
     """
     if not flags.evaluation_epochs:
         return None
+    if flags.evaluation_features.startswith("torchscript:"):
+        raise UsageError(
+            f"--evaluation_features {flags.evaluation_features}: a TorchScript file is a program; give another network"
+            " here, and this one to `ddpm-hf evaluate --trust-remote-code`"
+        )
     protocol, count, reference = PROTOCOLS[flags.evaluation_protocol], flags.evaluation_samples, images()
     try:
         weights = flags.evaluation_features_weights
@@ -186,6 +201,7 @@ def evaluation_of(
             raise UsageError(f"--metrics {with_train[0]}: requires held-out images, as by --validation_steps")
         others = held_out() if with_train and held_out is not None else None
         check_counts(measure, reference.count, None if others is None else others.count, count)
+        extractor(torch.from_numpy(reference.read(range(1))))  # now, not in the first evaluation
     except ValueError as error:  # in the words of `ddpm-hf evaluate`
         raise UsageError(re.sub("--(metrics|features|protocol)", r"--evaluation_\1", str(error))) from error
     shown = reference.captions if reference.captions is not None else reference.labels

@@ -9,15 +9,13 @@ import torch
 
 from ..common.errors import UsageError
 from ..common.image_sets import ImageSet
+from ..models.fits import LIKELIHOOD_TIMESTEPS
 from ..portable.scheduling_ddpm_hf import DDPMScheduler
 from .bound import Bound, BoundBatch, measure_bound
 from .ranks import Ranks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-
-LIKELIHOOD_TIMESTEPS = "_likelihood_timesteps"  # of a scheduler's config: by the number of steps, as a string
 
 
 def even_timesteps(total: int, number: int) -> list[int]:

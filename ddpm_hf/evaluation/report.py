@@ -118,9 +118,23 @@ def read_record(path: Path) -> dict[str, Any]:
     places = [path] if path.is_file() else [path / METRICS_JSON, path / "evaluation" / METRICS_JSON]
     for place in places:
         record = json_or_none(place)
-        if isinstance(record, dict) and record.get("version") == VERSION and isinstance(record.get("results"), list):
+        if isinstance(record, dict) and record.get("version") == VERSION:
+            if not _is_complete(record):
+                raise ValueError(f"{place} is damaged: evaluate again with the same command, which keeps the samples")
             return record
     raise ValueError(f"{path} holds no {METRICS_JSON} of ddpm-hf evaluate; give the --out of one")
+
+
+def _is_complete(record: dict[str, Any]) -> bool:
+    """Whether a record has all that `as_record` writes of its figures."""
+    results, bound = record.get("results"), record.get("likelihood")
+    if not isinstance(record.get("stamp"), dict) or not isinstance(results, list):
+        return False
+    whole = [isinstance(one, dict) and isinstance(one.get("figures"), dict) and "title" in one for one in results]
+    if not all(whole) or not (bound is None or isinstance(bound, dict)):
+        return False
+    figures = [figure for one in results for figure in one["figures"].values()] + [bound] * (bound is not None)
+    return all(isinstance(one, dict) and {"value", "low", "high"} <= one.keys() for one in figures)
 
 
 # For the terminal

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from ..common.arrays import read_npz
 from ..common.errors import DataError
 from ..common.files import PARTIAL_SUFFIX, read_json, write_atomically
 from .features import PARTS, Extractor, Features, extract
@@ -213,9 +214,8 @@ def _read_features(path: Path, count: int, keep: frozenset[str]) -> Features | N
     if not path.is_file():
         return None
     try:
-        with np.load(path, allow_pickle=False) as file:
-            columns = {name: file[name] for name in file.files if name in PARTS}
-    except (OSError, ValueError, EOFError, KeyError):  # damaged: computed anew
+        columns = read_npz(path, PARTS)
+    except ValueError:  # damaged: computed anew
         return None
     complete = keep <= set(columns) and all(len(column) == count for column in columns.values())
     return Features(**columns) if complete else None

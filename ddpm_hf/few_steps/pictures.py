@@ -1,12 +1,13 @@
 """Timesteps and weights for pictures in a few network calls, and how near they come to the model's own solution."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from tqdm.auto import tqdm
 
 from ..common.errors import UsageError
+from ..models.fits import without_fits
 from ..portable.multistep_ddpm_hf import EpsilonMultistepScheduler, karras_timesteps
 from .refining import LEAST_GAIN, Ends, Weights, chain_of, refine_weights
 from .timesteps import picture_timesteps
@@ -165,8 +166,3 @@ def halves(noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def unique(paths: Iterable[list[int]]) -> list[list[int]]:
     """Without repetitions, in the order given."""
     return [list(path) for path in dict.fromkeys(map(tuple, paths))]
-
-
-def without_fits(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config without what was fitted before."""
-    return {key: value for key, value in config.items() if not key.startswith("_fitted")}

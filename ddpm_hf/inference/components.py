@@ -12,6 +12,7 @@ from ..common.errors import UsageError, why_not_loaded
 from ..common.layout import AUTOENCODER
 from ..common.locations import name_from_run
 from ..models.autoencoder import load_autoencoder
+from ..models.fits import without_fits
 from ..portable.pipeline_text2image_ddpm_hf import TextToImageDDPMPipeline
 from ..portable.scheduling_ddpm_hf import DDPMScheduler
 
@@ -65,7 +66,7 @@ def load_checkpoint_components(
         ) from error
     changes: dict[str, Any] = {"rescale_betas_zero_snr": True} if rescale_betas_zero_snr else {}
     changes |= {"prediction_type": prediction_type} if prediction_type is not None else {}
-    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, **changes)
+    scheduler = DDPMScheduler.from_config(without_fits(pipeline.scheduler.config), **changes)
     extra = {key: pipeline.components.get(key) for key in ("safety_checker", "feature_extractor", "image_encoder")}
     scale = pipeline.config.guidance_scale if guidance_scale is None else guidance_scale
     others = {"sampler": type(pipeline.scheduler), "guidance_scale": scale, **extra}

@@ -66,6 +66,7 @@ def is_checkpoint(folder: Path) -> bool:
 def _load_checkpoint(checkpoint: Path, ema: bool | None, token: str | None) -> Any:
     """The pipeline of a run's checkpoint."""
     from ..models.autoencoder import load_autoencoder
+    from ..models.fits import without_fits
     from ..portable.networks_ddpm_hf import unet_class
     from ..portable.pipeline_class_conditional_ddpm_hf import ClassConditionalDDPMPipeline
     from ..portable.pipeline_ddpm_hf import DDPMPipeline
@@ -90,7 +91,7 @@ def _load_checkpoint(checkpoint: Path, ema: bool | None, token: str | None) -> A
     folder = checkpoint / ("unet" if ema is False else source.place.name)
     try:
         unet = unet_class(source.unet).from_pretrained(folder, use_safetensors=True)
-        scheduler = DDPMScheduler.from_config(source.scheduler)
+        scheduler = DDPMScheduler.from_config(without_fits(source.scheduler))
         vae = load_autoencoder(source.vae, token=token) if source.vae else None
         if source.conditioning:
             names = dict(enumerate(source.classes or ()))
@@ -110,6 +111,7 @@ def _load_text_checkpoint(checkpoint: Path, manifest: dict[str, Any], ema: bool 
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextModel
 
+    from ..models.fits import use_fits
     from ..portable.pipeline_text2image_ddpm_hf import TextToImageDDPMPipeline
     from .components import assemble, components_of_run
 
@@ -121,7 +123,9 @@ def _load_text_checkpoint(checkpoint: Path, manifest: dict[str, Any], ema: bool 
             folder = checkpoint / f"text_encoder{averaged}"
             given["text_encoder"] = CLIPTextModel.from_pretrained(folder, use_safetensors=True)
         if (run / MODEL_INDEX).is_file():
-            return TextToImageDDPMPipeline.from_pretrained(run, use_safetensors=True, **given)
+            pipeline = TextToImageDDPMPipeline.from_pretrained(run, use_safetensors=True, **given)
+            use_fits(pipeline, {})  # those there are of the run's last weights
+            return pipeline
         if not isinstance(manifest.get("settings"), dict):
             raise ValueError(f"nothing says which model the rest is of, and {run} holds no pipeline")
         return assemble(components_of_run(manifest["settings"], run, manifest.get("scheduler"), given, token))

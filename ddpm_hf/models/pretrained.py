@@ -77,17 +77,18 @@ def check_source(source: Source) -> None:
 
 
 def trained_scheduler(source: Source) -> "DDPMScheduler | None":
-    """The diffusion that the model was trained with; None where nothing is known of it.
+    """The diffusion that the model was trained with, without what was fitted to it; None where nothing is known.
 
     Raises:
         UsageError: one that no scheduler can be made of.
     """
     from ..portable.scheduling_ddpm_hf import DDPMScheduler
+    from .fits import without_fits
 
     if source.scheduler is None:
         return None
     try:
-        return DDPMScheduler.from_config(source.scheduler)
+        return DDPMScheduler.from_config(without_fits(source.scheduler))
     except (ValueError, TypeError, NotImplementedError) as error:
         raise UsageError(f"{FLAG}: the scheduler of {source.title}: {one_line(error)}") from error
 

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..common.errors import UsageError
-from ..common.files import write_atomically
+from ..common.files import read_json, write_atomically
 from ..common.layout import METRICS_FILE, RUN_FILE
 from ..common.ownership import claim_files
 from ..evaluation.metrics import METRICS
+from ..models.fits import fits_of, use_fits
 from ..models.saving import save_half_precision, save_model, save_pipeline
 from ..training.averaging import raw_weights
 from ..training.plan import StepPlan
@@ -129,6 +130,7 @@ class Publisher:
         if flags.hub_strategy == "best" and not self.is_best(step) and not (none_yet and step == self.total_steps):
             return
         pipeline = self.pipeline_of(model)
+        self.keep_fits(pipeline, step)
         save_pipeline(pipeline, self.folder)
         if "fp16" in flags.save_variants:
             save_half_precision(pipeline, self.folder)
@@ -140,6 +142,18 @@ class Publisher:
         self.saved_at = step
         if flags.push_to_hub and flags.hub_strategy != "end" and at_checkpoint and step < self.total_steps:
             self.upload_in_background(pipeline, step)
+
+    def keep_fits(self, pipeline: "DiffusionPipeline", step: int) -> None:
+        """Keep what was fitted to the model that the folder holds, if that is the model of this step."""
+        try:
+            config, record = (read_json(self.folder / name) for name in ("scheduler/scheduler_config.json", RUN_FILE))
+        except ValueError:  # damaged, and about to be replaced
+            return
+        fits = fits_of(config) if isinstance(config, dict) else {}
+        if fits and isinstance(record, dict) and record.get("step") == step:
+            use_fits(pipeline, fits)
+        elif fits:
+            self.run.warn("what was fitted for few steps is removed with the weights that it was fitted to; repeat it")
 
     def is_best(self, step: int) -> bool:
         """Whether this step has the best figure of `--hub_best_metric` so far, of a held-out loss at checkpoints."""

@@ -13,6 +13,7 @@ import torch
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
+from ..common.errors import DataError
 from ..common.layout import METRICS_FILE, TIMINGS_FILE
 from .checkpointing import save_checkpoint
 from .earlier_run import replaces
@@ -66,7 +67,7 @@ class TrainingOutput:
             return validate(averaged)
 
     def evaluated(self, evaluation: Evaluation, stop: Stop) -> dict[str, float]:
-        """The figures of this step; none if memory runs out, or if the run is to stop: a resumed run has them."""
+        """The figures of this step; none if there cannot be any, or if the run is to stop: a resumed run has them."""
         self.state.evaluation_due, begin = True, time.perf_counter()
         self.progress.note(evaluation.title)
         figures: dict[str, float] = {}
@@ -78,6 +79,8 @@ class TrainingOutput:
         ):
             try:
                 figures = evaluation.measure(averaged)
+            except DataError as error:
+                self.run.warn(f"no evaluation of step {self.state.step} ({error}); training goes on")
             except Exception as error:
                 if not out_of_memory(error):
                     raise

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import io
 import json
 import shutil
 from pathlib import Path
@@ -47,11 +48,26 @@ def shop(tmp_path_factory):
     (root / "checkpoint-2/manifest.json").write_text(json.dumps(facts))
     write_images(root / "images", random_pixels(6, 8, 8))
     write_images(root / "others", random_pixels(7, 8, 8, seed=1))
+    write_images(root / "gray", random_pixels(6, 8, 8)[..., 0])
+    write_images(root / "one", random_pixels(1, 8, 8))
+    write_images(root / "both", random_pixels(3, 8, 8))
+    write_images(root / "both", random_pixels(3, 8, 8)[..., 0], "gray-{}.png")
+    whole = io.BytesIO()
+    np.savez(whole, arr_0=random_pixels(6, 8, 8))
+    (root / "cut.npz").write_bytes(whole.getvalue()[:-300])
+    flipped = bytearray(whole.getvalue())
+    flipped[400] ^= 255
+    (root / "flipped.npz").write_bytes(flipped)
+    (root / "whole.npz").write_bytes(whole.getvalue())
+    with (root / "single.npz").open("wb") as file:
+        np.save(file, random_pixels(6, 8, 8))
     write_images(root / "wide", random_pixels(6, 8, 12))
     write_images(root / "mixed", random_pixels(2, 8, 8))
     write_images(root / "mixed", random_pixels(1, 8, 9), "wide-{}.png")
     write_images(root / "broken", random_pixels(4, 8, 8))
     (root / "broken/9.png").write_bytes(encoded(random_pixels(1, 8, 8)[0])[:60])
+    for seed, name in enumerate(("train", "validation", "test")):
+        write_images(root / f"thirds/{name}", random_pixels(6, 8, 8, seed=10 + seed))
     write_images(root / "splits/train", random_pixels(4, 8, 8))
     write_images(root / "splits/test", random_pixels(5, 8, 8, seed=3))
     columns = {"label": [0, 0, 0, 1, 1, 1], "text": ["red", "blue", "green"] * 2}
@@ -326,12 +342,31 @@ def test_metrics_of_pixels_need_no_network(observe):
     assert seen.record["stamp"]["features"] is None
 
 
-def test_the_grid_of_the_sample_command_is_not_a_sample(observe):
+def test_the_grid_of_the_sample_command_is_not_a_sample(observe, tmp_path):
     """Else its folder cannot be measured, or the grid is measured as an image."""
     assert observe("sample {shop}/plain --steps 2 --num-images 3 --out {out}").code == 0
-    seen = observe("evaluate 0 --dataset {shop}/images {pixels}")
+    seen = observe("evaluate 0 --dataset {shop}/gray {pixels}")
     assert seen.code == 0, seen.err
     assert seen.record["stamp"]["samples"] == 3
+    write_images(tmp_path / "0", random_pixels(2, 8, 8)[..., 0], "mine-{}.png")
+    assert observe("evaluate 0 --dataset {shop}/gray {pixels}").record["stamp"]["samples"] == 5  # none is passed over
+
+
+def test_colours_are_compared_with_colours(observe):
+    """Else samples that have lost all colour are without a fault, as the real ones are made gray for them."""
+    seen = observe("evaluate {shop}/both --dataset {shop}/images {pixels} --metrics colour")
+    assert seen.code == 0, seen.err
+    assert seen.record["stamp"]["image"] == [3, 8, 8]
+    assert seen.record["results"][0]["figures"]["colour"]["value"] > 0
+
+
+def test_a_damaged_file_of_features_is_computed_anew(observe):
+    """Else an evaluation that was cut off never ends."""
+    first = observe(f"evaluate {{shop}}/plain {QUICK}")
+    (kept,) = first.folder.glob("samples/*/features-*/*.npz")
+    kept.write_bytes(kept.read_bytes()[:-100])
+    again = observe(f"evaluate {{shop}}/plain {QUICK}".replace("{out}", str(first.folder)))
+    assert again.code == 0, again.err
 
 
 def test_adms_npz_files_are_read(observe, tmp_path):
@@ -363,6 +398,10 @@ def test_all_metrics_are_those_that_can_be_measured_and_the_others_are_named(obs
     (line,) = [line for line in seen.err.splitlines() if "does not serve" in line]
     assert "sFID" in line
     assert "Inception Score" in line
+    seen = observe("evaluate {shop}/one --dataset {shop}/images --metrics all --features quarters --out {out}")
+    assert seen.code == 2
+    assert "--metrics all: none of them has images enough" in seen.err.splitlines()[-1]
+    assert seen.files() == []
 
 
 @pytest.mark.parametrize(
@@ -390,6 +429,14 @@ def test_all_metrics_are_those_that_can_be_measured_and_the_others_are_named(obs
         (f"evaluate {TEXT} {QUICK}", ("--caption-column", "--prompt")),
         (f"evaluate {CLASSES} {QUICK} --likelihood-calls 4", ("--label-column",)),
         ("evaluate {shop}/mixed --dataset {shop}/images {pixels}", ("wide-0.png", "8x9")),
+        ("evaluate {shop}/gray --dataset {shop}/images {pixels}", ("in colour", "gray", "convert")),
+        ("evaluate {shop}/gray --dataset {shop}/images --resolution 4 {pixels}", ("in colour", "gray", "convert")),
+        ("evaluate {shop}/cut.npz --dataset {shop}/images {pixels}", ("cut.npz", "not a complete npz")),
+        ("evaluate {shop}/images --dataset {shop}/flipped.npz {pixels}", ("flipped.npz", "not a complete npz")),
+        ("evaluate {shop}/images --dataset {shop}/single.npz {pixels}", ("single.npz", "a single array")),
+        ("evaluate {shop}/images --dataset {shop}/whole.npz --held-out-split x {pixels}", ("--held-out-split x",)),
+        ("evaluate {shop}/images --dataset {shop}/whole.npz --label-column x {pixels}", ("--label-column x",)),
+        ("evaluate {shop}/plain --dataset {shop}/images --sweep ddim:00 --out {out}", ("'ddim:00'",)),
         ("evaluate {shop}/wide --dataset {shop}/images {pixels}", ("8x12", "--resolution")),
         ("evaluate {shop}/broken --dataset {shop}/images {pixels}", ("9.png",)),
         ("evaluate {shop}/images --dataset {shop}/images --steps 5 {pixels}", ("--steps",)),
@@ -445,6 +492,75 @@ def test_evaluations_are_compared_and_unlike_ones_refused(observe, run, tmp_path
         folders[2:], (("protocol", "adm", "clean-fid"), ("number of samples", "4", "5"), ("real",))
     ):
         assert_one_line(run("compare", folders[0], other), folders[0], other, *named)
+
+
+def test_likelihoods_are_compared(observe, run, tmp_path):
+    """Else models of the same data cannot be compared by their bits."""
+    for words in ("", "--seed 1"):
+        of_one = f"--metrics none --likelihood-calls 4 --likelihood-images 2 {words} --out {{out}}"
+        assert observe(f"evaluate {{shop}}/plain --dataset {{shop}}/images {of_one}").code == 0
+    folders = [tmp_path / "0", tmp_path / "1"]
+    code, out, err = run("compare", *folders)
+    assert code == 0, err
+    assert "likelihood (bits/dim)" in out
+    for folder in folders:
+        assert f"{json.loads((folder / 'metrics.json').read_text())['likelihood']['value']:.5g}" in out
+
+
+def test_figures_of_other_held_out_images_are_not_compared(observe, run, tmp_path):
+    """Else the share of copies is compared, though it rests on other images."""
+    for split in ("test", "validation"):
+        words = (
+            f"--dataset {{shop}}/thirds --held-out-split {split} --metrics nearest --features quarters --out {{out}}"
+        )
+        seen = observe(f"evaluate {{shop}}/images {words}")
+        assert seen.code == 0, seen.err
+    assert_one_line(run("compare", tmp_path / "0", tmp_path / "1"), "held-out images")
+
+
+def test_a_damaged_record_is_one_line(observe, run, tmp_path):
+    """Else `compare` ends in a traceback."""
+    record = json.loads((observe(f"evaluate {{shop}}/plain {QUICK}").folder / "metrics.json").read_text())
+    figure = record["results"][0]["figures"]["fid"]
+    for damaged in (
+        {**record, "stamp": None},
+        {**record, "results": [{"title": "x"}]},
+        {**record, "results": [{"title": "x", "figures": {"fid": {"value": figure["value"]}}}]},
+        {**record, "likelihood": {"value": 1.0}},
+    ):
+        (tmp_path / "metrics.json").write_text(json.dumps(damaged))
+        assert_one_line(run("compare", tmp_path / "0", tmp_path / "metrics.json"), "metrics.json is damaged")
+
+
+def test_a_likelihood_of_one_image_is_json(observe):
+    """Else no other program reads metrics.json."""
+    words = "--metrics none --likelihood-calls 4 --out {out}"
+    seen = observe(f"evaluate {{shop}}/plain --dataset {{shop}}/one {words}")
+    assert seen.code == 0, seen.err
+
+    def refuse(word):
+        raise AssertionError(word)
+
+    record = json.loads((seen.folder / "metrics.json").read_text(), parse_constant=refuse)
+    assert record["likelihood"]["low"] is None
+    assert "(of 1 image" in seen.out
+
+
+def test_what_was_sampled_otherwise_is_recorded_as_such(observe, shop, tmp_path):
+    """Else a card shows figures of one class, or with guidance, as the model's own."""
+    shutil.copytree(shop / "classes", tmp_path / "run")
+    (tmp_path / "run/run.json").write_text(json.dumps({"step": 1}))
+    usual = f"evaluate {tmp_path}/run {QUICK} --sampler ddim --class cat --class dog"
+    for words in (usual, f"{usual} --guidance-scale 3", f"{usual} --eta 0.5", f"{usual} --class owl"):
+        assert observe(words).code == 0
+    results = json.loads((tmp_path / "run/evaluation.json").read_text())
+    settings = [one["settings"].partition(";")[0] for one in results]
+    assert settings == [
+        "ddim, 2 steps, classes cat, dog",
+        "ddim, 2 steps, guidance scale 3.0, classes cat, dog",
+        "ddim, 2 steps, eta 0.5, classes cat, dog",
+        "ddim, 2 steps, classes cat, dog, owl",
+    ]
 
 
 def test_a_star_marks_a_figure_that_is_better_beyond_its_interval():

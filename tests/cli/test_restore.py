@@ -33,7 +33,16 @@ def shop(tmp_path_factory):
     mask = np.zeros((8, 8), dtype=np.uint8)
     mask[:, 5:] = 255
     write_images(root / "masks", np.stack([mask] * 2))
-    write_images(root / "wide", np.stack([np.zeros((8, 9), dtype=np.uint8)]))
+    write_images(root / "wide", np.stack([np.full((8, 9), 255, dtype=np.uint8)]))
+    write_images(root / "none", np.stack([np.zeros((8, 8), dtype=np.uint8)]))
+    write_images(root / "twice", pixels[:1, ..., 0])
+    Image.fromarray(pixels[1, ..., 0]).save(root / "twice/0.bmp")
+    Image.fromarray(np.repeat(pixels[2, ..., :1], 3, axis=2)).save(root / "gray.png")  # three equal channels
+    Image.fromarray(pixels[0]).convert("RGBA").save(root / "opaque.png")
+    palette = Image.fromarray(np.where(mask > 0, 1, 0).astype(np.uint8), "P")
+    palette.putpalette([0, 0, 0, 9, 9, 9])
+    palette.save(root / "palette.png", transparency=1)
+    DDPMPipeline(tiny_unet(4), scheduler).save_pretrained(root / "rgba")
     (root / "notes.txt").write_text("mine")
     (root / "empty").mkdir()
     return root
@@ -67,6 +76,15 @@ def test_inpainting_keeps_what_is_known(restore, shop):
     report = json.loads((out / "restored.json").read_text())
     assert report["images"][0]["residual"] < 1e-5
     assert report["settings"]["task"] == "inpaint"
+
+
+def test_what_is_transparent_in_a_palette_is_painted(restore, shop):
+    """Else the mask is black, and the image comes back as it was."""
+    result, out = restore("gray --task inpaint --image shades/0.png --mask palette.png --sigma-y 0 --num-solutions 1")
+    assert result[0] == 0, result[2]
+    made, given = pixels(out / "0000.png"), pixels(shop / "shades/0.png")
+    assert (made[:, :5] == given[:, :5]).all()
+    assert (made[:, 5:] != given[:, 5:]).any()
 
 
 def test_a_folder_is_restored_with_a_table_and_truths(restore, shop):
@@ -107,6 +125,11 @@ def test_a_solution_depends_on_its_index_alone(restore):
         "gray --task inpaint --mask random --hidden 0.8 --image large/0.png",
         "gray --task inpaint --mask box --image large/0.png --fit --degrade",
         "by-class --task denoise --class dog --image shades/0.png",
+        "by-class --task denoise --class 1 --image shades/0.png",
+        "rgb --task denoise --image gray.png",
+        "gray --task denoise --image gray.png",
+        "rgba --task denoise --image opaque.png",
+        "rgb --task denoise --image opaque.png",
         "latent --task inpaint --mask box --image colour/0.png --method dps --fit --degrade --sigma-y 0.1",
         "gray --task inpaint --mask masks --image shades/1.png --truth shades/1.png --start 0.5",
         "gray --task inpaint --mask top --image shades/1.png --time-travel 1 2 --method repaint",
@@ -145,7 +168,12 @@ REFUSED = [
     ("gray --task denoise --image shades/0.png --truth shades --degrade", ("--truth", "--degrade")),
     ("gray --task denoise --image shades/0.png --truth large/0.png", ("12x16", "8x8")),
     ("gray --task denoise --image shades/0.png --features pixels", ("--features", "--truth")),
-    ("gray --task denoise --image shades/0.png --class dog", ("class",)),
+    ("gray --task denoise --image shades/0.png --class dog", ("--class dog", "no classes")),
+    ("by-class --task denoise --image shades/0.png", ("--class", "cat, dog")),
+    ("by-class --task denoise --image shades/0.png --class fox", ("--class", "fox")),
+    ("gray --task inpaint --image shades/0.png --mask none/0.png", ("--mask none/0.png", "hides nothing")),
+    ("gray --task denoise --image twice", ("twice/0.png", "0.bmp", "rename")),
+    ("gray --task denoise --image shades/0.png --truth twice", ("--truth twice", "0.bmp", "0.png")),
     ("gray --task denoise --image shades/0.png --start 0", ("start=0",)),
     ("gray --task denoise --image shades/0.png --time-travel 0 2", ("time_travel=0",)),
     ("latent --task inpaint --mask box --image colour/0.png --fit", ("latents", "dps")),

@@ -7,8 +7,11 @@ from unittest import mock
 import pytest
 import torch
 
+from ddpm_hf.common.errors import DataError
+from ddpm_hf.evaluation.evaluate import Reference
+from ddpm_hf.evaluation.features import EXTRACTORS
 from ddpm_hf.publishing.publisher import Publisher
-from tests.support.evaluation import PixelFeatures, register
+from tests.support.evaluation import PixelFeatures, Row, register
 from tests.support.pictures import random_pixels, write_images, write_unet
 from tests.support.runs import GRAY, attempt, records, train, weights
 
@@ -35,6 +38,15 @@ def features(monkeypatch, tmp_path):
     return register(monkeypatch)
 
 
+class ColourFeatures(PixelFeatures):
+    """A network that reads no gray images."""
+
+    def __call__(self, images):
+        if images.shape[1] == 1:
+            raise DataError(f"features {self.name}: are of images in colour")
+        return super().__call__(images)
+
+
 def figures(folder):
     """The evaluations of a run: by step, the figures."""
     lines = [(one["step"], {n: v for n, v in one.items() if n.startswith("evaluation")}) for one in records(folder)]
@@ -53,6 +65,20 @@ def test_evaluations_change_no_weights_and_are_where_they_are_asked_for(shop, tm
     assert "evaluating 6 samples (ddim, 3 steps)" in run.err
     assert "FID" in (run.folder / "README.md").read_text()
     assert run.json("run.json")["evaluation"]["samples"] == 6
+
+
+def test_a_figure_that_cannot_be_is_no_end_of_the_training(shop, tmp_path):
+    """Else hours of training are lost to an evaluation."""
+
+    def fails(*arguments, **options):
+        raise DataError("these samples have no figure")
+
+    with mock.patch.object(Reference, "figure", fails):
+        run = train(shop, tmp_path / "run", GRAY, **EVALUATED)
+    for step in (3, 6):
+        assert f"warning: no evaluation of step {step} (these samples have no figure); training goes on" in run.err
+    assert figures(run.folder) == {}
+    assert (run.folder / "model_index.json").is_file()
 
 
 def test_the_figures_are_those_of_the_command(shop, tmp_path, run):
@@ -76,7 +102,7 @@ def test_a_run_stopped_during_an_evaluation_computes_it_when_it_is_resumed(shop,
 
     def stops(self, images):
         calls.append(len(images))
-        if len(calls) == 1:  # the first samples of step 3, with more to come
+        if len(calls) == 2:  # after a trial at the start, the first samples of step 3, with more to come
             signal.raise_signal(signal.SIGTERM)
         return original(self, images)
 
@@ -162,6 +188,8 @@ def test_the_best_model_is_what_the_folder_holds(shop, tmp_path):
         ({"evaluation_metrics": ["ct"]}, ("--evaluation_metrics ct", "held-out", "--validation_steps")),
         ({"evaluation_samples": 1}, ("--evaluation_metrics fid", "2 samples")),
         ({"evaluation_features": "eighths"}, ("eighths",)),
+        ({"evaluation_features": "torchscript:net.pt"}, ("torchscript:net.pt", "--trust-remote-code")),
+        ({"evaluation_features": "no-gray"}, ("no-gray", "colour")),
         ({"evaluation_protocol": "adn"}, ("--evaluation_protocol adn",)),
         ({"evaluation_sampler": "plms"}, ("--evaluation_sampler plms", "ddim")),
         ({"evaluation_steps": 21}, ("--evaluation_steps 21", "20")),
@@ -171,8 +199,9 @@ def test_the_best_model_is_what_the_folder_holds(shop, tmp_path):
          ("--hub_best_metric ct", "better")),
     ],
 )  # fmt: skip
-def test_what_cannot_work_is_refused_before_training(flags, named, shop, tmp_path):
+def test_what_cannot_work_is_refused_before_training(flags, named, shop, tmp_path, monkeypatch):
     """Else hours of training end at the first evaluation."""
+    monkeypatch.setitem(EXTRACTORS, "no-gray", Row([], "no-gray", extractor=ColourFeatures))
     run = attempt(shop, tmp_path / "run", GRAY, None, **{**EVALUATED, **flags})
     assert run.code == 2
     for word in named:

@@ -30,10 +30,11 @@ class Row:
     argument: str | None = None
     required: bool = False
     takes_weights: bool = True
+    extractor: type = PixelFeatures
 
     def __call__(self, argument=None, **options):
         self.seen.append(options)
-        return PixelFeatures(self.name, f"{self.name}-of-an-image")
+        return self.extractor(self.name, f"{self.name}-of-an-image")
 
 
 def register(monkeypatch) -> list:

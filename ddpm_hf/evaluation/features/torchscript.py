@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from ...common.errors import UsageError, one_line
+from ...common.errors import DataError, UsageError, one_line
 from ..protocols import Protocol
 from . import Features
 from .network import display_name, full_precision, on_cpu, sha256_of
@@ -56,8 +56,24 @@ class ScriptExtractor:
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> Features:
-        """Images uint8 [N, C, H, W], C of 1 or 3."""
-        with full_precision(self.device):
-            output = self.script(as_rgb(images).to(self.device).contiguous(), **self.options)
+        """Images uint8 [N, C, H, W], C of 1 or 3.
+
+        Raises:
+            DataError: the network fails on them, or returns something else than a row for each.
+        """
+        try:
+            with full_precision(self.device):
+                output = self.script(as_rgb(images).to(self.device).contiguous(), **self.options)
+        except (RuntimeError, torch.jit.Error) as error:
+            reason = one_line(str(error).strip().rpartition("\n")[2], 200)
+            raise DataError(
+                f"features {self.name}: the network fails on images {list(images.shape)}: {reason}"
+            ) from error
         parts = output if isinstance(output, tuple) else (output,)
+        for part in parts:
+            if part.ndim != 2 or len(part) != len(images):
+                raise DataError(
+                    f"features {self.name}: the network returns a tensor {list(part.shape)} for {len(images)} images;"
+                    " it must return a row of features for each"
+                )
         return on_cpu(dict(zip(("pool", "logits"), parts)))

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...common import arrays
 from ...common.errors import one_line
 
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
@@ -69,10 +70,9 @@ def read_npz(path: Path) -> dict[str, torch.Tensor]:
         ValueError: it is malformed, or holds pickled objects.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: torch.from_numpy(np.ascontiguousarray(archive[name])) for name in archive.files}
-    except (OSError, ValueError, EOFError, TypeError, KeyError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: not a complete .npz file of arrays ({one_line(error, 120)})") from error
+        return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.read_npz(path).items()}
+    except TypeError as error:  # such as text
+        raise ValueError(f"{path}: not an npz file of numbers ({one_line(error, 120)})") from error
 
 
 def tensors_of(content: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -154,10 +154,10 @@ def fitting_classifier(folder: Path, pipeline: Any) -> Any:
     return load_classifier(folder, pipeline)
 
 
-def report_parity(difference: float | None) -> None:
-    """Print how far the original's output is from ours."""
-    if difference is None:
-        typer.echo("not compared: the original's package is not installed here")
+def report_parity(difference: float | str) -> None:
+    """Print how far the original's output is from ours, or why that is not known."""
+    if isinstance(difference, str):
+        typer.echo(f"not compared: {difference}")
         return
     typer.echo(f"parity: {difference:.1e}, the largest difference from the original's output, over its deviation")
     if not difference < 1e-3:
@@ -173,12 +173,14 @@ def write_openai(source: str, target: Path, flags: str | None, token: str | None
     import torch
 
     from ..common.files import PARTIAL_SUFFIX, flush
-    from ..models.converters.openai import export_openai, flags_of
+    from ..models.converters.openai import export_openai
 
     if target.is_dir() or not target.absolute().parent.is_dir():
         raise ValueError(f"--to {target}: not a file in an existing folder")
+    if target.exists():
+        raise ValueError(f"--to {target}: is there already; name another file, or remove it")
     model, scheduler = load_network(source, token)
-    state = export_openai(model, flags or "")
+    state, build = export_openai(model, flags or "", scheduler)
     handle, temporary = tempfile.mkstemp(
         dir=target.absolute().parent, prefix=f".{target.name}.", suffix=PARTIAL_SUFFIX
     )
@@ -191,7 +193,7 @@ def write_openai(source: str, target: Path, flags: str | None, token: str | None
     except BaseException:
         os.unlink(temporary)
         raise
-    typer.echo(f"saved to {target}; OpenAI's scripts build its network with\n{flags_of(model, scheduler)}")
+    typer.echo(f"saved to {target}; OpenAI's scripts build its network with\n{build}")
 
 
 def load_network(source: str, token: str | None) -> tuple[Any, Any]:
@@ -207,4 +209,8 @@ def load_network(source: str, token: str | None) -> tuple[Any, Any]:
     pipeline = load(source, token=token)
     if hasattr(pipeline, "tokenizer"):
         raise ValueError(f"{source}: a text-to-image model, which OpenAI's format does not have")
+    if getattr(pipeline, "vae", None) is not None:
+        raise ValueError(f"{source}: a model of latents, whose autoencoder OpenAI's format does not have")
+    if hasattr(pipeline, "conditionings"):
+        raise ValueError(f"{source}: a cascade; give one of its models")
     return pipeline.unet, pipeline.scheduler

@@ -144,5 +144,5 @@ def way_out(name: str) -> str:
     return (
         "give the folder of a pipeline (model_index.json), of a checkpoint (checkpoint-N) or of a UNet2DModel"
         " (config.json and safetensors)"
-        + ("; weights of other programs are not converted" if name.endswith(OTHER_WEIGHTS) else "")
+        + ("; `ddpm-hf convert` reads the weights of other programs" if name.endswith(OTHER_WEIGHTS) else "")
     )

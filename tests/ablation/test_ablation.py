@@ -152,7 +152,7 @@ def test_a_cell_that_fails_does_not_stop_the_others(start, place):
         ({"flags": {"output_dir": "x"}}, "flags.output_dir:", "leave it out"),
         ({"flags": {"hub_token": "hf_x"}}, "flags.hub_token:", "leave it out"),
         ({"grid": {"loss_type": ["l1", "l7"]}}, "grid.loss_type.1:", "l7"),
-        ({"flags": {"conditioning": "colorize"}}, "flags.conditioning:", "leave out evaluate"),
+        ({"flags": {"conditioning": "inpaint"}, "evaluate": {}}, "flags.conditioning:", "leave out evaluate"),
         ({"evaluate": {"metrics": ["fad"]}}, "evaluate.metrics:", "fad"),
         ({"evaluate": {"sampler": "magic"}}, "evaluate.sampler:", "magic"),
         ({"evaluate": {"steps": 0}}, "evaluate.steps:", "0"),

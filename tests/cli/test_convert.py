@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm_hf import ClassConditionalDDPMPipeline, DDPMPipeline, load
+from ddpm_hf import ClassConditionalDDPMPipeline, DDPMImageToImagePipeline, DDPMPipeline, DDPMScheduler, load
+from ddpm_hf.models.classifier import NoisyClassifier
 from ddpm_hf.models.converters import attention_check, openai, openai_flags
+from ddpm_hf.portable.networks_ddpm_hf import build_unet
 from tests.support.fixtures_cli import assert_one_line
 from tests.support.fixtures_hub import DRAWING, TOKEN, WITHOUT
 from tests.support.fixtures_hub import run as in_a_process
-from tests.support.fixtures_pipeline import tiny_unet
+from tests.support.fixtures_pipeline import tiny_unet, tiny_unet_config, tiny_vae
 from tests.support.ho_network import variables, write_bundle
 from tests.support.hub_server import Hub
 from tests.support.openai_networks import Classifier, UNet, randomized
@@ -94,24 +96,66 @@ def test_the_way_back_is_the_same_file(files, converted, run, tmp_path):
         before, after = torch.load(files / f"{name}.pt"), torch.load(tmp_path / f"{name}.pt")
         assert list(before) == list(after) or set(before) == set(after)
         assert all(torch.equal(before[key], after[key]) for key in before)
-        flags = " ".join(out.splitlines()[-1:])
-        again = run("convert", tmp_path / f"{name}.pt", "--to", tmp_path / f"{name}-2", "--flags",
-                    f"{flags} {' '.join(more[1:])} {DIFFUSION}")  # fmt: skip
+        flags = " ".join([*out.splitlines()[-1:], *([DIFFUSION] if name == "classifier" else [])])
+        again = run("convert", tmp_path / f"{name}.pt", "--to", tmp_path / f"{name}-2", "--flags", flags)
         assert again[0] == 0, again[2]  # the flags that it prints describe the file
+        assert ("new order" in again[1]) == (name == "adm")
+        assert_one_line(run("convert", folder, "--to", tmp_path / f"{name}.pt", *more), "is there already")
 
 
-def test_what_openai_does_not_have_is_not_written(run, tmp_path):
+OPENAI = {"norm_num_groups": 32, "attn_norm_num_groups": 32, "block_out_channels": (32, 64), "attention_head_dim": 32}
+
+
+def theirs(scheduler=None, vae=None, **changes):
+    """A pipeline that OpenAI's format can hold, but for the changes."""
+    scheduler = scheduler or DDPMScheduler(100, beta_schedule="squaredcos_cap_v2")
+    channels = {"channels": 4} if vae else {}
+    return DDPMPipeline(tiny_unet(**channels, **{**OPENAI, **changes}), scheduler, vae)
+
+
+UNWRITTEN = {
+    "groups": (lambda: theirs(norm_num_groups=4), ("norm_num_groups 4", "32")),
+    "not square": (lambda: theirs(sample_size=(8, 16)), ("square",)),
+    "no norm": (lambda: theirs(resnet_time_scale_shift="scale_shift", attn_norm_num_groups=None), ("attn_norm",)),
+    "v": (lambda: theirs(DDPMScheduler(100, prediction_type="v_prediction")), ("predicts v_prediction",)),
+    "betas": (lambda: theirs(DDPMScheduler(100)), ("noise schedule",)),
+    "sigmoid": (lambda: theirs(DDPMScheduler(100, beta_schedule="sigmoid")), ("noise schedule",)),
+    "latents": (lambda: theirs(vae=tiny_vae()), ("latents",)),
+}
+
+
+@pytest.mark.parametrize("case", UNWRITTEN)
+def test_what_openai_does_not_have_is_not_written(case, run, tmp_path):
     """Else a file is written that their code refuses, or reads as another network."""
-    DDPMPipeline(tiny_unet(), load_scheduler()).save_pretrained(tmp_path / "tiny")
-    result = run("convert", tmp_path / "tiny", "--to", tmp_path / "x.pt")
-    assert_one_line(result, "norm_num_groups 4", "32")
+    make, says = UNWRITTEN[case]
+    make().save_pretrained(tmp_path / "model")
+    assert_one_line(run("convert", tmp_path / "model", "--to", tmp_path / "x.pt"), *says)
     assert not (tmp_path / "x.pt").exists()
 
 
-def load_scheduler():
-    from ddpm_hf import DDPMScheduler
+def test_a_classifier_of_other_heads_is_not_written(run, tmp_path):
+    """Else OpenAI's code reads it with heads of 64, and guides otherwise."""
+    unet = {key: value for key, value in tiny_unet(**OPENAI).config.items() if not key.startswith("_")}
+    NoisyClassifier(unet=unet, num_classes=2, num_train_timesteps=10).save_pretrained(tmp_path / "model")
+    assert_one_line(run("convert", tmp_path / "model", "--to", tmp_path / "x.pt"), "heads of 64")
+    assert not (tmp_path / "x.pt").exists()
 
-    return DDPMScheduler(20)
+
+def test_the_way_back_says_what_is_predicted_and_of_which_size(run, tmp_path):
+    """Else the printed line builds another model, or none, in their scripts."""
+    scheduler = DDPMScheduler(100, beta_schedule="squaredcos_cap_v2", prediction_type="sample")
+    theirs(scheduler).save_pretrained(tmp_path / "x_0")
+    code, out, err = run("convert", tmp_path / "x_0", "--to", tmp_path / "x.pt")
+    assert code == 0, err
+    assert "--predict_xstart True" in out.splitlines()[-1]
+    upsampler = build_unet(tiny_unet_config(condition_channels=1, num_class_embeds=2, **OPENAI))
+    DDPMImageToImagePipeline(upsampler, DDPMScheduler(100, beta_schedule="squaredcos_cap_v2")).save_pretrained(
+        tmp_path / "up"
+    )
+    code, out, err = run("convert", tmp_path / "up", "--to", tmp_path / "up.pt")
+    assert code == 0, err
+    assert "--large_size 8 --small_size 2" in out.splitlines()[-1]
+    assert "--image_size" not in out.splitlines()[-1]
 
 
 def guided_diffusion():
@@ -145,6 +189,27 @@ def test_parity_is_printed_where_the_original_can_be_built(files, run, tmp_path,
     assert result[0] == 2
     assert "is not the original" in result[2]
     assert not (tmp_path / "b").exists()
+
+
+def test_parity_knows_that_improved_diffusion_rescales_outside_its_network(files, run, tmp_path, monkeypatch):
+    """Else every such model is refused where the original is installed."""
+
+    def unet(**arguments):
+        built = guided_diffusion().UNetModel(**arguments, image_size=16, num_head_channels=-1, resblock_updown=False,
+                                             use_new_attention_order=False)  # fmt: skip
+        built.t_scale = 1  # as in their package, where the diffusion gives t·1000/T
+        return built
+
+    package = SimpleNamespace(UNetModel=unet)
+    monkeypatch.setitem(sys.modules, "improved_diffusion", ModuleType("improved_diffusion"))
+    monkeypatch.setitem(sys.modules, "improved_diffusion.unet", package)
+    code, out, err = run("convert", files / "iddpm.pt", "--to", tmp_path / "a", *flags_of("iddpm"))
+    assert code == 0, err
+    assert float(out.partition("parity: ")[2].partition(",")[0]) < 1e-4
+    monkeypatch.setitem(sys.modules, "improved_diffusion.unet", SimpleNamespace())  # of another version
+    code, out, err = run("convert", files / "iddpm.pt", "--to", tmp_path / "b", *flags_of("iddpm"))
+    assert code == 0, err
+    assert "not compared: the original's package that is installed here does not build this network" in out
 
 
 def mistaken(load_openai):
@@ -191,6 +256,11 @@ BAD = {
     "labels of none": ("iddpm.pt", [*flags_of("iddpm"), "--labels", "labels.txt"], ["has none"]),
     "classifier of none": ("iddpm.pt", [*flags_of("iddpm"), "--classifier", "."], ["no classes"]),
     "one kind of weights": ("adm.pt", ["--flags", FLAGS, "--no-ema"], ["--no-ema"]),
+    "size": ("adm.pt", ["--flags", FLAGS.replace("size 16", "size 15")], ["--image_size 15", "multiple of 2"]),
+    "names of a classifier": (
+        "classifier.pt", ["--flags", DIFFUSION, "--labels", "one.txt"], ["names of classes", "2"]
+    ),
+    "here": (".", [], ["--model_var_type"]),  # which holds a TensorFlow checkpoint
     "no file": ("nowhere.pt", [], ["no such file"]),
     "another format": ("labels.txt", [], [".safetensors", ".index"]),
 }  # fmt: skip
@@ -243,10 +313,36 @@ FILES = {
     "a layer too many": (
         lambda path, files, _: torch.save(changed(files, extra=torch.zeros(1)), path), "extra left over"
     ),
+    "not finite": (
+        lambda path, files, _: torch.save(changed(files, **{"out.0.bias": torch.full((32,), torch.nan)}), path),
+        "not finite, such as out.0.bias",
+    ),
     "another shape": (
         lambda path, files, _: torch.save(changed(files, **{"out.0.bias": torch.zeros(7)}), path), "out.0.bias"
     ),
 }  # fmt: skip
+
+
+def averaged(path, files, marker):
+    """A file of averaged weights alone, as such."""
+    torch.save({"ema": torch.load(files / "adm.pt")}, path)
+
+
+def test_averaged_weights_are_taken_as_such(files, run, tmp_path):
+    """Else --no-ema is ignored, and the averaged weights pass for the others."""
+    averaged(tmp_path / "x.pt", files, None)
+    words = ["convert", tmp_path / "x.pt", "--to", tmp_path / "out", *flags_of("adm")]
+    assert_one_line(run(*words, "--no-ema"), "--no-ema")
+    assert run(*words)[0] == 0
+
+
+def test_a_classifiers_heads_are_its_own(files, run, tmp_path):
+    """Else the flags of the UNet beside it, as in their command line, make another classifier of it."""
+    code, out, err = run("convert", files / "classifier.pt", "--to", tmp_path / "out", "--flags",
+                         f"--num_head_channels 32 --use_new_attention_order True {DIFFUSION}")  # fmt: skip
+    assert code == 0, err
+    assert "heads of 64 channels, in the legacy order" in out
+    assert NoisyClassifier.from_pretrained(tmp_path / "out").config.unet["attention_head_dim"] == 64
 
 
 def changed(files, drop=None, **tensors):

@@ -1,6 +1,7 @@
 """DDPMs in the Hub's first layout: all at the root, old keys, old names of layers, pickled weights."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from tests.support.fixtures_hub import run as in_a_process
 from tests.support.fixtures_pipeline import tiny_unet
 from tests.support.hub_server import Hub
 from tests.support.pictures import random_pixels, write_images
-from tests.support.runs import contents, run_script
+from tests.support.runs import contents, read, run_script
 
 ATTENDS = {
     "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
@@ -106,6 +107,46 @@ def test_pickled_weights_are_refused_with_the_way_that_works(old, run, tmp_path)
     assert code == 0, err
     assert contents(old / "pickled") == before
     np.testing.assert_allclose(draw(load(tmp_path / "new")), draw(pipeline_of_today()), atol=1e-5)
+
+
+OTHERS = {
+    "score sde": ({"_class_name": "ScoreSdeVePipeline"}, {}, {}, "a ScoreSdeVePipeline"),
+    "consistency": ({}, {"_class_name": "CMStochasticIterativeScheduler"}, {}, "a CMStochasticIterativeScheduler"),
+    "noise levels": ({}, {}, {"time_embedding_type": "fourier"}, "noise levels"),
+    "latents": ({"vqvae": ["diffusers", "VQModel"]}, {}, {}, "not a pipeline of a UNet2DModel"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_models_of_other_kinds_are_not_converted(case, old, run, tmp_path):
+    """Else a DDPM is made of them that samples noise, without a word."""
+    *changes, says = OTHERS[case]
+    folder = shutil.copytree(old / "pickled", tmp_path / "model")
+    for name, change in zip(("model_index.json", "scheduler_config.json", "config.json"), changes):
+        (folder / name).write_text(json.dumps(read(folder / name) | change))
+    assert_one_line(run("convert", folder, "--to", tmp_path / "new"), says)
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_the_config_has_no_place_for_is_an_error(old, run, tmp_path):
+    """Else weights are left out, and the converted network is another one."""
+    folder = shutil.copytree(old / "pickled", tmp_path / "model")
+    state = torch.load(folder / "diffusion_pytorch_model.bin", weights_only=True)
+    torch.save({**state, "class_embedding.weight": torch.zeros(3, 32)}, folder / "diffusion_pytorch_model.bin")
+    assert_one_line(run("convert", folder, "--to", tmp_path / "new"), "no place", "class_embedding.weight")
+
+
+def test_an_old_name_of_the_timesteps_is_read(old, run, tmp_path):
+    """Else a model of 4000 timesteps is sampled with 1000."""
+    folder = shutil.copytree(old / "pickled", tmp_path / "model")
+    config = read(folder / "scheduler_config.json")
+    config["timesteps"] = 4 * config.pop("num_train_timesteps")
+    (folder / "scheduler_config.json").write_text(json.dumps(config))
+    index = read(folder / "model_index.json")
+    (folder / "model_index.json").write_text(json.dumps(index | {"id2label": {"1": "cat", "2": "dog"}}))
+    code, _, err = run("convert", folder, "--to", tmp_path / "new")
+    assert code == 0, err
+    assert len(load(tmp_path / "new").scheduler) == 4000
 
 
 class Attack:

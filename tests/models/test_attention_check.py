@@ -120,7 +120,7 @@ def test_a_trained_network_tells(tmp_path):
     said = {}
     for order in ("False", "True"):
         path = tmp_path / f"{order}.pt"
-        torch.save(export_openai(unet.eval(), f"--use_new_attention_order {order}"), path)
+        torch.save(export_openai(unet.eval(), f"--use_new_attention_order {order}")[0], path)
         for heads in (16, 32):
             for flag in ("False", "True"):
                 flags = f"--image_size 16 --num_head_channels {heads} --use_new_attention_order {flag} {DIFFUSION}"

@@ -57,6 +57,7 @@ def read_state(path: Path, options: Options) -> State:
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     if path.suffix == ".safetensors":
+        check_averaged(path, options)
         return read_safetensors(path)
     if path.suffix == ".npz":
         arrays = read_npz(path)
@@ -64,6 +65,7 @@ def read_state(path: Path, options: Options) -> State:
         if any(is_variable(name) for name in names):
             averaged = options.ema and any(name.endswith(EMA) for name in names)
             return of_tensorflow({name: value.numpy() for name, value in arrays.items()}, averaged)
+        check_averaged(path, options)
         return arrays
     if path.suffix not in TORCH_SUFFIXES:
         raise ValueError(
@@ -72,12 +74,19 @@ def read_state(path: Path, options: Options) -> State:
         )
     content = read_torch(path)
     if tensors_of(content):
-        if not options.ema:
-            raise ValueError(f"{path}: --no-ema is for files that hold averaged weights besides others")
+        check_averaged(path, options)
         return tensors_of(content)
     inner = ("ema", "ema_state_dict", "state_dict", "model")  # of files that hold a whole training
     found = [name for name in (inner if options.ema else inner[::-1]) if isinstance(content.get(name), Mapping)]
+    if found and found[0] in inner[:2]:
+        check_averaged(path, options)
     return tensors_of(content[found[0]]) if found else {}
+
+
+def check_averaged(path: Path, options: Options) -> None:
+    """Raise ValueError for --no-ema and a file that holds one set of weights alone."""
+    if not options.ema:
+        raise ValueError(f"{path}: --no-ema is for files that hold averaged weights besides others")
 
 
 def convert(path: str, options: Options, source: str | None = None, token: str | None = None) -> Conversion:
@@ -103,6 +112,8 @@ def convert(path: str, options: Options, source: str | None = None, token: str |
         return convert_pickled(find_location(path, token=token), options)
     options = options._replace(name=local.name)
     state = read_state(local, options)
+    if broken := [name for name, value in state.items() if not value.isfinite().all()]:
+        raise ValueError(f"{path}: {len(broken)} of its tensors are not finite, such as {broken[0]}")
     rows = [name for name, row in SOURCES.items() if row.recognises(state)]
     if source is not None and source not in rows:
         raise ValueError(f"{path}: not a network of {SOURCES[source].title}{_sample_of(state)}")

@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ...common.errors import one_line
+
 State = Mapping[str, torch.Tensor]
 
 
@@ -76,17 +78,19 @@ def make_pipeline(unet: torch.nn.Module, scheduler: Any, labels: Sequence[str] |
     return DDPMPipeline(unet, scheduler)
 
 
-def parity(conversion: Conversion) -> float | None:
+def parity(conversion: Conversion) -> float | str:
     """The largest difference between the original's output and ours, in units of its deviation, for one random input.
 
-    None where the original's package is not installed.
+    Where the original cannot be built, why.
     """
     if conversion.original is None or conversion.network is None:
-        return None
+        return "there is no package of the original"
     try:
         original = conversion.original().eval()
     except ImportError:
-        return None
+        return "the original's package is not installed here"
+    except Exception as error:  # whatever another version of the package raises
+        return f"the original's package that is installed here does not build this network ({one_line(error, 120)})"
     ours = conversion.network.eval()
     config = ours.config.get("unet", ours.config)  # a classifier's encoder
     side = config["sample_size"] if "unet" in ours.config else 2 ** max(3, len(config["block_out_channels"]))
@@ -96,6 +100,7 @@ def parity(conversion: Conversion) -> float | None:
     t, classes = torch.tensor([321]), config.get("num_class_embeds")
     labels = [torch.tensor([classes - 1])] if classes and "unet" not in ours.config else []
     with torch.no_grad():
-        theirs, mine = original(x, t, *labels), ours(x, t, *labels)
+        # their diffusion rescales t, our network itself
+        theirs, mine = original(x, t * config.get("timestep_scale", 1.0), *labels), ours(x, t, *labels)
         mine = getattr(mine, "sample", mine)
     return float((theirs - mine).abs().max() / theirs.std())

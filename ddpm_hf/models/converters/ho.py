@@ -202,13 +202,15 @@ def convert_ho(state: State, options: Options) -> Conversion:
 
     def original() -> object:
         module = importlib.import_module("pytorch_diffusion.model")
-        attending = [size // 2**level for level, kind in enumerate(arguments["down_block_types"]) if "Attn" in kind]
+        small = 2 ** max(3, len(widths))  # the comparison's images
+        attending = [small // 2**level for level, kind in enumerate(arguments["down_block_types"]) if "Attn" in kind]
         network = module.Model(
             ch=widths[0], out_ch=arguments["out_channels"], ch_mult=tuple(width // widths[0] for width in widths),
             num_res_blocks=arguments["layers_per_block"], attn_resolutions=attending,
-            in_channels=arguments["in_channels"], resolution=2 ** max(3, len(widths)),
+            in_channels=arguments["in_channels"], resolution=small,
         )  # fmt: skip
-        network.load_state_dict(dict(state))
+        shapes = {name: value.shape for name, value in network.state_dict().items()}
+        network.load_state_dict({name: value.reshape(shapes[name]) for name, value in state.items()})  # 1×1 kernels
         return network
 
     count = sum(each.numel() for each in unet.parameters())

@@ -4,6 +4,7 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from ...portable.networks_ddpm_hf import NoisyClassifier, build_unet
@@ -14,6 +15,11 @@ from .openai_flags import GUIDED, IMPROVED, PUBLISHED, Flags, choose_flags, pars
 from .openai_layout import Layout, read_layout, unet_config
 from .openai_names import load_openai, to_openai
 
+SCHEDULES = {"linear": "linear", "squaredcos_cap_v2": "cosine"}  # their names, by ours
+# What their scripts multiply the channels by at each level, by the size of the images
+MULTIPLES = {
+    512: (0.5, 1, 1, 2, 2, 4, 4), 256: (1, 1, 2, 2, 4, 4), 128: (1, 1, 2, 3, 4), 64: (1, 2, 3, 4), 32: (1, 2, 2, 2),
+}  # fmt: skip
 MODULES = {IMPROVED: "improved_diffusion.unet", GUIDED: "guided_diffusion.unet"}
 
 
@@ -62,23 +68,26 @@ def build_unet_on_meta(config: dict[str, Any]) -> torch.nn.Module:
 
 def make_scheduler(layout: Layout, flags: Flags) -> DDPMScheduler:
     """The diffusion. The linear schedule is scaled to T, as theirs."""
-    scale = 1000 / flags.diffusion_steps
     fixed = "fixed_small" if flags.sigma_small else "fixed_large"
-    betas: dict[str, Any] = (
-        {"beta_start": 1e-4 * scale, "beta_end": 0.02 * scale} if flags.noise_schedule == "linear" else {}
-    )
     return DDPMScheduler(
         num_train_timesteps=flags.diffusion_steps,
         beta_schedule={"cosine": "squaredcos_cap_v2"}.get(flags.noise_schedule, flags.noise_schedule),
         prediction_type="sample" if flags.predict_xstart else "epsilon",
         variance_type="learned_range" if layout.learned_variance and not layout.positions else fixed,
-        **betas,
+        **openai_betas(flags.noise_schedule, flags.diffusion_steps),
     )
+
+
+def openai_betas(schedule: str, steps: int) -> dict[str, float]:
+    """The ends of OpenAI's linear schedule, which is scaled to the number of steps."""
+    return {"beta_start": 0.1 / steps, "beta_end": 20 / steps} if schedule == "linear" else {}
 
 
 def make_classifier(config: dict[str, Any], layout: Layout, scheduler: DDPMScheduler, options: Options) -> Any:
     """A classifier without weights."""
     names = names_of_classes(options.labels, layout.out_channels)
+    if names is not None and len(names) != layout.out_channels:
+        raise ValueError(f"{len(names)} names of classes, and the classifier has {layout.out_channels}")
     classifier = NoisyClassifier(
         unet=config,
         num_classes=layout.out_channels,
@@ -157,14 +166,15 @@ def original_of(of: str, layout: Layout, flags: Flags, state: State) -> Any:
     return build
 
 
-def export_openai(model: torch.nn.Module, text: str) -> dict[str, torch.Tensor]:
-    """OpenAI's state dict of a UNet or a `NoisyClassifier` of ours.
+def export_openai(model: torch.nn.Module, text: str, scheduler: Any = None) -> tuple[dict[str, torch.Tensor], str]:
+    """OpenAI's state dict of a UNet or a `NoisyClassifier` of ours, and the flags that build it there.
 
     Args:
         text: flags; `--use_new_attention_order True` writes that order.
+        scheduler: of the UNet's pipeline.
 
     Raises:
-        ValueError: a network that OpenAI's code does not have.
+        ValueError: a network or a diffusion that OpenAI's code does not have.
     """
     flags = parse_flags(text)
     if unused := sorted(set(flags) - {"use_new_attention_order"}):
@@ -173,7 +183,11 @@ def export_openai(model: torch.nn.Module, text: str) -> dict[str, torch.Tensor]:
     encoder = isinstance(model, NoisyClassifier)
     config = build_unet_on_meta(dict(model.config.unet)).config if encoder else model.config
     check_expressible(config)
-    return to_openai(model, config, legacy, encoder)
+    if encoder and (config["attention_head_dim"] != 64 or not legacy):
+        raise ValueError("OpenAI's classifiers have attention heads of 64 channels in the legacy order, and no others")
+    if scheduler is not None:
+        check_diffusion(scheduler)
+    return to_openai(model, config, legacy, encoder), flags_of(model, scheduler, legacy)
 
 
 def check_expressible(config: Mapping[str, Any]) -> None:
@@ -187,6 +201,10 @@ def check_expressible(config: Mapping[str, Any]) -> None:
         "time_embedding_type": "positional", "center_input_sample": False, "act_fn": "silu", "add_attention": True,
         "mid_block_type": "UNetMidBlock2D", "mid_block_scale_factor": 1, "class_embed_type": None,
     }  # fmt: skip
+    if config["resnet_time_scale_shift"] == "scale_shift" or config["attn_norm_num_groups"] is not None:
+        required["attn_norm_num_groups"] = 32
+    if not isinstance(config["sample_size"], int):
+        raise ValueError(f"the network is for images of {config['sample_size']} pixels, and OpenAI's are square")
     for key, value in required.items():
         if config[key] != value:
             raise ValueError(
@@ -203,7 +221,21 @@ def check_expressible(config: Mapping[str, Any]) -> None:
         raise ValueError("the network's time embedding is not 4 times its channels wide, as OpenAI's")
 
 
-def flags_of(model: torch.nn.Module, scheduler: DDPMScheduler | None) -> str:
+def check_diffusion(scheduler: Any) -> None:
+    """Raise ValueError for a diffusion that OpenAI's scripts cannot be told."""
+    config = scheduler.config
+    if config.prediction_type not in ("epsilon", "sample"):
+        raise ValueError(f"the model predicts {config.prediction_type}, and OpenAI's epsilon or x_0 alone")
+    if config.variance_type in ("learned", "posterior_mean"):
+        raise ValueError(f"the model's variance is {config.variance_type}, and OpenAI's, if learned, learned_range")
+    schedule = SCHEDULES.get(config.beta_schedule)
+    T = config.num_train_timesteps
+    named = schedule and DDPMScheduler(T, beta_schedule=config.beta_schedule, **openai_betas(schedule, T))
+    if not named or not np.allclose(named.betas, scheduler.betas, rtol=1e-5):
+        raise ValueError("the model's noise schedule is neither OpenAI's linear nor its cosine one")
+
+
+def flags_of(model: torch.nn.Module, scheduler: Any, legacy: bool = True) -> str:
     """The flags with which OpenAI's scripts build the network of `export_openai`, as far as they are known here."""
     encoder = isinstance(model, NoisyClassifier)
     config = build_unet_on_meta(dict(model.config.unet)).config if encoder else model.config
@@ -211,8 +243,11 @@ def flags_of(model: torch.nn.Module, scheduler: DDPMScheduler | None) -> str:
     channels = config.get("timestep_channels") or widths[0]
     sides = [size // 2**level for level, kind in enumerate(config["down_block_types"]) if "Attn" in kind]
     prefix = "classifier_" if encoder else ""
-    flags = {
-        "image_size": size,
+    upsampler = bool(config.get("condition_channels"))
+    sizes = {"large_size": size, "small_size": size // 4} if upsampler else {"image_size": size}
+    multiples = tuple(width / channels for width in widths)
+    flags: dict[str, Any] = {
+        **sizes,
         "classifier_width" if encoder else "num_channels": channels,
         "classifier_depth" if encoder else "num_res_blocks": config["layers_per_block"],
         f"{prefix}attention_resolutions": ",".join(map(str, sides)),
@@ -220,8 +255,9 @@ def flags_of(model: torch.nn.Module, scheduler: DDPMScheduler | None) -> str:
         f"{prefix}resblock_updown": config["downsample_type"] == "resnet",
     }
     if not encoder:
+        if multiples != MULTIPLES.get(size) and not upsampler:  # else the scripts derive it
+            flags["channel_mult"] = ",".join(f"{multiple:g}" for multiple in multiples)
         flags |= {
-            "channel_mult": ",".join(f"{width / channels:g}" for width in widths),
             "learn_sigma": config["out_channels"] == 2 * config["in_channels"],
             "class_cond": bool(config["num_class_embeds"]),
             "dropout": config["dropout"],
@@ -230,8 +266,10 @@ def flags_of(model: torch.nn.Module, scheduler: DDPMScheduler | None) -> str:
             flags["num_head_channels"] = config["attention_head_dim"]
         else:
             flags["num_heads"] = config.get("num_attention_heads") or 1
+        flags |= {} if legacy else {"use_new_attention_order": True}
     if scheduler is not None:
-        schedule = {"squaredcos_cap_v2": "cosine"}.get(scheduler.config.beta_schedule, scheduler.config.beta_schedule)
-        flags |= {"diffusion_steps": len(scheduler), "noise_schedule": schedule}
+        T = scheduler.config.num_train_timesteps
+        flags |= {"diffusion_steps": T, "noise_schedule": SCHEDULES[scheduler.config.beta_schedule]}
         flags |= {"rescale_timesteps": config.get("timestep_scale", 1.0) != 1.0}
+        flags |= {"predict_xstart": True} if scheduler.config.prediction_type == "sample" else {}
     return " ".join(f"--{name} {value}" for name, value in flags.items())

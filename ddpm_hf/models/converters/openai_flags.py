@@ -162,11 +162,17 @@ def choose_flags(given: dict[str, str], layout: Layout, repository: str | None) 
         raise ValueError(
             f"its shapes do not tell {', '.join(missing)}: give the flags that it was trained with, such as {EXAMPLE}"
         )
+    classifier = bool(layout.positions)  # its heads and order are fixed; these flags are those of the UNet beside it
+    halvings = 2 ** (len(layout.widths) - 1)
+    if sizes[0] % halvings:
+        raise ValueError(
+            f"--image_size {sizes[0]}: the file has {len(layout.widths)} levels: a multiple of {halvings}"
+        )
     flags = Flags(
         image_size=sizes[0],
         num_heads=int(number(given, "num_heads", 4)),
-        num_head_channels=int(number(given, "num_head_channels", 64 if layout.positions else -1)),
-        legacy_order=not _truth(given, "use_new_attention_order"),
+        num_head_channels=64 if classifier else int(number(given, "num_head_channels", -1)),
+        legacy_order=classifier or not _truth(given, "use_new_attention_order"),
         dropout=number(given, "dropout", DEFAULTS["dropout"]),
         diffusion_steps=steps,
         noise_schedule=given["noise_schedule"],

@@ -40,7 +40,7 @@ def find_indices(path: Path) -> list[Path]:
     """The index files that a path may mean."""
     if path.name.endswith(".index"):
         return [path]
-    beside = path.with_name(f"{path.name}.index")
+    beside = path.with_name(f"{path.name}.index") if path.name else path
     return [beside] if beside.is_file() else sorted(path.glob("*.index")) if path.is_dir() else []
 
 

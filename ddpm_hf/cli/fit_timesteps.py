@@ -112,7 +112,7 @@ def likelihood_fits(pipeline: "DiffusionPipeline", calls: list[int]) -> tuple[di
     """The chains of the lowest bound, and what is said of them."""
     from ..evaluation.model_bound import even_timesteps
     from ..few_steps.timesteps import likelihood_timesteps, steps_cost
-    from ..models.fits import LIKELIHOOD_TIMESTEPS
+    from ..portable.multistep_ddpm_hf import LIKELIHOOD_TIMESTEPS
     from ..portable.scheduling_ddpm_hf import DDPMScheduler
 
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)

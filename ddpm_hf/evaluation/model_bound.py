@@ -9,7 +9,7 @@ import torch
 
 from ..common.errors import UsageError
 from ..common.image_sets import ImageSet
-from ..models.fits import LIKELIHOOD_TIMESTEPS
+from ..portable.multistep_ddpm_hf import LIKELIHOOD_TIMESTEPS
 from ..portable.scheduling_ddpm_hf import DDPMScheduler
 from .bound import Bound, BoundBatch, measure_bound
 from .ranks import Ranks

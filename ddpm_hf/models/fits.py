@@ -5,10 +5,9 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from ..portable.multistep_ddpm_hf import FITTED_TIMESTEPS, FITTED_WEIGHTS
+from ..portable.multistep_ddpm_hf import FITTED_TIMESTEPS, FITTED_WEIGHTS, LIKELIHOOD_TIMESTEPS
 from ..portable.scheduling_ddpm_hf import X_START_VARIANCES
 
-LIKELIHOOD_TIMESTEPS = "_likelihood_timesteps"  # by the number of steps, as a string
 FITS = (X_START_VARIANCES, FITTED_TIMESTEPS, FITTED_WEIGHTS, LIKELIHOOD_TIMESTEPS)
 
 

@@ -33,6 +33,7 @@ MAX_ORDER = 4  # how many ε a step combines at most
 # Entries of a config, which stock ignores and other samplers keep: by the number of calls, as a string
 FITTED_TIMESTEPS = "_fitted_timesteps"
 FITTED_WEIGHTS = "_fitted_weights"
+LIKELIHOOD_TIMESTEPS = "_likelihood_timesteps"
 
 
 class EpsilonMultistepScheduler(SchedulerMixin, ConfigMixin):

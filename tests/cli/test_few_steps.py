@@ -15,8 +15,7 @@ from ddpm_hf.cli.evaluation_samples import fit_of
 from ddpm_hf.evaluation.model_bound import ModelBound, even_timesteps
 from ddpm_hf.few_steps import refining
 from ddpm_hf.inference.samplers import swap_sampler, usable_samplers
-from ddpm_hf.models.fits import LIKELIHOOD_TIMESTEPS
-from ddpm_hf.portable.multistep_ddpm_hf import FITTED_TIMESTEPS, FITTED_WEIGHTS
+from ddpm_hf.portable.multistep_ddpm_hf import FITTED_TIMESTEPS, FITTED_WEIGHTS, LIKELIHOOD_TIMESTEPS
 from ddpm_hf.portable.scheduling_ddpm_hf import X_START_VARIANCES
 from tests.support import warm
 from tests.support.fixtures_cli import assert_one_line

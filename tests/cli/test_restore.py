@@ -35,6 +35,8 @@ def shop(tmp_path_factory):
     write_images(root / "masks", np.stack([mask] * 2))
     write_images(root / "wide", np.stack([np.full((8, 9), 255, dtype=np.uint8)]))
     write_images(root / "none", np.stack([np.zeros((8, 8), dtype=np.uint8)]))
+    write_images(root / "odd", pixels[:1, ..., 0])
+    Image.fromarray(pixels[1, ..., 0]).save(root / "odd/...png")  # its stem is ".."
     write_images(root / "twice", pixels[:1, ..., 0])
     Image.fromarray(pixels[1, ..., 0]).save(root / "twice/0.bmp")
     Image.fromarray(np.repeat(pixels[2, ..., :1], 3, axis=2)).save(root / "gray.png")  # three equal channels
@@ -173,6 +175,7 @@ REFUSED = [
     ("by-class --task denoise --image shades/0.png --class fox", ("--class", "fox")),
     ("gray --task inpaint --image shades/0.png --mask none/0.png", ("--mask none/0.png", "hides nothing")),
     ("gray --task denoise --image twice", ("twice/0.png", "0.bmp", "rename")),
+    ("gray --task denoise --image odd", ("odd/...png", "rename")),
     ("gray --task denoise --image shades/0.png --truth twice", ("--truth twice", "0.bmp", "0.png")),
     ("gray --task denoise --image shades/0.png --start 0", ("start=0",)),
     ("gray --task denoise --image shades/0.png --time-travel 0 2", ("time_travel=0",)),

@@ -78,7 +78,7 @@ def make_scheduler(layout: Layout, flags: Flags) -> DDPMScheduler:
     )
 
 
-def openai_betas(schedule: str, steps: int) -> dict[str, float]:
+def openai_betas(schedule: str | None, steps: int) -> dict[str, Any]:
     """The ends of OpenAI's linear schedule, which is scaled to the number of steps."""
     return {"beta_start": 0.1 / steps, "beta_end": 20 / steps} if schedule == "linear" else {}
 

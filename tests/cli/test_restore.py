@@ -36,7 +36,7 @@ def shop(tmp_path_factory):
     write_images(root / "wide", np.stack([np.full((8, 9), 255, dtype=np.uint8)]))
     write_images(root / "none", np.stack([np.zeros((8, 8), dtype=np.uint8)]))
     write_images(root / "odd", pixels[:1, ..., 0])
-    Image.fromarray(pixels[1, ..., 0]).save(root / "odd/...png")  # its stem is ".."
+    Image.fromarray(pixels[1, ..., 0]).save(root / "odd/...png", "PNG")  # its stem is ".."
     write_images(root / "twice", pixels[:1, ..., 0])
     Image.fromarray(pixels[1, ..., 0]).save(root / "twice/0.bmp")
     Image.fromarray(np.repeat(pixels[2, ..., :1], 3, axis=2)).save(root / "gray.png")  # three equal channels

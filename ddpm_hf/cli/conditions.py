@@ -207,6 +207,8 @@ def load_classifier(folder: Path, pipeline: "DiffusionPipeline") -> "NoisyClassi
     from ..common.errors import why_not_loaded
     from ..models.classifier import NoisyClassifier
 
+    if not folder.is_dir() and len(folder.parts) != 2:  # on the Hub it is user/name
+        raise ValueError(f"--classifier {folder}: not a classifier (there is no such folder)")
     try:
         classifier = NoisyClassifier.from_pretrained(folder, use_safetensors=True).eval()
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:

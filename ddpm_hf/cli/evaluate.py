@@ -173,7 +173,10 @@ def evaluate(
         pipeline = load_model(model, ema, revision, token)
     else:
         why = f"{model} holds images, and nothing is sampled"
-        refuse(why, sweep=sweep, steps=steps, class_=class_, prompt=prompt, ema=ema, likelihood_calls=likelihood_calls)
+        refuse(why, sweep=sweep, steps=steps, class_=class_, prompt=prompt, ema=ema, likelihood_calls=likelihood_calls,
+               guidance_scale=guidance_scale, guidance_interval=guidance_interval,
+               guidance_rescale=guidance_rescale or None, eta=eta or None,
+               sampler=None if sampler.value == "ddpm" else sampler.value)  # fmt: skip
     where = DataOptions(
         dataset, dataset_config_name, split, held_out_split, image_column, label_column, caption_column, token
     )

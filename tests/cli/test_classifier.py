@@ -328,7 +328,7 @@ def test_guidance_flags_reach_the_pipeline_in_both_spellings(sample, asked, tmp_
     ("model", "given", "named"),
     [
         ("plain", ("--classifier", "SHOP/empty"), ("--classifier", "empty")),
-        ("plain", ("--classifier", "SHOP/nowhere/at/all"), ("--classifier", "nowhere")),
+        ("plain", ("--classifier", "SHOP/nowhere/at/all"), ("--classifier", "nowhere", "no such folder")),
         ("plain", ("--classifier", "SHOP/plain"), ("--classifier", "plain")),
         ("plain", ("--classifier", "SHOP/plain/unet"), ("--classifier", "unet")),
         ("plain", ("--classifier", "SHOP/classifier-16"), ("classifier-16", "size")),

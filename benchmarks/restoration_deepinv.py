@@ -191,9 +191,10 @@ def main():
         decibels = [float(psnr(x, truth).mean()) for x in solutions]
         rows.append({
             "task": task, "sigma_y": sigma, "calls": steps, "library": library, "method": method,
-            "psnr": np.mean(decibels), "psnr_deviation": np.std(decibels, ddof=1) if len(decibels) > 1 else None,
-            "ssim": np.mean([float(ssim(x, truth).mean()) for x in solutions]),
-            "frechet": np.mean([frechet(known, features_of(pipeline, x)) for x in solutions]),
+            "psnr": float(np.mean(decibels)),
+            "psnr_deviation": float(np.std(decibels, ddof=1)) if len(decibels) > 1 else None,
+            "ssim": float(np.mean([float(ssim(x, truth).mean()) for x in solutions])),
+            "frechet": float(np.mean([frechet(known, features_of(pipeline, x)) for x in solutions])),
             "seconds": round(seconds, 2),
         })  # fmt: skip
         print(rows[-1], flush=True)

@@ -198,6 +198,16 @@ def class_ids(
     return chosen or trained
 
 
+def same_diffusion(betas: Sequence[float], scheduler: Any) -> bool:
+    """Whether a scheduler's betas are these."""
+    import numpy as np
+
+    from ..portable.scheduling_ddpm_hf import DDPMScheduler
+
+    known = DDPMScheduler.from_config(scheduler.config).exact_tables.betas.numpy()
+    return len(known) == len(betas) and np.allclose(known, betas, rtol=1e-4, atol=1e-8)
+
+
 def load_classifier(folder: Path, pipeline: "DiffusionPipeline") -> "NoisyClassifier":
     """A classifier of noised images that fits the pipeline.
 
@@ -217,6 +227,11 @@ def load_classifier(folder: Path, pipeline: "DiffusionPipeline") -> "NoisyClassi
     if list(shape) != [expected.in_channels, expected.sample_size]:
         raise ValueError(
             f"--classifier {folder} was trained for images of another size or number of channels than the model's"
+        )
+    betas = classifier.config.trained_betas
+    if betas is not None and not same_diffusion(betas, pipeline.scheduler):
+        raise ValueError(
+            f"--classifier {folder} was trained with another noise schedule than the model's (T={len(betas)})"
         )
     if getattr(pipeline, "has_classes", False) and class_names(classifier) != class_names(pipeline):
         raise ValueError(f"--classifier {folder} has other classes than the model, or in another order")

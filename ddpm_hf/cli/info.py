@@ -311,7 +311,7 @@ def usage(source: Source, index: dict[str, Any], config: dict[str, Any], checkpo
         ]
         if source.folder:
             lines.append(f"publish: {shlex.join(['ddpm-hf', 'push', name])}")
-    elif config:
+    elif config.get("_class_name") in MODELS:
         lines.append(f"load:    {config['_class_name']}.from_pretrained({name!r})")
     if checkpoints:
         words = ["ddpm-hf", program_of(checkpoints[-1]), "--output_dir", name, "--resume_from_checkpoint", "latest"]

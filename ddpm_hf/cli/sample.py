@@ -232,7 +232,7 @@ def sample(
     for model in models:
         settle(model)
         loaded.append(load(model, ema=ema, revision=revision, token=clean_token(token)))
-    pipeline = (cascade_of(loaded, save_model) if cascade else loaded[0]).to(device)
+    pipeline = (as_cascade(loaded) if cascade else loaded[0]).to(device)
     if acceleration.value == "auto":
         pipeline.enable_acceleration()
     guidance = (guidance_scale, guidance_rescale, guidance_interval)
@@ -255,6 +255,8 @@ def sample(
             conditions = of_cascade(pipeline, conditions, conditioning_noise)
     check_out(out)
     steps = set_sampler(pipeline, sampler.value, steps)
+    if save_model is not None:
+        save_cascade(pipeline, save_model)
     columns: int | None = None
     labels: list[int] = []
     frames: list[Any] = []
@@ -309,27 +311,39 @@ def check_models(models: list[str], cascade: bool, save_model: Path | None) -> N
         raise ValueError(f"{len(models)} models ({' '.join(models)}): give one, or --cascade")
     if save_model is not None and not cascade:
         raise ValueError(f"--save-model {save_model} is for --cascade; leave it out")
+    if save_model is not None:
+        from .convert import check_target
+
+        check_target(save_model, "save-model")
+        if (save_model / "model_index.json").is_file() and not is_cascade(save_model):
+            raise ValueError(f"--save-model {save_model}: holds another model, which stays; name another folder")
 
 
-def cascade_of(loaded: list[Any], save_model: Path | None) -> Any:
-    """The pipelines as one, saved where that is asked for.
+def is_cascade(folder: Path) -> bool:
+    """Whether a folder holds a cascade."""
+    from ..common.files import read_json
+
+    index = read_json(folder / "model_index.json")
+    return isinstance(index, dict) and "DDPMCascadePipeline" in str(index.get("_class_name"))
+
+
+def as_cascade(loaded: list[Any]) -> Any:
+    """The pipelines as one.
 
     Raises:
-        ValueError: pipelines that do not fit together, or a folder that cannot be written.
+        ValueError: pipelines that do not fit together.
     """
-    from ..models.saving import save_pipeline
     from ..portable.pipeline_cascade_ddpm_hf import DDPMCascadePipeline
-    from .convert import check_target
 
-    if save_model is not None:
-        check_target(save_model, "save-model")
-    pipeline = DDPMCascadePipeline.from_pipes(*loaded)
-    if save_model is not None:
-        save_pipeline(pipeline, save_model)
-        typer.echo(
-            f"saved to {save_model}: `ddpm-hf sample {save_model}` samples from it, `ddpm-hf push` publishes it"
-        )
-    return pipeline
+    return DDPMCascadePipeline.from_pipes(*loaded)
+
+
+def save_cascade(pipeline: Any, folder: Path) -> None:
+    """Save the models as one."""
+    from ..models.saving import save_pipeline
+
+    save_pipeline(pipeline, folder)
+    typer.echo(f"saved to {folder}: `ddpm-hf sample {folder}` samples from it, `ddpm-hf push` publishes it")
 
 
 def of_cascade(pipeline: Any, conditions: Conditions, conditioning_noise: float | None) -> Conditions:

@@ -35,8 +35,10 @@ def load_rows(
         DataError: no such dataset, column or split, or none to validate on.
     """
     if flags.embedded:
-        parts = _embedded_rows(flags, caption_column)
-        return _limited(parts[0], flags.max_train_samples, seed), parts[1]
+        rows, held_out = _embedded_rows(flags, caption_column)
+        if flags.validation_split:
+            rows, held_out = split_rows(rows, flags.validation_split, seed)
+        return _limited(rows, flags.max_train_samples, seed), held_out
     dataset = open_dataset(flags.dataset_name, flags.train_data_dir, flags.dataset_config_name, flags.cache_dir, token)
     columns = Columns(flags.image_column, flags.label_column, caption_column)
     rows, held_out = read_rows(dataset, flags.dataset_split, columns, flags.streaming), None
@@ -59,6 +61,8 @@ def _embedded_rows(flags: DataFlags, caption_column: str | None) -> list[Rows]:
         if column is not None and column not in parts[0].dataset.column_names:
             existing = ", ".join(parts[0].dataset.column_names)
             raise DataError(f"no column {column!r} in {EMBEDDED_DATASET}; it has {existing} ({flag})")
+    if flags.image_column not in (None, "image"):
+        raise DataError(f"--image_column {flags.image_column}: the images of {EMBEDDED_DATASET} are in 'image'")
     if flags.label_column not in (None, "label"):
         raise DataError(f"--label_column {flags.label_column}: the labels of {EMBEDDED_DATASET} are in 'label'")
     for part in parts:

@@ -1,5 +1,7 @@
 """From real and generated images to figures, each with its interval and with what it was computed from."""
 
+import os
+import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -119,8 +121,9 @@ class Reference:
             return self._features[images.fingerprint]
         ranks = ranks or Ranks()
         spans = [range(at, min(at + CACHED_AT_ONCE, images.count)) for at in range(0, images.count, CACHED_AT_ONCE)]
-        title = f"features of {images.name}"
-        for span in tqdm(ranks.share(spans), desc=title, unit="part", disable=not ranks.is_main):
+        title, mine = f"features of {images.name}", list(ranks.share(spans))
+        random.Random(os.getpid()).shuffle(mine)  # evaluations of the same images at once take parts from each other
+        for span in tqdm(mine, desc=title, unit="part", disable=not ranks.is_main):
             self._cached(images, span)
         ranks.wait()
         parts = [self._cached(images, span) for span in spans]

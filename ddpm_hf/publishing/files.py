@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..common.checkpoints import MANIFEST, checkpoint_step
 from ..common.files import PARTIAL_SUFFIX, truncate_jsonl, write_atomically
@@ -93,22 +93,37 @@ def checkpoint_as_folder(checkpoint: Path, ema: bool | None) -> Iterator[Path]:
     manifest = find_location(str(checkpoint)).json(MANIFEST) or {}
     record = find_location(str(run)).json(RUN_FILE)
     step = manifest.get("step", checkpoint_step(checkpoint.resolve()))
+    raw = ema is False and (checkpoint / "unet_ema").is_dir()  # figures and grids are of the averaged weights
     with tempfile.TemporaryDirectory(prefix="ddpm_hf-") as temporary:
         folder = Path(temporary) / run.name
         load(checkpoint, ema=ema).save_pretrained(folder)
         licenses = [path.name for path in run.glob("LICENSE*")]
-        for name in ("README.md", METRICS_FILE, RESULTS_FILE, *licenses):
+        for name in ("README.md", METRICS_FILE, *([] if raw else [RESULTS_FILE]), *licenses):
             if (run / name).is_file():
                 shutil.copyfile(run / name, folder / name)
         truncate_jsonl(folder / METRICS_FILE, step)
         (folder / "samples").mkdir()
-        for path in (run / "samples").glob("*-*.png"):
+        if raw:
+            forget_averaged(folder / METRICS_FILE, record)
+        for path in () if raw else (run / "samples").glob("*-*.png"):
             if path.stem.rpartition("-")[2].isdecimal() and int(path.stem.rpartition("-")[2]) <= step:
                 shutil.copyfile(path, folder / "samples" / path.name)
         if record is not None:
             record |= {"step": step, "sessions": manifest.get("sessions", [])}
             write_atomically(folder / RUN_FILE, json.dumps(record, indent=1) + "\n")
         yield folder
+
+
+def forget_averaged(metrics: Path, record: dict[str, Any] | None) -> None:
+    """Leave out of a run's figures and record what is of its averaged weights."""
+    text = metrics.read_text(encoding="utf-8") if metrics.is_file() else ""
+    lines = [json.loads(line) for line in text.splitlines()]
+    own = [{k: v for k, v in line.items() if not k.startswith(("validation_", "evaluation_"))} for line in lines]
+    if lines:
+        write_atomically(metrics, "".join(json.dumps(line) + "\n" for line in own))
+    if record is not None:
+        record["settings"] = {**record.get("settings", {}), "use_ema": "False: the weights are not averaged"}
+        record.pop("evaluation", None)
 
 
 def has_root_layout(folder: Path) -> bool:

@@ -35,6 +35,10 @@ class TrainingFlags:
             lambda run: run.validation_steps or has_grids(run),
             "has no effect without sample grids and without --validation_steps",
         ),
+        "save_model_epochs": Need(
+            lambda run: not getattr(run, "streaming", False),
+            "has no effect with --streaming, which has no epochs; checkpoints hold the model (--checkpointing_steps)",
+        ),
         "lr_warmup_steps": Need(
             lambda run: run.lr_scheduler != "constant",
             "has no effect with --lr_scheduler constant; constant_with_warmup has a warm-up",
@@ -275,7 +279,11 @@ class GridFlags:
     meanings: ClassVar[dict[str, str]] = GRIDS
     needs: ClassVar[dict[str, Need]] = {
         "save_images_epochs": Need(
-            lambda run: run.save_images_steps is None, "has no effect with --save_images_steps {save_images_steps}"
+            lambda run: (
+                run.save_images_steps is None and not (run.save_images_epochs and getattr(run, "streaming", False))
+            ),
+            "has no effect with --save_images_steps, nor with --streaming, which has no epochs: --save_images_steps"
+            " counts steps",
         )
     }
 

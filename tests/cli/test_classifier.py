@@ -219,6 +219,9 @@ def shop(tmp_path_factory):
     tiny_classifier().save_pretrained(root / "classifier")
     tiny_classifier(size=(8, 16)).save_pretrained(root / "classifier-wide")
     tiny_classifier(size=16).save_pretrained(root / "classifier-16")
+    short = tiny_classifier()
+    short.register_to_config(num_train_timesteps=10, trained_betas=[0.3] * 10)
+    short.save_pretrained(root / "classifier-short")
     tiny_classifier(channels=3).save_pretrained(root / "classifier-rgb")
     (root / "empty").mkdir()
     return root
@@ -333,6 +336,7 @@ def test_guidance_flags_reach_the_pipeline_in_both_spellings(sample, asked, tmp_
         ("plain", ("--classifier", "SHOP/plain/unet"), ("--classifier", "unet")),
         ("plain", ("--classifier", "SHOP/classifier-16"), ("classifier-16", "size")),
         ("plain", ("--classifier", "SHOP/classifier-rgb"), ("classifier-rgb", "channels")),
+        ("plain", ("--classifier", "SHOP/classifier-short"), ("classifier-short", "another noise schedule", "T=10")),
         ("wide", ("--classifier", "SHOP/classifier"), ("classifier", "size")),
         ("plain", ("--class", "cat"), ("no classes", "--classifier")),
         ("plain", ("--guidance-scale", 2), ("no classes", "--guidance-scale")),
@@ -362,7 +366,7 @@ def test_mistakes_in_sampling_are_one_line_and_leave_nothing(model, given, named
 def test_a_model_without_a_null_class_names_the_way_out(sample, shop, tmp_path):
     """Else guidance needs a look into the code to find out what the model lacks."""
     unet, names = tiny_unet(num_class_embeds=3), dict(enumerate(NAMES))
-    pipeline = ClassConditionalDDPMPipeline(unet, DDPMScheduler(STEPS), names)
+    pipeline = ClassConditionalDDPMPipeline(unet, DDPMScheduler(STEPS, beta_schedule="cosine"), names)
     pipeline.save_pretrained(tmp_path / "model")
     code, err, images = sample(tmp_path / "model", tmp_path / "out", "--guidance-scale", 2)
     assert code == 2, err

@@ -142,6 +142,7 @@ def test_info_of_a_run_without_a_model_yet_names_the_program_that_goes_on(part, 
     folder = tmp_path / "checkpoint-5"
     (folder / part).mkdir(parents=True)
     (folder / part / "config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text('{"max_train_steps": 5}')  # flags of the user's, and no model's
     code, said, err = run("info", tmp_path)
     assert code == 0, err
     assert re.search(rf"^resume:  ddpm-hf {program} --output_dir ", said, re.MULTILINE)

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from ddpm_hf import DDPMImageToImagePipeline, DDPMPipeline, DDPMScheduler
+from ddpm_hf.models.saving import save_pipeline
 from ddpm_hf.portable.conditioning_ddpm_hf import Conditioning
 from ddpm_hf.portable.networks_ddpm_hf import build_unet
 from tests.support.fixtures_cli import assert_one_line
@@ -212,6 +213,20 @@ def test_a_cascade_is_sampled_saved_and_pushed(parts, call, tmp_path):
     result, _ = call(f"info {tmp_path / 'chain'}", ())
     assert "a cascade (DDPMCascadePipeline)" in result[1]
     assert "8×8, 3 channels" in result[1]
+    result, _ = call(f"sample --cascade four x2 --num-images 1 --save-model {tmp_path / 'chain'}")  # a cascade of ours
+    assert result[0] == 0, result[2]
+
+
+def test_a_cascade_replaces_no_other_model_and_is_saved_last(parts, call, tmp_path):
+    """Else one of its own models is lost, or a refused command leaves a folder."""
+    save_pipeline(DDPMPipeline.from_pretrained(parts / "four"), tmp_path / "mine")
+    before = (tmp_path / "mine/model_index.json").read_bytes()
+    result, _ = call(f"sample --cascade {tmp_path / 'mine'} x2 --num-images 1 --save-model {tmp_path / 'mine'}")
+    assert_one_line(result, "holds another model, which stays")
+    assert (tmp_path / "mine/model_index.json").read_bytes() == before
+    result, _ = call(f"sample --cascade four x2 --class nope --save-model {tmp_path / 'new'}")
+    assert result[0] == 2
+    assert not (tmp_path / "new").exists()
 
 
 CASCADES = {

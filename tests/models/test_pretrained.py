@@ -169,8 +169,8 @@ def test_a_model_of_latents_brings_its_autoencoder(shop, tmp_path):
 WRONG = {
     "nothing there": ("photos", {}, "no model there"),
     "no such folder": ("missing/folder/", {}, "no such folder"),
-    "another program's file": ("model-10.pt", {}, "a file.*checkpoint-N.*not converted"),
-    "a folder of such files": ("weights", {}, "there is model-10.pt.*not converted"),
+    "another program's file": ("model-10.pt", {}, "a file.*checkpoint-N.*ddpm-hf convert"),
+    "a folder of such files": ("weights", {}, "there is model-10.pt.*ddpm-hf convert"),
     "text to image": ("text", {}, "train_text2image.py"),
     "another model": ("other", {}, "a AutoencoderKL, not a UNet2DModel"),
     "another diffusion": ("sde", {}, "ScoreSdeVeScheduler"),

@@ -55,8 +55,10 @@ def checkpoint(tmp_path):
     (folder / "checkpoint-4" / "manifest.json").write_text(json.dumps(state))
     (folder / "run.json").write_text(json.dumps(RUN))
     (folder / "metrics.jsonl").write_text(
-        "".join(json.dumps({"step": n, "loss": 1.0 / n}) + "\n" for n in range(1, 7))
+        "".join(json.dumps({"step": n, "loss": 1.0 / n, "validation_loss": 2.0 / n}) + "\n" for n in range(1, 7))
     )
+    result = {"metric": "FID", "dataset": "photos", "split": "test", "settings": None, "step": 4, "value": 12.5}
+    (folder / "evaluation.json").write_text(json.dumps([{**result, "samples": 100}]))
     (folder / "README.md").write_text("---\nlicense: mit\n---\n\nHer words.\n")
     (folder / "LICENSE.txt").write_text("MIT")
     for step, shade in ((2, 20), (6, 60)):
@@ -103,7 +105,11 @@ def test_a_checkpoint_is_published_as_it_was(option, seed, checkpoint, pushed, r
     assert not [name for name in pushed if name.startswith("checkpoint") or "manifest" in name or "files.json" in name]
     assert json.loads(pushed["run.json"])["step"] == 4
     assert [json.loads(line)["step"] for line in pushed["metrics.jsonl"].splitlines()] == [1, 2, 3, 4]
-    assert pushed["assets/samples.png"] == before[checkpoint.parent / "samples/step-000002.png"]
+    raw = "--no-ema" in option  # the run's figures and pictures are of the averaged weights
+    assert (pushed["assets/samples.png"] == before[checkpoint.parent / "samples/step-000002.png"]) != raw
+    assert ("12.5" in pushed["card"]) != raw
+    assert (b"validation_loss" in pushed["metrics.jsonl"]) != raw
+    assert ("the weights are not averaged" in pushed["card"]) == raw
     assert "Her words." in pushed["card"]
     assert pushed["LICENSE.txt"] == b"MIT"
     assert "| steps | 4 |" in pushed["card"]

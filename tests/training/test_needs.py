@@ -10,7 +10,9 @@ import train_text2image
 import train_unconditional
 from ddpm_hf.cli import classifier_training as classifier
 from ddpm_hf.cli.classifier_flags import CLASSIFIER, parse_classifier_flags
-from ddpm_hf.common.errors import UsageError
+from ddpm_hf.common.errors import DataError, UsageError
+from ddpm_hf.data.flags import DataFlags
+from ddpm_hf.data.reading import load_rows
 from ddpm_hf.training.flags import GridFlags
 from ddpm_hf.training.needs import needs_of, without_effect
 from ddpm_hf.training.setup.settings import save_settings
@@ -46,6 +48,8 @@ ROWS = [
     Row("--num_epochs 3", "--max_train_steps 5", "--max_train_steps 5", ""),
     Row("--eval_batch_size 3", NO_GRIDS, "--validation_steps", NO_GRIDS + " --validation_steps 5", UNCONDITIONAL),
     Row("--eval_batch_size 3", "", "--validation_steps", "--validation_steps 5", CLASSIFIER),
+    *[Row(f"--save_{name}_epochs 3", "--streaming --max_train_steps 5", "--streaming", "", programs)
+      for name, programs in (("images", PIPELINES), ("model", tuple(PROGRAMS)))],
     Row("--lr_warmup_steps 3", "--lr_scheduler constant", "--lr_scheduler constant", "--lr_scheduler linear"),
     *[Row(f"--{name}", NO_EMA, "without --use_ema", EMA) for name in (
         "ema_inv_gamma 2", "ema_power 0.5", "ema_max_decay 0.5", "ema_min_decay 0.1", "foreach_ema False",
@@ -62,7 +66,7 @@ ROWS = [
         "steps 7",
     )],
     Row("--hub_best_metric fid", "", "--hub_strategy end", "--hub_strategy best", PIPELINES),
-    Row("--save_images_epochs 3", "--save_images_steps 5", "--save_images_steps 5", "", PIPELINES),
+    Row("--save_images_epochs 3", "--save_images_steps 5", "--save_images_steps", "", PIPELINES),
     *[Row(f"--{name}", "", "uploads nothing without --push_to_hub", "--push_to_hub", PIPELINES) for name in (
         "hub_model_id me/it", "hub_private_repo", "hub_revision v1",
     )],
@@ -213,6 +217,17 @@ def test_text_to_image_refuses_parts_of_a_checkpoint_without_one(flag):
     config = train_text2image.parse(["--train_data_dir", "x", f"--{flag}", "v1"])
     with pytest.raises(UsageError, match=f"--{flag} .* --pretrained_model_name_or_path"):
         config.check()
+
+
+def test_the_embedded_digits_have_one_column_of_images_and_are_split_as_asked():
+    """Else --image_column and --validation_split are recorded, and others are used."""
+    with pytest.raises(DataError, match="--image_column label"):
+        load_rows(DataFlags(image_column="label"), 0)
+    rows, held_out = load_rows(DataFlags(resolution="16", validation_split=0.25), 0, validate=True)
+    assert (len(rows.dataset), len(held_out.dataset)) == (3000, 1000)
+    rows, test = load_rows(DataFlags(resolution="16"), 0, validate=True)
+    assert (len(rows.dataset), len(test.dataset)) == (4000, 1000)
+    assert held_out.fingerprint() != test.fingerprint()
 
 
 @pytest.mark.parametrize("argv", [["--dataset_split", "test"], ["--dataset_config_name", "large"]])

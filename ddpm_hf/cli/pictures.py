@@ -16,14 +16,18 @@ MAX_GRID_IMAGES = 1024
 GIF_IMAGES, STRIP_IMAGES = 16, 8  # images whose chains are shown
 
 
-def check_out(out: Path) -> None:
-    """Raise ValueError for a folder that cannot be written to, or that holds such files written by others."""
+def check_out(out: Path, part: str = PART, patterns: Sequence[str] = PATTERNS) -> None:
+    """Raise ValueError for a folder that cannot be written to, or that holds such files written by others.
+
+    Args:
+        part, patterns: as of `check_replaceable`.
+    """
     from ..common.ownership import check_replaceable
 
     parent = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     if not (parent.is_dir() and os.access(parent, os.W_OK)):
         raise ValueError(f"--out {out} cannot be written; name another folder")
-    check_replaceable(out, PART, PATTERNS, "out")
+    check_replaceable(out, part, patterns, "out")
 
 
 def write_pictures(

@@ -155,14 +155,13 @@ def restore(
     table (restored.json).
     """
     from ..common.arguments import check_word
-    from ..common.ownership import check_replaceable
     from ..inference.loading import load
     from ..portable.pipeline_restoration_ddpm_hf import DDPMRestorationPipeline
     from ..restoration.problems import measure, noise_of
     from ..training.earlier_run import settle
     from .pictures import check_out
     from .restore_inputs import check_names, list_images, read_picture
-    from .restore_outputs import PART, PATTERNS, table, write_restored
+    from .restore_outputs import PART, SHARED, VIEWS, table, write_restored
 
     words = (
         ("out", out),
@@ -184,8 +183,8 @@ def restore(
     check_numbers(sigma_y, degrade, truth, features)
     files = list_images(image, "image")
     check_names(files)
-    check_out(out)
-    check_replaceable(out, PART, PATTERNS, "out")
+    folders = [f"{file.stem}/" for file in files] if len(files) > 1 else [""]
+    check_out(out, PART, [*SHARED, *(f"{folder}{view}" for folder in folders for view in VIEWS)])
     quiet()
     use_all_cores()
     device = checked_device(device)

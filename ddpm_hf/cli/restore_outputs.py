@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from ..restoration.problems import Picture
 
 PART = "restored"  # of the folder's manifest
-PATTERNS = ("comparison.png", "restored.json")
+SHARED = ("comparison.png", "restored.json")
+VIEWS = ("#.png", "observed.png", "mean.png", "deviation.png", "low.png", "high.png")  # of each image
 SHOWN_ROWS = 32  # images in a comparison
 
 

@@ -217,6 +217,23 @@ def test_foreign_files_stay(restore, tmp_path):
     result, _ = restore("gray --task denoise --image shades/0.png")
     assert_one_line(result, "comparison.png")
     assert (tmp_path / "out/comparison.png").read_text() == "mine"
+    for words, name in (("--image shades/0.png", "low.png"), ("--image shades", "1/0001.png")):
+        folder = tmp_path / name[0]
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text("mine")
+        result, _ = restore(f"gray --task denoise {words}", out=name[0])
+        assert_one_line(result, name)
+        assert (folder / name).read_text() == "mine"
+
+
+def test_the_same_command_again_replaces_its_own_files(restore, tmp_path):
+    """Else a second try needs another folder each time."""
+    for words in ("--image shades/0.png", "--image shades"):
+        for number in (3, 2):
+            result, out = restore(f"gray --task denoise --sigma-y 0.1 {words} --num-solutions {number}")
+            assert result[0] == 0, result[2]
+    assert sorted(path.name for path in out.iterdir() if path.is_dir()) == ["0", "1", "2"]
+    assert not (out / "0/0002.png").exists()
 
 
 def test_the_commands_methods_are_those_of_the_pipeline():

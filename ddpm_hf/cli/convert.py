@@ -178,7 +178,7 @@ def write_openai(source: str, target: Path, flags: str | None, token: str | None
     if target.is_dir() or not target.absolute().parent.is_dir():
         raise ValueError(f"--to {target}: not a file in an existing folder")
     if target.exists():
-        raise ValueError(f"--to {target}: is there already; name another file, or remove it")
+        raise ValueError(f"--to {target}: already exists; name another file, or remove it")
     model, scheduler = load_network(source, token)
     state, build = export_openai(model, flags or "", scheduler)
     handle, temporary = tempfile.mkstemp(

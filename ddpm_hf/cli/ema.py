@@ -85,7 +85,7 @@ def ema(
     if std is not None:
         pipeline = load(run)
         averages.put(pipeline.components, std)
-        use_fits(pipeline, {})  # those of the run's weights
+        use_fits(pipeline, {})  # a fit is of the run's weights alone
         save_averaged(pipeline, run, out, std, averages.step)
         typer.echo(f"written to {out}: the average of width {std:g} at step {averages.step:,}; `ddpm-hf sample {out}`")
         return
@@ -108,7 +108,7 @@ def ema(
         token,
     )
     pipeline = load(run)
-    use_fits(pipeline, {})  # no width is to have an advantage
+    use_fits(pipeline, {})  # all widths are sampled alike
     refuse_image_models(pipeline, "ema --sweep")
     with reports_stop(lambda: f"what was sampled is in {out}; the same command goes on from there"):
         typer.echo(compare_widths(pipeline, run, averages, widths, how, out))

@@ -275,7 +275,7 @@ def without_impossible(measure: "Measure", real: int, held_out: int | None, samp
         except DataError as error:
             typer.echo(f"left out: {error}", err=True)
     if not possible:
-        raise DataError(f"--metrics all: none of them has images enough ({samples:,} samples, {real:,} real images)")
+        raise DataError(f"--metrics all: too few images for any metric ({samples:,} samples, {real:,} real images)")
     return dataclasses.replace(measure, metrics=tuple(possible))
 
 

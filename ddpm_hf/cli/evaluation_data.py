@@ -76,7 +76,7 @@ def read_data(options: DataOptions, model: str, shape: Shape, sized: bool = True
         for name, value in options._replace(dataset=None, token=None)._asdict().items():
             if value is not None:
                 flag = "dataset-" * (name == "config_name") + name.replace("_", "-")
-                raise UsageError(f"--{flag} {value}: {options.dataset} has no such parts; leave it out")
+                raise UsageError(f"--{flag} {value}: an npz file has no splits or columns; leave it out")
         return Data(_checked(_npz(options.dataset), shape))
     if options.dataset is None and options.split is None:
         return _of_the_run(settings, shape, options)

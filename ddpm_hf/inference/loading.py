@@ -124,7 +124,7 @@ def _load_text_checkpoint(checkpoint: Path, manifest: dict[str, Any], ema: bool 
             given["text_encoder"] = CLIPTextModel.from_pretrained(folder, use_safetensors=True)
         if (run / MODEL_INDEX).is_file():
             pipeline = TextToImageDDPMPipeline.from_pretrained(run, use_safetensors=True, **given)
-            use_fits(pipeline, {})  # those there are of the run's last weights
+            use_fits(pipeline, {})  # fits in the run's folder are of its last weights
             return pipeline
         if not isinstance(manifest.get("settings"), dict):
             raise ValueError(f"nothing says which model the rest is of, and {run} holds no pipeline")

@@ -100,7 +100,7 @@ def test_the_way_back_is_the_same_file(files, converted, run, tmp_path):
         again = run("convert", tmp_path / f"{name}.pt", "--to", tmp_path / f"{name}-2", "--flags", flags)
         assert again[0] == 0, again[2]  # the flags that it prints describe the file
         assert ("new order" in again[1]) == (name == "adm")
-        assert_one_line(run("convert", folder, "--to", tmp_path / f"{name}.pt", *more), "is there already")
+        assert_one_line(run("convert", folder, "--to", tmp_path / f"{name}.pt", *more), "already exists")
 
 
 OPENAI = {"norm_num_groups": 32, "attn_norm_num_groups": 32, "block_out_channels": (32, 64), "attention_head_dim": 32}
@@ -148,6 +148,7 @@ def test_the_way_back_says_what_is_predicted_and_of_which_size(run, tmp_path):
     code, out, err = run("convert", tmp_path / "x_0", "--to", tmp_path / "x.pt")
     assert code == 0, err
     assert "--predict_xstart True" in out.splitlines()[-1]
+    assert "--sigma_small True" in out.splitlines()[-1]  # their default is the larger one
     upsampler = build_unet(tiny_unet_config(condition_channels=1, num_class_embeds=2, **OPENAI))
     DDPMImageToImagePipeline(upsampler, DDPMScheduler(100, beta_schedule="squaredcos_cap_v2")).save_pretrained(
         tmp_path / "up"

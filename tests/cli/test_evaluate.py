@@ -400,7 +400,7 @@ def test_all_metrics_are_those_that_can_be_measured_and_the_others_are_named(obs
     assert "Inception Score" in line
     seen = observe("evaluate {shop}/one --dataset {shop}/images --metrics all --features quarters --out {out}")
     assert seen.code == 2
-    assert "--metrics all: none of them has images enough" in seen.err.splitlines()[-1]
+    assert "--metrics all: too few images for any metric" in seen.err.splitlines()[-1]
     assert seen.files() == []
 
 

@@ -128,12 +128,14 @@ def test_models_of_other_kinds_are_not_converted(case, old, run, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_what_the_config_has_no_place_for_is_an_error(old, run, tmp_path):
+def test_weights_that_the_config_does_not_describe_are_an_error(old, run, tmp_path):
     """Else weights are left out, and the converted network is another one."""
     folder = shutil.copytree(old / "pickled", tmp_path / "model")
     state = torch.load(folder / "diffusion_pytorch_model.bin", weights_only=True)
     torch.save({**state, "class_embedding.weight": torch.zeros(3, 32)}, folder / "diffusion_pytorch_model.bin")
-    assert_one_line(run("convert", folder, "--to", tmp_path / "new"), "no place", "class_embedding.weight")
+    assert_one_line(
+        run("convert", folder, "--to", tmp_path / "new"), "not in the network of its config", "class_embedding.weight"
+    )
 
 
 def test_an_old_name_of_the_timesteps_is_read(old, run, tmp_path):

@@ -71,7 +71,7 @@ def make_scheduler(layout: Layout, flags: Flags) -> DDPMScheduler:
     fixed = "fixed_small" if flags.sigma_small else "fixed_large"
     return DDPMScheduler(
         num_train_timesteps=flags.diffusion_steps,
-        beta_schedule={"cosine": "squaredcos_cap_v2"}.get(flags.noise_schedule, flags.noise_schedule),
+        beta_schedule=next(ours for ours, theirs in SCHEDULES.items() if theirs == flags.noise_schedule),
         prediction_type="sample" if flags.predict_xstart else "epsilon",
         variance_type="learned_range" if layout.learned_variance and not layout.positions else fixed,
         **openai_betas(flags.noise_schedule, flags.diffusion_steps),
@@ -226,8 +226,8 @@ def check_diffusion(scheduler: Any) -> None:
     config = scheduler.config
     if config.prediction_type not in ("epsilon", "sample"):
         raise ValueError(f"the model predicts {config.prediction_type}, and OpenAI's epsilon or x_0 alone")
-    if config.variance_type in ("learned", "posterior_mean"):
-        raise ValueError(f"the model's variance is {config.variance_type}, and OpenAI's, if learned, learned_range")
+    if config.variance_type == "learned":
+        raise ValueError("the model's variance is learned, and OpenAI's learned_range or fixed")
     schedule = SCHEDULES.get(config.beta_schedule)
     T = config.num_train_timesteps
     named = schedule and DDPMScheduler(T, beta_schedule=config.beta_schedule, **openai_betas(schedule, T))
@@ -272,4 +272,5 @@ def flags_of(model: torch.nn.Module, scheduler: Any, legacy: bool = True) -> str
         flags |= {"diffusion_steps": T, "noise_schedule": SCHEDULES[scheduler.config.beta_schedule]}
         flags |= {"rescale_timesteps": config.get("timestep_scale", 1.0) != 1.0}
         flags |= {"predict_xstart": True} if scheduler.config.prediction_type == "sample" else {}
+        flags |= {"sigma_small": True} if scheduler.config.variance_type.startswith("fixed_small") else {}
     return " ".join(f"--{name} {value}" for name, value in flags.items())

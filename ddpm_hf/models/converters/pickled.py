@@ -102,7 +102,7 @@ def _load(config: dict[str, Any], state: dict[str, torch.Tensor]) -> torch.nn.Mo
             )
         if info["unexpected_keys"]:
             raise ValueError(
-                f"its config has no place for {len(info['unexpected_keys'])} of the weights, such as"
+                f"{len(info['unexpected_keys'])} of the weights are not in the network of its config, such as"
                 f" {sorted(info['unexpected_keys'])[0]}"
             )
         for value in (*unet.parameters(), *unet.buffers()):

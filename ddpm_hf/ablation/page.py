@@ -94,16 +94,18 @@ def make_page(table: Table, runs: Sequence[CellRun]) -> str:
 
 
 def cell_table(table: Table) -> str:
-    """A row for each cell; figures of others, where the plan has some, below ours."""
-    head = ["", "seeds", *(table.heading(key) for key in table.columns), "held-out loss", "minutes of training"]
-    rows = ["".join(f"<th>{html.escape(one)}</th>" for one in head)]
-    for row in table.rows:
-        cells = [f"<td>{html.escape(row.name)}</td>", f'<td class="n">{len(row.runs) or ""}</td>']
-        cells += [f'<td class="n">{figure_cell(table, row, key)}</td>' for key in table.columns]
-        cells += [f'<td class="n">{training_figure(row, read)}</td>' for read in (held_out_loss, minutes)]
-        rows.append("".join(cells))
+    """A row for each cell, published figures below ours; columns without figures are left out."""
+    rows = table.rows
+    columns = [(table.heading(key), [figure_cell(table, row, key) for row in rows]) for key in table.columns]
+    for heading, read in (("held-out loss", held_out_loss), ("minutes of training", minutes)):
+        columns.append((heading, [training_figure(row, read) for row in rows]))
+    columns = [("seeds", [str(len(row.runs) or "") for row in rows]), *(one for one in columns if any(one[1]))]
+    lines = ["<th></th>" + "".join(f'<th class="n">{html.escape(heading)}</th>' for heading, _ in columns)]
+    for index, row in enumerate(rows):
+        cells = "".join(f'<td class="n">{texts[index]}</td>' for _, texts in columns)
+        lines.append(f"<td>{html.escape(row.name)}</td>{cells}")
     source = f"<p><small>Published: {html.escape(table.plan.source)}</small></p>" if table.plan.source else ""
-    return f"<table>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>{source}"
+    return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>{source}"
 
 
 def figure_cell(table: Table, row: Row, key: Key) -> str:

@@ -187,7 +187,7 @@ def training_figure(row: Row, read: Callable[[dict[str, Any]], Any]) -> str:
 
 def minutes(training: dict[str, Any]) -> float | None:
     """How long a training took."""
-    return training["seconds"] / 60 if training.get("seconds") else None
+    return round(training["seconds"] / 60, 1) if training.get("seconds") else None
 
 
 def held_out_loss(training: dict[str, Any]) -> float | None:

@@ -6,7 +6,7 @@ and what was trained before stays; a task is done if its result, which is writte
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -164,7 +164,7 @@ def cell_runs(plan: Plan, flags: CellFlags, evaluations: Evaluations, out: Path)
             folder = out / CELLS / f"{_slug(cell.name)}-seed{seed}-{digest([plan.script, settings, seed])}"
             title, model = f"{cell.name}, seed {seed}", folder / MODEL
             command = [plan.script, *words, "--seed", str(seed), "--output_dir", str(model), *RESUME]
-            collect = _training_record(model, settings)
+            collect = _training_record(model, settings, cell.name)
             train = Task(f"{title}: training", command, folder, folder / TRAINING, collect, model)
             measured = evaluations.tasks(str(model), title, folder, {"seed": str(seed)})
             results = {network: task.result for network, task in measured.items()}
@@ -203,8 +203,8 @@ def real_chain(images: Path, count: int, evaluations: Evaluations, size: list[st
     return Chain("real images", folder, list(measured.values()), results)
 
 
-def _training_record(model: Path, settings: dict[str, Any]) -> Callable[[], dict[str, Any]]:
-    """What is kept of a finished training."""
+def _training_record(model: Path, settings: dict[str, Any], cell: str = "") -> Callable[[], dict[str, Any]]:
+    """What is kept of a finished training of a cell, or of the classifier."""
 
     def collect() -> dict[str, Any]:
         ended = complete_checkpoints(model)
@@ -218,6 +218,7 @@ def _training_record(model: Path, settings: dict[str, Any]) -> Callable[[], dict
         for line in lines:
             last |= {name: value for name, value in line.items() if name not in ("step", "epoch")}
         return {
+            "cell": cell,
             "settings": settings,
             "steps": max((line["step"] for line in lines), default=run.get("step")),
             "seconds": sum(session.get("seconds", 0) for session in run.get("sessions", ())),
@@ -230,14 +231,18 @@ def _training_record(model: Path, settings: dict[str, Any]) -> Callable[[], dict
     return collect
 
 
-def earlier_folders(run: CellRun, out: Path) -> list[Path]:
-    """The folders of the same cell and seed with other settings."""
-    stem = run.folder.name.rpartition("-")[0]
-    return [path for path in sorted((out / CELLS).glob(f"{stem}-*")) if path != run.folder and _is_of(path, stem)]
+def earlier_folders(run: CellRun, runs: Sequence[CellRun], out: Path) -> list[Path]:
+    """The folders of the same cell and seed with other settings, none of them that of another of the plan's `runs`."""
+    stem, now = run.folder.name.rpartition("-")[0], {one.folder for one in runs}
+    return [path for path in sorted((out / CELLS).glob(f"{stem}-*")) if path not in now and _is_of(path, stem, run)]
 
 
-def _is_of(path: Path, stem: str) -> bool:
-    return bool(re.fullmatch(re.escape(stem) + r"-[0-9a-f]{10}", path.name)) and (path / TRAINING).is_file()
+def _is_of(path: Path, stem: str, run: CellRun) -> bool:
+    """Whether a finished training of this cell is there: two names, such as "μ, L" and "ε, L", can have one stem."""
+    if not re.fullmatch(re.escape(stem) + r"-[0-9a-f]{10}", path.name):
+        return False
+    record, name = _json(path / TRAINING), run.cell.name if run.cell else ""
+    return record is not None and record.get("cell", name) == name
 
 
 def what_changed(run: CellRun, before: Path) -> str:

@@ -151,7 +151,7 @@ class Ablation:
 
         lines = []
         for run in self.runs:
-            before = [] if run.tasks[0].done else earlier_folders(run, self.out)
+            before = [] if run.tasks[0].done else earlier_folders(run, self.runs, self.out)
             if before:
                 lines.append(
                     f"{run.title}: runs again, for its settings changed ({what_changed(run, before[-1])}); the earlier"

@@ -191,7 +191,7 @@ STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:70em;padding:0 1em;color:#1a1a1a;background:#fff}
 h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2em;border-bottom:1px solid #ddd}
 table{border-collapse:collapse;margin:1em 0}td,th{padding:.25em .8em .25em 0;text-align:left;vertical-align:top}
-th{border-bottom:1px solid #999}td.n{text-align:right;font-variant-numeric:tabular-nums}
+th{border-bottom:1px solid #999}td.n,th.n{text-align:right}td.n{font-variant-numeric:tabular-nums}
 .plots{display:flex;flex-wrap:wrap;gap:1em}.plots>*{max-width:100%}figure{margin:0}
 figcaption,small{color:#555}img{image-rendering:pixelated;max-width:100%}svg{max-width:100%;height:auto}
 pre{white-space:pre-wrap}
@@ -235,7 +235,9 @@ def html_page(title: str, parts: Sequence[str]) -> str:
 
 def figure_table(record: dict[str, Any]) -> str:
     """All figures with their intervals."""
-    rows = ["<tr><th></th><th>metric</th><th>value</th><th>95% interval</th><th>interval by</th><th></th></tr>"]
+    rows = [
+        '<tr><th></th><th>metric</th><th class="n">value</th><th>95% interval</th><th>interval by</th><th></th></tr>'
+    ]
     for result in record["results"]:
         for index, (name, figure) in enumerate(result["figures"].items()):
             first = html.escape(result["title"]) if index == 0 else ""

@@ -73,6 +73,8 @@ def test_a_plan_becomes_a_table(start, place):
     assert "3.25" in out
     page = (place / "out/report.html").read_text()
     assert page.count("data:image/png") == 3  # a grid of each run
+    assert '<th class="n">minutes of training</th>' in page
+    assert "held-out loss" not in page  # no cell has one
     assert "published" in page
 
 
@@ -124,6 +126,20 @@ def test_a_changed_plan_runs_what_changed_and_loses_nothing(start, place):
     assert {path: path.read_bytes() for path in before} == before
     plan["cells"]["l2"].pop("learning_rate")
     assert start(plan)[1] == []
+
+
+def test_cells_whose_names_differ_in_other_letters_are_no_earlier_runs_of_each_other(start, place):
+    """Else "ε, L" is said to run again with the settings of "μ, L", for their folders share a stem."""
+    plan = plan_of(place, grid={}, cells={"μ, L": {"loss_type": "l1"}, "ε, L": {"loss_type": "l2"}})
+    del plan["evaluate"]
+    assert start(plan, "--only", "μ, L")[1] == ["μ, L, seed 0: training"]
+    (code, _, err), started = start(plan)
+    assert (code, started) == (0, ["ε, L, seed 0: training"]), err
+    assert "runs again" not in err
+    del plan["cells"]["μ, L"]
+    plan["cells"]["ε, L"] = {"loss_type": "huber"}
+    (line,) = [line for line in start(plan)[0][2].splitlines() if "runs again" in line]
+    assert "loss_type default → huber" in line
 
 
 def test_a_cell_that_fails_does_not_stop_the_others(start, place):

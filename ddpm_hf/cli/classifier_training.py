@@ -111,8 +111,8 @@ def train(flags: Flags) -> None:
     run.log(time_blindness(arguments))
     plan = plan_steps(run, images)
     facts = run_facts(run, images.count, plan, classes=names)
-    check_resumable(run, model, facts, "classifier")
     model.register_to_config(trained_classes=images.trained_classes)
+    check_resumable(run, model, facts, "classifier")
 
     state = begin_training(run, model, plan, facts, {"classifier": model}, QUARTILES)
     loss_of = functools.partial(compute_loss, scheduler=scheduler, device=run.device)

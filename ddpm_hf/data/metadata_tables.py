@@ -1,7 +1,12 @@
 """Tables beside images that say what they show: `metadata.csv`, `.jsonl` or `.parquet`, with labels or captions."""
 
+import collections
+import csv
+import json
 import os
 import posixpath
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +15,7 @@ import pyarrow as pa
 from ..common.errors import DataError
 from .formats import suffix_of
 
+INTEGER, DECIMAL = re.compile(r"0|-?[1-9][0-9]{0,17}"), re.compile(r"-?(0|[1-9][0-9]{0,17})(\.[0-9]+)?")
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 
@@ -31,7 +37,7 @@ def read_metadata(path: str, folder: str) -> pa.Table:
     """
     try:
         table = READERS[suffix_of(path)](path)
-    except (ValueError, OSError, pa.ArrowException) as error:
+    except (ValueError, OSError, OverflowError, csv.Error, pa.ArrowException) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
     naming = [column for column in table.column_names if image_column_of(column)]
     if not naming:
@@ -55,19 +61,51 @@ def _inside(path: str, folder: str, file: Any) -> str | None:
 
 
 def _read_csv(path: str) -> pa.Table:
-    import pandas
+    """Cells as they stand: "None", "NA" and "01" are texts, which pandas would drop or make numbers of."""
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        reader = csv.reader(file, strict=True)
+        names = next(reader, None)
+        if not names:
+            raise ValueError("it has no line of column names")
+        if twice := [name for name, count in collections.Counter(names).items() if count > 1]:
+            raise ValueError(f"its first line names the column {twice[0]!r} twice")
+        rows = []
+        for row in reader:
+            if len(row) > len(names):
+                raise ValueError(
+                    f"line {reader.line_num} has {len(row)} fields, and the first line names {len(names)} columns; put"
+                    ' a text with a comma into quotes: "..."'
+                )
+            if row:
+                rows.append([cell or None for cell in row] + [None] * (len(names) - len(row)))
+    columns = list(zip(*rows)) or [()] * len(names)
+    return pa.table({name: _numbers(name, column) for name, column in zip(names, columns)})
 
-    columns = pandas.read_csv(path, nrows=0).columns
-    texts = {name: str for name in columns if image_column_of(name)}  # "001" stays a string
-    return pa.Table.from_pandas(pandas.read_csv(path, dtype=texts), preserve_index=False)
+
+def _numbers(name: str, cells: Sequence[str | None]) -> pa.Array:
+    """A column of texts, as numbers if each is written as a number is: of 01 and 1e3 nothing would tell the text."""
+    texts = [cell for cell in cells if cell is not None]
+    for pattern, number, kind in ((INTEGER, int, pa.int64()), (DECIMAL, float, pa.float64())):
+        if texts and not image_column_of(name) and all(pattern.fullmatch(text) for text in texts):
+            return pa.array([None if cell is None else number(cell) for cell in cells], kind)
+    return pa.array(cells, pa.string())
 
 
 def _read_jsonl(path: str) -> pa.Table:
-    import pyarrow.json
-
-    data = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
-    options = pyarrow.json.ReadOptions(block_size=min(len(data) + 1, 2**31 - 1))  # lines may be of any length
-    return pyarrow.json.read_json(pa.BufferReader(data), options)
+    """Strings stay strings: pyarrow's reader makes timestamps of those that look like dates."""
+    rows = []
+    for number, line in enumerate(Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"line {number}: {error}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f'line {number} is not an object {{"file_name": ...}}')
+        rows.append(row)
+    names = dict.fromkeys(name for row in rows for name in row)
+    return pa.table({name: pa.array([row.get(name) for row in rows]) for name in names})
 
 
 def _read_parquet(path: str) -> pa.Table:

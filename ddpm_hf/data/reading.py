@@ -12,6 +12,7 @@ import numpy as np
 from ..common.errors import DataError, one_line
 from ..common.randomness import keyed_generator
 from .digits import EMBEDDED_DATASET, embedded_digits
+from .file_names import open_file_names
 from .flags import DataFlags
 from .labels import name_classes
 from .rows import Rows, split_rows, usable_share
@@ -231,7 +232,11 @@ def read_rows(
     features = dataset.features or {}
     existing = list(features) or list(dataset.column_names or [])
     image_column = _find_image_column(features, existing, columns.image, source)
-    if isinstance(features.get(image_column), datasets.Image):
+    feature = features.get(image_column)
+    if isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string"):
+        folder = opened.folders[0] if opened.is_local else None
+        dataset = open_file_names(dataset, image_column, folder, source)
+    if isinstance(feature, datasets.Image):
         dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
     for flag, column in (("--label_column", columns.label), ("--caption_column", columns.caption)):
         if column is not None and column not in existing:

@@ -21,11 +21,12 @@ from ..training.averaging import raw_weights
 from ..training.plan import StepPlan
 from ..training.reporting import parameter_count
 from ..training.run import Run
+from ..training.setup.held_out import trained_on_held_out
 from ..training.setup.optimizer import scaled_learning_rate
 from ..training.setup.settings import public_settings
 from ..training.state import TrainingState, averaged_weights, unwrap
 from . import hub
-from .card.facts import read_facts
+from .card.facts import datasets_of, read_facts
 from .card.illustrations import write_pictures
 from .card.merging import make_card
 from .files import publishable
@@ -102,6 +103,7 @@ class Publisher:
         self.state, self.total_steps, self.pipeline_of = state, plan.total, pipeline_of
         parameters = parameter_count(unwrap(run.accelerator, state.model))
         self.record = describe_run(run, images, plan, parameters, shown, rows[: run.flags.eval_batch_size])
+        state.sessions.note(dataset=self.record["dataset"], held_out_seen=trained_on_held_out(run, images.count))
         self.folder = run.folder
         run.must_write(self.begin_record, RUN_FILE)
         self.saved_at: int | None = None
@@ -273,5 +275,12 @@ def describe_run(
         "parameters": parameters,
         "rows": list(rows),
         "base_model": None if os.path.exists(base_model or "") else base_model,
+        "base_run": base_run(Path(base_model)) if base_model and os.path.exists(base_model) else None,
         "settings": {name: value for name, value in settings.items() if value is not None},
     }
+
+
+def base_run(folder: Path) -> dict[str, Any]:
+    """Of a local model that a run starts from: its folder's name and, where a run of ours wrote it, its datasets."""
+    run = next((run for one in (folder, folder.resolve().parent) if (run := read_json(one / RUN_FILE))), {})
+    return {"name": folder.resolve().name, "datasets": datasets_of(run, base=True)}

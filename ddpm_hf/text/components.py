@@ -12,7 +12,7 @@ from ..data.flags import DataFlags
 from ..inference.components import Components, load_checkpoint_components, load_text_encoder, of_a_checkpoint
 from ..latents.autoencoder import make_autoencoder
 from ..latents.flags import AutoencoderFlags
-from ..latents.training import autoencoder_of
+from ..latents.training import AUTOENCODER, autoencoder_of
 from ..models.autoencoder import frozen, load_autoencoder
 from ..models.saving import save_model
 from ..models.sizes import read_unet_config, settle_resolution
@@ -78,6 +78,18 @@ class Blueprint(NamedTuple):
     scheduler: DDPMScheduler
 
 
+def check_channels(run: Run, data: DataFlags) -> None:
+    """Raise UsageError where the autoencoder that a resumed run goes on with is not there, or reads other channels."""
+    folder = run.folder / AUTOENCODER
+    if run.resumed is not None:
+        folder = autoencoder_of(run.resumed.checkpoint, run.folder)
+    elif not (run.flags.resume_from_checkpoint and (folder / "config.json").is_file()):
+        return
+    channels = load_autoencoder(str(folder)).config.in_channels
+    if data.channels not in (None, channels):
+        raise UsageError(f"--channels {data.channels}: the autoencoder in {folder} reads images of {channels}")
+
+
 def design_parts(run: Run) -> Blueprint:
     """The parts of a new model that are given, and the plan of the others; settles a --resolution that was not given.
 
@@ -87,8 +99,8 @@ def design_parts(run: Run) -> Blueprint:
     flags = run.settings
     data, model, autoencoder = flags[DataFlags], flags[TextModelFlags], flags[AutoencoderFlags]
     vae_name, token, schedule = flags.vae_name_or_path, flags.hub_token, flags[ScheduleFlags]
-    if not vae_name and run.resumed is not None:
-        autoencoder_of(run.resumed.checkpoint, run.folder)  # raises UsageError where it is not there
+    if not vae_name:
+        check_channels(run, data)
     vae = load_autoencoder(vae_name, token=token) if vae_name else None
     tokenizer = text_encoder = None
     if model.text_encoder_name_or_path:

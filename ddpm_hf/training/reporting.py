@@ -116,7 +116,7 @@ def ending(
         sample: the command that samples from the folder that follows it, and options for after that.
         looks: what else there is to do with a finished model.
     """
-    folder, flags = run.folder, run.flags
+    folder = run.folder
     seconds = sum(session.get("seconds", 0) for session in state.sessions.until(state.step))
     losses = ", ".join(f"{NAMES.get(name, name)} {value:.4g}" for name, value in state.figures.items())
     where = folder if finished else folder / f"checkpoint-{state.step}"
@@ -126,10 +126,17 @@ def ending(
         if sample:
             lines["sample"] = shlex.join([*sample[:2], str(where), *sample[2:]])
         go_on = [*program.split(), "--output_dir", str(folder), "--resume_from_checkpoint", "latest"]
-        more = ["--max_train_steps", str(2 * flags.max_train_steps)] if flags.max_train_steps else None
-        more = more or ["--num_epochs", str(2 * flags.num_epochs)]
-        lines["train on" if finished else "go on"] = shlex.join([*go_on, *(more if finished else [])])
+        more = twice_as_long(run, state) if finished else []
+        lines["train on" if finished else "go on"] = shlex.join([*go_on, *more])
     return table(lines | ({"use": looks} if looks and finished else {}))
+
+
+def twice_as_long(run: Run, state: TrainingState) -> list[str]:
+    """The flags of a training of twice the steps, also where fewer were asked for than the resumed run had."""
+    flags, before = run.flags, run.resumed and run.resumed.manifest["step"]
+    if flags.max_train_steps or state.step == before:
+        return ["--max_train_steps", str(2 * max(flags.max_train_steps or 0, state.step))]
+    return ["--num_epochs", str(2 * flags.num_epochs)]
 
 
 def peak_memory(device: torch.device) -> int:

@@ -53,6 +53,10 @@ class Sessions:
             "versions": dict(versions()),
         }
 
+    def note(self, **facts: Any) -> None:
+        """Add to what is told of this session."""
+        self.current |= facts
+
     def resume(self, before: list[dict[str, Any]], step: int) -> None:
         """Follow those that a checkpoint at `step` tells of."""
         self.before, self.current["first_step"] = before, step

@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 from unittest import mock
 
+import datasets
 import diffusers
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from ddpm_hf.cli.classifier_training import compute_loss
 from ddpm_hf.models.classifier import NoisyClassifier
 from tests.support.classifier import NAMES, STEPS, WEIGHTS, tiny_classifier, train_classifier
 from tests.support.fixtures_pipeline import tiny_unet
-from tests.support.pictures import write_images, write_unet
+from tests.support.pictures import encoded, image_rows, quiet, write_images, write_unet
 from tests.support.runs import GRAY, assert_same_run, attempt, run_script, train
 
 # A training run
@@ -40,6 +41,9 @@ def world(tmp_path_factory):
     for name, pattern, pixels in zip(NAMES, patterns(), noise):
         write_images(root / "photos" / name, (128 + 100 * pattern[:, :, None] + pixels).astype(np.uint8))
     write_images(root / "unsorted", (noise[0] + 128).astype(np.uint8))
+    lacking = image_rows([encoded((128 + one).astype(np.uint8)) for one in noise[0]], label=[0, 1] * 4)
+    with quiet():
+        lacking.cast_column("label", datasets.ClassLabel(names=list(NAMES))).save_to_disk(str(root / "lacking"))
     write_unet(root / "unet", in_channels=1, out_channels=1)
     write_unet(root / "unet-dropout", in_channels=1, out_channels=1, dropout=0.2)
     return root
@@ -123,6 +127,18 @@ def test_resuming_is_never_having_stopped(case, world, tmp_path):
     run = train(world, resumed, USUAL, train_classifier, resume_from_checkpoint="latest", **flags)
     assert "checkpoint-3" in next(line for line in run.err.splitlines() if line.startswith("resuming"))
     assert_same_run(resumed, whole)
+
+
+def test_classes_without_images_are_no_other_model(world, tmp_path):
+    """Else a classifier whose data lack a class, or gain one, can never be trained on."""
+    flags = {"checkpointing_steps": 3, "max_train_steps": 3}
+    first = train(world, tmp_path / "run", USUAL, train_classifier, train_data_dir="{shop}/lacking", **flags)
+    assert NoisyClassifier.from_pretrained(first.folder).config.trained_classes == [0, 1]
+    flags |= {"max_train_steps": 4, "resume_from_checkpoint": "latest"}
+    train(world, first.folder, USUAL, train_classifier, train_data_dir="{shop}/lacking", **flags)
+    flags["max_train_steps"] = 5
+    run = train(world, first.folder, USUAL, train_classifier, **flags)
+    assert NoisyClassifier.from_pretrained(run.folder).config.get("trained_classes") is None
 
 
 def test_a_signal_saves_and_ends_and_the_run_goes_on(world, tmp_path):

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from ddpm_hf.common.errors import DataError
-from ddpm_hf.data.images import decode_row
+from ddpm_hf.data.dataset import ImageDataset
+from ddpm_hf.data.images import ImageTransform, decode_row
 from ddpm_hf.data.reading import read_dataset
 from tests.support.pictures import encoded, image_rows, quiet, random_pixels, write_images, write_rows
 
@@ -119,3 +120,43 @@ def test_cells_that_are_arrays():
     for cell in ([["a"]], [[[[1]]]], [], [[1], [2, 3]]):
         with pytest.raises(DataError, match="cell 4"):
             decode_row(cell, "cell 4")
+
+
+def with_file_names(folder, *names):
+    """A table whose images are named, and two of these files."""
+    write_images(folder, PIXELS[:2])
+    datasets.Dataset.from_dict({"path": list(names), "label": [0] * len(names)}).to_parquet(str(folder / "a.parquet"))
+    return folder / "a.parquet"
+
+
+def test_file_names_in_a_column_are_files_of_the_dataset(tmp_path, monkeypatch):
+    """Else an image is read from wherever a program is started, and its cached latents are of another."""
+    write_images(tmp_path, PIXELS[4:])  # 0.png and 1.png, in the current folder
+    monkeypatch.chdir(tmp_path)
+    table = with_file_names(tmp_path / "data", "0.png", str(tmp_path / "data/1.png"))
+    rows = read_dataset(directory=str(table), image_column="path")
+    for row, pixels in zip(rows.dataset, PIXELS):
+        rows.check_inside(row["path"]["path"])
+        assert np.array_equal(np.asarray(decode_row(row["path"], "")), pixels)
+    before = rows.fingerprint()
+    write_images(tmp_path / "data", PIXELS[2:4])
+    assert rows.fingerprint() != before
+
+
+def test_file_names_outside_of_the_dataset_are_not_read(tmp_path):
+    """Else a table from elsewhere makes a model of private files."""
+    write_images(tmp_path, PIXELS[:1])
+    rows = read_dataset(directory=str(with_file_names(tmp_path / "data", "../0.png")), image_column="path")
+    with pytest.raises(DataError, match="is outside of"):
+        ImageDataset(rows, ImageTransform(4, 4, 3), 0, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "streaming", "said"),
+    [("https://example.com/0.png", False, "download the images"), ("0.png", True, "leave --streaming out")],
+)
+def test_file_names_that_cannot_be_opened_are_refused(name, streaming, said, tmp_path):
+    """Else the error is of a file that nobody named."""
+    table = with_file_names(tmp_path / "data", name)
+    with pytest.raises(DataError, match=said):
+        read_dataset(directory=str(table), image_column="path", streaming=streaming)

@@ -135,6 +135,61 @@ def test_a_run_that_diverged_does_what_its_error_says(begun, resume, monkeypatch
     assert all(record["lr"] <= 1e-4 for record in run.records()[2:])
 
 
+# Other data
+
+
+def test_a_card_names_all_the_data_of_its_sessions(begun, resume, tmp_path):
+    """Else a card's advice on privacy, and its statement of the data, are of the wrong images."""
+    write_rows(tmp_path / "others", [encoded(pixels) for pixels in random_pixels(6, seed=9)])
+    run = resume(train_data_dir=tmp_path / "others")
+    assert run.code == 0, run.err
+    card = (run.folder / "README.md").read_text()
+    assert "| dataset | images, 8 images; others, 6 images |" in card
+    assert "The model knows images and others and nothing else" in card
+    assert "With 14 images it may reproduce" in card
+    assert "| steps | date | took | hardware | dataset |" in card
+    started = {"pretrained_model_name_or_path": run.folder, "model_config_name_or_path": None, "max_train_steps": 1}
+    flags = {**begun.flags, **started, "train_data_dir": tmp_path / "others", "output_dir": tmp_path / "next"}
+    run = run_script(words(flags), tmp_path / "next")
+    assert run.code == 0, run.err
+    card = (run.folder / "README.md").read_text()
+    assert "fine-tuned from the local model run" in card
+    assert "The model knows images and others and nothing else" in card
+    assert "| dataset | others, 6 images |" in card
+
+
+@pytest.mark.parametrize("share", [None, 0.25])
+def test_held_out_images_that_were_trained_on_are_said_and_not_published(share, begun, resume, tmp_path):
+    """Else the loss of images that the model was trained on stands in the card as held out."""
+    held_out = {"validation_split": 0.25, "validation_steps": 1}
+    if share is None:  # held out from now on
+        run = resume(**held_out)
+    else:  # the split of a folder with one more image
+        folder, flags = tmp_path / "first", {**begun.flags, **held_out}
+        run = run_script(words({**flags, "output_dir": folder}), folder)
+        assert "held-out loss" in (folder / "README.md").read_text()
+        write_rows(tmp_path / "more", [encoded(pixels) for pixels in random_pixels(9)])
+        more = {"output_dir": folder, "train_data_dir": tmp_path / "more", "max_train_steps": 3, **LATEST}
+        run = run_script(words({**flags, **more}), folder)
+    assert run.code == 0, run.err
+    assert "this run was trained on some of them" in run.err
+    assert "validation_loss" in run.records()[-1]
+    assert "held-out loss |" not in (run.folder / "README.md").read_text()
+    again = {"output_dir": run.folder, "max_train_steps": 4, **LATEST}  # once seen, always seen
+    run = run_script(words(again), run.folder)
+    assert run.code == 0, run.err
+    assert "held-out loss |" not in (run.folder / "README.md").read_text()
+
+
+def test_a_run_that_is_further_than_asked_says_so(resume):
+    """Else it ends with the advice to train to a step that it has passed."""
+    assert resume().code == 0
+    run = resume(max_train_steps=1)
+    assert run.code == 0, run.err
+    assert "step 3 of 1: nothing is left to train" in run.err
+    assert "--resume_from_checkpoint latest --max_train_steps 6" in run.out + run.err
+
+
 # Each flag of each program
 
 
@@ -170,7 +225,7 @@ def test_each_flag_is_free_applied_or_fixed(program, tmp_path):
         run.log = said.append
         check_resumable(run, model, now, "unet")
         assert bool(said) == (name in flags_by_resume(fields, APPLIED)), (name, said)
-        assert all(f"{name} was" in line for line in said)
+        assert all(f"{name} was" in line or "held-out" in line for line in said)
         said.clear()
 
 

@@ -475,7 +475,7 @@ def publisher(folder, losses, total_steps=6):
     run.settings.parts += (DataFlags(train_data_dir="photos"), StartFlags())
     rows = SimpleNamespace(name="photos", fingerprint=lambda: None)
     images = SimpleNamespace(rows=rows, count=8, held_out=None)
-    state = SimpleNamespace(model=torch.nn.Linear(1, 1))
+    state = SimpleNamespace(model=torch.nn.Linear(1, 1), sessions=SimpleNamespace(note=lambda **facts: None))
     plan = StepPlan(8, 4, 1, 1, total_steps)
     return Publisher(run, flags, TOKEN, "user/my model", state, plan, images, None, (), ())
 

@@ -84,6 +84,24 @@ def test_a_run_stopped_in_its_autoencoder_goes_on(trained, shop, tmp_path):
     assert_same_run(run.folder, whole)
 
 
+@pytest.mark.parametrize("only", [None, "autoencoder"])
+def test_other_channels_than_the_autoencoders_are_refused(only, trained, shop, tmp_path):
+    """Else a resumed run ends in a traceback, and its recorded settings are those that failed."""
+    whole, folder = trained("scratch", checkpointing_steps=4), tmp_path / "run"
+    if only is None:
+        shutil.copytree(whole, folder)
+    else:  # stopped before the UNet's first checkpoint
+        shutil.copytree(whole / only, folder / only)
+        shutil.copy(whole / "training_config.json", folder)
+    settings = (folder / "training_config.json").read_bytes()
+    for more in ({}, {"dry_run": True}):
+        flags = {"resume_from_checkpoint": "latest", "channels": 4, **more}
+        run = run_text_script(text_command("scratch", shop, folder, checkpointing_steps=4, **flags), folder)
+        assert run.code == 2
+        assert "--channels 4: the autoencoder in " in run.error()
+        assert (folder / "training_config.json").read_bytes() == settings
+
+
 def test_the_time_limit_counts_the_autoencoder(shop, tmp_path):
     """Else a queue's limit kills the run in its first stage, and it starts over each time."""
     run = train_text("scratch", shop, tmp_path / "run", max_train_hours=1e-9)

@@ -49,6 +49,16 @@ class Facts:
         """Name, number of images and so on of the training data."""
         return self.run.get("dataset", {})
 
+    @property
+    def base_run(self) -> dict[str, Any]:
+        """Of the local model that the training started from: the name of its folder, and its datasets."""
+        return self.run.get("base_run") or {}
+
+    @property
+    def held_out_seen(self) -> bool:
+        """Whether it was trained on images that were held out later."""
+        return any(one.get("held_out_seen") for one in self.run.get("sessions", ()))
+
     def has(self, picture: str) -> bool:
         """Whether a picture of the card exists."""
         return (self.folder / picture).is_file()
@@ -60,10 +70,23 @@ def read_facts(folder: Path, repository: str, pipeline: Any, license: str | None
     return Facts(repository, pipeline, folder, run or {}, read_metrics(folder), results or [], license)
 
 
+def datasets_of(run: dict[str, Any], base: bool = False) -> list[dict[str, Any]]:
+    """The datasets that a run was trained on, each once: several where it was resumed on other data.
+
+    Args:
+        run: the content of `run.json`.
+        base: with those of the local model that it started from.
+    """
+    of_sessions = [one["dataset"] for one in run.get("sessions", ()) if one.get("dataset")]
+    now = of_sessions or [run[name] for name in ("dataset",) if run.get(name)]
+    every = [*((run.get("base_run") or {}).get("datasets", ()) if base else ()), *now]
+    return list({one.get("fingerprint") or one["name"]: one for one in every}.values())
+
+
 def all_results(facts: Facts) -> list[dict[str, Any]]:
     """The results recorded for these weights, and the training's last held-out loss."""
     held_out = [line for line in facts.metrics if "validation_loss" in line]
-    step, images = facts.run.get("step"), facts.run.get("held_out", 0)
+    step, images = facts.run.get("step"), 0 if facts.held_out_seen else facts.run.get("held_out", 0)
     of_training = [
         {
             "metric": "held-out loss",

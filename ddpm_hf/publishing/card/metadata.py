@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from ...inference.kinds import KINDS
-from .facts import Facts, all_results
+from .facts import Facts, all_results, datasets_of
 
 PIPELINE_TAGS = {kind.task for kind in KINDS.values() if kind.known_task}
 
@@ -31,7 +31,7 @@ def metadata(facts: Facts) -> dict[str, Any]:
         pipeline_tag=facts.kind if facts.kind in PIPELINE_TAGS else None,
         license=facts.license,
         tags=["ddpm", "ddpm_hf", "diffusion", facts.kind],
-        datasets=[facts.dataset["name"]] if facts.dataset.get("on_hub") else None,
+        datasets=[one["name"] for one in datasets_of(facts.run) if one.get("on_hub")] or None,
         base_model=facts.run.get("base_model"),
         model_name=name if results else None,
         eval_results=results or None,

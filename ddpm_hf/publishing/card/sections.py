@@ -10,7 +10,7 @@ from ...common.package import package_url
 from ...inference.kinds import KINDS
 from ...inference.samplers import SAMPLERS, usable_samplers
 from ...models.conditioning import describe_conditioning
-from .facts import Facts, all_results
+from .facts import Facts, all_results, datasets_of
 from .metadata import after_comma
 
 
@@ -25,6 +25,7 @@ def about(facts: Facts) -> str:
     space = " in the latents of an autoencoder" if getattr(facts.pipeline, "vae", None) is not None else ""
     base = facts.run.get("base_model")
     start = f", fine-tuned from [{base}](https://huggingface.co/{base})" if base else ""
+    start = start or (f", fine-tuned from the local model {facts.base_run['name']}" if facts.base_run else "")
     trained = f", trained with ddpm_hf{start}" if facts.run else ""  # else it may be another program's, converted
     title = facts.repository.split("/")[-1]
     return (
@@ -194,9 +195,9 @@ def training(facts: Facts) -> str:
     if not facts.run:
         return ""
     dataset, sessions = facts.dataset, facts.run.get("sessions", [])
-    images = f"{dataset['images']:,} images" if dataset.get("images") else "a stream"
+    datasets = datasets_of(facts.run)
     rows = {
-        "dataset": f"{_linked(dataset)}, {images}",
+        "dataset": "; ".join(f"{_linked(one)}, {_amount(one)}" for one in datasets),
         "data fingerprint": f"`{dataset['fingerprint']}`" if dataset.get("fingerprint") else None,
         "steps": f"{facts.run['step']:,}",
         "batch": facts.run.get("batch"),
@@ -210,15 +211,27 @@ def training(facts: Facts) -> str:
     table = [f"| {name} | {value} |" for name, value in rows.items() if value is not None]
     text = ["## Training", "", "| | |", "|---|---|", *table]
     if len(sessions) > 1:
-        text += ["", "It was resumed; its sessions were", "", "| steps | on | took | hardware |", "|---|---|---|---|"]
+        columns = ["steps", "date", "took", "hardware", *(["dataset"] if len(datasets) > 1 else [])]
         text += [
-            f"| {one['first_step']:,} to {one['last_step']:,} | {one['date']} | {duration(one['seconds'])}"
-            f" | {one['hardware']} |"
-            for one in sessions
+            "",
+            "It was resumed; its sessions were",
+            "",
+            f"| {' | '.join(columns)} |",
+            "|---" * len(columns) + "|",
         ]
+        for one in sessions:
+            steps = f"{one['first_step']:,} to {one['last_step']:,}"
+            cells = [steps, one["date"], duration(one["seconds"]), one["hardware"]]
+            if len(datasets) > 1:
+                cells.append(f"{one['dataset']['name']}, {_amount(one['dataset'])}" if one.get("dataset") else "")
+            text.append(f"| {' | '.join(cells)} |")
     if facts.has(LOSS_CURVE):
         text += ["", f"![Loss over the steps]({LOSS_CURVE})"]
     return "\n".join(text)
+
+
+def _amount(dataset: dict[str, Any]) -> str:
+    return f"{dataset['images']:,} images" if dataset.get("images") else "a stream"
 
 
 def duration(seconds: float) -> str:
@@ -247,22 +260,25 @@ def evaluation(facts: Facts) -> str:
 
 def limits(facts: Facts) -> str:
     """Limits and misuse."""
-    dataset = facts.dataset.get("name", "its training data")
+    datasets, base = datasets_of(facts.run, base=True), facts.run.get("base_model")
+    known = list(dict.fromkeys(one["name"] for one in datasets)) or ["its training data"]
+    if base or (facts.base_run and not facts.base_run["datasets"]):
+        known.append(f"what {base or facts.base_run['name']} knows")
     words = f" {KINDS[facts.class_name].limits}".rstrip()
     untrained = facts.pipeline.untrained() if hasattr(facts.pipeline, "untrained") else []
     if untrained:
         words += f" These classes had no training image and are untrained: {', '.join(map(_as_text, untrained))}."
-    few = facts.dataset.get("images") or 0
+    few = 0 if base else sum({one["name"]: one.get("images") or 0 for one in datasets}.values())
     memory = (
         f" With {few:,} images it may reproduce some of them: compare before sharing, if any of them is private."
         if 0 < few < 50_000
         else " It may reproduce images that its data holds many times."
     )
     return (
-        f"## Limits\n\nThe model knows {dataset} and nothing else: what is rare there is rare here, what is missing"
-        f" cannot be sampled, and its biases are kept.{words}{memory}\n\nIt is not for presenting its images as"
-        " photographs or records of real people, places or events, nor for decisions about people, medical or legal"
-        " evidence, or content that deceives or harms. Nothing filters its output."
+        f"## Limits\n\nThe model knows {' and '.join(known)} and nothing else: what is rare there is rare here, what"
+        f" is missing cannot be sampled, and its biases are kept.{words}{memory}\n\nIt is not for presenting its"
+        " images as photographs or records of real people, places or events, nor for decisions about people, medical"
+        " or legal evidence, or content that deceives or harms. Nothing filters its output."
     )
 
 

@@ -1,6 +1,7 @@
 """The output folder: what is resumed, what may be replaced, what is refused."""
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ from ..logs import start_trackers
 from ..power_averages import drop_later_snapshots
 from ..reporting import table
 from ..run import Resumed, Run
+from .held_out import trained_on_held_out
 from .settings import save_settings
 
 if TYPE_CHECKING:
@@ -277,6 +279,9 @@ def _was_moved(was: Any, now: Any) -> bool:
     return absolute or path.name in ("", "..", Path(now).resolve().name)
 
 
+OF_THE_DATA = {"trained_classes"}  # of a model's config, which later data may change
+
+
 def check_resumable(run: Run, model: "torch.nn.Module", facts: dict[str, Any], name: str) -> None:
     """Say what is another than in the run to resume, and counts from here on.
 
@@ -298,12 +303,19 @@ def check_resumable(run: Run, model: "torch.nn.Module", facts: dict[str, Any], n
     except (ValueError, TypeError) as error:
         raise UsageError(f"{checkpoint}: {name}/config.json is not a model's config") from error
     ours = json.loads(model.to_json_string())
-    for key in ours:
+    for key in {*ours} - OF_THE_DATA:
         if not key.startswith("_") and ours[key] != saved.get(key):
             raise UsageError(
                 f"{checkpoint} is of another model: its {key} is {saved.get(key)}, this run's {ours[key]}; resume with"
                 " the flags that it was trained with"
             )
+    if manifest.get("step", 0) >= facts.get("total_steps", math.inf):
+        run.log(f"step {manifest['step']:,} of {facts['total_steps']:,}: nothing is left to train")
+    if trained_on_held_out(run, facts.get("samples")):
+        run.log(
+            "warning: --validation_split chooses the held-out images anew, and this run was trained on some of them:"
+            " its held-out loss is too low from here on, and stays out of the card"
+        )
     counts = {*facts, *flags_by_resume(run.settings.fields(), APPLIED)} - {"settings", "scheduler"}
     flat, before = ({**each, **each.get("settings", {})} for each in (facts, manifest))
     for name in (name for name in flat if name in counts and name in before and before[name] != flat[name]):

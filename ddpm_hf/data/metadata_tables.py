@@ -37,7 +37,7 @@ def read_metadata(path: str, folder: str) -> pa.Table:
     """
     try:
         table = READERS[suffix_of(path)](path)
-    except (ValueError, OSError, OverflowError, csv.Error, pa.ArrowException) as error:
+    except (ValueError, OSError, OverflowError, pa.ArrowException) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
     naming = [column for column in table.column_names if image_column_of(column)]
     if not naming:
@@ -64,22 +64,32 @@ def _read_csv(path: str) -> pa.Table:
     """Cells as they stand: "None", "NA" and "01" are texts, which pandas would drop or make numbers of."""
     with open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.reader(file, strict=True)
-        names = next(reader, None)
-        if not names:
-            raise ValueError("it has no line of column names")
-        if twice := [name for name, count in collections.Counter(names).items() if count > 1]:
-            raise ValueError(f"its first line names the column {twice[0]!r} twice")
-        rows = []
-        for row in reader:
-            if len(row) > len(names):
-                raise ValueError(
-                    f"line {reader.line_num} has {len(row)} fields, and the first line names {len(names)} columns; put"
-                    ' a text with a comma into quotes: "..."'
-                )
-            if row:
-                rows.append([cell or None for cell in row] + [None] * (len(names) - len(row)))
-    columns = list(zip(*rows)) or [()] * len(names)
-    return pa.table({name: _numbers(name, column) for name, column in zip(names, columns)})
+        try:
+            rows = [row for row in ((_filled(row), reader.line_num) for row in reader) if row[0]]
+        except csv.Error as error:
+            raise ValueError(f"line {reader.line_num}: {error}") from error
+    if not rows:
+        raise ValueError("it is empty")
+    header = rows.pop(0)[0]
+    columns = len(header)
+    if twice := [name for name, count in collections.Counter(header).items() if count > 1]:
+        raise ValueError(f"its first line names the column {twice[0]!r} twice")
+    for row, line in rows:
+        if len(row) > columns:
+            raise ValueError(
+                f"line {line} has {len(row)} fields, and the first line names {columns} columns; put a text with a"
+                ' comma into quotes: "..."'
+            )
+    cells = zip(*([cell or None for cell in row] + [None] * (columns - len(row)) for row, _ in rows))
+    by_column = list(cells) or [()] * columns
+    return pa.table({name: _numbers(name, column) for name, column in zip(header, by_column)})
+
+
+def _filled(row: list[str]) -> list[str]:
+    """A row without the empty cells at its end, which spreadsheets add."""
+    while row and not row[-1]:
+        row.pop()
+    return row
 
 
 def _numbers(name: str, cells: Sequence[str | None]) -> pa.Array:

@@ -29,7 +29,9 @@ def test_texts_stay_as_they_are_written(kind, tmp_path):
 def test_numbers_in_a_csv_are_numbers(tmp_path):
     """Else class ids are names, and names that begin with zeros are ids."""
     write_images(tmp_path, random_pixels(2))
-    (tmp_path / "metadata.csv").write_text("file_name,label,zip,score,few\n0.png,10,00501,0.5,1\n1.png,9,10001,2,\n")
+    (tmp_path / "metadata.csv").write_text(
+        "file_name,label,zip,score,few,,\n0.png,10,00501,0.5,1,,\n1.png,9,10001,2\n"
+    )
     rows = read_dataset(directory=str(tmp_path))
     assert rows.dataset["label"][:] == [10, 9]
     assert rows.dataset["zip"][:] == ["00501", "10001"]

@@ -11,8 +11,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .._version import __version__
+from ..common.files import read_json
 from ..common.ownership import check_replaceable, replace_files
-from ..evaluation.report import SHOWN, errors, facts_table, grid_of, html_page, new_figure, number, picture, svg
+from ..evaluation.report import (
+    METRICS_JSON,
+    SHOWN,
+    errors,
+    facts_table,
+    grid_of,
+    html_page,
+    new_figure,
+    number,
+    picture,
+    svg,
+)
 from ..evaluation.results import read_metrics
 from ..evaluation.sampling import AT_ONCE, SETTINGS
 from .table import (
@@ -38,6 +50,15 @@ if TYPE_CHECKING:
 PART = "ablation"  # of the folder's manifest
 CSV, JSON, REPORT, PLAN = "table.csv", "table.json", "report.html", "plan.yaml"
 STORES = "samples"  # of an evaluation's folder
+OF_ONE = {
+    "title",
+    "samples",
+    "figures",
+    "model",
+    "precision",
+    "conditions",
+    "fit",
+}  # only in a store or only in a record
 POINTS = 200  # of a loss curve
 
 
@@ -76,6 +97,7 @@ def make_page(table: Table, runs: Sequence[CellRun]) -> str:
         "<p>95% intervals: over the seeds where there are several, else over the samples. A star marks a cell whose"
         " interval lies apart from all others, on the better side.</p>",
         cell_table(table),
+        *(f"<p>{html.escape(line)}</p>" for line in table.warnings()),
         *grids(table),
         *forest(table),
         "<h2>Training</h2>",
@@ -194,9 +216,13 @@ def pictures(runs: Sequence[CellRun]) -> list[str]:
 
 
 def first_samples(folder: Path) -> np.ndarray:
-    """The first images that an evaluation sampled, uint8 [N, C, H, W]; empty if there are none."""
-    stores = sorted(path.parent for path in (folder / EVALUATION / STORES).glob(f"*/{SETTINGS}"))
-    for store in stores:
+    """The first images of an evaluation's first set of samples, uint8 [N, C, H, W]; empty if there are none."""
+    record = read_json(folder / EVALUATION / METRICS_JSON) or {}
+    first = next(iter(record.get("results", ())), {})
+    for settings in sorted((folder / EVALUATION / STORES).glob(f"*/{SETTINGS}")):
+        made, store = read_json(settings) or {}, settings.parent
+        if any(made.get(name) != first.get(name) for name in {*made, *first} - OF_ONE):
+            continue  # of another sampler, or of earlier settings
         found: list[np.ndarray] = []
         for path in sorted(store.glob("*.npy")):
             found.append(np.load(path)[:SHOWN])

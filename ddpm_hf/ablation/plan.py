@@ -3,7 +3,7 @@
 import difflib
 import itertools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,12 +85,13 @@ def read_plan(file: Path, changes: Mapping[str, str] | None = None) -> Plan:
     Raises:
         UsageError: not a plan; the message names the key and its line.
     """
-    document = read_document(file)
+    document, changed = read_document(file), dict[str, str]()
     for name, value in (changes or {}).items():
         section, dot, key = name.partition(".")
         if dot and section not in CHANGEABLE:
             raise UsageError(f"--set {name}={value}: must be a flag, or begin with {', '.join(CHANGEABLE)} and a dot")
         section, key = (section, key) if dot else ("flags", name)
+        changed |= {} if dot else {name: value}
         top = _mapping(document, ())
         top[section] = {**_mapping(document, (section,)), key: value}
     top = _mapping(document, ())
@@ -112,6 +113,7 @@ def read_plan(file: Path, changes: Mapping[str, str] | None = None) -> Plan:
         raise document.error(("cells", twice), "is the name of two cells")
     seeds = _seeds(document, top.get("seeds"), names)
     cells = [Cell(one.name, one.flags, seeds[one.name], one.labels, one.paths) for one in cells]
+    cells = [_with_changes(document, cell, changed) for cell in cells]
     classifier = top.get("classifier")
     if isinstance(classifier, dict):
         classifier = _mapping(document, ("classifier",))
@@ -124,6 +126,8 @@ def read_plan(file: Path, changes: Mapping[str, str] | None = None) -> Plan:
         _known(document, ("real",), real, REAL_KEYS)
         if evaluate is None:
             raise document.error(("real",), "requires evaluate, which says how they are scored")
+        if evaluate.get("metrics") == "none":
+            raise document.error(("real",), "requires metrics, and evaluate names none")
         if not str(real.get("images", "1")).isdecimal():
             raise document.error(("real", "images"), f"must be a whole number (got {_kind(real['images'])})")
     published, of_real, source = _published(document, names)
@@ -201,6 +205,18 @@ def _grid(
             where |= its_paths
         cells.append(Cell(", ".join(labels), flags, (), labels, where))
     return {axis: [label for label, _, _ in values] for axis, values in axes.items()}, cells
+
+
+def _with_changes(document: Document, cell: Cell, changes: Mapping[str, str]) -> Cell:
+    """A cell with the flags of `--set`, over its own.
+
+    Raises:
+        UsageError: one that the grid varies.
+    """
+    for name, value in changes.items():
+        if cell.flags.get(name) != value and cell.labels:
+            raise UsageError(f"--set {name}={value}: the grid of {document.name} varies it; leave it out")
+    return replace(cell, flags={**cell.flags, **changes})
 
 
 def _seeds(document: Document, given: Any, cells: list[str]) -> dict[str, tuple[int, ...]]:

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..common.files import read_json
+from ..evaluation.compare import ALIKE, BITS, OF_A_LIKELIHOOD, best
 from ..evaluation.compare import Column as ComparedColumn
-from ..evaluation.compare import best
 from ..evaluation.report import in_columns, label, number
 from .plan import Plan
 from .tasks import TRAINING, CellRun, Chain
 
-LIKELIHOOD = "bits/dim"
 REAL_ROW = "real images"
 HELD_OUT = "validation_loss"
 # Student's t, two-sided 95%, for 1 to 30 degrees of freedom
@@ -88,18 +87,20 @@ def student(degrees: int) -> float:
 
 
 def figures_of(chain: Chain) -> dict[Key, dict[str, Any]]:
-    """What the evaluations of a run found; empty before they are done."""
+    """What the evaluations of a run found; empty before they are done. `stamp` says what a figure depends on."""
     found: dict[Key, dict[str, Any]] = {}
     for network, path in chain.results.items():
         record = read_json(path)
         if record is None:
             continue
+        stamp = {said: record["stamp"].get(key) for key, said in ALIKE.items()}
         several = len(record["results"]) > 1
         for result in record["results"]:
             for name, figure in result["figures"].items():
-                found[Key(name, network, result["title"] if several else "")] = figure
-        if record.get("likelihood"):
-            found[Key(LIKELIHOOD, "", "")] = record["likelihood"]
+                found[Key(name, network, result["title"] if several else "")] = {**figure, "stamp": stamp}
+        if bound := record.get("likelihood"):
+            of_bound = {said: bound.get(key) for key, said in OF_A_LIKELIHOOD.items()}
+            found[Key(BITS, "", "")] = {**bound, "stamp": of_bound}
     return found
 
 
@@ -137,11 +138,32 @@ class Table:
         """A column's name: the network and the chain where there are several."""
         networks, chains = ({getattr(one, part) for one in self.columns} - {""} for part in ("network", "chain"))
         parts = [part for part, all in ((key.network, networks), (key.chain, chains)) if part and len(all) > 1]
-        name = f"{LIKELIHOOD} ↓" if key.metric == LIKELIHOOD else label(key.metric)
+        name = f"{BITS} ↓" if key.metric == BITS else label(key.metric)
         return name + (f" ({', '.join(parts)})" if parts else "").replace(":{classifier}", "")
+
+    def unlike(self, key: Key, cells: bool = False) -> list[str]:
+        """What the figures of a column differ in, so that they do not compare; empty if they do.
+
+        Args:
+            cells: whether to leave the real images out.
+        """
+        rows = [row for row in self.rows if not cells or row.name != REAL_ROW]
+        figures = [run["figures"][key] for row in rows for run in row.runs if key in run["figures"]]
+        stamps = [figure.get("stamp", {}) for figure in figures]
+        return [said for said in stamps[0] if len({str(one.get(said)) for one in stamps}) > 1] if stamps else []
+
+    def warnings(self) -> list[str]:
+        """A line for the columns whose figures do not compare."""
+        differ = {self.heading(key): said for key in self.columns if (said := self.unlike(key))}
+        if not differ:
+            return []
+        what = list(dict.fromkeys(said for several in differ.values() for said in several))
+        return [f"{', '.join(differ)}: of different {' and '.join(what)}; these do not compare between all rows"]
 
     def best(self, key: Key) -> str | None:
         """The name of the cell whose interval is better than all others'; None if there is none."""
+        if self.unlike(key, cells=True):
+            return None
         cells = [row for row in self.rows if key in row.means and row.name != REAL_ROW]
         columns = [
             ComparedColumn(row.name, {key.metric: vars(row.means[key])}) for row in cells
@@ -210,7 +232,7 @@ def as_text(table: Table) -> str:
             star = " *" if mean and table.best(key) == row.name else ""
             cells += [mean.text + star if mean else "", _published(row, key, shown)]
         rows.append([*cells, training_figure(row, held_out_loss), training_figure(row, minutes)])
-    return in_columns(rows)
+    return "\n".join([in_columns(rows), *table.warnings()])
 
 
 def _published(row: Row, key: Key, shown: Sequence[Key]) -> str:

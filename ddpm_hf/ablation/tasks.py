@@ -4,6 +4,7 @@ A folder's name ends with a digest of the settings that decide its content. A ch
 and what was trained before stays; a task is done if its result, which is written last, is there.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from .plan import Cell, Plan
 CELLS, CLASSIFIER, REAL = "cells", "classifier", "real"
 MODEL, EVALUATION, TRAINING, LOG = "model", "evaluation", "training.json", "log.txt"
 OF_THE_MACHINE = ("device", "batch_size", "acceleration", "token")  # options that decide no figure
+MODEL_FILES = (".json", ".safetensors")  # of a classifier's folder
 RESUME = ["--resume_from_checkpoint", "latest"]
 
 
@@ -132,7 +134,11 @@ class Evaluations:
             options = {name: value for name, value in options.items() if name not in omitted}
             options["features"] = network.replace("{classifier}", self.classifier or "")
             decisive = {name: value for name, value in options.items() if name not in OF_THE_MACHINE}
-            key = digest(decisive | {"features": network, "classifier": self.classifier_key})
+            decisive |= {"features": network, "classifier": self.classifier_key}
+            for name, file in (("network", network.partition(":")[2]), ("weights", options.get("features_weights"))):
+                content = content_key(file)
+                decisive |= {name: content} if content != file else {}
+            key = digest(decisive)
             out = folder / EVALUATION
             words = ["evaluate", of, "--out", str(out), *self.words(options)]
             name = f"{_slug(network)}-{key}"
@@ -141,6 +147,15 @@ class Evaluations:
             by = network.replace(":{classifier}", "")
             found[network] = Task(f"{title}: evaluation by {by}", words, folder, result, collect)
         return found
+
+
+def content_key(path: str | None) -> str | None:
+    """A digest of a file, or of the files of a model's folder; what is neither identifies itself."""
+    place = Path(path or "")
+    files = sorted(one for one in place.iterdir() if one.suffix in MODEL_FILES) if place.is_dir() else [place]
+    if not path or not all(one.is_file() for one in files):
+        return path
+    return hashlib.sha256(b"".join(hashlib.sha256(one.read_bytes()).digest() for one in files)).hexdigest()[:16]
 
 
 def _collector(out: Path, page: Path) -> Callable[[], dict[str, Any]]:

@@ -53,7 +53,7 @@ def read_document(file: Path) -> Document:
             raise UsageError(f"{file}: is empty")
         budget = iter(range(MOST_NODES))
         document.values = _plain(root, (), document, budget)
-        document.typed = yaml.safe_load(text)
+        document.typed = _typed(root, loader)
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
         if isinstance(error, UsageError):
             raise
@@ -62,6 +62,15 @@ def read_document(file: Path) -> Document:
         reason = getattr(error, "problem", None) or error
         raise UsageError(f"{file}{where}: not YAML ({one_line(reason, 200)})") from error
     return document
+
+
+def _typed(node: yaml.Node, loader: yaml.SafeLoader) -> Any:
+    """The value of a node in YAML's types, but for keys, which are texts."""
+    if isinstance(node, yaml.MappingNode):
+        return {str(key.value): _typed(value, loader) for key, value in node.value}
+    if isinstance(node, yaml.SequenceNode):
+        return [_typed(entry, loader) for entry in node.value]
+    return loader.construct_object(node)
 
 
 def _plain(node: yaml.Node, path: Keys, document: Document, budget: Iterator[int]) -> Any:

@@ -112,7 +112,7 @@ class Ablation:
 
     def __init__(self, plan: "Plan", out: Path, unets: Path, processes: int):
         from ..ablation.flags import CellFlags
-        from ..ablation.tasks import Evaluations, cell_runs, classifier_chain
+        from ..ablation.tasks import Evaluations, cell_runs, classifier_chain, content_key
         from .ablation_options import (
             check_diffusion,
             check_evaluation,
@@ -138,7 +138,7 @@ class Ablation:
             classifier_flags.write_unets([(classifier, paths)], plan.document.typed)
             chain, classifier = classifier_chain(classifier, classifier_flags, out)
             self.first.append(chain)
-        key = self.first[0].folder.name if self.first else classifier
+        key = self.first[0].folder.name if self.first else content_key(classifier)
         self.of_first_cell = self.flags.parse(self.flags.words(plan.cells[0].flags))
         dataset = training_dataset(plan, self.of_first_cell)
         self.evaluations = Evaluations(plan, evaluation_words, classifier, key, dataset)
@@ -185,8 +185,7 @@ class Ablation:
             return
         images, count = write_real_images(self.plan, self.of_first_cell, self.out / REAL)
         _, height, width = image_shape(self.plan, self.of_first_cell)
-        size = ["--resolution", str(height)] if height == width else []
-        self.real = real_chain(images, count, self.evaluations, size)
+        self.real = real_chain(images, count, self.evaluations, ["--resolution", f"{height}x{width}"])
 
     def launcher(self) -> "Launcher":
         """What starts the commands."""

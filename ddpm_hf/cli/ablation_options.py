@@ -172,14 +172,19 @@ def network_calls(plan: "Plan", timesteps: int) -> int:
 # Real images
 
 
-def training_dataset(plan: "Plan", flags: "Flags") -> dict[str, str]:
-    """Which dataset the cells are compared with where the plan names none, as options of `ddpm-hf evaluate`."""
-    if plan.real is None:
-        return {}  # what each run recorded
+def training_dataset(plan: "Plan", flags: "Flags") -> dict[str, Any]:
+    """Which images real images and all cells are compared with, as options of `ddpm-hf evaluate`.
+
+    Without a row of real images, and where the plan names a dataset, the plan decides for itself.
+    """
+    if plan.real is None or "dataset" in (plan.evaluate or {}):
+        return {}
     options = {"dataset": flags.train_data_dir or flags.dataset_name or EMBEDDED}
-    for flag in ("dataset_config_name", "image_column"):
-        if getattr(flags, flag):
-            options[flag] = getattr(flags, flag)
+    if plan.real.get("dataset") in (None, options["dataset"]):
+        options["held_out_split"] = plan.real.get("split") or "test"
+    for name in ("dataset_config_name", "image_column", "label_column", "caption_column"):
+        if getattr(flags, name, None):
+            options[name] = getattr(flags, name)
     return options
 
 
@@ -198,9 +203,11 @@ def write_real_images(plan: "Plan", flags: "Flags", out: Path) -> tuple[Path, in
     from .evaluate import DEFAULT_SAMPLES
 
     given, options = plan.real or {}, plan.evaluate or {}
-    source = training_dataset(plan, flags) | {"split": "test"}
-    for key, value in (("dataset", options.get("dataset")), *given.items()):
-        source |= {key: value} if value and key in ("dataset", "split") else {}
+    named = {name.replace("-", "_"): value for name, value in options.items()}
+    source = training_dataset(plan, flags) or {
+        name: named[name] for name in ("dataset", "dataset_config_name", "image_column") if named.get(name)
+    }
+    source |= {"split": "test"} | {key: given[key] for key in ("dataset", "split") if given.get(key)}
     count = int(given.get("images") or options.get("num_samples") or DEFAULT_SAMPLES)
     shape = image_shape(plan, flags)
     path = out / f"{digest([source, count, shape])}.npz"

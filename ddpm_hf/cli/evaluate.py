@@ -67,7 +67,7 @@ def evaluate(
     ] = None,
     caption_column: Annotated[str | None, option(AGAINST, "The column of the captions: the prompts.")] = None,
     resolution: Annotated[
-        int | None, option(AGAINST, "Of a folder of images: bring both sets to this size.", min=1, max=16384)
+        str | None, option(AGAINST, "Of a folder of images: bring both sets to this size: 64, or HEIGHTxWIDTH.")
     ] = None,
     metrics: Annotated[
         str, option(WHAT, "Names with commas; all; or none, for the likelihood alone.")
@@ -148,6 +148,7 @@ def evaluate(
     new samples.
     """
     from ..common.arguments import check_word
+    from ..data.flags import DataFlags
 
     for name, word in (("MODEL", model), ("dataset", dataset), ("out", out), ("features", features)):
         if word is not None:
@@ -167,7 +168,7 @@ def evaluate(
     check_out(out)
     names = read_metrics(metrics, likelihood_calls)
     pipeline: Any = None
-    images = generated_images(model, resolution)
+    images = generated_images(model, None if resolution is None else DataFlags(resolution=resolution).size())
     if images is None:
         refuse(f"the dataset is brought to the size of {model}", resolution=resolution)
         pipeline = load_model(model, ema, revision, token)

@@ -177,14 +177,14 @@ def _of_the_run(settings: dict[str, Any], shape: Shape, options: DataOptions) ->
     )
 
 
-def generated_images(path: str, resolution: int | None = None) -> "ImageSet | None":
+def generated_images(path: str, size: tuple[int, int] | None = None) -> "ImageSet | None":
     """The images of a folder or an npz file that is named instead of a model; None if it is a model.
 
     Args:
-        resolution: to crop and resize them to.
+        size: (height, width) to crop and resize them to.
 
     Raises:
-        DataError: they have several sizes, or channels that extractors do not read.
+        DataError: they have several sizes, channels that extractors do not read, or, in an npz file, another size.
     """
     from ..common.checkpoints import SETTINGS
     from ..data.upright import upright_images
@@ -192,7 +192,11 @@ def generated_images(path: str, resolution: int | None = None) -> "ImageSet | No
 
     folder = Path(path)
     if folder.suffix == ".npz" and folder.is_file():
-        return _npz(path)
+        images = _npz(path)
+        if size is not None and size != images.shape[1:]:
+            own = f"{images.shape[1]}x{images.shape[2]}"
+            raise DataError(f"--resolution: images of an npz file keep their size, here {own}; give {own}")
+        return images
     if not folder.is_dir() or is_checkpoint(folder):
         return None
     if (folder / MODEL_INDEX).is_file() or (folder / SETTINGS).is_file():
@@ -200,8 +204,8 @@ def generated_images(path: str, resolution: int | None = None) -> "ImageSet | No
     from ..data.flags import DataFlags
 
     rows = _sampled_here(folder) or _rows_of(path)
-    shape = _one_shape(rows, any_size=resolution is not None)
-    return upright_images(rows, DataFlags(), shape if resolution is None else (shape[0], resolution, resolution))
+    shape = _one_shape(rows, any_size=size is not None)
+    return upright_images(rows, DataFlags(), shape if size is None else (shape[0], *size))
 
 
 def _rows_of(path: str) -> "Rows":

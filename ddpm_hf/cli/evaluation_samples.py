@@ -189,7 +189,8 @@ def of_chain(
     labels = {"sampler": chain.sampler, "steps": steps, "network_calls": calls, "seed": how.seed}
     labels |= {"eta": how.eta} if chain.sampler == "ddim" else {}
     labels |= {"variance": "fitted"} if fit and chain.sampler == "ddpm" else {}
-    labels |= {name: value for name, value in conditions.options.items() if value}
+    said = {name: value for name, value in conditions.options.items() if value or name == "guidance_scale"}
+    labels |= {name: value for name, value in said.items() if value is not None}
     settings = {
         **labels,
         "model": digest,

@@ -1,6 +1,7 @@
 """Several evaluations side by side, where they measured alike."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from ..common.errors import UsageError
@@ -15,7 +16,14 @@ ALIKE = {
     "samples": "number of samples",
 }
 HELD_OUT = {"held_out_fingerprint": "held-out images"}
-LIKELIHOOD = "likelihood"  # its row
+LIKELIHOOD, BITS = "likelihood", "bits/dim"  # its row, here and in an ablation's table; less is better
+# What must be equal in two likelihoods
+OF_A_LIKELIHOOD = {
+    "held_out": "likelihoods of held-out images:",
+    "images": "number of images of the likelihood",
+    "timesteps": "steps of the chain of the likelihood",
+    "unit": "unit of the likelihood",
+}
 
 
 class Column(NamedTuple):
@@ -32,20 +40,31 @@ def reads_held_out(record: dict[str, Any]) -> bool:
     return bool(bound.get("held_out")) or any("train" in METRICS[name].needs for name in named & METRICS.keys())
 
 
+def differences(one: dict[str, Any], other: dict[str, Any]) -> Iterator[tuple[str, list[Any]]]:
+    """What two evaluations that do not compare differ in, for people, and the two values."""
+    both = reads_held_out(one) and reads_held_out(other)
+    for key, said in {**ALIKE, **(HELD_OUT if both else {})}.items():
+        values = [record["stamp"].get(key) for record in (one, other)]
+        if values[0] == values[1]:
+            continue
+        if key.endswith("_fingerprint"):
+            shown = [record["stamp"].get(key.removesuffix("_fingerprint")) for record in (one, other)]
+            values = [value if title is None else f"{title} ({value})" for title, value in zip(shown, values)]
+        yield said, values
+    bounds = [record["likelihood"] for record in (one, other) if record.get("likelihood")]
+    if len(bounds) == 2:
+        for key, said in OF_A_LIKELIHOOD.items():
+            if bounds[0].get(key) != bounds[1].get(key):
+                yield said, [bound.get(key) for bound in bounds]
+
+
 def check_alike(names: Sequence[str], records: Sequence[dict[str, Any]]) -> None:
     """Raise UsageError for evaluations whose figures do not compare: the message says what differs."""
-    for name, record in zip(names[1:], records[1:]):
-        both = all(map(reads_held_out, (records[0], record)))
-        for key, said in {**ALIKE, **(HELD_OUT if both else {})}.items():
-            values = [one["stamp"].get(key) for one in (records[0], record)]
-            if values[0] == values[1]:
-                continue
-            if key.endswith("_fingerprint"):
-                shown = [one["stamp"].get(key.removesuffix("_fingerprint")) for one in (records[0], record)]
-                values = [value if title is None else f"{title} ({value})" for title, value in zip(shown, values)]
+    for (name, record), (another, other) in itertools.combinations(zip(names, records), 2):
+        for said, values in differences(record, other):
             raise UsageError(
-                f"{names[0]} and {name} do not compare: {said} {values[0]} and {values[1]}; evaluate one of them as"
-                " the other was"
+                f"{name} and {another} do not compare: {said} {values[0]} and {values[1]}; evaluate one of them as the"
+                " other was"
             )
 
 
@@ -66,10 +85,10 @@ def columns_of(names: Sequence[str], records: Sequence[dict[str, Any]]) -> list[
 
 def best(name: str, columns: Sequence[Column]) -> int | None:
     """The column whose figure is better than all others, its interval apart from theirs; None if there is none."""
-    metric = METRICS.get(name)
-    if metric is None or metric.lower_is_better is None or len(columns) < 2:
+    lower = METRICS[name].lower_is_better if name in METRICS else True if name in (LIKELIHOOD, BITS) else None
+    if lower is None or len(columns) < 2:
         return None
-    sign = 1 if metric.lower_is_better else -1
+    sign = 1 if lower else -1
     bounds = []
     for index, column in enumerate(columns):
         figure = column.figures.get(name)

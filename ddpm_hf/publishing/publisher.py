@@ -111,8 +111,14 @@ class Publisher:
 
     def record_evaluation(self, evaluation: dict[str, Any] | None) -> None:
         """Note what the figures of `--evaluation_epochs` are computed from, for the card."""
-        if evaluation is not None:
-            self.record["evaluation"] = evaluation
+        if evaluation is None:
+            return
+        self.record["evaluation"] = evaluation
+        before = [one["evaluation"] for one in self.state.sessions.before if one.get("evaluation")]
+        if before and before[-1] != evaluation:
+            said = [f"{one['samples']:,} samples, {one['settings']}" for one in (before[-1], evaluation)]
+            self.run.warn(f"evaluations were of {said[0]} and are of {said[1]}: only the new ones are compared")
+        self.state.sessions.note(evaluation=evaluation)
 
     def begin_record(self) -> None:
         """Record the run before its pipeline is saved, so that a checkpoint of a stopped run has a complete card."""
@@ -163,11 +169,11 @@ class Publisher:
         name, every, sign = self.flags.hub_best_metric, self.run.flags.checkpointing_steps, 1
         if name != HELD_OUT_LOSS:
             name, every, sign = f"evaluation_{name}", 1, 1 if METRICS[name].lower_is_better else -1
-        figures = {
-            line["step"]: sign * line[name]
-            for line in lines
-            if math.isfinite(line.get(name, math.nan)) and (line["step"] % every == 0 or line["step"] == step)
-        }
+        since = self.state.sessions.since("evaluation") if name != HELD_OUT_LOSS else -1
+        judged = [
+            line for line in lines if line["step"] == step or (line["step"] > since and line["step"] % every == 0)
+        ]
+        figures = {line["step"]: sign * line[name] for line in judged if math.isfinite(line.get(name, math.nan))}
         return step in figures and figures[step] <= min(figures.values())
 
     def upload_in_background(self, pipeline: "DiffusionPipeline", step: int) -> None:

@@ -57,6 +57,15 @@ class Sessions:
         """Add to what is told of this session."""
         self.current |= facts
 
+    def since(self, fact: str) -> int:
+        """The step after which a fact, as `note` has it, has been what it is now; -1 for the whole run."""
+        since = self.current["first_step"]
+        for session in reversed(self.before):
+            if session.get(fact) != self.current.get(fact):
+                return since
+            since = session["first_step"]
+        return -1
+
     def resume(self, before: list[dict[str, Any]], step: int) -> None:
         """Follow those that a checkpoint at `step` tells of."""
         self.before, self.current["first_step"] = before, step

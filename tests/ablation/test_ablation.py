@@ -10,7 +10,7 @@ import pytest
 
 from ddpm_hf.ablation import running
 from ddpm_hf.ablation.table import mean_of
-from ddpm_hf.ablation.tasks import Chain, Task
+from ddpm_hf.ablation.tasks import Chain, Task, content_key
 from ddpm_hf.cli import ablate
 from tests.support.ablations import PLAN, InThisProcess, place, write_plan
 from tests.support.fixtures_cli import assert_one_line
@@ -142,6 +142,48 @@ def test_cells_whose_names_differ_in_other_letters_are_no_earlier_runs_of_each_o
     assert "loss_type default → huber" in line
 
 
+def test_figures_against_other_images_get_no_star_and_a_line(start, place):
+    """Else cells of other subsets are ranked by distances to different images, which `compare` refuses."""
+    plan = plan_of(place, grid={"max_train_samples": [5, 6]})
+    plan["evaluate"] |= {"features": ["quarters"], "metrics": ["fid"], "likelihood_calls": 4, "likelihood_images": 2}
+    (code, out, err), _ = start(plan)
+    assert code == 0, err
+    (line,) = [line for line in out.splitlines() if "do not compare" in line]
+    assert line.startswith("FID ↓: of different real images")
+    assert " *" not in out
+    assert "do not compare" in (place / "out/report.html").read_text()
+
+
+def test_a_row_of_real_images_changes_no_likelihood(start, place):
+    """Else it is measured on training images, once real images are scored too."""
+    plan = plan_of(place, grid={}, cells={"one": {"train_data_dir": str(place / "photos")}})
+    bound = {"likelihood_calls": 4, "likelihood_images": 2, "held_out_split": "test"}
+    plan["evaluate"] |= {"features": ["quarters"], "metrics": ["fid"], **bound}
+    found = []
+    for real in ({}, {"real": {"split": "test"}}):
+        if real:
+            del plan["evaluate"]["held_out_split"]
+        (code, _, err), _ = start({**plan, **real})
+        assert code == 0, err
+        (path,) = (place / "out/cells").glob("*/evaluation/metrics.json")
+        found.append(json.loads(path.read_text())["likelihood"])
+    assert found[0]["held_out"]
+    assert found[1] == found[0]
+
+
+def test_another_classifier_of_the_same_path_scores_anew(tmp_path):
+    """Else a result stays in the table after the network that made it was trained again."""
+    (tmp_path / "classifier").mkdir()
+    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
+        (tmp_path / "classifier" / name).write_text("a")
+    before = content_key(str(tmp_path / "classifier"))
+    assert content_key(str(tmp_path / "classifier")) == before
+    (tmp_path / "classifier" / "diffusion_pytorch_model.safetensors").write_text("b")
+    assert content_key(str(tmp_path / "classifier")) != before
+    assert content_key("inception") == "inception"
+    assert content_key(None) is None
+
+
 def test_a_cell_that_fails_does_not_stop_the_others(start, place):
     """Else one bad cell costs the night, or a table lacks a row in silence."""
     plan = plan_of(place)
@@ -222,7 +264,7 @@ def test_a_dry_run_tells_steps_and_time_and_writes_nothing(start, place):
     assert " 7 " in rows["longer, seed 0"]
     assert "3 runs, 13 steps" in out
     assert not (place / "out").exists()
-    assert_one_line(start(plan, "--dry-run", "--set", "loss_type=l9")[0], "longer", "l9")
+    assert_one_line(start(plan, "--dry-run", "--set", "lr_scheduler=l9")[0], "l9")
 
 
 def test_processes_share_cores_and_gpus(monkeypatch, tmp_path):

@@ -52,15 +52,29 @@ def test_a_grid_multiplies_and_cells_add(tmp_path):
 
 def test_changes_of_the_command_line_win_over_flags_and_not_over_axes(tmp_path):
     """Else --set does nothing, or makes all cells alike."""
-    plan = read_plan(write_plan(tmp_path / "p.yaml", WHOLE), {"num_epochs": "9", "loss_type": "huber"})
-    assert plan.cells[0].flags["num_epochs"] == "9"
-    assert plan.cells[0].flags["loss_type"] == "l1"
-    assert plan.cells[4].flags["num_epochs"] == "5"
+    plan = read_plan(write_plan(tmp_path / "p.yaml", WHOLE), {"num_epochs": "9"})
+    assert {cell.flags["num_epochs"] for cell in plan.cells} == {"9"}
+    with pytest.raises(UsageError, match=r"--set loss_type=huber: the grid of .* varies it"):
+        read_plan(tmp_path / "p.yaml", {"loss_type": "huber"})
     plan = read_plan(tmp_path / "p.yaml", {"evaluate.num_samples": "7", "real.split": "test"})
     assert plan.evaluate["num_samples"] == "7"
     assert plan.real == {"split": "test"}
     with pytest.raises(UsageError, match=r"--set grid\.x=1"):
         read_plan(tmp_path / "p.yaml", {"grid.x": "1"})
+
+
+def test_labels_may_be_numbers(tmp_path):
+    """Else widths such as 8 and 16 as labels end in a traceback."""
+    text = "grid: {width: {8: {model_config_name_or_path: {a: 1, b: no}}, 1.5: {resolution: 8}}}"
+    plan = read_plan(write_plan(tmp_path / "p.yaml", text))
+    assert [cell.name for cell in plan.cells] == ["8", "1.5"]
+    assert plan.document.typed["grid"]["width"]["8"]["model_config_name_or_path"] == {"a": 1, "b": False}
+
+
+def test_real_images_require_metrics(tmp_path):
+    """Else an ablation for likelihoods alone fails after its trainings."""
+    with pytest.raises(UsageError, match="real: requires metrics"):
+        read_plan(write_plan(tmp_path / "p.yaml", "evaluate: {metrics: none}\nreal: {split: test}"))
 
 
 def test_a_plan_of_one_model_needs_no_grid(tmp_path):

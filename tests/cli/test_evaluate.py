@@ -376,6 +376,15 @@ def test_adms_npz_files_are_read(observe, tmp_path):
     assert abs(seen.record["results"][0]["figures"]["fid"]["value"]) < 1e-6
 
 
+def test_images_of_an_npz_file_keep_their_size(observe, tmp_path):
+    """Else --resolution is accepted and does nothing."""
+    np.savez(tmp_path / "samples.npz", arr_0=random_pixels(6, 8, 10))
+    words = f"evaluate {tmp_path}/samples.npz --dataset {{shop}}/images {{pixels}} --resolution"
+    assert observe(f"{words} 8x10").code == 0
+    for size in ("8", "10x8"):
+        assert "keep their size, here 8x10" in observe(f"{words} {size}").err
+
+
 def test_the_likelihood_alone_needs_no_samples(observe):
     """Else a likelihood costs sampling, and a network of features."""
     seen = observe("evaluate {shop}/plain --dataset {shop}/images --metrics none --likelihood-calls 0 --out {out}")
@@ -510,6 +519,20 @@ def test_likelihoods_are_compared(observe, run, tmp_path):
         assert f"{json.loads((folder / 'metrics.json').read_text())['likelihood']['value']:.5g}" in out
 
 
+def test_likelihoods_of_other_chains_or_images_are_not_compared(observe, run, tmp_path):
+    """Else a bound over four steps, or of training images, stands beside one over all and of held-out ones."""
+    base = "evaluate {shop}/plain --dataset {shop}/thirds --metrics none --likelihood-calls 4 --out {out}"
+    for words in ("", "--held-out-split test", "--likelihood-steps 4", "--likelihood-images 2"):
+        assert observe(f"{base} {words}").code == 0
+    for number, named in enumerate(("held-out", "steps of the chain", "number of images"), 1):
+        assert_one_line(run("compare", tmp_path / "0", tmp_path / str(number)), named)
+    record = json.loads((tmp_path / "0/metrics.json").read_text())
+    for name, value in (("a", 1.0), ("b", 9.0)):
+        bound = record["likelihood"] | {"value": value, "low": value - 0.1, "high": value + 0.1}
+        (tmp_path / f"{name}.json").write_text(json.dumps(record | {"likelihood": bound}))
+    assert "1 [0.9, 1.1] *" in run("compare", tmp_path / "a.json", tmp_path / "b.json")[1]
+
+
 def test_figures_of_other_held_out_images_are_not_compared(observe, run, tmp_path):
     """Else the share of copies is compared, though it rests on other images."""
     for split in ("test", "validation"):
@@ -554,13 +577,20 @@ def test_what_was_sampled_otherwise_is_recorded_as_such(observe, shop, tmp_path)
     shutil.copytree(shop / "classes", tmp_path / "run")
     (tmp_path / "run/run.json").write_text(json.dumps({"step": 1}))
     usual = f"evaluate {tmp_path}/run {QUICK} --sampler ddim --class cat --class dog"
-    for words in (usual, f"{usual} --guidance-scale 3", f"{usual} --eta 0.5", f"{usual} --class owl"):
+    for words in (
+        usual,
+        f"{usual} --guidance-scale 3",
+        f"{usual} --guidance-scale 0",
+        f"{usual} --eta 0.5",
+        f"{usual} --class owl",
+    ):
         assert observe(words).code == 0
     results = json.loads((tmp_path / "run/evaluation.json").read_text())
     settings = [one["settings"].partition(";")[0] for one in results]
     assert settings == [
         "ddim, 2 steps, classes cat, dog",
         "ddim, 2 steps, guidance scale 3.0, classes cat, dog",
+        "ddim, 2 steps, guidance scale 0.0, classes cat, dog",
         "ddim, 2 steps, eta 0.5, classes cat, dog",
         "ddim, 2 steps, classes cat, dog, owl",
     ]

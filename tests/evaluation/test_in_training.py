@@ -164,12 +164,26 @@ def test_the_best_model_is_by_any_metric(metric, values, best, tmp_path):
     publisher.folder = tmp_path
     publisher.flags = mock.Mock(hub_best_metric=metric)
     publisher.run = mock.Mock(flags=mock.Mock(checkpointing_steps=100))
+    publisher.state = mock.Mock(sessions=mock.Mock(since=lambda fact: -1))
     kept = []
     for step, value in enumerate(values, start=1):
         with open(tmp_path / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"step": step, f"evaluation_{metric}": value}) + "\n")
         kept += [step] if publisher.is_best(step) else []
     assert kept == best
+
+
+def test_the_best_model_is_by_figures_of_one_network(shop, tmp_path):
+    """Else a resumed run with other features is compared with figures that have another scale, and never saved."""
+    flags = {**EVALUATED, "hub_strategy": "best", "hub_best_metric": "fid", "max_train_steps": 3}
+    first = train(shop, tmp_path / "run", GRAY, **flags)
+    more = {"max_train_steps": 6, "evaluation_samples": 7, "resume_from_checkpoint": "latest"}
+    metrics = first.folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    metrics.write_text("".join(json.dumps({**line, "evaluation_fid": -1.0}) + "\n" for line in lines))
+    run = train(shop, first.folder, GRAY, **{**flags, **more})
+    assert "only the new ones are compared" in run.err
+    assert run.json("run.json")["step"] > 3
 
 
 def test_the_best_model_is_what_the_folder_holds(shop, tmp_path):

@@ -62,7 +62,9 @@ def convert(
     classifier: Annotated[
         Path | None, typer.Option(help="The folder of a classifier to keep with a model by class.")
     ] = None,
-    ema: Annotated[bool, typer.Option("--ema/--no-ema", help="Of a TensorFlow checkpoint, which weights.")] = True,
+    ema: Annotated[
+        bool, typer.Option("--ema/--no-ema", help="Of a file, or of a checkpoint-N, that has both.")
+    ] = True,
     token: Annotated[str | None, typer.Option(help="For a private model.", envvar="HF_TOKEN")] = None,
 ) -> None:
     """Convert a checkpoint of another program into a folder that Diffusers and ddpm_hf load, or ours into a .pt.
@@ -74,7 +76,7 @@ def convert(
         if from_ or labels or classifier:
             raise ValueError("--from, --labels and --classifier are not for the way back to a .pt file")
         quiet()
-        write_openai(source, to, flags, token)
+        write_openai(source, to, flags, None if ema else False, token)
         return
     check_target(to)
     names = None if labels is None else read_labels(labels)
@@ -88,6 +90,9 @@ def convert(
     show_progress(f"reading {source} ...")
     conversion = convert(source, Options(flags, names, ema), from_.value if from_ else None, token)
     typer.echo("\n".join(conversion.facts))
+    beside = Path(source) / "classifier"
+    if classifier is None and (beside / "config.json").is_file() and getattr(conversion.model, "has_classes", False):
+        classifier = beside
     if classifier is not None:
         conversion.model.register_modules(classifier=fitting_classifier(classifier, conversion.model))
     if conversion.original is not None:
@@ -130,7 +135,7 @@ def read_labels(path: Path) -> list[str]:
         ValueError: it cannot be read, or is empty.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--labels {path}: not a text file that can be read") from error
     names = [line.strip() for line in lines]
@@ -164,8 +169,11 @@ def report_parity(difference: float | str) -> None:
         raise ValueError("the converted network is not the original: nothing was written")
 
 
-def write_openai(source: str, target: Path, flags: str | None, token: str | None) -> None:
+def write_openai(source: str, target: Path, flags: str | None, ema: bool | None, token: str | None) -> None:
     """The way back: a folder of ours as a .pt file.
+
+    Args:
+        ema: False for the weights of a checkpoint-N that are not averaged; None for those that it samples with.
 
     Raises:
         ValueError: no model there, or one that OpenAI's code does not have.
@@ -173,13 +181,13 @@ def write_openai(source: str, target: Path, flags: str | None, token: str | None
     import torch
 
     from ..common.files import PARTIAL_SUFFIX, flush
-    from ..models.converters.openai import export_openai
+    from ..models.converters.openai_back import export_openai
 
     if target.is_dir() or not target.absolute().parent.is_dir():
         raise ValueError(f"--to {target}: not a file in an existing folder")
     if target.exists():
         raise ValueError(f"--to {target}: already exists; name another file, or remove it")
-    model, scheduler = load_network(source, token)
+    model, scheduler = load_network(source, ema, token)
     state, build = export_openai(model, flags or "", scheduler)
     handle, temporary = tempfile.mkstemp(
         dir=target.absolute().parent, prefix=f".{target.name}.", suffix=PARTIAL_SUFFIX
@@ -193,10 +201,10 @@ def write_openai(source: str, target: Path, flags: str | None, token: str | None
     except BaseException:
         os.unlink(temporary)
         raise
-    typer.echo(f"saved to {target}; OpenAI's scripts build its network with\n{build}")
+    typer.echo(f"saved to {target}; {build}")
 
 
-def load_network(source: str, token: str | None) -> tuple[Any, Any]:
+def load_network(source: str, ema: bool | None, token: str | None) -> tuple[Any, Any]:
     """(the UNet or the classifier of a folder, its scheduler)."""
     from ..common.locations import find_location
     from ..inference.loading import load
@@ -206,11 +214,13 @@ def load_network(source: str, token: str | None) -> tuple[Any, Any]:
         from ..models.classifier import NoisyClassifier
 
         return NoisyClassifier.from_pretrained(source, use_safetensors=True), None
-    pipeline = load(source, token=token)
+    pipeline = load(source, ema=ema, token=token)
     if hasattr(pipeline, "tokenizer"):
         raise ValueError(f"{source}: a text-to-image model, which OpenAI's format does not have")
     if getattr(pipeline, "vae", None) is not None:
         raise ValueError(f"{source}: a model of latents, whose autoencoder OpenAI's format does not have")
     if hasattr(pipeline, "conditionings"):
         raise ValueError(f"{source}: a cascade; give one of its models")
+    if hasattr(pipeline, "conditioning") and not pipeline.unet.config.get("condition_channels"):
+        raise ValueError(f"{source}: a model that reads an image of another task, which OpenAI's format does not have")
     return pipeline.unet, pipeline.scheduler

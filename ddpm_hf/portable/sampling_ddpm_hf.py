@@ -20,6 +20,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from .guidance_ddpm_hf import Predict, TakeStep
 from .hub_ddpm_hf import MixinBase
 from .multistep_ddpm_hf import EpsilonMultistepScheduler
+from .schedules_ddpm_hf import OLD_KEYS, without_old_keys
 from .scheduling_ddpm_hf import LEARNED_VARIANCE_TYPES, DDPMScheduler
 
 logger = logging.get_logger(__name__)
@@ -70,6 +71,8 @@ def adopt_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
         return DDPMScheduler.from_config(scheduler.config)
     if isinstance(scheduler, DDPMScheduler):
         return scheduler
+    if OLD_KEYS & set(scheduler.config):
+        scheduler = type(scheduler).from_config(without_old_keys(scheduler.config))
     takes_variance = "variance_type" in inspect.signature(type(scheduler).__init__).parameters
     if takes_variance and scheduler.config.variance_type in LEARNED_VARIANCE_TYPES:
         return type(scheduler).from_config(scheduler.config, variance_type=None)

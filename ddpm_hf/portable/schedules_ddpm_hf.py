@@ -6,11 +6,14 @@ This file is copied into published repositories: it imports numpy alone.
 """
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 # Where a schedule is given by ᾱ, the last β would be 1 and x_T carry nothing (Nichol & Dhariwal 2021, sec. 3.2)
 MAX_BETA = 0.999
+OLD_KEYS = {"timesteps", "predict_epsilon"}  # of a scheduler's config, of Diffusers before 0.10
 
 
 def linear(num_train_timesteps: int, beta_start: float, beta_end: float) -> np.ndarray:
@@ -114,3 +117,22 @@ def rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
     rescaled = one_minus_r * (2 - one_minus_r)
     rescaled[0] = betas[0]
     return rescaled
+
+
+def without_old_keys(config: Any) -> Any:
+    """A scheduler's config with the keys of Diffusers before 0.10 under their names of now; others as they are.
+
+    >>> without_old_keys({"timesteps": 4000, "predict_epsilon": False})
+    {'num_train_timesteps': 4000, 'prediction_type': 'sample'}
+    """
+    if not isinstance(config, Mapping) or not OLD_KEYS & set(config):
+        return config
+    new, defaults = dict(config), set(config.get("_use_default_values") or ())
+    said = {"num_train_timesteps": new.pop("timesteps", None)}
+    said["prediction_type"] = "sample" if new.pop("predict_epsilon", True) is False else None
+    for name, value in said.items():
+        if value is not None and (name not in new or name in defaults):
+            new[name] = value
+    if defaults:
+        new["_use_default_values"] = sorted(defaults - {name for name, value in said.items() if value is not None})
+    return new

@@ -34,7 +34,13 @@ from .coefficients_ddpm_hf import (
     combine,
     working_dtype,
 )
-from .schedules_ddpm_hf import BETA_SCHEDULE_ALIASES, BETA_SCHEDULES, STOCK_BETA_SCHEDULES, rescale_zero_terminal_snr
+from .schedules_ddpm_hf import (
+    BETA_SCHEDULE_ALIASES,
+    BETA_SCHEDULES,
+    STOCK_BETA_SCHEDULES,
+    rescale_zero_terminal_snr,
+    without_old_keys,
+)
 
 if TYPE_CHECKING:  # Diffusers' decorator has no types, and would hide the arguments from type checkers
     Init = TypeVar("Init")
@@ -227,6 +233,7 @@ class DDPMScheduler(StockDDPMScheduler):
 
         A schedule that these name replaces one that the config carries as `trained_betas`; it has no fitted variances.
         """
+        config = without_old_keys(config)
         renamed = set(DIFFUSION_SETTINGS) & set(kwargs)
         if renamed and isinstance(config, dict):
             config = {key: value for key, value in config.items() if key != X_START_VARIANCES}

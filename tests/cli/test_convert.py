@@ -13,6 +13,7 @@ import torch
 from ddpm_hf import ClassConditionalDDPMPipeline, DDPMImageToImagePipeline, DDPMPipeline, DDPMScheduler, load
 from ddpm_hf.models.classifier import NoisyClassifier
 from ddpm_hf.models.converters import attention_check, openai, openai_flags
+from ddpm_hf.models.converters.openai_back import export_openai
 from ddpm_hf.portable.networks_ddpm_hf import build_unet
 from tests.support.fixtures_cli import assert_one_line
 from tests.support.fixtures_hub import DRAWING, TOKEN, WITHOUT
@@ -96,7 +97,8 @@ def test_the_way_back_is_the_same_file(files, converted, run, tmp_path):
         before, after = torch.load(files / f"{name}.pt"), torch.load(tmp_path / f"{name}.pt")
         assert list(before) == list(after) or set(before) == set(after)
         assert all(torch.equal(before[key], after[key]) for key in before)
-        flags = " ".join([*out.splitlines()[-1:], *([DIFFUSION] if name == "classifier" else [])])
+        (line,) = [line for line in out.splitlines() if line.startswith("--")]
+        flags = " ".join([line, *([DIFFUSION] if name == "classifier" else [])])
         again = run("convert", tmp_path / f"{name}.pt", "--to", tmp_path / f"{name}-2", "--flags", flags)
         assert again[0] == 0, again[2]  # the flags that it prints describe the file
         assert ("new order" in again[1]) == (name == "adm")
@@ -109,8 +111,7 @@ OPENAI = {"norm_num_groups": 32, "attn_norm_num_groups": 32, "block_out_channels
 def theirs(scheduler=None, vae=None, **changes):
     """A pipeline that OpenAI's format can hold, but for the changes."""
     scheduler = scheduler or DDPMScheduler(100, beta_schedule="squaredcos_cap_v2")
-    channels = {"channels": 4} if vae else {}
-    return DDPMPipeline(tiny_unet(**channels, **{**OPENAI, **changes}), scheduler, vae)
+    return DDPMPipeline(tiny_unet(**{"channels": 4 if vae else 3, **OPENAI, **changes}), scheduler, vae)
 
 
 UNWRITTEN = {
@@ -120,6 +121,16 @@ UNWRITTEN = {
     "v": (lambda: theirs(DDPMScheduler(100, prediction_type="v_prediction")), ("predicts v_prediction",)),
     "betas": (lambda: theirs(DDPMScheduler(100)), ("noise schedule",)),
     "sigmoid": (lambda: theirs(DDPMScheduler(100, beta_schedule="sigmoid")), ("noise schedule",)),
+    "gray": (lambda: theirs(channels=1), ("reads 1 channels",)),
+    "fixed_small": (
+        lambda: theirs(
+            downsample_type="resnet",
+            down_block_types=["ResnetDownsampleBlock2D"] * 2,
+            upsample_type="resnet",
+            up_block_types=["ResnetUpsampleBlock2D"] * 2,
+        ),
+        ("fixed_small",),
+    ),
     "latents": (lambda: theirs(vae=tiny_vae()), ("latents",)),
 }
 
@@ -135,7 +146,7 @@ def test_what_openai_does_not_have_is_not_written(case, run, tmp_path):
 
 def test_a_classifier_of_other_heads_is_not_written(run, tmp_path):
     """Else OpenAI's code reads it with heads of 64, and guides otherwise."""
-    unet = {key: value for key, value in tiny_unet(**OPENAI).config.items() if not key.startswith("_")}
+    unet = {key: value for key, value in tiny_unet(channels=3, **OPENAI).config.items() if not key.startswith("_")}
     NoisyClassifier(unet=unet, num_classes=2, num_train_timesteps=10).save_pretrained(tmp_path / "model")
     assert_one_line(run("convert", tmp_path / "model", "--to", tmp_path / "x.pt"), "heads of 64")
     assert not (tmp_path / "x.pt").exists()
@@ -147,16 +158,67 @@ def test_the_way_back_says_what_is_predicted_and_of_which_size(run, tmp_path):
     theirs(scheduler).save_pretrained(tmp_path / "x_0")
     code, out, err = run("convert", tmp_path / "x_0", "--to", tmp_path / "x.pt")
     assert code == 0, err
-    assert "--predict_xstart True" in out.splitlines()[-1]
-    assert "--sigma_small True" in out.splitlines()[-1]  # their default is the larger one
-    upsampler = build_unet(tiny_unet_config(condition_channels=1, num_class_embeds=2, **OPENAI))
+    assert "improved-diffusion's scripts" in out
+    (line,) = [line for line in out.splitlines() if line.startswith("--")]
+    assert "--predict_xstart True" in line
+    assert "--sigma_small True" in line  # their default is the larger one
+    assert not {"--resblock_updown", "--num_head_channels", "--channel_mult"} & set(line.split())
+    assert "(for 32, 64, 256 pixels and their own widths; its network itself takes channel_mult=(1.0, 2.0))" in out
+    upsampler = build_unet(tiny_unet_config(channels=3, condition_channels=3, num_class_embeds=2, **OPENAI))
     DDPMImageToImagePipeline(upsampler, DDPMScheduler(100, beta_schedule="squaredcos_cap_v2")).save_pretrained(
         tmp_path / "up"
     )
     code, out, err = run("convert", tmp_path / "up", "--to", tmp_path / "up.pt")
     assert code == 0, err
-    assert "--large_size 8 --small_size 2" in out.splitlines()[-1]
-    assert "--image_size" not in out.splitlines()[-1]
+    assert "--large_size 8 --small_size 2" in out
+    assert "--image_size" not in out
+    assert "(with NUM_CLASSES = 2 in script_util.py)" in out
+    result = run("convert", tmp_path / "up", "--to", tmp_path / "new.pt", "--flags", "--use_new_attention_order True")
+    assert_one_line(result, "legacy order alone")
+
+
+CIFAR, ADM = (1, 2, 2, 2), (1, 2, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("size", "multiples", "changes", "scripts", "has", "has_not"),
+    [
+        (32, CIFAR, {}, "improved", ["--num_heads 1"], ["--num_head_channels", "--resblock_updown", "--channel_mult"]),
+        (32, ADM, {}, "guided", ["--channel_mult 1,2,3,4", "--resblock_updown False"], []),
+        (64, ADM, {"attention_head_dim": 32}, "guided", ["--num_head_channels 32"], ["--channel_mult", "--num_heads"]),
+        (64, ADM, {"attends": False}, "guided", ["--attention_resolutions 1 "], []),
+    ],
+)
+def test_the_flags_of_the_way_back_are_those_of_one_repository(size, multiples, changes, scripts, has, has_not):
+    """Else the scripts refuse them: each repository has flags and sizes of its own."""
+    attends = [level == 1 and changes.get("attends", True) for level in range(4)]
+    unet = tiny_unet(
+        channels=3, size=size, **{**OPENAI, "attention_head_dim": changes.get("attention_head_dim")} | {
+            "block_out_channels": tuple(32 * one for one in multiples),
+            "down_block_types": ["AttnDownBlock2D" if one else "DownBlock2D" for one in attends],
+            "up_block_types": ["AttnUpBlock2D" if one else "UpBlock2D" for one in attends[::-1]],
+        },
+    )  # fmt: skip
+    scheduler = DDPMScheduler(100, beta_schedule="squaredcos_cap_v2", variance_type="fixed_large")
+    text = export_openai(unet, "", scheduler)[1]
+    assert text.startswith(f"{scripts}-diffusion's scripts")
+    assert all(one in text for one in has)
+    assert not any(one in text for one in has_not)
+
+
+def test_the_weights_that_are_not_averaged_go_back(run, tmp_path):
+    """Else --no-ema is accepted, and the file holds the averaged ones."""
+    run_folder = tmp_path / "run/checkpoint-1"
+    for name, seed in (("unet", 1), ("unet_ema", 2)):
+        tiny_unet(channels=3, seed=seed, **OPENAI).save_pretrained(run_folder / name)
+    scheduler = DDPMScheduler(100, beta_schedule="squaredcos_cap_v2", variance_type="fixed_large")
+    manifest = {"step": 1, "settings": {"conditioning": None}, "scheduler": dict(scheduler.config)}
+    (run_folder / "manifest.json").write_text(json.dumps(manifest))
+    for more in ((), ("--no-ema",)):
+        code, _, err = run("convert", run_folder, "--to", tmp_path / f"{len(more)}.pt", *more)
+        assert code == 0, err
+    averaged, raw = (torch.load(tmp_path / f"{number}.pt") for number in (0, 1))
+    assert not torch.equal(averaged["out.2.weight"], raw["out.2.weight"])
 
 
 def guided_diffusion():
@@ -254,6 +316,11 @@ BAD = {
     "schedule": ("adm.pt", ["--flags", FLAGS.replace("linear", "sine")], ["--noise_schedule sine", "cosine"]),
     "another program": ("adm.pt", ["--flags", FLAGS, "--from", "ho"], ["not a network of Ho et al."]),
     "labels": ("adm.pt", ["--flags", FLAGS, "--labels", "one.txt"], ["names of classes", "embeds 3"]),
+    "labels twice": ("adm.pt", ["--flags", FLAGS, "--labels", "twice.txt"], ["'cat' is on lines 1 and 3"]),
+    "no heads": ("adm.pt", ["--flags", FLAGS.replace("channels 32", "channels 0")], ["--num_head_channels 0"]),
+    "half a head": ("adm.pt", ["--flags", FLAGS.replace("channels 32", "channels 2.5")], ["whole number"]),
+    "few steps": ("adm.pt", ["--flags", FLAGS.replace("steps 100", "steps 10")], ["β up to 2"]),
+    "another size of a classifier": ("classifier.pt", ["--flags", f"--image_size 32 {DIFFUSION}"], ["is of 16"]),
     "labels of none": ("iddpm.pt", [*flags_of("iddpm"), "--labels", "labels.txt"], ["has none"]),
     "classifier of none": ("iddpm.pt", [*flags_of("iddpm"), "--classifier", "."], ["no classes"]),
     "one kind of weights": ("adm.pt", ["--flags", FLAGS, "--no-ema"], ["--no-ema"]),
@@ -272,6 +339,7 @@ def test_bad_input_is_one_line(case, files, run, tmp_path, monkeypatch):
     """Else a layout is guessed, or the user gets a traceback."""
     monkeypatch.chdir(files)
     (files / "one.txt").write_text("cat\n")
+    (files / "twice.txt").write_text("cat\ndog\ncat\n")
     name, words, named = BAD[case]
     assert_one_line(run("convert", name, "--to", tmp_path / "out", *words), *named)
     assert not (tmp_path / "out").exists()

@@ -85,3 +85,19 @@ def test_sets_in_another_order_have_the_same_figures(tmp_path, monkeypatch):
         results = evaluate(Reference(measure, image_set(1)), [Samples(60, images=samples)], Ranks(), lambda line: None)
         values.append(results[0]["figures"]["fid"]["value"])
     assert values[0] == pytest.approx(values[1], rel=1e-9)
+
+
+def test_a_star_marks_a_figure_that_is_better_beyond_its_interval():
+    """Else noise is taken for a difference."""
+    from ddpm_hf.evaluation.compare import Column, best
+
+    def column(value, width):
+        return Column("x", {"fid": {"value": value, "low": value - width, "high": value + width}})
+
+    assert best("fid", [column(5, 1), column(9, 1)]) == 0
+    assert best("fid", [column(9, 1), column(5, 1), column(7, 0.5)]) == 1
+    assert best("fid", [column(5, 1), column(6, 1)]) is None
+    assert best("fid", [column(5, 1)]) is None
+    for name in ("likelihood", "bits/dim"):
+        bounds = [Column("x", {name: column(value, 0.1).figures["fid"]}) for value in (9, 1)]
+        assert best(name, bounds) == 1

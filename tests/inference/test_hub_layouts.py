@@ -109,6 +109,33 @@ def test_pickled_weights_are_refused_with_the_way_that_works(old, run, tmp_path)
     np.testing.assert_allclose(draw(load(tmp_path / "new")), draw(pipeline_of_today()), atol=1e-5)
 
 
+KEYS = {
+    "predict_epsilon": ({"predict_epsilon": False}, ("sample", 1000)),
+    "timesteps": ({"timesteps": 40, "num_train_timesteps": None}, ("epsilon", 40)),
+    "both, of DDIM": (
+        {"predict_epsilon": False, "timesteps": 40, "num_train_timesteps": None, "_class_name": "DDIMScheduler"},
+        ("sample", 40),
+    ),
+    "of now beside": ({"predict_epsilon": False, "prediction_type": "v_prediction"}, ("v_prediction", 1000)),
+}
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_old_keys_of_the_diffusion_count(name, old, run, tmp_path):
+    """Else a model that predicts x_0, or has another T, samples as one that it is not."""
+    changes, expected = KEYS[name]
+    shutil.copytree(old / "safe", tmp_path / "model")
+    path = tmp_path / "model" / "scheduler_config.json"
+    config = {key: value for key, value in (read(path) | changes).items() if value is not None}
+    path.write_text(json.dumps(config))
+    code, _, err = run("convert", tmp_path / "model", "--to", tmp_path / "new")
+    assert code == 0, err
+    for folder in ("model", "new"):
+        scheduler = load(tmp_path / folder).scheduler
+        assert (scheduler.config.prediction_type, len(scheduler.alphas_cumprod)) == expected
+        assert not {"predict_epsilon", "timesteps"} & set(scheduler.config)
+
+
 OTHERS = {
     "score sde": ({"_class_name": "ScoreSdeVePipeline"}, {}, {}, "a ScoreSdeVePipeline"),
     "consistency": ({}, {"_class_name": "CMStochasticIterativeScheduler"}, {}, "a CMStochasticIterativeScheduler"),

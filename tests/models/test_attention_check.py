@@ -6,7 +6,7 @@ import torch
 from ddpm_hf import DDPMScheduler
 from ddpm_hf.models.converters import Options, attention_check, convert
 from ddpm_hf.models.converters.attention_check import noise_error, smooth_images
-from ddpm_hf.models.converters.openai import export_openai
+from ddpm_hf.models.converters.openai_back import export_openai
 from ddpm_hf.portable.networks_ddpm_hf import build_unet
 from tests.support.openai_networks import UNet, randomized
 

@@ -50,24 +50,35 @@ def names_of_classes(labels: Sequence[str] | None, embeddings: int) -> dict[int,
     """
     if labels is None:
         return None
-    if len(labels) not in (embeddings, embeddings - 1) or len(set(labels)) != len(labels):
+    if len(labels) not in (embeddings, embeddings - 1):
         raise ValueError(
-            f"{len(set(labels))} different names of classes, and the network embeds {embeddings}; give one line for"
-            " each, or one less where the last embedding stands for no class"
+            f"{len(labels)} names of classes, and the network embeds {embeddings}; give one line for each, or one less"
+            " where the last embedding stands for no class"
         )
+    if twice := next((name for name in labels if labels.count(name) > 1), None):
+        lines = " and ".join(str(number) for number, name in enumerate(labels, 1) if name == twice)
+        raise ValueError(f"--labels: {twice!r} is on lines {lines}; names must differ")
     return dict(enumerate(labels))
+
+
+def check_betas(scheduler: Any) -> None:
+    """Raise ValueError for a noise schedule that is none."""
+    most = float(scheduler.exact_tables.betas.max())
+    if most > 1:
+        raise ValueError(f"its noise schedule has β up to {most:.3g}, and β is at most 1: another number of steps?")
 
 
 def make_pipeline(unet: torch.nn.Module, scheduler: Any, labels: Sequence[str] | None) -> Any:
     """The pipeline that a network is for: by class where it embeds classes.
 
     Raises:
-        ValueError: names of classes that do not fit.
+        ValueError: names of classes that do not fit, or a schedule that is none.
     """
     from ...portable.pipeline_class_conditional_ddpm_hf import ClassConditionalDDPMPipeline
     from ...portable.pipeline_ddpm_hf import DDPMPipeline
     from ...portable.pipeline_image_to_image_ddpm_hf import DDPMImageToImagePipeline
 
+    check_betas(scheduler)
     embeddings = unet.config.num_class_embeds or 0
     if unet.config.get("condition_channels"):
         return DDPMImageToImagePipeline(unet, scheduler, None, names_of_classes(labels, embeddings))

@@ -27,6 +27,18 @@ def parse_words(text: str, known: Collection[str], program: str) -> dict[str, st
     return flags
 
 
+def whole(given: Mapping[str, str], name: str, default: int = 0) -> int:
+    """A flag's value as a whole number.
+
+    Raises:
+        ValueError: it is none.
+    """
+    value = number(given, name, default)
+    if value != int(value):
+        raise ValueError(f"--{name} {given[name]}: must be a whole number")
+    return int(value)
+
+
 def number(given: Mapping[str, str], name: str, default: float = 0) -> float:
     """A flag's value as a finite number.
 

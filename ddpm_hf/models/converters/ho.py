@@ -15,7 +15,7 @@ import torch
 from ...portable.networks_ddpm_hf import build_unet
 from ...portable.scheduling_ddpm_hf import DDPMScheduler
 from .conversion import Conversion, Options, State, make_pipeline
-from .flags import number, parse_words
+from .flags import number, parse_words, whole
 from .tensor_bundle import read_bundle
 
 EMA = "/ExponentialMovingAverage"
@@ -111,19 +111,27 @@ def read_config(state: State, flags: Mapping[str, str]) -> tuple[dict[str, Any],
     Raises:
         ValueError: flags that are missing or that contradict the shapes.
     """
+    for name in ("down.0.block.0.conv1.weight", "conv_in.weight", "conv_out.weight"):
+        if name not in state:
+            raise ValueError(f"no tensor {name}: not a whole network of Ho et al.'s")
     levels = 1 + max(int(name.split(".")[1]) for name in state if re.match(r"down\.\d+\.", name))
     layers = 1 + max(int(name.split(".")[3]) for name in state if name.startswith("down.0.block."))
-    widths = tuple(len(state[f"down.{level}.block.0.conv1.weight"]) for level in range(levels))
+    first = [state.get(f"down.{level}.block.0.conv1.weight") for level in range(levels)]
+    if lacking := [level for level, value in enumerate(first) if value is None]:
+        raise ValueError(f"no tensor down.{lacking[0]}.block.0.conv1.weight: not a whole network of Ho et al.'s")
+    widths = tuple(len(value) for value in first if value is not None)
     attends = [f"down.{level}.attn.0.q.weight" in state for level in range(levels)]
     in_channels, out_channels = state["conv_in.weight"].shape[1], len(state["conv_out.weight"])
     said = []
     if "image_size" in flags:
-        size = int(number(flags, "image_size"))
+        size = whole(flags, "image_size")
     elif sum(attends) == 1:
         size = 16 * 2 ** attends.index(True)
         said.append(f"image size {size}: it attends at 16×16, as all of Ho et al.'s networks")
     else:
         raise ValueError("its shapes do not tell the image size: give --flags '--image_size 32'")
+    if size < 1 or size % 2 ** (levels - 1):
+        raise ValueError(f"--image_size {size}: the file has {levels} levels: a multiple of {2 ** (levels - 1)}")
     variance, dropout = PUBLISHED.get((widths, size), (None, 0.0))
     variance = flags.get("model_var_type", "learned" if out_channels == 2 * in_channels else variance)
     if variance not in VARIANCES:
@@ -154,7 +162,7 @@ def read_config(state: State, flags: Mapping[str, str]) -> tuple[dict[str, Any],
         "dropout": number(flags, "dropout", dropout),
     }
     scheduler = {
-        "num_train_timesteps": int(number(flags, "num_diffusion_timesteps", 1000)),
+        "num_train_timesteps": whole(flags, "num_diffusion_timesteps", 1000),
         "beta_schedule": "quadratic" if schedule == "quad" else schedule,
         "beta_start": number(flags, "beta_start", 1e-4),
         "beta_end": number(flags, "beta_end", 0.02),

@@ -17,7 +17,8 @@ def convert_lucidrains(state: State, options: Options) -> Conversion:
     """
     named = {name.removeprefix("ema_model.").removeprefix("model."): value for name, value in state.items()}
     first = named["init_conv.weight"]
-    reasons = [f"its first convolution is {first.shape[2]}×{first.shape[3]}"] if first.shape[2:] != (3, 3) else []
+    kernel = "×".join(map(str, first.shape[2:]))
+    reasons = [f"its first convolution is {kernel}"] if kernel != "3×3" else []
     if any(name.endswith(".norm.g") for name in named):
         reasons.append("it normalises each pixel (RMSNorm), after the convolutions")
     if any(name.endswith("to_out.1.g") for name in named):

@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from .flags import number, parse_words
+from .flags import number, parse_words, whole
 from .openai_layout import Layout
 
 IMPROVED, GUIDED = "improved-diffusion", "guided-diffusion"
@@ -118,6 +118,7 @@ class Flags(NamedTuple):
     rescale_timesteps: bool
     predict_xstart: bool
     sigma_small: bool
+    timestep_respacing: str
 
     @property
     def timestep_scale(self) -> float:
@@ -145,7 +146,7 @@ def choose_flags(given: dict[str, str], layout: Layout, repository: str | None) 
         ValueError: a flag that is missing, malformed, or contradicts the shapes.
     """
     repository = repository or _repository_of(given, layout)
-    sizes = [int(number(given, name)) for name in ("large_size", "image_size") if name in given]
+    sizes = [whole(given, name) for name in ("large_size", "image_size") if name in given]
     if not sizes and layout.positions:
         sizes = [round(layout.positions**0.5) * 2 ** (len(layout.widths) - 1)]
     if not sizes and repository == IMPROVED and layout.upsampler:
@@ -155,13 +156,18 @@ def choose_flags(given: dict[str, str], layout: Layout, repository: str | None) 
     if not heads_told and not {"num_heads", "num_head_channels"} & set(given):
         missing.append("--num_heads or --num_head_channels")
     missing += [f"--{name}" for name in ("diffusion_steps", "noise_schedule") if name not in given]
-    steps = int(number(given, "diffusion_steps")) if "diffusion_steps" in given else 1000
+    steps = whole(given, "diffusion_steps") if "diffusion_steps" in given else 1000
     if steps != 1000 and repository is None and "rescale_timesteps" not in given:
         missing.append("--rescale_timesteps")
     if missing:
         raise ValueError(
             f"its shapes do not tell {', '.join(missing)}: give the flags that it was trained with, such as {EXAMPLE}"
         )
+    told = round(layout.positions**0.5) * 2 ** (len(layout.widths) - 1)
+    if layout.positions and sizes[0] != told:
+        raise ValueError(f"--image_size {sizes[0]}: the file is of {told}, by the positions of its last level")
+    if layout.upsampler and truth(given, "use_new_attention_order"):
+        raise ValueError("--use_new_attention_order: upsamplers have the legacy order alone; leave it out")
     classifier = bool(layout.positions)  # its heads and order are fixed; these flags are those of the UNet beside it
     halvings = 2 ** (len(layout.widths) - 1)
     if sizes[0] % halvings:
@@ -170,15 +176,16 @@ def choose_flags(given: dict[str, str], layout: Layout, repository: str | None) 
         )
     flags = Flags(
         image_size=sizes[0],
-        num_heads=int(number(given, "num_heads", 4)),
-        num_head_channels=64 if classifier else int(number(given, "num_head_channels", -1)),
-        legacy_order=classifier or not _truth(given, "use_new_attention_order"),
+        num_heads=whole(given, "num_heads", 4),
+        num_head_channels=64 if classifier else whole(given, "num_head_channels", -1),
+        legacy_order=classifier or not truth(given, "use_new_attention_order"),
         dropout=number(given, "dropout", DEFAULTS["dropout"]),
         diffusion_steps=steps,
         noise_schedule=given["noise_schedule"],
-        rescale_timesteps=_truth(given, "rescale_timesteps", repository == IMPROVED),
-        predict_xstart=_truth(given, "predict_xstart"),
-        sigma_small=_truth(given, "sigma_small"),
+        rescale_timesteps=truth(given, "rescale_timesteps", repository == IMPROVED),
+        predict_xstart=truth(given, "predict_xstart"),
+        sigma_small=truth(given, "sigma_small"),
+        timestep_respacing=given.get("timestep_respacing", ""),
     )
     if flags.noise_schedule not in ("linear", "cosine"):
         raise ValueError(f"--noise_schedule {flags.noise_schedule}: must be linear or cosine")
@@ -214,12 +221,12 @@ def _compare(given: dict[str, str], layout: Layout, image_size: int) -> None:
     for name, value in told.items():
         if name not in given:
             continue
-        said = _truth(given, name) if isinstance(value, bool) else given[name]
+        said = truth(given, name) if isinstance(value, bool) else given[name]
         if str(said) != str(value):
             raise ValueError(f"--{name} {given[name]}: the file has {value}")
     name = f"{classifier}attention_resolutions"
     if name in given:
-        sides = [int(number({name: one}, name)) for one in given[name].split(",")]
+        sides = [whole({name: one}, name) for one in given[name].split(",")]
         levels = len(layout.widths)
         said_rates = sorted({image_size // side for side in sides if side > 0} & {2**level for level in range(levels)})
         if said_rates != rates:
@@ -234,7 +241,12 @@ def _compare(given: dict[str, str], layout: Layout, image_size: int) -> None:
             )
 
 
-def _truth(given: dict[str, str], name: str, default: bool | None = None) -> bool:
+def truth(given: dict[str, str], name: str, default: bool | None = None) -> bool:
+    """A flag's value as True or False.
+
+    Raises:
+        ValueError: it is neither.
+    """
     value = given.get(name)
     if value is None:
         return bool(DEFAULTS.get(name, False) if default is None else default)

@@ -153,7 +153,7 @@ def unet_config(
     """
     widths = layout.widths
     attending = {width for width, attends in zip(widths, layout.attention) if attends} | {widths[-1]}  # and the middle
-    if num_head_channels != -1 and any(width % num_head_channels for width in attending):
+    if num_head_channels != -1 and (num_head_channels < 1 or any(width % num_head_channels for width in attending)):
         raise ValueError(f"--num_head_channels {num_head_channels} does not divide {sorted(attending)}, its widths")
     if num_head_channels == -1 and any(num_heads < 1 or width % num_heads for width in attending):
         raise ValueError(f"--num_heads {num_heads} does not divide {sorted(attending)}, the widths that attend")

@@ -73,11 +73,8 @@ def make_diffusion(place: Location, source: Source) -> DDPMScheduler:
     Raises:
         ValueError: settings that no diffusion has.
     """
-    config = dict(source.scheduler or {})
-    if "timesteps" in config:
-        config.setdefault("num_train_timesteps", config.pop("timesteps"))
     try:
-        return DDPMScheduler.from_config(config)
+        return DDPMScheduler.from_config(dict(source.scheduler or {}))
     except (ValueError, TypeError, NotImplementedError) as error:
         raise ValueError(f"{place}: the scheduler: {one_line(error)}") from error
 

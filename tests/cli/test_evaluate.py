@@ -32,9 +32,8 @@ def shop(tmp_path_factory):
     root = tmp_path_factory.mktemp("evaluated")
     scheduler = DDPMScheduler(T, beta_schedule="cosine")
     DDPMPipeline(tiny_unet(), scheduler).save_pretrained(root / "plain")
-    ClassConditionalDDPMPipeline(tiny_unet(num_class_embeds=4), scheduler, dict(enumerate(NAMES))).save_pretrained(
-        root / "classes"
-    )
+    by_class = ClassConditionalDDPMPipeline(tiny_unet(num_class_embeds=4), scheduler, dict(enumerate(NAMES)))
+    by_class.save_pretrained(root / "classes")
     TextToImageDDPMPipeline(**tiny_text_pipeline().components, guidance_scale=3.0).save_pretrained(root / "text")
     for number, name in enumerate(("unet", "unet_ema")):
         tiny_unet(seed=number).save_pretrained(root / "checkpoint-2" / name)
@@ -379,8 +378,8 @@ def test_adms_npz_files_are_read(observe, tmp_path):
 def test_images_of_an_npz_file_keep_their_size(observe, tmp_path):
     """Else --resolution is accepted and does nothing."""
     np.savez(tmp_path / "a.npz", arr_0=random_pixels(6, 8, 10))
-    words = f"evaluate {tmp_path}/a.npz --dataset {{shop}}/images {{pixels}} --resolution"
-    assert [observe(f"{words} {size}").code for size in ("8x10", "8")] == [0, 2]
+    words = f"evaluate {tmp_path}/a.npz --dataset {{shop}}/images {{pixels}} --resolution 8"
+    assert (observe(f"{words}x10").code, observe(words).code) == (0, 2)
 
 
 def test_the_likelihood_alone_needs_no_samples(observe):
@@ -519,11 +518,11 @@ def test_likelihoods_are_compared(observe, run, tmp_path):
 
 def test_likelihoods_of_other_chains_or_images_are_not_compared(observe, run, tmp_path):
     """Else a bound over four steps, or of training images, stands beside one over all and of held-out ones."""
-    base = "evaluate {shop}/plain --dataset {shop}/thirds --metrics none --likelihood-calls 4 --out {out}"
-    for words in ("", "--held-out-split test", "--likelihood-steps 4", "--likelihood-images 2"):
-        assert observe(f"{base} {words}").code == 0
-    for number, named in enumerate(("held-out", "steps of the chain", "number of images"), 1):
-        assert_one_line(run("compare", tmp_path / "0", tmp_path / str(number)), named)
+    base = "evaluate {shop}/plain --dataset {shop}/thirds --metrics none --likelihood-calls 4 --out {out} "
+    words = ("", "--held-out-split test", "--likelihood-steps 4", "--likelihood-images 2")
+    assert [observe(base + one).code for one in words] == [0] * 4
+    for other, named in (("1", "held-out"), ("2", "steps of the chain"), ("3", "number of images")):
+        assert_one_line(run("compare", tmp_path / "0", tmp_path / other), named)
 
 
 def test_figures_of_other_held_out_images_are_not_compared(observe, run, tmp_path):

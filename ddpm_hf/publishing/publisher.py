@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..common.errors import UsageError
 from ..common.files import read_json, write_atomically
-from ..common.layout import METRICS_FILE, RUN_FILE
+from ..common.layout import METRICS_FILE, RUN_FILE, json_or_none
 from ..common.ownership import claim_files
 from ..evaluation.metrics import METRICS
 from ..models.fits import fits_of, use_fits
@@ -288,5 +288,6 @@ def describe_run(
 
 def base_run(folder: Path) -> dict[str, Any]:
     """Of a local model that a run starts from: its folder's name and, where a run of ours wrote it, its datasets."""
-    run = next((run for one in (folder, folder.resolve().parent) if (run := read_json(one / RUN_FILE))), {})
+    found = [json_or_none(one / RUN_FILE) for one in (folder, folder.resolve().parent)]
+    run = next((one for one in found if isinstance(one, dict) and "sessions" in one), {})  # others have files so named
     return {"name": folder.resolve().name, "datasets": datasets_of(run, base=True)}

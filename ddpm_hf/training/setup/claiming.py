@@ -303,8 +303,8 @@ def check_resumable(run: Run, model: "torch.nn.Module", facts: dict[str, Any], n
     except (ValueError, TypeError) as error:
         raise UsageError(f"{checkpoint}: {name}/config.json is not a model's config") from error
     ours = json.loads(model.to_json_string())
-    for key in {*ours} - OF_THE_DATA:
-        if not key.startswith("_") and ours[key] != saved.get(key):
+    for key in ours:
+        if not key.startswith("_") and key not in OF_THE_DATA and ours[key] != saved.get(key):
             raise UsageError(
                 f"{checkpoint} is of another model: its {key} is {saved.get(key)}, this run's {ours[key]}; resume with"
                 " the flags that it was trained with"

@@ -5,6 +5,8 @@ from typing import Any
 
 from ..common.errors import DataError
 
+INSPECTED = 100  # of the names, to see whether they name files
+
 
 def open_file_names(dataset: Any, column: str, folder: str | None, source: str) -> Any:
     """The dataset with the column's file names as images that are not decoded yet.
@@ -13,7 +15,7 @@ def open_file_names(dataset: Any, column: str, folder: str | None, source: str) 
         folder: the dataset's, which relative names begin at; None for one of the Hub.
 
     Raises:
-        DataError: a stream, an address, or a relative name without a folder.
+        DataError: a stream, an address, a relative name without a folder, or texts that name no files.
     """
     import datasets
 
@@ -21,7 +23,14 @@ def open_file_names(dataset: Any, column: str, folder: str | None, source: str) 
         raise DataError(
             f"column {column!r} of {source} holds names of files, which a stream does not open; leave --streaming out"
         )
-    files = [_located(name, column, folder, source) for name in dataset[column]]
+    names = dataset[column][:]
+    files = [_located(name, column, folder, source) for name in names]
+    there = [(name, file) for name, file in zip(names, files) if file is not None][:INSPECTED]
+    if there and not any(os.path.exists(file) for _, file in there):
+        raise DataError(
+            f"column {column!r} of {source} holds texts that name no files, such as {there[0][0][:80]!r}; name the"
+            " column of the images with --image_column"
+        )
     images = [None if file is None else {"bytes": None, "path": file} for file in files]
     feature = datasets.Image(decode=False)
     return dataset.remove_columns(column).add_column(column, images, feature=feature)

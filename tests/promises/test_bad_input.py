@@ -137,7 +137,7 @@ DATA = {
     "unknown column of digits": Bad({**NO_DATA, "image_column": "img"}, ("'img'", "image", "label", "--image_column")),
     "no image column": Bad({"train_data_dir": "{shop}/words"}, ("label, text", "--image_column")),
     "column of numbers": Bad({"image_column": "label"}, ("broken image 0",)),
-    "column of texts": Bad({"image_column": "text"}, ("broken image 0",)),
+    "column of texts": Bad({"image_column": "text"}, ("'text'", "name no files", "--image_column")),
     "unknown label column": Bad({"label_column": "class"}, ("'class'", "image, label, text")),
     "labels that are none": Bad({"train_data_dir": "{shop}/marks", "label_column": "marks"}, ("'marks'", "float")),
     "unknown split": Bad({"train_data_dir": "{shop}/splits", "dataset_split": "test"},

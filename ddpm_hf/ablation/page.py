@@ -218,7 +218,7 @@ def pictures(runs: Sequence[CellRun]) -> list[str]:
 def first_samples(folder: Path) -> np.ndarray:
     """The first images of an evaluation's first set of samples, uint8 [N, C, H, W]; empty if there are none."""
     record = read_json(folder / EVALUATION / METRICS_JSON) or {}
-    first = next(iter(record.get("results", ())), {})
+    first: dict[str, Any] = next(iter(record.get("results", ())), {})
     for settings in sorted((folder / EVALUATION / STORES).glob(f"*/{SETTINGS}")):
         made, store = read_json(settings) or {}, settings.parent
         if any(made.get(name) != first.get(name) for name in {*made, *first} - OF_ONE):

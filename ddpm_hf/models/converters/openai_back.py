@@ -12,12 +12,13 @@ from .openai import SCHEDULES, build_unet_on_meta, openai_betas
 from .openai_flags import GUIDED, IMPROVED, parse_flags, truth
 from .openai_names import to_openai
 
+Multiples = dict[int, tuple[float, ...]]
 # What their scripts multiply the channels by at each level, by the size of the images
-MULTIPLES = {
+MULTIPLES: dict[str, Multiples] = {
     GUIDED: {512: (0.5, 1, 1, 2, 2, 4, 4), 256: (1, 1, 2, 2, 4, 4), 128: (1, 1, 2, 3, 4), 64: (1, 2, 3, 4)},
     IMPROVED: {256: (1, 1, 2, 2, 4, 4), 64: (1, 2, 3, 4), 32: (1, 2, 2, 2)},
 }
-OF_UPSAMPLERS = {512: (1, 1, 2, 2, 4, 4), 256: (1, 1, 2, 2, 4, 4), 64: (1, 2, 3, 4)}
+OF_UPSAMPLERS: Multiples = {512: (1, 1, 2, 2, 4, 4), 256: (1, 1, 2, 2, 4, 4), 64: (1, 2, 3, 4)}
 NO_LEVEL = 1  # of an attention resolution: no level of their networks is a single pixel
 
 

@@ -265,10 +265,11 @@ def diffusion_rows(scheduler: dict[str, Any]) -> Rows:
 
 def run_rows(source: Source, settings: dict[str, Any], checkpoints: list[Path]) -> Rows:
     """How it was trained, as far as the folder records it."""
+    from ..publishing.card.facts import datasets_of
+
     run = source.json("run.json")
-    dataset = run.get("dataset", {})
     rows = []
-    if dataset:
+    for dataset in datasets_of(run):
         images = f", {dataset['images']:,} images" if dataset.get("images") else ""
         rows.append(("dataset", f"{dataset.get('name')}{images}"))
     if run.get("step") is not None:

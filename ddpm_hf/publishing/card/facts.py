@@ -78,7 +78,7 @@ def datasets_of(run: dict[str, Any], base: bool = False) -> list[dict[str, Any]]
         base: with those of the local model that it started from.
     """
     of_sessions = [one["dataset"] for one in run.get("sessions", ()) if one.get("dataset")]
-    now = of_sessions or [run[name] for name in ("dataset",) if run.get(name)]
+    now = of_sessions or ([run["dataset"]] if run.get("dataset") else [])
     every = [*((run.get("base_run") or {}).get("datasets", ()) if base else ()), *now]
     return list({one.get("fingerprint") or one["name"]: one for one in every}.values())
 

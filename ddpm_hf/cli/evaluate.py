@@ -294,9 +294,8 @@ def record_results(
     for result in results:
         how = f"{how_sampled(result)}; {measure.conventions}"
         for name, figure in result["figures"].items():
-            metric = METRICS[name]
-            called = f"{metric.label} ({metric.unit})" if metric.unit else metric.label
-            record_result(folder, called, figure["value"], result["samples"], reference.images.name, split, how)
+            title = METRICS[name].title
+            record_result(folder, title, figure["value"], result["samples"], reference.images.name, split, how)
     bound = more.get("likelihood")
     if bound:
         part = "held out" if reference.held_out else split

@@ -170,7 +170,7 @@ def label(name: str) -> str:
     if metric is None:
         return name
     arrow = {True: " ↓", False: " ↑", None: ""}[metric.lower_is_better]
-    return f"{metric.label}{f' ({metric.unit})' if metric.unit else ''}{arrow}"
+    return metric.title + arrow
 
 
 def in_columns(rows: Sequence[Sequence[str]]) -> str:

@@ -461,3 +461,11 @@ def test_the_facts_of_a_folder_are_those_of_its_files(tmp_path, facts):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in METRICS))
     found = read_facts(Path(tmp_path), "user/model", facts.pipeline)
     assert (found.run, found.metrics, found.results) == (RUN, METRICS, [])
+
+
+def test_figures_of_the_training_have_their_units(tmp_path):
+    """Else one figure has two names in a card: that of `ddpm-hf evaluate` with its unit, and one without."""
+    about = {"samples": 5, "settings": "ddim", "dataset": "photos"}
+    run = {"step": 3, "dataset": {"name": "photos"}, "evaluation": about}
+    facts = Facts("me/it", None, tmp_path, run, [{"step": 3, "evaluation_colour": 2.0, "evaluation_fid": 9.0}])
+    assert {one["metric"] for one in all_results(facts)} == {"colour shift (levels)", "FID"}

@@ -59,6 +59,11 @@ class Metric:
     picture_home: str | None = None
 
     @property
+    def title(self) -> str:
+        """The label with the unit, such as "colour shift (levels)"."""
+        return f"{self.label} ({self.unit})" if self.unit else self.label
+
+    @property
     def function(self) -> Callable[..., Figure]:
         """`function(real, generated, protocol, seed) -> Figure`, of two `Features`, or of rows of `summary`.
 

@@ -111,7 +111,7 @@ def evaluated(facts: Facts) -> list[dict[str, Any]]:
     values = {name: line[f"evaluation_{name}"] for line in lines for name in METRICS if f"evaluation_{name}" in line}
     return [
         {
-            "metric": METRICS[name].label,
+            "metric": METRICS[name].title,
             "value": value,
             "samples": about["samples"],
             "dataset": facts.dataset.get("name", about["dataset"]),

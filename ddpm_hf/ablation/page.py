@@ -50,15 +50,8 @@ if TYPE_CHECKING:
 PART = "ablation"  # of the folder's manifest
 CSV, JSON, REPORT, PLAN = "table.csv", "table.json", "report.html", "plan.yaml"
 STORES = "samples"  # of an evaluation's folder
-OF_ONE = {
-    "title",
-    "samples",
-    "figures",
-    "model",
-    "precision",
-    "conditions",
-    "fit",
-}  # only in a store or only in a record
+# What a store of samples or a record of figures has alone
+OF_ONE = {"title", "samples", "figures", "model", "precision", "conditions", "fit"}
 POINTS = 200  # of a loss curve
 
 

@@ -145,6 +145,7 @@ KINDS = [pytest.param(kind, 0.1, "label_column", id=kind) for kind in LABELS]
 KINDS.append(pytest.param("strings", 0, "dataset_class_label_column_name", id="without dropout"))
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize(("kind", "dropout", "spelling"), KINDS)
 def test_the_saved_names_are_those_of_the_labels(kind, dropout, spelling, world, batches, tmp_path):
     """Else whoever asks the saved model for a dog gets what was labelled a cat."""
@@ -263,6 +264,7 @@ def dropped_in(steps, count, share):
     return classes == 3, np.array(listener.timesteps).reshape(steps, count)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_labels_are_dropped_as_often_as_asked_and_at_all_noise_levels(share):
     """Else guidance lacks its unconditional half, wholly or at some noise levels or places of the batch."""
@@ -492,6 +494,7 @@ RESUMED = {
 }
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("case", RESUMED)
 def test_resuming_by_class_is_never_having_stopped(case, world, tmp_path):
     """Else an interrupted run drops other labels or draws other classes than it would have."""

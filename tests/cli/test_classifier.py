@@ -117,6 +117,7 @@ RESUMED = {
 }  # fmt: skip
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("case", RESUMED)
 def test_resuming_is_never_having_stopped(case, world, tmp_path):
     """Else an interrupted run is another run: other weights, other metrics."""
@@ -281,6 +282,7 @@ def asked(monkeypatch):
     return seen
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("model", ["plain", "by-class"])
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
 def test_a_classifier_guides_the_command(sampler, model, sample, asked, shop, tmp_path):

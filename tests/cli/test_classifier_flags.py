@@ -257,6 +257,7 @@ def seen_of(shop, tmp_path_factory):
     return lambda flags: watched({**BASE, **flags})
 
 
+@pytest.mark.every(3)
 @pytest.mark.filterwarnings("ignore:invalid value encountered in cast:RuntimeWarning")
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.flag}-{row.value}".replace("{shop}/", ""))
 def test_a_flag_changes_what_is_seen(row, seen_of):

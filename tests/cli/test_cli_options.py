@@ -333,6 +333,7 @@ def test_every_option_has_a_row():
         assert set(names.values()) <= set(tests)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.command} {row.given.replace('{shop}/', '')}")
 def test_an_option_changes_what_is_seen(row, observe):
     """Else an option is accepted and ignored, or does something else than it says."""

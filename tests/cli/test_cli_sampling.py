@@ -147,6 +147,7 @@ def test_npz_is_what_adm_reads(kind, run, plain, by_class, tmp_path):
 # Samplers
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(
     ("config", "unable"),
     [

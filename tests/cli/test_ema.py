@@ -95,6 +95,7 @@ def usual():
     return {}
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", ROWS)
 def test_an_option_changes_what_is_seen(name, call, usual):
     """Else an option is accepted and ignored."""

@@ -139,6 +139,7 @@ APART = {
 }
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.command} {row.option}")
 def test_an_option_changes_the_fit(row, call, unchanged, monkeypatch):
     """Else an option is accepted and ignored."""

@@ -121,6 +121,7 @@ BUCKETS = {
 }  # fmt: skip
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("cache", [True, None])
 def test_runs_on_buckets_resume_exactly(cache, shop, tmp_path):
     """Else a resumed run sees other shapes than it would have."""

@@ -146,6 +146,7 @@ FLAGS = {
 }  # fmt: skip
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("flag", FLAGS)
 def test_a_flag_changes_what_is_seen(flag, shop, tmp_path, features):
     """Else a flag is accepted and ignored."""

@@ -73,6 +73,7 @@ def exact_model(schedule, chain, v):
     return data, chain, bound, continuous_decoder_bpd(scheduler, unet, x_0, chain[0])
 
 
+@pytest.mark.every(3)
 @data_variances
 @chains
 @schedules

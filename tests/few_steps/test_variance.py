@@ -44,6 +44,7 @@ def exact_variances(data):
     return [V * (1 - data.alpha_bar(t)) / data.marginal(t) for t in range(T)]
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("estimate", ["error", "norm"])
 def test_both_estimates_find_the_variance_of_x_0(estimate):
     """Else the fit is biased: both formulas agree for the network that is exact."""

@@ -291,6 +291,7 @@ def test_latents_have_unit_variance_at_the_end(finished):
     assert abs(float(scaled.var()) - 1) < 4 * math.sqrt(2 / scaled.numel())
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("how", ["killed", "told to stop"])
 @pytest.mark.parametrize("step", [4, 6])
 def test_resumed_is_uninterrupted(finished, data, how, step, monkeypatch, tmp_path):

@@ -61,6 +61,7 @@ def test_the_saved_pipeline_decodes_its_latents(label_column, shop, tmp_path):
     assert json.loads((folder / "model_index.json").read_text())["_class_name"][1] == kind.__name__
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("flags", [{}, {"random_flip": True}, {"label_column": "label", "use_ema": True}], ids=str)
 def test_cached_latents_train_the_same_model(flags, shop, tmp_path):
     """Else the cache gives an image another's latent, or a latent that is drawn once for all."""

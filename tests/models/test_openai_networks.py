@@ -116,6 +116,7 @@ def test_a_converted_network_computes_what_the_original_does_and_goes_back(name)
         assert all(torch.equal(back[key], state[key]) and back[key].dtype == dtype for key in state)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("name", "changed"),
     [

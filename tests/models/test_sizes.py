@@ -45,6 +45,7 @@ def sample_size(folder):
     return json.loads((folder / "unet/config.json").read_text())["sample_size"]
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(("asked", "trained", "warned"), [(None, 16, False), (16, 16, False), (32, 32, True)])
 def test_a_checkpoint_is_trained_at_its_size(asked, trained, warned, shop, tmp_path):
     """Else a model of 16×16 trains at 512×512, which takes a minute a step, and says 16×16 when it is saved."""
@@ -61,6 +62,7 @@ def test_a_checkpoint_is_trained_at_its_size(asked, trained, warned, shop, tmp_p
     assert ("resolution 16, the size of the model" in run.err) == (asked is None)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("named", "latent", "trained"),
     [

@@ -49,6 +49,7 @@ def gaussian(scheduler):
     return epsilon, torch.ones_like(VARIANCES), exact
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
 def test_the_error_falls_with_the_order(order):
     """Else the weights, or the ε that they weigh, are wrong: half the step, 2^order less error."""

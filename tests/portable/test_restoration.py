@@ -99,6 +99,7 @@ def gaussian(mean, variance, steps=200):
     return finished(DDPMRestorationPipeline.from_pipe(finished(DDPMPipeline(network, scheduler))))
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("method", ["pigdm", "mmps", "gibbs"])
 @pytest.mark.parametrize("name", ["half", "gaussian-blur"])
 def test_the_posterior_of_a_gaussian_is_exact(method, name):

@@ -67,6 +67,7 @@ def test_posterior_is_bayes_rule(schedule, t, s):
     assert moments.log_variance.item() == pytest.approx(math.log(variance), abs=1e-7)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("schedule", CHAINS)
 def test_chained_steps_are_the_closed_form(schedule):
     """1000 steps of q(x_t|x_{t-1}) one after another: else q_mean_variance belongs to another chain."""

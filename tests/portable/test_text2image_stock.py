@@ -183,6 +183,7 @@ def test_a_folder_never_pretends_to_be_stocks(name, tmp_path):
             np.testing.assert_allclose(draw(stock, call), draw(ours, call), atol=1e-3)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(
     "scheduler",
     [

@@ -80,6 +80,7 @@ def test_a_damaged_checkpoint_is_refused(name, shop, steady, folder):
     refused_resume(resumed(shop, folder, "checkpoint-3"), steady, "checkpoint-3", name.rpartition("/")[2])
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("how", ["damaged", "incomplete", "partial"])
 def test_latest_passes_over_a_damaged_checkpoint_and_says_so(how, shop, folder, tmp_path):
     # Breaks if a run that was killed while saving cannot go on, or goes on from half a checkpoint.

@@ -68,6 +68,7 @@ def of_steps(*steps: int):
     return lambda run, state, *more: state.step in steps
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("room", [0, 30_000])
 def test_a_checkpoint_that_finds_no_room_is_left_out(room, shop, whole, tmp_path):
     """Else a full disk ends a run that could have gone on, or takes the last good checkpoint with it."""

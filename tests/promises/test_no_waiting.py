@@ -69,6 +69,7 @@ def test_no_value_is_read_between_two_logged_steps(decides, shop, tmp_path):
     assert reads.count == (0 if decides else 12)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("logging_steps", [1, 4])
 def test_the_device_trains_what_the_host_trains(logging_steps, shop, tmp_path):
     """Models, averages and figures are equal but for rounding."""

@@ -90,6 +90,7 @@ def test_the_optimizer_takes_the_new_settings(begun, resume):
         assert f"{flag} was {getattr(before, flag)} and is {value}" in run.err
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("flag", "value", "key"),
     [

@@ -202,6 +202,7 @@ def test_a_run_that_sees_more_or_less_at_a_step_says_how_to_keep_it(world, tmp_p
     assert "each step saw" not in run.err
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("flags", [{"cache_dataset": "never"}, {"streaming": True}], ids=str)
 def test_workers_may_change(flags, world, tmp_path):
     """Else a run is tied to the machine whose cores it began with."""

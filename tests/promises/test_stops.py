@@ -40,6 +40,7 @@ def test_the_time_limit_saves_and_ends_and_the_run_goes_on(shop, whole, tmp_path
     check_same_run(run, whole)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_while_pictures_are_drawn_is_not_kept_waiting(number, shop, whole, tmp_path):
     """Else a long grid eats the seconds that a preempted job is given, or the picture is missing for ever."""
@@ -111,6 +112,7 @@ def test_a_sample_that_is_not_finite_is_named_and_its_steps_leave_no_trace(case,
         assert UNet2DModel.from_pretrained(path, subfolder="unet_ema").conv_in.weight.isfinite().all()
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(("sampler", "every"), [("uniform", 1), ("loss_second_moment", 4)])
 def test_a_run_that_diverges_keeps_the_checkpoint_from_before(sampler, every, shop, tmp_path):
     """Else the checkpoint to go on from is one of the bad steps', was rotated away, or differs from a good run's."""

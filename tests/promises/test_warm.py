@@ -21,6 +21,7 @@ def shown(tmp_path, *words, **options):
     return json.loads(done.stdout)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("isolated", [False, True])
 def test_a_forked_program_is_as_a_new_one(isolated, tmp_path, monkeypatch):
     """Else a test passes with what an earlier program, or the tests, left in the process."""

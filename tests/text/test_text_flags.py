@@ -223,6 +223,7 @@ def seen_of(shop, tmp_path_factory):
 NEEDED = {"pretrained_model_name_or_path", "text_encoder_name_or_path", "caption_column", "vae_latent_channels"}
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.flag}-{row.value}".replace("{shop}/", ""))
 def test_a_flag_changes_what_is_seen(row, seen_of):
     """Else a flag is accepted and ignored, or does something else than it says."""

@@ -21,6 +21,7 @@ from tests.support.text_runs import EMA, text_command, train_text
 # What must not matter
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("start", "flags"),
     [

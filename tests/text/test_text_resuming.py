@@ -41,6 +41,7 @@ RESUMED = {
 }
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("case", RESUMED)
 def test_resuming_is_never_having_stopped(case, trained, shop, tmp_path):
     """Else an interrupted run is another run: other weights, other averages, other metrics."""

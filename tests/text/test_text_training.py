@@ -34,6 +34,7 @@ def test_from_scratch_all_of_a_pipeline_lies_there(trained):
     assert not [path for path in folder.rglob("*") if path.name.startswith(".") or path.name.endswith(".partial")]
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("start", START)
 def test_stock_loads_the_result_and_draws_our_images(start, trained):
     """Else what was trained here can only be used here."""

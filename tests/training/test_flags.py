@@ -250,6 +250,7 @@ def test_every_flag_is_seen_to_work():
     assert declared == {row.flag for row in ROWS} | APART
 
 
+@pytest.mark.every(3)
 @pytest.mark.filterwarnings("ignore:invalid value encountered in cast:RuntimeWarning")  # pictures of NaN
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.flag}-{row.value}".replace("{shop}/", ""))
 def test_a_flag_changes_what_is_seen(row, seen_of):

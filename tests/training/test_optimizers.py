@@ -43,6 +43,7 @@ def test_the_names_are_those_of_the_makers():
     assert list(OPTIMIZERS) == list(MAKERS)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_run_resumes_to_the_bit(name, world, runs, tmp_path):
     """Else an interrupted run is another run: moments, bases and averaged weights must come back as they were."""

@@ -86,6 +86,7 @@ RESUMED = {
 }
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("case", RESUMED)
 def test_resuming_is_never_having_stopped(case, world, tmp_path):
     """Else an interrupted run is another run: other weights, other metrics, other pictures."""
@@ -159,6 +160,7 @@ def test_looking_changes_nothing(world, tmp_path):
         assert record.items() <= by_step[record["step"]].items()
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(("data", "batch"), [("images", 8), ("images-6", 6)])
 def test_accumulated_batches_are_one_large_batch(data, batch, world, tmp_path):
     """Else the gradient of 4+4, or of an epoch's partial 4+2, is not the mean over the step's samples."""

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..common.errors import UsageError
+from ..evaluation.compare import BITS
+from ..evaluation.metrics import METRICS
 from .yaml_lines import Document, read_document
 
 SCRIPTS = {"train": "train_unconditional", "train-text2image": "train_text2image"}  # by the command of ddpm-hf
@@ -268,6 +270,7 @@ def _published(document: Document, cells: list[str]) -> tuple[dict[str, dict[str
 
 
 def _figures(document: Document, path: tuple[str, ...]) -> dict[str, float]:
+    _known(document, path, _mapping(document, path), [*METRICS, BITS])
     found = {}
     for name, value in _mapping(document, path).items():
         try:

@@ -67,6 +67,7 @@ def push(
     from ..common.arguments import check_license
     from ..inference.loading import is_checkpoint
     from ..publishing.files import has_root_layout, pipeline_folder
+    from ..publishing.hub import check_name
     from ..training.earlier_run import settle
 
     check_license("license", license_)
@@ -84,8 +85,9 @@ def push(
     if include and has_root_layout(folder):
         raise ValueError(f"--include: {folder} has the layout of the Hub's first models; leave it out")
     run = folder.resolve().parent if of_run else folder.resolve()
-    settle(run)
     name = repository or run.name
+    check_name(name)
+    settle(run)
     state = [f"nothing was uploaded, and {folder} is complete"]
     with reports_stop(lambda: state[-1]), pipeline_folder(folder, ema) as source:
         if dry_run:

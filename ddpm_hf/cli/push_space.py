@@ -69,8 +69,11 @@ def push_space(
     from ..inference.loading import is_checkpoint
     from ..publishing import spaces
     from ..publishing.files import pipeline_folder
+    from ..publishing.hub import check_name
     from ..training.earlier_run import settle
 
+    if space:
+        check_name(space)
     folder = Path(model)
     of_run = is_checkpoint(folder)
     if ema is not None and not of_run:

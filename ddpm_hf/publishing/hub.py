@@ -165,12 +165,24 @@ def refuses(error: Exception) -> bool:
     return isinstance(error, (LocalTokenNotFoundError, HFValidationError)) or type(error) is ValueError
 
 
+def check_name(repository: str) -> None:
+    """Raise ValueError for what cannot be the name of a repository; asks nobody."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise ValueError(
+            f"{repository!r} cannot be the name of a repository; give user/name, of letters, digits, -, _ and ."
+        ) from error
+
+
 def check_account(repository: str, token: str | None) -> None:
     """Raise the Hub's error for a token or a name that it rejects; creates nothing."""
     from huggingface_hub import HfApi
-    from huggingface_hub.utils import validate_repo_id
 
-    validate_repo_id(repository)
+    check_name(repository)
     account = HfApi(token=token).whoami()
     user = repository.rpartition("/")[0]
     known = [account["name"], *(one["name"] for one in account.get("orgs", []))]

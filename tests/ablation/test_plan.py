@@ -101,6 +101,8 @@ def test_a_plan_of_one_model_needs_no_grid(tmp_path):
         ("evaluate: {}\nreal: {splits: test}", 2, "real.splits: unknown key; did you mean 'split'?"),
         ("published: {cells: {model: {fid: 3}}}", 1, "published: must say its source"),
         ("published:\n  source: a\n  cells:\n    model: {fid: low}", 4, "published.cells.model.fid: must be a number"),
+        ("published:\n  source: a\n  cells:\n    model: {fed: 3}", 4, "unknown key; did you mean 'fid'?"),
+        ("published: {source: a, real: {FID: 3}}", 1, "published.real.FID: unknown key"),
         ("published: {source: a, cells: {modle: {fid: 3}}}", 1, "did you mean 'model'?"),
         ("flags: [", 1, "not YAML"),
         ("? [a]\n: b", 1, "a key that is not a text"),

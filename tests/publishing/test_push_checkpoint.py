@@ -180,3 +180,17 @@ def test_what_a_checkpoint_cannot_do_is_one_line(checkpoint, pushed, run):
     (checkpoint / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     assert_one_line(run("push", checkpoint), "checkpoint-4 cannot be loaded")
     assert not pushed
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("push", "{run}", "me/photos/extra", "--dry-run"), ("push", "{run}", "my photos"),
+     ("push-space", "{run}", "--space", "me/my app", "--dry-run"), ("push-space", "{run}", "--space", "a--b")],
+)  # fmt: skip
+def test_a_malformed_name_is_refused_before_the_hub_is_asked(words, checkpoint, pushed, run, monkeypatch):
+    # Breaks if a name that the Hub would refuse passes a dry run, or is found out after the pictures are sampled.
+    monkeypatch.setattr("huggingface_hub.HfApi.whoami", lambda *_, **__: pytest.fail("the Hub was asked"))
+    code, _, err = run(*(word.format(run=checkpoint.parent) for word in words))
+    assert code == 2
+    assert "cannot be the name of a repository; give user/name" in err
+    assert not pushed

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from ..restoration.problems import Picture
 
+MOST_NOISE = 2
+OF_AN_IMAGE = 2**20  # keys of an image's solutions, so that they depend on no other number
 METHODS = ("ddnm", "pigdm", "mmps", "diffpir", "dps", "gibbs", "repaint")
 TaskName = enum.Enum("TaskName", {name: name for name in TASKS}, type=str)  # type: ignore[misc]  # of a table
 MethodName = enum.Enum("MethodName", {name: name for name in METHODS}, type=str)  # type: ignore[misc]
@@ -131,7 +133,7 @@ def restore(
         str | None, option(HOW, "A network of the evaluation, for a perceptual distance to the truth.")
     ] = None,
     seed: Annotated[
-        int, option(HOW, "Solution i depends on the seed and i alone, whatever the batch.", min=0, max=2**63 - 1)
+        int, option(HOW, "Solution i of image k depends on the seed, k and i alone.", min=0, max=2**63 - 1)
     ] = 0,
     batch_size: Annotated[int, option(HOW, "Solutions sampled at once.", min=1)] = 64,
     precision: Annotated[
@@ -221,6 +223,11 @@ def restore(
         for index, file in enumerate(files)
     ]  # fmt: skip
     describe = None if features is None else feature_function(features, device)
+    if describe is not None and pictures[0].truth is not None:
+        try:
+            describe((255 * (pictures[0].truth / 2 + 0.5)).round().byte()[None])
+        except ValueError as error:
+            raise ValueError(f"--features {features}: {error}") from error
     with reports_stop(lambda: f"nothing was written to {out}"), autocast(device, precision):
         solutions = restore_pictures(pipeline, pictures, num_solutions, batch_size, seed, options)
     rows = [measure(picture, several, describe) for picture, several in zip(pictures, solutions)]
@@ -278,9 +285,14 @@ def class_id(loaded: Any, name: str | None) -> int | None:
 
 
 def check_numbers(sigma_y: float | None, degrade: bool, truth: Path | None, features: str | None) -> None:
-    """Raise ValueError for noise below 0, and for options that nothing would read."""
+    """Raise ValueError for noise below 0 or of another unit, and for options that nothing would read."""
     if sigma_y is not None and not 0 <= sigma_y < float("inf"):
         raise ValueError(f"--sigma-y {sigma_y}: must be 0 or more")
+    if sigma_y is not None and sigma_y > MOST_NOISE:
+        raise ValueError(
+            f"--sigma-y {sigma_y:g}: must be at most {MOST_NOISE}, of pixels from -1 to 1; divide that of 0 to 255 by"
+            " 127.5"
+        )
     if degrade and truth is not None:
         raise ValueError("--truth and --degrade, which makes the truth of --image: give one of them")
     if features is not None and not (degrade or truth is not None):
@@ -320,7 +332,7 @@ def restore_pictures(
             parts = []
             for first in range(0, num_solutions, batch_size):
                 count = min(batch_size, num_solutions - first)
-                indices = range(number * num_solutions + first, number * num_solutions + first + count)
+                indices = range(number * OF_AN_IMAGE + first, number * OF_AN_IMAGE + first + count)
                 output = pipeline(
                     picture.y,
                     picture.operator,

@@ -58,8 +58,11 @@ def counterpart(image: Path, given: Path, flag: str) -> Path:
     return found[0]
 
 
-def read_pixels(path: Path, channels: int, flag: str) -> "np.ndarray":
+def read_pixels(path: Path, channels: int, flag: str, task: str | None = None) -> "np.ndarray":
     """uint8 [H, W, channels] of an image file.
+
+    Args:
+        task: of a model that was not trained for it, whose observation this is.
 
     Raises:
         ValueError: not an image, or one of other channels.
@@ -80,7 +83,7 @@ def read_pixels(path: Path, channels: int, flag: str) -> "np.ndarray":
     except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
         raise ValueError(f"--{flag} {path}: not an image that can be read ({error})") from error
     if pixels is None:
-        raise ValueError(f"--{flag} {path} has {bands} channels, not {channels}{way_out(bands, channels)}")
+        raise ValueError(f"--{flag} {path} has {bands} channels, not {channels}{way_out(bands, channels, task)}")
     return pixels
 
 
@@ -97,10 +100,12 @@ def plain(image: "Image.Image", channels: int) -> "Image.Image":
     return image
 
 
-def way_out(bands: int, channels: int) -> str:
-    """What to do about an image of other channels."""
+def way_out(bands: int, channels: int, task: str | None) -> str:
+    """What to do about an image of other channels, which `task` observes."""
     if bands == 1 and channels == 3:
-        return "; for a gray image, --task colorize"
+        return "; for a gray image, --task colorize" if task else "; convert it to colour (RGB)"
+    if bands == 3 and channels == 1 and task == "colorize":
+        return "; --degrade takes the colours away first, or convert the image to gray"
     if bands == 3 and channels == 1:
         return "; convert the image to gray, or use a model of colour images"
     return ""
@@ -110,25 +115,22 @@ def read_mask(path: Path) -> "torch.Tensor":
     """bool [H, W], True where a pixel is known: where the picture is black, or opaque if parts are transparent.
 
     Raises:
-        ValueError: not an image, or one that hides nothing.
+        ValueError: not an image, or one that hides nothing, or does not say what.
     """
-    import numpy as np
     import torch
     from PIL import Image, UnidentifiedImageError
 
+    from ..portable.image_to_image_ddpm_hf import known_of_picture
+
     try:
         with Image.open(path) as image:
-            if "transparency" in image.info or "A" in image.mode:  # of a palette, too
-                image = image.convert("RGBA")
-            if image.mode == "RGBA" and image.getextrema()[-1][0] < 128:
-                known = np.asarray(image.getchannel("A")) >= 128  # transparent where it is painted out
-            else:
-                known = np.asarray(image.convert("L")) < 128
+            image.load()
     except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
         raise ValueError(f"--mask {path}: not an image that can be read ({error})") from error
-    if known.all():
-        raise ValueError(f"--mask {path}: hides nothing; what is to be painted must be white, or transparent")
-    return torch.from_numpy(known)
+    try:
+        return torch.from_numpy(known_of_picture(image))
+    except ValueError as error:
+        raise ValueError(f"--mask {path}: {error}") from error
 
 
 def fitted(pixels: "np.ndarray", size: tuple[int, int]) -> "np.ndarray":
@@ -167,6 +169,8 @@ def read_picture(
     Raises:
         ValueError: a picture, mask or truth that does not fit.
     """
+    import torch
+
     from ..restoration.pictures import to_tensor
     from ..restoration.problems import pose
 
@@ -174,17 +178,21 @@ def read_picture(
     if task == "colorize" and channels not in (3, 4):
         raise ValueError(f"--task colorize requires a model of colour images, and this one has {channels} channels")
     observed_channels = channels if degrade or task != "colorize" else channels - 2
-    pixels = read_pixels(path, observed_channels, "image")
+    untrained = not degrade and not hasattr(pipeline, "conditioning")
+    pixels = read_pixels(path, observed_channels, "image", task if untrained else None)
+    size, before = pipeline.image_size, pixels.shape[:2]
     if fit:
         enlarged = settings.factor if task == "super-resolution" and not degrade else 1
-        height, width = pipeline.image_size
-        pixels = fitted(pixels, (height // enlarged, width // enlarged))
+        pixels = fitted(pixels, (size[0] // enlarged, size[1] // enlarged))
     if task == "inpaint" and mask is not None:
         known = mask if mask in MASKS else read_mask(counterpart(path, Path(mask), "mask"))
+        if fit and not isinstance(known, str) and tuple(known.shape) == before:  # the parts of the image that it hides
+            known = torch.from_numpy(fitted(255 * known.byte().numpy()[..., None], size)).reshape(size) >= 128
         settings = settings._replace(mask=known)
     true = None
     if truth is not None:
-        true = to_tensor(read_pixels(counterpart(path, truth, "truth"), channels, "truth"))
+        whole = read_pixels(counterpart(path, truth, "truth"), channels, "truth")
+        true = to_tensor(fitted(whole, size) if fit else whole)
     try:
         posed = pose(
             path.stem, to_tensor(pixels), task, settings, pipeline, degrade=degrade, sigma_y=sigma_y,

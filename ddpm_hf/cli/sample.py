@@ -210,6 +210,7 @@ def sample(
     """
     from ..common.arguments import check_word
     from ..inference.loading import load
+    from ..inference.samplers import schedulers_of
     from ..training.earlier_run import settle
 
     words = (
@@ -254,9 +255,10 @@ def sample(
         if levels:
             conditions = of_cascade(pipeline, conditions, conditioning_noise)
     check_out(out)
+    own = schedulers_of(pipeline)
     steps = set_sampler(pipeline, sampler.value, steps)
     if save_model is not None:
-        save_cascade(pipeline, save_model)
+        save_cascade(pipeline, save_model, own, conditioning_noise)
     columns: int | None = None
     labels: list[int] = []
     frames: list[Any] = []
@@ -338,11 +340,19 @@ def as_cascade(loaded: list[Any]) -> Any:
     return DDPMCascadePipeline.from_pipes(*loaded)
 
 
-def save_cascade(pipeline: Any, folder: Path) -> None:
-    """Save the models as one."""
+def save_cascade(pipeline: Any, folder: Path, own: dict[str, Any], conditioning_noise: float | None) -> None:
+    """Save the models as one, with their own schedulers and the level of noise that was asked for."""
+    from ..inference.samplers import schedulers_of
     from ..models.saving import save_pipeline
 
-    save_pipeline(pipeline, folder)
+    if conditioning_noise is not None:
+        pipeline.register_to_config(conditioning_noise=dict.fromkeys(pipeline.conditionings, conditioning_noise))
+    chosen = schedulers_of(pipeline)
+    for schedulers in (own, chosen):
+        for name, scheduler in schedulers.items():
+            setattr(pipeline, name, scheduler)
+        if schedulers is own:
+            save_pipeline(pipeline, folder)
     typer.echo(f"saved to {folder}: `ddpm-hf sample {folder}` samples from it, `ddpm-hf push` publishes it")
 
 
@@ -415,19 +425,22 @@ def ready_device(device: str | None) -> str:
     return checked_device(device)
 
 
-def set_sampler(pipeline: "DiffusionPipeline", sampler: str, steps: int | None) -> int:
+def set_sampler(pipeline: "DiffusionPipeline", sampler: str, steps: int | None) -> int | None:
     """Put a sampler into the pipeline; the number of steps to sample in, by default its usual one.
+
+    None stands for all timesteps of each stage, where a cascade's stages have different numbers of them.
 
     Raises:
         ValueError: more steps than the model has timesteps, or a number that was not fitted.
     """
-    from ..inference.samplers import swap_sampler
+    from ..inference.samplers import schedulers_of, swap_sampler
 
     usual_steps = swap_sampler(pipeline, sampler)
-    timesteps = pipeline.scheduler.config.num_train_timesteps
+    all_timesteps = {one.config.num_train_timesteps for one in schedulers_of(pipeline).values()}
+    timesteps = min(all_timesteps)
     if steps is not None and steps > timesteps:
         raise ValueError(f"--steps {steps}: the model has {timesteps} timesteps, T of its training")
-    steps = steps or usual_steps or timesteps
+    steps = steps or usual_steps or (timesteps if len(all_timesteps) == 1 else None)
     if SAMPLERS[sampler].fitted:
         pipeline.scheduler.set_timesteps(steps)  # it refuses numbers that were not fitted
     return steps
@@ -449,7 +462,7 @@ def sample_images(
     num_images: int,
     batch_size: int,
     seed: int,
-    steps: int,
+    steps: int | None,
     eta: float,
     num_frames: int,
 ) -> tuple[list, list]:
@@ -479,11 +492,11 @@ def sample_images(
 
 
 def images_between(
-    pipeline: "DiffusionPipeline", files: tuple[Path, Path], timestep: int, count: int, seed: int, steps: int
+    pipeline: "DiffusionPipeline", files: tuple[Path, Path], timestep: int, count: int, seed: int, steps: int | None
 ) -> list:
     """PIL images on the way from one to another (Ho et al. 2020, fig. 8), ends included."""
     import torch
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     from ..data.pixels import prepare_image
     from ..inference.studio import keyed_generators
@@ -492,7 +505,7 @@ def images_between(
     for path in files:
         try:
             with Image.open(path) as image:
-                ends.append(prepare_image(image, pipeline.image_channels))
+                ends.append(prepare_image(ImageOps.exif_transpose(image), pipeline.image_channels))
         except (OSError, UnidentifiedImageError, ValueError) as error:
             raise ValueError(f"--interpolate {path}: not an image that can be read ({error})") from error
     if count < 2:
@@ -503,7 +516,7 @@ def images_between(
     return pipeline.interpolate(*ends, timestep, **options).images
 
 
-def images_from_shared(pipeline: "DiffusionPipeline", count: int, timestep: int, seed: int, steps: int) -> list:
+def images_from_shared(pipeline: "DiffusionPipeline", count: int, timestep: int, seed: int, steps: int | None) -> list:
     """PIL images that have the chain down to a timestep in common (Ho et al. 2020, fig. 7)."""
     from ..inference.studio import keyed_generators
 

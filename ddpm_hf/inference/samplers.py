@@ -87,7 +87,7 @@ def swap_sampler(pipeline: Any, name: str) -> int | None:
 
 def schedulers_of(pipeline: Any) -> dict[str, Any]:
     """A pipeline's schedulers by their attributes: a cascade has one for each stage."""
-    names = getattr(pipeline, "scheduler_names", ("scheduler",))
+    names = getattr(pipeline, "scheduler_names", ("scheduler",))  # stock pipelines have one
     return {name: getattr(pipeline, name) for name in names if getattr(pipeline, name) is not None}
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image, ImageOps
 
 from .conditioning_ddpm_hf import Conditioning, corrected, correction_of
 from .guidance_ddpm_hf import ClassesMixin, ClassLabels, FreeGuidance, Predict
@@ -116,7 +117,7 @@ class ImageToImageMixin(SamplingMixin, ClassesMixin):
             raise ValueError("inpainting requires a mask: a picture, white where to paint, or a tensor, true if known")
         several = mask if isinstance(mask, (list, tuple)) else [mask]
         parts = [
-            torch.from_numpy(np.asarray(one.convert("L")) < 128) if hasattr(one, "convert") else torch.as_tensor(one)
+            torch.from_numpy(known_of_picture(one)) if isinstance(one, Image.Image) else torch.as_tensor(one)
             for one in several
         ]
         size = tuple(self.sample_shape[1:])
@@ -142,7 +143,7 @@ class ImageToImageMixin(SamplingMixin, ClassesMixin):
             name, value = ("sigma_y", sigma_y) if level > conditioning_noise else ("conditioning_noise", level)
             raise ValueError(
                 f"{name}={value:g}: this model was trained with conditioning noise up to {self.conditioning.noise:g}"
-                + (f" (sigma_y {highest_sigma(self.conditioning.noise):.3g})" if name == "sigma_y" else "")
+                + (f" (sigma_y {highest_sigma(self.conditioning.noise):g})" if name == "sigma_y" else "")
             )
         return level
 
@@ -268,5 +269,33 @@ class ImageToImageMixin(SamplingMixin, ClassesMixin):
 
 
 def highest_sigma(level: float) -> float:
-    """The deviation of the noise in y of a level s: s/√(1-s²)."""
-    return level / math.sqrt(1 - level**2)
+    """The deviation of the noise in y of a level s, s/√(1-s²), rounded down to three decimals."""
+    return math.floor(1000 * level / math.sqrt(1 - level**2)) / 1000
+
+
+def known_of_picture(mask: Image.Image) -> np.ndarray:
+    """What a mask shows, bool [H, W]: where it is black, or, if parts are transparent, where it is opaque.
+
+    Raises:
+        ValueError: it hides nothing, or is white on transparent, which may mean either.
+    """
+    mask = ImageOps.exif_transpose(mask)
+    if "transparency" in mask.info or "A" in mask.mode:  # of a palette, too
+        mask = mask.convert("RGBA")
+    if mask.mode == "RGBA" and mask.getextrema()[-1][0] < 128:
+        pixels = np.asarray(mask)
+        known = pixels[..., 3] >= 128
+        if known.any() and pixels[known].min() >= 250:
+            raise ValueError(
+                "the mask is white on transparent: is the white to be painted, or the rest? Give one that is white"
+                " where to paint, on black"
+            )
+    elif mask.mode in ("I", "F") or mask.mode.startswith("I;"):  # more than 8 bits, which PIL would clip
+        values = np.asarray(mask).astype(np.float64)
+        white = 65535.0 if mask.mode != "F" else 1.0 if values.max() <= 1 else 255.0
+        known = values < white / 2
+    else:
+        known = np.asarray(mask.convert("L")) < 128
+    if known.all():
+        raise ValueError("the mask hides nothing; what is to be painted must be white, or transparent")
+    return known

@@ -60,10 +60,7 @@ class Operator:
         Args:
             ratio: ρ, or one for each sample, [N, 1, 1, 1].
         """
-        if isinstance(ratio, torch.Tensor):
-            ratio = ratio.reshape(-1, *[1] * (y.ndim - 1))
-        solution = conjugate_gradients(lambda u: self.forward(self.adjoint(u)) + ratio * u, y)
-        return self.adjoint(solution)
+        return least_squares(self.forward, self.adjoint, y, ratio)
 
     def observe(self, x: torch.Tensor, sigma_y: float = 0.0, generator: torch.Generator | None = None) -> torch.Tensor:
         """A x + n with n ~ N(0, σ_y² I), [N, *observation_shape]; only what A observes has noise."""
@@ -77,6 +74,14 @@ class Operator:
     def observed(self, y: torch.Tensor) -> torch.Tensor:
         """y [N, *observation_shape] without what no x explains: the hidden pixels of a mask."""
         return y
+
+    def then(self, other: "Operator") -> "Operator":
+        """This operator followed by another.
+
+        Raises:
+            ValueError: the other does not read what this one gives.
+        """
+        return Composition(self, other)
 
     def cast(self, name: str, table: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """A constant of the operator, in the precision and on the device of a tensor; kept for the next call."""
@@ -240,10 +245,42 @@ def inner(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (a * b).flatten(1).sum(1).reshape(-1, *[1] * (a.ndim - 1))
 
 
-def conjugate_gradients(matrix: LinearMap, y: torch.Tensor, iterations: int = MOST_ITERATIONS) -> torch.Tensor:
-    """u with M u = y for a symmetric positive semi-definite M, [N, ...] (Hestenes & Stiefel 1952).
+def least_squares(
+    forward: LinearMap, adjoint: LinearMap, y: torch.Tensor, ratio: float | torch.Tensor = 0.0
+) -> torch.Tensor:
+    """argmin ‖y - A x‖² + ρ ‖x‖², [N, C, H, W]; with ρ = 0 the smallest of them (CGLS, Björck 1996, sec. 7.4).
 
-    It stops at the rounding of y's precision, each sample by itself. A singular M requires y in its range.
+    y may have parts that no x explains: they are what remains of the residual. It stops at the rounding of y's
+    precision, each sample by itself.
+
+    Args:
+        ratio: ρ, or one for each sample, [N, 1, 1, 1].
+    """
+    tolerance = 1e-14 if y.dtype == torch.float64 else 1e-7
+    residual, gradient = y, adjoint(y)  # y - A x, and Aᵀ(y - A x) - ρ x
+    x, direction, size = torch.zeros_like(gradient), gradient, inner(gradient, gradient)
+    largest, explained = torch.zeros_like(size), tolerance**2 * inner(y, y).reshape(size.shape)
+    for iteration in range(MOST_ITERATIONS):
+        image, length = forward(direction), inner(direction, direction)
+        curvature = inner(image, image).reshape(size.shape) + ratio * length
+        largest = torch.maximum(largest, curvature / length.clamp(min=1e-38))  # of ‖A‖² + ρ
+        error = inner(residual, residual).reshape(size.shape) + ratio * inner(x, x)
+        left = (error > explained) & (size > (10 * tolerance) ** 2 * largest * error)  # else rounding remains
+        if iteration % READ_EVERY == READ_EVERY - 1 and not bool(left.any()):
+            break  # a sample that has converged stays as it is until then
+        step = torch.where(left & (curvature > 0), size / curvature.clamp(min=1e-38), 0.0)
+        x = x + step * direction
+        residual = residual - step.reshape(-1, *[1] * (y.ndim - 1)) * image
+        gradient = torch.where(left, adjoint(residual) - ratio * x, 0.0)
+        before, size = size, inner(gradient, gradient)
+        direction = gradient + torch.where(before > 0, size / before.clamp(min=1e-38), 0.0) * direction
+    return x
+
+
+def conjugate_gradients(matrix: LinearMap, y: torch.Tensor, iterations: int) -> torch.Tensor:
+    """u with M u = y for a symmetric positive definite M, [N, ...] (Hestenes & Stiefel 1952).
+
+    It stops at the rounding of y's precision, each sample by itself.
     """
     tolerance = 1e-14 if y.dtype == torch.float64 else 1e-7
     u, residual = torch.zeros_like(y), y

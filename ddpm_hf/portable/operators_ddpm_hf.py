@@ -93,8 +93,10 @@ class SeparableOperator(SpectralOperator):
             values = values * s.reshape([-1 if other == axis else 1 for other in range(3)])
         self.singular_values = torch.where(values < cutoff * values.max(), 0.0, values)  # [c, h, w], the ranks
 
-    def then(self, other: "SeparableOperator") -> "SeparableOperator":
-        """This operator followed by another separable one, again with an SVD."""
+    def then(self, other: Operator) -> Operator:
+        """This operator followed by another; of two separable ones the SVD is known again."""
+        if not isinstance(other, SeparableOperator):
+            return super().then(other)
         if self.observation_shape != other.shape:
             raise ValueError(
                 f"the operators do not fit: one gives {self.observation_shape}, the next reads {other.shape}"

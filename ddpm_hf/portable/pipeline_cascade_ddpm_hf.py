@@ -249,6 +249,7 @@ class DDPMCascadePipeline(SamplingMixin, ClassesMixin, AccelerationMixin, Portab
             ValueError: classes, levels or steps that the models do not support.
         """
         self.check_output_type(output_type)
+        self.prepare_timesteps(num_inference_steps)  # of all stages, before the first one samples
         guidance = FreeGuidance(guidance_scale, guidance_rescale, guidance_interval).check()
         levels = self.levels(conditioning_noise)
         first, *uppers = self.stages

@@ -20,7 +20,7 @@ from .acceleration_ddpm_hf import AccelerationMixin
 from .coefficients_ddpm_hf import Coefficients, posterior_mean_coefficients, posterior_variance_and_log_beta
 from .guidance_ddpm_hf import find_class
 from .hub_ddpm_hf import PortablePipelineMixin
-from .linear_ddpm_hf import Operator, as_operator
+from .linear_ddpm_hf import Operator, as_operator, least_squares
 from .multistep_ddpm_hf import EpsilonMultistepScheduler  # noqa: F401  Diffusers fetches what a pipeline imports itself
 from .operators_ddpm_hf import OPERATORS  # noqa: F401  so that it lies beside, and for `from ... import OPERATORS`
 from .restoration_ddpm_hf import (
@@ -47,6 +47,7 @@ from .scheduling_ddpm_hf import LEARNED_VARIANCE_TYPES, DDPMScheduler
 
 logger = logging.get_logger(__name__)
 
+FINE = 0.01  # noise below it is not seen: 8-bit images have 0.0023
 RESTORED = ("DDPMPipeline", "DDIMPipeline", "ClassConditionalDDPMPipeline")  # pipelines whose models restore
 
 
@@ -129,8 +130,11 @@ class DDPMRestorationPipeline(SamplingMixin, AccelerationMixin, PortablePipeline
         """Raise ValueError: what it holds is another pipeline's."""
         raise ValueError("a restoration pipeline holds nothing to save; save the pipeline that it was made from")
 
-    def class_ids(self, class_labels: Sequence[int | str] | int | str | None, count: int) -> torch.Tensor | None:
+    def class_ids(self, class_labels: Any, count: int) -> torch.Tensor | None:
         """One class for each of `count` observations, LongTensor [N]; None for a model without classes.
+
+        Args:
+            class_labels: as of `ClassConditionalDDPMPipeline`: ids, names or None, one or several, or a tensor.
 
         Raises:
             ValueError: labels for a model without classes, unknown ones, too few, or none where the model needs one.
@@ -141,20 +145,21 @@ class DDPMRestorationPipeline(SamplingMixin, AccelerationMixin, PortablePipeline
                 raise ValueError("class_labels: this model has no classes; leave them out")
             return None
         names = dict(self.config.get("id2label") or {str(one): str(one) for one in range(embeddings)})
-        if class_labels is None:
-            if embeddings == len(names):
-                raise ValueError("this model always has a class; give class_labels")
-            return torch.full((count,), embeddings - 1, device=self._execution_device)  # the null class
-        labels = [class_labels] if isinstance(class_labels, (int, str)) else list(class_labels)
+        if isinstance(class_labels, (torch.Tensor, np.ndarray)):
+            class_labels = class_labels.reshape(-1).tolist()
+        labels = list(class_labels) if isinstance(class_labels, (list, tuple, range)) else [class_labels]
+        null = embeddings - 1 if embeddings > len(names) else None
+        if null is None and None in labels:
+            raise ValueError("this model always has a class; give class_labels")
         known = {name: int(number) for number, name in names.items()}
-        ids = [find_class(one, known) if isinstance(one, str) else int(one) for one in labels]
-        if any(not 0 <= one < len(names) for one in ids) or len(ids) not in (1, count):
+        ids = [null if one is None else find_class(one, known) if isinstance(one, str) else int(one) for one in labels]
+        if any(not 0 <= one < len(names) and one != null for one in ids) or len(ids) not in (1, count):
             raise ValueError(
                 f"class_labels={labels}: give one for all or for each of {count} observations, from 0 to"
                 f" {len(names) - 1}"
             )
         trained = self.config.get("trained_classes")
-        if trained and (untrained := sorted({names[str(one)] for one in ids if one not in trained})):
+        if trained and (untrained := sorted({names[str(one)] for one in ids if one not in (*trained, null)})):
             logger.warning(f"no training image had these classes, whose embeddings are untrained: {untrained}")
         return torch.tensor(ids * (count if len(ids) == 1 else 1), device=self._execution_device)
 
@@ -184,13 +189,18 @@ class DDPMRestorationPipeline(SamplingMixin, AccelerationMixin, PortablePipeline
                 f"an observation of shape {tuple(observation.shape)}, and the operator gives"
                 f" {expected} for images of {tuple(operator.shape)} (channels, height, width)"
             )
-        observation = observation.to(device=self._execution_device, dtype=self.unet.dtype)
+        observation = observation.to(device=self._execution_device, dtype=self.exact_dtype)
         if not torch.isfinite(observation).all():
             raise ValueError("the observation contains NaN or infinity")
         return observation
 
+    @property
+    def exact_dtype(self) -> torch.dtype:
+        """In which all but the network computes: A x = y is not a matter of half precision."""
+        return torch.promote_types(self.unet.dtype, torch.float32)
+
     def check_method(self, method: str, operator: Operator, sigma_y: float) -> Method:
-        """The row of a method, if it works for the operator and the model.
+        """The row of a method, if it works for the operator and the model; a warning where it leaves y's noise.
 
         Raises:
             ValueError: it does not, or is unknown.
@@ -206,6 +216,8 @@ class DDPMRestorationPipeline(SamplingMixin, AccelerationMixin, PortablePipeline
                 f"method={method!r} with sigma_y={sigma_y:g} requires an operator with a known SVD; use pigdm or"
                 " diffpir"
             )
+        if row.exact and sigma_y > FINE:
+            logger.warning(f"method={method!r} takes y as exact: noise of sigma_y={sigma_y:.3g} stays in the images")
         return row
 
     def restoration_timesteps(self, num_inference_steps: int, start: float, second_rho: float = math.inf) -> list[int]:
@@ -340,11 +352,15 @@ class DDPMRestorationPipeline(SamplingMixin, AccelerationMixin, PortablePipeline
         conditioning = {} if labels is None else {"class_labels": labels.repeat_interleave(num_solutions, 0)}
 
         size = self.sample_shape[1:] if self.vae is not None else operator.shape[1:]
-        x = self.prepare_latents(len(y), generator, size=size)
-        if start < 1:
-            x_start = self._encoded(operator.pseudo_inverse(y))
-            x = self.scheduler.add_noise(x_start, x, plan[0][0])  # type: ignore[arg-type]
-        problem = Problem(operator, y, float(sigma_y), self.scheduler, options, self.pixels)
+        x = self.prepare_latents(len(y), generator, size=size).to(self.exact_dtype)
+        with in_full_precision(x):
+            explained = y  # what no x explains says nothing of x
+            if not operator.has_svd:
+                explained = operator.forward(least_squares(operator.forward, operator.adjoint, y))
+            if start < 1:
+                x_start = self._encoded(operator.pseudo_inverse(explained)).to(x.dtype)
+                x = self.scheduler.add_noise(x_start, x, plan[0][0])  # type: ignore[arg-type]
+        problem = Problem(operator, explained, float(sigma_y), self.scheduler, options, self.pixels)
         chain = _Chain(self, problem, row, plan, conditioning, generator)
         output = self.denoise(
             x, [t for t, _, _ in plan], chain.predict, chain.take_step, output_type, True,  # type: ignore[arg-type]
@@ -352,7 +368,8 @@ class DDPMRestorationPipeline(SamplingMixin, AccelerationMixin, PortablePipeline
         )  # fmt: skip
         if not return_dict:
             return (output.images,)  # type: ignore[return-value]
-        error = operator.observed(y - operator.forward(self.pixels(chain.x))).flatten(1)
+        with in_full_precision(y):
+            error = operator.observed(y - operator.forward(self.pixels(chain.x))).flatten(1)
         residuals = error.square().mean(1).sqrt()
         return RestorationOutput(output.images, output.frames, residuals, float(sigma_y))
 
@@ -370,6 +387,10 @@ class DDPMRestorationPipeline(SamplingMixin, AccelerationMixin, PortablePipeline
 
     def _options(self, row: Method, eta: float | None, weight: float | None, iterations: int | None) -> Options:
         options = row.defaults
+        for name, value in (("eta", eta), ("weight", weight), ("iterations", iterations)):
+            if value is not None and name not in row.reads:
+                readers = " and ".join(one for one, method in METHODS.items() if name in method.reads)
+                raise ValueError(f"{name}={value!r} is for the methods {readers}; leave it out")
         if eta is not None:
             if not (isinstance(eta, numbers.Real) and 0 <= eta <= 1):
                 raise ValueError(f"eta={eta!r}: must be from 0 to 1")
@@ -389,11 +410,16 @@ class DDPMRestorationPipeline(SamplingMixin, AccelerationMixin, PortablePipeline
         if self.vae is None:
             return x_start
         latents = x_start / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
-        return self.vae.decode(latents, return_dict=False)[0]
+        return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].to(x_start.dtype)
 
     def _encoded(self, images: torch.Tensor) -> torch.Tensor:
         """Images in [-1, 1] as x_0."""
         return images if self.vae is None else self.encode(images / 2 + 0.5)
+
+
+def in_full_precision(x: torch.Tensor) -> torch.autocast:
+    """A context without autocast, in which the products of an operator would lose y."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 class _Chain:
@@ -413,6 +439,7 @@ class _Chain:
         self.network: Callable[..., torch.Tensor] = pipeline.predict
         if tuple(problem.operator.shape[1:]) != tuple(pipeline.image_size):
             self.network = tiled(pipeline.predict, pipeline.image_size)
+        self.dtype = pipeline.unet.dtype
         self.log_alpha_bar = Coefficients(pipeline.scheduler.exact_tables.betas.numpy()).log_alpha_bar
         self.latent = pipeline.vae is not None
         self.x: torch.Tensor = problem.y  # x_s of the latest step
@@ -423,10 +450,14 @@ class _Chain:
         """The model's output at x_t, with its graph where the method differentiates it."""
         self.input = x.detach().requires_grad_(self.method.gradients)
         with torch.set_grad_enabled(self.method.gradients):
-            return self.network(self.input, t, **self.conditioning)
+            return self.network(self.input.to(self.dtype), t, **self.conditioning).to(x.dtype)
 
     def take_step(self, output: torch.Tensor, t: float, x_t: torch.Tensor) -> DDPMSchedulerOutput:
         """Down from t to s by the method, then, with time travel, up again."""
+        with in_full_precision(x_t):
+            return self._step(output, t, x_t)
+
+    def _step(self, output: torch.Tensor, t: float, x_t: torch.Tensor) -> DDPMSchedulerOutput:
         _, s, up = next(self.plan)
         scheduler = self.problem.scheduler
         with torch.set_grad_enabled(self.method.gradients):

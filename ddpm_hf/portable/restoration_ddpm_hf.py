@@ -319,7 +319,9 @@ class Method(NamedTuple):
         step: its function.
         title: for people, with its source.
         defaults: of its settings; `eta` is DDIM's η, but the share of new noise where `step` says so.
+        reads: which of the settings it has a use for.
         gradients: whether it differentiates the network: a step then costs two to three times as much.
+        exact: whether it takes y as exact, so that y's noise stays in the image.
         noise_needs_svd: whether σ_y > 0 requires an operator with a known SVD; with `rounds`, it is always required.
         latents: whether it works for models of latents, whose observations are not linear in x_0.
         time_travel: its usual one, (length, repeats).
@@ -331,7 +333,9 @@ class Method(NamedTuple):
     step: StepMethod
     title: str
     defaults: Options
+    reads: tuple[str, ...]
     gradients: bool = False
+    exact: bool = False
     noise_needs_svd: bool = False
     latents: bool = False
     time_travel: tuple[int, int] = (1, 1)
@@ -341,17 +345,27 @@ class Method(NamedTuple):
 
 METHODS: dict[str, Method] = {
     "ddnm": Method(
-        ddnm, "range and null space (Wang et al. 2023)", Options(0.85), noise_needs_svd=True, second_rho=DECIDED
+        ddnm, "range and null space (Wang et al. 2023)", Options(0.85), ("eta",), noise_needs_svd=True,
+        second_rho=DECIDED,
     ),
-    "pigdm": Method(pigdm, "pseudo-inverse guidance (Song et al. 2023)", Options(1.0), gradients=True),
-    "mmps": Method(mmps, "moment matching (Rozet et al. 2024)", Options(1.0, iterations=5), gradients=True),
-    "diffpir": Method(diffpir, "proximal steps (Zhu et al. 2023)", Options(1.0), second_rho=DECIDED),
-    "dps": Method(dps, "posterior sampling (Chung et al. 2023)", Options(1.0), gradients=True, latents=True),
+    "pigdm": Method(pigdm, "pseudo-inverse guidance (Song et al. 2023)", Options(1.0), ("eta",), gradients=True),
+    "mmps": Method(
+        mmps, "moment matching (Rozet et al. 2024)", Options(1.0, iterations=5), ("eta", "iterations"), gradients=True
+    ),
+    "diffpir": Method(
+        diffpir, "proximal steps (Zhu et al. 2023)", Options(1.0), ("eta", "weight"), second_rho=DECIDED
+    ),
+    "dps": Method(
+        dps, "posterior sampling (Chung et al. 2023)", Options(1.0), ("eta", "weight"), gradients=True, latents=True
+    ),
     "gibbs": Method(
-        gibbs, "split Gibbs sampling (Wu et al. 2024)", Options(1.0), noise_needs_svd=True, rounds=renoised_given_y
+        gibbs, "split Gibbs sampling (Wu et al. 2024)", Options(1.0), ("iterations",), noise_needs_svd=True,
+        rounds=renoised_given_y,
     ),
-    "repaint": Method(repaint, "resampling (Lugmayr et al. 2022)", Options(1.0), time_travel=(10, 10)),
-}
+    "repaint": Method(
+        repaint, "resampling (Lugmayr et al. 2022)", Options(1.0), ("eta",), exact=True, time_travel=(10, 10)
+    ),
+}  # fmt: skip
 
 
 # Around the chain

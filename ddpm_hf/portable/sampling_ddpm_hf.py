@@ -155,15 +155,19 @@ class SamplingMixin(MixinBase):
     vae: Any
     scheduler: Any  # ours, or another sampler of Diffusers
 
+    scheduler_names: tuple[str, ...] = ("scheduler",)  # a cascade has one for each stage
+
     def __setattr__(self, name: str, value: Any) -> None:
         """Adopt a scheduler; restores a learned `variance_type` that another sampler dropped."""
-        if name == "scheduler" and value is not None:
+        if name in self.scheduler_names and value is not None:
             given = value.config.get("variance_type")
             value = adopt_scheduler(value)
+            learned = self.__dict__.setdefault("_learned_variance_types", {})
             if given in LEARNED_VARIANCE_TYPES:
-                self.__dict__["_learned_variance_type"] = given
-            remembered = self.__dict__.get("_learned_variance_type")
-            doubled = hasattr(self, "unet") and output_channels(self.unet) == 2 * self.sample_shape[0]
+                learned[name] = given
+            remembered = learned.get(name)
+            unet = getattr(self, name.replace("scheduler", "unet"), None)
+            doubled = unet is not None and output_channels(unet) == 2 * self.sample_shape[0]
             if remembered and doubled and isinstance(value, DDPMScheduler) and given != remembered:
                 value = DDPMScheduler.from_config(value.config, variance_type=remembered)
         super().__setattr__(name, value)
@@ -389,7 +393,7 @@ class SamplingMixin(MixinBase):
 
         `pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)` is the way back.
         """
-        for name in getattr(self, "scheduler_names", ("scheduler",)):  # a cascade has one for each stage
+        for name in self.scheduler_names:
             scheduler = getattr(self, name)
             if scheduler is not None:
                 setattr(self, name, EpsilonMultistepScheduler.from_config(scheduler.config))

@@ -60,6 +60,18 @@ def coverage(summary: Summary, truth: torch.Tensor) -> float:
     return float(((summary.low <= truth) & (truth <= summary.high)).float().mean())
 
 
+def expected_coverage(solutions: int) -> float:
+    """The coverage of a calibrated model: the interval of few solutions is narrower than that of the distribution.
+
+    Quantiles are interpolated between S order statistics, whose S + 1 gaps are equally likely: 0.9 (S - 1)/(S + 1).
+
+    >>> round(expected_coverage(4), 3), round(expected_coverage(64), 3)
+    (0.54, 0.872)
+    """
+    low, high = INTERVAL
+    return (high - low) * (solutions - 1) / (solutions + 1)
+
+
 def feature_distance(solutions: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     """1 - cosine of features [N, D] and [1, D]: a perceptual distance, from 0 to 2; [N]."""
     return 1 - torch.nn.functional.cosine_similarity(solutions, truth, dim=1)

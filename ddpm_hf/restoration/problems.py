@@ -100,6 +100,7 @@ def measure(
         row["psnr_of_mean"] = float(figures.psnr(summary.mean[None], truth[None]))
         row["ssim_of_mean"] = float(figures.ssim(summary.mean[None], truth[None]))
         row["coverage"] = figures.coverage(summary, truth)
+        row["calibrated"] = figures.expected_coverage(len(solutions))
     if features is not None:
         both = (torch.cat([solutions, truth[None]]).clamp(0, 1) * 255).round().byte()
         described = features(both)

@@ -217,6 +217,31 @@ def test_a_cascade_is_sampled_saved_and_pushed(parts, call, tmp_path):
     assert result[0] == 0, result[2]
 
 
+def test_the_saved_cascade_is_the_one_that_was_sampled(parts, call, tmp_path):
+    """Else the folder samples with another level of noise, or cannot be sampled by its models' own schedulers."""
+    learned = DDPMScheduler(20, variance_type="learned_range")
+    DDPMPipeline(tiny_unet(3, 6, size=4), learned).save_pretrained(parts / "four-learned")
+    words = "--num-images 1 --sampler dpm++ --steps 3"
+    result, out = call(
+        f"sample --cascade four-learned x2 {words} --conditioning-noise 0.4 --save-model {tmp_path / 'chain'}"
+    )
+    assert result[0] == 0, result[2]
+    first = pixels(out / "0000.png")
+    result, out = call(f"sample {tmp_path / 'chain'} {words}")
+    assert (pixels(out / "0000.png") == first).all()
+    result, out = call(f"sample {tmp_path / 'chain'} --num-images 1")
+    assert result[0] == 0, result[2]
+
+
+def test_stages_of_other_lengths_take_all_their_steps(parts, call):
+    """Else a cascade needs --steps, and the message does not say so."""
+    DDPMPipeline(tiny_unet(3, size=4), DDPMScheduler(50)).save_pretrained(parts / "four-longer")
+    result, _ = call("sample --cascade four-longer x2 --num-images 1", ())
+    assert result[0] == 0, result[2]
+    result, _ = call("sample --cascade four-longer x2 --num-images 1", ("--steps", 30))
+    assert_one_line(result, "--steps 30", "20 timesteps")
+
+
 def test_a_cascade_replaces_no_other_model_and_is_saved_last(parts, call, tmp_path):
     """Else one of its own models is lost, or a refused command leaves a folder."""
     save_pipeline(DDPMPipeline.from_pretrained(parts / "four"), tmp_path / "mine")

@@ -147,6 +147,52 @@ def test_each_task_runs(words, restore):
     assert ("--sigma-y is estimated" in err) == ("--sigma-y" not in words and "--degrade" not in words)
 
 
+def test_a_picture_and_its_mask_are_turned_together(restore, shop, tmp_path):
+    """Else a phone's picture is painted elsewhere than its mask shows."""
+    upright, hidden = pixels(shop / "shades/0.png").astype(np.uint8), pixels(shop / "masks/0.png").astype(np.uint8)
+    for name, array in (("turned", upright), ("turned-mask", hidden)):
+        image = Image.fromarray(array).transpose(Image.Transpose.ROTATE_90)
+        exif = image.getexif()
+        exif[0x0112] = 6
+        image.save(shop / f"{name}.png", exif=exif)
+    words = "gray --task inpaint --sigma-y 0 --num-solutions 1"
+    _, plain = restore(f"{words} --image shades/0.png --mask masks/0.png", "plain")
+    result, turned = restore(f"{words} --image turned.png --mask turned-mask.png", "turned")
+    assert result[0] == 0, result[2]
+    assert (pixels(turned / "0000.png") == pixels(plain / "0000.png")).all()
+
+
+def test_a_mask_and_a_truth_are_fitted_with_the_image(restore, shop):
+    """Else --fit, which an error advises, ends in another error."""
+    mask = np.zeros((12, 16), dtype=np.uint8)
+    mask[:, 8:] = 255
+    Image.fromarray(mask).save(shop / "large-mask.png")
+    result, out = restore(
+        "gray --task inpaint --image large/0.png --mask large-mask.png --truth large/0.png --fit --sigma-y 0"
+    )
+    assert result[0] == 0, result[2]
+    (row,) = json.loads((out / "restored.json").read_text())["images"]
+    assert row["calibrated"] == pytest.approx(0.54)  # of four solutions
+    assert (pixels(out / "deviation.png")[:, :4] == 0).all()  # the left half is shown
+    assert (pixels(out / "deviation.png")[:, 4:] > 0).any()
+
+
+def test_solutions_of_later_images_depend_on_no_number(restore):
+    """Else more solutions of a folder's images are other ones."""
+    words = "gray --task denoise --sigma-y 0.3 --image shades"
+    _, few = restore(f"{words} --num-solutions 1", "few")
+    _, more = restore(f"{words} --num-solutions 2", "more")
+    assert abs(pixels(few / "2/0000.png") - pixels(more / "2/0000.png")).max() <= 1
+
+
+def test_a_network_that_cannot_read_the_images_is_found_before_the_sampling(restore, monkeypatch):
+    """Else the solutions are lost."""
+    monkeypatch.setattr("ddpm_hf.cli.restore.restore_pictures", lambda *_: pytest.fail("sampled"))
+    words = "rgba --task denoise --image opaque.png --degrade --sigma-y 0.1 --features efficientnet-lite0"
+    result, _ = restore(words)
+    assert_one_line(result, "--features efficientnet-lite0", "1x4x8x8")
+
+
 REFUSED = [
     ("gray --task inpaint --image shades/0.png", ("--task inpaint", "--mask")),
     ("gray --task inpaint --image shades/0.png --mask wide/0.png", ("mask of shape (8, 9)", "8x8")),
@@ -174,6 +220,10 @@ REFUSED = [
     ("by-class --task denoise --image shades/0.png", ("--class", "cat, dog")),
     ("by-class --task denoise --image shades/0.png --class fox", ("--class", "fox")),
     ("gray --task inpaint --image shades/0.png --mask none/0.png", ("--mask none/0.png", "hides nothing")),
+    ("gray --task denoise --image shades/0.png --sigma-y 25", ("--sigma-y 25", "at most 2", "127.5")),
+    ("gray --task denoise --image shades/0.png --weight 2", ("weight=2", "diffpir")),
+    ("rgb --task denoise --image shades/0.png --degrade", ("shades/0.png", "1 channels", "convert it to colour")),
+    ("rgb --task colorize --image colour/0.png", ("colour/0.png", "3 channels", "--degrade")),
     ("gray --task denoise --image twice", ("twice/0.png", "0.bmp", "rename")),
     ("gray --task denoise --image odd", ("odd/...png", "rename")),
     ("gray --task denoise --image shades/0.png --truth twice", ("--truth twice", "0.bmp", "0.png")),
@@ -201,6 +251,7 @@ def test_bad_input_is_one_line(words, named, restore):
         ("gray --task inpaint --image shades/0.png --mask left --hidden 0.2", None),
         ("rgb --task denoise --image shades/0.png", "--task colorize"),
         ("gray --task denoise --image shades/0.png --truth shades --degrade", None),
+        ("rgb --task colorize --image colour/0.png", "--degrade"),
     ],
 )
 def test_the_ways_out_work(words, instead, restore):

@@ -23,7 +23,7 @@ from ddpm_hf.portable.conditioning_ddpm_hf import Conditioning
 from ddpm_hf.portable.multistep_ddpm_hf import EpsilonMultistepScheduler
 from tests.support import warm
 from tests.support.fixtures_hub import WITHOUT, bare_environment
-from tests.support.fixtures_pipeline import tiny_unet
+from tests.support.fixtures_pipeline import calls_of, tiny_unet
 from tests.support.runs import read
 
 NAMES = {0: "cat", 1: "dog"}
@@ -121,6 +121,29 @@ def test_samplers_and_acceleration_are_of_every_stage():
     for unet in pair.networks():
         assert {type(one.processor) for one in unet.modules() if isinstance(one, Attention)} == {AttentionBySize}
     assert "dpm++" in SAMPLERS
+
+
+def test_stages_of_other_lengths_are_asked_before_the_first_one_samples():
+    """Else an error comes after the whole chain of the base, or an upper stage takes a part of its steps."""
+    cascade = quiet(DDPMCascadePipeline.from_pipes(base(), upper(8)))  # T = 20 and 30
+    counted = lambda *_: 1  # noqa: E731
+    with calls_of(cascade.unet, counted) as base_calls, calls_of(cascade.unet_2, counted) as upper_calls:
+        with pytest.raises(ValueError, match="num_inference_steps=25: must be from 1 to 20"):
+            cascade(1, num_inference_steps=25)
+        assert not base_calls
+        cascade(1, output_type="pt")
+    assert (len(base_calls), len(upper_calls)) == (20, 30)
+
+
+def test_a_learned_variance_survives_another_sampler_in_every_stage():
+    """Else the chain cannot be sampled by its own schedulers once another sampler was there."""
+    cascade = quiet(DDPMCascadePipeline.from_pipes(base(), upper(8, variance_type="learned_range")))
+    for name, scheduler in schedulers_of(cascade).items():
+        setattr(cascade, name, diffusers.DPMSolverMultistepScheduler.from_config(scheduler.config))
+    for name, scheduler in schedulers_of(cascade).items():
+        setattr(cascade, name, DDPMScheduler.from_config(scheduler.config))
+    assert [one.config.variance_type for one in schedulers_of(cascade).values()] == ["fixed_small", "learned_range"]
+    cascade(1, num_inference_steps=2)
 
 
 BAD = {

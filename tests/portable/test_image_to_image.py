@@ -1,5 +1,6 @@
 """Networks that read an image: the chain is theirs, outputs agree with the image, and the folder loads anywhere."""
 
+import io
 import json
 import math
 import re
@@ -21,6 +22,7 @@ from ddpm_hf.portable.conditioning_ddpm_hf import (
     shifted_to_mean,
 )
 from ddpm_hf.portable.guidance_ddpm_hf import classifier_free_guidance
+from ddpm_hf.portable.image_to_image_ddpm_hf import known_of_picture
 from ddpm_hf.portable.networks_ddpm_hf import build_unet
 from tests.support import warm
 from tests.support.fixtures_hub import WITHOUT, bare_environment
@@ -246,6 +248,29 @@ def test_networks_and_masks_that_do_not_fit_are_refused():
         pipeline_of("colorize")(observed("colorize"), correction="colour")
     with pytest.raises(ValueError, match="give class_labels"):
         upsampler(classes=4)(torch.rand(1, 3, 4, 4))
+
+
+def test_a_mask_is_read_as_it_is_seen():
+    """Else the wrong part is painted, or nothing, without a word."""
+    painted = np.zeros((4, 6), np.uint8)
+    painted[:, :2] = 255
+    gray = Image.fromarray(painted)
+    layer = Image.new("RGBA", (6, 4), (90, 20, 10, 255))
+    layer.putalpha(Image.fromarray(255 - painted))
+    turned = gray.transpose(Image.Transpose.ROTATE_90)
+    turned.getexif()[0x0112] = 6  # shown turned to the right
+    file = io.BytesIO()
+    turned.save(file, "PNG", exif=turned.getexif())
+    deep = Image.fromarray(np.where(painted > 0, 65535, 300).astype(np.uint16))
+    floats = Image.fromarray((painted / 255).astype(np.float32))
+    for mask in (gray, gray.convert("1"), layer, Image.open(file), deep, floats):
+        np.testing.assert_array_equal(known_of_picture(mask), painted == 0)
+    strokes = Image.new("RGBA", (6, 4), (255, 255, 255, 255))
+    strokes.putalpha(gray)
+    with pytest.raises(ValueError, match="white on transparent"):
+        known_of_picture(strokes)
+    with pytest.raises(ValueError, match="hides nothing"):
+        pipeline_of("inpaint")(observed("inpaint"), Image.new("L", (8, 8)))
 
 
 STRANGER = (

@@ -84,6 +84,10 @@ def test_a_composition_is_the_product():
     torch.testing.assert_close(inverse, torch.linalg.pinv(a), atol=CLOSE, rtol=0)
     product = small.then(OPERATORS["gray"](small.observation_shape))
     assert isinstance(product, SeparableOperator)
+    for name in ("box", "motion-blur", "gaussian-blur"):  # one of any kind can be followed by another
+        first, x = OPERATORS[name]((1, 8, 8)), torch.rand(1, 1, 8, 8)
+        both = first.then(OPERATORS["box"]((1, 8, 8)))
+        torch.testing.assert_close(both.forward(x), OPERATORS["box"]((1, 8, 8)).forward(first.forward(x)))
     torch.testing.assert_close(matrix(product.forward, shape), a, atol=CLOSE, rtol=0)
 
 
@@ -107,6 +111,24 @@ def test_a_users_operator_is_two_functions(given):
     a = matrix(operator.forward, shape)
     inverse = matrix(operator.pseudo_inverse, operator.observation_shape)
     torch.testing.assert_close(inverse, torch.linalg.pinv(a), atol=CLOSE, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_no_image_explains_is_left_over(dtype):
+    """Else the solution of an observation outside of the operator's range is NaN, or of 10⁸."""
+    generator = torch.Generator().manual_seed(0)
+    shown = (torch.rand(1, 1, 6, 6, generator=generator) > 0.5).to(dtype)
+    sensors = FunctionOperator((1, 6, 6), lambda x: x.mean((2, 3), keepdim=True).expand(-1, 1, 4, 4))
+    pooled = OPERATORS["box"]((1, 6, 6)).then(OPERATORS["average-pooling"]((1, 6, 6)))
+    for operator in (FunctionOperator((1, 6, 6), *2 * [lambda x: x * shown.to(x.dtype)]), sensors, pooled):
+        y = torch.randn(3, *operator.observation_shape, generator=generator, dtype=dtype)
+        for ratio in (0.0, 0.3, torch.tensor([0.0, 0.1, 2.0], dtype=dtype)[:, None, None, None]):
+            a = matrix(operator.forward, operator.shape)
+            rho = torch.as_tensor(ratio, dtype=torch.float64).reshape(-1, 1, 1).expand(3, 1, 1)
+            eye = torch.eye(a.shape[1], dtype=torch.float64)
+            exact = torch.linalg.pinv(a.T @ a + rho * eye, rtol=1e-10) @ (a.T @ y.double().flatten(1)[:, :, None])
+            found = operator.regularized_inverse(y, ratio).double().flatten(1)
+            torch.testing.assert_close(found, exact[:, :, 0], atol=1e-5 if dtype == torch.float32 else 1e-9, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import re
 from unittest import mock
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -302,6 +303,43 @@ def test_classes_are_those_of_the_model():
     assert "['cat']" in warned.call_args[0][0]
 
 
+def test_classes_are_given_as_elsewhere():
+    """Else ids that numpy or torch made end in a traceback."""
+    names = {0: "cat", 1: "dog"}
+    by_class = ClassConditionalDDPMPipeline(tiny_unet(num_class_embeds=3), DDPMScheduler(T), names)
+    pipeline = DDPMRestorationPipeline.from_pipe(by_class)
+    for labels, expected in (
+        (np.int64(1), [1, 1]), (torch.tensor(1), [1, 1]), (torch.tensor([0, 1]), [0, 1]), ([None, "dog"], [2, 1]),
+        (np.array([1, 0]), [1, 0]), (None, [2, 2]),
+    ):  # fmt: skip
+        assert pipeline.class_ids(labels, 2).tolist() == expected
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_half_precision_is_the_networks_alone(method, dtype):
+    """Else A x differs from an exact y by the rounding of the operator's products, or bfloat16 ends in a traceback."""
+    pipeline = restorer().to(dtype=dtype)
+    for name in ("gaussian-blur", "motion-blur", "compressed-sensing"):
+        operator = OPERATORS[name]((1, 8, 8))
+        y = operator.forward(randn(1, 1, 8, 8).clamp(-1, 1))
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+            output = restore(pipeline, operator, y, method=method)
+        assert output.images.dtype == torch.float32
+        assert float(output.residuals.max()) < 1e-5
+
+
+@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if not row.noise_needs_svd])
+def test_what_no_image_explains_disturbs_nothing(method):
+    """Else pixels that an operator of two functions hides, given all the same, make every image NaN."""
+    shown = (torch.arange(64).reshape(1, 1, 8, 8) % 3 > 0).float()
+    x = randn(1, 1, 8, 8).clamp(-1, 1)
+    hide = lambda x: x * shown  # noqa: E731
+    whole, hidden = (restore(restorer(), (hide, hide), y, method=method).images for y in (x, x * shown))
+    torch.testing.assert_close(whole, hidden, atol=1e-4, rtol=0)
+    torch.testing.assert_close(whole * shown, x * shown, atol=1e-5, rtol=0)
+
+
 def test_a_model_of_latents_restores_by_dps_alone():
     """Else a method that requires a linear observation runs on latents and means nothing."""
     pipeline = tiny_pipeline(4, tiny_vae(), num_train_timesteps=T)
@@ -343,8 +381,11 @@ HALF = OPERATORS["half"]((1, 8, 8))
         ({"num_inference_steps": T, "start": 0.5}, "num_inference_steps=50"),
         ({"num_solutions": 0}, "num_solutions=0"),
         ({"eta": 2.0}, "eta=2.0"),
-        ({"weight": 0.0}, "weight=0.0"),
-        ({"iterations": 0}, "iterations=0"),
+        ({"weight": 0.0, "method": "dps"}, "weight=0.0"),
+        ({"iterations": 0, "method": "mmps"}, "iterations=0"),
+        ({"weight": 2.0}, "weight=2.0 is for the methods diffpir and dps"),
+        ({"iterations": 2}, "iterations=2 is for the methods mmps and gibbs"),
+        ({"eta": 0.5, "method": "gibbs"}, "eta=0.5 is for the methods"),
         ({"start": 0.0}, "start=0.0"),
         ({"time_travel": (0, 2)}, "time_travel=0"),
         ({"time_travel": (2, 2), "method": "gibbs"}, "time_travel=(2, 2)"),

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -142,20 +142,36 @@ def read_widths(std: float | None, sweep: str | None) -> list[float]:
     return list(dict.fromkeys(widths))
 
 
+def sessions_until(sessions: list[dict[str, Any]], step: int) -> list[dict[str, Any]]:
+    """The sessions of a run up to a step; of the one that it lies in, a share of its time."""
+    found = []
+    for one in sessions:
+        first, last = one.get("first_step", 0), one.get("last_step", step)
+        if first >= step and found:
+            break
+        if last > step:
+            share = (step - first) / (last - first)
+            one = {**one, "last_step": step, "seconds": round(one.get("seconds", 0) * share, 1)}
+        found.append(one)
+    return found
+
+
 def save_averaged(pipeline: "DiffusionPipeline", run: str, out: Path, std: float, step: int) -> None:
     """Save the pipeline, with what the run's folder says of its training: for its card, and to evaluate it."""
     from ..common.checkpoints import SETTINGS
     from ..common.files import read_json, write_atomically
     from ..common.layout import RUN_FILE
     from ..common.ownership import claim_files
-    from ..models.saving import save_pipeline
+    from ..models.saving import forget_records, save_pipeline
 
     save_pipeline(pipeline, out)
+    forget_records(out)
     for name in (RUN_FILE, SETTINGS):
         record = read_json(Path(run) / name)
         if not isinstance(record, dict):
             continue
         if name == RUN_FILE:
             record |= {"step": step, "settings": {**record.get("settings", {}), "ema_std": std}}
+            record["sessions"] = sessions_until(record.get("sessions", []), step)
         claim_files(out, [name])
         write_atomically(out / name, json.dumps(record, indent=1) + "\n")

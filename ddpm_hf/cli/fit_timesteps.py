@@ -50,7 +50,8 @@ def fit_timesteps(
         ),
     ] = Objective.pictures,
     trajectories: Annotated[
-        int | None, option(HOW, f"For pictures: how many, half of them to judge by. Default: {DEFAULT_TRAJECTORIES}.")
+        int | None,
+        option(HOW, f"For pictures: how many, half of them to judge by. Default: {DEFAULT_TRAJECTORIES}.", min=2),
     ] = None,
     teacher_steps: Annotated[
         int | None, option(HOW, f"For pictures: the steps of a trajectory. Default: {DEFAULT_TEACHER_STEPS}.")

@@ -1,5 +1,6 @@
 """`ddpm-hf fit-variance`: the optimal reverse variance of a trained model, for chains of any length."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -111,4 +112,5 @@ def fit_variance(
     between = fit.interpolation_error
     more = "" if between is None else f"; interpolated: at most ± {100 * between:.1f}%"
     typer.echo(f"  measured: ± {100 * fit.standard_error:.1f}% (standard error over images){more}; medians")
-    typer.echo(f"written to {path}; `ddpm-hf sample {out or model} --steps 50` samples with it")
+    words = f"{shlex.quote(str(out or model))} --steps {min(50, T)}"
+    typer.echo(f"written to {path}; `ddpm-hf sample {words}` samples with it")

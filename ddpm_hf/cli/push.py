@@ -124,10 +124,15 @@ def upload(
     """
     from ..inference.studio import Studio
     from ..models.saving import save_half_precision
+    from ..publishing.card.facts import read_facts
+    from ..publishing.card.merging import make_card
     from ..publishing.files import sample_missing_pictures
-    from ..publishing.hub import open_repository, push_folder, reason_of
+    from ..publishing.hub import open_repository, push_folder, read_card, reason_of
 
     studio = Studio(str(folder))
+    make_card(
+        read_facts(folder, name, studio.pipeline, license), read_card(folder)
+    )  # what it cannot read, it says now
     try:
         name = open_repository(name, token, private)
         if half:

@@ -50,8 +50,8 @@ def _logs(*keys: str) -> Callable[[Path], bool]:
 
 
 def _is_results(path: Path) -> bool:
-    results = json_or_none(path)
-    return isinstance(results, list) and all(isinstance(one, dict) and "metric" in one for one in results)
+    results, keys = json_or_none(path), {"metric", "value", "samples", "dataset"}
+    return isinstance(results, list) and all(isinstance(one, dict) and keys <= set(one) for one in results)
 
 
 def _is_card(path: Path) -> bool:
@@ -141,6 +141,7 @@ COMPONENT_FILES = (
     "preprocessor_config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json",
     "merges.txt", "special_tokens_map.json", "added_tokens.json", "networks_ddpm_hf.py",
 )  # fmt: skip
+VARIANT = re.compile(r"\.(fp16|non_ema)[.-]")  # weights beside the usual ones
 KEPT_IN_PLACE = ("README.md",)  # users write into it: only its marked block is renewed
 
 
@@ -170,6 +171,11 @@ def matching(folder: Path, pattern: str) -> list[str]:
     paths = folder.glob(bare.replace("#", "*")) if set(bare) & set("*#") else [folder / bare]
     names = [path.relative_to(folder).as_posix() for path in paths if os.path.lexists(path)]
     return sorted(name + pattern[len(bare) :] for name in names if re.fullmatch(expression, name))
+
+
+def is_record(folder: Path, name: str) -> bool:
+    """Whether a file holds what a run writes under its name, and is not another program's."""
+    return any(one.pattern == name and (folder / name).is_file() and one.recognised(folder / name) for one in LAYOUT)
 
 
 def holds_run(folder: Path) -> bool:

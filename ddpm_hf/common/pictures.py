@@ -3,10 +3,11 @@
 import io
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from .files import write_atomically
 
@@ -74,9 +75,12 @@ def _label(text: str, max_height: int) -> Image.Image:
     return label
 
 
-def save_image(image: Image.Image, path: Path) -> None:
-    """Write a PIL picture atomically, in the format of its suffix."""
+def save_image(image: Image.Image, path: Path, text: Mapping[str, str] | None = None) -> None:
+    """Write a PIL picture atomically, in the format of its suffix; `text` is a PNG's metadata."""
     path.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
-    image.save(buffer, format=path.suffix[1:].upper())
+    options: dict[str, Any] = {"pnginfo": PngImagePlugin.PngInfo()} if text else {}
+    for name, value in (text or {}).items():
+        options["pnginfo"].add_text(name, value)
+    image.save(buffer, format=path.suffix[1:].upper(), **options)
     write_atomically(path, buffer.getvalue())

@@ -1,19 +1,31 @@
 """The figures of a saved model."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from ..common.files import read_json, write_atomically
-from ..common.layout import METRICS_FILE, RESULTS_FILE, RUN_FILE
+from ..common.layout import COMPONENTS, METRICS_FILE, RESULTS_FILE, RUN_FILE, VARIANT, is_record
 from ..common.ownership import claim_files
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's `metrics.jsonl`, but for one that is being written."""
+    """The lines of a run's `metrics.jsonl`, but for one that is being written; none of another program's file."""
     path = folder / METRICS_FILE
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    text = path.read_text(encoding="utf-8") if is_record(folder, METRICS_FILE) else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def weights_digest(folder: Path) -> str:
+    """A digest of a pipeline's weights, by which figures of a folder without a training are known to be of them."""
+    found = hashlib.sha256()
+    for path in sorted(one for name in COMPONENTS for one in (folder / name).glob("*.safetensors")):
+        if not VARIANT.search(path.name):
+            with open(path, "rb") as file:
+                while chunk := file.read(2**20):
+                    found.update(chunk)
+    return found.hexdigest()[:16]
 
 
 def record_result(
@@ -40,12 +52,13 @@ def record_result(
     Raises:
         ValueError: there is an `evaluation.json` that holds something else.
     """
-    step = (read_json(Path(folder) / RUN_FILE) or {}).get("step")
+    folder = Path(folder)
+    step = read_json(folder / RUN_FILE).get("step") if is_record(folder, RUN_FILE) else None
     key = {"metric": metric, "dataset": dataset, "split": split, "settings": settings, "step": step}
-    before = read_json(Path(folder) / RESULTS_FILE) or []
-    if not isinstance(before, list) or not all(isinstance(one, dict) and "metric" in one for one in before):
-        raise ValueError(f"{Path(folder) / RESULTS_FILE} does not hold results of ours; move it, or remove it")
-    results = [one for one in before if {**one, **key} != one]
-    results += [{**key, "value": float(value), "samples": int(samples)}]
+    if (folder / RESULTS_FILE).exists() and not is_record(folder, RESULTS_FILE):
+        raise ValueError(f"{folder / RESULTS_FILE} does not hold results of ours; move it, or remove it")
+    results = [one for one in read_json(folder / RESULTS_FILE) or [] if {**one, **key} != one]
+    weights = {"weights": weights_digest(folder)} if step is None else {}
+    results += [{**key, **weights, "value": float(value), "samples": int(samples)}]
     claim_files(folder, [RESULTS_FILE])
-    write_atomically(Path(folder) / RESULTS_FILE, json.dumps(results, indent=1) + "\n")
+    write_atomically(folder / RESULTS_FILE, json.dumps(results, indent=1) + "\n")

@@ -8,9 +8,9 @@ from diffusers import DiffusionPipeline
 
 from ..common.errors import UsageError
 from ..common.files import read_json, write_atomically
-from ..common.layout import holds_run
-from ..common.ownership import claim_files
-from ..models.saving import save_pipeline
+from ..common.layout import COMPONENTS, KEPT_IN_PLACE, holds_run, layout, matching
+from ..common.ownership import claim_files, foreign
+from ..models.saving import forget_records, save_pipeline
 
 SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 
@@ -25,8 +25,20 @@ def check_target(model: str, out: Path | None) -> None:
         )
     if out is not None and out.exists() and not out.is_dir():
         raise UsageError(f"--out {out}: is a file; give a folder")
-    if out is not None and holds_run(out):
+    if out is None or is_same(model, out):
+        return
+    if holds_run(out):
         raise UsageError(f"--out {out}: holds a training run, which stays; name another folder")
+    patterns = [one.pattern for one in layout(*COMPONENTS) if one.pattern not in KEPT_IN_PLACE]
+    for name in foreign(out, [name for pattern in patterns for name in matching(out, pattern)]):
+        raise UsageError(
+            f"--out {out}: holds {name}, which is not of a run and would be replaced; name another folder"
+        )
+
+
+def is_same(model: str, out: Path | None) -> bool:
+    """Whether `out` is the model's own folder."""
+    return out is not None and out.resolve() == Path(model).resolve()
 
 
 def save_fit(model: str, pipeline: DiffusionPipeline, fit: dict[str, Any], out: Path | None) -> Path:
@@ -34,11 +46,12 @@ def save_fit(model: str, pipeline: DiffusionPipeline, fit: dict[str, Any], out: 
 
     Args:
         fit: keys with an underscore, which stock ignores, and what JSON holds.
-        out: the copy's folder; None changes the model's own.
+        out: the copy's folder; None, or the model's own, changes it in place.
     """
-    if out is not None:
+    if out is not None and not is_same(model, out):
         pipeline.scheduler.register_to_config(**fit)
         save_pipeline(pipeline, out)
+        forget_records(out)
         return out / SCHEDULER_CONFIG
     path = Path(model) / SCHEDULER_CONFIG
     config = {**read_json(path), **fit}

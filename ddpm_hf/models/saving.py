@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
+from ..common.checkpoints import SETTINGS
 from ..common.errors import UsageError
 from ..common.files import PARTIAL_SUFFIX, flush, flush_tree, write_atomically
+from ..common.layout import CHAIN, LOSS_CURVE, RESULTS_FILE, RUN_FILE, SAMPLES
 from ..common.ownership import claim_files, foreign, listed, release_files, remove
 
 
@@ -80,6 +82,15 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: str | Path) -> None:
         and name.split("/")[0] in networks(pipeline)
         and (name.endswith(".safetensors") or fnmatch(name, "*.index*.json"))
     ]
+    for name in outdated:
+        remove(Path(folder), name)
+    release_files(folder, outdated)
+
+
+def forget_records(folder: str | Path) -> None:
+    """Remove what a folder's manifest lists of the training, figures and pictures of an earlier model."""
+    records = (RUN_FILE, SETTINGS, RESULTS_FILE, SAMPLES, CHAIN, LOSS_CURVE)
+    outdated = [name for name in records if name in listed(folder)]
     for name in outdated:
         remove(Path(folder), name)
     release_files(folder, outdated)

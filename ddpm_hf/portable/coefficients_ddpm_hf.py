@@ -85,11 +85,15 @@ def choose(condition: bool | torch.Tensor, where_true: Coefficient, where_false:
 
 
 def combine(a: Coefficient, x: torch.Tensor, b: Coefficient, y: torch.Tensor) -> torch.Tensor:
-    """a·x + b·y in x's dtype, for floats or columns a and b, in as few passes over memory as torch has for it."""
+    """a·x + b·y in x's dtype, for floats or columns a and b, in as few passes over memory as torch has for it.
+
+    Of an x of integers it is a float, as in stock.
+    """
     if isinstance(a, torch.Tensor):
         if x.dtype == y.dtype == a.dtype:
             return torch.addcmul(a * x, b, y)
-        return torch.addcmul(a * x.to(a.dtype), b, y.to(a.dtype)).to(x.dtype)
+        result = torch.addcmul(a * x.to(a.dtype), b, y.to(a.dtype))
+        return result.to(x.dtype) if x.is_floating_point() else result
     if a == 0.0:
         return y if b == 1.0 else b * y
     return torch.add(a * x, y, alpha=b)

@@ -237,7 +237,7 @@ class DDPMScheduler(StockDDPMScheduler):
         renamed = set(DIFFUSION_SETTINGS) & set(kwargs)
         if renamed and isinstance(config, dict):
             config = {key: value for key, value in config.items() if key != X_START_VARIANCES}
-            if "trained_betas" not in kwargs and _is_record(config):
+            if "trained_betas" not in kwargs and ("beta_schedule" in kwargs or _is_record(config)):
                 config["trained_betas"] = None
         result = super().from_config(config, return_unused_kwargs, **kwargs)
         scheduler = result[0] if return_unused_kwargs else result

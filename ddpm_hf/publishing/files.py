@@ -2,8 +2,8 @@
 
 import contextlib
 import json
+import logging
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -12,18 +12,35 @@ from typing import TYPE_CHECKING, Any
 
 from ..common.checkpoints import MANIFEST, checkpoint_step
 from ..common.files import PARTIAL_SUFFIX, truncate_jsonl, write_atomically
-from ..common.layout import CHAIN, GRIDS, LAYOUT, METRICS_FILE, RESULTS_FILE, RUN_FILE, SAMPLES, matching
+from ..common.layout import (
+    CHAIN,
+    COMPONENT_FILES,
+    GRIDS,
+    LAYOUT,
+    METRICS_FILE,
+    RESULTS_FILE,
+    RUN_FILE,
+    SAMPLES,
+    VARIANT,
+    is_record,
+    matching,
+)
 from ..common.locations import find_location
 from ..common.ownership import claim_files, may_write
 from ..common.pictures import save_image
+from ..evaluation.results import weights_digest
 from .card.illustrations import write_pictures
 
 if TYPE_CHECKING:
     from ..inference.studio import Step, Studio
 
-PUBLISHED = (*(entry.pattern for entry in LAYOUT if entry.published and entry.pattern != "README.md"), "LICENSE*")
-COMPONENT_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model", "networks_ddpm_hf.py")
-VARIANT = re.compile(r"\.(fp16|non_ema)\.")  # weights beside the usual ones
+logger = logging.getLogger(__name__)
+
+LICENSES = ("LICENSE", "LICENSE.*")
+PUBLISHED = (*(entry.pattern for entry in LAYOUT if entry.published and entry.pattern != "README.md"), *LICENSES)
+RECORDS = (METRICS_FILE, RUN_FILE, RESULTS_FILE)  # names that other programs use too
+COMPONENT_PATTERNS = (*COMPONENT_FILES, "*.model", "vocab.txt")
+WEIGHTS = "ddpm_hf weights"  # in a picture's metadata: the digest of those that sampled it
 CHAIN_ROWS = 8  # of the card's strip of predictions, if the run has none
 
 
@@ -46,9 +63,31 @@ def files_to_publish(folder: Path, include: tuple[str, ...] = ()) -> dict[str, P
     for pattern in patterns:
         for path in folder.glob(pattern):
             name = path.relative_to(folder)
-            if path.is_file() and not any(part.startswith(".") for part in name.parts):
+            hidden = any(part.startswith(".") for part in name.parts)
+            ours = name.as_posix() not in RECORDS or is_record(folder, name.as_posix())
+            if path.is_file() and not hidden and ours and not is_outdated(path):
                 files[name.as_posix()] = path
     return files
+
+
+def is_outdated(path: Path) -> bool:
+    """Whether a file of weights in half precision is of other weights than the file beside it, with a warning.
+
+    Diffusers' `save_pretrained` leaves earlier variants where they are.
+    """
+    from safetensors import safe_open
+
+    whole = path.with_name(path.name.replace(".fp16.", "."))
+    if ".fp16.safetensors" not in path.name or not whole.is_file():
+        return False
+    with safe_open(path, "pt") as half, safe_open(whole, "pt") as full:
+        names = half.keys()
+        same = set(names) == set(full.keys()) and all(
+            half.get_tensor(name).equal(full.get_tensor(name).to(half.get_tensor(name).dtype)) for name in names
+        )
+    if not same:
+        logger.warning(f"{path} is of other weights than {whole.name}, and not uploaded; --variant fp16 makes it anew")
+    return not same
 
 
 @contextlib.contextmanager
@@ -97,7 +136,7 @@ def checkpoint_as_folder(checkpoint: Path, ema: bool | None) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="ddpm_hf-") as temporary:
         folder = Path(temporary) / run.name
         load(checkpoint, ema=ema).save_pretrained(folder)
-        licenses = [path.name for path in run.glob("LICENSE*")]
+        licenses = [path.name for pattern in LICENSES for path in run.glob(pattern)]
         for name in ("README.md", METRICS_FILE, *([] if raw else [RESULTS_FILE]), *licenses):
             if (run / name).is_file():
                 shutil.copyfile(run / name, folder / name)
@@ -140,7 +179,7 @@ def resaved(folder: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="ddpm_hf-") as temporary:
         target = Path(temporary) / folder.resolve().name
         load(folder).save_pretrained(target)
-        for path in (*folder.glob("README.md"), *folder.glob("LICENSE*")):
+        for path in (one for pattern in ("README.md", *LICENSES) for one in folder.glob(pattern)):
             shutil.copyfile(path, target / path.name)
         yield target
 
@@ -185,7 +224,7 @@ def sample_missing_pictures(studio: "Studio", folder: Path) -> None:
     if (
         studio.by_text
         or hasattr(studio.pipeline, "conditioning")
-        or (folder / SAMPLES).is_file()
+        or ((folder / SAMPLES).is_file() and not of_other_weights(folder))
         or matching(folder, GRIDS)
     ):
         return
@@ -206,4 +245,13 @@ def sample_missing_pictures(studio: "Studio", folder: Path) -> None:
     ):
         if may_write(folder, name):
             claim_files(folder, [name])
-            save_image(grid, folder / name)
+            save_image(grid, folder / name, text={WEIGHTS: weights_digest(folder)})
+
+
+def of_other_weights(folder: Path) -> bool:
+    """Whether the card's grid was sampled for it, by other weights than the folder has now."""
+    from PIL import Image
+
+    with Image.open(folder / SAMPLES) as image:
+        digest = image.info.get(WEIGHTS)
+    return digest is not None and digest != weights_digest(folder)

@@ -8,7 +8,7 @@ from .. import portable
 from ..common.errors import one_line
 from ..common.files import write_atomically
 from ..common.layout import CHAIN, LOSS_CURVE, SAMPLES
-from ..common.ownership import claim_files
+from ..common.ownership import claim_files, digest
 from .card.facts import read_facts
 from .card.merging import make_card, newer_card
 from .files import publishable
@@ -103,9 +103,12 @@ def push_files(
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api = HfApi(token=token)
-    before = api.model_info(repository)
-    tags = {one.name: one.target_commit for one in api.list_repo_refs(repository).tags} if tag else {}
-    if tags.get(tag, before.sha) != before.sha:
+    before = api.model_info(repository, files_metadata=bool(tag))
+    refs = api.list_repo_refs(repository) if tag else None
+    tags = {one.name: one.target_commit for one in refs.tags} if refs else {}
+    if refs and tag in {one.name for one in refs.branches}:
+        raise ValueError(f"{repository} has a branch {tag}; give another name for the tag")
+    if tag in tags and (tags[tag] != before.sha or weights_differ(before, files)):
         raise ValueError(f"{repository} has a tag {tag} already; give another one")
     local_card = read_card(folder)
     latest = newer_card(local_card, read_remote(api, before, "README.md"))
@@ -130,6 +133,15 @@ def push_files(
         api.create_tag(repository, tag=tag, revision=commit.oid)
     sizes = {name: one.stat().st_size if isinstance(one, Path) else len(one) for name, one in content.items()}
     return Upload(f"{api.endpoint}/{repository}", sizes)
+
+
+def weights_differ(before: "ModelInfo", files: dict[str, Path]) -> bool:
+    """Whether the weights on the Hub, read with their metadata, are others than these files'."""
+    there = {one.rfilename: one.lfs.sha256 for one in before.siblings or () if one.lfs is not None}
+    for name, path in files.items():
+        if name.endswith(".safetensors") and there.get(name) != digest(path.read_bytes()):
+            return True
+    return False
 
 
 def outdated(existing: list[str], content: dict[str, Any]) -> list[str]:
@@ -191,8 +203,11 @@ def check_account(repository: str, token: str | None) -> None:
 
 
 def check_tag(repository: str, tag: str, token: str | None) -> None:
-    """Raise ValueError for a tag that already exists."""
+    """Raise ValueError for a tag that already exists, or the name of a branch."""
     from huggingface_hub import HfApi
 
-    if tag in {one.name for one in HfApi(token=token).list_repo_refs(repository).tags}:
+    refs = HfApi(token=token).list_repo_refs(repository)
+    if tag in {one.name for one in refs.tags}:
         raise ValueError(f"it has a tag {tag} already")
+    if tag in {one.name for one in refs.branches}:
+        raise ValueError(f"it has a branch {tag}; give another name for the tag")

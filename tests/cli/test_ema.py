@@ -125,7 +125,13 @@ def test_a_width_is_a_pipeline_like_any_other(shop, call, tmp_path, run):
     record = json.loads((made / "run.json").read_text())
     assert (record["settings"]["ema_std"], record["step"]) == (0.07, 9)
     assert run("sample", made, "--num-images", 1, "--steps", 2, "--out", tmp_path / "drawn")[0] == 0
+    ddpm_hf.record_result(made, "FID", 1.2, samples=10, dataset="photos")
     assert call("ema {shop}/run --std 0.1 --step 6 --out " + str(made)).result[0] == 0  # replaces its own
+    assert not (made / "evaluation.json").exists()  # it was of the other width
+    record, whole = json.loads((made / "run.json").read_text()), json.loads((shop / "run/run.json").read_text())
+    assert record["sessions"][-1]["last_step"] == 6
+    seconds = [sum(one["seconds"] for one in each["sessions"]) for each in (record, whole)]
+    assert seconds[0] == pytest.approx(seconds[1] * 6 / 9, abs=0.1)
     (snapshot,) = [one.path for one in read_snapshots(shop / "run") if (one.std, one.step) == (0.1, 6)]
     other = ddpm_hf.load(made).unet
     values = torch.cat([one.detach().flatten() for one in other.parameters()])

@@ -257,7 +257,26 @@ def test_a_sampler_without_fits_ignores_them(shop):
     assert chains["ipndm"] == ([19, 14, 9, 4], None)
 
 
+def test_a_fitted_copy_tells_nothing_of_an_earlier_model(shop, call, tmp_path):
+    """Else figures and the training of the model that was in the folder are published with the fitted one."""
+    out = tmp_path / "copy"
+    words = f"fit-timesteps {{shop}}/plain --calls 3 --trajectories 8 --teacher-steps 10 --out {out}"
+    assert call(words)[0][0] == 0
+    ddpm_hf.record_result(out, "FID", 1.2, samples=10, dataset="photos")
+    assert (out / "evaluation.json").is_file()
+    assert call(words)[0][0] == 0
+    assert not (out / "evaluation.json").exists()
+    code, _, err = call(words.replace("{shop}/plain", str(out)))[0]
+    assert code == 0, err  # the model's own folder is fitted in place
+    (out / "notes.md").write_text("mine")
+    assert call(words)[0][0] == 0
+    assert (out / "notes.md").read_text() == "mine"
+
+
 REFUSED = {
+    "fit-timesteps {shop}/classes --calls 4 --out {shop}/plain": ("--out", "is not of a run", "another folder"),
+    "fit-variance {shop}/classes --dataset {shop}/table --out {shop}/plain": ("--out", "is not of a run"),
+    "fit-timesteps {shop}/plain --calls 4 --trajectories -1": ("--trajectories", "2"),
     "fit-variance {shop}/plain": ("--dataset",),
     "fit-variance {shop}/plain --dataset {shop}/images --estimate mean": ("--estimate mean", "error, norm"),
     "fit-variance {shop}/plain --dataset {shop}/images --timesteps 2": ("--timesteps", "3"),

@@ -542,3 +542,21 @@ def test_tables_made_without_gradients_serve_a_training_step():
     output = randn(2, 2, 4, 4).requires_grad_(True)
     scheduler.p_mean_variance(output, t, randn(2, 2, 4, 4)).mean.sum().backward()
     assert output.grad.isfinite().all()
+
+
+def test_integers_are_noised_as_by_stock():
+    """Else masks and label maps are trained on with the noise cut off to whole numbers."""
+    noise, timesteps = torch.randn(2, 1, 4, 4), torch.tensor([3, 500])
+    for dtype in (torch.uint8, torch.int64):
+        x_start = torch.randint(0, 2, (2, 1, 4, 4)).to(dtype)
+        ours = DDPMScheduler().add_noise(x_start, noise, timesteps)
+        torch.testing.assert_close(ours, DDPMScheduler().add_noise(x_start.float(), noise, timesteps))
+        assert ours.dtype == torch.float32
+
+
+def test_a_named_schedule_replaces_betas_of_ones_own():
+    """Else `beta_schedule=...` is ignored without a word."""
+    own = DDPMScheduler(num_train_timesteps=3, trained_betas=[0.1, 0.2, 0.3])
+    changed = DDPMScheduler.from_config(own.config, beta_schedule="squaredcos_cap_v2")
+    torch.testing.assert_close(changed.betas, DDPMScheduler(3, beta_schedule="squaredcos_cap_v2").betas)
+    assert DDPMScheduler.from_config(own.config).betas.tolist() == own.betas.tolist()

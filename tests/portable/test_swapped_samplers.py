@@ -197,6 +197,20 @@ def test_with_nothing_left_samplers_draw_rightly_or_name_the_way_out(kind, confi
         assert torch.equal(draw(pipeline), before), sampler
 
 
+@pytest.mark.parametrize(
+    "sampler",
+    ["IPNDMScheduler", "EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "DDIMInverseScheduler",
+     "FlowMatchEulerDiscreteScheduler"],
+)  # fmt: skip
+def test_samplers_of_other_kinds_of_models_are_refused(sampler):
+    """Else they visit timesteps near 1, or from 0 upwards, and make wrong images without a word."""
+    pipeline = with_scheduler("plain", None)
+    pipeline.scheduler = getattr(diffusers, sampler).from_config(pipeline.scheduler.config)
+    way_out = "use_multistep" if sampler == "IPNDMScheduler" else "sample with DDPMScheduler"
+    with pytest.raises(ValueError, match=way_out):
+        draw(pipeline)
+
+
 @pytest.mark.parametrize("place", ["in memory", "from disk"])
 @pytest.mark.parametrize("kind", OURS)
 def test_a_predicted_mean_is_refused_by_every_sampler(kind, place, tmp_path):

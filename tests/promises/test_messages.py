@@ -44,6 +44,7 @@ EXCEPTIONS = {
     "this model always has a class: give --class": "of ddpm-hf restore: test_restore.py",
     "--class {}: this model has no classes; leave it out": "of ddpm-hf restore: test_restore.py",
     "--{} {}: holds {} and {} for {}; remove one of them": "of ddpm-hf restore: test_restore.py",
+    "{} is of other weights than {}, and not uploaded": "of a folder saved again: test_other_weights.py",
     "--mask {}: {}": "the reader's own words: test_restore.py",
     "--features {}: {}": "the network's own words: test_restore.py",
     "--sigma-y {}: must be at most {}": "of ddpm-hf restore: test_restore.py",

@@ -510,7 +510,7 @@ def test_the_pictures_are_of_the_saved_step(tmp_path):
     for step in (999_998, 1_000_000, 1_000_002):
         save_image(Image.new("L", (8, 8), step % 256), tmp_path / "samples" / f"step-{step:06d}.png")
     for step, shown in ((1_000_001, 1_000_000), (999_999, 999_998), (5, None)):
-        (tmp_path / "run.json").write_text(json.dumps({"step": step}))
+        (tmp_path / "run.json").write_text(json.dumps({"step": step, "sessions": []}))
         write_pictures(tmp_path)
         there = tmp_path / "assets" / "samples.png"
         assert there.is_file() == (shown is not None)

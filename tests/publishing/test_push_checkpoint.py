@@ -55,7 +55,10 @@ def checkpoint(tmp_path):
     (folder / "checkpoint-4" / "manifest.json").write_text(json.dumps(state))
     (folder / "run.json").write_text(json.dumps(RUN))
     (folder / "metrics.jsonl").write_text(
-        "".join(json.dumps({"step": n, "loss": 1.0 / n, "validation_loss": 2.0 / n}) + "\n" for n in range(1, 7))
+        "".join(
+            json.dumps({"step": n, "epoch": 1, "loss": 1.0 / n, "validation_loss": 2.0 / n}) + "\n"
+            for n in range(1, 7)
+        )
     )
     result = {"metric": "FID", "dataset": "photos", "split": "test", "settings": None, "step": 4, "value": 12.5}
     (folder / "evaluation.json").write_text(json.dumps([{**result, "samples": 100}]))

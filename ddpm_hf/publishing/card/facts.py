@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ...common.files import read_json
-from ...common.layout import RESULTS_FILE, RUN_FILE
+from ...common.layout import RESULTS_FILE, RUN_FILE, is_record
 from ...evaluation.metrics import METRICS
-from ...evaluation.results import read_metrics
+from ...evaluation.results import read_metrics, weights_digest
 from ...inference.kinds import KINDS
 
 
@@ -66,7 +66,8 @@ class Facts:
 
 def read_facts(folder: Path, repository: str, pipeline: Any, license: str | None = None) -> Facts:
     """Read a folder's data for its card."""
-    run, results = (read_json(folder / name) for name in (RUN_FILE, RESULTS_FILE))
+    known = {name: read_json(folder / name) for name in (RUN_FILE, RESULTS_FILE)}  # what is broken is named
+    run, results = (value if is_record(folder, name) else None for name, value in known.items())
     return Facts(repository, pipeline, folder, run or {}, read_metrics(folder), results or [], license)
 
 
@@ -99,7 +100,11 @@ def all_results(facts: Facts) -> list[dict[str, Any]]:
         for line in held_out
         if line["step"] == step and images and math.isfinite(line["validation_loss"])
     ]
-    return of_training + evaluated(facts) + [one for one in facts.results if one.get("step") == step]
+    recorded = [one for one in facts.results if one.get("step") == step]
+    if any("weights" in one for one in recorded):
+        weights = weights_digest(facts.folder)
+        recorded = [one for one in recorded if one.get("weights", weights) == weights]
+    return of_training + evaluated(facts) + recorded
 
 
 def evaluated(facts: Facts) -> list[dict[str, Any]]:

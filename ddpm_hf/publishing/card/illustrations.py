@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from ...common.files import read_json, write_atomically
-from ...common.layout import CHAIN, GRIDS, LOSS_CURVE, RUN_FILE, SAMPLES, matching
+from ...common.layout import CHAIN, GRIDS, LOSS_CURVE, RUN_FILE, SAMPLES, is_record, matching
 from ...common.ownership import claim_files, may_write, release_files, remove
 from ...evaluation.results import read_metrics
 
 
 def write_pictures(folder: Path) -> None:
     """Write a run's newest grid and chain up to the saved step, and its loss curve, under fixed names."""
-    metrics, run = read_metrics(folder), read_json(folder / RUN_FILE)
-    run = run if isinstance(run, dict) and "step" in run else None
+    metrics, run = read_metrics(folder), read_json(folder / RUN_FILE) if is_record(folder, RUN_FILE) else None
+    run = run if run is not None and "step" in run else None
     grids = {int(name[len("samples/step-") : -len(".png")]): folder / name for name in matching(folder, GRIDS)}
     newest = max((step for step in grids if run is None or step <= run["step"]), default=None)
     for kind, target in (("step", SAMPLES), ("chain", CHAIN)):

@@ -61,6 +61,8 @@ def parse_card(text: str) -> Card:
     except (yaml.YAMLError, TypeError, ValueError) as error:
         raise ValueError(f"the metadata of README.md are not YAML ({one_line(error)}); fix them") from error
     head = card.data.to_dict()
+    if "language" in head:
+        head["language"] = norwegian(head["language"])
     if match := _BLOCK.search(card.text):
         above, below = card.text[: match.start()].strip(), card.text[match.end() :].strip()
         left_out = set(re.findall(r"\w+", match[1])) & set(SECTIONS)
@@ -68,6 +70,13 @@ def parse_card(text: str) -> Card:
     if _OLD_SECTION.search(card.text) or _OLD_STATE.search(card.text):
         return _from_sections(head, card.text)
     return Card(head, card.text.strip())
+
+
+def norwegian(language: Any) -> Any:
+    """A language, or a list of them, with "no", which YAML reads as false, as it was meant."""
+    if isinstance(language, list):
+        return [norwegian(one) for one in language]
+    return "no" if language is False else language
 
 
 def _from_sections(head: dict[str, Any], text: str) -> Card:
@@ -121,7 +130,7 @@ def make_card(facts: Facts, before: str = "", to_hub: bool = True) -> str:
             sections[title.lower()] = sections[title.lower()] or known[0]
     # a name in the data must not end the block
     block = re.sub("<!-- /?ddpm_hf", "", "\n\n".join(text for text in sections.values() if text))
-    head = merge_metadata(metadata(facts), card.head, facts.repository.split("/")[-1])
+    head = merge_metadata(metadata(facts), card.head)
     new = card._replace(head=head)
     in_sync = to_hub or not before.strip() or not card.was_edited()
     mark = MARK.format(", ".join(card.left_out) or "none", new.current_state() if in_sync else NOT_IN_SYNC)

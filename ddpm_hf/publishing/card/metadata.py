@@ -6,6 +6,7 @@ from typing import Any
 from ...inference.kinds import KINDS
 from .facts import Facts, all_results, datasets_of
 
+OURS = re.compile(r" \([\d,]+ images(, .*)?\)$")  # the name of a figure that a push writes
 PIPELINE_TAGS = {kind.task for kind in KINDS.values() if kind.known_task}
 
 
@@ -44,10 +45,10 @@ def after_comma(text: str | None) -> str:
     return f", {text}" if text else ""
 
 
-def merge_metadata(new: dict[str, Any], before: dict[str, Any], model: str = "") -> dict[str, Any]:
+def merge_metadata(new: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
     """`new` over a card's metadata: lists are joined, and the user's other entries stay.
 
-    What an earlier push said of other weights is removed: the results of the same `model`, the task of another kind.
+    What an earlier push said of other weights, under whatever name, is removed: its results, the task of another kind.
     """
     merged = {name: value for name, value in before.items() if name != "model-index"}
     if merged.get("pipeline_tag") in PIPELINE_TAGS and "pipeline_tag" not in new:
@@ -61,8 +62,31 @@ def merge_metadata(new: dict[str, Any], before: dict[str, Any], model: str = "")
                 one for one in value if one not in existing
             ]
         merged[name] = value
-    index = before.get("model-index")
-    listed = index if isinstance(index, list) else []
-    results = [entry for entry in listed if not (isinstance(entry, dict) and entry.get("name") == model)]
-    merged["model-index"] = results + new.get("model-index", [])
+    merged["model-index"] = merge_index(new.get("model-index", []), before.get("model-index"))
     return {name: value for name, value in merged.items() if name != "model-index" or value}
+
+
+def merge_index(new: list[dict[str, Any]], before: Any) -> list[Any]:
+    """The models with their results: those that others recorded stay, beside ours of the same model."""
+    ours = {entry["name"]: entry for entry in new}
+    kept = []
+    for entry in before if isinstance(before, list) else []:
+        if not (isinstance(entry, dict) and isinstance(entry.get("results"), list)):
+            kept.append(entry)
+            continue
+        others = [result for result in (without_ours(one) for one in entry["results"]) if result is not None]
+        if entry.get("name") in ours:
+            ours[entry["name"]] = {**ours[entry["name"]], "results": [*ours[entry["name"]]["results"], *others]}
+        elif others:
+            kept.append({**entry, "results": others})
+    return kept + list(ours.values())
+
+
+def without_ours(result: Any) -> Any:
+    """A result without the figures of an earlier push, which say their number of images; None if none is left."""
+    if not (isinstance(result, dict) and isinstance(result.get("metrics"), list)):
+        return result
+    others = [
+        one for one in result["metrics"] if not (isinstance(one, dict) and OURS.search(str(one.get("name", ""))))
+    ]
+    return {**result, "metrics": others} if others else None

@@ -144,7 +144,7 @@ def read_widths(std: float | None, sweep: str | None) -> list[float]:
 
 def sessions_until(sessions: list[dict[str, Any]], step: int) -> list[dict[str, Any]]:
     """The sessions of a run up to a step; of the one that it lies in, a share of its time."""
-    found = []
+    found: list[dict[str, Any]] = []
     for one in sessions:
         first, last = one.get("first_step", 0), one.get("last_step", step)
         if first >= step and found:

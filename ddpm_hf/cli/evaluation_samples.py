@@ -186,7 +186,7 @@ def of_chain(
         guided = conditions.options.get("guidance_scale", 1.0) != 1.0
         calls = network_calls(pipeline, steps, guided)
         fit = "".join(map(fit_of, schedulers_of(pipeline).values()))
-    labels = {"sampler": chain.sampler, "steps": steps, "network_calls": calls, "seed": how.seed}
+    labels: dict[str, Any] = {"sampler": chain.sampler, "steps": steps, "network_calls": calls, "seed": how.seed}
     labels |= {"eta": how.eta} if chain.sampler == "ddim" else {}
     labels |= {"variance": "fitted"} if fit and chain.sampler == "ddpm" else {}
     said = {name: value for name, value in conditions.options.items() if value or name == "guidance_scale"}

@@ -176,7 +176,7 @@ def pipeline_sampler(
     return sample
 
 
-def network_calls(pipeline: "DiffusionPipeline", steps: int, guided: bool) -> int:
+def network_calls(pipeline: "DiffusionPipeline", steps: int | None, guided: bool) -> int:
     """How often the network is evaluated for an image; with classifier-free guidance twice a step."""
     return len(pipeline.prepare_timesteps(steps)) * (2 if guided else 1)
 

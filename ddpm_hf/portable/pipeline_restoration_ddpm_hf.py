@@ -148,11 +148,14 @@ class DDPMRestorationPipeline(SamplingMixin, AccelerationMixin, PortablePipeline
         if isinstance(class_labels, (torch.Tensor, np.ndarray)):
             class_labels = class_labels.reshape(-1).tolist()
         labels = list(class_labels) if isinstance(class_labels, (list, tuple, range)) else [class_labels]
-        null = embeddings - 1 if embeddings > len(names) else None
+        null = int(embeddings) - 1 if embeddings > len(names) else None
         if null is None and None in labels:
             raise ValueError("this model always has a class; give class_labels")
+        absent = -1 if null is None else null
         known = {name: int(number) for number, name in names.items()}
-        ids = [null if one is None else find_class(one, known) if isinstance(one, str) else int(one) for one in labels]
+        ids = [
+            absent if one is None else find_class(one, known) if isinstance(one, str) else int(one) for one in labels
+        ]
         if any(not 0 <= one < len(names) and one != null for one in ids) or len(ids) not in (1, count):
             raise ValueError(
                 f"class_labels={labels}: give one for all or for each of {count} observations, from 0 to"

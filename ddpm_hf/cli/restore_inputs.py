@@ -118,13 +118,13 @@ def read_mask(path: Path) -> "torch.Tensor":
         ValueError: not an image, or one that hides nothing, or does not say what.
     """
     import torch
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     from ..portable.image_to_image_ddpm_hf import known_of_picture
 
     try:
-        with Image.open(path) as image:
-            image.load()
+        with Image.open(path) as opened:
+            image = ImageOps.exif_transpose(opened)
     except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
         raise ValueError(f"--mask {path}: not an image that can be read ({error})") from error
     try:

@@ -11,11 +11,10 @@ import numpy as np
 import torch
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
-from PIL import Image, ImageOps
 
 from .conditioning_ddpm_hf import Conditioning, corrected, correction_of
 from .guidance_ddpm_hf import ClassesMixin, ClassLabels, FreeGuidance, Predict
-from .sampling_ddpm_hf import PIL_CHANNELS, DDPMPipelineOutput, Generators, SamplingMixin, StepCallback
+from .sampling_ddpm_hf import DDPMPipelineOutput, Generators, SamplingMixin, StepCallback, in_channels
 
 logger = logging.get_logger(__name__)
 UNGUIDED = FreeGuidance(1.0)
@@ -74,8 +73,7 @@ class ImageToImageMixin(SamplingMixin, ClassesMixin):
         channels, height, width = self.conditioning.observed_shape(self.sample_shape)
         several = image if isinstance(image, (list, tuple)) else [image]
         if several and all(hasattr(one, "convert") for one in several):
-            mode = PIL_CHANNELS.get(channels)
-            arrays = [np.atleast_3d(np.asarray(one.convert(mode) if mode else one)) for one in several]
+            arrays = [np.atleast_3d(np.asarray(in_channels(one, channels))) for one in several]
             if len({one.shape for one in arrays}) > 1:
                 raise ValueError("the images have several sizes; give them one by one")
             y = torch.from_numpy(np.stack(arrays)).movedim(-1, 1).float() / 255
@@ -117,7 +115,7 @@ class ImageToImageMixin(SamplingMixin, ClassesMixin):
             raise ValueError("inpainting requires a mask: a picture, white where to paint, or a tensor, true if known")
         several = mask if isinstance(mask, (list, tuple)) else [mask]
         parts = [
-            torch.from_numpy(known_of_picture(one)) if isinstance(one, Image.Image) else torch.as_tensor(one)
+            torch.from_numpy(known_of_picture(one)) if hasattr(one, "convert") else torch.as_tensor(one)
             for one in several
         ]
         size = tuple(self.sample_shape[1:])
@@ -273,13 +271,12 @@ def highest_sigma(level: float) -> float:
     return math.floor(1000 * level / math.sqrt(1 - level**2)) / 1000
 
 
-def known_of_picture(mask: Image.Image) -> np.ndarray:
-    """What a mask shows, bool [H, W]: where it is black, or, if parts are transparent, where it is opaque.
+def known_of_picture(mask: Any) -> np.ndarray:
+    """What a PIL mask shows, bool [H, W]: where it is black, or, if parts are transparent, where it is opaque.
 
     Raises:
         ValueError: it hides nothing, or is white on transparent, which may mean either.
     """
-    mask = ImageOps.exif_transpose(mask)
     if "transparency" in mask.info or "A" in mask.mode:  # of a palette, too
         mask = mask.convert("RGBA")
     if mask.mode == "RGBA" and mask.getextrema()[-1][0] < 128:

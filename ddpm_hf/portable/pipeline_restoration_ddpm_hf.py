@@ -40,6 +40,7 @@ from .sampling_ddpm_hf import (
     Generators,
     SamplingMixin,
     StepCallback,
+    in_channels,
     output_channels,
 )
 from .schedules_ddpm_hf import BETA_SCHEDULES  # noqa: F401  Diffusers fetches what a pipeline imports itself
@@ -180,8 +181,7 @@ class DDPMRestorationPipeline(SamplingMixin, AccelerationMixin, PortablePipeline
                     f"the observation must be a tensor [N, {', '.join(map(str, expected))}]"
                     + (", or PIL images" if len(expected) == 3 else "")
                 )
-            modes = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
-            arrays = [np.atleast_3d(np.asarray(one.convert(modes.get(expected[0], one.mode)))) for one in images]
+            arrays = [np.atleast_3d(np.asarray(in_channels(one, expected[0]))) for one in images]
             if len({one.shape for one in arrays}) > 1:
                 raise ValueError("the observations are images of several sizes; restore them one by one")
             observation = torch.from_numpy(np.stack(arrays)).movedim(-1, 1).float() / 127.5 - 1

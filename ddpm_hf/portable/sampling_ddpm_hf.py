@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 import diffusers
+import numpy as np
 import torch
 from diffusers import ImagePipelineOutput, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
@@ -153,6 +154,15 @@ def downscaling(widths: Sequence[int]) -> int:
 def scale_latents(vae: torch.nn.Module, latents: torch.Tensor) -> torch.Tensor:
     """An encoder's latents as x_0, of about unit variance; any shape."""
     return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+
+
+def in_channels(image: Any, channels: int) -> Any:
+    """A PIL image in a model's channels, 8 bits each: PIL itself clips 16-bit values at 255."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.float64) / (1.0 if image.mode == "F" else 65535.0)
+        (image,) = VaeImageProcessor.numpy_to_pil(values.clip(0, 1)[None, ..., None])
+    mode = PIL_CHANNELS.get(channels)
+    return image.convert(mode) if mode else image
 
 
 class SamplingMixin(MixinBase):
@@ -417,7 +427,7 @@ class SamplingMixin(MixinBase):
         """Images (PIL, numpy or tensor in [0, 1]) as x_0 [N, C, H, W]: in [-1, 1], or latents with a `vae`."""
         height, width = self.image_size
         if hasattr(images, "convert") and self.image_channels in PIL_CHANNELS:  # a PIL image
-            images = images.convert(PIL_CHANNELS[self.image_channels])
+            images = in_channels(images, self.image_channels)
         pixels = self.image_processor.preprocess(images, height=height, width=width)
         pixels = pixels.to(device=self._execution_device, dtype=self.unet.dtype)
         if self.vae is None:

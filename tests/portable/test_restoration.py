@@ -361,6 +361,15 @@ def test_pil_images_are_observations():
     assert int(difference.abs().max()) <= 2 or float(output.residuals.max()) < 1e-5
 
 
+def test_pictures_of_16_bits_are_not_clipped():
+    """Else all that is brighter than 255 of 65,535 is white."""
+    deep = Image.fromarray((np.arange(64).reshape(8, 8) * 1000).astype(np.uint16))
+    expected = torch.arange(64.0).reshape(1, 1, 8, 8) * 1000 / 65535 * 2 - 1
+    pipeline = restorer()
+    for read in (pipeline.read_observation(deep, OPERATORS["identity"]((1, 8, 8))), pipeline.encode(deep)):
+        torch.testing.assert_close(read, expected, atol=1 / 255, rtol=0)
+
+
 HALF = OPERATORS["half"]((1, 8, 8))
 
 

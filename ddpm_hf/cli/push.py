@@ -130,9 +130,8 @@ def upload(
     from ..publishing.hub import open_repository, push_folder, read_card, reason_of
 
     studio = Studio(str(folder))
-    make_card(
-        read_facts(folder, name, studio.pipeline, license), read_card(folder)
-    )  # what it cannot read, it says now
+    facts = read_facts(folder, name, studio.pipeline, license)
+    make_card(facts, read_card(folder))  # a card or a record that cannot be read is named before the Hub is asked
     try:
         name = open_repository(name, token, private)
         if half:

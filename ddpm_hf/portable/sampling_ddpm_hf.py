@@ -85,6 +85,14 @@ def check_sampler(scheduler: SchedulerMixin, timesteps: Sequence[float]) -> None
     if isinstance(scheduler, DDPMScheduler):
         return scheduler.check_invertible(int(t) for t in timesteps)
     name = type(scheduler).__name__
+    theirs = getattr(scheduler, "alphas_cumprod", None)
+    ascending = len(timesteps) > 1 and timesteps[0] < timesteps[-1]
+    if theirs is None or ascending or not getattr(scheduler, "timesteps", torch.zeros(0)).numel():
+        instead = "call pipe.use_multistep() for iPNDM" if "IPNDM" in name else "sample with DDPMScheduler"
+        raise ValueError(
+            f"{name} does not run from the model's timestep T-1 down to 0: it is for models of another kind, or adds"
+            f" noise; {instead}, DDIMScheduler or DPMSolverMultistepScheduler"
+        )
     if scheduler.config.prediction_type == "posterior_mean":
         raise ValueError(
             f"{name} does not know prediction_type='posterior_mean'; sample with ddpm_hf's DDPMScheduler"
@@ -96,14 +104,6 @@ def check_sampler(scheduler: SchedulerMixin, timesteps: Sequence[float]) -> None
             " DDIMScheduler or EulerDiscreteScheduler"
         )
     ours = DDPMScheduler.from_config(scheduler.config)
-    theirs = getattr(scheduler, "alphas_cumprod", None)
-    ascending = len(timesteps) > 1 and timesteps[0] < timesteps[-1]
-    if theirs is None or ascending or not getattr(scheduler, "timesteps", torch.zeros(0)).numel():
-        instead = "call pipe.use_multistep() for iPNDM" if "IPNDM" in name else "sample with DDPMScheduler"
-        raise ValueError(
-            f"{name} does not run from the model's timestep T-1 down to 0: it is for models of another kind, or adds"
-            f" noise; {instead}, DDIMScheduler or DPMSolverMultistepScheduler"
-        )
     if not torch.allclose(theirs.to(ours.alphas_cumprod), ours.alphas_cumprod, rtol=0, atol=1e-4):
         raise ValueError(
             f"{name} does not know rescale_betas_zero_snr and would denoise at other noise levels than the model's;"

@@ -186,8 +186,11 @@ def read_picture(
         pixels = fitted(pixels, (size[0] // enlarged, size[1] // enlarged))
     if task == "inpaint" and mask is not None:
         known = mask if mask in MASKS else read_mask(counterpart(path, Path(mask), "mask"))
-        if fit and not isinstance(known, str) and tuple(known.shape) == before:  # the parts of the image that it hides
-            known = torch.from_numpy(fitted(255 * known.byte().numpy()[..., None], size)).reshape(size) >= 128
+        if fit and not isinstance(known, str) and tuple(known.shape) == before:
+            # Known is what the resizing made of known pixels alone: what it mixed with hidden ones is painted too
+            known = torch.from_numpy(fitted(255 * known.byte().numpy()[..., None], size)).reshape(size) == 255
+            if known.all():
+                raise ValueError(f"--mask {mask}: hides nothing that --fit keeps of {path}; leave --fit out")
         settings = settings._replace(mask=known)
     true = None
     if truth is not None:

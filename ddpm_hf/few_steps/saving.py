@@ -6,9 +6,22 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
+from ..common.checkpoints import checkpoint_step
 from ..common.errors import UsageError
 from ..common.files import read_json, write_atomically
-from ..common.layout import COMPONENTS, KEPT_IN_PLACE, holds_run, layout, matching
+from ..common.layout import (
+    CHAIN,
+    COMPONENTS,
+    KEPT_IN_PLACE,
+    LOSS_CURVE,
+    RESULTS_FILE,
+    RUN_FILE,
+    SAMPLES,
+    TRAINING,
+    holds_run,
+    layout,
+    matching,
+)
 from ..common.ownership import claim_files, foreign
 from ..models.saving import forget_records, save_pipeline
 
@@ -29,7 +42,10 @@ def check_target(model: str, out: Path | None) -> None:
         return
     if holds_run(out):
         raise UsageError(f"--out {out}: holds a training run, which stays; name another folder")
-    patterns = [one.pattern for one in layout(*COMPONENTS) if one.pattern not in KEPT_IN_PLACE]
+    if out.is_dir() and checkpoint_step(out) >= 0:
+        raise UsageError(f"--out {out}: is a checkpoint, which stays; name another folder")
+    kept = (*KEPT_IN_PLACE, *(one.pattern for one in TRAINING), RUN_FILE, RESULTS_FILE, SAMPLES, CHAIN, LOSS_CURVE)
+    patterns = [one.pattern for one in layout(*COMPONENTS) if one.pattern not in kept]  # what is written
     for name in foreign(out, [name for pattern in patterns for name in matching(out, pattern)]):
         raise UsageError(
             f"--out {out}: holds {name}, which is not of a run and would be replaced; name another folder"
@@ -37,8 +53,8 @@ def check_target(model: str, out: Path | None) -> None:
 
 
 def is_same(model: str, out: Path | None) -> bool:
-    """Whether `out` is the model's own folder."""
-    return out is not None and out.resolve() == Path(model).resolve()
+    """Whether `out` is the model's own folder, that of a pipeline whose scheduler can be changed in place."""
+    return out is not None and out.resolve() == Path(model).resolve() and (out / SCHEDULER_CONFIG).is_file()
 
 
 def save_fit(model: str, pipeline: DiffusionPipeline, fit: dict[str, Any], out: Path | None) -> Path:

@@ -14,7 +14,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from .conditioning_ddpm_hf import Conditioning, corrected, correction_of
 from .guidance_ddpm_hf import ClassesMixin, ClassLabels, FreeGuidance, Predict
-from .sampling_ddpm_hf import DDPMPipelineOutput, Generators, SamplingMixin, StepCallback, in_channels
+from .sampling_ddpm_hf import DDPMPipelineOutput, Generators, SamplingMixin, StepCallback, in_channels, white_of
 
 logger = logging.get_logger(__name__)
 UNGUIDED = FreeGuidance(1.0)
@@ -289,7 +289,7 @@ def known_of_picture(mask: Any) -> np.ndarray:
             )
     elif mask.mode in ("I", "F") or mask.mode.startswith("I;"):  # more than 8 bits, which PIL would clip
         values = np.asarray(mask).astype(np.float64)
-        white = 65535.0 if mask.mode != "F" else 1.0 if values.max() <= 1 else 255.0
+        white = 255.0 if 1 < values.max() <= 255 else white_of(mask)  # of 0 and 255 in as many bits, too
         known = values < white / 2
     else:
         known = np.asarray(mask.convert("L")) < 128

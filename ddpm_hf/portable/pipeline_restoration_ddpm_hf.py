@@ -154,6 +154,9 @@ class DDPMRestorationPipeline(SamplingMixin, AccelerationMixin, PortablePipeline
             raise ValueError("this model always has a class; give class_labels")
         absent = -1 if null is None else null
         known = {name: int(number) for number, name in names.items()}
+        for one in labels:
+            if not (one is None or isinstance(one, (str, numbers.Integral))) or isinstance(one, bool):
+                raise ValueError(f"class {one!r} must be an id from 0 to {len(names) - 1}, or a name")
         ids = [
             absent if one is None else find_class(one, known) if isinstance(one, str) else int(one) for one in labels
         ]

@@ -156,10 +156,18 @@ def scale_latents(vae: torch.nn.Module, latents: torch.Tensor) -> torch.Tensor:
     return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
 
 
+def white_of(image: Any) -> float:
+    """Which value of a PIL image of 16 or 32 bits is white: 65535, or 1 of floats; 255 where values are of 8 bits."""
+    largest = float(np.asarray(image).max())
+    if image.mode == "F":
+        return 1.0 if largest <= 1 else 255.0
+    return 65535.0 if largest > 255 or image.mode.startswith("I;") else 255.0
+
+
 def in_channels(image: Any, channels: int) -> Any:
     """A PIL image in a model's channels, 8 bits each: PIL itself clips 16-bit values at 255."""
     if image.mode == "F" or image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.float64) / (1.0 if image.mode == "F" else 65535.0)
+        values = np.asarray(image).astype(np.float64) / white_of(image)
         (image,) = VaeImageProcessor.numpy_to_pil(values.clip(0, 1)[None, ..., None])
     mode = PIL_CHANNELS.get(channels)
     return image.convert(mode) if mode else image
@@ -426,8 +434,9 @@ class SamplingMixin(MixinBase):
     def encode(self, images: Any, generator: torch.Generator | None = None) -> torch.Tensor:
         """Images (PIL, numpy or tensor in [0, 1]) as x_0 [N, C, H, W]: in [-1, 1], or latents with a `vae`."""
         height, width = self.image_size
-        if hasattr(images, "convert") and self.image_channels in PIL_CHANNELS:  # a PIL image
-            images = in_channels(images, self.image_channels)
+        pictures = images if isinstance(images, (list, tuple)) else [images]
+        if pictures and all(hasattr(one, "convert") for one in pictures) and self.image_channels in PIL_CHANNELS:
+            images = [in_channels(one, self.image_channels) for one in pictures]
         pixels = self.image_processor.preprocess(images, height=height, width=width)
         pixels = pixels.to(device=self._execution_device, dtype=self.unet.dtype)
         if self.vae is None:

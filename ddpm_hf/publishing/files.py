@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LICENSES = ("LICENSE", "LICENSE.*")
+LICENSES = ("LICENSE", "LICENSE.*", "LICENSE-*")
 PUBLISHED = (*(entry.pattern for entry in LAYOUT if entry.published and entry.pattern != "README.md"), *LICENSES)
 RECORDS = (METRICS_FILE, RUN_FILE, RESULTS_FILE)  # names that other programs use too
 COMPONENT_PATTERNS = (*COMPONENT_FILES, "*.model", "vocab.txt")
@@ -75,16 +75,19 @@ def is_outdated(path: Path) -> bool:
 
     Diffusers' `save_pretrained` leaves earlier variants where they are.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     whole = path.with_name(path.name.replace(".fp16.", "."))
     if ".fp16.safetensors" not in path.name or not whole.is_file():
         return False
-    with safe_open(path, "pt") as half, safe_open(whole, "pt") as full:
-        names = half.keys()
-        same = set(names) == set(full.keys()) and all(
-            half.get_tensor(name).equal(full.get_tensor(name).to(half.get_tensor(name).dtype)) for name in names
-        )
+    try:
+        with safe_open(path, "pt") as half, safe_open(whole, "pt") as full:
+            names = half.keys()
+            same = set(names) == set(full.keys()) and all(
+                half.get_tensor(name).equal(full.get_tensor(name).to(half.get_tensor(name).dtype)) for name in names
+            )
+    except SafetensorError:
+        same = False  # damaged
     if not same:
         logger.warning(f"{path} is of other weights than {whole.name}, and not uploaded; --variant fp16 makes it anew")
     return not same
@@ -252,6 +255,9 @@ def of_other_weights(folder: Path) -> bool:
     """Whether the card's grid was sampled for it, by other weights than the folder has now."""
     from PIL import Image
 
-    with Image.open(folder / SAMPLES) as image:
-        digest = image.info.get(WEIGHTS)
+    try:
+        with Image.open(folder / SAMPLES) as image:
+            digest = image.info.get(WEIGHTS)
+    except OSError:
+        return False  # no picture, and so none of ours
     return digest is not None and digest != weights_digest(folder)

@@ -274,6 +274,7 @@ def test_a_fitted_copy_tells_nothing_of_an_earlier_model(shop, call, tmp_path):
 
 
 REFUSED = {
+    "fit-timesteps {shop}/checkpoint-2 --calls 4 --out {shop}/checkpoint-2": ("--out", "checkpoint", "another folder"),
     "fit-timesteps {shop}/classes --calls 4 --out {shop}/plain": ("--out", "is not of a run", "another folder"),
     "fit-variance {shop}/classes --dataset {shop}/table --out {shop}/plain": ("--out", "is not of a run"),
     "fit-timesteps {shop}/plain --calls 4 --trajectories -1": ("--trajectories", "2"),

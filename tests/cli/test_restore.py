@@ -177,6 +177,27 @@ def test_a_mask_and_a_truth_are_fitted_with_the_image(restore, shop):
     assert (pixels(out / "deviation.png")[:, 4:] > 0).any()
 
 
+def test_a_fitted_mask_hides_all_that_was_mixed_with_hidden_pixels(restore, shop):
+    """Else thin scratches are enlarged into the image as if they were known."""
+    scratched = np.full((32, 32), 100, dtype=np.uint8)
+    mask = np.zeros((32, 32), dtype=np.uint8)
+    scratched[:, 13], mask[:, 13] = 255, 255
+    Image.fromarray(scratched).save(shop / "scratched.png")
+    Image.fromarray(mask).save(shop / "scratch.png")
+    result, out = restore("gray --task inpaint --image scratched.png --mask scratch.png --fit --sigma-y 0")
+    assert result[0] == 0, result[2]
+    known = pixels(out / "deviation.png") == 0
+    assert not known.all()
+    wide, corner = np.full((8, 32), 100, dtype=np.uint8), np.zeros((8, 32), dtype=np.uint8)
+    corner[:, :2] = 255  # which the crop cuts off
+    Image.fromarray(wide).save(shop / "wide.png")
+    Image.fromarray(corner).save(shop / "corner.png")
+    words = "gray --task inpaint --image wide.png --mask corner.png --sigma-y 0"
+    assert_one_line(restore(f"{words} --fit", "none")[0], "hides nothing that --fit keeps", "leave --fit out")
+    assert restore(words, "tiles")[0][0] == 0  # the way out
+    assert (abs(pixels(out / "0000.png")[known] - 100) <= 1).all()
+
+
 def test_solutions_of_later_images_depend_on_no_number(restore):
     """Else more solutions of a folder's images are other ones."""
     words = "gray --task denoise --sigma-y 0.3 --image shades"

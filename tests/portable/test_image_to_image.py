@@ -258,7 +258,7 @@ def test_a_mask_is_read_as_it_is_seen():
     layer.putalpha(Image.fromarray(255 - painted))
     deep = Image.fromarray(np.where(painted > 0, 65535, 300).astype(np.uint16))
     floats = Image.fromarray((painted / 255).astype(np.float32))
-    for mask in (gray, gray.convert("1"), layer, deep, floats):
+    for mask in (gray, gray.convert("1"), layer, deep, floats, gray.convert("I"), gray.convert("F")):
         np.testing.assert_array_equal(known_of_picture(mask), painted == 0)
     strokes = Image.new("RGBA", (6, 4), (255, 255, 255, 255))
     strokes.putalpha(gray)

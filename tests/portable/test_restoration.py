@@ -313,6 +313,9 @@ def test_classes_are_given_as_elsewhere():
         (np.array([1, 0]), [1, 0]), (None, [2, 2]),
     ):  # fmt: skip
         assert pipeline.class_ids(labels, 2).tolist() == expected
+    for wrong in (1.9, torch.tensor([0.7, 1.2]), True):
+        with pytest.raises(ValueError, match="must be an id"):
+            pipeline.class_ids(wrong, 2)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -368,6 +371,10 @@ def test_pictures_of_16_bits_are_not_clipped():
     pipeline = restorer()
     for read in (pipeline.read_observation(deep, OPERATORS["identity"]((1, 8, 8))), pipeline.encode(deep)):
         torch.testing.assert_close(read, expected, atol=1 / 255, rtol=0)
+    torch.testing.assert_close(pipeline.encode([deep, deep]), expected.expand(2, -1, -1, -1), atol=1 / 255, rtol=0)
+    shallow = Image.linear_gradient("L").resize((8, 8))
+    for mode in ("I", "F"):  # PIL's own conversion keeps values of 0 to 255
+        torch.testing.assert_close(pipeline.encode(shallow.convert(mode)), pipeline.encode(shallow))
 
 
 HALF = OPERATORS["half"]((1, 8, 8))

@@ -45,6 +45,7 @@ EXCEPTIONS = {
     "--class {}: this model has no classes; leave it out": "of ddpm-hf restore: test_restore.py",
     "--{} {}: holds {} and {} for {}; remove one of them": "of ddpm-hf restore: test_restore.py",
     "{} is of other weights than {}, and not uploaded": "of a folder saved again: test_other_weights.py",
+    "--mask {}: hides nothing that --fit keeps": "of a mask outside of the crop: test_restore.py",
     "--mask {}: {}": "the reader's own words: test_restore.py",
     "--features {}: {}": "the network's own words: test_restore.py",
     "--sigma-y {}: must be at most {}": "of ddpm-hf restore: test_restore.py",

@@ -50,6 +50,17 @@ def test_what_is_of_earlier_weights_is_not_published(folder):
     assert [one["value"] for one in all_results(read_facts(folder, "user/mine", model(1)))] == [3.5]
 
 
+def test_damaged_files_are_left_out_of_a_push(folder):
+    """Else a truncated variant, or a picture that is none, ends in a traceback."""
+    half = folder / "unet/diffusion_pytorch_model.fp16.safetensors"
+    half.write_bytes(b"cut")
+    assert half.relative_to(folder).as_posix() not in files_to_publish(folder)
+    (folder / "assets").mkdir()
+    (folder / SAMPLES).write_bytes(b"mine")
+    sample_missing_pictures(Studio(str(folder)), folder)
+    assert (folder / SAMPLES).read_bytes() == b"mine"
+
+
 FOREIGN = {
     "metrics.jsonl": '{"epoch": 1, "loss": 0.5, "path": "/home/me"}\n',
     "run.json": '{"lr": 0.1}',
@@ -78,12 +89,12 @@ def test_the_users_files_in_a_components_folder_stay(folder):
     """Else notes, optimizer states and keys are published."""
     for name in ("unet/notes.txt", "unet/optimizer.safetensors", "scheduler/token.json", "LICENSE_KEY.txt"):
         (folder / name).write_bytes(b"mine")
-    for name in ("LICENSE", "LICENSE.md"):
+    for name in ("LICENSE", "LICENSE.md", "LICENSE-MIT"):
         (folder / name).write_text("MIT")
     names = {name for name in files_to_publish(folder) if not name.endswith("_ddpm_hf.py")}
     assert names == {
         "model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
-        "scheduler/scheduler_config.json", "LICENSE", "LICENSE.md",
+        "scheduler/scheduler_config.json", "LICENSE", "LICENSE.md", "LICENSE-MIT",
     }  # fmt: skip
 
 

@@ -71,7 +71,8 @@ def merge_index(new: list[dict[str, Any]], before: Any) -> list[Any]:
     ours = {entry["name"]: entry for entry in new}
     kept = []
     for entry in before if isinstance(before, list) else []:
-        if not (isinstance(entry, dict) and isinstance(entry.get("results"), list)):
+        known = isinstance(entry, dict) and isinstance(entry.get("results"), list)
+        if not (known and isinstance(entry.get("name", ""), str)):
             kept.append(entry)
             continue
         others = [result for result in (without_ours(one) for one in entry["results"]) if result is not None]
